@@ -1,0 +1,185 @@
+"""The backend switch: the only file that knows that more than one array library exists.
+
+An op never names a library.  It asks its inputs, `xp = array_namespace(x, weight)`, and computes with what they are made of:
+NumPy on the CPU, CuPy on a GPU, or any other library of the Python array API standard.
+The switch itself is one word at the place where arrays are born: `npllm.load(path, backend="cupy")`.
+
+16-bit floats are for storage only.  `widen` is the only place that knows about bfloat16, which is no NumPy type
+(`ml_dtypes` adds it) and which `isdtype`, `finfo` and type promotion do not understand.
+"""
+
+import importlib
+
+import ml_dtypes
+import numpy as np
+
+from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
+
+__all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
+           "host_range", "is_integer", "to_numpy", "widen"]
+
+BACKENDS = ("numpy", "cupy")
+
+# name in a config.json or a safetensors header -> NumPy dtype (CuPy uses the same objects)
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+_FLOATS = frozenset(DTYPES)
+
+
+def array_namespace(*arrays):
+    """Return the array library that every given array belongs to.
+
+    Parameters
+    ----------
+    *arrays : array or None
+        None stands for an argument that was left out, and says nothing.
+
+    Returns
+    -------
+    xp : module
+        The namespace the arrays name themselves, `x.__array_namespace__()`.
+
+    Raises
+    ------
+    NpllmTypeError
+        For a mixture of libraries, and for what is no array (a list, a number, a torch tensor).
+
+    Notes
+    -----
+    Source: Python array API standard 2023.12, `__array_namespace__`.
+    """
+    namespaces = {}
+    for x in arrays:
+        if x is None:
+            continue
+        get = getattr(x, "__array_namespace__", None)
+        if get is None:
+            raise NpllmTypeError(f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
+                                 f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray")
+        xp = get()
+        namespaces[xp.__name__] = xp
+    if len(namespaces) != 1:
+        found = " and ".join(sorted(namespaces)) or "no array at all"
+        raise NpllmTypeError(f"all arrays of one call must come from one library, got {found}; "
+                             "move one side first (npllm.arrays.asarray, npllm.arrays.to_numpy)")
+    return next(iter(namespaces.values()))
+
+
+def backend_namespace(backend):
+    """Import the library behind a backend name ("numpy" or "cupy") and make sure that it can hold an array."""
+    if backend == "numpy":
+        return np
+    if backend != "cupy":
+        raise NpllmValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise MissingExtraError(f'backend="cupy" needs CuPy, which cannot be imported ({error}); '
+                                'pip install "npllm[cuda]", or use backend="numpy"') from error
+    try:
+        n_devices = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise NpllmValueError(f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} is installed but found no driver or '
+                              f'device ({error}); check nvidia-smi, or use backend="numpy"') from error
+    if n_devices < 1:
+        raise NpllmValueError(f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} found 0; use backend="numpy"')
+    return cupy
+
+
+def dtype_named(name):
+    """Look up a float dtype by its name: "bfloat16", "float16", "float32" or "float64"."""
+    try:
+        return DTYPES[name]
+    except (KeyError, TypeError):
+        raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}") from None
+
+
+def asarray(x, xp):
+    """Move a host array to library `xp`; no copy where it is there already."""
+    return x if xp is np else xp.asarray(x)
+
+
+def to_numpy(x):
+    """Bring an array of any library to the host: the one crossing from a device.  A NumPy array is returned as it is."""
+    if isinstance(x, np.ndarray):
+        return x
+    return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def compute_dtype(*arrays):
+    """Name the dtype to compute in: float64 where any given array is float64, else float32."""
+    xp = array_namespace(*arrays)
+    return xp.float64 if any(x is not None and x.dtype == xp.float64 for x in arrays) else xp.float32
+
+
+def widen(x, dtype=None):
+    """Convert a float array to the dtype to compute in.
+
+    Parameters
+    ----------
+    x : array [...]
+        bfloat16, float16, float32 or float64.
+    dtype : dtype, optional
+        float32 or float64; by default what `compute_dtype(x)` says.
+
+    Returns
+    -------
+    y : array [...]
+        `x` itself where it has that dtype already, else a copy.  Widening is exact; float64 to float32 rounds to nearest.
+
+    Raises
+    ------
+    NpllmTypeError
+        When `x` is not of a float type.
+    """
+    if _dtype_name(x) not in _FLOATS:
+        raise NpllmTypeError(f"expected an array of {', '.join(DTYPES)}, got dtype {_dtype_name(x)}")
+    dtype = compute_dtype(x) if dtype is None else dtype
+    return x if x.dtype == dtype else array_namespace(x).astype(x, dtype)
+
+
+def is_integer(x):
+    """Tell whether an array holds integers (bool is not one)."""
+    return _dtype_name(x).startswith(("int", "uint"))
+
+
+def host_range(x):
+    """Return (smallest, largest) of an integer array on the host; None for an empty one, and for one on a device.
+
+    Looking at a value on a device would stall the stream, so ids are checked before they are moved there.
+    """
+    if not isinstance(x, np.ndarray) or x.size == 0:
+        return None
+    return int(x.min()), int(x.max())
+
+
+def expect_shape(name, x, **axes):
+    """Raise unless the last axes of `x` have the given sizes, naming them: `weight must be [d_model] = [3072], got [3071]`.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls the array.
+    x : array
+    **axes : int or None
+        Axis name to size, in order; None accepts any size.  A leading `dots=None` accepts any further axes in front.
+    """
+    more = "dots" in axes
+    sizes = [size for axis, size in axes.items() if axis != "dots"]
+    shape = tuple(x.shape)
+    tail = shape[len(shape) - len(sizes):]
+    fits = len(shape) >= len(sizes) if more else len(shape) == len(sizes)
+    if fits and all(want is None or want == got for want, got in zip(sizes, tail, strict=True)):
+        return
+    names = ["..."] * more + [axis for axis in axes if axis != "dots"]
+    wanted = ["..."] * more + ["any" if size is None else str(size) for size in sizes]
+    raise NpllmValueError(f"{name} must be [{', '.join(names)}] = [{', '.join(wanted)}], got [{', '.join(map(str, shape))}]")
+
+
+def _dtype_name(x):
+    """Name of an array's dtype, alike in NumPy ("float32"), CuPy and libraries that write "array_api_strict.float32"."""
+    return str(x.dtype).rsplit(".", 1)[-1]

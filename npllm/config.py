@@ -1,0 +1,307 @@
+"""Config: the blueprint of a model, read from config.json into a frozen and validated dataclass.
+
+Field names are those of config.json.  Every key of a file is used, or stands in `KEYS_WITHOUT_EFFECT`; a value that would change
+the numbers and is not implemented raises; a key nobody has heard of warns by name, since fine-tunes carry many.
+"""
+
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from npllm.arrays import dtype_named
+from npllm.errors import NpllmOSError, NpllmValueError
+
+__all__ = ["Config", "RopeParameters", "read_json"]
+
+LARGEST_SIZE = 2**24  # of any axis; a vocabulary of 16 million is beyond every published model
+LARGEST_LAYER_COUNT = 2**12
+
+KEYS_WITHOUT_EFFECT = frozenset("""
+    _name_or_path _attn_implementation _attn_implementation_autoset auto_map embd_pdrop full_attn_mod initializer_range
+    interpolate_factor transformers_version use_cache gradient_checkpointing return_dict output_attentions output_hidden_states
+    torchscript id2label label2id num_labels problem_type task_specific_params finetuning_task chunk_size_feed_forward
+    is_encoder_decoder is_decoder prefix tokenizer_class unsloth_version unsloth_fixed pretraining_tp
+""".split())
+
+# Keys that may be present only with a value that changes nothing.
+ONLY = {"attention_bias": (False, None), "mlp_bias": (False, None), "lm_head_bias": (False, None),
+        "quantization_config": (None,), "add_cross_attention": (False, None), "layer_types": (None,)}
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """How positions turn into angles: `rope_parameters` of config.json, or its older spelling `rope_scaling` and `rope_theta`."""
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and choices of one model of the Phi-3 family.
+
+    Parameters
+    ----------
+    vocab_size, hidden_size, intermediate_size : int
+        n_vocab, d_model and d_ff.
+    num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim : int
+        n_layer, n_head, n_kv_head and d_head.
+    max_position_embeddings : int
+        The context length: most tokens of a sequence, prompt and answer together.
+    original_max_position_embeddings : int
+        The context length of the first training.
+    rms_norm_eps : float
+    rope_parameters : RopeParameters
+    sliding_window : int or None
+        Number of keys a query sees, its own included; None: all earlier ones.
+    tie_word_embeddings : bool
+        The embedding matrix is the output matrix as well.
+    bos_token_id, pad_token_id : int or None
+    eos_token_id : tuple of int
+        Any of them ends an answer; generation_config.json overrides it.
+    dtype : str
+        In which the weights are stored.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: RopeParameters
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+    model_type: str = "phi3"
+    architectures: tuple[str, ...] = ("Phi3ForCausalLM",)
+    hidden_act: str = "silu"
+    attention_dropout: float = 0.0
+    resid_pdrop: float = 0.0
+
+    @property
+    def d_rope(self):
+        """Number of channels of a head that RoPE rotates, `int(d_head * partial_rotary_factor)`."""
+        return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
+
+    @classmethod
+    def from_json(cls, path_or_dict):
+        """Read and validate a config.json.
+
+        Parameters
+        ----------
+        path_or_dict : str, Path or dict
+            The file, the folder that holds it, or its parsed content.
+
+        Returns
+        -------
+        config : Config
+
+        Raises
+        ------
+        NpllmOSError
+            When the file cannot be read.
+        NpllmValueError
+            When it is no JSON object, a key is missing, or a value is impossible or not implemented; names key and value.
+
+        Notes
+        -----
+        Source: `Phi3Config` in Transformers 5.23; older files are understood as well (`torch_dtype`, `rope_scaling`, `rope_theta`).
+        """
+        if isinstance(path_or_dict, dict):
+            return _parse(path_or_dict, "config")
+        path = Path(path_or_dict)
+        path = path / "config.json" if path.is_dir() else path
+        return _parse(read_json(path), str(path))
+
+
+def read_json(path):
+    """Read a JSON object from a UTF-8 file.
+
+    Raises
+    ------
+    NpllmOSError
+        When the file is missing or cannot be read.
+    NpllmValueError
+        When it is not UTF-8, not JSON, nested too deeply or no object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise NpllmValueError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (OSError, ValueError) as error:
+        raise NpllmOSError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise NpllmValueError(f"{path}: is nested too deeply to be a configuration") from None
+    except ValueError as error:
+        raise NpllmValueError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise NpllmValueError(f"{path}: must hold a JSON object {{...}}, got {type(data).__name__}")
+    return data
+
+
+def _parse(data, where):
+    """Turn the content of a config.json into a Config."""
+    read = _Reader(data, where)
+    if read.data.get("model_type") != "phi3":
+        raise NpllmValueError(f"{where}: model_type must be phi3, got {read.data.get('model_type')!r}")
+    n_head, d_model = read.size("num_attention_heads"), read.size("hidden_size")
+    max_position = read.size("max_position_embeddings", default=4096)
+    config = Config(
+        vocab_size=read.size("vocab_size"),
+        hidden_size=d_model,
+        intermediate_size=read.size("intermediate_size"),
+        num_hidden_layers=read.size("num_hidden_layers", largest=LARGEST_LAYER_COUNT),
+        num_attention_heads=n_head,
+        num_key_value_heads=read.size("num_key_value_heads", default=n_head),
+        head_dim=read.size("head_dim", default=d_model // n_head),
+        max_position_embeddings=max_position,
+        original_max_position_embeddings=read.size("original_max_position_embeddings", default=4096),
+        rms_norm_eps=read.number("rms_norm_eps", default=1e-5),
+        rope_parameters=_parse_rope(read),
+        sliding_window=read.size("sliding_window", default=None),
+        tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
+        bos_token_id=read.token("bos_token_id"),
+        eos_token_id=read.tokens("eos_token_id"),
+        pad_token_id=read.token("pad_token_id"),
+        dtype=_parse_dtype(read),
+        model_type=read.text("model_type"),
+        architectures=tuple(read.get("architectures") or ("Phi3ForCausalLM",)),
+        hidden_act=read.text("hidden_act", default="silu"),
+        attention_dropout=read.number("attention_dropout", default=0.0),
+        resid_pdrop=read.number("resid_pdrop", default=0.0),
+    )
+    _validate(config, where)
+    read.finish()
+    return config
+
+
+def _parse_rope(read):
+    """Read the old and the new spelling of the rope parameters; `rope_scaling` wins where both stand, as in Transformers."""
+    nested = read.get("rope_parameters") or {}
+    nested = read.get("rope_scaling") or nested
+    if not isinstance(nested, dict):
+        raise NpllmValueError(f"{read.where}: rope_scaling must be null or an object, got {nested!r}")
+    rope = _Reader(nested, f"{read.where}: rope_parameters")
+    theta, fraction = (read.number(key, default=value) for key, value in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)))
+    spelled_old = rope.text("type", default="default")
+    parameters = RopeParameters(
+        rope_type=rope.text("rope_type", default=spelled_old),
+        rope_theta=rope.number("rope_theta", default=theta),
+        partial_rotary_factor=rope.number("partial_rotary_factor", default=fraction),
+    )
+    if parameters.rope_type != "default":
+        raise NpllmValueError(f"{rope.where}: rope_type must be default, got {parameters.rope_type!r}, which is not implemented")
+    rope.finish()
+    return parameters
+
+
+def _parse_dtype(read):
+    """Read the dtype of the weights, `torch_dtype` in older files."""
+    old = read.text("torch_dtype", default="float32")
+    name = read.text("dtype", default=old).removeprefix("torch.")
+    dtype_named(name)
+    return name
+
+
+def _validate(config, where):
+    """Raise for sizes that contradict each other and for values that are not implemented."""
+
+    def require(holds, message):
+        if not holds:
+            raise NpllmValueError(f"{where}: {message}")
+
+    n_head, n_kv_head = config.num_attention_heads, config.num_key_value_heads
+    require(n_head % n_kv_head == 0, f"num_attention_heads must be a multiple of num_key_value_heads, got {n_head} and {n_kv_head}")
+    require(config.hidden_act == "silu", f"hidden_act must be silu, got {config.hidden_act!r}, which is not implemented")
+    require(config.rms_norm_eps >= 0, f"rms_norm_eps must be at least 0, got {config.rms_norm_eps}")
+    rope = config.rope_parameters
+    require(rope.rope_theta > 0, f"rope_theta must be above 0, got {rope.rope_theta}")
+    require(2 <= config.d_rope <= config.head_dim and config.d_rope % 2 == 0,
+            f"head_dim * partial_rotary_factor must be even and in 2 ... head_dim = {config.head_dim}, "
+            f"got {config.head_dim} * {rope.partial_rotary_factor} = {config.d_rope}")
+    for name in ("bos_token_id", "pad_token_id"):
+        token = getattr(config, name)
+        require(token is None or token < config.vocab_size, f"{name} must be below vocab_size = {config.vocab_size}, got {token}")
+    require(all(isinstance(name, str) for name in config.architectures), "architectures must be a list of names")
+
+
+class _Reader:
+    """Takes keys out of a JSON object one by one, checks their types, and knows which were never asked for."""
+
+    def __init__(self, data, where):
+        self.data, self.where, self.asked = data, where, set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        value = self.data.get(key)
+        return default if value is None else value
+
+    def _fail(self, key, wanted, value):
+        raise NpllmValueError(f"{self.where}: {key} must be {wanted}, got {value!r}"[:500])
+
+    def size(self, key, *, largest=LARGEST_SIZE, **default):
+        value = self.get(key, default.get("default"))
+        if value is None and "default" in default:
+            return None
+        if not _is_int(value) or not 1 <= value <= largest:
+            self._fail(key, f"an integer in 1 ... {largest}", value)
+        return value
+
+    def number(self, key, default):
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self._fail(key, "a finite number", value)
+        return float(value)
+
+    def text(self, key, default=None):
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            self._fail(key, "a string", value)
+        return value
+
+    def flag(self, key, default):
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            self._fail(key, "true or false", value)
+        return value
+
+    def token(self, key):
+        value = self.get(key)
+        if value is not None and not (_is_int(value) and value >= 0):
+            self._fail(key, "a token id or null", value)
+        return value
+
+    def tokens(self, key):
+        value = self.get(key, [])
+        value = value if isinstance(value, list) else [value]
+        if not all(_is_int(token) and token >= 0 for token in value):
+            self._fail(key, "a token id, a list of them or null", value)
+        return tuple(value)
+
+    def finish(self):
+        """Raise for values that are not implemented, and warn of keys that nobody knows."""
+        for key, allowed in ONLY.items():
+            if self.get(key) not in allowed:
+                self._fail(key, " or ".join(map(repr, allowed)) + " (anything else is not implemented)", self.data[key])
+        unknown = sorted(set(self.data) - self.asked - KEYS_WITHOUT_EFFECT)
+        if unknown:
+            warnings.warn(f"{self.where}: unknown keys are ignored: {', '.join(unknown)}"[:500], stacklevel=5)
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+

@@ -1,0 +1,26 @@
+"""The errors a user can cause.  All are `NpllmError`; each is also the built-in error that it is.
+
+A message names what was wrong in axis names, quotes both sides (wanted and got) and says what to do.
+"""
+
+__all__ = ["MissingExtraError", "NpllmError", "NpllmOSError", "NpllmTypeError", "NpllmValueError"]
+
+
+class NpllmError(Exception):
+    """Base of every error that npllm raises for a mistake outside its own code."""
+
+
+class NpllmValueError(NpllmError, ValueError):
+    """A value, shape, config entry or option that cannot be right."""
+
+
+class NpllmTypeError(NpllmError, TypeError):
+    """An argument of the wrong kind: a mixture of array libraries, floats where ids belong."""
+
+
+class NpllmOSError(NpllmError, OSError):
+    """A file or folder that is missing, unreadable, truncated or not what its name says."""
+
+
+class MissingExtraError(NpllmError, ImportError):
+    """A feature whose optional packages (`npllm[fetch]`, `npllm[cuda]`) are not installed."""

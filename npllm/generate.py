@@ -1,0 +1,390 @@
+"""The loop: prefill, decode, stop.  An iterator of token ids, and what turns it into text."""
+
+import secrets
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from npllm import ops
+from npllm.arrays import is_integer, to_numpy
+from npllm.config import read_json
+from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.tokenizer import Detokenizer
+
+__all__ = ["GenerationConfig", "Sampling", "TextStream", "choose", "generate_tokens", "prepare", "stream_batch"]
+
+PREFILL_CHUNK = 512  # tokens of the prompt that go through the model at a time
+
+# Entries of generation_config.json that would change the text, and the values of them that do not.
+NEUTRAL = {"num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (None, 0), "typical_p": (1, None), "epsilon_cutoff": (0,),
+           "eta_cutoff": (0,), "top_h": (None,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
+           "encoder_repetition_penalty": (1,), "bad_words_ids": (None,), "sequence_bias": (None,), "guidance_scale": (None, 1),
+           "min_length": (0,), "min_new_tokens": (None, 0), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
+           "suppress_tokens": (None,), "begin_suppress_tokens": (None,), "exponential_decay_length_penalty": (None,),
+           "stop_strings": (None,), "watermarking_config": (None,), "dola_layers": (None,)}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily, or drawn after the filters.  None switches a filter off."""
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What generation_config.json says of a checkpoint."""
+
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    sampling: Sampling = Sampling()
+    unsupported: tuple[str, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder, config):
+        """Read generation_config.json; what it leaves out comes from config.json.
+
+        Raises
+        ------
+        NpllmValueError
+            When a value is of the wrong type.
+        """
+        path = Path(folder) / "generation_config.json"
+        data = read_json(path) if path.is_file() else {}
+        eos = data.get("eos_token_id", list(config.eos_token_id))
+        eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
+        pad = data.get("pad_token_id", config.pad_token_id)
+        if not all(_is_id(token) for token in eos) or not (pad is None or _is_id(pad)):
+            raise NpllmValueError(f"{path}: eos_token_id and pad_token_id must be token ids, got {eos} and {pad!r}")
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        sampling = Sampling(bool(data.get("do_sample")), **{name: data.get(name) for name in names})
+        check_sampling(sampling, str(path) + ": ")
+        unsupported = tuple(f"{name}={data[name]!r}" for name, neutral in NEUTRAL.items() if data.get(name, neutral[0]) not in neutral)
+        return cls(tuple(eos), pad, sampling, unsupported)
+
+
+def resolve_sampling(defaults, *, do_sample=None, repetition_penalty=None, **filters):
+    """Combine the caller's options with those of the checkpoint.
+
+    Parameters
+    ----------
+    defaults : Sampling
+        From generation_config.json.
+    do_sample : bool, optional
+        None: True where a filter is given, else as the checkpoint says.
+    repetition_penalty : float, optional
+    **filters
+        temperature, top_k, top_p, min_p; None: as the checkpoint says, else off.  temperature=0 means greedy.
+
+    Returns
+    -------
+    sampling : Sampling
+
+    Raises
+    ------
+    NpllmValueError
+        For contradictory options, and for values out of range.
+    """
+    given = {name: value for name, value in filters.items() if value is not None}
+    greedy = given.get("temperature") == 0
+    if do_sample is False and given and not greedy:
+        raise NpllmValueError(f"do_sample=False contradicts {', '.join(f'{k}={v}' for k, v in given.items())}: greedy decoding uses "
+                              "no sampling options; leave them out, or set do_sample=True")
+    penalty = defaults.repetition_penalty if repetition_penalty is None else repetition_penalty
+    if do_sample is None:
+        do_sample = bool(given) or defaults.do_sample
+    if greedy or not do_sample:
+        sampling = Sampling(repetition_penalty=penalty)
+    else:
+        sampling = replace(defaults, do_sample=True, repetition_penalty=penalty, **given)
+    check_sampling(sampling)
+    return sampling
+
+
+def check_sampling(sampling, where=""):
+    """Raise for values out of range, before any work is done."""
+    ranges = {"temperature": ("a number of at least 0", lambda x: x >= 0), "top_k": ("an integer of at least 0", lambda x: x >= 0),
+              "top_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1), "min_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1),
+              "repetition_penalty": ("a number above 0", lambda x: x > 0)}
+    for name, (wanted, holds) in ranges.items():
+        value = getattr(sampling, name)
+        kinds = int if name == "top_k" else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not holds(value)):
+            raise NpllmValueError(f"{where}{name} must be {wanted}, got {value!r}")
+
+
+def choose(logits, sampling, seen=None, u=None):
+    """Choose the next token of each row.
+
+    Parameters
+    ----------
+    logits : array [n_batch, n_vocab]
+    sampling : Sampling
+    seen : bool array [n_batch, n_vocab], optional
+        Tokens of the prompt and of the answer so far, for the repetition penalty.
+    u : array [n_batch], optional
+        Uniform random numbers in [0, 1), for sampling.
+
+    Returns
+    -------
+    token : integer array [n_batch]
+
+    Notes
+    -----
+    Source: the order of `GenerationMixin._get_logits_processor` in Transformers: penalty, temperature, top-k, top-p, min-p.
+    """
+    if sampling.repetition_penalty not in (None, 1):
+        logits = ops.repetition_penalty(logits, seen, sampling.repetition_penalty)
+    if not sampling.do_sample:
+        return ops.greedy(logits)
+    for name, off in (("temperature", 1), ("top_k", 0), ("top_p", 1), ("min_p", 0)):
+        value = getattr(sampling, name)
+        if value is not None and value != off:
+            logits = getattr(ops, name)(logits, value)
+    return ops.sample(logits, u)
+
+
+def uniforms(seed, n_batch, step):
+    """Draw one uniform number in [0, 1) for each sequence: a function of (seed, sequence, step) and of nothing else.
+
+    Notes
+    -----
+    Source: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al. 2011), Philox 4x64; a counter-based generator replays the
+    same numbers for any batch and backend.
+    """
+    return np.array([np.random.Generator(np.random.Philox(key=[seed, sequence], counter=[0, step, 0, 0])).random()
+                     for sequence in range(n_batch)])
+
+
+def generate_tokens(model, input_ids, valid=None, *, max_new_tokens=50, sampling=Sampling(), seed=None, use_cache=True):
+    """Continue a batch of prompts, token by token.
+
+    Parameters
+    ----------
+    model : Model
+    input_ids : integer array [n_batch, n_prompt]
+        NumPy; padded on the left where the prompts differ in length.
+    valid : bool array [n_batch, n_prompt], optional
+        NumPy; False where `input_ids` is padding.
+    max_new_tokens : int
+    sampling : Sampling
+    seed : int, optional
+        The same seed draws the same numbers; None draws fresh ones.
+    use_cache : bool
+        False computes the whole sequence again for every token.
+
+    Yields
+    ------
+    token : integer array [n_batch]
+        The next token of each row.  The caller says when to stop.
+
+    Warns
+    -----
+    UserWarning
+        When the context ends before `max_new_tokens`.
+    """
+    n_batch, n_prompt = input_ids.shape
+    ids, valid = input_ids, np.ones(input_ids.shape, dtype=bool) if valid is None else valid
+    n_new = _room(model.config, n_prompt, max_new_tokens)
+    cache = model.new_cache(n_batch) if use_cache else None
+    seed = secrets.randbits(64) if seed is None else seed
+    seen = _seen(ids, valid, model.config.vocab_size)
+    for step in range(n_new):
+        new = ids if step == 0 or not use_cache else ids[:, -1:]
+        logits = _last_logits(model, new, valid, cache)
+        u = uniforms(seed, n_batch, step) if sampling.do_sample else None
+        token = choose(logits, sampling, seen, u)
+        yield token
+        seen[np.arange(n_batch), token] = True
+        ids = np.concatenate([ids, token[:, None]], axis=1)
+        valid = np.concatenate([valid, np.ones((n_batch, 1), dtype=bool)], axis=1)
+
+
+def _last_logits(model, ids, valid, cache):
+    """Send new tokens through the model, in chunks where a cache keeps what was computed; NumPy logits of the last one."""
+    n_cached, n_new = (0 if cache is None else cache.n_ctx), ids.shape[1]
+    chunk = PREFILL_CHUNK if cache is not None else n_new
+    for start in range(0, n_new, chunk):
+        stop = min(start + chunk, n_new)
+        logits = model(ids[:, start:stop], attention_mask=valid[:, : n_cached + stop], cache=cache, logits_to_keep=1)
+    return to_numpy(logits)[:, -1, :]
+
+
+class TextStream:
+    """The text of one answer as its tokens come in, cut before the first stop string.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    stop_ids : tuple of int
+        Tokens that end the answer and are no part of its text.
+    stop : tuple of str
+        Strings that end the answer and are no part of its text.
+    """
+
+    def __init__(self, tokenizer, stop_ids=(), stop=()):
+        self._detokenizer, self._stop_ids, self._stop = Detokenizer(tokenizer) if tokenizer else None, set(stop_ids), stop
+        self._held, self.ended = "", False
+
+    def push(self, token):
+        """Take a token; return the text that is now certain to belong to the answer, and set `ended` at its end."""
+        if int(token) in self._stop_ids:
+            return self.close()
+        if self._detokenizer is None:
+            return ""
+        return self._cut(self._detokenizer.push(token))
+
+    def close(self):
+        """End the answer; return what was held back."""
+        if self.ended:
+            return ""
+        text = self._cut(self._detokenizer.flush()) if self._detokenizer else ""
+        text, self._held, self.ended = text + (self._held if not self.ended else ""), "", True
+        return text
+
+    def _cut(self, piece):
+        text = self._held + piece
+        starts = [at for at in map(text.find, self._stop) if at >= 0]
+        if starts:
+            self._held, self.ended = "", True
+            return text[: min(starts)]
+        n_held = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+
+def stream_batch(model, input_ids, valid, streams, **options):
+    """Continue a batch until every answer has ended.
+
+    Parameters
+    ----------
+    streams : list of TextStream
+        One for each row; says when the row ends.
+    **options
+        As in `generate_tokens`.
+
+    Yields
+    ------
+    token : integer array [n_batch]
+        Rows that have ended hold the pad id, else the first stop id.
+    pieces : list of str
+        What each row's text gained.
+    """
+    settings = model.generation_config
+    fill = settings.pad_token_id if settings.pad_token_id is not None else (settings.eos_token_id or (0,))[0]
+    for token in generate_tokens(model, input_ids, valid, **options):
+        ended = np.array([stream.ended for stream in streams])
+        token = np.where(ended, fill, token)
+        yield token, ["" if stream.ended else stream.push(t) for stream, t in zip(streams, token, strict=True)]
+        if all(stream.ended for stream in streams):
+            return
+
+
+def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50, seed=None, use_cache=True, **choice):
+    """Check everything a caller may ask for, before any work is done.
+
+    Parameters
+    ----------
+    prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
+
+    Returns
+    -------
+    ids, valid : integer and bool array [n_batch, n_prompt]
+    streams : list of TextStream
+    options : dict
+        For `generate_tokens`.
+
+    Raises
+    ------
+    NpllmTypeError, NpllmValueError
+        Naming the option, and both numbers where the prompt does not fit the context.
+    """
+    settings = model.generation_config
+    if settings.unsupported:
+        raise NpllmValueError(f"generation_config.json asks for what is not implemented: {', '.join(settings.unsupported)}")
+    for name, value, largest in (("max_new_tokens", max_new_tokens, 2**31), ("seed", seed, 2**64 - 1)):
+        if value is not None and not (isinstance(value, int | np.integer) and 0 <= value <= largest):
+            raise NpllmValueError(f"{name} must be an integer in 0 ... {largest}, got {value!r}")
+    sampling = resolve_sampling(settings.sampling, **choice)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(isinstance(text, str) and text for text in stop):
+        raise NpllmTypeError(f"stop must be strings, none of them empty, got {stop!r}")
+    ids, valid = _prompt_ids(model, prompt, attention_mask)
+    if ids.shape[1] >= model.config.max_position_embeddings:
+        raise NpllmValueError(f"the prompt has {ids.shape[1]} tokens, but the context length (max_position_embeddings) is "
+                              f"{model.config.max_position_embeddings}, and the answer must fit in as well; shorten the prompt")
+    tokenizer = model.require_tokenizer() if stop or not _is_array(prompt) else None
+    streams = [TextStream(tokenizer, settings.eos_token_id, stop) for _ in ids]
+    return ids, valid, streams, {"max_new_tokens": int(max_new_tokens), "sampling": sampling, "seed": seed, "use_cache": use_cache}
+
+
+def _prompt_ids(model, prompt, attention_mask):
+    """Token ids of any kind of prompt, left-padded, and which of them are no padding."""
+    if _is_array(prompt):
+        ids = to_numpy(prompt)
+        if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
+            raise NpllmTypeError(f"input_ids must be integers [n_batch, n_prompt], both at least 1, got {ids.dtype} {list(ids.shape)}")
+        return ids.astype(np.int64), model.check_attention_mask(attention_mask, ids.shape, 0)
+    if attention_mask is not None:
+        raise NpllmTypeError("attention_mask goes with an array of token ids; texts are padded and masked by themselves")
+    tokenizer = model.require_tokenizer()
+    if isinstance(prompt, str):
+        rows = [tokenizer.encode(prompt)]
+    elif is_chat(prompt):
+        rows = [tokenizer.encode_chat(prompt)]
+    elif isinstance(prompt, list | tuple) and prompt:
+        rows = [tokenizer.encode(text) for text in prompt]
+    else:
+        raise NpllmTypeError("prompt must be a str, a list of str, a list of messages or an integer array [n_batch, n_prompt], "
+                             f"got {str(prompt)[:80]!r}")
+    if not all(rows):
+        raise NpllmValueError("the prompt is empty: it must hold at least one token")
+    return _pad_left(rows, model.generation_config.pad_token_id or 0)
+
+
+def _pad_left(rows, pad):
+    """Put lists of ids of different lengths into one array, padded on the left."""
+    n_prompt = max(map(len, rows))
+    ids = np.full((len(rows), n_prompt), pad, dtype=np.int64)
+    valid = np.zeros(ids.shape, dtype=bool)
+    for row, tokens in enumerate(rows):
+        ids[row, n_prompt - len(tokens) :] = tokens
+        valid[row, n_prompt - len(tokens) :] = True
+    return ids, valid
+
+
+def is_chat(prompt):
+    """Tell whether a prompt is a list of messages."""
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(message, dict) for message in prompt)
+
+
+def _is_array(prompt):
+    return hasattr(prompt, "__array_namespace__")
+
+
+def _room(config, n_prompt, max_new_tokens):
+    """How many tokens may follow a prompt; warns where the context ends before max_new_tokens."""
+    room = config.max_position_embeddings - n_prompt
+    if room < max_new_tokens:
+        warnings.warn(f"the context length (max_position_embeddings) is {config.max_position_embeddings}: after {n_prompt} tokens of "
+                      f"prompt there is room for {room} new tokens, not {max_new_tokens}", stacklevel=4)
+    return min(room, max_new_tokens)
+
+
+def _seen(ids, valid, n_vocab):
+    """Mark the tokens of each prompt, padding left out."""
+    seen = np.zeros((ids.shape[0], n_vocab), dtype=bool)
+    rows, columns = np.nonzero(valid)
+    seen[rows, ids[rows, columns]] = True
+    return seen
+
+
+def _is_id(token):
+    return isinstance(token, int) and not isinstance(token, bool) and token >= 0

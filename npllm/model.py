@@ -1,0 +1,347 @@
+"""The convenient front: `load` a folder, call the model, generate text."""
+
+from pathlib import Path
+
+import numpy as np
+
+from npllm import ops as _ops
+from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_integer, to_numpy, widen
+from npllm.cache import KVCache
+from npllm.checkpoint import load_params
+from npllm.config import Config
+from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.fetch import fetch, find_checkpoint
+from npllm.generate import GenerationConfig, is_chat, prepare, stream_batch
+from npllm.models import phi3
+from npllm.tokenizer import Tokenizer
+
+__all__ = ["Model", "load", "pipeline"]
+
+
+def load(path=None, *, backend="numpy", dtype=None, ops=None):
+    """Load a model from a checkpoint folder.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A folder with config.json and safetensors, or the name of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").
+        None: the default checkpoint, fetched on first use.
+    backend : str
+        "numpy" or "cupy": where the arrays live.
+    dtype : str, optional
+        Of the weights held in memory: "bfloat16", "float16", "float32" or "float64"; None: as stored.  With "float64" everything is
+        computed in float64.
+    ops : Ops, optional
+        None: the fastest proven set; `npllm.ops.reference`: the definitions; or your own.
+
+    Returns
+    -------
+    model : Model
+
+    Raises
+    ------
+    NpllmOSError
+        When the folder or a file of it is missing or unreadable.
+    NpllmValueError
+        When its content is contradictory or not implemented.
+    """
+    xp = backend_namespace(backend)
+    folder = _checkpoint_folder(path)
+    config = Config.from_json(folder)
+    params = load_params(folder, config, dtype=dtype, xp=xp)
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    return Model(config, params, ops=ops, tokenizer=tokenizer, generation_config=GenerationConfig.from_folder(folder, config),
+                 folder=folder)
+
+
+def _checkpoint_folder(path):
+    """Find the folder of a path, of a fetched checkpoint's name, or of the default checkpoint."""
+    if path is None:
+        return fetch()
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    found = find_checkpoint(str(path))
+    if found is None:
+        raise NpllmOSError(f"{path}: is neither a folder nor a fetched checkpoint; `npllm fetch OWNER/NAME` gets one from the "
+                           "Hugging Face hub")
+    return found
+
+
+class Model:
+    """A causal language model: a blueprint, its weights, and the operations it runs on.
+
+    Parameters
+    ----------
+    config : Config
+    params : Params
+    ops : Ops, optional
+    tokenizer : Tokenizer, optional
+    generation_config : GenerationConfig, optional
+    folder : Path, optional
+        Where it came from.
+    """
+
+    def __init__(self, config, params, *, ops=None, tokenizer=None, generation_config=None, folder=None):
+        self.config, self.params, self.tokenizer, self.folder = config, params, tokenizer, folder
+        self.ops = _ops.blockwise if ops is None else ops
+        self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
+        self._xp = array_namespace(params.embed_tokens)
+        rope = config.rope_parameters
+        inv_freq = asarray(_ops.rope_frequencies(config.d_rope, rope.rope_theta), self._xp)
+        self._inv_freq = widen(inv_freq, compute_dtype(params.embed_tokens))
+
+    def __call__(self, input_ids, *, attention_mask=None, position_ids=None, cache=None, logits_to_keep=0, tap=None):
+        """Score every possible next token after each given token.
+
+            logits = lm_head(hidden),   hidden = model(input_ids)
+
+        Parameters
+        ----------
+        input_ids : integer array [n_batch, n_seq]
+        attention_mask : array [n_batch, n_ctx], optional
+            1 for a token, 0 for padding, cached ones included.  Default: no padding among the new tokens.
+        position_ids : integer array [n_seq], optional
+            Or [n_batch, n_seq].  Default: counted along the attention mask.
+        cache : KVCache, optional
+            From `new_cache`; is appended to, and `input_ids` are then the new tokens only.
+        logits_to_keep : int
+            Only the last so many positions; 0: all.
+        tap : function (name, array) -> array, optional
+            Sees, and may replace, every named value (see `npllm.models.phi3.forward`); the model then runs unfused.
+
+        Returns
+        -------
+        logits : array [n_batch, n_seq, n_vocab]
+            float32, or float64 when the weights are.
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            When ids are no integers or out of range, the context overflows, or shapes do not fit.
+
+        Notes
+        -----
+        Source: `Phi3ForCausalLM.forward` in Transformers.
+        """
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise NpllmValueError(f"logits_to_keep must be an integer of at least 0, got {logits_to_keep!r}")
+        hidden = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, tap=tap)
+        return phi3.lm_head(hidden[:, -logits_to_keep:, :], self.params, self.ops, tap)
+
+    def model(self, input_ids, *, attention_mask=None, position_ids=None, cache=None, tap=None):
+        """Compute the hidden state after the final norm.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, position_ids, cache, tap
+            As in `__call__`.
+
+        Returns
+        -------
+        hidden : array [n_batch, n_seq, d_model]
+
+        Notes
+        -----
+        Source: `Phi3Model.forward` in Transformers.
+        """
+        ids = self._check_ids(input_ids)
+        n_past = 0 if cache is None else cache.n_ctx
+        self._check_room(ids, cache)
+        valid = self.check_attention_mask(attention_mask, ids.shape, n_past, cache)
+        positions = self._positions(position_ids, valid, ids.shape)
+        cos, sin = self.ops.rope_tables(asarray(positions, self._xp), self._inv_freq)
+        window = self.config.sliding_window
+        rule = _ops.mask.causal() if window is None else _ops.mask.sliding_window(window)
+        if not valid.all():
+            rule = rule & _ops.mask.padding(asarray(valid, self._xp))
+        hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rule, self.ops, cache, tap)
+        if cache is not None:
+            cache.advance(valid)
+        return hidden
+
+    def lm_head(self, hidden):
+        """Score every token of the vocabulary for any hidden states [..., d_model]; returns logits [..., n_vocab]."""
+        return phi3.lm_head(hidden, self.params, self.ops)
+
+    def new_cache(self, n_batch=1):
+        """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
+        return KVCache(n_batch, self.config.num_hidden_layers, self.config.max_position_embeddings)
+
+    def generate(self, prompt, *, max_new_tokens=50, do_sample=None, temperature=None, top_k=None, top_p=None, min_p=None,
+                 repetition_penalty=None, seed=None, stop=None, use_cache=True, attention_mask=None):
+        """Continue a prompt.
+
+        Parameters
+        ----------
+        prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
+            Messages are {"role": ..., "content": ...} and go through the checkpoint's chat template.
+        max_new_tokens : int
+        do_sample : bool, optional
+            False: greedy.  None: sample where an option below asks for it, else as generation_config.json says, else greedy.
+        temperature, top_k, top_p, min_p, repetition_penalty : number, optional
+            See `npllm.ops`.  None: as generation_config.json says, else off.  temperature=0 is greedy.
+        seed : int, optional
+            Replays the same draw.
+        stop : str or list of str, optional
+            The answer ends before the first of these; the checkpoint's own stop ids end it as well.
+        use_cache : bool
+            False computes the whole sequence again for every token.
+        attention_mask : array [n_batch, n_prompt], optional
+            Only with an array of ids: 0 for padding on the left.
+
+        Returns
+        -------
+        text : str or list of str
+            The new text only, for text and messages; for an array of ids int64 [n_batch, n_prompt + n_new], the prompt included,
+            rows that ended early filled with the pad id (else the first stop id).
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            For contradictory options (do_sample=False with a temperature), values out of range, a prompt beyond the context
+            length; before any work is done.
+
+        Notes
+        -----
+        Source: `GenerationMixin.generate` in Transformers.
+        """
+        ids, valid, streams, options = prepare(
+            self, prompt, attention_mask, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, seed=seed, stop=stop, max_new_tokens=max_new_tokens, use_cache=use_cache)
+        steps = list(stream_batch(self, ids, valid, streams, **options))
+        if hasattr(prompt, "__array_namespace__"):
+            return np.concatenate([ids, *(token[:, None] for token, _ in steps)], axis=1)
+        texts = ["".join(row) + stream.close() for *row, stream in zip(*(pieces for _, pieces in steps), streams, strict=True)]
+        return texts[0] if isinstance(prompt, str) or is_chat(prompt) else texts
+
+    def stream(self, prompt, **options):
+        """Continue one prompt, and yield the new text piece by piece, never half a character.
+
+        Parameters
+        ----------
+        prompt : str or list of messages
+        **options
+            As in `generate`.
+
+        Returns
+        -------
+        pieces : iterator of str
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            As `generate`, at once and not at the first piece.
+        """
+        if not (isinstance(prompt, str) or is_chat(prompt)):
+            raise NpllmTypeError(f"stream takes one text or one list of messages, got {type(prompt).__name__}; see generate")
+        ids, valid, streams, settings = prepare(self, prompt, **options)
+
+        def pieces():
+            for _, (piece,) in stream_batch(self, ids, valid, streams, **settings):
+                if piece:
+                    yield piece
+            rest = streams[0].close()
+            if rest:
+                yield rest
+
+        return pieces()
+
+    def require_tokenizer(self):
+        """Return the tokenizer; raise where the folder has none."""
+        if self.tokenizer is None:
+            raise NpllmValueError(f"{self.folder or 'this model'}: has no tokenizer.json, so it takes token ids only, not text")
+        return self.tokenizer
+
+    def check_attention_mask(self, attention_mask, shape, n_past, cache=None):
+        """Return which slots hold tokens, as a NumPy bool array [n_batch, n_ctx]; default: all the new ones do."""
+        n_batch, n_seq = shape
+        if attention_mask is None:
+            past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
+            return np.concatenate([past, np.ones(shape, dtype=bool)], axis=1)
+        mask = to_numpy(attention_mask)
+        if mask.shape != (n_batch, n_past + n_seq):
+            raise NpllmValueError(f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys included), "
+                                  f"got {list(mask.shape)}")
+        if not np.isin(mask, (0, 1)).all():
+            raise NpllmValueError("attention_mask must hold 1 (token) and 0 (padding) only; additive masks are not taken")
+        return mask.astype(bool)
+
+    def __str__(self):
+        return phi3.describe(self.config)
+
+    def __repr__(self):
+        return f"<npllm.Model {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"
+
+    def _check_ids(self, input_ids):
+        """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
+        ids = to_numpy(input_ids) if hasattr(input_ids, "__array_namespace__") else np.asarray(input_ids)
+        if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
+            raise NpllmTypeError(f"input_ids must be integers [n_batch, n_seq], both at least 1, got {ids.dtype} {list(ids.shape)}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise NpllmValueError(f"token ids must lie in 0 ... vocab_size - 1 = {self.config.vocab_size - 1}, got {ids.min()} ... "
+                                  f"{ids.max()}; is this the tokenizer of another model?")
+        return ids
+
+    def _check_room(self, ids, cache):
+        """Raise where the sequence would outgrow the context."""
+        if cache is not None:
+            cache.check_room(*ids.shape)
+        elif ids.shape[1] > self.config.max_position_embeddings:
+            raise NpllmValueError(f"{ids.shape[1]} tokens do not fit: the context length (max_position_embeddings) is "
+                                  f"{self.config.max_position_embeddings}")
+
+    def _positions(self, position_ids, valid, shape):
+        """Positions [n_seq] or [n_batch, n_seq]: the given ones, else each row's count of tokens so far."""
+        n_batch, n_seq = shape
+        if position_ids is None:
+            if valid.all():
+                return np.arange(valid.shape[1] - n_seq, valid.shape[1])
+            return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]
+        positions = to_numpy(position_ids) if hasattr(position_ids, "__array_namespace__") else np.asarray(position_ids)
+        if not is_integer(positions) or positions.shape not in ((n_seq,), (1, n_seq), (n_batch, n_seq)) or positions.min() < 0:
+            raise NpllmValueError(f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = {[n_batch, n_seq]}, "
+                                  f"got {positions.dtype} {list(positions.shape)}")
+        return positions[0] if positions.shape[:-1] == (1,) else positions
+
+
+def pipeline(task, model=None):
+    """Wrap a model in the calling convention of Transformers' pipelines.
+
+    Parameters
+    ----------
+    task : str
+        "text-generation".
+    model : Model, str or Path, optional
+        A model, or what `load` takes.
+
+    Returns
+    -------
+    pipe : function (prompt, *, return_full_text=True, **options) -> list of dict
+        `pipe(prompt, max_new_tokens=50, return_full_text=False, do_sample=False)` returns [{"generated_text": "..."}]; a list of
+        prompts returns one such list for each.  With messages and the full text, "generated_text" is the conversation with the
+        assistant's message appended.  Options are those of `Model.generate`.
+
+    Raises
+    ------
+    NpllmValueError
+        For another task.
+
+    Notes
+    -----
+    Source: `TextGenerationPipeline` in Transformers.
+    """
+    if task != "text-generation":
+        raise NpllmValueError(f'task must be "text-generation", got {task!r}')
+    model = model if isinstance(model, Model) else load(model)
+
+    def pipe(prompt, *, return_full_text=True, **options):
+        if isinstance(prompt, list) and not is_chat(prompt):
+            texts = model.generate(prompt, **options)
+            return [[{"generated_text": (before if return_full_text else "") + new}] for before, new in zip(prompt, texts, strict=True)]
+        new = model.generate(prompt, **options)
+        if is_chat(prompt):
+            return [{"generated_text": [*prompt, {"role": "assistant", "content": new}] if return_full_text else new}]
+        return [{"generated_text": (prompt if return_full_text else "") + new}]
+
+    return pipe

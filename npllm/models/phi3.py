@@ -1,0 +1,189 @@
+"""Phi-3: the decoder layer, and the stack of them.  Composition only; the mathematics is in `npllm.ops`."""
+
+from npllm.ops import merge_heads, split_heads
+
+__all__ = ["decoder_layer", "forward", "lm_head"]
+
+
+def no_tap(name, x):
+    """Let every named value pass as it is."""
+    return x
+
+
+def forward(params, config, ids, cos, sin, mask, ops, cache=None, tap=None):
+    """Turn token ids into the hidden state after the final norm.
+
+        x = embed(ids);   x = decoder_layer_l(x) for each layer l;   hidden = rms_norm(x)
+
+    Parameters
+    ----------
+    params : Params
+    config : Config
+    ids : integer array [n_batch, n_seq]
+    cos, sin : array [n_seq, d_rope]
+        Or [n_batch, n_seq, d_rope]; computed once, the same for all layers.
+    mask : Rule
+    ops : Ops
+    cache : KVCache, optional
+        Is appended to; the caller advances it.
+    tap : function (name, array) -> array, optional
+        Sees, and may replace, every named value.  The names are Transformers' module names, and `...self_attn.q`, `.k`, `.v`
+        (after RoPE), `...self_attn.attention` and `...mlp.swiglu` for what is no module there.
+
+    Returns
+    -------
+    hidden : array [n_batch, n_seq, d_model]
+
+    Notes
+    -----
+    Source: `Phi3Model` in Transformers.
+    """
+    if tap is not None:
+        ops = ops.unfused()
+    x = ops.embed(ids, params.embed_tokens)
+    x = x if tap is None else tap("model.embed_tokens", x)
+    for number, layer in enumerate(params.layers):
+        x = decoder_layer(x, layer, config, cos, sin, mask, ops, cache, number, tap)
+    x = ops.rms_norm(x, params.norm, config.rms_norm_eps)
+    return x if tap is None else tap("model.norm", x)
+
+
+def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, tap=None):
+    """Add attention and then the feed-forward network to the residual stream, each after its own norm.
+
+        x = x + self_attention(rms_norm(x));   x = x + mlp(rms_norm(x))
+
+    Parameters
+    ----------
+    x : array [n_batch, n_seq, d_model]
+    params : LayerParams
+    config : Config
+    cos, sin, mask, ops, cache, tap
+        As in `forward`.
+    number : int
+        Which layer this is: its place in the cache and in the names that the tap sees.
+
+    Returns
+    -------
+    x : array [n_batch, n_seq, d_model]
+
+    Notes
+    -----
+    Source: `Phi3DecoderLayer` in Transformers; pre-norm: "On Layer Normalization in the Transformer Architecture" (Xiong et al. 2020).
+    """
+    prefix = f"model.layers.{number}."
+    named = no_tap if tap is None else lambda name, value: tap(prefix + name, value)
+    x = x + self_attention(x, params, config, cos, sin, mask, ops, cache, number, named)
+    x = x + mlp(x, params, config, ops, named)
+    return x if tap is None else tap(prefix[:-1], x)
+
+
+def self_attention(x, params, config, cos, sin, mask, ops, cache, number, named):
+    """Let every position gather from the positions it sees: q, k, v, RoPE, attention, output projection."""
+    qkv = _norm_linear(x, params.input_layernorm, params.qkv_proj, config.rms_norm_eps, ops, named,
+                       "input_layernorm", "self_attn.qkv_proj")
+    d_head = config.head_dim
+    q_end = config.num_attention_heads * d_head
+    k_end = q_end + config.num_key_value_heads * d_head
+    q = split_heads(qkv[..., :q_end], config.num_attention_heads)  # [n_batch, n_seq, n_head*d_head] -> [n_batch, n_head, n_seq, d_head]
+    k = split_heads(qkv[..., q_end:k_end], config.num_key_value_heads)
+    v = split_heads(qkv[..., k_end:], config.num_key_value_heads)
+    q = named("self_attn.q", ops.apply_rope(q, cos, sin))
+    k = named("self_attn.k", ops.apply_rope(k, cos, sin))
+    v = named("self_attn.v", v)
+    if cache is not None:
+        k, v = cache.append(number, k, v)
+    y = merge_heads(ops.attention(q, k, v, mask=mask))  # [n_batch, n_head, n_seq, d_head] -> [n_batch, n_seq, n_head*d_head]
+    return named("self_attn.o_proj", ops.linear(named("self_attn.attention", y), params.o_proj))
+
+
+def mlp(x, params, config, ops, named):
+    """Transform every position by itself: the gated feed-forward network."""
+    gate_up = _norm_linear(x, params.post_attention_layernorm, params.gate_up_proj, config.rms_norm_eps, ops, named,
+                           "post_attention_layernorm", "mlp.gate_up_proj")
+    d_ff = config.intermediate_size
+    y = named("mlp.swiglu", ops.swiglu(gate_up[..., :d_ff], gate_up[..., d_ff:]))
+    return named("mlp.down_proj", ops.linear(y, params.down_proj))
+
+
+def lm_head(hidden, params, ops, tap=None):
+    """Score every token of the vocabulary by its product with the hidden state.
+
+        logits[..., t] = sum_i hidden[..., i] * lm_head[t, i]
+
+    Parameters
+    ----------
+    hidden : array [..., d_model]
+    params : Params
+    ops : Ops
+    tap : function (name, array) -> array, optional
+
+    Returns
+    -------
+    logits : array [..., n_vocab]
+
+    Notes
+    -----
+    Source: `Phi3ForCausalLM.lm_head` in Transformers.
+    """
+    logits = ops.linear(hidden, params.lm_head)
+    return logits if tap is None else tap("lm_head", logits)
+
+
+def _norm_linear(x, norm_weight, weight, eps, ops, named, norm_name, linear_name):
+    """The fusion where nobody looks at the value in between; the two steps where a tap does."""
+    if named is no_tap:
+        return ops.norm_linear(x, norm_weight, eps, weight)
+    return named(linear_name, ops.linear(named(norm_name, ops.rms_norm(x, norm_weight, eps)), weight))
+
+
+def describe(config):
+    """Draw the tree of modules that Transformers prints for the same folder: `str(model) == str(hf_model)`.
+
+    Parameters
+    ----------
+    config : Config
+
+    Returns
+    -------
+    tree : str
+
+    Notes
+    -----
+    Source: `torch.nn.Module.__repr__` of `Phi3ForCausalLM`, Transformers 5.23.
+    """
+    d_model, d_ff, n_vocab, eps = config.hidden_size, config.intermediate_size, config.vocab_size, config.rms_norm_eps
+    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    n_layer = config.num_hidden_layers
+    padding = "" if config.pad_token_id is None else f", padding_idx={config.pad_token_id}"
+    norm = f"Phi3RMSNorm(({d_model},), eps={eps})"
+    layers = "(0): Phi3DecoderLayer(" if n_layer == 1 else f"(0-{n_layer - 1}): {n_layer} x Phi3DecoderLayer("
+
+    def linear(n_in, n_out):
+        return f"Linear(in_features={n_in}, out_features={n_out}, bias=False)"
+
+    return f"""Phi3ForCausalLM(
+  (model): Phi3Model(
+    (embed_tokens): Embedding({n_vocab}, {d_model}{padding})
+    (layers): ModuleList(
+      {layers}
+        (self_attn): Phi3Attention(
+          (o_proj): {linear(d_q, d_model)}
+          (qkv_proj): {linear(d_model, d_q + 2 * d_kv)}
+        )
+        (mlp): Phi3MLP(
+          (gate_up_proj): {linear(d_model, 2 * d_ff)}
+          (down_proj): {linear(d_ff, d_model)}
+          (activation_fn): SiLUActivation()
+        )
+        (input_layernorm): {norm}
+        (post_attention_layernorm): {norm}
+        (resid_attn_dropout): Dropout(p={config.resid_pdrop}, inplace=False)
+        (resid_mlp_dropout): Dropout(p={config.resid_pdrop}, inplace=False)
+      )
+    )
+    (norm): {norm}
+    (rotary_emb): Phi3RotaryEmbedding()
+  )
+  (lm_head): {linear(d_model, n_vocab)}
+)"""

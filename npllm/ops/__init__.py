@@ -1,0 +1,121 @@
+"""Every operation of the model as a plain function of arrays, and `Ops`, the set of them that a model runs on.
+
+The functions in this folder are the *definitions*: formula in the docstring, the same formula in the code, nothing but the array
+API standard.  A model is given an `Ops` and calls `ops.attention(...)`; which implementation stands behind the name is the
+caller's choice:
+
+    model = npllm.load(path, ops=npllm.ops.reference.replace(attention=my_attention))
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from dataclasses import replace as _replace
+
+from npllm.errors import NpllmTypeError
+from npllm.ops import mask
+from npllm.ops.attention import attention, attention_weights, blockwise_attention
+from npllm.ops.embedding import embed
+from npllm.ops.feedforward import silu, swiglu
+from npllm.ops.linear import linear, merge_heads, split_heads
+from npllm.ops.norm import rms_norm
+from npllm.ops.rope import apply_rope, rope_frequencies, rope_tables, rotation_matrix
+from npllm.ops.sampling import greedy, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
+
+__all__ = ["Ops", "apply_rope", "attention", "attention_weights", "blockwise", "blockwise_attention", "embed", "greedy", "linear",
+           "mask", "merge_heads", "min_p", "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies",
+           "rope_tables", "rotation_matrix", "sample", "silu", "softmax", "split_heads", "swiglu", "temperature", "top_k", "top_p"]
+
+
+def norm_linear(x, norm_weight, eps, weight, bias=None):
+    """Normalise each row and multiply it by a weight matrix: a fusion, defined as the composition of its parts.
+
+        y = linear(rms_norm(x, norm_weight, eps), weight, bias)
+
+    Parameters
+    ----------
+    x : array [..., d_model]
+    norm_weight : array [d_model]
+    eps : float
+    weight : array [d_out, d_model]
+    bias : array [d_out], optional
+
+    Returns
+    -------
+    y : array [..., d_out]
+        In the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit.
+    """
+    return linear(rms_norm(x, norm_weight, eps), weight, bias)
+
+
+# What a fusion is made of: whoever replaces a part gets the composition of the parts back.
+FUSIONS = {"norm_linear": ("rms_norm", "linear")}
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The set of operations a model runs on: one callable for each name, with the signature of the definition.
+
+    A fusion that is left out (None) is composed of the set's own parts.
+    """
+
+    embed: Callable
+    linear: Callable
+    rms_norm: Callable
+    rope_tables: Callable
+    apply_rope: Callable
+    attention: Callable
+    swiglu: Callable
+    norm_linear: Callable | None = None
+    name: str = "custom"
+
+    def __post_init__(self):
+        for field in fields(self):
+            op = getattr(self, field.name)
+            if field.name != "name" and not callable(op) and not (op is None and field.name in FUSIONS):
+                raise NpllmTypeError(f"Ops.{field.name} must be a function with the signature of npllm.ops.{field.name}, got {op!r}")
+        if self.norm_linear is None:
+            object.__setattr__(self, "norm_linear", self._norm_linear)
+
+    def _norm_linear(self, x, norm_weight, eps, weight, bias=None):
+        return self.linear(self.rms_norm(x, norm_weight, eps), weight, bias)
+
+    def replace(self, **ops):
+        """Return a set with some operations replaced.
+
+        Parameters
+        ----------
+        **ops : callable
+            New implementations by name.  A fusion that contains a replaced part falls back to the composition, so that the new
+            part is the one that runs, unless the fusion is given as well.
+
+        Returns
+        -------
+        new : Ops
+
+        Raises
+        ------
+        NpllmTypeError
+            For a name that no operation has, or a value that cannot be called.
+        """
+        names = [field.name for field in fields(self)]
+        unknown = sorted(set(ops) - set(names))
+        if unknown:
+            raise NpllmTypeError(f"no operation is called {', '.join(unknown)}; an Ops has {', '.join(names)}")
+        broken = {fusion: None for fusion, parts in FUSIONS.items() if fusion not in ops and any(part in ops for part in parts)}
+        return _replace(self, **{"name": f"{self.name}, replaced {', '.join(sorted(ops))}", **broken, **ops})
+
+    def unfused(self):
+        """Return a set without fusions, in which every intermediate value exists."""
+        return _replace(self, **dict.fromkeys(FUSIONS))
+
+
+reference = Ops(embed, linear, rms_norm, rope_tables, apply_rope, attention, swiglu, name="reference")
+"""The definitions, attention with its n x n table included: for reading and checking."""
+
+blockwise = _replace(reference, attention=blockwise_attention, name="blockwise")
+"""The definitions with the blockwise attention: no n x n table."""

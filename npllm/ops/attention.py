@@ -1,0 +1,301 @@
+"""Attention, twice: the definition with its table of all weights, and the blockwise form with an online softmax.
+
+The two are derived independently and share no arithmetic, only the check of the arguments and the default slots.
+"""
+
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, is_integer, widen
+from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.ops.mask import ALL, NONE, SOME
+
+__all__ = ["attention", "attention_weights", "blockwise_attention"]
+
+
+def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None):
+    """Say how much each query attends to each key: the relevance of every position, as a distribution.
+
+        s[h, i, j] = scale * sum_c q[h, i, c] * k[h // group, j, c],   group = n_head / n_kv_head
+        s = softcap * tanh(s / softcap), if a softcap is given;  s = s + bias, if one is given
+        w[h, i, j] = exp(s[h, i, j]) / sum_(j' visible) exp(s[h, i, j']) where j is visible, else 0
+
+    Parameters
+    ----------
+    q : array [..., n_head, n_seq, d_head]
+    k : array [..., n_kv_head, n_ctx, d_head]
+        Query head h reads key head h // group.
+    mask : Rule, function or bool array, optional
+        A rule `mask(i, j)` of slots (see `npllm.ops.mask`), or a bool array that broadcasts to [..., n_head, n_seq, n_ctx], True
+        where visible.  None: every key is visible.
+    bias : array, optional
+        Added to the scores; broadcasts to [..., n_head, n_seq, n_ctx].  -inf excludes.
+    scale : float, optional
+        Default d_head ** -0.5, of the whole head also under partial RoPE.
+    softcap : float, optional
+        Bounds the scores to -softcap ... softcap.
+    q_slots : integer array [n_seq], optional
+        Place of each query in the sequence, for the rule; also a `range`.  Default: the last n_seq slots of the keys.
+    k_slots : integer array [n_ctx], optional
+        Place of each key; also a `range`.  Default: 0 ... n_ctx - 1.
+
+    Returns
+    -------
+    w : array [..., n_head, n_seq, n_ctx]
+        In the dtype of `q`.  A row sums to 1, or is all zeros where no key is visible.
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit, or n_head is no multiple of n_kv_head.
+
+    Notes
+    -----
+    Computes in float32 (float64 when any input is), and rounds once.
+
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 1; grouped heads: "GQA" (Ainslie et al. 2023);
+    `eager_attention_forward` in Transformers, which gives a row without a visible key the mean of all values instead.
+    """
+    xp = array_namespace(q, k, bias)
+    q_slots, k_slots = _check(xp, q, k, None, mask, bias, q_slots, k_slots)
+    s = _scores(xp, q, k, scale, softcap, bias)
+    weights, _ = _softmax_visible(xp, s, _visible(xp, mask, q_slots, k_slots))
+    return weights if weights.dtype == q.dtype else xp.astype(weights, q.dtype)
+
+
+def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False):
+    """Replace each query by the mean of the values, weighted by the relevance of their keys: the definition.
+
+        y[h, i, :] = sum_j w[h, i, j] * v[h // group, j, :],   w = attention_weights(q, k, ...)
+
+    Parameters
+    ----------
+    q : array [..., n_head, n_seq, d_head]
+    k : array [..., n_kv_head, n_ctx, d_head]
+    v : array [..., n_kv_head, n_ctx, d_value]
+    mask, bias, scale, softcap, q_slots, k_slots
+        As in `attention_weights`.
+    return_lse : bool
+        Also return the logarithm of each row's sum of exponentials.
+
+    Returns
+    -------
+    y : array [..., n_head, n_seq, d_value]
+        In the dtype of `q`.  A row that sees no key is zero.
+    lse : array [..., n_head, n_seq]
+        Only with `return_lse`: log sum_(j visible) exp(s[h, i, j]) in the compute dtype; -inf where no key is visible.
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit, or n_head is no multiple of n_kv_head.
+
+    Notes
+    -----
+    Holds the table of all n_seq x n_ctx weights: for reading and for checking.  Computes in float32 (float64 when any input is).
+
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 1; `eager_attention_forward` in Transformers.
+    """
+    xp = array_namespace(q, k, v, bias)
+    q_slots, k_slots = _check(xp, q, k, v, mask, bias, q_slots, k_slots)
+    s = _scores(xp, q, k, scale, softcap, bias)
+    weights, lse = _softmax_visible(xp, s, _visible(xp, mask, q_slots, k_slots))
+    values = xp.repeat(widen(v, compute_dtype(weights, v)), q.shape[-3] // v.shape[-3], axis=-3)
+    y = weights @ values
+    y = y if y.dtype == q.dtype else xp.astype(y, q.dtype)
+    return (y, lse) if return_lse else y
+
+
+def _scores(xp, q, k, scale, softcap, bias):
+    """s = scale * q k^T for every head, capped and biased."""
+    dtype = compute_dtype(q, k, bias)
+    keys = xp.repeat(widen(k, dtype), q.shape[-3] // k.shape[-3], axis=-3)  # [..., n_kv_head, ...] -> [..., n_head, ...]
+    s = (widen(q, dtype) @ xp.matrix_transpose(keys)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        s = softcap * xp.tanh(s / softcap)
+    return s if bias is None else s + widen(bias, dtype)
+
+
+def _softmax_visible(xp, s, visible):
+    """Softmax of each row over its visible keys, and the log of the row's sum of exponentials."""
+    if visible is not None:
+        s = xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
+    largest = xp.max(s, axis=-1, keepdims=True)
+    largest = xp.where(largest == -xp.inf, xp.zeros_like(largest), largest)
+    e = xp.exp(s - largest)
+    total = xp.sum(e, axis=-1, keepdims=True)
+    nothing = total == 0
+    total = xp.where(nothing, xp.ones_like(total), total)
+    lse = xp.where(nothing, xp.asarray(-xp.inf, dtype=s.dtype), largest + xp.log(total))
+    return e / total, lse[..., 0]
+
+
+def blockwise_attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False,
+                        block_q=256, block_k=512):
+    """Compute `attention` block by block, in memory that does not grow with n_seq x n_ctx.
+
+    For each block of queries, visit the blocks of keys j and keep a running maximum m, sum l and weighted sum a:
+
+        m' = max(m, max_j s_j),   l' = l * exp(m - m') + sum_j exp(s_j - m')
+        a' = a * exp(m - m') + sum_j exp(s_j - m') * v_j;   at the end  y = a / l,  lse = m + log(l)
+
+    Parameters
+    ----------
+    q : array [..., n_head, n_seq, d_head]
+    k : array [..., n_kv_head, n_ctx, d_head]
+    v : array [..., n_kv_head, n_ctx, d_value]
+    mask, bias, scale, softcap, q_slots, k_slots, return_lse
+        As in `attention`.
+    block_q, block_k : int
+        Queries and keys of a block; they change the order of summation only.
+
+    Returns
+    -------
+    y : array [..., n_head, n_seq, d_value]
+        In the dtype of `q`.  A row that sees no key is zero.
+    lse : array [..., n_head, n_seq]
+        Only with `return_lse`.
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit, n_head is no multiple of n_kv_head, or a block size is below 1.
+
+    Notes
+    -----
+    Computes in float32 (float64 when any input is); 16-bit keys and values are widened block by block.  A block of which the
+    rule excludes all is skipped; where the rule excludes nothing, no mask is made.  Slots on a GPU are read on the host for
+    that: give a `range`, or leave them out, to spare the stream.
+
+    Source: "Online normalizer calculation for softmax" (Milakov and Gimelshein 2018); "FlashAttention-2" (Dao 2023), algorithm 1.
+    """
+    xp = array_namespace(q, k, v, bias)
+    q_slots, k_slots = _check(xp, q, k, v, mask, bias, q_slots, k_slots)
+    if min(block_q, block_k) < 1:
+        raise NpllmValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = compute_dtype(q, k, v, bias)
+    outputs = []
+    for rows in _spans(q.shape[-2], block_q):
+        visits = _visits(xp, mask, bias, q_slots, k_slots, rows, _spans(k.shape[-2], block_k))
+        outputs.append(_attend_rows(xp, q[..., rows, :], k, v, visits, scale, softcap, dtype))
+    y, lse = (xp.concat(parts, axis=-2) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True))
+    y = y if y.dtype == q.dtype else xp.astype(y, q.dtype)
+    return (y, lse[..., 0]) if return_lse else y
+
+
+def _attend_rows(xp, q, k, v, visits, scale, softcap, dtype):
+    """Run the recurrence for one block of queries over the blocks of keys it visits; return y and lse[..., None]."""
+    *batch, n_head, n_seq, d_head = q.shape
+    n_kv_head, n_rows = k.shape[-3], n_head // k.shape[-3] * n_seq
+    rows = xp.reshape(widen(q, dtype), (*batch, n_kv_head, n_rows, d_head))  # the query heads of a group stand together
+    m = xp.full((*batch, n_kv_head, n_rows, 1), -xp.inf, dtype=dtype)
+    l = xp.zeros_like(m)  # noqa: E741 - the paper's letter
+    a = xp.zeros((*batch, n_kv_head, n_rows, v.shape[-1]), dtype=dtype)
+    for columns, visible, bias in visits:
+        s = (rows @ xp.matrix_transpose(widen(k[..., columns, :], dtype))) * scale
+        if softcap is not None:
+            s = softcap * xp.tanh(s / softcap)
+        if bias is not None or visible is not ALL:
+            s = xp.reshape(_exclude(xp, xp.reshape(s, (*batch, n_head, n_seq, -1)), visible, bias), s.shape)
+        m_new = xp.maximum(m, xp.max(s, axis=-1, keepdims=True))
+        shift = xp.where(m_new == -xp.inf, xp.zeros_like(m_new), m_new)  # nothing seen yet: any finite number will do
+        p, decay = xp.exp(s - shift), xp.exp(m - shift)
+        l = l * decay + xp.sum(p, axis=-1, keepdims=True)  # noqa: E741
+        a = a * decay + p @ widen(v[..., columns, :], dtype)
+        m = m_new
+    l_safe = xp.where(l == 0, xp.ones_like(l), l)
+    heads = (*batch, n_head, n_seq, -1)  # [..., n_kv_head, n_rows, d] -> [..., n_head, n_seq, d]
+    return xp.reshape(a / l_safe, heads), xp.reshape(m + xp.log(l_safe), heads)
+
+
+def _visits(xp, mask, bias, q_slots, k_slots, rows, blocks):
+    """Yield (columns, what is visible, bias) for each block of keys of which something may be visible."""
+    i = q_slots[rows]
+    for columns in blocks if len(i) else ():
+        j = k_slots[columns]
+        visible = ALL if mask is None else getattr(mask, "bound", _no_bound)(*_ends(xp, i), *_ends(xp, j))
+        if visible == NONE:
+            continue
+        if visible == SOME:
+            visible = _visible(xp, mask, i, j) if callable(mask) else _cut(mask, rows, columns)
+        yield columns, visible, None if bias is None else _cut(bias, rows, columns)
+
+
+def _exclude(xp, s, visible, bias):
+    """Add the bias to the scores [..., n_head, n_seq, n_keys], and put -inf where nothing is to be seen."""
+    if bias is not None:
+        s = s + widen(bias, s.dtype)
+    return s if visible is ALL else xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
+
+
+def _no_bound(*block):
+    return SOME
+
+
+def _spans(n, size):
+    """Cut 0 ... n - 1 into slices of at most `size`; one empty slice where n is 0."""
+    return [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
+
+
+def _cut(x, rows, columns):
+    """Take a block of a mask or bias; an axis of size 1 broadcasts and stays."""
+    x = x if x.shape[-1] == 1 else x[..., columns]
+    return x if x.ndim < 2 or x.shape[-2] == 1 else x[..., rows, :]
+
+
+def _ends(xp, slots):
+    """Smallest and largest slot of a block, as Python integers."""
+    if isinstance(slots, range):
+        return min(slots[0], slots[-1]), max(slots[0], slots[-1])
+    return int(xp.min(slots)), int(xp.max(slots))
+
+
+# ------------------------------------------------------------------ what both forms share: slots, and the check of arguments
+
+
+def _visible(xp, mask, q_slots, k_slots):
+    """Evaluate a rule on [n_seq, 1] and [1, n_ctx] slots; an array and None are returned as they are."""
+    if not callable(mask):
+        return mask
+    i, j = (xp.arange(s.start, s.stop, s.step) if isinstance(s, range) else s for s in (q_slots, k_slots))
+    return mask(i[:, None], j[None, :])
+
+
+def _check(xp, q, k, v, mask, bias, q_slots, k_slots):
+    """Raise for arguments that do not fit; return the slots, the default ones where they were left out."""
+    expect_shape("q", q, dots=None, n_head=None, n_seq=None, d_head=None)
+    expect_shape("k", k, dots=None, n_kv_head=None, n_ctx=None, d_head=q.shape[-1])
+    n_head, n_seq, n_kv_head, n_ctx = q.shape[-3], q.shape[-2], k.shape[-3], k.shape[-2]
+    if v is not None:
+        expect_shape("v", v, dots=None, n_kv_head=n_kv_head, n_ctx=n_ctx, d_value=None)
+    if any(x.shape[:-3] != q.shape[:-3] for x in (k, v) if x is not None):
+        raise NpllmValueError(f"q, k and v must have the same axes in front of the heads, got q {list(q.shape)}, k {list(k.shape)}"
+                              + (f", v {list(v.shape)}" if v is not None else ""))
+    if n_ctx < 1:
+        raise NpllmValueError("k must hold at least one key, got n_ctx = 0")
+    if n_kv_head == 0 or n_head % n_kv_head:
+        raise NpllmValueError(f"n_head must be a multiple of n_kv_head, got n_head = {n_head} and n_kv_head = {n_kv_head}")
+    for name, x in (("mask", mask), ("bias", bias)):
+        if x is not None and not callable(x):
+            _check_broadcast(name, x, (*q.shape[:-1], n_ctx))
+    if mask is not None and not callable(mask):
+        array_namespace(q, mask)
+        if mask.dtype != xp.bool:
+            raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
+                                 "additive masks go to bias")
+    return _slots("q_slots", q_slots, n_seq, n_ctx - n_seq), _slots("k_slots", k_slots, n_ctx, 0)
+
+
+def _check_broadcast(name, x, shape):
+    axes = x.shape[::-1]
+    if len(axes) > len(shape) or any(got not in (1, want) for got, want in zip(axes, shape[::-1], strict=False)):
+        raise NpllmValueError(f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}")
+
+
+def _slots(name, slots, n, first):
+    """Check given slots; without any, n of them from `first`."""
+    if slots is None:
+        return range(first, first + n)
+    if not isinstance(slots, range) and not (is_integer(slots) and slots.ndim == 1):
+        raise NpllmTypeError(f"{name} must be integers [{n}], got {slots.dtype} {list(slots.shape)}")
+    if len(slots) != n:
+        raise NpllmValueError(f"{name} must be [{name[0]}] = [{n}], got [{len(slots)}]")
+    return slots

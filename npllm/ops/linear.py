@@ -1,0 +1,128 @@
+"""Linear maps, and the moves between one wide vector and its heads."""
+
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
+from npllm.errors import NpllmValueError
+
+__all__ = ["linear", "merge_heads", "split_heads"]
+
+# Entries of a 16-bit weight that are widened at a time: 2**19 float32 are 2 MiB, which stays in a core's cache.
+BLOCK_ENTRIES = 2**19
+
+
+def linear(x, weight, bias=None):
+    """Multiply each row by the transposed weight matrix, and add a bias.
+
+        y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o]
+
+    Parameters
+    ----------
+    x : array [..., d_in]
+    weight : array [d_out, d_in]
+        In the checkpoint's orientation: one row for each output.
+    bias : array [d_out], optional
+
+    Returns
+    -------
+    y : array [..., d_out]
+        A new array in the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit.
+
+    Notes
+    -----
+    Computes and accumulates in float32, in float64 when `x` or `weight` is; rounds once, at the end.  A 16-bit weight is widened
+    block of rows by block of rows, never as a whole.
+
+    Source: `torch.nn.Linear`.
+    """
+    xp = array_namespace(x, weight, bias)
+    expect_shape("weight", weight, d_out=None, d_in=None)
+    d_out, d_in = weight.shape
+    expect_shape("x", x, dots=None, d_in=d_in)
+    dtype = compute_dtype(x, weight)
+    rows = xp.reshape(widen(x, dtype), (-1, d_in))  # [..., d_in] -> [n, d_in]
+    blocks = [rows @ xp.matrix_transpose(widen(block, dtype)) for block in _row_blocks(weight, dtype)]
+    y = blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1)
+    if bias is not None:
+        expect_shape("bias", bias, d_out=d_out)
+        y = y + widen(bias, dtype)
+    return xp.reshape(_round(y, x), (*x.shape[:-1], d_out))
+
+
+def split_heads(x, n_head):
+    """Cut each row into heads, and put the heads before the positions.
+
+        y[..., h, n, i] = x[..., n, h * d_head + i]
+
+    Parameters
+    ----------
+    x : array [..., n_seq, n_head*d_head]
+    n_head : int
+
+    Returns
+    -------
+    y : array [..., n_head, n_seq, d_head]
+        A view where the library has views.
+
+    Raises
+    ------
+    NpllmValueError
+        When the width of `x` is no multiple of `n_head`.
+
+    Notes
+    -----
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2; the `view` and `transpose` of `Phi3Attention`.
+    """
+    xp = array_namespace(x)
+    *batch, n_seq, width = x.shape
+    if n_head < 1 or width % n_head:
+        raise NpllmValueError(f"the last axis of x must be n_head * d_head, a multiple of n_head = {n_head}, got {width}")
+    y = xp.reshape(x, (*batch, n_seq, n_head, width // n_head))
+    return _swap(y, xp)  # [..., n_seq, n_head, d_head] -> [..., n_head, n_seq, d_head]
+
+
+def merge_heads(x):
+    """Put the heads of each position side by side again: the inverse of `split_heads`.
+
+        y[..., n, h * d_head + i] = x[..., h, n, i]
+
+    Parameters
+    ----------
+    x : array [..., n_head, n_seq, d_head]
+
+    Returns
+    -------
+    y : array [..., n_seq, n_head*d_head]
+
+    Notes
+    -----
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2, the concatenation.
+    """
+    xp = array_namespace(x)
+    expect_shape("x", x, dots=None, n_head=None, n_seq=None, d_head=None)
+    *batch, n_head, n_seq, d_head = x.shape
+    return xp.reshape(_swap(x, xp), (*batch, n_seq, n_head * d_head))
+
+
+def _swap(x, xp):
+    """Exchange axes -3 and -2."""
+    axes = list(range(x.ndim))
+    axes[-3], axes[-2] = axes[-2], axes[-3]
+    return xp.permute_dims(x, tuple(axes))
+
+
+def _row_blocks(weight, dtype):
+    """Cut a weight that must be widened into blocks of rows; one that has the compute dtype already stays whole."""
+    d_out, d_in = weight.shape
+    if weight.dtype == dtype or d_out == 0:
+        return [weight]
+    n_rows = max(1, BLOCK_ENTRIES // max(1, d_in))
+    return [weight[start : start + n_rows, :] for start in range(0, d_out, n_rows)]
+
+
+def _round(y, x):
+    """Round a result to the dtype of the input it belongs to."""
+    return y if y.dtype == x.dtype else array_namespace(y).astype(y, x.dtype)

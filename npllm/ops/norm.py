@@ -1,0 +1,45 @@
+"""Normalisation of the vector at each position."""
+
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(x, weight, eps):
+    """Divide each row by its root mean square, then scale it.
+
+        y[..., i] = weight[i] * x[..., i] / sqrt(mean_j x[..., j]**2 + eps)
+
+    Parameters
+    ----------
+    x : array [..., d_model]
+    weight : array [d_model]
+        One gain for each channel.
+    eps : float
+        Keeps a row of zeros finite; stands inside the root.  Phi-3 uses 1e-5.
+
+    Returns
+    -------
+    y : array [..., d_model]
+        A new array in the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When `weight` does not have the width of `x`.
+
+    Notes
+    -----
+    Computes in float32 (float64 when either input is) and rounds once, at the end.  Transformers rounds the normalised row to the
+    dtype of `x` before it multiplies by `weight`; with float32 activations the two are the same.
+
+    Source: "Root Mean Square Layer Normalization" (Zhang and Sennrich 2019), equation 4; `Phi3RMSNorm` in Transformers.
+    """
+    xp = array_namespace(x, weight)
+    expect_shape("x", x, dots=None, d_model=None)
+    expect_shape("weight", weight, d_model=x.shape[-1])
+    dtype = compute_dtype(x, weight)
+    wide = widen(x, dtype)
+    mean_square = xp.mean(wide * wide, axis=-1, keepdims=True)
+    y = widen(weight, dtype) * (wide / xp.sqrt(mean_square + eps))
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)

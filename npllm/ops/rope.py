@@ -1,0 +1,180 @@
+"""Rotary position embedding (RoPE): each pair of channels is turned by an angle proportional to the position."""
+
+import numpy as np
+
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
+from npllm.errors import NpllmValueError
+
+__all__ = ["apply_rope", "rope_frequencies", "rope_tables", "rotation_matrix"]
+
+
+def rope_frequencies(d_rope, base=10000.0):
+    """List the angle by which each pair of channels turns from one position to the next.
+
+        inv_freq[i] = base ** (-2 * i / d_rope),  i = 0 ... d_rope/2 - 1
+
+    Parameters
+    ----------
+    d_rope : int
+        Number of rotated channels of a head; even.
+    base : float
+        `rope_theta` in config.json.
+
+    Returns
+    -------
+    inv_freq : array [d_rope/2]
+        NumPy float32, in radians per position.
+
+    Raises
+    ------
+    NpllmValueError
+        When `d_rope` is odd or not positive, or `base` is not positive.
+
+    Notes
+    -----
+    The frequencies are constants of a checkpoint that was trained with their float32 values, so they are rounded to float32 at the
+    steps where PyTorch rounds them (exponent, power, reciprocal), also for a run in float64.  The power itself is taken in
+    float64, which agrees with PyTorch's in more entries than NumPy's float32 power does.
+
+    Source: "RoFormer" (Su et al. 2021), section 3.2.2, theta_i; `Phi3RotaryEmbedding.compute_default_rope_parameters`.
+    """
+    if d_rope < 2 or d_rope % 2:
+        raise NpllmValueError(f"d_rope must be even and at least 2, got {d_rope}")
+    if not (base > 0 and np.isfinite(base)):
+        raise NpllmValueError(f"base (rope_theta) must be a positive number, got {base}")
+    exponent = np.arange(0, d_rope, 2, dtype=np.float32) / np.float32(d_rope)
+    power = (float(base) ** exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / power
+
+
+def rope_tables(positions, inv_freq, scale=1.0):
+    """Tabulate the cosine and sine of every angle, once for all layers.
+
+        phase[..., n, i] = positions[..., n] * inv_freq[..., i]
+        cos[..., n, i] = cos[..., n, i + d_rope/2] = scale * cos(phase[..., n, i]),  and sin alike
+
+    Parameters
+    ----------
+    positions : integer array [..., n_seq]
+    inv_freq : array [d_rope/2]
+        Or [..., 1, d_rope/2], to give each sequence its own.
+    scale : float
+        Attention factor of LongRoPE; it scales both tables, so it enters a score squared.
+
+    Returns
+    -------
+    cos, sin : array [..., n_seq, d_rope]
+        In the compute dtype of `inv_freq`.
+
+    Notes
+    -----
+    The phase is never below float32: bfloat16 would round position 15962 to 15968.
+
+    Source: "RoFormer" (Su et al. 2021), equation 34; `Phi3RotaryEmbedding.forward`.
+    """
+    xp = array_namespace(positions, inv_freq)
+    inv_freq = widen(inv_freq)
+    phase = xp.astype(positions, inv_freq.dtype)[..., None] * inv_freq  # [..., n_seq] -> [..., n_seq, d_rope/2]
+    phase = xp.concat([phase, phase], axis=-1)  # -> [..., n_seq, d_rope]
+    return scale * xp.cos(phase), scale * xp.sin(phase)
+
+
+def apply_rope(x, cos, sin, *, interleaved=False):
+    """Rotate the first d_rope channels of every head, pair by pair, and pass the others through.
+
+        y[i]            = x[i] * cos[i] - x[i + d_rope/2] * sin[i]
+        y[i + d_rope/2] = x[i + d_rope/2] * cos[i] + x[i] * sin[i],   i = 0 ... d_rope/2 - 1
+
+    Parameters
+    ----------
+    x : array [..., n_head, n_seq, d_head]
+    cos : array [n_seq, d_rope]
+        From `rope_tables`; or [n_batch, n_seq, d_rope], to which the head axis is added here.
+    sin : array [n_seq, d_rope]
+    interleaved : bool
+        False pairs channel i with i + d_rope/2 (Phi-3, Llama in Transformers' layout, GPT-NeoX); True pairs 2i with 2i + 1
+        (RoFormer's paper, GPT-J, Llama as published by Meta).  The tables are the same for both.
+
+    Returns
+    -------
+    y : array [..., n_head, n_seq, d_head]
+        A new array in the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When the tables do not fit `x` or each other.
+
+    Notes
+    -----
+    Computes in float32 (float64 when any input is) and rounds once.
+
+    Source: "RoFormer" (Su et al. 2021), equation 34; `apply_rotary_pos_emb` of Transformers' Phi-3.
+    """
+    xp = array_namespace(x, cos, sin)
+    expect_shape("x", x, dots=None, n_head=None, n_seq=None, d_head=None)
+    d_rope = cos.shape[-1]
+    expect_shape("cos", cos, dots=None, n_seq=x.shape[-2], d_rope=None)
+    expect_shape("sin", sin, dots=None, n_seq=x.shape[-2], d_rope=d_rope)
+    if d_rope > x.shape[-1] or d_rope % 2:
+        raise NpllmValueError(f"cos must have an even d_rope of at most d_head = {x.shape[-1]}, got {d_rope}")
+    dtype = compute_dtype(x, cos, sin)
+    cos, sin = (widen(xp.expand_dims(t, axis=-3), dtype) for t in (cos, sin))  # [..., n_seq, d_rope] -> [..., 1, n_seq, d_rope]
+    wide = widen(x, dtype)
+    head = wide[..., :d_rope]
+    if interleaved:
+        head = _pairs_to_halves(head, xp)
+    y = head * cos + _rotate_half(head, xp) * sin
+    if interleaved:
+        y = _halves_to_pairs(y, xp)
+    if d_rope < x.shape[-1]:
+        y = xp.concat([y, wide[..., d_rope:]], axis=-1)
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
+
+
+def rotation_matrix(positions, inv_freq):
+    """Write the rotation of a position out as a matrix: orthogonal, with a 2 x 2 rotation for each pair of channels.
+
+        R[i, i] = R[i + d_rope/2, i + d_rope/2] = cos(phase_i)
+        R[i + d_rope/2, i] = sin(phase_i) = -R[i, i + d_rope/2],   phase_i = position * inv_freq[i]
+
+    Parameters
+    ----------
+    positions : integer array [...]
+    inv_freq : array [d_rope/2]
+
+    Returns
+    -------
+    rotation : array [..., d_rope, d_rope]
+        `rotation @ column` equals `apply_rope` of that column (half-split pairing, scale 1).
+
+    Notes
+    -----
+    For reading and checking: a product with this matrix costs d_rope times what `apply_rope` costs.
+    R_m R_n = R_(m+n), so that the score of a query at m with a key at n depends on m - n only.
+
+    Source: "RoFormer" (Su et al. 2021), equation 15, in the channel order of Transformers.
+    """
+    xp = array_namespace(positions, inv_freq)
+    cos, sin = rope_tables(positions[..., None], inv_freq)  # [..., 1, d_rope]
+    half = inv_freq.shape[-1]
+    eye = xp.eye(half, dtype=cos.dtype)
+    quarter_turn = xp.concat([xp.concat([0 * eye, -eye], axis=1), xp.concat([eye, 0 * eye], axis=1)], axis=0)
+    return xp.eye(2 * half, dtype=cos.dtype) * cos + quarter_turn * sin
+
+
+def _rotate_half(x, xp):
+    """Turn every half-split pair by 90 degrees: (a, b) -> (-b, a)."""
+    half = x.shape[-1] // 2
+    return xp.concat([-x[..., half:], x[..., :half]], axis=-1)
+
+
+def _pairs_to_halves(x, xp):
+    """Move channels 2i and 2i + 1 to i and i + d/2."""
+    return xp.concat([x[..., 0::2], x[..., 1::2]], axis=-1)
+
+
+def _halves_to_pairs(x, xp):
+    """Move channels i and i + d/2 to 2i and 2i + 1."""
+    half = x.shape[-1] // 2
+    return xp.reshape(xp.stack([x[..., :half], x[..., half:]], axis=-1), x.shape)

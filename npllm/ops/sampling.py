@@ -1,0 +1,273 @@
+"""From logits to the next token: filters that map logits to logits, and the draw.
+
+The filters follow Transformers: each excludes a token by giving it -inf, and softmax renormalises what is left.  Transformers
+applies them in the order repetition_penalty, temperature, top_k, top_p, min_p.
+"""
+
+from npllm.arrays import array_namespace, expect_shape, widen
+from npllm.errors import NpllmValueError
+
+__all__ = ["greedy", "min_p", "repetition_penalty", "sample", "softmax", "temperature", "top_k", "top_p"]
+
+
+def softmax(x, axis=-1):
+    """Turn scores into a distribution.
+
+        y[i] = exp(x[i] - m) / sum_j exp(x[j] - m),   m = max_j x[j]
+
+    Parameters
+    ----------
+    x : array [..., n_vocab]
+        -inf excludes an entry.
+    axis : int
+        The axis that sums to 1.
+
+    Returns
+    -------
+    y : array [..., n_vocab]
+        In the dtype of `x`.  All zeros where every entry is -inf.
+
+    Notes
+    -----
+    Computes in float32 (float64 when `x` is).  Without the shift by m, which changes nothing, exp would overflow.
+
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.4; `torch.nn.functional.softmax`.
+    """
+    xp = array_namespace(x)
+    wide = widen(x)
+    m = xp.max(wide, axis=axis, keepdims=True)
+    e = xp.exp(wide - xp.where(m == -xp.inf, xp.zeros_like(m), m))
+    total = xp.sum(e, axis=axis, keepdims=True)
+    y = e / xp.where(total == 0, xp.ones_like(total), total)
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
+
+
+def repetition_penalty(logits, seen, penalty):
+    """Make tokens that were seen already less likely.
+
+        y[i] = logits[i] / penalty where logits[i] > 0, else logits[i] * penalty,   for seen i only
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+    seen : bool array [..., n_vocab]
+        True for each token of the prompt and of the answer so far.
+    penalty : float
+        Above 0; 1 changes nothing, above 1 discourages.
+
+    Returns
+    -------
+    y : array [..., n_vocab]
+
+    Raises
+    ------
+    NpllmValueError
+        When `penalty` is not above 0.
+
+    Notes
+    -----
+    Source: "CTRL" (Keskar et al. 2019), section 4.1; `RepetitionPenaltyLogitsProcessor` in Transformers.
+    """
+    xp = array_namespace(logits, seen)
+    if not penalty > 0:
+        raise NpllmValueError(f"repetition_penalty must be above 0 (1 changes nothing), got {penalty}")
+    return xp.where(seen, xp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def temperature(logits, t):
+    """Flatten (t > 1) or sharpen (t < 1) the distribution.
+
+        y = logits / t
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+    t : float
+        Above 0.  Towards 0 the draw becomes `greedy`.
+
+    Returns
+    -------
+    y : array [..., n_vocab]
+
+    Raises
+    ------
+    NpllmValueError
+        When `t` is not above 0.
+
+    Notes
+    -----
+    Source: "Distilling the Knowledge in a Neural Network" (Hinton et al. 2015), equation 1; `TemperatureLogitsWarper`.
+    """
+    if not t > 0:
+        raise NpllmValueError(f"temperature must be above 0, got {t}; use greedy for 0")
+    return logits / t
+
+
+def top_k(logits, k):
+    """Keep the k largest logits, and exclude the others.
+
+        y[i] = logits[i] where logits[i] >= the k-th largest, else -inf
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+    k : int
+        At least 1; more than n_vocab keeps all.
+
+    Returns
+    -------
+    y : array [..., n_vocab]
+
+    Raises
+    ------
+    NpllmValueError
+        When `k` is below 1.
+
+    Notes
+    -----
+    Ties with the k-th largest are kept, so that more than k may remain.
+
+    Source: "Hierarchical Neural Story Generation" (Fan et al. 2018), section 5.4; `TopKLogitsWarper` in Transformers.
+    """
+    xp = array_namespace(logits)
+    if k < 1:
+        raise NpllmValueError(f"top_k must be at least 1, got {k}")
+    k = min(k, logits.shape[-1])
+    kth_largest = xp.sort(logits, axis=-1)[..., -k, None]
+    return _keep(xp, logits, logits >= kth_largest)
+
+
+def top_p(logits, p):
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least p (nucleus sampling).
+
+        y[i] = logits[i] where the sum of all probabilities that rank before i is below p, else -inf
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+    p : float
+        0 <= p <= 1; at 0 the most likely token remains, at 1 all do.
+
+    Returns
+    -------
+    y : array [..., n_vocab]
+
+    Raises
+    ------
+    NpllmValueError
+        When `p` lies outside 0 ... 1.
+
+    Notes
+    -----
+    The token that crosses p is kept.  Equal logits rank by their id, lower first.  Probabilities are summed in float64.
+
+    Source: "The Curious Case of Neural Text Degeneration" (Holtzman et al. 2019), section 3.1; `TopPLogitsWarper`.
+    """
+    xp = array_namespace(logits)
+    if not 0 <= p <= 1:
+        raise NpllmValueError(f"top_p must lie in 0 ... 1, got {p}")
+    if p == 1:
+        return logits
+    order = xp.argsort(-logits, axis=-1, stable=True)  # most likely first
+    ranked = xp.take_along_axis(softmax(widen(logits, xp.float64)), order, axis=-1)
+    before = xp.cumulative_sum(ranked, axis=-1) - ranked
+    first = xp.arange(logits.shape[-1]) == 0
+    rank = xp.argsort(order, axis=-1)  # the inverse permutation: where each token stands in the ranking
+    return _keep(xp, logits, xp.take_along_axis((before < p) | first, rank, axis=-1))
+
+
+def min_p(logits, p):
+    """Keep the tokens that are at least p times as likely as the likeliest.
+
+        y[i] = logits[i] where softmax(logits)[i] >= p * max_j softmax(logits)[j], else -inf
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+    p : float
+        0 <= p <= 1; 0 keeps all.
+
+    Returns
+    -------
+    y : array [..., n_vocab]
+
+    Raises
+    ------
+    NpllmValueError
+        When `p` lies outside 0 ... 1.
+
+    Notes
+    -----
+    Source: "Turning Up the Heat: Min-p Sampling" (Nguyen et al. 2024), section 3; `MinPLogitsWarper` in Transformers.
+    """
+    xp = array_namespace(logits)
+    if not 0 <= p <= 1:
+        raise NpllmValueError(f"min_p must lie in 0 ... 1, got {p}")
+    probabilities = softmax(logits)
+    return _keep(xp, logits, probabilities >= p * xp.max(probabilities, axis=-1, keepdims=True))
+
+
+def greedy(logits):
+    """Choose the most likely token.
+
+        token = argmax_i logits[i]
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+
+    Returns
+    -------
+    token : integer array [...]
+        The lowest id among equals.
+
+    Notes
+    -----
+    Source: `GenerationMixin._sample` in Transformers with `do_sample=False`.
+    """
+    xp = array_namespace(logits)
+    return xp.argmax(widen(logits), axis=-1)
+
+
+def sample(logits, u):
+    """Draw a token by inverting the cumulative distribution: the randomness is an argument.
+
+        token = the first i with softmax(logits)[0] + ... + softmax(logits)[i] > u
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+        -inf excludes a token.
+    u : array [...]
+        Uniform random numbers, 0 <= u < 1, one for each row.
+
+    Returns
+    -------
+    token : integer array [...]
+        Never an excluded token.
+
+    Raises
+    ------
+    NpllmValueError
+        When `u` does not have the shape of the rows, or a row excludes every token or holds NaN.
+
+    Notes
+    -----
+    Sums in float64.  Where rounding leaves the whole sum at or below `u`, the last token that is not excluded is drawn.
+
+    Source: "Non-Uniform Random Variate Generation" (Devroye 1986), section III.2.
+    """
+    xp = array_namespace(logits, u)
+    expect_shape("u", u, **{f"axis_{n}": size for n, size in enumerate(logits.shape[:-1])})
+    probabilities = softmax(widen(logits, xp.float64))
+    sums = xp.cumulative_sum(probabilities, axis=-1)
+    if not xp.all(sums[..., -1] > 0.5):
+        raise NpllmValueError("every row of logits must leave at least one token and hold no NaN, got a row without a distribution; "
+                              "are the weights finite?")
+    possible = xp.where(probabilities > 0, xp.arange(logits.shape[-1]), -1)
+    crossed = xp.sum(xp.astype(sums <= xp.expand_dims(u, axis=-1), xp.int64), axis=-1)
+    return xp.minimum(crossed, xp.max(possible, axis=-1))
+
+
+def _keep(xp, logits, kept):
+    return xp.where(kept, logits, xp.asarray(-xp.inf, dtype=logits.dtype))
