@@ -109,7 +109,7 @@ def load_params(folder, config, *, dtype=None, xp=np):
     if dtype is not None:
         dtype_named(dtype)
     entries = read_entries(folder)
-    _check_entries(folder, entries, config)
+    check_entries(folder, entries, config)
     files = {}
 
     def tensor(name):
@@ -212,7 +212,7 @@ def _found_instead(folder):
     return ""
 
 
-def _check_entries(folder, entries, config):
+def check_entries(folder, entries, config):
     """Raise one error that lists everything wrong with the tensors of a checkpoint."""
     expected = expected_shapes(config)
     ignored = {name for name in entries if name.endswith("rotary_emb.inv_freq")}

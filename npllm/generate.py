@@ -66,7 +66,8 @@ class GenerationConfig:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         sampling = Sampling(bool(data.get("do_sample")), **{name: data.get(name) for name in names})
         check_sampling(sampling, str(path) + ": ")
-        unsupported = tuple(f"{name}={data[name]!r}" for name, neutral in NEUTRAL.items() if data.get(name, neutral[0]) not in neutral)
+        unsupported = tuple(f"{name}={data[name]!r}" for name, neutral in NEUTRAL.items()
+                            if data.get(name, neutral[0]) not in neutral)
         return cls(tuple(eos), pad, sampling, unsupported)
 
 
@@ -95,8 +96,8 @@ def resolve_sampling(defaults, *, do_sample=None, repetition_penalty=None, **fil
     given = {name: value for name, value in filters.items() if value is not None}
     greedy = given.get("temperature") == 0
     if do_sample is False and given and not greedy:
-        raise NpllmValueError(f"do_sample=False contradicts {', '.join(f'{k}={v}' for k, v in given.items())}: greedy decoding uses "
-                              "no sampling options; leave them out, or set do_sample=True")
+        raise NpllmValueError(f"do_sample=False contradicts {', '.join(f'{k}={v}' for k, v in given.items())}: greedy decoding "
+                              "uses no sampling options; leave them out, or set do_sample=True")
     penalty = defaults.repetition_penalty if repetition_penalty is None else repetition_penalty
     if do_sample is None:
         do_sample = bool(given) or defaults.do_sample
@@ -110,7 +111,8 @@ def resolve_sampling(defaults, *, do_sample=None, repetition_penalty=None, **fil
 
 def check_sampling(sampling, where=""):
     """Raise for values out of range, before any work is done."""
-    ranges = {"temperature": ("a number of at least 0", lambda x: x >= 0), "top_k": ("an integer of at least 0", lambda x: x >= 0),
+    ranges = {"temperature": ("a number of at least 0", lambda x: x >= 0),
+              "top_k": ("an integer of at least 0", lambda x: x >= 0),
               "top_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1), "min_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1),
               "repetition_penalty": ("a number above 0", lambda x: x > 0)}
     for name, (wanted, holds) in ranges.items():
@@ -330,7 +332,8 @@ def _prompt_ids(model, prompt, attention_mask):
     if _is_array(prompt):
         ids = to_numpy(prompt)
         if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
-            raise NpllmTypeError(f"input_ids must be integers [n_batch, n_prompt], both at least 1, got {ids.dtype} {list(ids.shape)}")
+            raise NpllmTypeError("input_ids must be integers [n_batch, n_prompt], both at least 1, "
+                                 f"got {ids.dtype} {list(ids.shape)}")
         return ids.astype(np.int64), model.check_attention_mask(attention_mask, ids.shape, 0)
     if attention_mask is not None:
         raise NpllmTypeError("attention_mask goes with an array of token ids; texts are padded and masked by themselves")
@@ -373,8 +376,8 @@ def _room(config, n_prompt, max_new_tokens):
     """How many tokens may follow a prompt; warns where the context ends before max_new_tokens."""
     room = config.max_position_embeddings - n_prompt
     if room < max_new_tokens:
-        warnings.warn(f"the context length (max_position_embeddings) is {config.max_position_embeddings}: after {n_prompt} tokens of "
-                      f"prompt there is room for {room} new tokens, not {max_new_tokens}", stacklevel=4)
+        warnings.warn(f"the context length (max_position_embeddings) is {config.max_position_embeddings}: after {n_prompt} tokens "
+                      f"of prompt there is room for {room} new tokens, not {max_new_tokens}", stacklevel=4)
     return min(room, max_new_tokens)
 
 

@@ -46,7 +46,7 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
         When its content is contradictory or not implemented.
     """
     xp = backend_namespace(backend)
-    folder = _checkpoint_folder(path)
+    folder = checkpoint_folder(path)
     config = Config.from_json(folder)
     params = load_params(folder, config, dtype=dtype, xp=xp)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
@@ -54,7 +54,7 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
                  folder=folder)
 
 
-def _checkpoint_folder(path):
+def checkpoint_folder(path):
     """Find the folder of a path, of a fetched checkpoint's name, or of the default checkpoint."""
     if path is None:
         return fetch()
@@ -261,8 +261,8 @@ class Model:
             return np.concatenate([past, np.ones(shape, dtype=bool)], axis=1)
         mask = to_numpy(attention_mask)
         if mask.shape != (n_batch, n_past + n_seq):
-            raise NpllmValueError(f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys included), "
-                                  f"got {list(mask.shape)}")
+            raise NpllmValueError(f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys "
+                                  f"included), got {list(mask.shape)}")
         if not np.isin(mask, (0, 1)).all():
             raise NpllmValueError("attention_mask must hold 1 (token) and 0 (padding) only; additive masks are not taken")
         return mask.astype(bool)
@@ -277,7 +277,8 @@ class Model:
         """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
         ids = to_numpy(input_ids) if hasattr(input_ids, "__array_namespace__") else np.asarray(input_ids)
         if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
-            raise NpllmTypeError(f"input_ids must be integers [n_batch, n_seq], both at least 1, got {ids.dtype} {list(ids.shape)}")
+            raise NpllmTypeError("input_ids must be integers [n_batch, n_seq], both at least 1, "
+                                 f"got {ids.dtype} {list(ids.shape)}")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise NpllmValueError(f"token ids must lie in 0 ... vocab_size - 1 = {self.config.vocab_size - 1}, got {ids.min()} ... "
                                   f"{ids.max()}; is this the tokenizer of another model?")
@@ -300,8 +301,8 @@ class Model:
             return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]
         positions = to_numpy(position_ids) if hasattr(position_ids, "__array_namespace__") else np.asarray(position_ids)
         if not is_integer(positions) or positions.shape not in ((n_seq,), (1, n_seq), (n_batch, n_seq)) or positions.min() < 0:
-            raise NpllmValueError(f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = {[n_batch, n_seq]}, "
-                                  f"got {positions.dtype} {list(positions.shape)}")
+            raise NpllmValueError(f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = [{n_batch}, "
+                                  f"{n_seq}], got {positions.dtype} {list(positions.shape)}")
         return positions[0] if positions.shape[:-1] == (1,) else positions
 
 
@@ -338,7 +339,8 @@ def pipeline(task, model=None):
     def pipe(prompt, *, return_full_text=True, **options):
         if isinstance(prompt, list) and not is_chat(prompt):
             texts = model.generate(prompt, **options)
-            return [[{"generated_text": (before if return_full_text else "") + new}] for before, new in zip(prompt, texts, strict=True)]
+            lead = prompt if return_full_text else [""] * len(prompt)
+            return [[{"generated_text": before + new}] for before, new in zip(lead, texts, strict=True)]
         new = model.generate(prompt, **options)
         if is_chat(prompt):
             return [{"generated_text": [*prompt, {"role": "assistant", "content": new}] if return_full_text else new}]

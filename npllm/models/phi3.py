@@ -5,7 +5,7 @@ from npllm.ops import merge_heads, split_heads
 __all__ = ["decoder_layer", "forward", "lm_head"]
 
 
-def no_tap(name, x):
+def no_tap(_name, x):
     """Let every named value pass as it is."""
     return x
 
@@ -69,7 +69,8 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
 
     Notes
     -----
-    Source: `Phi3DecoderLayer` in Transformers; pre-norm: "On Layer Normalization in the Transformer Architecture" (Xiong et al. 2020).
+    Source: `Phi3DecoderLayer` in Transformers; pre-norm: "On Layer Normalization in the Transformer Architecture"
+    (Xiong et al. 2020).
     """
     prefix = f"model.layers.{number}."
     named = no_tap if tap is None else lambda name, value: tap(prefix + name, value)
@@ -85,7 +86,8 @@ def self_attention(x, params, config, cos, sin, mask, ops, cache, number, named)
     d_head = config.head_dim
     q_end = config.num_attention_heads * d_head
     k_end = q_end + config.num_key_value_heads * d_head
-    q = split_heads(qkv[..., :q_end], config.num_attention_heads)  # [n_batch, n_seq, n_head*d_head] -> [n_batch, n_head, n_seq, d_head]
+    # [n_batch, n_seq, n_head*d_head] -> [n_batch, n_head, n_seq, d_head], and for k and v n_kv_head heads
+    q = split_heads(qkv[..., :q_end], config.num_attention_heads)
     k = split_heads(qkv[..., q_end:k_end], config.num_key_value_heads)
     v = split_heads(qkv[..., k_end:], config.num_key_value_heads)
     q = named("self_attn.q", ops.apply_rope(q, cos, sin))

@@ -77,7 +77,7 @@ class Ops:
         for field in fields(self):
             op = getattr(self, field.name)
             if field.name != "name" and not callable(op) and not (op is None and field.name in FUSIONS):
-                raise NpllmTypeError(f"Ops.{field.name} must be a function with the signature of npllm.ops.{field.name}, got {op!r}")
+                raise NpllmTypeError(f"Ops.{field.name} must be a function like npllm.ops.{field.name}, got {op!r}")
         if self.norm_linear is None:
             object.__setattr__(self, "norm_linear", self._norm_linear)
 

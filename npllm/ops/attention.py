@@ -104,7 +104,7 @@ def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slot
 
 
 def _scores(xp, q, k, scale, softcap, bias):
-    """s = scale * q k^T for every head, capped and biased."""
+    """Scale * q k^T for every head, capped and biased."""
     dtype = compute_dtype(q, k, bias)
     keys = xp.repeat(widen(k, dtype), q.shape[-3] // k.shape[-3], axis=-3)  # [..., n_kv_head, ...] -> [..., n_head, ...]
     s = (widen(q, dtype) @ xp.matrix_transpose(keys)) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -226,7 +226,7 @@ def _exclude(xp, s, visible, bias):
     return s if visible is ALL else xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
 
 
-def _no_bound(*block):
+def _no_bound(*_):
     return SOME
 
 

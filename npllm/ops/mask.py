@@ -17,7 +17,7 @@ NONE, SOME, ALL = 0, 1, 2
 """What a rule may say of a whole block: no pair is visible; some may be; every pair is."""
 
 
-def _unknown(i_low, i_high, j_low, j_high):
+def _unknown(*_):
     return SOME
 
 
@@ -39,6 +39,7 @@ class Rule:
     bound: Callable = _unknown
 
     def __call__(self, i, j):
+        """Evaluate the rule on slots."""
         return self.visible(i, j)
 
     def __and__(self, other):
@@ -120,7 +121,7 @@ def padding(valid):
     xp = array_namespace(valid)
     expect_shape("valid", valid, n_batch=None, n_ctx=None)
 
-    def visible(i, j):
+    def visible(_, j):
         columns = xp.take(valid, xp.reshape(j, (-1,)), axis=1)
         return xp.reshape(columns, (valid.shape[0], 1, *j.shape))
 

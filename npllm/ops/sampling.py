@@ -262,8 +262,8 @@ def sample(logits, u):
     probabilities = softmax(widen(logits, xp.float64))
     sums = xp.cumulative_sum(probabilities, axis=-1)
     if not xp.all(sums[..., -1] > 0.5):
-        raise NpllmValueError("every row of logits must leave at least one token and hold no NaN, got a row without a distribution; "
-                              "are the weights finite?")
+        raise NpllmValueError("every row of logits must leave at least one token and hold no NaN, got a row that is no "
+                              "distribution; are the weights finite?")
     possible = xp.where(probabilities > 0, xp.arange(logits.shape[-1]), -1)
     crossed = xp.sum(xp.astype(sums <= xp.expand_dims(u, axis=-1), xp.int64), axis=-1)
     return xp.minimum(crossed, xp.max(possible, axis=-1))

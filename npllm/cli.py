@@ -1,0 +1,271 @@
+"""The `npllm` command: argument parsing only.  Results go to stdout, progress and statistics to stderr."""
+
+import functools
+import json
+import sys
+import warnings
+
+import click
+
+from npllm import __version__, report
+from npllm.arrays import BACKENDS
+from npllm.errors import NpllmError
+from npllm.fetch import DEFAULT_MODEL, fetch
+from npllm.model import checkpoint_folder, load
+from npllm.ops import reference
+from npllm.tokenizer import Tokenizer
+
+
+class _Group(click.Group):
+    """Turns an NpllmError into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx):
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"npllm: warning: {message}", err=True)
+        try:
+            return super().invoke(ctx)
+        except NpllmError as error:
+            click.echo(f"npllm: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main():
+    """Phi-3 language models in plain NumPy and CuPy."""
+
+
+_path_option = click.option("-m", "--model", "path", metavar="PATH",
+                            help=f"Checkpoint folder, or name of a fetched one. [{DEFAULT_MODEL}]")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_chat_option = click.option("--chat", is_flag=True, help="Put the prompt through the checkpoint's chat template.")
+
+
+def _model_options(command):
+    """Add the options that choose a model; the command gets `model`, a function that loads it."""
+
+    @_path_option
+    @click.option("--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True)
+    @click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32", "float64")), help="Of the weights. [as stored]")
+    @click.option("--ops", "ops_name", type=click.Choice(("fast", "reference")), default="fast", show_default=True,
+                  help="The fastest proven operations, or the definitions.")
+    @functools.wraps(command)
+    def wrapped(*args, path, backend, dtype, ops_name, **kwargs):
+        ops = reference if ops_name == "reference" else None
+        return command(*args, model=lambda: load(path, backend=backend, dtype=dtype, ops=ops), **kwargs)
+
+    return wrapped
+
+
+def _sampling_options(command):
+    """Add the options of `Model.generate`, under Hugging Face's long names and llama.cpp's short ones."""
+    options = [
+        click.option("-n", "--max-new-tokens", type=click.IntRange(min=0), default=256, show_default=True),
+        click.option("--do-sample/--no-do-sample", default=None, help="Sample, or decode greedily. [as the checkpoint says]"),
+        click.option("--temp", "--temperature", "temperature", type=float, help="0 is greedy."),
+        click.option("--top-k", type=int), click.option("--top-p", type=float), click.option("--min-p", type=float),
+        click.option("--repetition-penalty", type=float),
+        click.option("--seed", type=int, help="Replays the same draw."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again."),
+        click.option("--use-cache/--no-use-cache", default=True, help="Without the cache every token computes all again."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+
+def _read_prompt(prompt, chat=False):
+    """The prompt, from standard input where it is "-"; as a message where the chat template is wanted."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    return [{"role": "user", "content": text}] if chat else text
+
+
+def _print_json(data):
+    click.echo(json.dumps(data, ensure_ascii=False, indent=2))
+
+
+def _write(text):
+    """Print a piece of an answer; what the terminal's encoding cannot show becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    sys.stdout.flush()
+
+
+def _print_stats(stats):
+    click.echo(f"prompt {stats['prompt_tokens']} tokens, {stats['prompt_tokens_per_second']:.1f} tokens/s; "
+               f"generation {stats['new_tokens']} tokens, {stats['new_tokens_per_second']:.1f} tokens/s; "
+               f"peak memory {stats['peak_bytes'] / 1e6:.0f} MB", err=True)
+
+
+@main.command()
+@click.argument("prompt", default="-")
+@_model_options
+@_sampling_options
+@_chat_option
+@_json_option
+def generate(prompt, model, chat, as_json, **options):
+    """Continue PROMPT ("-": standard input) and stream the new text."""
+    prompt, model = _read_prompt(prompt, chat), model()
+    if as_json:
+        _print_json(report.generate_timed(model, prompt, lambda _: None, **options))
+        return
+    stats = report.generate_timed(model, prompt, _write, echo=True, **options)
+    click.echo()
+    _print_stats(stats)
+
+
+@main.command()
+@_model_options
+@_sampling_options
+@click.option("--system", metavar="TEXT", help="System message.")
+def chat(model, system, **options):
+    """Talk with the model.  /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    model = model()
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    while True:
+        line = _read_line()
+        if line is None or line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(opening)
+        elif line:
+            messages = _answer(model, [*messages, {"role": "user", "content": line}], options)
+
+
+def _read_line():
+    """One line of the user, with line editing where the terminal has it; None at the end of input, empty after Ctrl-C."""
+    try:
+        import readline  # noqa: F401 - importing it is what switches line editing on
+    except ImportError:
+        pass
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        click.echo()
+        return ""
+
+
+def _answer(model, messages, options):
+    """Print the answer to a conversation and return the conversation with it; Ctrl-C keeps what was said so far."""
+    said = []
+
+    def write(piece):
+        said.append(piece)
+        _write(piece)
+
+    try:
+        stats = report.generate_timed(model, messages, write, **options)
+        click.echo()
+        _print_stats(stats)
+    except KeyboardInterrupt:
+        click.echo(" [stopped]")
+    except NpllmError as error:  # a conversation that has outgrown the context: the program goes on
+        click.echo(f"npllm: {error}; /reset begins anew", err=True)
+        return messages[:-1]
+    return [*messages, {"role": "assistant", "content": "".join(said)}]
+
+
+@main.command()
+@click.argument("prompt", default="-")
+@_model_options
+@click.option("-k", "--top", "n", type=click.IntRange(min=1), default=10, show_default=True, help="How many tokens.")
+@_chat_option
+@_json_option
+def topk(prompt, model, n, chat, as_json):
+    """Show the most likely next tokens after PROMPT, and their probabilities."""
+    rows = report.next_tokens(model(), _read_prompt(prompt, chat), n)
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        bar = "█" * round(40 * row["probability"])
+        click.echo(f"{row['id']:>7}  {row['text']!r:<20} {row['probability']:8.4f}  {bar}")
+
+
+@main.command()
+@click.argument("text", default="-")
+@_path_option
+@_chat_option
+@_json_option
+def tokens(text, path, chat, as_json):
+    """Show how TEXT is cut into tokens."""
+    tokenizer = Tokenizer.from_folder(checkpoint_folder(path))
+    prompt = _read_prompt(text, chat)
+    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
+    rows = [{"id": i, "text": tokenizer.token_text(i)} for i in ids]
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        click.echo(f"{row['id']:>7}  {row['text']!r}")
+    click.echo(f"{len(rows)} tokens", err=True)
+
+
+@main.command()
+@_path_option
+@_json_option
+def inspect(path, as_json):
+    """Show a checkpoint's modules, parameters and bytes, from its headers alone."""
+    facts = report.checkpoint_facts(checkpoint_folder(path))
+    if as_json:
+        _print_json(facts)
+        return
+    click.echo(facts["tree"])
+    click.echo(f"\n{facts['folder']}")
+    click.echo(f"parameters     {facts['parameters']:>16,}")
+    for part, count in facts["parameters_by_part"].items():
+        click.echo(f"  {part:<12} {count:>16,}")
+    click.echo(f"bytes          {facts['bytes']:>16,}  {', '.join(facts['dtypes'])}, {facts['files']} file(s)")
+    click.echo(f"context length {facts['context_length']:>16,}  tokens")
+    click.echo(f"KV cache       {facts['kv_bytes_per_token']:>16,}  bytes per token in float32")
+
+
+@main.command(name="fetch")
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face repository.")
+@click.option("--token", help="Hugging Face access token, for gated repositories.", envvar="HF_TOKEN")
+def fetch_command(name, revision, token):
+    """Fetch the default checkpoint, or any Hugging Face repository OWNER/NAME (safetensors, json and templates only)."""
+    click.echo(str(fetch(name, revision=revision, token=token)))
+
+
+@main.command()
+@_model_options
+@click.option("-p", "--n-prompt", type=click.IntRange(min=1), default=51, show_default=True, help="Tokens of the prompt.")
+@click.option("-n", "--n-new", type=click.IntRange(min=1), default=32, show_default=True, help="New tokens.")
+@click.option("-r", "--repeat", type=click.IntRange(min=1), default=3, show_default=True)
+@_json_option
+def bench(model, as_json, **sizes):
+    """Measure prefill and decode tokens/s, with the cache and without."""
+    facts = report.speed(model(), **sizes) | {"machine": report.machine_facts()}
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts["tokens_per_second"].items():
+        click.echo(f"{name:<16} {value:9.1f} tokens/s")
+    click.echo(f"the cache makes decoding {facts['cache_speedup']:.1f} times as fast")
+    click.echo(f"median of {facts['repeat']} runs, {facts['n_prompt']} prompt and {facts['n_new']} new tokens, {facts['ops']} ops, "
+               f"peak memory {facts['peak_bytes'] / 1e6:.0f} MB", err=True)
+
+
+@main.command()
+@_json_option
+def doctor(as_json):
+    """Show versions, BLAS and threads, CuPy and the GPU or why there is none."""
+    facts = report.machine_facts()
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {'-' if entry is None else entry}" for key, entry in value.items()) or "-"
+        click.echo(f"{name:<20} {value}")
+    if "OPENBLAS_CORETYPE" in facts["environment"]:
+        click.echo("npllm: warning: OPENBLAS_CORETYPE fixes the kernels of OpenBLAS; unset it for full speed", err=True)
+
+
+if __name__ == "__main__":
+    main()

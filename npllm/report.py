@@ -1,0 +1,220 @@
+"""What the commands report, as plain dicts: the machine, a checkpoint, the next tokens, the speed."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+from math import prod
+
+import numpy as np
+
+from npllm import ops
+from npllm.arrays import backend_namespace, to_numpy
+from npllm.checkpoint import SAFETENSORS_DTYPES, check_entries, read_entries
+from npllm.config import Config
+from npllm.errors import NpllmError
+from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
+from npllm.generate import prepare, stream_batch
+from npllm.models import phi3
+
+__all__ = ["checkpoint_facts", "generate_timed", "machine_facts", "next_tokens", "peak_memory", "speed"]
+
+PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
+            "cupy-cuda13x")
+THREAD_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUPY_TF32")
+
+
+def machine_facts():
+    """Describe what npllm would run on: versions, BLAS and its threads, CuPy and the GPU or why there is none.
+
+    Returns
+    -------
+    facts : dict
+    """
+    return {
+        "npllm": importlib.metadata.version("npllm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "blas": _blas_facts(),
+        "environment": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        "gpu": _gpu_facts(),
+        "weights_folder": str(weights_folder()),
+        "default_checkpoint": str(find_checkpoint(DEFAULT_MODEL) or "not fetched yet (npllm fetch)"),
+    }
+
+
+def checkpoint_facts(folder):
+    """Count a checkpoint's parameters and bytes, from its headers alone.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Returns
+    -------
+    facts : dict
+        `kv_bytes_per_token` counts keys and values of all layers in float32, in which the CPU keeps them.
+
+    Raises
+    ------
+    NpllmError
+        When the folder is no checkpoint that `load` would take.
+    """
+    config, entries = Config.from_json(folder), read_entries(folder)
+    check_entries(folder, entries, config)
+    parts = {"embeddings": 0, "attention": 0, "mlp": 0, "norms": 0}
+    for name, entry in entries.items():
+        part = ("norms" if "norm" in name else "attention" if ".self_attn." in name else "mlp" if ".mlp." in name else "embeddings")
+        parts[part] += prod(entry.shape)
+    return {
+        "folder": str(folder),
+        "tree": phi3.describe(config),
+        "parameters": sum(parts.values()),
+        "parameters_by_part": parts,
+        "bytes": sum(entry.stop - entry.start for entry in entries.values()),
+        "dtypes": sorted({SAFETENSORS_DTYPES.get(entry.dtype, entry.dtype) for entry in entries.values()}),
+        "files": len({entry.file for entry in entries.values()}),
+        "context_length": config.max_position_embeddings,
+        "kv_bytes_per_token": 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4,
+    }
+
+
+def next_tokens(model, prompt, n):
+    """List the n most likely next tokens after a prompt.
+
+    Parameters
+    ----------
+    model : Model
+    prompt : str or list of messages
+    n : int
+
+    Returns
+    -------
+    rows : list of dict
+        Each {"id", "text", "logit", "probability"}, the most likely first.
+    """
+    ids, valid, _, _ = prepare(model, prompt)
+    logits = to_numpy(model(ids, attention_mask=valid, logits_to_keep=1))[0, -1]
+    probabilities = ops.softmax(logits)
+    best = np.argsort(-logits, kind="stable")[:n]
+    return [{"id": int(i), "text": model.tokenizer.token_text(i), "logit": float(logits[i]), "probability": float(probabilities[i])}
+            for i in best]
+
+
+def generate_timed(model, prompt, write, *, echo=False, **options):
+    """Generate, hand every piece of text to `write` as it comes, and time it.
+
+    Parameters
+    ----------
+    model : Model
+    prompt : str or list of messages
+    write : function (str)
+    echo : bool
+        Hand over a text prompt first, once everything has been checked.
+    **options
+        As in `Model.generate`.
+
+    Returns
+    -------
+    stats : dict
+        Seconds and tokens/s of the prompt (up to the first new token) and of the generation after it, bytes of peak memory.
+    """
+    ids, valid, (stream,), settings = prepare(model, prompt, **options)
+    if echo and isinstance(prompt, str):
+        write(prompt)
+    start, ticks, text = time.perf_counter(), [], []
+    try:
+        for _, (piece,) in stream_batch(model, ids, valid, [stream], **settings):
+            ticks.append(time.perf_counter())
+            text.append(piece)
+            write(piece)
+    finally:
+        text.append(stream.close())
+        write(text[-1])
+    first = ticks[0] - start if ticks else 0.0
+    rest = ticks[-1] - ticks[0] if ticks else 0.0
+    return {"text": "".join(text), "prompt_tokens": ids.shape[1], "prompt_seconds": first,
+            "prompt_tokens_per_second": ids.shape[1] / first if first else 0.0, "new_tokens": len(ticks), "new_seconds": rest,
+            "new_tokens_per_second": (len(ticks) - 1) / rest if rest else 0.0, "peak_bytes": peak_memory()}
+
+
+def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
+    """Measure prefill, and decoding with and without the cache, on random token ids.
+
+    Parameters
+    ----------
+    model : Model
+    n_prompt, n_new, repeat, seed : int
+
+    Returns
+    -------
+    facts : dict
+        Medians over `repeat` runs after a warm-up, in tokens per second.
+    """
+    ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt))
+    model(ids[:, :2])  # warm up: the first touch reads the mapped weights
+    runs = {"prefill": lambda: model(ids, logits_to_keep=1), "decode_cached": lambda: _decode(model, ids, n_new, True),
+            "decode_uncached": lambda: _decode(model, ids, n_new, False)}
+    counts = {"prefill": n_prompt, "decode_cached": n_new, "decode_uncached": n_new}
+    facts = {name: counts[name] / statistics.median(_seconds(run) for _ in range(repeat)) for name, run in runs.items()}
+    return {"n_prompt": n_prompt, "n_new": n_new, "repeat": repeat, "ops": model.ops.name, "tokens_per_second": facts,
+            "cache_speedup": facts["decode_cached"] / facts["decode_uncached"], "peak_bytes": peak_memory()}
+
+
+def peak_memory():
+    """Bytes of memory that this process held at most, mapped weights that were touched included; 0 where the system cannot tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _decode(model, ids, n_new, use_cache):
+    """Greedy steps without stop ids: the same number of tokens in every run."""
+    cache = model.new_cache() if use_cache else None
+    new = ids
+    for _ in range(n_new):
+        token = ops.greedy(to_numpy(model(new, cache=cache, logits_to_keep=1))[:, -1])[:, None]
+        new = token if use_cache else np.concatenate([new, token], axis=1)
+
+
+def _seconds(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _blas_facts():
+    """Name and version of NumPy's BLAS; its kernel set and threads where threadpoolctl can ask it."""
+    built = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    facts = {"name": built.get("name"), "version": built.get("version")}
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return facts
+    pool = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
+    return facts | {"kernels": pool.get("architecture"), "threads": pool.get("num_threads")}
+
+
+def _gpu_facts():
+    """The CUDA device, or the reason why there is none."""
+    try:
+        cupy = backend_namespace("cupy")
+    except NpllmError as error:
+        return {"found": False, "why": str(error)}
+    properties = cupy.cuda.runtime.getDeviceProperties(0)
+    return {"found": True, "name": properties["name"].decode(), "bytes": properties["totalGlobalMem"],
+            "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(), "cupy": cupy.__version__}

@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Measure npllm beside the peers that are installed, in one run.
+
+    python scripts/bench.py generate            100 new tokens from a 51-token chat prompt, with and without the KV cache
+
+Every contender is a process of its own; they take turns (A B A B ...), so that a machine that slows down slows all of them.
+Reported are medians and ratios.  OPENBLAS_CORETYPE, which fixes OpenBLAS to one set of kernels, is removed from the children's
+environment, and the report says so.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import click
+import numpy as np
+
+import npllm
+from npllm import report
+from npllm.model import checkpoint_folder
+
+MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}]
+N_PROMPT = 51
+
+
+def npllm_contender(folder, dtype):
+    """Greedy decoding with npllm, stop ids ignored so that every run does the same work."""
+    model = npllm.load(folder, dtype=dtype)
+
+    def run(n_new, use_cache):
+        cache = model.new_cache() if use_cache else None
+        ids = new = np.array([prompt_ids(model)])
+        for _ in range(n_new):
+            token = np.argmax(model(new if use_cache else ids, cache=cache, logits_to_keep=1)[:, -1], axis=-1)
+            new = token[:, None]
+            ids = np.concatenate([ids, new], axis=1)
+        return ids[0].tolist()
+
+    return run
+
+
+def transformers_contender(folder, dtype):
+    """The same with Transformers' generate, on PyTorch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    ids = torch.tensor([prompt_ids(npllm.load(folder))])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.generation_config.eos_token_id = None
+
+    def run(n_new, use_cache):
+        with torch.no_grad():
+            return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, do_sample=False,
+                                  use_cache=use_cache, pad_token_id=0)[0].tolist()
+
+    return run
+
+
+CONTENDERS = {"npllm": npllm_contender, "transformers": transformers_contender}
+
+
+def prompt_ids(model):
+    """A chat prompt of N_PROMPT tokens."""
+    ids = model.tokenizer.encode_chat(MESSAGES)
+    return (ids * (N_PROMPT // len(ids) + 1))[-N_PROMPT:]
+
+
+class Child:
+    """A contender in a process of its own, which answers one JSON line with another."""
+
+    def __init__(self, name, folder, dtype):
+        environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
+        self.process = subprocess.Popen([sys.executable, __file__, "child", name, str(folder), str(dtype or "")], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.version = self._read()["version"]
+
+    def measure(self, **task):
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a contender ended early, with exit code {self.process.wait()}")
+        return json.loads(line)
+
+
+def installed(name):
+    """Contenders of which every package can be imported."""
+    if name == "npllm":
+        return True
+    probe = subprocess.run([sys.executable, "-c", "import torch, transformers"], capture_output=True, check=False)
+    return probe.returncode == 0
+
+
+def machine():
+    """Facts of the machine, as the children see them."""
+    dropped = os.environ.pop("OPENBLAS_CORETYPE", None)
+    command = [sys.executable, "-m", "npllm.cli", "doctor", "--json"]
+    facts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return facts | {"cpu": cpu_name(), "removed from the environment": {"OPENBLAS_CORETYPE": dropped} if dropped else {}}
+
+
+def cpu_name():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "unknown"
+
+
+@click.group()
+def main():
+    """Measure npllm beside its peers."""
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@click.argument("folder")
+@click.argument("dtype")
+def child(name, folder, dtype):
+    """Serve measurements: a JSON task a line on standard input, a JSON answer a line on standard output."""
+    run = CONTENDERS[name](folder, dtype or None)
+    version = npllm.__version__ if name == "npllm" else __import__(name).__version__
+    print(json.dumps({"version": version}), flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        start = time.perf_counter()
+        ids = run(**task)
+        print(json.dumps({"seconds": time.perf_counter() - start, "ids": ids, "peak_bytes": report.peak_memory()}), flush=True)
+
+
+@main.command()
+@click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]")
+@click.option("-n", "--n-new", default=100, show_default=True)
+@click.option("-r", "--repeat", default=3, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def generate(path, n_new, repeat, as_json):
+    """Time greedy generation from a 51-token chat prompt, with and without the KV cache."""
+    folder = checkpoint_folder(path)
+    dtypes = {"npllm": None, "transformers": "float32"}
+    children = {name: Child(name, folder, dtypes[name]) for name in CONTENDERS if installed(name)}
+    seconds = {(name, cached): [] for name in children for cached in (True, False)}
+    texts, peaks = {}, {}
+    for contender in children.values():
+        contender.measure(n_new=2, use_cache=True)  # warm up
+    for _ in range(repeat):
+        for cached in (True, False):
+            for name, contender in children.items():
+                answer = contender.measure(n_new=n_new, use_cache=cached)
+                seconds[name, cached].append(answer["seconds"])
+                texts[name, cached], peaks[name] = answer["ids"], answer["peak_bytes"]
+    show({"task": f"{n_new} new tokens after {N_PROMPT}, greedy", "repeat": repeat, "machine": machine(),
+          "versions": {name: contender.version for name, contender in children.items()}, "peak_bytes": peaks,
+          "seconds": {f"{name} {'cached' if cached else 'uncached'}": runs for (name, cached), runs in seconds.items()},
+          "same_tokens": len({tuple(ids) for ids in texts.values()}) == 1}, as_json)
+
+
+def show(result, as_json):
+    """Print the result as JSON, or as a Markdown table."""
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    medians = {name: statistics.median(runs) for name, runs in result["seconds"].items()}
+    facts = result["machine"]
+    click.echo(f"{result['task']}; median of {result['repeat']} alternating runs; {facts['cpu']}, {facts['cores']} cores, "
+               f"BLAS {facts['blas']}, same tokens from all: {result['same_tokens']}\n")
+    click.echo("| | seconds | min ... max | of transformers | peak MB |\n|---|---|---|---|---|")
+    for name, median in medians.items():
+        peer = medians.get("transformers " + name.split()[1])
+        ratio = f"{median / peer:.2f}" if peer else "-"
+        runs = result["seconds"][name]
+        click.echo(f"| {name} | {median:.2f} | {min(runs):.2f} ... {max(runs):.2f} | {ratio} "
+                   f"| {result['peak_bytes'][name.split()[0]] / 1e6:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
