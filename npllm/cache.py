@@ -8,46 +8,58 @@ from npllm.errors import NpllmValueError
 __all__ = ["KVCache"]
 
 SMALLEST_CAPACITY = 64  # slots of the first allocation
+STALE = -1  # a row whose keys and values must be computed anew, whatever its frequencies
 
 
 class KVCache:
     """Keys and values of every layer, for n_batch sequences that grow together.
 
     Room grows geometrically: a full array is replaced by one of twice the size, up to the context length, so that appending n
-    tokens one by one copies O(n) keys in all.
+    tokens one by one copies O(n) keys in all.  With a sliding window only the keys that a coming query can still see are kept,
+    and the arrays stop growing.
 
     Parameters
     ----------
     n_batch, n_layer : int
     max_slots : int
         The context length; going beyond raises.
+    window : int, optional
+        Number of keys a query sees, its own included.
 
     Attributes
     ----------
     n_ctx : int
-        Slots in use: tokens of the sequence so far, padding included.
+        Slots used so far: tokens of the sequence, padding included.
+    ids, positions : integer array [n_batch, n_ctx]
+        NumPy; what stands in each slot.  A row is computed anew from them when its RoPE frequencies change.
     valid : bool array [n_batch, n_ctx]
         NumPy; False where a slot holds padding.
+    choice : integer array [n_batch]
+        NumPy; which RoPE frequencies the keys of each row were rotated with (`npllm.models.rope.frequency_choice`).
 
     Notes
     -----
     A forward pass appends layer by layer and then calls `advance`; one that fails before that leaves the cache as it was.
     Keys are stored after RoPE.
 
-    Source: `DynamicCache` in Transformers.
+    Source: `DynamicCache` and `DynamicSlidingWindowLayer` in Transformers.
     """
 
-    def __init__(self, n_batch, n_layer, max_slots):
+    def __init__(self, n_batch, n_layer, max_slots, window=None):
         if n_batch < 1:
             raise NpllmValueError(f"n_batch must be at least 1, got {n_batch}")
-        self.n_batch, self.max_slots, self.n_ctx = n_batch, max_slots, 0
+        self.n_batch, self.max_slots = n_batch, max_slots
+        self.window = window if window is not None and window < max_slots else None
+        self.n_ctx = 0
+        self.ids = self.positions = np.zeros((n_batch, 0), dtype=np.int64)
         self.valid = np.ones((n_batch, 0), dtype=bool)
-        self._layers = [None] * n_layer  # each (keys, values), [n_batch, n_kv_head, capacity, d_head]
+        self.choice = np.full(n_batch, STALE)
+        self._layers = [None] * n_layer  # each (keys, values, first slot), [n_batch, n_kv_head, capacity, d_head]
 
     @property
     def n_bytes(self):
         """Bytes allocated for keys and values."""
-        return sum(x.nbytes for pair in self._layers if pair for x in pair)
+        return sum(x.nbytes for layer in self._layers if layer for x in layer[:2])
 
     def append(self, layer, k, v):
         """Add keys and values of new tokens to one layer.
@@ -60,28 +72,64 @@ class KVCache:
 
         Returns
         -------
-        k, v : array [n_batch, n_kv_head, n_ctx + n_seq, d_head]
-            Views of everything stored, the new tokens included; valid until the next call.
+        k, v : array [n_batch, n_kv_head, n_kept + n_seq, d_head]
+            Views of the keys and values that the new tokens can see, their own included; valid until the next call.
+        slots : range
+            Where they stand in the sequence.
         """
-        start, stop = self.n_ctx, self.n_ctx + k.shape[-2]
-        self.check_room(k.shape[0], k.shape[-2])
-        stored = self._layers[layer] or tuple(_empty(x, self._capacity(stop)) for x in (k, v))
-        if stored[0].shape[-2] < stop:
-            stored = tuple(_grown(x, self._capacity(stop), start) for x in stored)
-        self._layers[layer] = stored
-        for x, new in zip(stored, (k, v), strict=True):
-            x[:, :, start:stop, :] = new
-        return tuple(x[:, :, :stop, :] for x in stored)
+        n_seq = k.shape[-2]
+        self.check_room(k.shape[0], n_seq)
+        oldest, stop = self._oldest(), self.n_ctx + n_seq
+        keys, values, first = self._layers[layer] or (*(_empty(x, self._capacity(n_seq)) for x in (k, v)), 0)
+        if stop - first > keys.shape[-2]:
+            keys, values = (_moved(x, oldest - first, self.n_ctx - first, self._capacity(stop - oldest)) for x in (keys, values))
+            first = oldest
+        self._layers[layer] = keys, values, first
+        for x, new in ((keys, k), (values, v)):
+            x[:, :, self.n_ctx - first : stop - first, :] = new
+        return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(oldest, stop)
 
-    def advance(self, valid):
+    def advance(self, ids, positions, valid, choice):
         """Count the tokens that every layer has appended as seen.
 
         Parameters
         ----------
+        ids, positions : integer array [n_batch, n_seq]
         valid : bool array [n_batch, n_ctx + n_seq]
-            NumPy; which slots hold tokens, the new ones included.
+            Which slots hold tokens, the new ones included.
+        choice : integer array [n_batch]
         """
-        self.n_ctx, self.valid = valid.shape[-1], valid
+        self.ids = np.concatenate([self.ids, ids], axis=1)
+        self.positions = np.concatenate([self.positions, np.broadcast_to(positions, ids.shape)], axis=1)
+        self.n_ctx, self.valid, self.choice = self.n_ctx + ids.shape[1], valid, choice
+
+    def replace_rows(self, rows, other):
+        """Take over keys and values of some rows from a cache that holds them, computed anew.
+
+        Parameters
+        ----------
+        rows : list of int
+        other : KVCache
+            Of len(rows) sequences, with the same n_ctx and window.
+        """
+        oldest = self._oldest()
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            for x, new in zip(mine[:2], theirs[:2], strict=True):
+                for i, row in enumerate(rows):
+                    kept = new[i, :, oldest - theirs[2] : self.n_ctx - theirs[2], :]
+                    x[row, :, oldest - mine[2] : self.n_ctx - mine[2], :] = kept
+
+    def state(self):
+        """What `restore` needs to go back to here."""
+        return self.n_ctx, self.ids, self.positions, self.valid
+
+    def restore(self, state):
+        """Go back to an earlier state after a call that failed midway; keys dropped since then are computed anew when needed."""
+        if state[0] != self.n_ctx:
+            self.n_ctx, self.ids, self.positions, self.valid = state
+            self.choice = np.full(self.n_batch, STALE)
+            self._layers = [None if layer is None or self.n_ctx == 0 else (*layer[:2], min(layer[2], self._oldest()))
+                            for layer in self._layers]
 
     def check_room(self, n_batch, n_seq):
         """Raise unless n_seq more tokens of n_batch sequences fit."""
@@ -92,8 +140,14 @@ class KVCache:
             raise NpllmValueError(f"{self.n_ctx} cached + {n_seq} new tokens are {self.n_ctx + n_seq}, but the context length "
                                   f"(max_position_embeddings) is {self.max_slots}")
 
+    def _oldest(self):
+        """The first slot that a query in slot n_ctx can see."""
+        return 0 if self.window is None else max(0, self.n_ctx - self.window + 1)
+
     def _capacity(self, needed):
-        """The smallest power of two times SMALLEST_CAPACITY that is enough, at most the context length."""
+        """A power of two times SMALLEST_CAPACITY, at most the context length; with a window, room to spare before the next move."""
+        if self.window is not None:
+            needed += self.window // 2
         capacity = SMALLEST_CAPACITY
         while capacity < needed:
             capacity *= 2
@@ -105,7 +159,8 @@ def _empty(x, capacity):
     return array_namespace(x).empty((n_batch, n_kv_head, capacity, d_head), dtype=x.dtype)
 
 
-def _grown(x, capacity, used):
+def _moved(x, start, stop, capacity):
+    """An array of the given capacity that begins with columns start ... stop - 1 of `x`."""
     new = _empty(x, capacity)
-    new[:, :, :used, :] = x[:, :, :used, :]
+    new[:, :, : stop - start, :] = x[:, :, start:stop, :]
     return new

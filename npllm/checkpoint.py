@@ -4,7 +4,9 @@ Only headers are read until a tensor is asked for.  A tensor is a read-only view
 kept; nothing is copied at load, and the operating system reads a page when a product first touches it.
 """
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,15 +34,24 @@ class LayerParams(NamedTuple):
     post_attention_layernorm: Array  # [d_model]
     gate_up_proj: Array  # [2*d_ff, d_model]: rows of gate, then up
     down_proj: Array  # [d_model, d_ff]
+    qkv_bias: Array | None = None  # [(n_head + 2*n_kv_head)*d_head]; biases exist in some Llama checkpoints only
+    o_bias: Array | None = None  # [d_model]
+    gate_up_bias: Array | None = None  # [2*d_ff]
+    down_bias: Array | None = None  # [d_model]
 
 
 class Params(NamedTuple):
-    """Weights of a model.  Immutable; `lm_head` is `embed_tokens` itself where the checkpoint ties them."""
+    """Weights of a model.  Immutable; `lm_head` is `embed_tokens` itself where the checkpoint ties them.
+
+    A classifier has `score` in place of `lm_head`.
+    """
 
     embed_tokens: Array  # [n_vocab, d_model]
     layers: tuple[LayerParams, ...]  # n_layer of them
     norm: Array  # [d_model]
-    lm_head: Array  # [n_vocab, d_model]
+    lm_head: Array | None = None  # [n_vocab, d_model]
+    score: Array | None = None  # [n_label, d_model]
+    score_bias: Array | None = None  # [n_label]
 
 
 class TensorEntry(NamedTuple):
@@ -65,23 +76,48 @@ def expected_shapes(config):
     shapes : dict of str to tuple of int
         Tensor name as in the file -> shape.
     """
-    d_model, d_ff, n_vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    n_head, n_kv_head, d_head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    shapes = {"model.embed_tokens.weight": (n_vocab, d_model), "model.norm.weight": (d_model,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (n_vocab, d_model)
+    shapes = {name: shape for _, sources in _top_sources(config) for name, shape in sources.items()}
     for number in range(config.num_hidden_layers):
-        prefix = f"model.layers.{number}."
-        shapes[prefix + "input_layernorm.weight"] = (d_model,)
-        shapes[prefix + "self_attn.qkv_proj.weight"] = ((n_head + 2 * n_kv_head) * d_head, d_model)
-        shapes[prefix + "self_attn.o_proj.weight"] = (d_model, n_head * d_head)
-        shapes[prefix + "post_attention_layernorm.weight"] = (d_model,)
-        shapes[prefix + "mlp.gate_up_proj.weight"] = (2 * d_ff, d_model)
-        shapes[prefix + "mlp.down_proj.weight"] = (d_model, d_ff)
+        shapes |= {name: shape for _, sources in _layer_sources(config, number) for name, shape in sources.items()}
     return shapes
 
 
-def load_params(folder, config, *, dtype=None, xp=np):
+def _top_sources(config):
+    """Fields of Params and the tensors they are made of: (field, {name in the file: shape})."""
+    n_vocab, d_model = config.vocab_size, config.hidden_size
+    sources = [("embed_tokens", {"model.embed_tokens.weight": (n_vocab, d_model)}), ("norm", {"model.norm.weight": (d_model,)})]
+    if config.head != "lm":
+        sources.append(("score", {"score.weight": (config.num_labels, d_model)}))
+    elif not config.tie_word_embeddings:
+        sources.append(("lm_head", {"lm_head.weight": (n_vocab, d_model)}))
+    if config.head == "token":
+        sources.append(("score_bias", {"score.bias": (config.num_labels,)}))
+    return sources
+
+
+def _layer_sources(config, number):
+    """Fields of LayerParams and the tensors they are made of, one below the other: (field, {name in the file: shape})."""
+    d_model, d_ff = config.hidden_size, config.intermediate_size
+    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    if config.model_type == "phi3":
+        qkv, gate_up = {"qkv_proj": d_q + 2 * d_kv}, {"gate_up_proj": 2 * d_ff}
+    else:
+        qkv, gate_up = {"q_proj": d_q, "k_proj": d_kv, "v_proj": d_kv}, {"gate_proj": d_ff, "up_proj": d_ff}
+    prefix = f"model.layers.{number}."
+    sources = [(norm, {f"{prefix}{norm}.weight": (d_model,)}) for norm in ("input_layernorm", "post_attention_layernorm")]
+    for field, half, rows, d_in, has_bias in (
+        ("qkv", "self_attn", qkv, d_model, config.attention_bias),
+        ("o", "self_attn", {"o_proj": d_model}, d_q, config.attention_bias),
+        ("gate_up", "mlp", gate_up, d_model, config.mlp_bias),
+        ("down", "mlp", {"down_proj": d_model}, d_ff, config.mlp_bias),
+    ):
+        sources.append((field + "_proj", {f"{prefix}{half}.{leaf}.weight": (d_out, d_in) for leaf, d_out in rows.items()}))
+        if has_bias:
+            sources.append((field + "_bias", {f"{prefix}{half}.{leaf}.bias": (d_out,) for leaf, d_out in rows.items()}))
+    return sources
+
+
+def load_params(folder, config, *, dtype=None, xp=np, progress=False):
     """Load the weights of a checkpoint folder.
 
     Parameters
@@ -93,6 +129,8 @@ def load_params(folder, config, *, dtype=None, xp=np):
         "bfloat16", "float16", "float32" or "float64"; default: each tensor as it is stored.
     xp : module
         The array library to put them into.
+    progress : bool
+        Show a bar with bytes and shard on stderr where the tqdm package is installed.
 
     Returns
     -------
@@ -110,18 +148,56 @@ def load_params(folder, config, *, dtype=None, xp=np):
         dtype_named(dtype)
     entries = read_entries(folder)
     check_entries(folder, entries, config)
-    files = {}
+    total = sum(entry.stop - entry.start for entry in entries.values())
+    bar = progress_bar(total, "loading") if progress else contextlib.nullcontext()
+    with bar as advance:
+        reader = _TensorReader(entries, dtype, xp, advance)
+        layers = tuple(LayerParams(**{field: reader.read(sources) for field, sources in _layer_sources(config, number)})
+                       for number in range(config.num_hidden_layers))
+        top = {field: reader.read(sources) for field, sources in _top_sources(config)}
+    if config.head == "lm" and config.tie_word_embeddings:
+        top["lm_head"] = top["embed_tokens"]
+    return Params(layers=layers, **top)
 
-    def tensor(name):
-        entry = entries[name + ".weight"]
-        if entry.file not in files:
-            files[entry.file] = np.memmap(entry.file, dtype=np.uint8, mode="r")
-        return asarray(_convert(_view(files[entry.file], entry), dtype), xp)
 
-    layers = tuple(_load_layer(tensor, f"model.layers.{number}.") for number in range(config.num_hidden_layers))
-    embed_tokens = tensor("model.embed_tokens")
-    lm_head = embed_tokens if config.tie_word_embeddings else tensor("lm_head")
-    return Params(embed_tokens, layers, tensor("model.norm"), lm_head)
+class _TensorReader:
+    """Turns entries of the headers into arrays."""
+
+    def __init__(self, entries, dtype, xp, advance):
+        self.entries, self.dtype, self.xp, self.advance = entries, dtype, xp, advance
+
+    def read(self, names):
+        """One tensor as it stands in the file, or several as one, their rows below each other."""
+        views = [self._view(name) for name in names]
+        x = _convert(views[0], self.dtype) if len(views) == 1 else self._stack(views)
+        if self.advance:
+            for name in names:
+                self.advance(self.entries[name].stop - self.entries[name].start, self.entries[name].file.name)
+        return asarray(x, self.xp)
+
+    def _view(self, name):
+        """View a tensor in the mapped file; copy it where it is not aligned to its item size."""
+        entry = self.entries[name]
+        dtype = DTYPES[SAFETENSORS_DTYPES[entry.dtype]].newbyteorder("<")
+        if entry.stop == entry.start:
+            return np.zeros(entry.shape, dtype)
+        raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.stop - entry.start,))
+        if raw.ctypes.data % dtype.itemsize:
+            raw = raw.copy()
+        return np.asarray(raw).view(dtype).reshape(entry.shape)
+
+    def _stack(self, views):
+        """Copy tensors into one, and let go of each mapping once it is copied, so that the file's pages are not held as well."""
+        dtype = views[0].dtype if self.dtype is None else dtype_named(self.dtype)
+        n_rows = sum(view.shape[0] for view in views)
+        x = np.empty((n_rows, *views[0].shape[1:]), dtype)
+        start = 0
+        while views:
+            view = views.pop(0)
+            x[start : start + view.shape[0]] = view
+            start += view.shape[0]
+            del view
+        return x
 
 
 def read_entries(folder):
@@ -156,17 +232,6 @@ def read_entries(folder):
     if lost:
         raise NpllmValueError(f"{index}: names tensors that the files do not hold: {_some(lost)}")
     return {name: headers[file][name] for name, file in weight_map.items()}
-
-
-def _load_layer(tensor, prefix):
-    return LayerParams(
-        input_layernorm=tensor(prefix + "input_layernorm"),
-        qkv_proj=tensor(prefix + "self_attn.qkv_proj"),
-        o_proj=tensor(prefix + "self_attn.o_proj"),
-        post_attention_layernorm=tensor(prefix + "post_attention_layernorm"),
-        gate_up_proj=tensor(prefix + "mlp.gate_up_proj"),
-        down_proj=tensor(prefix + "mlp.down_proj"),
-    )
 
 
 def _read_header(path):
@@ -216,7 +281,7 @@ def check_entries(folder, entries, config):
     """Raise one error that lists everything wrong with the tensors of a checkpoint."""
     expected = expected_shapes(config)
     ignored = {name for name in entries if name.endswith("rotary_emb.inv_freq")}
-    ignored |= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    ignored |= {"lm_head.weight"} if config.tie_word_embeddings or config.head != "lm" else set()
     missing, unknown = expected.keys() - entries.keys(), entries.keys() - expected.keys() - ignored
     misshapen = [f"{name} must be {list(expected[name])}, got {list(entry.shape)}"
                  for name, entry in entries.items() if name in expected and entry.shape != expected[name]]
@@ -231,17 +296,25 @@ def check_entries(folder, entries, config):
         raise NpllmValueError(f"{folder}: the tensors do not fit config.json; " + "; ".join(problems))
 
 
-def _view(data, entry):
-    """View a tensor in the mapped bytes; copy it where it is not aligned to its item size."""
-    dtype = DTYPES[SAFETENSORS_DTYPES[entry.dtype]]
-    raw = data[entry.start : entry.stop]
-    if entry.start % dtype.itemsize:
-        raw = raw.copy()
-    return np.asarray(raw).view(dtype).reshape(entry.shape)
-
-
 def _convert(x, dtype):
     return x if dtype is None else x.astype(dtype_named(dtype), copy=False)
+
+
+@contextlib.contextmanager
+def progress_bar(total, what):
+    """Yield a function (bytes, label) that moves a bar on stderr; None where tqdm is missing or nobody looks."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield None
+        return
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def advance(n_bytes, label):
+            bar.set_postfix_str(label, refresh=False)
+            bar.update(n_bytes)
+
+        yield advance
 
 
 def _some(names, most=8):

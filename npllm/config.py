@@ -26,17 +26,36 @@ KEYS_WITHOUT_EFFECT = frozenset("""
 """.split())
 
 # Keys that may be present only with a value that changes nothing.
-ONLY = {"attention_bias": (False, None), "mlp_bias": (False, None), "lm_head_bias": (False, None),
-        "quantization_config": (None,), "add_cross_attention": (False, None), "layer_types": (None,)}
+ONLY = {"lm_head_bias": (False, None), "quantization_config": (None,), "add_cross_attention": (False, None), "layer_types": (None,)}
+
+ROPE_ALIASES = {"su": "longrope", "yarn": "longrope"}  # of model_type phi3; to Llama, yarn is a type of its own
+ROPE_TYPES = {"phi3": ("default", "longrope"), "llama": ("default", "linear", "dynamic", "yarn", "llama3", "longrope")}
+ROPE_NEEDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (), "longrope": ("short_factor", "long_factor"),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+HEADS = {"ForCausalLM": "lm", "ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 
 
 @dataclass(frozen=True)
 class RopeParameters:
-    """How positions turn into angles: `rope_parameters` of config.json, or its older spelling `rope_scaling` and `rope_theta`."""
+    """How positions turn into angles: `rope_parameters` of config.json, or its older spelling `rope_scaling` and `rope_theta`.
+
+    What each number means stands with the function that uses it, in `npllm.ops.frequencies`.  None: the file does not say.
+    """
 
     rope_type: str = "default"
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
+    factor: float | None = None
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,14 @@ class Config:
         Any of them ends an answer; generation_config.json overrides it.
     dtype : str
         In which the weights are stored.
+    model_type : str
+        "phi3" (fused projections) or "llama" (split ones, fused at load; the same mathematics).
+    architectures : tuple of str
+        Names the head: `...ForCausalLM`, `...ForSequenceClassification` or `...ForTokenClassification`.
+    attention_bias, mlp_bias : bool
+        The linear maps of that half have biases; Llama only.
+    num_labels : int
+        Of a classification head.
     """
 
     vocab_size: int
@@ -86,6 +113,9 @@ class Config:
     model_type: str = "phi3"
     architectures: tuple[str, ...] = ("Phi3ForCausalLM",)
     hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    num_labels: int = 2
     attention_dropout: float = 0.0
     resid_pdrop: float = 0.0
 
@@ -93,6 +123,17 @@ class Config:
     def d_rope(self):
         """Number of channels of a head that RoPE rotates, `int(d_head * partial_rotary_factor)`."""
         return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
+
+    @property
+    def head(self):
+        """What stands on top of the hidden state: "lm", "sequence" (classification) or "token" (classification)."""
+        return next(head for suffix, head in HEADS.items() if self.architectures[0].endswith(suffix))
+
+    @property
+    def context_length(self):
+        """Most tokens of a sequence: `max_position_embeddings`, stretched by the factor of dynamic RoPE."""
+        rope = self.rope_parameters
+        return int(self.max_position_embeddings * (rope.factor if rope.rope_type == "dynamic" else 1))
 
     @classmethod
     def from_json(cls, path_or_dict):
@@ -155,10 +196,12 @@ def read_json(path):
 def _parse(data, where):
     """Turn the content of a config.json into a Config."""
     read = _Reader(data, where)
-    if read.data.get("model_type") != "phi3":
-        raise NpllmValueError(f"{where}: model_type must be phi3, got {read.data.get('model_type')!r}")
+    model_type = read.data.get("model_type")
+    if model_type not in ROPE_TYPES:
+        raise NpllmValueError(f"{where}: model_type must be one of {', '.join(ROPE_TYPES)}, got {model_type!r}"[:300])
     n_head, d_model = read.size("num_attention_heads"), read.size("hidden_size")
-    max_position = read.size("max_position_embeddings", default=4096)
+    max_position = read.size("max_position_embeddings", default=4096 if model_type == "phi3" else 2048)
+    rope, n_original = _parse_rope(read, model_type)
     config = Config(
         vocab_size=read.size("vocab_size"),
         hidden_size=d_model,
@@ -168,18 +211,21 @@ def _parse(data, where):
         num_key_value_heads=read.size("num_key_value_heads", default=n_head),
         head_dim=read.size("head_dim", default=d_model // n_head),
         max_position_embeddings=max_position,
-        original_max_position_embeddings=read.size("original_max_position_embeddings", default=4096),
-        rms_norm_eps=read.number("rms_norm_eps", default=1e-5),
-        rope_parameters=_parse_rope(read),
-        sliding_window=read.size("sliding_window", default=None),
+        original_max_position_embeddings=n_original or (4096 if model_type == "phi3" else max_position),
+        rms_norm_eps=read.number("rms_norm_eps", default=1e-5 if model_type == "phi3" else 1e-6),
+        rope_parameters=rope,
+        sliding_window=read.size("sliding_window", default=None) if model_type == "phi3" else None,
         tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
         bos_token_id=read.token("bos_token_id"),
         eos_token_id=read.tokens("eos_token_id"),
         pad_token_id=read.token("pad_token_id"),
         dtype=_parse_dtype(read),
         model_type=read.text("model_type"),
-        architectures=tuple(read.get("architectures") or ("Phi3ForCausalLM",)),
+        architectures=_parse_architectures(read, model_type),
         hidden_act=read.text("hidden_act", default="silu"),
+        attention_bias=read.flag("attention_bias", default=False),
+        mlp_bias=read.flag("mlp_bias", default=False),
+        num_labels=_parse_num_labels(read),
         attention_dropout=read.number("attention_dropout", default=0.0),
         resid_pdrop=read.number("resid_pdrop", default=0.0),
     )
@@ -188,24 +234,52 @@ def _parse(data, where):
     return config
 
 
-def _parse_rope(read):
-    """Read the old and the new spelling of the rope parameters; `rope_scaling` wins where both stand, as in Transformers."""
+def _parse_rope(read, model_type):
+    """Read the old and the new spelling of the rope parameters; return them and the original context length, or None.
+
+    As in Transformers, `rope_scaling` wins over `rope_parameters`, and the context length at top level over the nested one.
+    """
     nested = read.get("rope_parameters") or {}
     nested = read.get("rope_scaling") or nested
     if not isinstance(nested, dict):
-        raise NpllmValueError(f"{read.where}: rope_scaling must be null or an object, got {nested!r}")
-    rope = _Reader(nested, f"{read.where}: rope_parameters")
+        raise NpllmValueError(f"{read.where}: rope_scaling must be null or an object, got {nested!r}"[:300])
     theta, fraction = (read.number(key, default=value) for key, value in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)))
+    n_original = read.size("original_max_position_embeddings", default=None)
+    rope = _Reader(nested, f"{read.where}: rope_parameters")
     spelled_old = rope.text("type", default="default")
+    rope_type = rope.text("rope_type", default=spelled_old)
+    numbers = ("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale",
+               "mscale_all_dim")
     parameters = RopeParameters(
-        rope_type=rope.text("rope_type", default=spelled_old),
+        rope_type=ROPE_ALIASES.get(rope_type, rope_type) if model_type == "phi3" else rope_type,
         rope_theta=rope.number("rope_theta", default=theta),
         partial_rotary_factor=rope.number("partial_rotary_factor", default=fraction),
+        short_factor=rope.numbers("short_factor"),
+        long_factor=rope.numbers("long_factor"),
+        truncate=rope.flag("truncate", default=True),
+        **{name: rope.number(name, default=None) for name in numbers},
     )
-    if parameters.rope_type != "default":
-        raise NpllmValueError(f"{rope.where}: rope_type must be default, got {parameters.rope_type!r}, which is not implemented")
+    nested_original = rope.size("original_max_position_embeddings", default=None)
+    for ignored in ("short_mscale", "long_mscale"):  # Transformers does not read them
+        rope.get(ignored)
     rope.finish()
-    return parameters
+    return parameters, n_original or nested_original
+
+
+def _parse_architectures(read, model_type):
+    """Read which head the checkpoint carries; the default is a language model."""
+    family = {"phi3": "Phi3", "llama": "Llama"}[model_type]
+    names = read.get("architectures", [family + "ForCausalLM"])
+    known = [family + suffix for suffix in HEADS]
+    if not isinstance(names, list) or not names or names[0] not in known:
+        raise NpllmValueError(f"{read.where}: architectures must be one of {', '.join(known)}, got {names!r}"[:300])
+    return tuple(map(str, names))
+
+
+def _parse_num_labels(read):
+    """Number of classes: as said, else as many as have names, else 2 as in Transformers."""
+    names = read.get("id2label", {})
+    return read.size("num_labels", default=len(names) if isinstance(names, dict) and names else 2)
 
 
 def _parse_dtype(read):
@@ -227,15 +301,42 @@ def _validate(config, where):
     require(n_head % n_kv_head == 0, f"num_attention_heads must be a multiple of num_key_value_heads, got {n_head} and {n_kv_head}")
     require(config.hidden_act == "silu", f"hidden_act must be silu, got {config.hidden_act!r}, which is not implemented")
     require(config.rms_norm_eps >= 0, f"rms_norm_eps must be at least 0, got {config.rms_norm_eps}")
-    rope = config.rope_parameters
-    require(rope.rope_theta > 0, f"rope_theta must be above 0, got {rope.rope_theta}")
-    require(2 <= config.d_rope <= config.head_dim and config.d_rope % 2 == 0,
-            f"head_dim * partial_rotary_factor must be even and in 2 ... head_dim = {config.head_dim}, "
-            f"got {config.head_dim} * {rope.partial_rotary_factor} = {config.d_rope}")
+    require(config.model_type == "llama" or not (config.attention_bias or config.mlp_bias),
+            "attention_bias and mlp_bias must be false for model_type phi3, got true, which is not implemented")
+    _validate_rope(config, require)
     for name in ("bos_token_id", "pad_token_id"):
         token = getattr(config, name)
         require(token is None or token < config.vocab_size, f"{name} must be below vocab_size = {config.vocab_size}, got {token}")
-    require(all(isinstance(name, str) for name in config.architectures), "architectures must be a list of names")
+
+
+def _validate_rope(config, require):
+    """Check the rope parameters against their type and against the width of a head."""
+    rope, d_rope = config.rope_parameters, config.d_rope
+    types = ROPE_TYPES[config.model_type]
+    require(rope.rope_type in types,
+            f"rope_type must be one of {', '.join(types)}, got {rope.rope_type!r}, which is not implemented")
+    require(rope.rope_theta > 1, f"rope_theta must be above 1, got {rope.rope_theta}")
+    require(2 <= d_rope <= config.head_dim and d_rope % 2 == 0,
+            f"head_dim * partial_rotary_factor must be even and in 2 ... head_dim = {config.head_dim}, "
+            f"got {config.head_dim} * {rope.partial_rotary_factor} = {d_rope}")
+    for name in ROPE_NEEDS[rope.rope_type]:
+        require(getattr(rope, name) is not None, f"rope_type {rope.rope_type} needs {name}, which is missing")
+    for name in ("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        value = getattr(rope, name)
+        require(value is None or 0 < value < 1e9, f"{name} must be above 0 and below 1e9, got {value}")
+    for name in ("short_factor", "long_factor"):
+        factors = getattr(rope, name)
+        require(factors is None or (len(factors) == d_rope // 2 and all(1e-9 < x < 1e9 for x in factors)),
+                f"{name} must hold d_rope/2 = {d_rope // 2} positive numbers, got {len(factors or ())}")
+    if rope.rope_type == "longrope":
+        require(config.original_max_position_embeddings > 1, "original_max_position_embeddings must be above 1 for longrope, got 1")
+    if rope.rope_type == "llama3":
+        require(rope.high_freq_factor > rope.low_freq_factor,
+                f"high_freq_factor must be above low_freq_factor = {rope.low_freq_factor}, got {rope.high_freq_factor}")
+    if rope.rope_type == "dynamic":
+        require(d_rope >= 4 and rope.factor >= 1, f"dynamic RoPE needs d_rope >= 4 and factor >= 1, got {d_rope} and {rope.factor}")
+        require(config.context_length <= LARGEST_SIZE, f"max_position_embeddings * factor must be at most {LARGEST_SIZE}, "
+                f"got {config.context_length}")
 
 
 class _Reader:
@@ -262,9 +363,17 @@ class _Reader:
 
     def number(self, key, default):
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
             self._fail(key, "a finite number", value)
         return float(value)
+
+    def numbers(self, key):
+        value = self.get(key)
+        if value is not None and not isinstance(value, list):
+            self._fail(key, "a list of numbers", value)
+        return None if value is None else tuple(_Reader({key: x}, self.where).number(key, default=math.nan) for x in value)
 
     def text(self, key, default=None):
         value = self.get(key, default)

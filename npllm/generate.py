@@ -15,8 +15,6 @@ from npllm.tokenizer import Detokenizer
 
 __all__ = ["GenerationConfig", "Sampling", "TextStream", "choose", "generate_tokens", "prepare", "stream_batch"]
 
-PREFILL_CHUNK = 512  # tokens of the prompt that go through the model at a time
-
 # Entries of generation_config.json that would change the text, and the values of them that do not.
 NEUTRAL = {"num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (None, 0), "typical_p": (1, None), "epsilon_cutoff": (0,),
            "eta_cutoff": (0,), "top_h": (None,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
@@ -210,13 +208,8 @@ def generate_tokens(model, input_ids, valid=None, *, max_new_tokens=50, sampling
 
 
 def _last_logits(model, ids, valid, cache):
-    """Send new tokens through the model, in chunks where a cache keeps what was computed; NumPy logits of the last one."""
-    n_cached, n_new = (0 if cache is None else cache.n_ctx), ids.shape[1]
-    chunk = PREFILL_CHUNK if cache is not None else n_new
-    for start in range(0, n_new, chunk):
-        stop = min(start + chunk, n_new)
-        logits = model(ids[:, start:stop], attention_mask=valid[:, : n_cached + stop], cache=cache, logits_to_keep=1)
-    return to_numpy(logits)[:, -1, :]
+    """Send new tokens through the model; NumPy logits of the last one."""
+    return to_numpy(model(ids, attention_mask=valid, cache=cache, logits_to_keep=1))[:, -1, :]
 
 
 class TextStream:
@@ -309,6 +302,8 @@ def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50,
         Naming the option, and both numbers where the prompt does not fit the context.
     """
     settings = model.generation_config
+    if model.config.head != "lm":
+        raise NpllmValueError(f"{model.config.architectures[0]} scores classes and cannot generate text; call the model with ids")
     if settings.unsupported:
         raise NpllmValueError(f"generation_config.json asks for what is not implemented: {', '.join(settings.unsupported)}")
     for name, value, largest in (("max_new_tokens", max_new_tokens, 2**31), ("seed", seed, 2**64 - 1)):
@@ -319,9 +314,9 @@ def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50,
     if not all(isinstance(text, str) and text for text in stop):
         raise NpllmTypeError(f"stop must be strings, none of them empty, got {stop!r}")
     ids, valid = _prompt_ids(model, prompt, attention_mask)
-    if ids.shape[1] >= model.config.max_position_embeddings:
+    if ids.shape[1] >= model.config.context_length:
         raise NpllmValueError(f"the prompt has {ids.shape[1]} tokens, but the context length (max_position_embeddings) is "
-                              f"{model.config.max_position_embeddings}, and the answer must fit in as well; shorten the prompt")
+                              f"{model.config.context_length}, and the answer must fit in as well; shorten the prompt")
     tokenizer = model.require_tokenizer() if stop or not _is_array(prompt) else None
     streams = [TextStream(tokenizer, settings.eos_token_id, stop) for _ in ids]
     return ids, valid, streams, {"max_new_tokens": int(max_new_tokens), "sampling": sampling, "seed": seed, "use_cache": use_cache}
@@ -374,9 +369,9 @@ def _is_array(prompt):
 
 def _room(config, n_prompt, max_new_tokens):
     """How many tokens may follow a prompt; warns where the context ends before max_new_tokens."""
-    room = config.max_position_embeddings - n_prompt
+    room = config.context_length - n_prompt
     if room < max_new_tokens:
-        warnings.warn(f"the context length (max_position_embeddings) is {config.max_position_embeddings}: after {n_prompt} tokens "
+        warnings.warn(f"the context length (max_position_embeddings) is {config.context_length}: after {n_prompt} tokens "
                       f"of prompt there is room for {room} new tokens, not {max_new_tokens}", stacklevel=4)
     return min(room, max_new_tokens)
 

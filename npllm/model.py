@@ -1,5 +1,6 @@
 """The convenient front: `load` a folder, call the model, generate text."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from npllm.config import Config
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.fetch import fetch, find_checkpoint
 from npllm.generate import GenerationConfig, is_chat, prepare, stream_batch
-from npllm.models import phi3
+from npllm.models import heads, phi3, rope
 from npllm.tokenizer import Tokenizer
 
 __all__ = ["Model", "load", "pipeline"]
+
+PREFILL_CHUNK = 512  # tokens that go through the layers at a time where a cache keeps what was computed
 
 
 def load(path=None, *, backend="numpy", dtype=None, ops=None):
@@ -48,7 +51,7 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     xp = backend_namespace(backend)
     folder = checkpoint_folder(path)
     config = Config.from_json(folder)
-    params = load_params(folder, config, dtype=dtype, xp=xp)
+    params = load_params(folder, config, dtype=dtype, xp=xp, progress=True)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
     return Model(config, params, ops=ops, tokenizer=tokenizer, generation_config=GenerationConfig.from_folder(folder, config),
                  folder=folder)
@@ -87,12 +90,10 @@ class Model:
         self.ops = _ops.blockwise if ops is None else ops
         self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
         self._xp = array_namespace(params.embed_tokens)
-        rope = config.rope_parameters
-        inv_freq = asarray(_ops.rope_frequencies(config.d_rope, rope.rope_theta), self._xp)
-        self._inv_freq = widen(inv_freq, compute_dtype(params.embed_tokens))
+        self._frequencies = lru_cache(maxsize=4)(self._compute_frequencies)
 
     def __call__(self, input_ids, *, attention_mask=None, position_ids=None, cache=None, logits_to_keep=0, tap=None):
-        """Score every possible next token after each given token.
+        """Score every possible next token after each given token; of a classifier, score its classes.
 
             logits = lm_head(hidden),   hidden = model(input_ids)
 
@@ -113,7 +114,9 @@ class Model:
         Returns
         -------
         logits : array [n_batch, n_seq, n_vocab]
-            float32, or float64 when the weights are.
+            float32, or float64 when the weights are.  [n_batch, n_seq, n_label] of a token classifier, [n_batch, n_label] of a
+            sequence classifier, which scores the last token of each row that is no padding: by the attention mask where one is
+            given, else by the pad id.
 
         Raises
         ------
@@ -127,7 +130,13 @@ class Model:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise NpllmValueError(f"logits_to_keep must be an integer of at least 0, got {logits_to_keep!r}")
         hidden = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, tap=tap)
-        return phi3.lm_head(hidden[:, -logits_to_keep:, :], self.params, self.ops, tap)
+        if self.config.head == "sequence":
+            last = asarray(self._last_tokens(input_ids, attention_mask), self._xp)
+            return heads.classify_sequence(hidden, last, self.params, self.ops)
+        kept = hidden[:, -logits_to_keep:, :]
+        if self.config.head == "token":
+            return heads.classify_tokens(kept, self.params, self.ops)
+        return phi3.lm_head(kept, self.params, self.ops, tap)
 
     def model(self, input_ids, *, attention_mask=None, position_ids=None, cache=None, tap=None):
         """Compute the hidden state after the final norm.
@@ -146,27 +155,76 @@ class Model:
         Source: `Phi3Model.forward` in Transformers.
         """
         ids = self._check_ids(input_ids)
-        n_past = 0 if cache is None else cache.n_ctx
         self._check_room(ids, cache)
-        valid = self.check_attention_mask(attention_mask, ids.shape, n_past, cache)
+        valid = self.check_attention_mask(attention_mask, ids.shape, 0 if cache is None else cache.n_ctx, cache)
         positions = self._positions(position_ids, valid, ids.shape)
-        cos, sin = self.ops.rope_tables(asarray(positions, self._xp), self._inv_freq)
+        choice = self._frequency_choice(positions, ids.shape[0], cache)
+        if cache is None:
+            return self._run(ids, positions, valid, choice, None, tap)
+        self._recompute_rows(cache, choice)
+        before = cache.state()
+        try:
+            chunk = PREFILL_CHUNK if tap is None else ids.shape[1]
+            parts = [self._run(ids[:, start : start + chunk], positions[..., start : start + chunk],
+                               valid[:, : before[0] + start + chunk], choice, cache, tap)
+                     for start in range(0, ids.shape[1], chunk)]
+        except BaseException:
+            cache.restore(before)
+            raise
+        return parts[0] if len(parts) == 1 else self._xp.concat(parts, axis=1)
+
+    def _run(self, ids, positions, valid, choice, cache, tap):
+        """Send tokens through all layers at once."""
+        cos, sin = self._rope_tables(positions, choice)
         window = self.config.sliding_window
         rule = _ops.mask.causal() if window is None else _ops.mask.sliding_window(window)
         if not valid.all():
             rule = rule & _ops.mask.padding(asarray(valid, self._xp))
         hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rule, self.ops, cache, tap)
         if cache is not None:
-            cache.advance(valid)
+            cache.advance(ids, positions, valid, choice)
         return hidden
+
+    def _rope_tables(self, positions, choice):
+        """Cosines and sines [n_seq, d_rope]; [n_batch, n_seq, d_rope] where positions or frequencies differ by row."""
+        inv_freq = self._frequencies(int(choice[0]))
+        if (choice != choice[0]).any():
+            inv_freq = self._xp.stack([self._frequencies(int(c)) for c in choice])[:, None, :]  # [n_batch, 1, d_rope/2]
+        return self.ops.rope_tables(asarray(positions, self._xp), inv_freq, rope.attention_factor(self.config))
+
+    def _compute_frequencies(self, choice):
+        """Inverse frequencies on the backend, in the compute dtype of the weights."""
+        return widen(asarray(rope.frequencies(self.config, choice), self._xp), compute_dtype(self.params.embed_tokens))
+
+    def _frequency_choice(self, positions, n_batch, cache):
+        """Which RoPE frequencies each row uses, by its own length: the largest position so far + 1."""
+        lengths = np.broadcast_to(positions.max(axis=-1) + 1, (n_batch,))
+        if cache is not None and cache.n_ctx:
+            lengths = np.maximum(lengths, cache.positions.max(axis=-1) + 1)
+        return np.array([rope.frequency_choice(self.config, int(length)) for length in lengths])
+
+    def _recompute_rows(self, cache, choice):
+        """Compute cached rows anew whose frequencies change: to rotate their keys again would not be enough."""
+        rows = np.flatnonzero(cache.choice != choice) if cache.n_ctx else []
+        if len(rows) == 0:
+            return
+        fresh = self.new_cache(len(rows))
+        for start in range(0, cache.n_ctx, PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, cache.n_ctx)
+            self._run(cache.ids[rows, start:stop], cache.positions[rows, start:stop], cache.valid[rows, :stop], choice[rows],
+                      fresh, None)
+        cache.replace_rows(list(rows), fresh)
+        cache.choice = np.where(np.isin(np.arange(cache.n_batch), rows), choice, cache.choice)
 
     def lm_head(self, hidden):
         """Score every token of the vocabulary for any hidden states [..., d_model]; returns logits [..., n_vocab]."""
+        if self.config.head != "lm":
+            raise NpllmValueError(f"{self.config.architectures[0]} has no lm_head: it scores {self.config.num_labels} classes")
         return phi3.lm_head(hidden, self.params, self.ops)
 
     def new_cache(self, n_batch=1):
         """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
-        return KVCache(n_batch, self.config.num_hidden_layers, self.config.max_position_embeddings)
+        return KVCache(n_batch, self.config.num_hidden_layers, self.config.context_length, self.config.sliding_window)
 
     def generate(self, prompt, *, max_new_tokens=50, do_sample=None, temperature=None, top_k=None, top_p=None, min_p=None,
                  repetition_penalty=None, seed=None, stop=None, use_cache=True, attention_mask=None):
@@ -259,12 +317,15 @@ class Model:
         if attention_mask is None:
             past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
             return np.concatenate([past, np.ones(shape, dtype=bool)], axis=1)
-        mask = to_numpy(attention_mask)
+        mask = to_numpy(attention_mask) if hasattr(attention_mask, "__array_namespace__") else np.asarray(attention_mask)
         if mask.shape != (n_batch, n_past + n_seq):
             raise NpllmValueError(f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys "
                                   f"included), got {list(mask.shape)}")
         if not np.isin(mask, (0, 1)).all():
             raise NpllmValueError("attention_mask must hold 1 (token) and 0 (padding) only; additive masks are not taken")
+        if cache is not None and not np.array_equal(mask[:, :n_past], cache.valid):
+            raise NpllmValueError("attention_mask differs from the mask with which the cached tokens were computed; their keys "
+                                  "depend on it, so begin with a new cache")
         return mask.astype(bool)
 
     def __str__(self):
@@ -288,9 +349,19 @@ class Model:
         """Raise where the sequence would outgrow the context."""
         if cache is not None:
             cache.check_room(*ids.shape)
-        elif ids.shape[1] > self.config.max_position_embeddings:
+        elif ids.shape[1] > self.config.context_length:
             raise NpllmValueError(f"{ids.shape[1]} tokens do not fit: the context length (max_position_embeddings) is "
-                                  f"{self.config.max_position_embeddings}")
+                                  f"{self.config.context_length}")
+
+    def _last_tokens(self, input_ids, attention_mask):
+        """Where each row's last token stands that is no padding; 0 for a row of padding only, as in Transformers."""
+        ids = self._check_ids(input_ids)
+        valid = np.ones(ids.shape, dtype=bool)
+        if attention_mask is not None:
+            valid = self.check_attention_mask(attention_mask, ids.shape, 0)[:, -ids.shape[1] :]
+        elif self.config.pad_token_id is not None:
+            valid = ids != self.config.pad_token_id
+        return (np.arange(ids.shape[1]) * valid).argmax(axis=1)
 
     def _positions(self, position_ids, valid, shape):
         """Positions [n_seq] or [n_batch, n_seq]: the given ones, else each row's count of tokens so far."""

@@ -81,8 +81,8 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
 
 def self_attention(x, params, config, cos, sin, mask, ops, cache, number, named):
     """Let every position gather from the positions it sees: q, k, v, RoPE, attention, output projection."""
-    qkv = _norm_linear(x, params.input_layernorm, params.qkv_proj, config.rms_norm_eps, ops, named,
-                       "input_layernorm", "self_attn.qkv_proj")
+    names = "input_layernorm", "self_attn.qkv_proj"
+    qkv = _norm_linear(x, params.input_layernorm, params.qkv_proj, params.qkv_bias, config, ops, named, names)
     d_head = config.head_dim
     q_end = config.num_attention_heads * d_head
     k_end = q_end + config.num_key_value_heads * d_head
@@ -93,19 +93,21 @@ def self_attention(x, params, config, cos, sin, mask, ops, cache, number, named)
     q = named("self_attn.q", ops.apply_rope(q, cos, sin))
     k = named("self_attn.k", ops.apply_rope(k, cos, sin))
     v = named("self_attn.v", v)
+    slots = {}
     if cache is not None:
-        k, v = cache.append(number, k, v)
-    y = merge_heads(ops.attention(q, k, v, mask=mask))  # [n_batch, n_head, n_seq, d_head] -> [n_batch, n_seq, n_head*d_head]
-    return named("self_attn.o_proj", ops.linear(named("self_attn.attention", y), params.o_proj))
+        k, v, k_slots = cache.append(number, k, v)
+        slots = {"q_slots": range(k_slots.stop - q.shape[-2], k_slots.stop), "k_slots": k_slots}
+    y = merge_heads(ops.attention(q, k, v, mask=mask, **slots))  # [n_batch, n_head, n_seq, d_head] -> [n_batch, n_seq, n_head*d_head]
+    return named("self_attn.o_proj", ops.linear(named("self_attn.attention", y), params.o_proj, params.o_bias))
 
 
 def mlp(x, params, config, ops, named):
     """Transform every position by itself: the gated feed-forward network."""
-    gate_up = _norm_linear(x, params.post_attention_layernorm, params.gate_up_proj, config.rms_norm_eps, ops, named,
-                           "post_attention_layernorm", "mlp.gate_up_proj")
+    names = "post_attention_layernorm", "mlp.gate_up_proj"
+    gate_up = _norm_linear(x, params.post_attention_layernorm, params.gate_up_proj, params.gate_up_bias, config, ops, named, names)
     d_ff = config.intermediate_size
     y = named("mlp.swiglu", ops.swiglu(gate_up[..., :d_ff], gate_up[..., d_ff:]))
-    return named("mlp.down_proj", ops.linear(y, params.down_proj))
+    return named("mlp.down_proj", ops.linear(y, params.down_proj, params.down_bias))
 
 
 def lm_head(hidden, params, ops, tap=None):
@@ -132,11 +134,12 @@ def lm_head(hidden, params, ops, tap=None):
     return logits if tap is None else tap("lm_head", logits)
 
 
-def _norm_linear(x, norm_weight, weight, eps, ops, named, norm_name, linear_name):
+def _norm_linear(x, norm_weight, weight, bias, config, ops, named, names):
     """The fusion where nobody looks at the value in between; the two steps where a tap does."""
     if named is no_tap:
-        return ops.norm_linear(x, norm_weight, eps, weight)
-    return named(linear_name, ops.linear(named(norm_name, ops.rms_norm(x, norm_weight, eps)), weight))
+        return ops.norm_linear(x, norm_weight, config.rms_norm_eps, weight, bias)
+    normed = named(names[0], ops.rms_norm(x, norm_weight, config.rms_norm_eps))
+    return named(names[1], ops.linear(normed, weight, bias))
 
 
 def describe(config):
@@ -154,38 +157,49 @@ def describe(config):
     -----
     Source: `torch.nn.Module.__repr__` of `Phi3ForCausalLM`, Transformers 5.23.
     """
-    d_model, d_ff, n_vocab, eps = config.hidden_size, config.intermediate_size, config.vocab_size, config.rms_norm_eps
-    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    n_layer = config.num_hidden_layers
+    d_model, eps, n_layer = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
+    family = {"phi3": "Phi3", "llama": "Llama"}[config.model_type]
     padding = "" if config.pad_token_id is None else f", padding_idx={config.pad_token_id}"
-    norm = f"Phi3RMSNorm(({d_model},), eps={eps})"
-    layers = "(0): Phi3DecoderLayer(" if n_layer == 1 else f"(0-{n_layer - 1}): {n_layer} x Phi3DecoderLayer("
+    norm = f"{family}RMSNorm(({d_model},), eps={eps})"
+    layers = f"(0): {family}DecoderLayer(" if n_layer == 1 else f"(0-{n_layer - 1}): {n_layer} x {family}DecoderLayer("
+    attention, mlp, dropouts = _describe_phi3(config) if family == "Phi3" else _describe_llama(config)
+    lines = [
+        f"{config.architectures[0]}(", f"  (model): {family}Model(",
+        f"    (embed_tokens): Embedding({config.vocab_size}, {d_model}{padding})",
+        "    (layers): ModuleList(", f"      {layers}",
+        f"        (self_attn): {family}Attention(", *("          " + line for line in attention), "        )",
+        f"        (mlp): {family}MLP(", *("          " + line for line in mlp), "        )",
+        f"        (input_layernorm): {norm}", f"        (post_attention_layernorm): {norm}",
+        *("        " + line for line in dropouts),
+        "      )", "    )", f"    (norm): {norm}", f"    (rotary_emb): {family}RotaryEmbedding()", "  )",
+    ]
+    heads = {"lm": [_linear_line("lm_head", d_model, config.vocab_size)],
+             "sequence": [_linear_line("score", d_model, config.num_labels)],
+             "token": ["(dropout): Dropout(p=0.1, inplace=False)", _linear_line("score", d_model, config.num_labels, True)]}
+    return "\n".join([*lines, *("  " + line for line in heads[config.head]), ")"])
 
-    def linear(n_in, n_out):
-        return f"Linear(in_features={n_in}, out_features={n_out}, bias=False)"
 
-    return f"""Phi3ForCausalLM(
-  (model): Phi3Model(
-    (embed_tokens): Embedding({n_vocab}, {d_model}{padding})
-    (layers): ModuleList(
-      {layers}
-        (self_attn): Phi3Attention(
-          (o_proj): {linear(d_q, d_model)}
-          (qkv_proj): {linear(d_model, d_q + 2 * d_kv)}
-        )
-        (mlp): Phi3MLP(
-          (gate_up_proj): {linear(d_model, 2 * d_ff)}
-          (down_proj): {linear(d_ff, d_model)}
-          (activation_fn): SiLUActivation()
-        )
-        (input_layernorm): {norm}
-        (post_attention_layernorm): {norm}
-        (resid_attn_dropout): Dropout(p={config.resid_pdrop}, inplace=False)
-        (resid_mlp_dropout): Dropout(p={config.resid_pdrop}, inplace=False)
-      )
-    )
-    (norm): {norm}
-    (rotary_emb): Phi3RotaryEmbedding()
-  )
-  (lm_head): {linear(d_model, n_vocab)}
-)"""
+def _describe_phi3(config):
+    """Lines of attention, feed-forward network and dropouts of a Phi-3 layer."""
+    d_model, d_ff = config.hidden_size, config.intermediate_size
+    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = [_linear_line("o_proj", d_q, d_model), _linear_line("qkv_proj", d_model, d_q + 2 * d_kv)]
+    mlp = [_linear_line("gate_up_proj", d_model, 2 * d_ff), _linear_line("down_proj", d_ff, d_model),
+           "(activation_fn): SiLUActivation()"]
+    return attention, mlp, [f"({name}): Dropout(p={config.resid_pdrop}, inplace=False)"
+                            for name in ("resid_attn_dropout", "resid_mlp_dropout")]
+
+
+def _describe_llama(config):
+    """Lines of attention and feed-forward network of a Llama layer, split as Transformers keeps them."""
+    d_model, d_ff = config.hidden_size, config.intermediate_size
+    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = [_linear_line(name, *size, config.attention_bias) for name, size in (
+        ("q_proj", (d_model, d_q)), ("k_proj", (d_model, d_kv)), ("v_proj", (d_model, d_kv)), ("o_proj", (d_q, d_model)))]
+    mlp = [_linear_line(name, *size, config.mlp_bias) for name, size in (
+        ("gate_proj", (d_model, d_ff)), ("up_proj", (d_model, d_ff)), ("down_proj", (d_ff, d_model)))]
+    return attention, [*mlp, "(act_fn): SiLUActivation()"], []
+
+
+def _linear_line(name, n_in, n_out, bias=False):
+    return f"({name}): Linear(in_features={n_in}, out_features={n_out}, bias={bias})"

@@ -16,14 +16,27 @@ from npllm.ops import mask
 from npllm.ops.attention import attention, attention_weights, blockwise_attention
 from npllm.ops.embedding import embed
 from npllm.ops.feedforward import silu, swiglu
+from npllm.ops.frequencies import (
+    dynamic_base,
+    linear_frequencies,
+    llama3_frequencies,
+    longrope_scale,
+    rope_frequencies,
+    yarn_frequencies,
+    yarn_scale,
+)
 from npllm.ops.linear import linear, merge_heads, split_heads
 from npllm.ops.norm import rms_norm
-from npllm.ops.rope import apply_rope, rope_frequencies, rope_tables, rotation_matrix
+from npllm.ops.rope import apply_rope, rope_tables, rotation_matrix
 from npllm.ops.sampling import greedy, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
 
-__all__ = ["Ops", "apply_rope", "attention", "attention_weights", "blockwise", "blockwise_attention", "embed", "greedy", "linear",
-           "mask", "merge_heads", "min_p", "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies",
-           "rope_tables", "rotation_matrix", "sample", "silu", "softmax", "split_heads", "swiglu", "temperature", "top_k", "top_p"]
+__all__ = [
+    "Ops", "apply_rope", "attention", "attention_weights", "blockwise", "blockwise_attention", "dynamic_base",
+    "embed", "greedy", "linear", "linear_frequencies", "llama3_frequencies", "longrope_scale", "mask", "merge_heads",
+    "min_p", "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies", "rope_tables",
+    "rotation_matrix", "sample", "silu", "softmax", "split_heads", "swiglu", "temperature", "top_k", "top_p",
+    "yarn_frequencies", "yarn_scale",
+]
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None):

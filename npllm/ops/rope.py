@@ -1,50 +1,9 @@
 """Rotary position embedding (RoPE): each pair of channels is turned by an angle proportional to the position."""
 
-import numpy as np
-
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
 from npllm.errors import NpllmValueError
 
-__all__ = ["apply_rope", "rope_frequencies", "rope_tables", "rotation_matrix"]
-
-
-def rope_frequencies(d_rope, base=10000.0):
-    """List the angle by which each pair of channels turns from one position to the next.
-
-        inv_freq[i] = base ** (-2 * i / d_rope),  i = 0 ... d_rope/2 - 1
-
-    Parameters
-    ----------
-    d_rope : int
-        Number of rotated channels of a head; even.
-    base : float
-        `rope_theta` in config.json.
-
-    Returns
-    -------
-    inv_freq : array [d_rope/2]
-        NumPy float32, in radians per position.
-
-    Raises
-    ------
-    NpllmValueError
-        When `d_rope` is odd or not positive, or `base` is not positive.
-
-    Notes
-    -----
-    The frequencies are constants of a checkpoint that was trained with their float32 values, so they are rounded to float32 at the
-    steps where PyTorch rounds them (exponent, power, reciprocal), also for a run in float64.  The power itself is taken in
-    float64, which agrees with PyTorch's in more entries than NumPy's float32 power does.
-
-    Source: "RoFormer" (Su et al. 2021), section 3.2.2, theta_i; `Phi3RotaryEmbedding.compute_default_rope_parameters`.
-    """
-    if d_rope < 2 or d_rope % 2:
-        raise NpllmValueError(f"d_rope must be even and at least 2, got {d_rope}")
-    if not (base > 0 and np.isfinite(base)):
-        raise NpllmValueError(f"base (rope_theta) must be a positive number, got {base}")
-    exponent = np.arange(0, d_rope, 2, dtype=np.float32) / np.float32(d_rope)
-    power = (float(base) ** exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1) / power
+__all__ = ["apply_rope", "rope_tables", "rotation_matrix"]
 
 
 def rope_tables(positions, inv_freq, scale=1.0):
