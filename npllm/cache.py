@@ -146,7 +146,7 @@ class KVCache:
 
     def _capacity(self, needed):
         """A power of two times SMALLEST_CAPACITY, at most the context length; with a window, room to spare before the next move."""
-        if self.window is not None:
+        if self.window is not None and needed >= self.window:
             needed += self.window // 2
         capacity = SMALLEST_CAPACITY
         while capacity < needed:

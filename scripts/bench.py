@@ -2,6 +2,7 @@
 """Measure npllm beside the peers that are installed, in one run.
 
     python scripts/bench.py generate            100 new tokens from a 51-token chat prompt, with and without the KV cache
+    python scripts/bench.py first-token -m DIR  from a cold process to the first token and the eighth, and the peak memory
 
 Every contender is a process of its own; they take turns (A B A B ...), so that a machine that slows down slows all of them.
 Reported are medians and ratios.  OPENBLAS_CORETYPE, which fixes OpenBLAS to one set of kernels, is removed from the children's
@@ -26,13 +27,14 @@ MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple wor
 N_PROMPT = 51
 
 
-def npllm_contender(folder, dtype):
+def npllm_contender(folder, dtype, ids=None):
     """Greedy decoding with npllm, stop ids ignored so that every run does the same work."""
     model = npllm.load(folder, dtype=dtype)
+    prompt = prompt_ids(model) if ids is None else ids
 
     def run(n_new, use_cache):
         cache = model.new_cache() if use_cache else None
-        ids = new = np.array([prompt_ids(model)])
+        ids = new = np.array([prompt])
         for _ in range(n_new):
             token = np.argmax(model(new if use_cache else ids, cache=cache, logits_to_keep=1)[:, -1], axis=-1)
             new = token[:, None]
@@ -42,14 +44,14 @@ def npllm_contender(folder, dtype):
     return run
 
 
-def transformers_contender(folder, dtype):
+def transformers_contender(folder, dtype, ids=None):
     """The same with Transformers' generate, on PyTorch."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    ids = torch.tensor([prompt_ids(npllm.load(folder))])
+    ids = torch.tensor([prompt_ids(npllm.load(folder)) if ids is None else ids])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None
 
@@ -134,6 +136,48 @@ def child(name, folder, dtype):
         start = time.perf_counter()
         ids = run(**task)
         print(json.dumps({"seconds": time.perf_counter() - start, "ids": ids, "peak_bytes": report.peak_memory()}), flush=True)
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@click.argument("folder")
+@click.argument("dtype")
+@click.argument("n_prompt", type=int)
+@click.argument("n_new", type=int)
+def cold(name, folder, dtype, n_prompt, n_new):
+    """Load and generate once; print the clock at the first token and at the last."""
+    ids = np.random.default_rng(0).integers(0, 1000, n_prompt).tolist()
+    run = CONTENDERS[name](folder, dtype or None, ids)
+    loaded = time.time()
+    run(n_new=1, use_cache=True)
+    first = time.time()
+    if n_new > 1:
+        run(n_new=n_new, use_cache=True)
+    print(json.dumps({"loaded": loaded, "first": first, "last": time.time(), "peak_bytes": report.peak_memory()}), flush=True)
+
+
+@main.command(name="first-token")
+@click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]")
+@click.option("-p", "--n-prompt", default=16, show_default=True)
+@click.option("-n", "--n-new", default=8, show_default=True)
+@click.option("-r", "--repeat", default=1, show_default=True)
+def first_token(path, n_prompt, n_new, repeat):
+    """Time a cold process up to its first token, the weights as stored and in the page cache."""
+    folder = checkpoint_folder(path)
+    n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    dtypes = {"npllm": "", "transformers": "bfloat16"}
+    click.echo(f"{folder.name}: {n_bytes / 1e9:.2f} GB; {n_prompt} tokens of prompt; {cpu_name()}\n")
+    click.echo("| | s to loaded | s to first token | s for prompt + "
+               f"{n_new} tokens again | peak GB | of the weights |\n|---|---|---|---|---|---|")
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
+    for name in [name for name in CONTENDERS if installed(name)] * repeat:
+        command = [sys.executable, __file__, "cold", name, str(folder), dtypes[name], str(n_prompt), str(n_new)]
+        start = time.time()
+        output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        clock = json.loads(output.splitlines()[-1])
+        loaded, first, again = clock["loaded"] - start, clock["first"] - start, clock["last"] - clock["first"]
+        click.echo(f"| {name} | {loaded:.2f} | {first:.2f} | {again:.2f} | {clock['peak_bytes'] / 1e9:.2f} "
+                   f"| {clock['peak_bytes'] / n_bytes:.2f} |")
 
 
 @main.command()
