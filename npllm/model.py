@@ -83,10 +83,12 @@ class Model:
     generation_config : GenerationConfig, optional
     folder : Path, optional
         Where it came from.
+    mask : Rule or list of Rule, optional
+        See `with_mask`.
     """
 
-    def __init__(self, config, params, *, ops=None, tokenizer=None, generation_config=None, folder=None):
-        self.config, self.params, self.tokenizer, self.folder = config, params, tokenizer, folder
+    def __init__(self, config, params, *, ops=None, tokenizer=None, generation_config=None, folder=None, mask=None):
+        self.config, self.params, self.tokenizer, self.folder, self.mask = config, params, tokenizer, folder, mask
         self.ops = _ops.blockwise if ops is None else ops
         self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
         self._xp = array_namespace(params.embed_tokens)
@@ -176,11 +178,11 @@ class Model:
     def _run(self, ids, positions, valid, choice, cache, tap):
         """Send tokens through all layers at once."""
         cos, sin = self._rope_tables(positions, choice)
-        window = self.config.sliding_window
-        rule = _ops.mask.causal() if window is None else _ops.mask.sliding_window(window)
+        rules = [self.mask_rule(layer) for layer in range(self.config.num_hidden_layers)]
         if not valid.all():
-            rule = rule & _ops.mask.padding(asarray(valid, self._xp))
-        hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rule, self.ops, cache, tap)
+            padding = _ops.mask.padding(asarray(valid, self._xp))
+            rules = [rule & padding for rule in rules]
+        hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rules, self.ops, cache, tap)
         if cache is not None:
             cache.advance(ids, positions, valid, choice)
         return hidden
@@ -224,7 +226,48 @@ class Model:
 
     def new_cache(self, n_batch=1):
         """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
-        return KVCache(n_batch, self.config.num_hidden_layers, self.config.context_length, self.config.sliding_window)
+        window = self.config.sliding_window if self.mask is None else None  # another rule may look further back
+        return KVCache(n_batch, self.config.num_hidden_layers, self.config.context_length, window)
+
+    def with_mask(self, mask):
+        """Return the same model under another mask rule, on the same weights.
+
+        Parameters
+        ----------
+        mask : Rule, list of Rule or None
+            For all layers, or one for each layer (an alternating full and sparse stack as in GPT-3 is a list).  It replaces the
+            checkpoint's own rule, so that a causal one must say so: `causal() & ...`.  None: the checkpoint's own.
+
+        Returns
+        -------
+        model : Model
+
+        Raises
+        ------
+        NpllmValueError
+            When a list does not have one rule for each layer.
+
+        Notes
+        -----
+        Padding is hidden in any case.
+
+        Source: "Language Models are Few-Shot Learners" (Brown et al. 2020), section 2.1, alternating dense and sparse layers.
+        """
+        if isinstance(mask, list | tuple) and len(mask) != self.config.num_hidden_layers:
+            raise NpllmValueError(f"mask must hold one rule for each of {self.config.num_hidden_layers} layers, got {len(mask)}")
+        return Model(self.config, self.params, ops=self.ops, tokenizer=self.tokenizer, folder=self.folder, mask=mask,
+                     generation_config=self.generation_config)
+
+    def mask_rule(self, layer=0):
+        """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's sliding window."""
+        if self.mask is None:
+            window = self.config.sliding_window
+            return _ops.mask.causal() if window is None else _ops.mask.sliding_window(window)
+        return self.mask[layer] if isinstance(self.mask, list | tuple) else self.mask
+
+    def to_backend(self, x):
+        """Move a NumPy array to the library that the weights live in."""
+        return asarray(x, self._xp)
 
     def generate(self, prompt, *, max_new_tokens=50, do_sample=None, temperature=None, top_k=None, top_p=None, min_p=None,
                  repetition_penalty=None, seed=None, stop=None, use_cache=True, attention_mask=None):

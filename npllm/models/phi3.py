@@ -10,7 +10,7 @@ def no_tap(_name, x):
     return x
 
 
-def forward(params, config, ids, cos, sin, mask, ops, cache=None, tap=None):
+def forward(params, config, ids, cos, sin, masks, ops, cache=None, tap=None):
     """Turn token ids into the hidden state after the final norm.
 
         x = embed(ids);   x = decoder_layer_l(x) for each layer l;   hidden = rms_norm(x)
@@ -22,7 +22,8 @@ def forward(params, config, ids, cos, sin, mask, ops, cache=None, tap=None):
     ids : integer array [n_batch, n_seq]
     cos, sin : array [n_seq, d_rope]
         Or [n_batch, n_seq, d_rope]; computed once, the same for all layers.
-    mask : Rule
+    masks : list of Rule
+        One for each layer.
     ops : Ops
     cache : KVCache, optional
         Is appended to; the caller advances it.
@@ -43,7 +44,7 @@ def forward(params, config, ids, cos, sin, mask, ops, cache=None, tap=None):
     x = ops.embed(ids, params.embed_tokens)
     x = x if tap is None else tap("model.embed_tokens", x)
     for number, layer in enumerate(params.layers):
-        x = decoder_layer(x, layer, config, cos, sin, mask, ops, cache, number, tap)
+        x = decoder_layer(x, layer, config, cos, sin, masks[number], ops, cache, number, tap)
     x = ops.rms_norm(x, params.norm, config.rms_norm_eps)
     return x if tap is None else tap("model.norm", x)
 
@@ -58,8 +59,9 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
     x : array [n_batch, n_seq, d_model]
     params : LayerParams
     config : Config
-    cos, sin, mask, ops, cache, tap
+    cos, sin, ops, cache, tap
         As in `forward`.
+    mask : Rule
     number : int
         Which layer this is: its place in the cache and in the names that the tap sees.
 

@@ -13,8 +13,10 @@ from dataclasses import replace as _replace
 
 from npllm.errors import NpllmTypeError
 from npllm.ops import mask
-from npllm.ops.attention import attention, attention_weights, blockwise_attention
-from npllm.ops.embedding import embed
+from npllm.ops.attention import attention, attention_weights
+from npllm.ops.attention_io import attention_io
+from npllm.ops.blockwise import blockwise_attention, merge_attention, split_kv_attention
+from npllm.ops.embedding import add_positions, embed, sinusoidal_positions
 from npllm.ops.feedforward import silu, swiglu
 from npllm.ops.frequencies import (
     dynamic_base,
@@ -25,17 +27,18 @@ from npllm.ops.frequencies import (
     yarn_frequencies,
     yarn_scale,
 )
-from npllm.ops.linear import linear, merge_heads, split_heads
+from npllm.ops.linear import linear, mean_pool_kv_heads, merge_heads, split_heads
 from npllm.ops.norm import rms_norm
-from npllm.ops.rope import apply_rope, rope_tables, rotation_matrix
+from npllm.ops.rope import apply_rope, apply_rope_complex, rope_tables, rotation_matrix
 from npllm.ops.sampling import greedy, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
 
 __all__ = [
-    "Ops", "apply_rope", "attention", "attention_weights", "blockwise", "blockwise_attention", "dynamic_base",
-    "embed", "greedy", "linear", "linear_frequencies", "llama3_frequencies", "longrope_scale", "mask", "merge_heads",
-    "min_p", "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies", "rope_tables",
-    "rotation_matrix", "sample", "silu", "softmax", "split_heads", "swiglu", "temperature", "top_k", "top_p",
-    "yarn_frequencies", "yarn_scale",
+    "Ops", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_io", "attention_weights",
+    "blockwise", "blockwise_attention", "dynamic_base", "embed", "greedy", "linear", "linear_frequencies",
+    "llama3_frequencies", "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p",
+    "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies", "rope_tables",
+    "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads", "split_kv_attention",
+    "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
 ]
 
 

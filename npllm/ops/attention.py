@@ -1,13 +1,13 @@
-"""Attention, twice: the definition with its table of all weights, and the blockwise form with an online softmax.
+"""Attention as it is defined, with the table of all weights.
 
-The two are derived independently and share no arithmetic, only the check of the arguments and the default slots.
+The blockwise form (`npllm.ops.blockwise`) is derived independently and shares no arithmetic with it, only the check of the
+arguments and the default slots.
 """
 
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, is_integer, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.ops.mask import ALL, NONE, SOME
 
-__all__ = ["attention", "attention_weights", "blockwise_attention"]
+__all__ = ["attention", "attention_weights"]
 
 
 def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None):
@@ -54,9 +54,9 @@ def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q
     `eager_attention_forward` in Transformers, which gives a row without a visible key the mean of all values instead.
     """
     xp = array_namespace(q, k, bias)
-    q_slots, k_slots = _check(xp, q, k, None, mask, bias, q_slots, k_slots)
+    q_slots, k_slots = check_attention(xp, q, k, None, mask, bias, q_slots, k_slots)
     s = _scores(xp, q, k, scale, softcap, bias)
-    weights, _ = _softmax_visible(xp, s, _visible(xp, mask, q_slots, k_slots))
+    weights, _ = _softmaxevaluate_mask(xp, s, evaluate_mask(xp, mask, q_slots, k_slots))
     return weights if weights.dtype == q.dtype else xp.astype(weights, q.dtype)
 
 
@@ -94,9 +94,9 @@ def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slot
     Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 1; `eager_attention_forward` in Transformers.
     """
     xp = array_namespace(q, k, v, bias)
-    q_slots, k_slots = _check(xp, q, k, v, mask, bias, q_slots, k_slots)
+    q_slots, k_slots = check_attention(xp, q, k, v, mask, bias, q_slots, k_slots)
     s = _scores(xp, q, k, scale, softcap, bias)
-    weights, lse = _softmax_visible(xp, s, _visible(xp, mask, q_slots, k_slots))
+    weights, lse = _softmaxevaluate_mask(xp, s, evaluate_mask(xp, mask, q_slots, k_slots))
     values = xp.repeat(widen(v, compute_dtype(weights, v)), q.shape[-3] // v.shape[-3], axis=-3)
     y = weights @ values
     y = y if y.dtype == q.dtype else xp.astype(y, q.dtype)
@@ -113,7 +113,7 @@ def _scores(xp, q, k, scale, softcap, bias):
     return s if bias is None else s + widen(bias, dtype)
 
 
-def _softmax_visible(xp, s, visible):
+def _softmaxevaluate_mask(xp, s, visible):
     """Softmax of each row over its visible keys, and the log of the row's sum of exponentials."""
     if visible is not None:
         s = xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
@@ -127,131 +127,10 @@ def _softmax_visible(xp, s, visible):
     return e / total, lse[..., 0]
 
 
-def blockwise_attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False,
-                        block_q=256, block_k=512):
-    """Compute `attention` block by block, in memory that does not grow with n_seq x n_ctx.
-
-    For each block of queries, visit the blocks of keys j and keep a running maximum m, sum l and weighted sum a:
-
-        m' = max(m, max_j s_j),   l' = l * exp(m - m') + sum_j exp(s_j - m')
-        a' = a * exp(m - m') + sum_j exp(s_j - m') * v_j;   at the end  y = a / l,  lse = m + log(l)
-
-    Parameters
-    ----------
-    q : array [..., n_head, n_seq, d_head]
-    k : array [..., n_kv_head, n_ctx, d_head]
-    v : array [..., n_kv_head, n_ctx, d_value]
-    mask, bias, scale, softcap, q_slots, k_slots, return_lse
-        As in `attention`.
-    block_q, block_k : int
-        Queries and keys of a block; they change the order of summation only.
-
-    Returns
-    -------
-    y : array [..., n_head, n_seq, d_value]
-        In the dtype of `q`.  A row that sees no key is zero.
-    lse : array [..., n_head, n_seq]
-        Only with `return_lse`.
-
-    Raises
-    ------
-    NpllmValueError
-        When the shapes do not fit, n_head is no multiple of n_kv_head, or a block size is below 1.
-
-    Notes
-    -----
-    Computes in float32 (float64 when any input is); 16-bit keys and values are widened block by block.  A block of which the
-    rule excludes all is skipped; where the rule excludes nothing, no mask is made.  Slots on a GPU are read on the host for
-    that: give a `range`, or leave them out, to spare the stream.
-
-    Source: "Online normalizer calculation for softmax" (Milakov and Gimelshein 2018); "FlashAttention-2" (Dao 2023), algorithm 1.
-    """
-    xp = array_namespace(q, k, v, bias)
-    q_slots, k_slots = _check(xp, q, k, v, mask, bias, q_slots, k_slots)
-    if min(block_q, block_k) < 1:
-        raise NpllmValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = compute_dtype(q, k, v, bias)
-    outputs = []
-    for rows in _spans(q.shape[-2], block_q):
-        visits = _visits(xp, mask, bias, q_slots, k_slots, rows, _spans(k.shape[-2], block_k))
-        outputs.append(_attend_rows(xp, q[..., rows, :], k, v, visits, scale, softcap, dtype))
-    y, lse = (xp.concat(parts, axis=-2) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True))
-    y = y if y.dtype == q.dtype else xp.astype(y, q.dtype)
-    return (y, lse[..., 0]) if return_lse else y
+# ------------------------------------------ what the blockwise form shares with the definition: slots, and the check of arguments
 
 
-def _attend_rows(xp, q, k, v, visits, scale, softcap, dtype):
-    """Run the recurrence for one block of queries over the blocks of keys it visits; return y and lse[..., None]."""
-    *batch, n_head, n_seq, d_head = q.shape
-    n_kv_head, n_rows = k.shape[-3], n_head // k.shape[-3] * n_seq
-    rows = xp.reshape(widen(q, dtype), (*batch, n_kv_head, n_rows, d_head))  # the query heads of a group stand together
-    m = xp.full((*batch, n_kv_head, n_rows, 1), -xp.inf, dtype=dtype)
-    l = xp.zeros_like(m)  # noqa: E741 - the paper's letter
-    a = xp.zeros((*batch, n_kv_head, n_rows, v.shape[-1]), dtype=dtype)
-    for columns, visible, bias in visits:
-        s = (rows @ xp.matrix_transpose(widen(k[..., columns, :], dtype))) * scale
-        if softcap is not None:
-            s = softcap * xp.tanh(s / softcap)
-        if bias is not None or visible is not ALL:
-            s = xp.reshape(_exclude(xp, xp.reshape(s, (*batch, n_head, n_seq, -1)), visible, bias), s.shape)
-        m_new = xp.maximum(m, xp.max(s, axis=-1, keepdims=True))
-        shift = xp.where(m_new == -xp.inf, xp.zeros_like(m_new), m_new)  # nothing seen yet: any finite number will do
-        p, decay = xp.exp(s - shift), xp.exp(m - shift)
-        l = l * decay + xp.sum(p, axis=-1, keepdims=True)  # noqa: E741
-        a = a * decay + p @ widen(v[..., columns, :], dtype)
-        m = m_new
-    l_safe = xp.where(l == 0, xp.ones_like(l), l)
-    heads = (*batch, n_head, n_seq, -1)  # [..., n_kv_head, n_rows, d] -> [..., n_head, n_seq, d]
-    return xp.reshape(a / l_safe, heads), xp.reshape(m + xp.log(l_safe), heads)
-
-
-def _visits(xp, mask, bias, q_slots, k_slots, rows, blocks):
-    """Yield (columns, what is visible, bias) for each block of keys of which something may be visible."""
-    i = q_slots[rows]
-    for columns in blocks if len(i) else ():
-        j = k_slots[columns]
-        visible = ALL if mask is None else getattr(mask, "bound", _no_bound)(*_ends(xp, i), *_ends(xp, j))
-        if visible == NONE:
-            continue
-        if visible == SOME:
-            visible = _visible(xp, mask, i, j) if callable(mask) else _cut(mask, rows, columns)
-        yield columns, visible, None if bias is None else _cut(bias, rows, columns)
-
-
-def _exclude(xp, s, visible, bias):
-    """Add the bias to the scores [..., n_head, n_seq, n_keys], and put -inf where nothing is to be seen."""
-    if bias is not None:
-        s = s + widen(bias, s.dtype)
-    return s if visible is ALL else xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
-
-
-def _no_bound(*_):
-    return SOME
-
-
-def _spans(n, size):
-    """Cut 0 ... n - 1 into slices of at most `size`; one empty slice where n is 0."""
-    return [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
-
-
-def _cut(x, rows, columns):
-    """Take a block of a mask or bias; an axis of size 1 broadcasts and stays."""
-    x = x if x.shape[-1] == 1 else x[..., columns]
-    return x if x.ndim < 2 or x.shape[-2] == 1 else x[..., rows, :]
-
-
-def _ends(xp, slots):
-    """Smallest and largest slot of a block, as Python integers."""
-    if isinstance(slots, range):
-        return min(slots[0], slots[-1]), max(slots[0], slots[-1])
-    return int(xp.min(slots)), int(xp.max(slots))
-
-
-# ------------------------------------------------------------------ what both forms share: slots, and the check of arguments
-
-
-def _visible(xp, mask, q_slots, k_slots):
+def evaluate_mask(xp, mask, q_slots, k_slots):
     """Evaluate a rule on [n_seq, 1] and [1, n_ctx] slots; an array and None are returned as they are."""
     if not callable(mask):
         return mask
@@ -259,7 +138,7 @@ def _visible(xp, mask, q_slots, k_slots):
     return mask(i[:, None], j[None, :])
 
 
-def _check(xp, q, k, v, mask, bias, q_slots, k_slots):
+def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     """Raise for arguments that do not fit; return the slots, the default ones where they were left out."""
     expect_shape("q", q, dots=None, n_head=None, n_seq=None, d_head=None)
     expect_shape("k", k, dots=None, n_kv_head=None, n_ctx=None, d_head=q.shape[-1])

@@ -1,9 +1,9 @@
-"""Embedding lookup: from token ids to vectors."""
+"""Embedding lookup: from token ids to vectors; and absolute positions, which are added to them."""
 
 from npllm.arrays import array_namespace, expect_shape, host_range, is_integer, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
 
-__all__ = ["embed"]
+__all__ = ["add_positions", "embed", "sinusoidal_positions"]
 
 
 def embed(ids, weight):
@@ -49,3 +49,70 @@ def embed(ids, weight):
                               f"{lowest_highest[1]}; is this the tokenizer of another model?")
     rows = xp.take(weight, xp.reshape(ids, (-1,)), axis=0)
     return xp.reshape(widen(rows), (*ids.shape, d_model))
+
+
+def sinusoidal_positions(positions, d_model, base=10000.0):
+    """Give each position a vector of sines and cosines of falling frequency.
+
+        p[n, 2i] = sin(n / base ** (2i / d_model)),   p[n, 2i + 1] = cos(n / base ** (2i / d_model))
+
+    Parameters
+    ----------
+    positions : integer array [..., n_seq]
+    d_model : int
+        Even.
+    base : float
+
+    Returns
+    -------
+    p : array [..., n_seq, d_model]
+        float32; the angles are taken in float64 and rounded at the end.
+
+    Raises
+    ------
+    NpllmValueError
+        When `d_model` is odd or not positive.
+
+    Notes
+    -----
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.5.
+    """
+    xp = array_namespace(positions)
+    if d_model < 2 or d_model % 2:
+        raise NpllmValueError(f"d_model must be even and at least 2, got {d_model}")
+    exponent = xp.arange(0, d_model, 2, dtype=xp.float64) / d_model
+    angle = xp.astype(positions, xp.float64)[..., None] / base**exponent  # [..., n_seq] -> [..., n_seq, d_model/2]
+    pairs = xp.stack([xp.sin(angle), xp.cos(angle)], axis=-1)
+    return xp.astype(xp.reshape(pairs, (*angle.shape[:-1], d_model)), xp.float32)
+
+
+def add_positions(x, positions, weight):
+    """Add to each token's vector the learned vector of its position.
+
+        y[..., n, :] = x[..., n, :] + weight[positions[..., n], :]
+
+    Parameters
+    ----------
+    x : array [..., n_seq, d_model]
+    positions : integer array [n_seq]
+        Below n_pos; a longer sequence has no vector, and raises.
+    weight : array [n_pos, d_model]
+
+    Returns
+    -------
+    y : array [..., n_seq, d_model]
+        In the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When a position lies outside the table, or the widths differ.
+
+    Notes
+    -----
+    Source: "Convolutional Sequence to Sequence Learning" (Gehring et al. 2017), section 3.1; `BertEmbeddings` in Transformers.
+    """
+    xp = array_namespace(x, positions, weight)
+    expect_shape("x", x, dots=None, n_seq=None, d_model=weight.shape[-1])
+    y = widen(x) + embed(positions, weight)
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)

@@ -3,7 +3,7 @@
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
 from npllm.errors import NpllmValueError
 
-__all__ = ["linear", "merge_heads", "split_heads"]
+__all__ = ["linear", "mean_pool_kv_heads", "merge_heads", "split_heads"]
 
 # Entries of a 16-bit weight that are widened at a time: 2**19 float32 are 2 MiB, which stays in a core's cache.
 BLOCK_ENTRIES = 2**19
@@ -105,6 +105,47 @@ def merge_heads(x):
     expect_shape("x", x, dots=None, n_head=None, n_seq=None, d_head=None)
     *batch, n_head, n_seq, d_head = x.shape
     return xp.reshape(_swap(x, xp), (*batch, n_seq, n_head * d_head))
+
+
+def mean_pool_kv_heads(weight, n_kv_head, n_group):
+    """Average key or value heads in groups: how a multi-head checkpoint becomes one with grouped queries.
+
+        y[g * d_head + i, :] = mean over the heads h of group g of weight[h * d_head + i, :]
+
+    Parameters
+    ----------
+    weight : array [n_kv_head*d_head, d_model]
+        Rows of k_proj or v_proj; a bias [n_kv_head*d_head] does as well.
+    n_kv_head : int
+        Heads that it has.
+    n_group : int
+        Heads that it will have; divides n_kv_head.  1 gives multi-query attention.
+
+    Returns
+    -------
+    y : array [n_group*d_head, d_model]
+        In the dtype of `weight`.
+
+    Raises
+    ------
+    NpllmValueError
+        When n_group does not divide n_kv_head, or n_kv_head the rows.
+
+    Notes
+    -----
+    Computes the mean in float32 (float64 when `weight` is), and rounds once.
+
+    Source: "GQA" (Ainslie et al. 2023), section 2.1.
+    """
+    xp = array_namespace(weight)
+    n_rows = weight.shape[0]
+    if n_kv_head < 1 or n_rows % n_kv_head:
+        raise NpllmValueError(f"the rows of weight must be n_kv_head * d_head, a multiple of n_kv_head = {n_kv_head}, got {n_rows}")
+    if n_group < 1 or n_kv_head % n_group:
+        raise NpllmValueError(f"n_group must divide n_kv_head = {n_kv_head}, got {n_group}")
+    heads = xp.reshape(widen(weight), (n_group, n_kv_head // n_group, n_rows // n_kv_head, *weight.shape[1:]))
+    y = xp.mean(heads, axis=1)
+    return _round(xp.reshape(y, (n_group * (n_rows // n_kv_head), *weight.shape[1:])), weight)
 
 
 def _swap(x, xp):

@@ -3,7 +3,7 @@
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
 from npllm.errors import NpllmValueError
 
-__all__ = ["apply_rope", "rope_tables", "rotation_matrix"]
+__all__ = ["apply_rope", "apply_rope_complex", "rope_tables", "rotation_matrix"]
 
 
 def rope_tables(positions, inv_freq, scale=1.0):
@@ -88,6 +88,44 @@ def apply_rope(x, cos, sin, *, interleaved=False):
         y = _halves_to_pairs(y, xp)
     if d_rope < x.shape[-1]:
         y = xp.concat([y, wide[..., d_rope:]], axis=-1)
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
+
+
+def apply_rope_complex(x, positions, inv_freq, *, interleaved=False):
+    """Rotate pairs of channels as complex numbers: a multiplication by e^(i phase).
+
+        z[i] = x[i] + 1j * x[i + d_rope/2];   z'[i] = z[i] * exp(1j * position * inv_freq[i])
+
+    Parameters
+    ----------
+    x : array [..., n_head, n_seq, d_rope]
+    positions : integer array [n_seq]
+    inv_freq : array [d_rope/2]
+    interleaved : bool
+        True pairs channels 2i and 2i + 1.
+
+    Returns
+    -------
+    y : array [..., n_head, n_seq, d_rope]
+        In the dtype of `x`; equals `apply_rope`.
+
+    Notes
+    -----
+    Computes in complex64 (complex128 when `x` or `inv_freq` is float64).
+
+    Source: "RoFormer" (Su et al. 2021), equation 12; the code released with "LLaMA" (Touvron et al. 2023), interleaved.
+    """
+    xp = array_namespace(x, positions, inv_freq)
+    dtype = compute_dtype(x, inv_freq)
+    expect_shape("x", x, dots=None, n_head=None, n_seq=positions.shape[-1], d_rope=2 * inv_freq.shape[-1])
+    phase = xp.astype(positions, dtype)[..., None] * widen(inv_freq, dtype)
+    turn = xp.exp(1j * phase)
+    wide = widen(x, dtype)
+    half = x.shape[-1] // 2
+    real, imag = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
+    z = (real + 1j * imag) * turn
+    y = xp.concat([xp.real(z), xp.imag(z)], axis=-1)
+    y = _halves_to_pairs(y, xp) if interleaved else y
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 

@@ -1,0 +1,85 @@
+"""Rules that close over one label for each slot: padding, and documents packed into one row."""
+
+import numpy as np
+
+from npllm.arrays import array_namespace, expect_shape
+from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
+
+__all__ = ["documents", "padding"]
+
+
+def padding(valid):
+    """Hide the keys that are padding.
+
+        visible(i, j) = valid[batch, j]
+
+    Parameters
+    ----------
+    valid : bool array [n_batch, n_ctx]
+        True where the slot holds a token.
+
+    Returns
+    -------
+    rule : Rule
+        Its array has the axes [n_batch, 1, ...]: the same for every head.
+
+    Notes
+    -----
+    Source: `attention_mask` in Transformers.
+    """
+    xp = array_namespace(valid)
+    expect_shape("valid", valid, n_batch=None, n_ctx=None)
+
+    def bound(_, __, j_low, j_high):
+        block = _on_host(valid, j_low, j_high)
+        return SOME if block is None else ALL if block.all() else SOME if block.any() else NONE
+
+    return Rule(lambda _, j: _labels_at(xp, valid, j), bound)
+
+
+def documents(labels):
+    """Let a query see the keys of its own document only.
+
+        visible(i, j) = labels[batch, i] == labels[batch, j]
+
+    Parameters
+    ----------
+    labels : integer array [n_batch, n_ctx]
+        A number for each document of a row.
+
+    Returns
+    -------
+    rule : Rule
+        Its array has the axes [n_batch, 1, ...]: the same for every head.  To be combined: `causal() & documents(labels)`.
+
+    Notes
+    -----
+    With rotary positions, restarting the positions for each document changes nothing, since scores depend on differences of
+    positions only within a document and leak across documents all the same: this rule is what separates them.
+
+    Source: "Exploring the Limits of Transfer Learning" (Raffel et al. 2019, T5), section 3.1.1 names the packing;
+    `packed_sequence_mask_function` in Transformers.
+    """
+    xp = array_namespace(labels)
+    expect_shape("labels", labels, n_batch=None, n_ctx=None)
+
+    def bound(i_low, i_high, j_low, j_high):
+        queries, keys = _on_host(labels, i_low, i_high), _on_host(labels, j_low, j_high)
+        if queries is None or keys is None:
+            return SOME
+        apart = (queries.max(axis=1) < keys.min(axis=1)) | (keys.max(axis=1) < queries.min(axis=1))
+        both = np.concatenate([queries, keys], axis=1)
+        return NONE if apart.all() else ALL if (both == both[:, :1]).all() else SOME
+
+    return Rule(lambda i, j: _labels_at(xp, labels, i) == _labels_at(xp, labels, j), bound)
+
+
+def _labels_at(xp, labels, slots):
+    """Labels of slots of any shape: [n_batch, 1, *slots.shape]."""
+    columns = xp.take(labels, xp.reshape(slots, (-1,)), axis=1)
+    return xp.reshape(columns, (labels.shape[0], 1, *slots.shape))
+
+
+def _on_host(labels, low, high):
+    """Labels of a run of slots where they can be looked at for free; None on a device, and for slots that have no label."""
+    return labels[:, low : high + 1] if isinstance(labels, np.ndarray) and 0 <= low <= high < labels.shape[1] else None

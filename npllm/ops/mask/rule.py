@@ -1,0 +1,50 @@
+"""What a mask rule is.
+
+A rule is a function of two *slots*, the places of a query and of a key in the sequence: `rule(i, j)` is True where the query in
+slot i sees the key in slot j.  Rules combine with `&`, `|` and `~`.  Attention asks a rule only about the block that it is
+working on, so no n x n array exists; and it asks the rule's `bound` first, to skip a block of which nothing is visible and to
+drop the mask where everything is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["ALL", "NONE", "SOME", "Rule"]
+
+NONE, SOME, ALL = 0, 1, 2
+"""What a rule may say of a whole block: no pair is visible; some may be; every pair is."""
+
+
+def _unknown(*_):
+    return SOME
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which key slot is visible from which query slot.
+
+    Parameters
+    ----------
+    visible : function (i, j) -> bool array
+        `i` and `j` are integer arrays of slots that broadcast against each other, usually [n_seq, 1] and [1, n_ctx].
+        The result may have further axes in front: [n_batch, 1, n_seq, n_ctx] for a rule that differs by sequence.
+    bound : function (i_low, i_high, j_low, j_high) -> NONE, SOME or ALL
+        What holds for every query slot in i_low ... i_high and key slot in j_low ... j_high, both ends included.
+        SOME is always a correct answer, NONE and ALL are promises.
+    """
+
+    visible: Callable
+    bound: Callable = _unknown
+
+    def __call__(self, i, j):
+        """Evaluate the rule on slots."""
+        return self.visible(i, j)
+
+    def __and__(self, other):
+        return Rule(lambda i, j: self(i, j) & other(i, j), lambda *block: min(self.bound(*block), other.bound(*block)))
+
+    def __or__(self, other):
+        return Rule(lambda i, j: self(i, j) | other(i, j), lambda *block: max(self.bound(*block), other.bound(*block)))
+
+    def __invert__(self):
+        return Rule(lambda i, j: ~self(i, j), lambda *block: ALL - self.bound(*block))
