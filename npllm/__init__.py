@@ -18,7 +18,7 @@ The words for axes, the same in every docstring and error:
 positions.  Weights are [d_out, d_in], as in the checkpoint.
 """
 
-from npllm import ops
+from npllm import ops, packing, steps
 from npllm.config import Config
 from npllm.errors import NpllmError
 from npllm.model import Model, load, pipeline
@@ -26,4 +26,4 @@ from npllm.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "Model", "NpllmError", "Tokenizer", "load", "ops", "pipeline"]
+__all__ = ["Config", "Model", "NpllmError", "Tokenizer", "load", "ops", "packing", "pipeline", "steps"]

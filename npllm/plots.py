@@ -1,0 +1,122 @@
+"""Pictures: the mask rules side by side, and the weights of a head as a heat map.  Needs matplotlib, `npllm[plot]`."""
+
+import numpy as np
+
+from npllm.errors import MissingExtraError
+from npllm.ops import mask
+
+__all__ = ["draw_masks", "draw_weights", "example_rules"]
+
+
+def example_rules(n):
+    """Name one example of every rule, scaled to n slots.
+
+    Parameters
+    ----------
+    n : int
+
+    Returns
+    -------
+    rules : dict of str to Rule
+    """
+    w = max(2, n // 8)
+    labels = np.array([[0] * (n // 4) + [1] * (n // 2) + [2] * (n - n // 4 - n // 2)])
+    causal = mask.causal()
+    return {
+        "causal": causal,
+        "bidirectional": mask.bidirectional(),
+        f"sliding_window({w})": mask.sliding_window(w),
+        f"lookback({w})": mask.lookback(w),
+        f"longformer_window({2 * w})": mask.longformer_window(2 * w),
+        f"dilated_window({w}, 2)": mask.dilated_window(w, 2),
+        f"band({w}, 2)": mask.band(w, 2),
+        f"block_local({w})": mask.block_local(w),
+        f"strided({w})": mask.strided(w),
+        f"fixed({w}, 1)": mask.fixed(w, 1),
+        "global_tokens([0, 5])": mask.global_tokens([0, 5]),
+        f"random_blocks({w}, {-(-n // w)}, 2, 0)": mask.random_blocks(w, -(-n // w), 2, 0),
+        f"prefix_lm({n // 3})": mask.prefix_lm(n // 3),
+        "causal & documents": causal & mask.documents(labels),
+        "causal & padding": causal & mask.padding(np.arange(n)[None, :] >= w),
+        "Big Bird": mask.longformer_window(w) | mask.global_tokens([0]) | mask.random_blocks(w, -(-n // w), 1, 0),
+    }
+
+
+def draw_masks(path, rules=None, n=32, columns=4):
+    """Draw what every query sees of every key, one panel a rule.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where the picture goes; the ending says of which kind.
+    rules : dict of str to Rule, optional
+        Default: `example_rules(n)`.
+    n : int
+        Slots.
+    columns : int
+        Panels side by side.
+
+    Raises
+    ------
+    MissingExtraError
+        When matplotlib is not installed.
+    """
+    rules = example_rules(n) if rules is None else rules
+    slots = np.arange(n)
+    lines = -(-len(rules) // columns)
+    figure = _figure((2.4 * columns, 2.6 * lines))
+    for number, (name, rule) in enumerate(rules.items(), 1):
+        axes = figure.add_subplot(lines, columns, number)
+        visible = np.asarray(rule(slots[:, None], slots[None, :])).reshape(-1, n, n)[0]
+        axes.imshow(visible, cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
+        axes.set_title(f"{name}\n{visible.mean():.0%} visible", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel("key slot", fontsize=7)
+        axes.set_ylabel("query slot", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def draw_weights(path, weights, tokens, title=""):
+    """Draw attention weights as a heat map, or a grid of them.
+
+    Parameters
+    ----------
+    path : str or Path
+    weights : array [n_seq, n_ctx]
+        Or [n_head, n_seq, n_ctx]: one panel a head.
+    tokens : list of str
+        n_ctx texts.
+    title : str
+
+    Raises
+    ------
+    MissingExtraError
+        When matplotlib is not installed.
+    """
+    panels = np.asarray(weights).reshape(-1, *np.shape(weights)[-2:])
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    side = max(3.0, 0.3 * len(tokens)) if len(panels) == 1 else 2.6
+    figure = _figure((side * columns + 1, side * lines + 0.6))
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        axes.imshow(panel, cmap="Blues", vmin=0, vmax=1)
+        if len(panels) > 1:
+            axes.set_title(f"head {number}", fontsize=8)
+        ticks = range(len(tokens)) if len(panels) == 1 else []
+        axes.set_xticks(ticks, [repr(token)[1:-1] for token in tokens][: len(ticks)], rotation=90, fontsize=7)
+        axes.set_yticks(ticks, [repr(token)[1:-1] for token in tokens][: len(ticks)], fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def _figure(size):
+    """An empty figure that draws to files, on a machine without a screen too."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(f'pictures need matplotlib ({error}); pip install "npllm[plot]"') from error
+    return Figure(figsize=size)
