@@ -3,6 +3,7 @@
 
     python scripts/bench.py generate            100 new tokens from a 51-token chat prompt, with and without the KV cache
     python scripts/bench.py first-token -m DIR  from a cold process to the first token and the eighth, and the peak memory
+    python scripts/bench.py attention           the definition, both schedules, a window, and torch, by length of the sequence
 
 Every contender is a process of its own; they take turns (A B A B ...), so that a machine that slows down slows all of them.
 Reported are medians and ratios.  OPENBLAS_CORETYPE, which fixes OpenBLAS to one set of kernels, is removed from the children's
@@ -20,7 +21,7 @@ import click
 import numpy as np
 
 import npllm
-from npllm import report
+from npllm import ops, report
 from npllm.model import checkpoint_folder
 
 MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}]
@@ -91,6 +92,22 @@ class Child:
         if not line:
             raise SystemExit(f"a contender ended early, with exit code {self.process.wait()}")
         return json.loads(line)
+
+
+def attention_variant(name, n, n_head, d_head, window):
+    """A function that runs one kind of attention once."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((n_head, n, d_head), dtype=np.float32) for _ in range(3))
+    causal, local = ops.mask.causal(), ops.mask.sliding_window(window)
+    if name == "torch":
+        import torch
+
+        q, k, v = (torch.from_numpy(x)[None] for x in (q, k, v))
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return {"definition": lambda: ops.attention(q, k, v, mask=causal),
+            "flash 1": lambda: ops.blockwise_attention(q, k, v, mask=causal, outer="keys"),
+            "flash 2": lambda: ops.blockwise_attention(q, k, v, mask=causal),
+            f"window {window}": lambda: ops.blockwise_attention(q, k, v, mask=local)}[name]
 
 
 def installed(name):
@@ -204,6 +221,70 @@ def generate(path, n_new, repeat, as_json):
           "versions": {name: contender.version for name, contender in children.items()}, "peak_bytes": peaks,
           "seconds": {f"{name} {'cached' if cached else 'uncached'}": runs for (name, cached), runs in seconds.items()},
           "same_tokens": len({tuple(ids) for ids in texts.values()}) == 1}, as_json)
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@click.argument("sizes", type=int, nargs=4)
+@click.argument("repeat", type=int)
+def attend(name, sizes, repeat):
+    """Run one kind of attention; print its seconds, and by how much memory grew."""
+    run = attention_variant(name, *sizes)
+    before, seconds = report.peak_memory(), []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": statistics.median(seconds), "bytes": report.peak_memory() - before}))
+
+
+@main.command()
+@click.option("--longest", default=32768, show_default=True)
+@click.option("--n-head", default=2, show_default=True)
+@click.option("--d-head", default=64, show_default=True)
+@click.option("--window", default=2047, show_default=True)
+@click.option("--most", default=4.0, show_default=True, help="GiB of scores beyond which the definition is left out.")
+@click.option("-r", "--repeat", default=3, show_default=True)
+@click.option("--plot", type=click.Path(), help="Draw the table into this PNG.")
+def attention(longest, n_head, d_head, window, most, repeat, plot):
+    """Time causal self-attention in float32 by length, each kind and length in a process of its own."""
+    names = ["definition", "flash 1", "flash 2", f"window {window}"] + ["torch"] * installed("transformers")
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
+    lengths = [n for n in (2**e for e in range(10, 31)) if n <= longest]
+    rows = {name: {} for name in names}
+    for n, name in ((n, name) for n in lengths for name in names):
+        if name == "definition" and 4 * n_head * n * n > most * 2**30:
+            continue
+        sizes = map(str, (n, n_head, d_head, window))
+        command = [sys.executable, __file__, "attend", name, *sizes, str(repeat if n < 16384 else 1)]
+        rows[name][n] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    click.echo(f"causal self-attention, float32, {n_head} heads of {d_head}; median seconds / MiB beyond the inputs; {cpu_name()}\n")
+    click.echo("| n | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
+    for n in lengths:
+        found = [rows[name].get(n) for name in names]
+        cells = [f"{cell['seconds']:.3f} s / {cell['bytes'] / 2**20:.0f}" if cell else "-" for cell in found]
+        click.echo(f"| {n:,} | " + " | ".join(cells) + " |")
+    if plot:
+        draw_attention(plot, rows)
+
+
+def draw_attention(path, rows):
+    """Seconds and memory by length, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2))
+    for number, (key, label, unit) in enumerate((("seconds", "seconds", 1), ("bytes", "MiB beyond the inputs", 2**20)), 1):
+        axes = figure.add_subplot(1, 2, number)
+        for name, cells in rows.items():
+            axes.plot(list(cells), [max(cell[key] / unit, 1e-3) for cell in cells.values()], marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("n")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 def show(result, as_json):
