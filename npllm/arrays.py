@@ -16,7 +16,7 @@ import numpy as np
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
 __all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
-           "host_range", "is_integer", "to_numpy", "widen"]
+           "host_range", "is_integer", "round_to", "to_numpy", "widen"]
 
 BACKENDS = ("numpy", "cupy")
 
@@ -140,6 +140,44 @@ def widen(x, dtype=None):
         raise NpllmTypeError(f"expected an array of {', '.join(DTYPES)}, got dtype {_dtype_name(x)}")
     dtype = compute_dtype(x) if dtype is None else dtype
     return x if x.dtype == dtype else array_namespace(x).astype(x, dtype)
+
+
+def round_to(x, dtype):
+    """Round each entry to the nearest value of a 16-bit float type, and keep it in float32.
+
+        y = float32(dtype(x)),   of two nearest values the one whose last bit is 0
+
+    Parameters
+    ----------
+    x : array [...]
+        float32.
+    dtype : str
+        "bfloat16" (8 significant bits) or "float16" (11).
+
+    Returns
+    -------
+    y : array [...]
+        float32.  Beyond the largest finite value of the type plus half a step: infinity.  Below its smallest normal value the
+        step stays fixed.  NaN stays NaN.
+
+    Raises
+    ------
+    NpllmTypeError
+        When `x` is not float32.  From float64 the step over float32, which some libraries take, would round twice.
+    NpllmValueError
+        For another `dtype`.
+
+    Notes
+    -----
+    Source: IEEE 754-2019, section 4.3.1, roundTiesToEven.
+    """
+    xp = array_namespace(x)
+    if dtype not in ("bfloat16", "float16"):
+        raise NpllmValueError(f"dtype must be bfloat16 or float16, got {dtype!r}")
+    if x.dtype != xp.float32:
+        raise NpllmTypeError(f"expected float32 to round to {dtype}, got {_dtype_name(x)}")
+    with np.errstate(over="ignore"):  # to infinity, as the type says
+        return xp.astype(xp.astype(x, dtype_named(dtype)), xp.float32)
 
 
 def is_integer(x):

@@ -5,6 +5,9 @@ import numpy as np
 # Largest accepted |actual - desired|, as a fraction of the largest |desired|: a few units of the last place of each dtype.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
+# The smallest positive number of each dtype: below it a result rounds to zero.
+UNDERFLOW = {"float64": 5e-324, "float32": 1.5e-45, "float16": 6e-8, "bfloat16": 1e-40}
+
 
 def close(actual, desired, *, dtype=None, times=1.0):
     """Raise AssertionError unless two arrays agree in library, dtype, shape and values; say which of them differs.
@@ -37,7 +40,7 @@ def close(actual, desired, *, dtype=None, times=1.0):
     finite = np.isfinite(want)
     largest = np.max(np.abs(want), where=finite, initial=0.0)
     error = np.abs(np.subtract(got, want, where=finite, out=np.zeros_like(want)))
-    tolerance = times * TOLERANCE[name] * largest
+    tolerance = times * (TOLERANCE[name] * largest + UNDERFLOW[name])
     _report(f"|actual - desired| reaches {error.max(initial=0.0):.3g}, tolerance {tolerance:.3g} "
             f"({times:g} x {TOLERANCE[name]:g} of the largest |desired| {largest:.3g})", error > tolerance, got, want)
 

@@ -15,6 +15,7 @@ from npllm.errors import NpllmTypeError
 from npllm.ops import mask
 from npllm.ops.attention import attention, attention_weights, blockwise_attention
 from npllm.ops.embedding import embed
+from npllm.ops.emulate import emulate
 from npllm.ops.feedforward import silu, swiglu
 from npllm.ops.frequencies import (
     dynamic_base,
@@ -27,12 +28,13 @@ from npllm.ops.frequencies import (
 )
 from npllm.ops.linear import linear, merge_heads, split_heads
 from npllm.ops.norm import rms_norm
+from npllm.ops.residual import add
 from npllm.ops.rope import apply_rope, rope_tables, rotation_matrix
 from npllm.ops.sampling import greedy, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
 
 __all__ = [
-    "Ops", "apply_rope", "attention", "attention_weights", "blockwise", "blockwise_attention", "dynamic_base",
-    "embed", "greedy", "linear", "linear_frequencies", "llama3_frequencies", "longrope_scale", "mask", "merge_heads",
+    "Ops", "add", "apply_rope", "attention", "attention_weights", "blockwise", "blockwise_attention", "dynamic_base",
+    "embed", "emulate", "greedy", "linear", "linear_frequencies", "llama3_frequencies", "longrope_scale", "mask", "merge_heads",
     "min_p", "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies", "rope_tables",
     "rotation_matrix", "sample", "silu", "softmax", "split_heads", "swiglu", "temperature", "top_k", "top_p",
     "yarn_frequencies", "yarn_scale",
@@ -61,6 +63,12 @@ def norm_linear(x, norm_weight, eps, weight, bias=None):
     ------
     NpllmValueError
         When the shapes do not fit.
+
+    Notes
+    -----
+    The normalised row is rounded to the dtype of `x` between the two.
+
+    Source: `Phi3DecoderLayer` in Transformers: a norm, then the first projection of the half block.
     """
     return linear(rms_norm(x, norm_weight, eps), weight, bias)
 
@@ -83,6 +91,7 @@ class Ops:
     apply_rope: Callable
     attention: Callable
     swiglu: Callable
+    add: Callable = add
     norm_linear: Callable | None = None
     name: str = "custom"
 

@@ -55,7 +55,7 @@ def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q
     """
     xp = array_namespace(q, k, bias)
     q_slots, k_slots = _check(xp, q, k, None, mask, bias, q_slots, k_slots)
-    s = _scores(xp, q, k, scale, softcap, bias)
+    s = _scores(xp, q, k, scale, softcap, bias, compute_dtype(q, k, bias))
     weights, _ = _softmax_visible(xp, s, _visible(xp, mask, q_slots, k_slots))
     return weights if weights.dtype == q.dtype else xp.astype(weights, q.dtype)
 
@@ -95,17 +95,17 @@ def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slot
     """
     xp = array_namespace(q, k, v, bias)
     q_slots, k_slots = _check(xp, q, k, v, mask, bias, q_slots, k_slots)
-    s = _scores(xp, q, k, scale, softcap, bias)
+    dtype = compute_dtype(q, k, v, bias)
+    s = _scores(xp, q, k, scale, softcap, bias, dtype)
     weights, lse = _softmax_visible(xp, s, _visible(xp, mask, q_slots, k_slots))
-    values = xp.repeat(widen(v, compute_dtype(weights, v)), q.shape[-3] // v.shape[-3], axis=-3)
+    values = xp.repeat(widen(v, dtype), q.shape[-3] // v.shape[-3], axis=-3)
     y = weights @ values
     y = y if y.dtype == q.dtype else xp.astype(y, q.dtype)
     return (y, lse) if return_lse else y
 
 
-def _scores(xp, q, k, scale, softcap, bias):
+def _scores(xp, q, k, scale, softcap, bias, dtype):
     """Scale * q k^T for every head, capped and biased."""
-    dtype = compute_dtype(q, k, bias)
     keys = xp.repeat(widen(k, dtype), q.shape[-3] // k.shape[-3], axis=-3)  # [..., n_kv_head, ...] -> [..., n_head, ...]
     s = (widen(q, dtype) @ xp.matrix_transpose(keys)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
@@ -184,7 +184,7 @@ def blockwise_attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=No
 def _attend_rows(xp, q, k, v, visits, scale, softcap, dtype):
     """Run the recurrence for one block of queries over the blocks of keys it visits; return y and lse[..., None]."""
     *batch, n_head, n_seq, d_head = q.shape
-    n_kv_head, n_rows = k.shape[-3], n_head // k.shape[-3] * n_seq
+    n_kv_head, n_rows, heads = k.shape[-3], n_head // k.shape[-3] * n_seq, (*batch, n_head, n_seq)
     rows = xp.reshape(widen(q, dtype), (*batch, n_kv_head, n_rows, d_head))  # the query heads of a group stand together
     m = xp.full((*batch, n_kv_head, n_rows, 1), -xp.inf, dtype=dtype)
     l = xp.zeros_like(m)  # noqa: E741 - the paper's letter
@@ -194,7 +194,7 @@ def _attend_rows(xp, q, k, v, visits, scale, softcap, dtype):
         if softcap is not None:
             s = softcap * xp.tanh(s / softcap)
         if bias is not None or visible is not ALL:
-            s = xp.reshape(_exclude(xp, xp.reshape(s, (*batch, n_head, n_seq, -1)), visible, bias), s.shape)
+            s = xp.reshape(_exclude(xp, xp.reshape(s, (*heads, s.shape[-1])), visible, bias), s.shape)
         m_new = xp.maximum(m, xp.max(s, axis=-1, keepdims=True))
         shift = xp.where(m_new == -xp.inf, xp.zeros_like(m_new), m_new)  # nothing seen yet: any finite number will do
         p, decay = xp.exp(s - shift), xp.exp(m - shift)
@@ -202,14 +202,14 @@ def _attend_rows(xp, q, k, v, visits, scale, softcap, dtype):
         a = a * decay + p @ widen(v[..., columns, :], dtype)
         m = m_new
     l_safe = xp.where(l == 0, xp.ones_like(l), l)
-    heads = (*batch, n_head, n_seq, -1)  # [..., n_kv_head, n_rows, d] -> [..., n_head, n_seq, d]
-    return xp.reshape(a / l_safe, heads), xp.reshape(m + xp.log(l_safe), heads)
+    # [..., n_kv_head, n_rows, d] -> [..., n_head, n_seq, d]
+    return xp.reshape(a / l_safe, (*heads, v.shape[-1])), xp.reshape(m + xp.log(l_safe), (*heads, 1))
 
 
 def _visits(xp, mask, bias, q_slots, k_slots, rows, blocks):
     """Yield (columns, what is visible, bias) for each block of keys of which something may be visible."""
     i = q_slots[rows]
-    for columns in blocks if len(i) else ():
+    for columns in blocks if rows.stop > rows.start else ():
         j = k_slots[columns]
         visible = ALL if mask is None else getattr(mask, "bound", _no_bound)(*_ends(xp, i), *_ends(xp, j))
         if visible == NONE:
@@ -237,7 +237,7 @@ def _spans(n, size):
 
 def _cut(x, rows, columns):
     """Take a block of a mask or bias; an axis of size 1 broadcasts and stays."""
-    x = x if x.shape[-1] == 1 else x[..., columns]
+    x = x if x.ndim < 1 or x.shape[-1] == 1 else x[..., columns]
     return x if x.ndim < 2 or x.shape[-2] == 1 else x[..., rows, :]
 
 
@@ -273,15 +273,14 @@ def _check(xp, q, k, v, mask, bias, q_slots, k_slots):
         raise NpllmValueError("k must hold at least one key, got n_ctx = 0")
     if n_kv_head == 0 or n_head % n_kv_head:
         raise NpllmValueError(f"n_head must be a multiple of n_kv_head, got n_head = {n_head} and n_kv_head = {n_kv_head}")
+    array_namespace(q, *(x for x in (mask, q_slots, k_slots) if not (callable(x) or isinstance(x, range))))
     for name, x in (("mask", mask), ("bias", bias)):
         if x is not None and not callable(x):
             _check_broadcast(name, x, (*q.shape[:-1], n_ctx))
-    if mask is not None and not callable(mask):
-        array_namespace(q, mask)
-        if mask.dtype != xp.bool:
-            raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
-                                 "additive masks go to bias")
-    return _slots("q_slots", q_slots, n_seq, n_ctx - n_seq), _slots("k_slots", k_slots, n_ctx, 0)
+    if mask is not None and not callable(mask) and mask.dtype != xp.bool:
+        raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
+                             "additive masks go to bias")
+    return _slots("q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq), _slots("k_slots", k_slots, "n_ctx", n_ctx, 0)
 
 
 def _check_broadcast(name, x, shape):
@@ -290,12 +289,13 @@ def _check_broadcast(name, x, shape):
         raise NpllmValueError(f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}")
 
 
-def _slots(name, slots, n, first):
+def _slots(name, slots, axis, n, first):
     """Check given slots; without any, n of them from `first`."""
     if slots is None:
         return range(first, first + n)
     if not isinstance(slots, range) and not (is_integer(slots) and slots.ndim == 1):
-        raise NpllmTypeError(f"{name} must be integers [{n}], got {slots.dtype} {list(slots.shape)}")
-    if len(slots) != n:
-        raise NpllmValueError(f"{name} must be [{name[0]}] = [{n}], got [{len(slots)}]")
+        raise NpllmTypeError(f"{name} must be integers [{axis}] = [{n}], got {slots.dtype} {list(slots.shape)}")
+    got = len(slots) if isinstance(slots, range) else slots.shape[0]
+    if got != n:
+        raise NpllmValueError(f"{name} must be [{axis}] = [{n}], got [{got}]")
     return slots

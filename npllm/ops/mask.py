@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from npllm.arrays import array_namespace, expect_shape
+from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["ALL", "NONE", "SOME", "Rule", "causal", "padding", "sliding_window"]
 
@@ -86,12 +87,19 @@ def sliding_window(w):
     -------
     rule : Rule
 
+    Raises
+    ------
+    NpllmValueError
+        When `w` is below 1: not even the own slot would be visible.
+
     Notes
     -----
     Exactly w keys.  FlashAttention's `window_size=(w, w)` and the engines built on it see w + 1.
 
     Source: "Longformer" (Beltagy et al. 2020), section 3.1, one-sided; `sliding_window_overlay` in Transformers.
     """
+    if w < 1:
+        raise NpllmValueError(f"sliding_window must be at least 1 key, got {w}")
 
     def bound(i_low, i_high, j_low, j_high):
         return ALL if j_low > i_high - w else NONE if j_high <= i_low - w else SOME
@@ -114,12 +122,19 @@ def padding(valid):
     rule : Rule
         Its array has the axes [n_batch, 1, ...]: the same for every head.
 
+    Raises
+    ------
+    NpllmTypeError
+        When `valid` is not bool: the inverse `~` of numbers would be no truth.
+
     Notes
     -----
     Source: `attention_mask` in Transformers.
     """
     xp = array_namespace(valid)
     expect_shape("valid", valid, n_batch=None, n_ctx=None)
+    if valid.dtype != xp.bool:
+        raise NpllmTypeError(f"valid must be a bool array (True = holds a token), got dtype {valid.dtype}")
 
     def visible(_, j):
         columns = xp.take(valid, xp.reshape(j, (-1,)), axis=1)
