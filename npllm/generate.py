@@ -320,10 +320,7 @@ def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50,
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
         raise NpllmTypeError(f"stop must be strings, none of them empty, got {stop!r}")
     ids, valid = _prompt_ids(model, prompt, attention_mask)
-    n_vocab = model.config.vocab_size
-    if ids.min() < 0 or ids.max() >= n_vocab:
-        raise NpllmValueError(f"token ids must lie in 0 ... vocab_size - 1 = {n_vocab - 1}, got {ids.min()} ... {ids.max()}; is this "
-                              "the tokenizer of another model?")
+    model.check_ids(ids)
     if ids.shape[1] >= model.config.context_length:
         raise NpllmValueError(f"the prompt has {ids.shape[1]} tokens, but the context length (max_position_embeddings) is "
                               f"{model.config.context_length}, and the answer must fit in as well; shorten the prompt")

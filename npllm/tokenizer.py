@@ -250,8 +250,8 @@ def _add_tokens(backend, listed, special_tokens, file):
     """Add what tokenizer_config.json says of added tokens beyond tokenizer.json; on their flags it has the last word."""
     known = backend.get_added_tokens_decoder().values()
     try:
-        listed = sorted((int(i), {name: flags[name] for name in TOKEN_FLAGS if name in flags}) for i, flags in (listed or {}).items())
-        tokens = [AddedToken(**flags) for _, flags in listed]
+        listed = sorted((int(i), flags) for i, flags in (listed or {}).items())
+        tokens = [AddedToken(**{name: flags[name] for name in TOKEN_FLAGS if name in flags}) for _, flags in listed]
         names, flags = {token.content for token in [*known, *tokens]}, {repr(token) for token in known}
         tokens = [token for token in tokens if repr(token) not in flags]
         for token in tokens:
@@ -259,7 +259,7 @@ def _add_tokens(backend, listed, special_tokens, file):
         unlisted = [AddedToken(text, special=True) for text in dict.fromkeys(special_tokens.values()) if text not in names]
     except (TypeError, ValueError, AttributeError) as error:
         raise NpllmValueError(f"{file}: added_tokens_decoder must be {{id: {{content, lstrip, ...}}}}, and special tokens Unicode "
-                              f"text ({error})") from None
+                              f"text ({printable(str(error)[:300])})") from None
     with _library_errors(NpllmValueError, f"{file}: its added tokens do not fit tokenizer.json"):
         backend.add_tokens(tokens + unlisted)
 
