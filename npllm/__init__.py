@@ -13,6 +13,8 @@ The words for axes, the same in every docstring and error:
     d_model, d_head      width of the residual stream; of a head             hidden_size, head_dim
     d_ff                 width of the feed-forward network                   intermediate_size
     d_rope               rotated part of a head                              d_head * partial_rotary_factor
+    n_pos, n_label       rows of a position table; classes of a classifier   max_position_embeddings, num_labels
+    n_group, n_split     key/value heads after pooling; parts of a result
 
 `n_` counts things, `d_` is the width of a vector.  Queries, keys and values are [n_batch, n_head, n_seq, d_head]: heads before
 positions.  Weights are [d_out, d_in], as in the checkpoint.

@@ -9,6 +9,7 @@ The switch itself is one word at the place where arrays are born: `npllm.load(pa
 """
 
 import importlib
+import math
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
 __all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
-           "host_range", "is_integer", "to_numpy", "widen"]
+           "host_range", "is_integer", "round_to", "to_numpy", "widen"]
 
 BACKENDS = ("numpy", "cupy")
 
@@ -28,6 +29,8 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 _FLOATS = frozenset(DTYPES)
+_BYTES = {"bool": 1, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float32": 4, "int32": 4, "uint32": 4,
+          "float64": 8, "int64": 8, "uint64": 8}
 
 
 def array_namespace(*arrays):
@@ -142,9 +145,52 @@ def widen(x, dtype=None):
     return x if x.dtype == dtype else array_namespace(x).astype(x, dtype)
 
 
+def round_to(x, dtype):
+    """Round each entry to the nearest value of a 16-bit float type, and keep it in float32.
+
+        y = float32(dtype(x)),   of two nearest values the one whose last bit is 0
+
+    Parameters
+    ----------
+    x : array [...]
+        float32.
+    dtype : str
+        "bfloat16" (8 significant bits) or "float16" (11).
+
+    Returns
+    -------
+    y : array [...]
+        float32.  Beyond the largest finite value of the type plus half a step: infinity.  Below its smallest normal value the
+        step stays fixed.  NaN stays NaN.
+
+    Raises
+    ------
+    NpllmTypeError
+        When `x` is not float32.  From float64 the step over float32, which some libraries take, would round twice.
+    NpllmValueError
+        For another `dtype`.
+
+    Notes
+    -----
+    Source: IEEE 754-2019, section 4.3.1, roundTiesToEven.
+    """
+    xp = array_namespace(x)
+    if dtype not in ("bfloat16", "float16"):
+        raise NpllmValueError(f"dtype must be bfloat16 or float16, got {dtype!r}")
+    if x.dtype != xp.float32:
+        raise NpllmTypeError(f"expected float32 to round to {dtype}, got {_dtype_name(x)}")
+    with np.errstate(over="ignore"):  # to infinity, as the type says
+        return xp.astype(xp.astype(x, dtype_named(dtype)), xp.float32)
+
+
 def is_integer(x):
     """Tell whether an array holds integers (bool is not one)."""
     return _dtype_name(x).startswith(("int", "uint"))
+
+
+def n_bytes(x):
+    """Count the bytes of an array's entries, in any library."""
+    return math.prod(x.shape) * next(size for name, size in _BYTES.items() if _dtype_name(x).startswith(name))
 
 
 def host_range(x):

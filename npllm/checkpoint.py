@@ -6,7 +6,9 @@ kept; nothing is copied at load, and the operating system reads a page when a pr
 
 import contextlib
 import json
+import os.path
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +16,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from npllm.arrays import DTYPES, asarray, dtype_named
-from npllm.config import read_json
+from npllm.config import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
 
-__all__ = ["LayerParams", "Params", "TensorEntry", "expected_shapes", "load_params", "read_entries"]
+__all__ = ["LayerParams", "Params", "TensorEntry", "expected_shapes", "find_nonfinite", "load_params", "read_entries"]
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+LARGEST_HEADER = 2**25  # bytes; that of the largest published file has some hundred thousand
+BLOCK = 2**22  # numbers to look at together
+EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0000000000000)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_DANGER = ("may hold Python pickles, which can run any code when they are opened and are refused; convert them to "
+                 "safetensors with a tool you trust")
 
 Array = Any
 
@@ -181,7 +188,10 @@ class _TensorReader:
         dtype = DTYPES[SAFETENSORS_DTYPES[entry.dtype]].newbyteorder("<")
         if entry.stop == entry.start:
             return np.zeros(entry.shape, dtype)
-        raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.stop - entry.start,))
+        try:
+            raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.stop - entry.start,))
+        except (OSError, ValueError) as error:
+            raise NpllmOSError(f"{entry.file}: cannot be mapped into memory ({error}); did it change meanwhile?") from None
         if raw.ctypes.data % dtype.itemsize:
             raw = raw.copy()
         return np.asarray(raw).view(dtype).reshape(entry.shape)
@@ -220,50 +230,53 @@ def read_entries(folder):
     """
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
+    if os.path.isfile(single):
         return _read_header(single)
-    if not index.is_file():
+    if not os.path.isfile(index):
         raise NpllmOSError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json{_found_instead(folder)}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise NpllmValueError(f"{index}: must have a weight_map from tensor names to files, got {str(weight_map)[:100]}")
-    headers = {name: _read_header(_file_inside(index, name)) for name in sorted(set(map(str, weight_map.values())))}
-    lost = [f"{name} in {file}" for name, file in weight_map.items() if name not in headers[str(file)]]
+        raise NpllmValueError(f"{index}: must have a weight_map from tensor names to files, got {quote(weight_map)}")
+    files = sorted({_file_name_inside(index, file) for file in weight_map.values()})
+    headers = {file: _read_header(folder / file) for file in files}
+    lost = [f"{name} in {file}" for name, file in weight_map.items() if name not in headers[file]]
     if lost:
         raise NpllmValueError(f"{index}: names tensors that the files do not hold: {_some(lost)}")
+    twice = sorted(name for name, count in Counter(name for header in headers.values() for name in header).items() if count > 1)
+    if twice:
+        raise NpllmValueError(f"{index}: tensors that stand in more than one file: {_some(twice)}")
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def _read_header(path):
     """Read one file's header: 8 bytes little-endian length, then JSON.  The safetensors library validates it first."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise NpllmOSError(f"{path}: no such file; is the download complete?")
     try:
-        with safe_open(path, framework="np"):
-            pass
         with path.open("rb") as file:
-            n_header = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(n_header), object_pairs_hook=_no_duplicates)
+            n_header, n_bytes = int.from_bytes(file.read(8), "little"), os.path.getsize(path)
+            if n_header > min(n_bytes - 8, LARGEST_HEADER):
+                raise ValueError(f"its header should have {n_header} bytes, but the file has {n_bytes}, and a header may have at "
+                                 f"most {LARGEST_HEADER}")
+            with safe_open(path, framework="np"):
+                pass
+            header = json.loads(file.read(n_header), object_pairs_hook=no_duplicates)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise NpllmOSError(f"{path}: is not a readable safetensors file ({error}); is the download complete?") from None
+        reason = printable(str(error)[:300])
+        raise NpllmOSError(f"{path}: is not a readable safetensors file ({reason}); is the download complete?") from None
     header.pop("__metadata__", None)
     begin = 8 + n_header
     return {name: TensorEntry(path, entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"]))
             for name, entry in header.items()}
 
 
-def _no_duplicates(pairs):
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError(f"the header names {next(name for name in names if names.count(name) > 1)!r} twice")
-    return dict(pairs)
-
-
-def _file_inside(index, name):
-    """Path of a file that an index names; it must stand in the folder itself (as a file or as a link)."""
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise NpllmValueError(f"{index}: may only name files of its own folder, got {name!r}")
-    return index.parent / name
+def _file_name_inside(index, name):
+    """Check the name of a file in an index: it must stand in the folder itself (as a file or as a link)."""
+    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", "..") or "\\" in name or not name.isprintable():
+        raise NpllmValueError(f"{index}: may only name files of its own folder, got {quote(name)}")
+    if name.endswith(PICKLES):
+        raise NpllmValueError(f"{index}: {quote(name)} {PICKLE_DANGER}")
+    return name
 
 
 def _found_instead(folder):
@@ -271,10 +284,7 @@ def _found_instead(folder):
     if not folder.is_dir():
         return " (there is no such folder)"
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        return (f"; {_some(pickles)} may hold Python pickles, which can run any code when they are opened and are refused; "
-                "convert them to safetensors with a tool you trust")
-    return ""
+    return f"; {_some(pickles)} {PICKLE_DANGER}" if pickles else ""
 
 
 def check_entries(folder, entries, config):
@@ -294,6 +304,57 @@ def check_entries(folder, entries, config):
         problems.append("lm_head.weight may be absent only where config.json says tie_word_embeddings: true")
     if problems:
         raise NpllmValueError(f"{folder}: the tensors do not fit config.json; " + "; ".join(problems))
+
+
+def find_nonfinite(folder):
+    """Find the tensors that hold NaN or infinity, without loading the checkpoint.
+
+    Parameters
+    ----------
+    folder : str or Path
+
+    Returns
+    -------
+    counts : dict of str to tuple of int
+        Tensor name -> (number of NaN, number of infinities), in the order of names; empty where every number is finite.
+
+    Raises
+    ------
+    NpllmOSError, NpllmValueError
+        As `read_entries`.
+
+    Notes
+    -----
+    Looks at the bits, block by block, at the speed of the disk: a number is not finite where all bits of its exponent are set,
+    and NaN where its fraction is not zero either.  Tensors of dtypes that `load_params` refuses are left out.
+
+    Source: IEEE 754-2019, section 3.4.
+    """
+    counts = {}
+    for name, entry in sorted(read_entries(folder).items()):
+        if entry.dtype in EXPONENT:
+            n_nan, n_infinite = _count_nonfinite(entry)
+            if n_nan or n_infinite:
+                counts[name] = n_nan, n_infinite
+    return counts
+
+
+def _count_nonfinite(entry):
+    """Count (NaN, infinities) of one tensor in its file."""
+    dtype, exponent = EXPONENT[entry.dtype]
+    sign = 1 << (8 * np.dtype(dtype).itemsize - 1)
+    left, n_nan, n_infinite = (entry.stop - entry.start) // np.dtype(dtype).itemsize, 0, 0
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        while left:
+            bits = np.fromfile(file, dtype, min(left, BLOCK))
+            if not len(bits):
+                raise NpllmOSError(f"{entry.file}: ends within a tensor; did it change meanwhile?")
+            bits &= np.array(~sign & (2 * sign - 1), dtype)
+            n_nan += int(np.count_nonzero(bits > exponent))
+            n_infinite += int(np.count_nonzero(bits == exponent))
+            left -= len(bits)
+    return n_nan, n_infinite
 
 
 def _convert(x, dtype):
@@ -319,4 +380,5 @@ def progress_bar(total, what):
 
 def _some(names, most=8):
     """Write a list out, cut after `most`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = [printable(name[:200]) for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,6 +1,7 @@
 """The `npllm` command: argument parsing only.  Results go to stdout, progress and statistics to stderr."""
 
 import functools
+import io
 import json
 import sys
 import warnings
@@ -9,7 +10,7 @@ import click
 
 from npllm import __version__, report
 from npllm.arrays import BACKENDS
-from npllm.errors import NpllmError
+from npllm.errors import NpllmError, NpllmValueError
 from npllm.fetch import DEFAULT_MODEL, fetch
 from npllm.model import checkpoint_folder, load
 from npllm.ops import reference
@@ -17,9 +18,12 @@ from npllm.tokenizer import Tokenizer
 
 
 class _Group(click.Group):
-    """Turns an NpllmError into one line on stderr and exit code 1."""
+    """Turns an NpllmError into one line on stderr and exit code 1; what a terminal's encoding cannot show, into question marks."""
 
     def invoke(self, ctx):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         warnings.showwarning = lambda message, *_, **__: click.echo(f"npllm: warning: {message}", err=True)
         try:
             return super().invoke(ctx)
@@ -73,21 +77,27 @@ def _sampling_options(command):
     return command
 
 
-
 def _read_prompt(prompt, chat=False):
     """The prompt, from standard input where it is "-"; as a message where the chat template is wanted."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _from_stdin(sys.stdin.read) if prompt == "-" else prompt
     return [{"role": "user", "content": text}] if chat else text
 
 
+def _from_stdin(read, *args):
+    try:
+        return read(*args)
+    except UnicodeDecodeError as error:
+        raise NpllmValueError(f"standard input is not valid {error.encoding} text ({error.reason} at byte {error.start})") from None
+
+
 def _print_json(data):
-    click.echo(json.dumps(data, ensure_ascii=False, indent=2))
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(data, ensure_ascii=not is_utf8, indent=2))
 
 
 def _write(text):
-    """Print a piece of an answer; what the terminal's encoding cannot show becomes a question mark."""
-    encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    """Print a piece of an answer at once."""
+    click.echo(text, nl=False)
     sys.stdout.flush()
 
 
@@ -123,6 +133,7 @@ def chat(model, system, **options):
     model = model()
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
+    model.stream([*opening, {"role": "user", "content": "Hello"}], **options)  # what cannot work is said now, not at every line
     while True:
         line = _read_line()
         if line is None or line == "/exit":
@@ -140,7 +151,7 @@ def _read_line():
     except ImportError:
         pass
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return _from_stdin(input, "> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
     except KeyboardInterrupt:

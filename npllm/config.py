@@ -6,17 +6,22 @@ the numbers and is not implemented raises; a key nobody has heard of warns by na
 
 import json
 import math
+import os.path
+import reprlib
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from npllm.arrays import dtype_named
-from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.arrays import DTYPES
+from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 
-__all__ = ["Config", "RopeParameters", "read_json"]
+__all__ = ["Config", "RopeParameters", "printable", "quote", "read_json"]
 
 LARGEST_SIZE = 2**24  # of any axis; a vocabulary of 16 million is beyond every published model
 LARGEST_LAYER_COUNT = 2**12
+LARGEST_TOKEN = 2**31 - 1
+LARGEST_JSON = 2**25  # bytes of a json file; the index of the largest published checkpoint has a third of it
 
 KEYS_WITHOUT_EFFECT = frozenset("""
     _name_or_path _attn_implementation _attn_implementation_autoset auto_map embd_pdrop full_attn_mod initializer_range
@@ -161,8 +166,11 @@ class Config:
         """
         if isinstance(path_or_dict, dict):
             return _parse(path_or_dict, "config")
-        path = Path(path_or_dict)
-        path = path / "config.json" if path.is_dir() else path
+        try:
+            path = Path(path_or_dict)
+        except TypeError:
+            raise NpllmTypeError(f"path_or_dict must be a path or a dict, got {type(path_or_dict).__name__}") from None
+        path = path / "config.json" if os.path.isdir(path) else path
         return _parse(read_json(path), str(path))
 
 
@@ -174,16 +182,21 @@ def read_json(path):
     NpllmOSError
         When the file is missing or cannot be read.
     NpllmValueError
-        When it is not UTF-8, not JSON, nested too deeply or no object.
+        When it is too large, not UTF-8, not JSON, nested too deeply, says a key twice, or is no object.
     """
     try:
+        n_bytes = os.path.getsize(path)
+        if n_bytes > LARGEST_JSON:
+            raise NpllmValueError(f"{path}: has {n_bytes} bytes; more than {LARGEST_JSON} are refused")
         text = Path(path).read_text(encoding="utf-8-sig")
+    except NpllmValueError:
+        raise
     except UnicodeDecodeError as error:
         raise NpllmValueError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (OSError, ValueError) as error:
         raise NpllmOSError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=no_duplicates)
     except RecursionError:
         raise NpllmValueError(f"{path}: is nested too deeply to be a configuration") from None
     except ValueError as error:
@@ -193,12 +206,37 @@ def read_json(path):
     return data
 
 
+def no_duplicates(pairs):
+    """Make a dict of the pairs of a JSON object; a name that stands there twice has no right reading (object_pairs_hook)."""
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError(f"it names {quote(Counter(name for name, _ in pairs).most_common(1)[0][0])} twice")
+    return data
+
+
+def quote(value):
+    """Write a value into a message: cut, however long or deeply nested it is, and with nothing that could not be printed."""
+    try:
+        return _SHORT.repr(value)
+    except (RecursionError, ValueError):  # an integer of too many digits
+        return f"a {type(value).__name__} too large to show"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
+
+
+def printable(text):
+    """Write out a name that a file gives, without characters that a terminal would obey."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def _parse(data, where):
     """Turn the content of a config.json into a Config."""
     read = _Reader(data, where)
     model_type = read.data.get("model_type")
-    if model_type not in ROPE_TYPES:
-        raise NpllmValueError(f"{where}: model_type must be one of {', '.join(ROPE_TYPES)}, got {model_type!r}"[:300])
+    if not isinstance(model_type, str) or model_type not in ROPE_TYPES:
+        raise NpllmValueError(f"{where}: model_type must be one of {', '.join(ROPE_TYPES)}, got {quote(model_type)}")
     n_head, d_model = read.size("num_attention_heads"), read.size("hidden_size")
     max_position = read.size("max_position_embeddings", default=4096 if model_type == "phi3" else 2048)
     rope, n_original = _parse_rope(read, model_type)
@@ -242,7 +280,7 @@ def _parse_rope(read, model_type):
     nested = read.get("rope_parameters") or {}
     nested = read.get("rope_scaling") or nested
     if not isinstance(nested, dict):
-        raise NpllmValueError(f"{read.where}: rope_scaling must be null or an object, got {nested!r}"[:300])
+        raise NpllmValueError(f"{read.where}: rope_scaling must be null or an object, got {quote(nested)}")
     theta, fraction = (read.number(key, default=value) for key, value in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)))
     n_original = read.size("original_max_position_embeddings", default=None)
     rope = _Reader(nested, f"{read.where}: rope_parameters")
@@ -271,9 +309,9 @@ def _parse_architectures(read, model_type):
     family = {"phi3": "Phi3", "llama": "Llama"}[model_type]
     names = read.get("architectures", [family + "ForCausalLM"])
     known = [family + suffix for suffix in HEADS]
-    if not isinstance(names, list) or not names or names[0] not in known:
-        raise NpllmValueError(f"{read.where}: architectures must be one of {', '.join(known)}, got {names!r}"[:300])
-    return tuple(map(str, names))
+    if not isinstance(names, list) or not names or names[0] not in known or not all(isinstance(name, str) for name in names):
+        raise NpllmValueError(f"{read.where}: architectures must be one of {', '.join(known)}, got {quote(names)}")
+    return tuple(names)
 
 
 def _parse_num_labels(read):
@@ -286,7 +324,8 @@ def _parse_dtype(read):
     """Read the dtype of the weights, `torch_dtype` in older files."""
     old = read.text("torch_dtype", default="float32")
     name = read.text("dtype", default=old).removeprefix("torch.")
-    dtype_named(name)
+    if name not in DTYPES:
+        raise NpllmValueError(f"{read.where}: dtype must be one of {', '.join(DTYPES)}, got {quote(name)}")
     return name
 
 
@@ -315,7 +354,7 @@ def _validate_rope(config, require):
     types = ROPE_TYPES[config.model_type]
     require(rope.rope_type in types,
             f"rope_type must be one of {', '.join(types)}, got {rope.rope_type!r}, which is not implemented")
-    require(rope.rope_theta > 1, f"rope_theta must be above 1, got {rope.rope_theta}")
+    require(1 < rope.rope_theta < 1e30, f"rope_theta must be above 1 and below 1e30, got {rope.rope_theta}")
     require(2 <= d_rope <= config.head_dim and d_rope % 2 == 0,
             f"head_dim * partial_rotary_factor must be even and in 2 ... head_dim = {config.head_dim}, "
             f"got {config.head_dim} * {rope.partial_rotary_factor} = {d_rope}")
@@ -323,7 +362,10 @@ def _validate_rope(config, require):
         require(getattr(rope, name) is not None, f"rope_type {rope.rope_type} needs {name}, which is missing")
     for name in ("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
         value = getattr(rope, name)
-        require(value is None or 0 < value < 1e9, f"{name} must be above 0 and below 1e9, got {value}")
+        require(value is None or 1e-9 < value < 1e9, f"{name} must be above 1e-9 and below 1e9, got {value}")
+    for name in ("mscale", "mscale_all_dim"):
+        value = getattr(rope, name)
+        require(value is None or 0 <= value < 1e9, f"{name} must be at least 0 and below 1e9, got {value}")
     for name in ("short_factor", "long_factor"):
         factors = getattr(rope, name)
         require(factors is None or (len(factors) == d_rope // 2 and all(1e-9 < x < 1e9 for x in factors)),
@@ -351,7 +393,7 @@ class _Reader:
         return default if value is None else value
 
     def _fail(self, key, wanted, value):
-        raise NpllmValueError(f"{self.where}: {key} must be {wanted}, got {value!r}"[:500])
+        raise NpllmValueError(f"{self.where}: {key} must be {wanted}, got {quote(value)}")
 
     def size(self, key, *, largest=LARGEST_SIZE, **default):
         value = self.get(key, default.get("default"))
@@ -389,14 +431,14 @@ class _Reader:
 
     def token(self, key):
         value = self.get(key)
-        if value is not None and not (_is_int(value) and value >= 0):
+        if value is not None and not is_token(value):
             self._fail(key, "a token id or null", value)
         return value
 
     def tokens(self, key):
         value = self.get(key, [])
         value = value if isinstance(value, list) else [value]
-        if not all(_is_int(token) and token >= 0 for token in value):
+        if not all(map(is_token, value)):
             self._fail(key, "a token id, a list of them or null", value)
         return tuple(value)
 
@@ -407,10 +449,15 @@ class _Reader:
                 self._fail(key, " or ".join(map(repr, allowed)) + " (anything else is not implemented)", self.data[key])
         unknown = sorted(set(self.data) - self.asked - KEYS_WITHOUT_EFFECT)
         if unknown:
-            warnings.warn(f"{self.where}: unknown keys are ignored: {', '.join(unknown)}"[:500], stacklevel=5)
+            warnings.warn(f"{self.where}: unknown keys are ignored: {', '.join(map(printable, unknown))}"[:500], stacklevel=5)
 
 
 def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_token(value):
+    """Tell whether a value can be a token id."""
+    return _is_int(value) and 0 <= value <= LARGEST_TOKEN
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from npllm import ops
-from npllm.arrays import is_integer, to_numpy
-from npllm.config import read_json
+from npllm.arrays import to_numpy
+from npllm.config import is_token, quote, read_json
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.tokenizer import Detokenizer
 
@@ -59,13 +59,17 @@ class GenerationConfig:
         eos = data.get("eos_token_id", list(config.eos_token_id))
         eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
         pad = data.get("pad_token_id", config.pad_token_id)
-        if not all(_is_id(token) for token in eos) or not (pad is None or _is_id(pad)):
-            raise NpllmValueError(f"{path}: eos_token_id and pad_token_id must be token ids, got {eos} and {pad!r}")
+        if not all(map(is_token, eos)) or not (pad is None or (is_token(pad) and pad < config.vocab_size)):
+            raise NpllmValueError(f"{path}: eos_token_id must be token ids, and pad_token_id one below vocab_size = "
+                                  f"{config.vocab_size}, got {quote(eos)} and {quote(pad)}")
+        do_sample = data.get("do_sample")
+        if not isinstance(do_sample, bool | None):
+            raise NpllmValueError(f"{path}: do_sample must be true or false, got {quote(do_sample)}")
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        sampling = Sampling(bool(data.get("do_sample")), **{name: data.get(name) for name in names})
+        sampling = Sampling(bool(do_sample), **{name: data.get(name) for name in names})
         check_sampling(sampling, str(path) + ": ")
-        unsupported = tuple(f"{name}={data[name]!r}" for name, neutral in NEUTRAL.items()
-                            if data.get(name, neutral[0]) not in neutral)
+        unsupported = tuple(f"{name}={quote(data[name])}" for name, neutral in NEUTRAL.items()
+                            if data.get(name) not in (None, *neutral))
         return cls(tuple(eos), pad, sampling, unsupported)
 
 
@@ -109,15 +113,15 @@ def resolve_sampling(defaults, *, do_sample=None, repetition_penalty=None, **fil
 
 def check_sampling(sampling, where=""):
     """Raise for values out of range, before any work is done."""
-    ranges = {"temperature": ("a number of at least 0", lambda x: x >= 0),
-              "top_k": ("an integer of at least 0", lambda x: x >= 0),
+    ranges = {"temperature": ("a number of at least 0", lambda x: 0 <= x < 1e30),
+              "top_k": ("an integer of at least 0", lambda x: 0 <= x < 2**63),
               "top_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1), "min_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1),
-              "repetition_penalty": ("a number above 0", lambda x: x > 0)}
+              "repetition_penalty": ("a number above 0", lambda x: 0 < x < 1e30)}
     for name, (wanted, holds) in ranges.items():
         value = getattr(sampling, name)
         kinds = int if name == "top_k" else (int, float)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not holds(value)):
-            raise NpllmValueError(f"{where}{name} must be {wanted}, got {value!r}")
+            raise NpllmValueError(f"{where}{name} must be {wanted}, got {quote(value)}")
 
 
 def choose(logits, sampling, seen=None, u=None):
@@ -159,8 +163,8 @@ def uniforms(seed, n_batch, step):
     Source: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al. 2011), Philox 4x64; a counter-based generator replays the
     same numbers for any batch and backend.
     """
-    return np.array([np.random.Generator(np.random.Philox(key=[seed, sequence], counter=[0, step, 0, 0])).random()
-                     for sequence in range(n_batch)])
+    keys = [np.array([seed, sequence], dtype=np.uint64) for sequence in range(n_batch)]  # a list would go through float64
+    return np.array([np.random.Generator(np.random.Philox(key=key, counter=[0, step, 0, 0])).random() for key in keys])
 
 
 def generate_tokens(model, input_ids, valid=None, *, max_new_tokens=50, sampling=Sampling(), seed=None, use_cache=True):
@@ -307,13 +311,16 @@ def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50,
     if settings.unsupported:
         raise NpllmValueError(f"generation_config.json asks for what is not implemented: {', '.join(settings.unsupported)}")
     for name, value, largest in (("max_new_tokens", max_new_tokens, 2**31), ("seed", seed, 2**64 - 1)):
-        if value is not None and not (isinstance(value, int | np.integer) and 0 <= value <= largest):
+        if name == "seed" and value is None:
+            continue
+        if isinstance(value, bool) or not (isinstance(value, int | np.integer) and 0 <= value <= largest):
             raise NpllmValueError(f"{name} must be an integer in 0 ... {largest}, got {value!r}")
     sampling = resolve_sampling(settings.sampling, **choice)
-    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(text, str) and text for text in stop):
+    stop = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
         raise NpllmTypeError(f"stop must be strings, none of them empty, got {stop!r}")
     ids, valid = _prompt_ids(model, prompt, attention_mask)
+    model.check_ids(ids)
     if ids.shape[1] >= model.config.context_length:
         raise NpllmValueError(f"the prompt has {ids.shape[1]} tokens, but the context length (max_position_embeddings) is "
                               f"{model.config.context_length}, and the answer must fit in as well; shorten the prompt")
@@ -325,11 +332,12 @@ def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50,
 def _prompt_ids(model, prompt, attention_mask):
     """Token ids of any kind of prompt, left-padded, and which of them are no padding."""
     if _is_array(prompt):
-        ids = to_numpy(prompt)
-        if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
-            raise NpllmTypeError("input_ids must be integers [n_batch, n_prompt], both at least 1, "
-                                 f"got {ids.dtype} {list(ids.shape)}")
-        return ids.astype(np.int64), model.check_attention_mask(attention_mask, ids.shape, 0)
+        ids = model.check_ids(prompt)
+        valid = model.check_attention_mask(attention_mask, ids.shape, 0)
+        if not valid[:, -1].all():
+            raise NpllmValueError("attention_mask must be 1 in its last column: prompts are padded on the left, the answer follows "
+                                  "the last token")
+        return ids.astype(np.int64), valid
     if attention_mask is not None:
         raise NpllmTypeError("attention_mask goes with an array of token ids; texts are padded and masked by themselves")
     tokenizer = model.require_tokenizer()
@@ -382,7 +390,3 @@ def _seen(ids, valid, n_vocab):
     rows, columns = np.nonzero(valid)
     seen[rows, ids[rows, columns]] = True
     return seen
-
-
-def _is_id(token):
-    return isinstance(token, int) and not isinstance(token, bool) and token >= 0

@@ -156,7 +156,7 @@ class Model:
         -----
         Source: `Phi3Model.forward` in Transformers.
         """
-        ids = self._check_ids(input_ids)
+        ids = self.check_ids(input_ids)
         self._check_room(ids, cache)
         valid = self.check_attention_mask(attention_mask, ids.shape, 0 if cache is None else cache.n_ctx, cache)
         positions = self._positions(position_ids, valid, ids.shape)
@@ -360,7 +360,7 @@ class Model:
         if attention_mask is None:
             past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
             return np.concatenate([past, np.ones(shape, dtype=bool)], axis=1)
-        mask = to_numpy(attention_mask) if hasattr(attention_mask, "__array_namespace__") else np.asarray(attention_mask)
+        mask = _host_array("attention_mask", attention_mask)
         if mask.shape != (n_batch, n_past + n_seq):
             raise NpllmValueError(f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys "
                                   f"included), got {list(mask.shape)}")
@@ -377,9 +377,9 @@ class Model:
     def __repr__(self):
         return f"<npllm.Model {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"
 
-    def _check_ids(self, input_ids):
+    def check_ids(self, input_ids):
         """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
-        ids = to_numpy(input_ids) if hasattr(input_ids, "__array_namespace__") else np.asarray(input_ids)
+        ids = _host_array("input_ids", input_ids)
         if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
             raise NpllmTypeError("input_ids must be integers [n_batch, n_seq], both at least 1, "
                                  f"got {ids.dtype} {list(ids.shape)}")
@@ -398,7 +398,7 @@ class Model:
 
     def _last_tokens(self, input_ids, attention_mask):
         """Where each row's last token stands that is no padding; 0 for a row of padding only, as in Transformers."""
-        ids = self._check_ids(input_ids)
+        ids = self.check_ids(input_ids)
         valid = np.ones(ids.shape, dtype=bool)
         if attention_mask is not None:
             valid = self.check_attention_mask(attention_mask, ids.shape, 0)[:, -ids.shape[1] :]
@@ -413,11 +413,21 @@ class Model:
             if valid.all():
                 return np.arange(valid.shape[1] - n_seq, valid.shape[1])
             return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]
-        positions = to_numpy(position_ids) if hasattr(position_ids, "__array_namespace__") else np.asarray(position_ids)
+        positions = _host_array("position_ids", position_ids)
         if not is_integer(positions) or positions.shape not in ((n_seq,), (1, n_seq), (n_batch, n_seq)) or positions.min() < 0:
             raise NpllmValueError(f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = [{n_batch}, "
                                   f"{n_seq}], got {positions.dtype} {list(positions.shape)}")
         return positions[0] if positions.shape[:-1] == (1,) else positions
+
+
+def _host_array(name, x):
+    """An argument as a NumPy array; nested lists are taken as well."""
+    if hasattr(x, "__array_namespace__"):
+        return to_numpy(x)
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise NpllmTypeError(f"{name} must be an array, or lists of equal length ({error})") from None
 
 
 def pipeline(task, model=None):

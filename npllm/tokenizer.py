@@ -1,18 +1,23 @@
 """Text to token ids and back: a thin wrapper of the `tokenizers` library, the chat template, and a detokeniser for streams."""
 
+import contextlib
+import re
+import warnings
 from pathlib import Path
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
-from npllm.config import read_json
-from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm import template
+from npllm.config import printable, quote, read_json
+from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # in Transformers' order, in which unknown ones are added
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # the library prints others to stdout
 
 
 class Tokenizer:
@@ -25,18 +30,38 @@ class Tokenizer:
         Jinja source.
     special_tokens : dict of str to str
         Text of bos_token, eos_token, pad_token and unk_token, as far as the folder names them.
+    add_bos_token : bool, optional
+        Whether `encode` begins with bos_token.  None: as the post-processor in tokenizer.json does.
+
+    Raises
+    ------
+    NpllmValueError
+        When bos_token is asked for and not known.
 
     Notes
     -----
-    Source: `PreTrainedTokenizerFast` in Transformers.
+    The entry `add_bos_token` of tokenizer_config.json is not heeded, as in Transformers 5.23: the post-processor decides (Phi-3 of
+    April 2024 says true there and has none).  However bos_token comes to be added, it is not added to a text that begins with it;
+    Transformers would write it twice.
+
+    Source: `TokenizersBackend` in Transformers.
     """
 
-    def __init__(self, backend, chat_template=None, special_tokens=None):
+    def __init__(self, backend, chat_template=None, special_tokens=None, add_bos_token=None):
         self.backend, self.chat_template, self.special_tokens = backend, chat_template, special_tokens or {}
+        self.add_bos_token, self._bos = add_bos_token, backend.token_to_id(self.special_tokens.get("bos_token", ""))
+        if add_bos_token and self._bos is None:
+            raise NpllmValueError("add_bos_token=True needs a bos_token in tokenizer_config.json, and there is none")
 
     @classmethod
-    def from_folder(cls, path):
+    def from_folder(cls, path, *, add_bos_token=None):
         """Read tokenizer.json, and tokenizer_config.json and chat_template.jinja where they are present.
+
+        Parameters
+        ----------
+        path : str or Path
+        add_bos_token : bool, optional
+            See `Tokenizer`.
 
         Raises
         ------
@@ -49,15 +74,15 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise NpllmOSError(f"{file}: no such file; without it only token ids can be used, not text")
-        try:
+        with _library_errors(NpllmValueError, f"{file}: is not a tokenizer that the tokenizers library can read"):
             backend = _Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise NpllmValueError(f"{file}: is not a tokenizer that the tokenizers library can read ({error})") from None
         backend.no_truncation()
         backend.no_padding()
         settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         tokens = {name: _content(settings.get(name)) for name in SPECIAL_TOKENS}
-        return cls(backend, _chat_template(folder, settings), {name: token for name, token in tokens.items() if token})
+        tokens = {name: token for name, token in tokens.items() if token}
+        _add_tokens(backend, settings.get("added_tokens_decoder"), tokens, folder / "tokenizer_config.json")
+        return cls(backend, _chat_template(folder, settings), tokens, add_bos_token)
 
     def encode(self, text, *, add_special_tokens=True):
         """Turn text into token ids.
@@ -81,9 +106,18 @@ class Tokenizer:
         if not isinstance(text, str):
             raise NpllmTypeError(f"text must be a str, got {type(text).__name__}")
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeEncodeError, TypeError) as error:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise NpllmTypeError(f"text must be valid Unicode, which can be written as UTF-8 ({error})") from None
+        with _library_errors(NpllmValueError, "tokenizer.json cannot encode this text"):
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        ids = encoding.ids
+        if not add_special_tokens or self._bos is None:
+            return ids
+        added = ids[:1] == [self._bos] and encoding.special_tokens_mask[0] == 1  # by the post-processor
+        ids = ids[1:] if added else ids
+        wanted = added if self.add_bos_token is None else self.add_bos_token
+        return [self._bos, *ids] if wanted and ids[:1] != [self._bos] else ids
 
     def decode(self, ids, *, skip_special_tokens=True):
         """Turn token ids into text.  Ids that have no token decode to nothing.
@@ -94,9 +128,13 @@ class Tokenizer:
             When `ids` is no sequence of non-negative integers.
         """
         try:
-            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+            ids = [int(i) for i in ids]
+            if not all(0 <= i < 2**32 for i in ids):
+                raise ValueError(f"got {min(ids)} ... {max(ids)}")
         except (TypeError, ValueError, OverflowError) as error:
             raise NpllmTypeError(f"ids must be a sequence of token ids, integers from 0 ({error})") from None
+        with _library_errors(NpllmValueError, "tokenizer.json cannot decode these ids"):
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages, *, add_generation_prompt=True):
         """Write a conversation as the text the model was trained on.
@@ -118,24 +156,30 @@ class Tokenizer:
         NpllmValueError
             When the folder has no chat template, a message is malformed, or the template fails or refuses.
 
+        Warns
+        -----
+        UserWarning
+            When the template leaves out a message that is not the assistant's: Phi-3-medium's has no system messages.
+
         Notes
         -----
-        The template comes with the checkpoint and is not trusted: it runs in Jinja's sandbox.
+        The template comes with the checkpoint and is not trusted: it runs in a sandbox, within the limits of `npllm.template`.
 
-        Source: `apply_chat_template` in Transformers (trim_blocks, lstrip_blocks).
+        Source: `apply_chat_template` in Transformers.
         """
         if not self.chat_template:
             raise NpllmValueError("this checkpoint has no chat template; give the prompt as plain text")
+        if not isinstance(messages, list | tuple):
+            raise NpllmTypeError(f"messages must be a list of dicts, got {type(messages).__name__}")
+        if not messages:
+            raise NpllmValueError("messages must hold at least one message")
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-                raise NpllmValueError(f'a message must be {{"role": ..., "content": ...}}, got {str(message)[:100]}')
-        try:
-            return _environment().from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens)
-        except NpllmError:
-            raise
-        except Exception as error:  # whatever the template does wrong
-            raise NpllmValueError(f"the chat template failed: {type(error).__name__}: {str(error)[:300]}") from None
+                raise NpllmValueError(f'a message must be {{"role": ..., "content": ...}}, got {quote(message)}')
+        names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
+        text = template.render(self.chat_template, messages, names)
+        _warn_of_left_out(messages, text)
+        return text
 
     def encode_chat(self, messages):
         """Turn a conversation into token ids, ready for the assistant's answer."""
@@ -150,7 +194,8 @@ class Tokenizer:
 class Detokenizer:
     """Text of a growing sequence of ids, piece by piece: joined, the pieces are the decoded whole.
 
-    A piece is what the new ids add to the text; while the end is half a character, it is held back.
+    A piece is what the new ids add to the text; while the end is half a character, it is held back.  A run of byte tokens
+    (`<0xE2>`) is held back until it ends: its bytes are decoded together, and one wrong byte turns all of them into U+FFFD.
 
     Notes
     -----
@@ -159,11 +204,16 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer):
-        self._tokenizer, self._ids, self._begin, self._end = tokenizer, [], 0, 0
+        self._tokenizer, self._ids, self._begin, self._end, self._in_bytes = tokenizer, [], 0, 0, False
 
     def push(self, token):
         """Add an id; return the text that is now certain."""
-        self._ids.append(int(token))
+        token = int(token)
+        self._ids.append(token)
+        decode = self._tokenizer.decode
+        if decode([token, token]):  # twice: of one space alone nothing would be left.  A skipped token does not end a run
+            name = self._tokenizer.backend.id_to_token(token) or ""
+            self._in_bytes = BYTE_TOKEN.fullmatch(name) is not None and decode([token]) != name
         return self._emit(hold=True)
 
     def flush(self):
@@ -173,16 +223,54 @@ class Detokenizer:
     def _emit(self, hold):
         known = self._tokenizer.decode(self._ids[self._begin : self._end])
         text = self._tokenizer.decode(self._ids[self._begin :])
-        if len(text) <= len(known) or (hold and text.endswith("\ufffd")):
+        if len(text) <= len(known) or (hold and (self._in_bytes or text.endswith("\ufffd"))):
             return ""
         self._begin, self._end = self._end, len(self._ids)
         return text[len(known) :]
+
+
+@contextlib.contextmanager
+def _library_errors(kind, message):
+    """Raise an error of npllm for whatever the tokenizers library raises: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{message} ({printable(str(error)[:300])})") from None
 
 
 def _content(token):
     """Text of a special token, written as a string or as {"content": ...}."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
+
+
+def _add_tokens(backend, listed, special_tokens, file):
+    """Add what tokenizer_config.json says of added tokens beyond tokenizer.json; on their flags it has the last word."""
+    known = backend.get_added_tokens_decoder().values()
+    try:
+        listed = sorted((int(i), flags) for i, flags in (listed or {}).items())
+        tokens = [AddedToken(**{name: flags[name] for name in TOKEN_FLAGS if name in flags}) for _, flags in listed]
+        names, flags = {token.content for token in [*known, *tokens]}, {repr(token) for token in known}
+        tokens = [token for token in tokens if repr(token) not in flags]
+        for token in tokens:
+            token.special = token.special or token.content in special_tokens.values()
+        unlisted = [AddedToken(text, special=True) for text in dict.fromkeys(special_tokens.values()) if text not in names]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise NpllmValueError(f"{file}: added_tokens_decoder must be {{id: {{content, lstrip, ...}}}}, and special tokens Unicode "
+                              f"text ({printable(str(error)[:300])})") from None
+    with _library_errors(NpllmValueError, f"{file}: its added tokens do not fit tokenizer.json"):
+        backend.add_tokens(tokens + unlisted)
+
+
+def _warn_of_left_out(messages, text):
+    """Warn where what someone said to the model does not reach it."""
+    for message in messages:
+        content = message["content"]
+        if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in text:
+            warnings.warn(f"this checkpoint's chat template leaves out the {message['role']} message: the model does not see it",
+                          stacklevel=3)
 
 
 def _chat_template(folder, settings):
@@ -195,18 +283,8 @@ def _chat_template(folder, settings):
             raise NpllmOSError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise NpllmValueError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string, got {type(template).__name__}")
     return template
-
-
-def _environment():
-    """Jinja's sandbox, set up as Transformers does."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
-def _raise_exception(message):
-    raise jinja2.TemplateError(message)

@@ -76,8 +76,8 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
     """
     prefix = f"model.layers.{number}."
     named = no_tap if tap is None else lambda name, value: tap(prefix + name, value)
-    x = x + self_attention(x, params, config, cos, sin, mask, ops, cache, number, named)
-    x = x + mlp(x, params, config, ops, named)
+    x = ops.add(x, self_attention(x, params, config, cos, sin, mask, ops, cache, number, named))
+    x = ops.add(x, mlp(x, params, config, ops, named))
     return x if tap is None else tap(prefix[:-1], x)
 
 
@@ -99,7 +99,8 @@ def self_attention(x, params, config, cos, sin, mask, ops, cache, number, named)
     if cache is not None:
         k, v, k_slots = cache.append(number, k, v)
         slots = {"q_slots": range(k_slots.stop - q.shape[-2], k_slots.stop), "k_slots": k_slots}
-    y = merge_heads(ops.attention(q, k, v, mask=mask, **slots))  # [n_batch, n_head, n_seq, d_head] -> [n_batch, n_seq, n_head*d_head]
+    y = ops.attention(q, k, v, mask=mask, **slots)
+    y = merge_heads(y)  # [n_batch, n_head, n_seq, d_head] -> [n_batch, n_seq, n_head*d_head]
     return named("self_attn.o_proj", ops.linear(named("self_attn.attention", y), params.o_proj, params.o_bias))
 
 

@@ -17,6 +17,7 @@ from npllm.ops.attention import attention, attention_weights
 from npllm.ops.attention_io import attention_io
 from npllm.ops.blockwise import blockwise_attention, merge_attention, split_kv_attention
 from npllm.ops.embedding import add_positions, embed, sinusoidal_positions
+from npllm.ops.emulate import emulate
 from npllm.ops.feedforward import silu, swiglu
 from npllm.ops.frequencies import (
     dynamic_base,
@@ -29,16 +30,17 @@ from npllm.ops.frequencies import (
 )
 from npllm.ops.linear import linear, mean_pool_kv_heads, merge_heads, split_heads
 from npllm.ops.norm import rms_norm
+from npllm.ops.residual import add
 from npllm.ops.rope import apply_rope, apply_rope_complex, rope_tables, rotation_matrix
 from npllm.ops.sampling import greedy, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
 
 __all__ = [
-    "Ops", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_io", "attention_weights",
-    "blockwise", "blockwise_attention", "dynamic_base", "embed", "greedy", "linear", "linear_frequencies",
-    "llama3_frequencies", "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p",
-    "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies", "rope_tables",
-    "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads", "split_kv_attention",
-    "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
+    "Ops", "add", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_io",
+    "attention_weights", "blockwise", "blockwise_attention", "dynamic_base", "embed", "emulate", "greedy", "linear",
+    "linear_frequencies", "llama3_frequencies", "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention",
+    "merge_heads", "min_p", "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies",
+    "rope_tables", "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads",
+    "split_kv_attention", "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
 ]
 
 
@@ -64,6 +66,12 @@ def norm_linear(x, norm_weight, eps, weight, bias=None):
     ------
     NpllmValueError
         When the shapes do not fit.
+
+    Notes
+    -----
+    The normalised row is rounded to the dtype of `x` between the two.
+
+    Source: `Phi3DecoderLayer` in Transformers: a norm, then the first projection of the half block.
     """
     return linear(rms_norm(x, norm_weight, eps), weight, bias)
 
@@ -86,6 +94,7 @@ class Ops:
     apply_rope: Callable
     attention: Callable
     swiglu: Callable
+    add: Callable = add
     norm_linear: Callable | None = None
     name: str = "custom"
 

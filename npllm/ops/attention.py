@@ -55,8 +55,8 @@ def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q
     """
     xp = array_namespace(q, k, bias)
     q_slots, k_slots = check_attention(xp, q, k, None, mask, bias, q_slots, k_slots)
-    s = _scores(xp, q, k, scale, softcap, bias)
-    weights, _ = _softmaxevaluate_mask(xp, s, evaluate_mask(xp, mask, q_slots, k_slots))
+    s = _scores(xp, q, k, scale, softcap, bias, compute_dtype(q, k, bias))
+    weights, _ = _softmax_visible(xp, s, evaluate_mask(xp, mask, q_slots, k_slots))
     return weights if weights.dtype == q.dtype else xp.astype(weights, q.dtype)
 
 
@@ -95,17 +95,17 @@ def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slot
     """
     xp = array_namespace(q, k, v, bias)
     q_slots, k_slots = check_attention(xp, q, k, v, mask, bias, q_slots, k_slots)
-    s = _scores(xp, q, k, scale, softcap, bias)
-    weights, lse = _softmaxevaluate_mask(xp, s, evaluate_mask(xp, mask, q_slots, k_slots))
-    values = xp.repeat(widen(v, compute_dtype(weights, v)), q.shape[-3] // v.shape[-3], axis=-3)
+    dtype = compute_dtype(q, k, v, bias)
+    s = _scores(xp, q, k, scale, softcap, bias, dtype)
+    weights, lse = _softmax_visible(xp, s, evaluate_mask(xp, mask, q_slots, k_slots))
+    values = xp.repeat(widen(v, dtype), q.shape[-3] // v.shape[-3], axis=-3)
     y = weights @ values
     y = y if y.dtype == q.dtype else xp.astype(y, q.dtype)
     return (y, lse) if return_lse else y
 
 
-def _scores(xp, q, k, scale, softcap, bias):
+def _scores(xp, q, k, scale, softcap, bias, dtype):
     """Scale * q k^T for every head, capped and biased."""
-    dtype = compute_dtype(q, k, bias)
     keys = xp.repeat(widen(k, dtype), q.shape[-3] // k.shape[-3], axis=-3)  # [..., n_kv_head, ...] -> [..., n_head, ...]
     s = (widen(q, dtype) @ xp.matrix_transpose(keys)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
@@ -113,7 +113,7 @@ def _scores(xp, q, k, scale, softcap, bias):
     return s if bias is None else s + widen(bias, dtype)
 
 
-def _softmaxevaluate_mask(xp, s, visible):
+def _softmax_visible(xp, s, visible):
     """Softmax of each row over its visible keys, and the log of the row's sum of exponentials."""
     if visible is not None:
         s = xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
@@ -152,15 +152,14 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
         raise NpllmValueError("k must hold at least one key, got n_ctx = 0")
     if n_kv_head == 0 or n_head % n_kv_head:
         raise NpllmValueError(f"n_head must be a multiple of n_kv_head, got n_head = {n_head} and n_kv_head = {n_kv_head}")
+    array_namespace(q, *(x for x in (mask, q_slots, k_slots) if not (callable(x) or isinstance(x, range))))
     for name, x in (("mask", mask), ("bias", bias)):
         if x is not None and not callable(x):
             _check_broadcast(name, x, (*q.shape[:-1], n_ctx))
-    if mask is not None and not callable(mask):
-        array_namespace(q, mask)
-        if mask.dtype != xp.bool:
-            raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
-                                 "additive masks go to bias")
-    return _slots("q_slots", q_slots, n_seq, n_ctx - n_seq), _slots("k_slots", k_slots, n_ctx, 0)
+    if mask is not None and not callable(mask) and mask.dtype != xp.bool:
+        raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
+                             "additive masks go to bias")
+    return _slots("q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq), _slots("k_slots", k_slots, "n_ctx", n_ctx, 0)
 
 
 def _check_broadcast(name, x, shape):
@@ -169,12 +168,13 @@ def _check_broadcast(name, x, shape):
         raise NpllmValueError(f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}")
 
 
-def _slots(name, slots, n, first):
+def _slots(name, slots, axis, n, first):
     """Check given slots; without any, n of them from `first`."""
     if slots is None:
         return range(first, first + n)
     if not isinstance(slots, range) and not (is_integer(slots) and slots.ndim == 1):
-        raise NpllmTypeError(f"{name} must be integers [{n}], got {slots.dtype} {list(slots.shape)}")
-    if len(slots) != n:
-        raise NpllmValueError(f"{name} must be [{name[0]}] = [{n}], got [{len(slots)}]")
+        raise NpllmTypeError(f"{name} must be integers [{axis}] = [{n}], got {slots.dtype} {list(slots.shape)}")
+    got = len(slots) if isinstance(slots, range) else slots.shape[0]
+    if got != n:
+        raise NpllmValueError(f"{name} must be [{axis}] = [{n}], got [{got}]")
     return slots

@@ -5,7 +5,7 @@ from npllm.errors import NpllmValueError
 __all__ = ["attention_io"]
 
 
-def attention_io(n, d, block=None, sram=None, itemsize=4):
+def attention_io(n, d, block=None, sram=100_000, itemsize=4):
     """Count the bytes that one head of attention moves between slow and fast memory, without a mask.
 
         naive   = (4 * n * d + 4 * n**2) * itemsize                  q, k, v, y once; s and w written and read
@@ -21,8 +21,8 @@ def attention_io(n, d, block=None, sram=None, itemsize=4):
     block : tuple of two int, optional
         (b_q, b_k), queries and keys of a block.  Default: the largest that FlashAttention's rule allows in `sram`,
         b_k = ceil(sram / (4 * d * itemsize)), b_q = min(b_k, d).
-    sram : int, optional
-        Bytes of fast memory; needed where no block is given.
+    sram : int
+        Bytes of fast memory, where no block is given.
     itemsize : int
         Bytes of a number.
 
@@ -34,7 +34,7 @@ def attention_io(n, d, block=None, sram=None, itemsize=4):
     Raises
     ------
     NpllmValueError
-        When a size is below 1, or neither `block` nor `sram` is given.
+        When a size is below 1.
 
     Notes
     -----
@@ -44,8 +44,6 @@ def attention_io(n, d, block=None, sram=None, itemsize=4):
     Source: "FlashAttention" (Dao et al. 2022), theorem 2 and algorithm 1; "FlashAttention-2" (Dao 2023), algorithm 1.
     """
     if block is None:
-        if sram is None:
-            raise NpllmValueError("attention_io needs block=(b_q, b_k), or sram in bytes; got neither")
         b_k = -(-sram // (4 * d * itemsize))
         block = min(b_k, d), b_k
     if min(n, d, itemsize, *block) < 1:

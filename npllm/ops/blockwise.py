@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, n_bytes, widen
 from npllm.errors import NpllmValueError
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
@@ -119,7 +119,7 @@ def split_kv_attention(q, k, v, *, n_split, mask=None, scale=None, softcap=None,
     n_split : int
         At least 1; runs differ in length by at most one key, and more runs than keys are cut to one run a key.
     mask, scale, softcap, q_slots, k_slots, return_lse
-        As in `attention`; the mask is a rule.
+        As in `attention`.
 
     Returns
     -------
@@ -142,8 +142,11 @@ def split_kv_attention(q, k, v, *, n_split, mask=None, scale=None, softcap=None,
         raise NpllmValueError(f"n_split must be at least 1, got {n_split}")
     n_ctx = k.shape[-2]
     cuts = [n_ctx * s // min(n_split, n_ctx) for s in range(min(n_split, n_ctx) + 1)]
-    parts = [blockwise_attention(q, k[..., a:b, :], v[..., a:b, :], mask=mask, scale=scale, softcap=softcap, q_slots=q_slots,
-                                 k_slots=k_slots[a:b], return_lse=True) for a, b in pairwise(cuts)]
+    parts = []
+    for columns in (slice(a, b) for a, b in pairwise(cuts)):
+        seen = mask if mask is None or callable(mask) else _cut(mask, slice(None), columns)
+        parts.append(blockwise_attention(q, k[..., columns, :], v[..., columns, :], mask=seen, scale=scale, softcap=softcap,
+                                         q_slots=q_slots, k_slots=k_slots[columns], return_lse=True))
     y, lse = merge_attention(*(xp.stack(part) for part in zip(*parts, strict=True)))
     return (y, lse) if return_lse else y
 
@@ -184,7 +187,7 @@ class _Tiles(NamedTuple):
     def visible(self, rows, columns):
         """What the queries of a block see of a block of keys: NONE, ALL, or a mask."""
         i, j = self.q_slots[rows], self.k_slots[columns]
-        if len(i) == 0:
+        if rows.stop == rows.start:
             return NONE
         if self.mask is None:
             return ALL
@@ -210,18 +213,19 @@ class _Tiles(NamedTuple):
     def exclude(self, s, rows, columns, visible):
         """Add the bias to the scores, and put -inf where nothing is to be seen; both know the query heads one by one."""
         xp, shape = self.xp, s.shape
-        s = xp.reshape(s, (*self.q.shape[:-2], -1, shape[-1]))  # [..., n_kv_head, n_rows, n_keys] -> [..., n_head, n_seq, n_keys]
+        n_seq = rows.stop - rows.start
+        s = xp.reshape(s, (*self.q.shape[:-2], n_seq, shape[-1]))  # [..., n_kv_head, n_rows, n_keys] -> heads
         if self.bias is not None:
             s = s + widen(_cut(self.bias, rows, columns), s.dtype)
         if visible is not ALL:
             s = xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
         return xp.reshape(s, shape)
 
-    def finish(self, state):
+    def finish(self, state, rows):
         """Divide the sums: the result and its log-sum-exp [..., n_seq, 1] for a block of queries."""
         xp = self.xp
         l_safe = xp.where(state.l == 0, xp.ones_like(state.l), state.l)
-        heads = (*self.q.shape[:-2], -1)  # [..., n_kv_head, n_rows, d] -> [..., n_head, n_seq, d]
+        heads = (*self.q.shape[:-2], rows.stop - rows.start)  # [..., n_kv_head, n_rows, d] -> [..., n_head, n_seq, d]
         return (xp.reshape(state.a / l_safe, (*heads, self.v.shape[-1])),
                 xp.reshape(state.m + xp.log(l_safe), (*heads, 1)))
 
@@ -231,14 +235,14 @@ def _outer_queries(tiles, q_blocks, k_blocks, moved):
     parts = []
     for rows in q_blocks:
         state = tiles.start(rows)
-        moved(_bytes(tiles.q[..., rows, :]))
+        moved(n_bytes(tiles.q[..., rows, :]))
         for columns in k_blocks:
             visible = tiles.visible(rows, columns)
             if visible is not NONE:
-                moved(_bytes(tiles.k[..., columns, :]) + _bytes(tiles.v[..., columns, :]))
+                moved(n_bytes(tiles.k[..., columns, :]) + n_bytes(tiles.v[..., columns, :]))
                 state = tiles.update(state, rows, columns, visible)
-        parts.append(tiles.finish(state))
-        moved(sum(map(_bytes, parts[-1])))
+        parts.append(tiles.finish(state, rows))
+        moved(sum(map(n_bytes, parts[-1])))
     return parts
 
 
@@ -246,21 +250,17 @@ def _outer_keys(tiles, q_blocks, k_blocks, moved):
     """FlashAttention-1: fetch a block of keys and values, and update the state of every block of queries with it."""
     states = [tiles.start(rows) for rows in q_blocks]
     for columns in k_blocks:
-        moved(_bytes(tiles.k[..., columns, :]) + _bytes(tiles.v[..., columns, :]))
+        moved(n_bytes(tiles.k[..., columns, :]) + n_bytes(tiles.v[..., columns, :]))
         for n, rows in enumerate(q_blocks):
             visible = tiles.visible(rows, columns)
             if visible is not NONE:
                 _, m, l, a = states[n]  # noqa: E741
-                moved(_bytes(tiles.q[..., rows, :]) + 2 * sum(map(_bytes, (m, l, a))))  # the state comes, and goes again
+                moved(n_bytes(tiles.q[..., rows, :]) + 2 * sum(map(n_bytes, (m, l, a))))  # the state comes, and goes again
                 states[n] = tiles.update(states[n], rows, columns, visible)
-    return [tiles.finish(state) for state in states]
+    return [tiles.finish(state, rows) for state, rows in zip(states, q_blocks, strict=True)]
 
 
 SCHEDULES = {"queries": _outer_queries, "keys": _outer_keys}
-
-
-def _bytes(x):
-    return x.size * x.dtype.itemsize
 
 
 def _nobody(_):
@@ -278,7 +278,7 @@ def _spans(n, size):
 
 def _cut(x, rows, columns):
     """Take a block of a mask or bias; an axis of size 1 broadcasts and stays."""
-    x = x if x.shape[-1] == 1 else x[..., columns]
+    x = x if x.ndim < 1 or x.shape[-1] == 1 else x[..., columns]
     return x if x.ndim < 2 or x.shape[-2] == 1 else x[..., rows, :]
 
 

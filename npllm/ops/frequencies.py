@@ -121,10 +121,17 @@ def dynamic_base(d_rope, base, factor, n_ctx, n_original):
     base : float
         For `rope_frequencies`.
 
+    Raises
+    ------
+    NpllmValueError
+        When `d_rope` is below 4: a single pair has no slower one to be measured against.
+
     Notes
     -----
     Source: "YaRN" (Peng et al. 2023), section 3.3, after a post by emozilla; `_compute_dynamic_ntk_parameters` in Transformers.
     """
+    if d_rope < 4:
+        raise NpllmValueError(f"d_rope must be at least 4 for dynamic scaling, got {d_rope}")
     n = max(n_ctx, n_original)
     return base * (factor * n / n_original - (factor - 1)) ** (d_rope / (d_rope - 2))
 

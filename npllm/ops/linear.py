@@ -77,6 +77,7 @@ def split_heads(x, n_head):
     Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2; the `view` and `transpose` of `Phi3Attention`.
     """
     xp = array_namespace(x)
+    expect_shape("x", x, dots=None, n_seq=None, width=None)
     *batch, n_seq, width = x.shape
     if n_head < 1 or width % n_head:
         raise NpllmValueError(f"the last axis of x must be n_head * d_head, a multiple of n_head = {n_head}, got {width}")

@@ -77,6 +77,10 @@ def apply_rope(x, cos, sin, *, interleaved=False):
     expect_shape("sin", sin, dots=None, n_seq=x.shape[-2], d_rope=d_rope)
     if d_rope > x.shape[-1] or d_rope % 2:
         raise NpllmValueError(f"cos must have an even d_rope of at most d_head = {x.shape[-1]}, got {d_rope}")
+    rows = zip(reversed(cos.shape[:-2]), reversed(x.shape[:-3]), strict=False)
+    if cos.shape != sin.shape or cos.ndim > x.ndim - 1 or any(got not in (1, want) for got, want in rows):
+        raise NpllmValueError("cos and sin must have one shape, [n_seq, d_rope] or with the axes of x before the heads in front, "
+                              f"got cos {list(cos.shape)} and sin {list(sin.shape)} for x {list(x.shape)}")
     dtype = compute_dtype(x, cos, sin)
     cos, sin = (widen(xp.expand_dims(t, axis=-3), dtype) for t in (cos, sin))  # [..., n_seq, d_rope] -> [..., 1, n_seq, d_rope]
     wide = widen(x, dtype)

@@ -5,7 +5,7 @@ applies them in the order repetition_penalty, temperature, top_k, top_p, min_p.
 """
 
 from npllm.arrays import array_namespace, expect_shape, widen
-from npllm.errors import NpllmValueError
+from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["greedy", "min_p", "repetition_penalty", "sample", "softmax", "temperature", "top_k", "top_p"]
 
@@ -63,12 +63,16 @@ def repetition_penalty(logits, seen, penalty):
     ------
     NpllmValueError
         When `penalty` is not above 0.
+    NpllmTypeError
+        When `seen` is not bool.
 
     Notes
     -----
     Source: "CTRL" (Keskar et al. 2019), section 4.1; `RepetitionPenaltyLogitsProcessor` in Transformers.
     """
     xp = array_namespace(logits, seen)
+    if seen.dtype != xp.bool:
+        raise NpllmTypeError(f"seen must be a bool array (True = seen), got dtype {seen.dtype}")
     if not penalty > 0:
         raise NpllmValueError(f"repetition_penalty must be above 0 (1 changes nothing), got {penalty}")
     return xp.where(seen, xp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -98,6 +102,7 @@ def temperature(logits, t):
     -----
     Source: "Distilling the Knowledge in a Neural Network" (Hinton et al. 2015), equation 1; `TemperatureLogitsWarper`.
     """
+    array_namespace(logits)
     if not t > 0:
         raise NpllmValueError(f"temperature must be above 0, got {t}; use greedy for 0")
     return logits / t
@@ -249,7 +254,7 @@ def sample(logits, u):
     Raises
     ------
     NpllmValueError
-        When `u` does not have the shape of the rows, or a row excludes every token or holds NaN.
+        When `u` does not have the shape of the rows or lies outside 0 <= u < 1, or a row excludes every token or holds NaN or inf.
 
     Notes
     -----
@@ -259,11 +264,15 @@ def sample(logits, u):
     """
     xp = array_namespace(logits, u)
     expect_shape("u", u, **{f"axis_{n}": size for n, size in enumerate(logits.shape[:-1])})
-    probabilities = softmax(widen(logits, xp.float64))
-    sums = xp.cumulative_sum(probabilities, axis=-1)
-    if not xp.all(sums[..., -1] > 0.5):
-        raise NpllmValueError("every row of logits must leave at least one token and hold no NaN, got a row that is no "
+    if not xp.all((u >= 0) & (u < 1)):
+        raise NpllmValueError("u must lie in 0 <= u < 1")
+    wide = widen(logits, xp.float64)
+    largest = xp.max(wide, axis=-1)
+    if not xp.all((largest > -xp.inf) & (largest < xp.inf)):
+        raise NpllmValueError("every row of logits must leave at least one token and hold no NaN and no inf, got a row that is no "
                               "distribution; are the weights finite?")
+    probabilities = softmax(wide)
+    sums = xp.cumulative_sum(probabilities, axis=-1)
     possible = xp.where(probabilities > 0, xp.arange(logits.shape[-1]), -1)
     crossed = xp.sum(xp.astype(sums <= xp.expand_dims(u, axis=-1), xp.int64), axis=-1)
     return xp.minimum(crossed, xp.max(possible, axis=-1))

@@ -3,6 +3,7 @@
 import numpy as np
 
 from npllm.arrays import array_namespace, expect_shape
+from npllm.errors import NpllmTypeError
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
 
 __all__ = ["documents", "padding"]
@@ -23,12 +24,19 @@ def padding(valid):
     rule : Rule
         Its array has the axes [n_batch, 1, ...]: the same for every head.
 
+    Raises
+    ------
+    NpllmTypeError
+        When `valid` is not bool: the inverse `~` of numbers would be no truth.
+
     Notes
     -----
     Source: `attention_mask` in Transformers.
     """
     xp = array_namespace(valid)
     expect_shape("valid", valid, n_batch=None, n_ctx=None)
+    if valid.dtype != xp.bool:
+        raise NpllmTypeError(f"valid must be a bool array (True = holds a token), got dtype {valid.dtype}")
 
     def bound(_, __, j_low, j_high):
         block = _on_host(valid, j_low, j_high)

@@ -1,0 +1,131 @@
+"""Ops: a set of operations, the replacing of one, and what becomes of the fusions that contain it."""
+
+import inspect
+from collections import Counter
+from dataclasses import FrozenInstanceError, fields
+
+import numpy as np
+import pytest
+from close import close
+
+from npllm import ops
+from npllm.errors import NpllmTypeError
+from npllm.ops import Ops, blockwise, reference
+
+NAMES = [field.name for field in fields(Ops) if field.name != "name"]
+FUSIONS = {fusion: parts for fusion, parts in ops.FUSIONS.items()}
+ARGUMENTS = (np.array([[3.0, 4.0]]), np.array([1.0, 2.0]), 1e-5, np.eye(2), np.array([0.5, 0.5]))
+
+
+def counting(set_of_ops, *names):
+    """Wrap operations of a set in counters."""
+    counts = Counter()
+
+    def wrap(name):
+        op = getattr(set_of_ops, name)
+
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return op(*args, **kwargs)
+
+        return counted
+
+    return set_of_ops.replace(**{name: wrap(name) for name in names}), counts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reference_set_holds_the_public_definitions(name):
+    if name not in FUSIONS:
+        assert getattr(reference, name) is getattr(ops, name)
+        assert getattr(blockwise, name) is getattr(ops, "blockwise_attention" if name == "attention" else name)
+    assert callable(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replaced_operation_is_the_one_that_runs_and_the_set_it_came_from_is_unchanged(name):
+    def mine(*_):
+        return "mine"
+
+    before = getattr(reference, name)
+    new = reference.replace(**{name: mine})
+    assert getattr(new, name) is mine and getattr(reference, name) is before
+    assert all(getattr(new, other) == getattr(reference, other) for other in NAMES if other != name and other not in FUSIONS)
+
+
+def test_a_set_cannot_be_changed_in_place():
+    with pytest.raises(FrozenInstanceError):
+        reference.linear = None
+
+
+def test_a_name_that_no_operation_has_raises_and_lists_the_names():
+    with pytest.raises(NpllmTypeError, match=r"no operation is called atention, nrom; an Ops has .*attention"):
+        reference.replace(atention=len, nrom=len, linear=len)
+
+
+@pytest.mark.parametrize("value", [None, 3, "attention"])
+def test_what_cannot_be_called_is_no_operation(value):
+    with pytest.raises(NpllmTypeError, match=r"Ops.attention must be a function"):
+        reference.replace(attention=value)
+    with pytest.raises(NpllmTypeError, match=r"Ops.linear must be a function"):
+        Ops(**{**{name: getattr(reference, name) for name in NAMES}, "linear": value})
+
+
+def test_the_name_of_a_set_says_what_was_replaced():
+    assert reference.replace(linear=len, attention=len).name == "reference, replaced attention, linear"
+    assert reference.replace(linear=len, name="mine").name == "mine"
+
+
+def test_fusions_equal_the_composition_of_their_parts():
+    x, gain, eps, weight, bias = ARGUMENTS
+    close(reference.norm_linear(*ARGUMENTS), ops.linear(ops.rms_norm(x, gain, eps), weight, bias), times=0)
+    close(ops.norm_linear(*ARGUMENTS), reference.norm_linear(*ARGUMENTS), times=0)
+    close(ops.norm_linear(*ARGUMENTS[:4]), ops.linear(ops.rms_norm(x, gain, eps), weight), times=0)
+
+
+@pytest.mark.parametrize(("fusion", "part"), [(fusion, part) for fusion, parts in FUSIONS.items() for part in parts])
+def test_a_fusion_of_a_replaced_part_runs_that_part(fusion, part):
+    fused = reference.replace(norm_linear=lambda *_: "fused")
+    new, counts = counting(fused, part)
+    close(getattr(new, fusion)(*ARGUMENTS), ops.norm_linear(*ARGUMENTS), times=0)
+    assert counts == {part: 1}
+
+
+def test_a_fusion_stays_where_none_of_its_parts_is_replaced():
+    fused = reference.replace(norm_linear=lambda *_: "fused")
+    assert fused.replace(attention=len).norm_linear(*ARGUMENTS) == "fused"
+    assert fused.norm_linear(*ARGUMENTS) == "fused"
+
+
+def test_a_fusion_given_beside_its_part_is_the_one_that_runs():
+    new = reference.replace(linear=len, norm_linear=lambda *_: "fused")
+    assert new.norm_linear(*ARGUMENTS) == "fused"
+
+
+def test_parts_replaced_one_after_the_other_all_run():
+    first, norms = counting(reference, "rms_norm")
+    second, linears = counting(first, "linear")
+    second.replace(attention=len).norm_linear(*ARGUMENTS)
+    assert norms["rms_norm"] == linears["linear"] == 1
+
+
+def test_an_unfused_set_runs_every_part_and_keeps_what_was_replaced():
+    new, counts = counting(reference.replace(norm_linear=lambda *_: "fused", swiglu=len), "add")
+    plain = new.unfused()
+    close(plain.norm_linear(*ARGUMENTS), ops.norm_linear(*ARGUMENTS), times=0)
+    assert plain.swiglu is len and plain.add is new.add and not counts
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_fusion_has_one_signature_everywhere(fusion):
+    public = inspect.signature(getattr(ops, fusion))
+    assert public == inspect.signature(getattr(reference, fusion)) == inspect.signature(getattr(blockwise, fusion))
+
+
+def test_the_blockwise_attention_takes_what_the_definition_takes():
+    names = list(inspect.signature(ops.attention).parameters)
+    assert list(inspect.signature(ops.blockwise_attention).parameters)[: len(names)] == names
+
+
+def test_every_public_name_exists():
+    assert sorted(set(ops.__all__)) == sorted(ops.__all__)
+    assert all(hasattr(ops, name) for name in ops.__all__)

@@ -1,0 +1,105 @@
+"""README.md says what is true: its examples run, its commands exist, its file map is complete."""
+
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import npllm
+from npllm import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+FILE_MAP = re.findall(r"^\| `([^`]+)` \|", README.split("## Where things are", 1)[1].split("\n## ", 1)[0], re.M)
+SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+
+
+@pytest.mark.weights
+def test_python_examples_run(default_model, capsys):
+    """One after the other, with what a reader would have defined."""
+    def my_rms_norm(x, weight, eps):
+        return npllm.ops.rms_norm(x, weight, eps)
+
+    names = {"my_rms_norm": my_rms_norm}
+    for example in EXAMPLES:
+        exec(compile(example, "README.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert out.startswith(" Paris\n Paris"), "what the comment says is what is printed"
+    assert out.count("Paris") >= 3
+    assert (names["hidden"].shape, names["logits"].shape) == ((1, 5, 576), (1, 5, 49152)), "the shapes in the comments"
+    assert names["weights"].shape == (9, 7, 7)
+    assert names["model"].ops.rms_norm is my_rms_norm
+    ids = np.array([default_model.tokenizer.encode("The capital of France is")])
+    assert np.array_equal(names["model"](ids).argmax(-1), default_model(ids).argmax(-1))
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 3
+    assert "npllm" in SHELL
+
+
+def test_commands_of_the_readme_exist():
+    """Wherever it stands: in the table, in the text, in a shell block; the table has all of them."""
+    named = re.findall(r"^npllm ([a-z]+)|&& npllm ([a-z]+)|`npllm ([a-z]+)", README, re.M)
+    named = {next(filter(None, groups)) for groups in named}
+    table = set(re.findall(r"^\| `npllm ([a-z]+)", README, re.M))
+    assert named <= set(cli.main.commands)
+    assert table == set(cli.main.commands)
+
+
+def test_options_of_the_readme_exist():
+    """`-m` chooses a model everywhere, `--json` prints what a program can read, `-h` explains."""
+    options = {name: {flag for parameter in command.params for flag in parameter.opts} for name, command in cli.main.commands.items()}
+    assert {name for name, flags in options.items() if "-m" not in flags} == {"fetch", "doctor"}
+    assert {name for name, flags in options.items() if "--json" not in flags} == {"fetch", "chat"}
+
+
+def test_file_map_names_what_exists():
+    assert len(FILE_MAP) == len(set(FILE_MAP))
+    for name in FILE_MAP:
+        assert list(ROOT.glob(name)), f"{name} is in the file map and not in the repository"
+
+
+def test_file_map_names_every_module():
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "npllm").rglob("*.py")}
+    without = {"npllm/__init__.py", "npllm/models/__init__.py", "npllm/kernels/__init__.py"}  # lists of names
+    assert modules - without - set(FILE_MAP) == set()
+
+
+def test_files_import_only_from_those_above():
+    """As the file map says."""
+    order = {name: at for at, name in enumerate(FILE_MAP)}
+    wrong = []
+    for name, at in order.items():
+        if name.endswith(".py"):
+            wrong += [f"{name} imports {other}" for other in imports(ROOT / name) if order.get(other, -1) >= at]
+    assert wrong == []
+
+
+def imports(path):
+    """Files of npllm that a file imports at its top."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "npllm":
+            for name in node.names:
+                for module in (f"{node.module}.{name.name}", node.module):
+                    file = module.replace(".", "/")
+                    found = next((f for f in (f"{file}.py", f"{file}/__init__.py") if (ROOT / f).is_file()), None)
+                    if found:
+                        yield found
+                        break
+
+
+def test_files_that_the_file_map_mentions_in_passing_exist():
+    rows = re.findall(r"^\| `(scripts|tests)/` \| (.*) \|", README, re.M)
+    for folder, text in rows:
+        for name in re.findall(r"`([\w.]+(?:/|\.\w+))`", text):
+            assert (ROOT / folder / name).exists(), f"{folder}/{name}"
+
+
+def test_links_and_scripts_of_the_readme_exist():
+    paths = re.findall(r"python (scripts/\w+\.py)", README) + re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    for name in paths:
+        assert (ROOT / name).exists(), name
