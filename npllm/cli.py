@@ -14,6 +14,8 @@ from npllm.errors import NpllmError, NpllmValueError
 from npllm.fetch import DEFAULT_MODEL, fetch
 from npllm.model import checkpoint_folder, load
 from npllm.ops import reference
+from npllm.plots import draw_masks, draw_weights
+from npllm.steps import attention_steps
 from npllm.tokenizer import Tokenizer
 
 
@@ -260,6 +262,39 @@ def bench(model, as_json, **sizes):
     click.echo(f"the cache makes decoding {facts['cache_speedup']:.1f} times as fast")
     click.echo(f"median of {facts['repeat']} runs, {facts['n_prompt']} prompt and {facts['n_new']} new tokens, {facts['ops']} ops, "
                f"peak memory {facts['peak_bytes'] / 1e6:.0f} MB", err=True)
+
+
+@main.command()
+@_model_options
+@click.option("-p", "--prompt", required=True)
+@click.option("--layer", type=int, required=True)
+@click.option("--head", type=int, required=True)
+@click.option("--position", type=int, default=-1, show_default=True, help="The token that asks; -1 is the last one.")
+@click.option("--plot", type=click.Path(), help="Draw the weights of all positions into this PNG; of all heads with --all-heads.")
+@click.option("--all-heads", is_flag=True)
+@_json_option
+def attention(model, prompt, layer, head, position, plot, all_heads, as_json):
+    """Show what one head looks at: relevance, weight and size of the weighted value, token by token."""
+    steps = attention_steps(model(), prompt, layer=layer, head=head, position=position)
+    if plot:
+        draw_weights(plot, steps.all_weights if all_heads else steps.all_weights[head], steps.tokens, f"{prompt!r}, layer {layer}")
+    rows = report.attention_rows(steps)
+    if as_json:
+        _print_json(rows)
+        return
+    click.echo(f"{'token':<20} {'score':>9} {'weight':>8} {'|w v|':>8}")
+    for row in rows:
+        click.echo(f"{row['token']!r:<20} {row['score']:9.3f} {row['weight']:8.4f} {row['weighted_value']:8.4f}  "
+                   f"{'█' * round(40 * row['weight'])}")
+
+
+@main.command()
+@click.argument("path", type=click.Path(), default="masks.png")
+@click.option("-n", "--slots", type=click.IntRange(min=16), default=32, show_default=True)
+def masks(path, slots):
+    """Draw every mask rule into one picture."""
+    draw_masks(path, n=slots)
+    click.echo(path)
 
 
 @main.command()

@@ -19,7 +19,7 @@ from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.generate import prepare, stream_batch
 from npllm.models import phi3
 
-__all__ = ["checkpoint_facts", "generate_timed", "machine_facts", "next_tokens", "peak_memory", "speed"]
+__all__ = ["attention_rows", "checkpoint_facts", "generate_timed", "machine_facts", "next_tokens", "peak_memory", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
             "cupy-cuda13x")
@@ -103,6 +103,24 @@ def next_tokens(model, prompt, n):
     best = np.argsort(-logits, kind="stable")[:n]
     return [{"id": int(i), "text": model.tokenizer.token_text(i), "logit": float(logits[i]), "probability": float(probabilities[i])}
             for i in best]
+
+
+def attention_rows(steps):
+    """List what one position attends to, key by key.
+
+    Parameters
+    ----------
+    steps : npllm.steps.AttentionSteps
+
+    Returns
+    -------
+    rows : list of dict
+        Each {"slot", "token", "score", "weight", "weighted_value"}, the last as the length of the vector.
+    """
+    lengths = np.linalg.norm(steps.weighted_values, axis=1)
+    keys = zip(steps.tokens, steps.scores, steps.weights, lengths, strict=True)
+    return [{"slot": slot, "token": token, "score": float(score), "weight": float(weight), "weighted_value": float(length)}
+            for slot, (token, score, weight, length) in enumerate(keys)]
 
 
 def generate_timed(model, prompt, write, *, echo=False, **options):
