@@ -53,8 +53,8 @@ def test_commands_of_the_readme_exist():
 def test_options_of_the_readme_exist():
     """`-m` chooses a model everywhere, `--json` prints what a program can read, `-h` explains."""
     options = {name: {flag for parameter in command.params for flag in parameter.opts} for name, command in cli.main.commands.items()}
-    assert {name for name, flags in options.items() if "-m" not in flags} == {"fetch", "doctor"}
-    assert {name for name, flags in options.items() if "--json" not in flags} == {"fetch", "chat"}
+    assert {name for name, flags in options.items() if "-m" not in flags} == {"fetch", "doctor", "masks"}
+    assert {name for name, flags in options.items() if "--json" not in flags} == {"fetch", "chat", "masks"}
 
 
 def test_file_map_names_what_exists():

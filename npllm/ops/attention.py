@@ -56,7 +56,7 @@ def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q
     xp = array_namespace(q, k, bias)
     q_slots, k_slots = check_attention(xp, q, k, None, mask, bias, q_slots, k_slots)
     s = _scores(xp, q, k, scale, softcap, bias, compute_dtype(q, k, bias))
-    weights, _ = _softmax_visible(xp, s, evaluate_mask(xp, mask, q_slots, k_slots))
+    weights, _ = _softmax_visible(xp, s, evaluate_mask(xp, mask, q, q_slots, k_slots))
     return weights if weights.dtype == q.dtype else xp.astype(weights, q.dtype)
 
 
@@ -97,7 +97,7 @@ def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slot
     q_slots, k_slots = check_attention(xp, q, k, v, mask, bias, q_slots, k_slots)
     dtype = compute_dtype(q, k, v, bias)
     s = _scores(xp, q, k, scale, softcap, bias, dtype)
-    weights, lse = _softmax_visible(xp, s, evaluate_mask(xp, mask, q_slots, k_slots))
+    weights, lse = _softmax_visible(xp, s, evaluate_mask(xp, mask, q, q_slots, k_slots))
     values = xp.repeat(widen(v, dtype), q.shape[-3] // v.shape[-3], axis=-3)
     y = weights @ values
     y = y if y.dtype == q.dtype else xp.astype(y, q.dtype)
@@ -130,12 +130,14 @@ def _softmax_visible(xp, s, visible):
 # ------------------------------------------ what the blockwise form shares with the definition: slots, and the check of arguments
 
 
-def evaluate_mask(xp, mask, q_slots, k_slots):
+def evaluate_mask(xp, mask, q, q_slots, k_slots):
     """Evaluate a rule on [n_seq, 1] and [1, n_ctx] slots; an array and None are returned as they are."""
     if not callable(mask):
         return mask
     i, j = (xp.arange(s.start, s.stop, s.step) if isinstance(s, range) else s for s in (q_slots, k_slots))
-    return mask(i[:, None], j[None, :])
+    visible = mask(i[:, None], j[None, :])
+    _check_broadcast("mask", visible, (*q.shape[:-2], i.shape[0], j.shape[0]))
+    return visible
 
 
 def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):

@@ -2,10 +2,11 @@
 
 from numbers import Integral
 
+from npllm.arrays import host_range
 from npllm.errors import NpllmValueError
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
 
-__all__ = ["at_least", "bidirectional", "causal", "lookback", "prefix_lm", "sliding_window"]
+__all__ = ["at_least", "bidirectional", "causal", "check_slots", "lookback", "prefix_lm", "sliding_window"]
 
 
 def bidirectional():
@@ -130,3 +131,11 @@ def at_least(name, value, least):
     """Raise unless a parameter of a rule is an integer of at least `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise NpllmValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_slots(slots, n):
+    """Raise for slots on the host beyond the n that a rule knows: they would be read from the other end, or from another row."""
+    lowest_highest = host_range(slots)
+    if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < n):
+        raise NpllmValueError(f"slots must lie in 0 ... {n - 1}, all that this mask rule was made for, got {lowest_highest[0]} ... "
+                              f"{lowest_highest[1]}")

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from npllm.arrays import array_namespace, expect_shape
+from npllm.arrays import array_namespace, expect_shape, is_integer
 from npllm.errors import NpllmTypeError
+from npllm.ops.mask.dense import check_slots
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
 
 __all__ = ["documents", "padding"]
@@ -28,6 +29,8 @@ def padding(valid):
     ------
     NpllmTypeError
         When `valid` is not bool: the inverse `~` of numbers would be no truth.
+    NpllmValueError
+        When the rule is asked about a key slot on the host that has no entry.
 
     Notes
     -----
@@ -60,6 +63,13 @@ def documents(labels):
     rule : Rule
         Its array has the axes [n_batch, 1, ...]: the same for every head.  To be combined: `causal() & documents(labels)`.
 
+    Raises
+    ------
+    NpllmTypeError
+        When the labels are not integers.
+    NpllmValueError
+        When the rule is asked about a slot on the host that has no label.
+
     Notes
     -----
     With rotary positions, restarting the positions for each document changes nothing, since scores depend on differences of
@@ -70,20 +80,24 @@ def documents(labels):
     """
     xp = array_namespace(labels)
     expect_shape("labels", labels, n_batch=None, n_ctx=None)
+    if not is_integer(labels):
+        raise NpllmTypeError(f"labels must be integers, got dtype {labels.dtype}")
 
     def bound(i_low, i_high, j_low, j_high):
         queries, keys = _on_host(labels, i_low, i_high), _on_host(labels, j_low, j_high)
         if queries is None or keys is None:
             return SOME
-        apart = (queries.max(axis=1) < keys.min(axis=1)) | (keys.max(axis=1) < queries.min(axis=1))
+        if not any(np.intersect1d(*row).size for row in zip(queries, keys, strict=True)):
+            return NONE
         both = np.concatenate([queries, keys], axis=1)
-        return NONE if apart.all() else ALL if (both == both[:, :1]).all() else SOME
+        return ALL if (both == both[:, :1]).all() else SOME
 
     return Rule(lambda i, j: _labels_at(xp, labels, i) == _labels_at(xp, labels, j), bound)
 
 
 def _labels_at(xp, labels, slots):
     """Labels of slots of any shape: [n_batch, 1, *slots.shape]."""
+    check_slots(slots, labels.shape[1])
     columns = xp.take(labels, xp.reshape(slots, (-1,)), axis=1)
     return xp.reshape(columns, (labels.shape[0], 1, *slots.shape))
 

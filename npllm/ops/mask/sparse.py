@@ -3,8 +3,8 @@
 import numpy as np
 
 from npllm.arrays import array_namespace
-from npllm.errors import NpllmValueError
-from npllm.ops.mask.dense import at_least, causal
+from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.ops.mask.dense import at_least, causal, check_slots
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
 
 __all__ = ["band", "block_local", "dilated_window", "fixed", "global_tokens", "longformer_window", "random_blocks", "strided"]
@@ -182,11 +182,18 @@ def global_tokens(slots):
     rule : Rule
         To be combined: `longformer_window(512) | global_tokens([0])`, in a causal model `causal() & (...)`.
 
+    Raises
+    ------
+    NpllmTypeError
+        When the slots are not integers.
+
     Notes
     -----
     Source: "Longformer" (Beltagy et al. 2020), section 3.1, global attention.
     """
-    chosen = np.unique(np.asarray(slots, dtype=np.int64))
+    chosen = np.unique(np.asarray(slots))
+    if chosen.size and chosen.dtype.kind not in "iu":
+        raise NpllmTypeError(f"slots must be integers, got {slots!r}")
 
     def visible(i, j):
         return _is_in(i, chosen) | _is_in(j, chosen)
@@ -219,6 +226,11 @@ def random_blocks(block, n_blocks, n_random, seed):
     rule : Rule
         To be combined: `longformer_window(w) | global_tokens(g) | random_blocks(...)`.
 
+    Raises
+    ------
+    NpllmValueError
+        For a count out of range; and when the rule is asked about a slot on the host beyond the n_blocks.
+
     Notes
     -----
     Source: "Big Bird" (Zaheer et al. 2020), section 2.
@@ -226,6 +238,7 @@ def random_blocks(block, n_blocks, n_random, seed):
     at_least("block", block, 1)
     at_least("n_blocks", n_blocks, 1)
     at_least("n_random", n_random, 0)
+    at_least("seed", seed, 0)
     if n_random > n_blocks:
         raise NpllmValueError(f"n_random must be at most n_blocks = {n_blocks}, got {n_random}")
     rng = np.random.Generator(np.random.Philox(key=seed))
@@ -233,13 +246,16 @@ def random_blocks(block, n_blocks, n_random, seed):
 
     def visible(i, j):
         xp = array_namespace(i, j)
+        for slots in (i, j):
+            check_slots(slots, n_blocks * block)
         flat = xp.reshape(xp.asarray(drawn), (-1,))
         pairs = (i // block) * n_blocks + j // block
         return xp.reshape(xp.take(flat, xp.reshape(pairs, (-1,))), pairs.shape)
 
     def bound(i_low, i_high, j_low, j_high):
         part = drawn[i_low // block : i_high // block + 1, j_low // block : j_high // block + 1]
-        return ALL if part.all() else SOME if part.any() else NONE
+        known = min(i_low, j_low) >= 0 and max(i_high, j_high) < n_blocks * block
+        return SOME if not known else ALL if part.all() else SOME if part.any() else NONE
 
     return Rule(visible, bound)
 
