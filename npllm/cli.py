@@ -10,6 +10,7 @@ import click
 
 from npllm import __version__, report
 from npllm.arrays import BACKENDS
+from npllm.checkpoint import find_nonfinite
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.fetch import DEFAULT_MODEL, fetch
 from npllm.model import checkpoint_folder, load
@@ -219,10 +220,20 @@ def tokens(text, path, chat, as_json):
 
 @main.command()
 @_path_option
+@click.option("--check-finite", is_flag=True, help="Also look for NaN and infinity, at the speed of the disk; exit code 1 if any.")
 @_json_option
-def inspect(path, as_json):
+def inspect(path, check_finite, as_json):
     """Show a checkpoint's modules, parameters and bytes, from its headers alone."""
-    facts = report.checkpoint_facts(checkpoint_folder(path))
+    folder = checkpoint_folder(path)
+    facts = report.checkpoint_facts(folder)
+    if check_finite:
+        facts["not_finite"] = find_nonfinite(folder)
+    _print_facts(facts, as_json)
+    if facts.get("not_finite"):
+        raise NpllmValueError(f"{len(facts['not_finite'])} tensors hold NaN or infinity; is the download complete?")
+
+
+def _print_facts(facts, as_json):
     if as_json:
         _print_json(facts)
         return
@@ -234,6 +245,8 @@ def inspect(path, as_json):
     click.echo(f"bytes          {facts['bytes']:>16,}  {', '.join(facts['dtypes'])}, {facts['files']} file(s)")
     click.echo(f"context length {facts['context_length']:>16,}  tokens")
     click.echo(f"KV cache       {facts['kv_bytes_per_token']:>16,}  bytes per token in float32")
+    for name, (n_nan, n_infinite) in facts.get("not_finite", {}).items():
+        click.echo(f"{name}: {n_nan} NaN, {n_infinite} infinities")
 
 
 @main.command(name="fetch")

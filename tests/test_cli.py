@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
@@ -382,3 +383,13 @@ def test_tokens_answers_without_loading_weights(folder, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     assert finish(start("tokens", "hello", "-m", tmp_path)) == (0, b"    265  'hello'\n", "1 tokens\n")
+
+
+def test_inspect_names_the_tensors_that_are_not_finite(call, tmp_path):
+    tensors = tiny.weights()
+    tensors["model.norm.weight"][3] = np.nan
+    broken = tiny.write_folder(tmp_path / "broken", tensors=tensors)
+    assert call("inspect", "--check-finite").exit_code == 0
+    result = call("inspect", "-m", str(broken), "--check-finite")
+    assert result.exit_code == 1
+    assert "model.norm.weight: 1 NaN, 0 infinities" in result.stdout

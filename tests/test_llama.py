@@ -144,6 +144,15 @@ def test_linear_turns_position_m_like_position_m_over_factor():
     close(rope.frequencies(config, 0) * 4, rope.frequencies(plain, 0))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_positions_four_times_as_far_apart_turn_like_plain_ones_under_a_linear_factor_of_four(cached):
+    """spec 8.21: explicit positions are what RoPE sees, to the bit, since the factor is a power of two."""
+    linear, plain = (family.model(LLAMA | {"rope_scaling": x}) for x in ({"type": "linear", "factor": 4.0}, None))
+    ids = family.ids_of(plain.config, (2, 9))
+    caches = (linear.new_cache(2), plain.new_cache(2)) if cached else (None, None)
+    close(linear(ids, position_ids=4 * np.arange(9), cache=caches[0]), plain(ids, cache=caches[1]), times=0)
+
+
 @pytest.mark.parametrize(("original", "factor", "theta", "d_head"), [(8192, 8.0, 500000.0, 128), (8192, 32.0, 500000.0, 64)])
 def test_llama3_keeps_short_waves_slows_long_ones_and_blends_between(original, factor, theta, d_head):
     """spec 8.53: the numbers of Llama 3.1 and 3.2, by the formula in float64."""

@@ -19,6 +19,14 @@ runs = st.lists(st.integers(1, 7), min_size=1, max_size=7)  # lengths of consecu
 batches = st.lists(st.integers(1, 12), min_size=1, max_size=4)  # tokens of each row in the first call
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_caches():
+    """Arrays of 4 slots at first, so that they are replaced and moved along in short runs too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(npllm.cache, "SMALLEST_CAPACITY", 4)
+        yield
+
+
 def _model(kind="longrope", dtype="float64"):
     return family.model(CONTENTS[kind], dtype)
 
@@ -211,6 +219,15 @@ def test_explicit_positions_choose_the_factors_and_match_a_shifted_run(start, n,
     counted = model(ids, position_ids=np.stack([positions, np.arange(n)]))
     close(counted[0], whole[0])
     close(counted[1], model(ids[1:])[0])
+
+
+def test_explicit_positions_beyond_the_original_length_are_long():
+    """spec 8.21: five tokens at 4 ... 8 use the long factors, at 3 ... 7 the short ones."""
+    model, ids = _model(), family.ids_of(_model().config, (1, 5))
+    long = family.model(CONTENTS["longrope"] | {"rope_scaling": CONTENTS["longrope"]["rope_scaling"] | {"short_factor": [*family.N_LONG]}})
+    close(model(ids, position_ids=np.arange(4, 9)), long(ids, position_ids=np.arange(4, 9)), times=0)
+    close(model(ids, position_ids=np.arange(4, 9)), long(ids), times=100)  # distances alone matter
+    close(model(ids, position_ids=np.arange(3, 8)), model(ids), times=100)
 
 
 def test_positions_that_go_back_do_not_make_the_row_short_again():

@@ -112,6 +112,13 @@ def test_longrope_switches_each_row_by_its_own_length():
         close(got[row, -1], want[row][0, -1], times=2)
 
 
+@pytest.mark.parametrize("n_seq, used", [(12, "short_factor"), (13, "long_factor")])
+def test_longrope_takes_the_long_factors_beyond_the_original_context(n_seq, used):
+    factors, ids = LONGROPE["rope_scaling"], random_ids(1, n_seq)
+    only = model(**LONGROPE | {"rope_scaling": {"type": "longrope", "short_factor": factors[used], "long_factor": factors[used]}})
+    close(model(**LONGROPE)(ids), only(ids), times=0)
+
+
 def test_two_caches_do_not_know_of_each_other():
     m = model()
     a, b, ids = m.new_cache(), m.new_cache(), random_ids(1, 12)

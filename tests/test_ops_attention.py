@@ -103,6 +103,16 @@ def test_the_order_of_the_keys_does_not_matter(op, data, order):
     close(shuffled, op(q, k, v, mask=sliding_window(3), k_slots=slots), times=4)
 
 
+@both
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_a_sequence_told_backwards_gives_the_same_answers_backwards(op, n):
+    q, k, v = (np.random.default_rng(0).standard_normal((2, n, 3)) for _ in range(3))
+    back = range(n - 1, -1, -1)
+    sizes = {"block_q": 2, "block_k": 3} if op is blockwise_attention else {}
+    y = op(q[:, ::-1], k[:, ::-1], v[:, ::-1], mask=causal(), q_slots=back, k_slots=back, **sizes)
+    close(y, op(q, k, v, mask=causal())[:, ::-1])
+
+
 @given(st.data(), st.integers(1, 5))
 @both
 def test_two_halves_of_the_keys_merge_by_their_lse(op, data, cut):

@@ -25,6 +25,12 @@ def test_embed_gathers_rows_and_widens_them_exactly(data, dtype, id_dtype, n_voc
     close(y, oracles.embed(ids, weight), dtype=np.float64 if dtype == np.float64 else np.float32, times=0)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
+def test_every_id_of_a_large_vocabulary_finds_its_row(dtype):
+    weight = np.arange(33000, dtype=np.float32)[:, None]
+    close(embed(np.arange(33000, dtype=dtype), weight), weight, times=0)
+
+
 def test_embed_returns_a_copy():
     weight = np.ones((3, 2), np.float32)
     embed(np.array([1]), weight)[:] = 7

@@ -70,8 +70,8 @@ def test_rows_do_not_meet(data, dtype, d_in, d_out):
 def test_the_sum_is_at_least_float32_and_rounded_once():
     x = np.array([[2048.0, 1.0, 1.0]], np.float16)  # 2048 + 1 rounds to 2048 in float16
     close(linear(x, np.ones((1, 3), np.float16)), np.array([[2050.0]], np.float16), times=0)
-    wide = np.array([[2.0**24, 1.0, 1.0]], np.float32)
-    close(linear(wide, np.ones((1, 3))), np.array([[2.0**24 + 2]], np.float32), times=0)
+    fine = np.array([[1 + 2.0**-30, 1.0]])  # 1 + 2**-30 rounds to 1 in float32
+    close(linear(np.array([[1.0, -1.0]], np.float32), fine), np.array([[2.0**-30]], np.float32), times=0)
 
 
 @pytest.mark.parametrize(("x", "weight", "bias", "message"), [

@@ -136,6 +136,10 @@ def test_filters_that_keep_all_change_nothing(logits):
         close(y, logits, times=0)
 
 
+def test_top_p_of_one_keeps_even_what_rounding_would_lose():
+    close(top_p(np.array([0.0, -100.0]), 1.0), np.array([0.0, -100.0]), times=0)
+
+
 @pytest.mark.parametrize(("filter", "value"), [(top_k, 0), (top_k, -1), (top_p, -0.1), (top_p, 1.1), (top_p, math.nan), (min_p, -0.1),
                                                (min_p, 1.1), (min_p, math.nan), (temperature, 0), (temperature, -1.0),
                                                (temperature, math.nan)])
@@ -191,6 +195,12 @@ def test_a_grid_of_u_gives_every_token_its_exact_share():
 @pytest.mark.parametrize(("u", "token"), [(0.0, 1), (ABOVE(0.5, 0), 1), (0.5, 3), (ABOVE(1.0, 0), 3)])
 def test_the_edges_of_a_share_belong_to_the_next_token(u, token):
     close(sample(np.array([-np.inf, 0, -np.inf, 0, -np.inf]), np.asarray(u)), np.int64(token))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_large_vocabulary_is_summed_in_float64(dtype):
+    n, tokens = 100_003, np.array([0, 1, 30_000, 99_990, 100_002])
+    close(sample(np.zeros((5, n), dtype), (tokens + 0.5) / n), tokens)
 
 
 @given(logit_rows(batch=st.just(())), units, units)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, SETTINGS, SPECIAL, byte_level, sentencepiece, write_folder, write_json
+from tokenizers.processors import TemplateProcessing
 
 import npllm
 from npllm import Tokenizer
@@ -91,6 +92,18 @@ def test_one_wrong_byte_spoils_its_whole_run_as_in_the_decoder():
     a, wrong = (PIECES.backend.token_to_id(f"<0x{byte:02X}>") for byte in (0x41, 0xFF))
     assert PIECES.decode([a, wrong]) == "\ufffd\ufffd"
     assert "".join(pieces(PIECES, [a, wrong])) == "\ufffd\ufffd"
+
+
+def test_a_space_is_a_byte_like_any_other_and_a_token_like_any_other():
+    hello, space, wrong, a = (PIECES.backend.token_to_id(name) for name in ("▁hello", "<0x20>", "<0xFF>", "<0x41>"))
+    assert "".join(pieces(PIECES, [hello, space, wrong])) == PIECES.decode([hello, space, wrong]) == "hello\ufffd\ufffd"
+    assert pieces(PIECES, [hello, a, PIECES.backend.token_to_id("▁"), hello]) == ["hello", "", "A ", " hello", ""]
+
+
+def test_a_token_that_only_looks_like_a_byte_is_given_at_once():
+    backend = byte_level()
+    backend.add_tokens(["<0x41>"])
+    assert pieces(Tokenizer(backend), Tokenizer(backend).encode("a<0x41>b")) == ["a", "<0x41>", "b", ""]
 
 
 def test_a_skipped_token_does_not_end_a_run_of_bytes():
@@ -190,7 +203,7 @@ def test_what_are_no_ids_is_refused(ids):
         BYTES.decode(ids)
 
 
-@pytest.mark.parametrize("token, text", [(3, "<|user|>"), (10_000, "<10000>")])
+@pytest.mark.parametrize("token, text", [(3, "<|user|>"), (10_000, "<10000>"), (BYTES.encode(" w")[0], " w"), (BYTES.encode("\n")[0], "\n")])
 def test_every_id_has_a_text_for_tables(token, text):
     assert BYTES.token_text(token) == text
 
@@ -283,9 +296,12 @@ def test_loops_may_be_left_early():
 
 
 def test_a_chat_is_encoded_without_special_tokens_of_its_own():
-    tokenizer = Tokenizer(byte_level(), CHAT_TEMPLATE, {"eos_token": "</s>"})
-    ids = tokenizer.encode_chat([{"role": "user", "content": "hello"}])
-    assert ids == [3, *tokenizer.encode("hello"), 5, 4]
+    backend = byte_level()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = Tokenizer(backend, CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"})
+    hello = tokenizer.encode("hello", add_special_tokens=False)
+    assert tokenizer.encode("hello") == [0, *hello]
+    assert tokenizer.encode_chat([{"role": "user", "content": "hello"}]) == [3, *hello, 5, 4]
 
 
 def test_a_template_may_refuse():

@@ -330,6 +330,15 @@ def test_other_templates_leave_out_nothing(name, tokenizer):
         assert KNIGHT[0]["content"] in tokenizer(name).apply_chat_template(KNIGHT)
 
 
+def test_a_template_may_shorten_what_the_assistant_said():
+    """Those of reasoning models leave out its thoughts, by design."""
+    source = "{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}{% endfor %}"
+    tokenizer = Tokenizer(cut_down("phi-3").backend, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer.apply_chat_template([{"role": "assistant", "content": "<think>x</think>y"}, KNIGHT[1]]) == KNIGHT[1]["content"]
+
+
 def test_end_of_text_closes_a_conversation_without_generation_prompt(tokenizer):
     """Where the template says so: Phi-3-mini and Phi-4-mini do, medium and phi-4 do not (spec 8.49)."""
     ends = {name: rendered(tokenizer(name), KNIGHT[1:], end=False).endswith("<|endoftext|>") for name in NAMES}

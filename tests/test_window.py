@@ -15,6 +15,14 @@ from hypothesis import strategies as st
 import npllm
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_caches():
+    """Arrays of 4 slots at first, so that they are replaced and moved along in short runs too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(npllm.cache, "SMALLEST_CAPACITY", 4)
+        yield
+
+
 def _content(window, n_ctx=64, **changes):
     return tiny.config_dict(sliding_window=window, max_position_embeddings=n_ctx, original_max_position_embeddings=n_ctx, **changes)
 
@@ -104,6 +112,19 @@ def test_a_hole_in_the_mask_takes_slots_of_the_window():
         other[0, j] = (ids[0, j] + 7) % 50 + 3
         seen.append(np.abs(model(other, attention_mask=mask)[0, -1] - before[-1]).max() > 0)
     assert np.flatnonzero(seen).tolist() == [6, 7, 8]  # slots 4 ... 8 less the padding; two tokens of slots 0 ... 2 would fit
+
+
+@given(window=st.integers(1, 6), n=st.integers(1, 20), lost=st.integers(1, 20), n_calls=st.integers(1, 15))
+def test_keys_that_a_failed_call_pushed_out_of_the_window_come_back(window, n, lost, n_calls):
+    """Its chunks may have dropped what the next call sees: the row is computed anew from its ids."""
+    model = _model(window)
+    ids, cache = family.ids_of(model.config, (1, 25 + lost), seed=n), model.new_cache()
+    with family.prefill_chunk(3):
+        model(ids[:, :n], cache=cache)
+        try:
+            family.failing(model, n_calls)(ids[:, 25:], cache=cache)
+        except family.Broken:
+            close(model(ids[:, n : n + 2], cache=cache), model(ids[:, : n + 2])[:, n:])
 
 
 def test_memory_stops_growing():
