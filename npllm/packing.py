@@ -5,6 +5,7 @@ import numpy as np
 from npllm import ops
 from npllm.arrays import to_numpy
 from npllm.errors import NpllmValueError
+from npllm.models import rope
 
 __all__ = ["pack", "score_packed", "utilisation"]
 
@@ -37,9 +38,7 @@ def pack(lengths, capacity):
 
     Source: "Near-Optimal Bin Packing Algorithms" (Johnson 1973); "Efficient Sequence Packing" (Krell et al. 2021).
     """
-    for number, length in enumerate(lengths):
-        if not 1 <= length <= capacity:
-            raise NpllmValueError(f"document {number} must have 1 ... capacity = {capacity} tokens, got {length}")
+    _check_lengths(lengths, capacity)
     rows, room = [], []
     for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         fits = next((row for row, left in enumerate(room) if left >= lengths[number]), None)
@@ -50,6 +49,12 @@ def pack(lengths, capacity):
         rows[fits].append(number)
         room[fits] -= lengths[number]
     return rows
+
+
+def _check_lengths(lengths, capacity):
+    for number, length in enumerate(lengths):
+        if not 1 <= length <= capacity:
+            raise NpllmValueError(f"document {number} must have 1 ... capacity = {capacity} tokens, got {length}")
 
 
 def utilisation(rows, lengths):
@@ -92,12 +97,22 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
     ids = [model.require_tokenizer().encode(d) if isinstance(d, str) else [int(i) for i in d] for d in documents]
     lengths = list(map(len, ids))
     capacity = min(max([512, *lengths]), model.config.context_length) if capacity is None else capacity
-    rows = pack(lengths, capacity)
+    _check_lengths(lengths, capacity)
+    rows = _pack_alike(lengths, capacity, [rope.frequency_choice(model.config, length) for length in lengths])
     scores = [None] * len(ids)
     for start in range(0, len(rows), n_rows):
         for number, score in _score_rows(model, rows[start : start + n_rows], ids):
             scores[number] = score
     return scores
+
+
+def _pack_alike(lengths, capacity, choices):
+    """Pack documents by themselves that use the same RoPE frequencies: a row has one set, and longrope goes by the length."""
+    rows = []
+    for choice in sorted(set(choices)):
+        alike = [number for number, other in enumerate(choices) if other == choice]
+        rows += [[alike[n] for n in row] for row in pack([lengths[number] for number in alike], capacity)]
+    return rows
 
 
 def layout(rows, ids):
@@ -121,7 +136,8 @@ def layout(rows, ids):
 def _score_rows(model, rows, ids):
     """Run some packed rows through the model; yield (document, its scores)."""
     tokens, positions, labels = layout(rows, ids)
-    packed = model.with_mask(model.mask_rule() & ops.mask.documents(model.to_backend(labels)))
+    apart = ops.mask.documents(model.to_backend(labels))
+    packed = model.with_mask([model.mask_rule(layer) & apart for layer in range(model.config.num_hidden_layers)])
     hidden = packed.model(tokens, position_ids=positions)
     for r, row in enumerate(rows):
         start = 0

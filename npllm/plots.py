@@ -105,10 +105,11 @@ def draw_weights(path, weights, tokens, title=""):
         axes.imshow(panel, cmap="Blues", vmin=0, vmax=1)
         if len(panels) > 1:
             axes.set_title(f"head {number}", fontsize=8)
-        ticks = range(len(tokens)) if len(panels) == 1 else []
-        axes.set_xticks(ticks, [repr(token)[1:-1] for token in tokens][: len(ticks)], rotation=90, fontsize=7)
-        axes.set_yticks(ticks, [repr(token)[1:-1] for token in tokens][: len(ticks)], fontsize=7)
-    figure.suptitle(title, fontsize=9)
+        names = [repr(token)[1:-1] for token in tokens] if len(panels) == 1 else []
+        last = names[-panel.shape[0] :]  # the queries are the last of the keys
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(last)), last, fontsize=7, parse_math=False)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

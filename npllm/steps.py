@@ -45,7 +45,7 @@ def attention_steps(model, prompt, *, layer, head, position=-1):
     Raises
     ------
     NpllmValueError
-        When layer, head or position does not exist; names the range.
+        When layer, head or position does not exist; names the range.  When there are several prompts.
 
     Notes
     -----
@@ -53,17 +53,18 @@ def attention_steps(model, prompt, *, layer, head, position=-1):
     """
     config = model.config
     ids, _, _, _ = prepare(model, prompt)
-    n_seq = ids.shape[1]
+    n_batch, n_seq = ids.shape
+    if n_batch != 1:
+        raise NpllmValueError(f"attention_steps follows one prompt, got {n_batch}")
     for name, value, low, high in (("layer", layer, 0, config.num_hidden_layers), ("head", head, 0, config.num_attention_heads),
                                    ("position", position, -n_seq, n_seq)):
         if not low <= value < high:
             raise NpllmValueError(f"{name} must lie in {low} ... {high - 1}, got {value}")
-    q, k, v = _queries_keys_values(model, ids[:1], layer)
+    q, k, v = _queries_keys_values(model, ids, layer)
     group = config.num_attention_heads // config.num_key_value_heads
-    keys, values = k[head // group], v[head // group]
-    scores = keys @ q[head, position] * config.head_dim**-0.5
-    rule = model.mask_rule(layer)
-    all_weights = to_numpy(ops.attention_weights(q, k, mask=rule))
+    keys, values = k[0, head // group], v[0, head // group]
+    scores = keys @ q[0, head, position] * config.head_dim**-0.5
+    all_weights = ops.attention_weights(q, k, mask=model.mask_rule(layer))[0]
     weights = all_weights[head, position]
     weighted_values = weights[:, None] * values
     tokens = [model.tokenizer.token_text(i) if model.tokenizer else str(i) for i in ids[0].tolist()]
@@ -71,7 +72,7 @@ def attention_steps(model, prompt, *, layer, head, position=-1):
 
 
 def _queries_keys_values(model, ids, layer):
-    """What a tap sees of one layer: q [n_head, n_seq, d_head], k and v [n_kv_head, n_seq, d_head], after RoPE."""
+    """What a tap sees of one layer: q [1, n_head, n_seq, d_head], k and v [1, n_kv_head, n_seq, d_head], after RoPE."""
     seen = {}
 
     def tap(name, x):
@@ -80,4 +81,4 @@ def _queries_keys_values(model, ids, layer):
         return x
 
     model.model(ids, tap=tap)
-    return tuple(to_numpy(seen[name])[0] for name in ("q", "k", "v"))
+    return tuple(to_numpy(seen[name]) for name in ("q", "k", "v"))

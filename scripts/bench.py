@@ -258,7 +258,7 @@ def attention(longest, n_head, d_head, window, most, repeat, plot):
         sizes = map(str, (n, n_head, d_head, window))
         command = [sys.executable, __file__, "attend", name, *sizes, str(repeat if n < 16384 else 1)]
         rows[name][n] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
-    click.echo(f"causal self-attention, float32, {n_head} heads of {d_head}; median seconds / MiB beyond the inputs; {cpu_name()}\n")
+    click.echo(f"causal attention, float32, {n_head} heads of {d_head}; median seconds / MiB beyond the inputs; {cpu_name()}\n")
     click.echo("| n | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for n in lengths:
         found = [rows[name].get(n) for name in names]

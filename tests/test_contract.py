@@ -14,7 +14,7 @@ from npllm.arrays import is_integer
 from npllm.ops.mask import Rule
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-OTHERS = {"float": float, "Rule": Rule, "Ops": ops.Ops}
+OTHERS = {"float": float, "Rule": Rule, "Ops": ops.Ops, "dict": dict}
 
 
 def check(op, arguments, axis):

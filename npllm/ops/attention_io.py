@@ -18,8 +18,8 @@ def attention_io(n, d, block=None, sram=100_000, itemsize=4):
         Queries, and as many keys.
     d : int
         Width of a head.
-    block : tuple of two int, optional
-        (b_q, b_k), queries and keys of a block.  Default: the largest that FlashAttention's rule allows in `sram`,
+    block : int or tuple of two int, optional
+        Queries and keys of a block: both alike, or (b_q, b_k).  Default: the largest that FlashAttention's rule allows in `sram`,
         b_k = ceil(sram / (4 * d * itemsize)), b_q = min(b_k, d).
     sram : int
         Bytes of fast memory, where no block is given.
@@ -44,8 +44,9 @@ def attention_io(n, d, block=None, sram=100_000, itemsize=4):
     Source: "FlashAttention" (Dao et al. 2022), theorem 2 and algorithm 1; "FlashAttention-2" (Dao 2023), algorithm 1.
     """
     if block is None:
-        b_k = -(-sram // (4 * d * itemsize))
+        b_k = -(-sram // max(1, 4 * d * itemsize))
         block = min(b_k, d), b_k
+    block = (block, block) if isinstance(block, int) else block
     if min(n, d, itemsize, *block) < 1:
         raise NpllmValueError(f"n, d, itemsize and both blocks must be at least 1, got {n}, {d}, {itemsize} and {block}")
     q_visits, k_visits = -(-n // block[0]), -(-n // block[1])

@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, n_bytes, widen
-from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.errors import NpllmValueError
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
 
@@ -140,8 +140,6 @@ def split_kv_attention(q, k, v, *, n_split, mask=None, scale=None, softcap=None,
     q_slots, k_slots = check_attention(xp, q, k, v, mask, None, q_slots, k_slots)
     if n_split < 1:
         raise NpllmValueError(f"n_split must be at least 1, got {n_split}")
-    if not (mask is None or callable(mask)):
-        raise NpllmTypeError("mask must be a rule: the runs of keys see it by their slots; got an array")
     n_ctx = k.shape[-2]
     cuts = [n_ctx * s // min(n_split, n_ctx) for s in range(min(n_split, n_ctx) + 1)]
     parts = []

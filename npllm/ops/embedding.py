@@ -105,8 +105,10 @@ def add_positions(x, positions, weight):
 
     Raises
     ------
+    NpllmTypeError
+        When the positions are not integers.
     NpllmValueError
-        When a position lies outside the table, or the widths differ.
+        When a position on the host lies outside the table, or the shapes do not fit.
 
     Notes
     -----
@@ -114,5 +116,12 @@ def add_positions(x, positions, weight):
     """
     xp = array_namespace(x, positions, weight)
     expect_shape("x", x, dots=None, n_seq=None, d_model=weight.shape[-1])
+    expect_shape("positions", positions, dots=None, n_seq=x.shape[-2])
+    if not is_integer(positions):
+        raise NpllmTypeError(f"positions must be integers, got dtype {positions.dtype}")
+    lowest_highest = host_range(positions)
+    if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < weight.shape[0]):
+        raise NpllmValueError(f"positions must lie in 0 ... n_pos - 1 = {weight.shape[0] - 1}, got {lowest_highest[0]} ... "
+                              f"{lowest_highest[1]}")
     y = widen(x) + embed(positions, weight)
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)

@@ -199,7 +199,7 @@ def _attention(rounded, q, k, v, *, mask=None, bias=None, scale=None, softcap=No
     if bias is not None or softcap is not None or return_lse:
         raise NpllmValueError("emulate repeats Phi-3's eager attention, which has no bias, no softcap and returns no lse")
     xp = array_namespace(q, k, v)
-    visible = evaluate_mask(xp, mask, *check_attention(xp, q, k, v, mask, bias, q_slots, k_slots))
+    visible = evaluate_mask(xp, mask, q, *check_attention(xp, q, k, v, mask, bias, q_slots, k_slots))
     group = q.shape[-3] // k.shape[-3]
     k, v = xp.repeat(k, group, axis=-3), xp.repeat(v, group, axis=-3)  # [..., n_kv_head, ...] -> [..., n_head, ...]
     s = rounded("scores", _product(q, xp.matrix_transpose(k), xp))
