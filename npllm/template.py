@@ -110,6 +110,9 @@ class _Compiler(CodeGenerator):
             self.write("), ")
         self.write("))")
 
+    def visit_NSRef(self, node, frame):  # a.b as the target of set; Jinja 3.1.6 forgets to check it in {% set a.b %}...{% endset %}
+        self.write(f"environment.namespace({frame.symbols.ref(node.name)})[{node.attr!r}]")
+
     visit_List, visit_Tuple, visit_Dict, visit_Getitem = map(
         _paid, (CodeGenerator.visit_List, CodeGenerator.visit_Tuple, CodeGenerator.visit_Dict, CodeGenerator.visit_Getitem))
 
@@ -150,6 +153,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return self._steps(value)
         self.require(_weigh(value, self.left))
         self.spend(_own_size(value))
+        return value
+
+    def namespace(self, value):
+        """Let nothing but a namespace be written into: not the conversation."""
+        if not isinstance(value, Namespace):
+            raise SecurityError(f"cannot set an attribute of {type(value).__name__!r}, only of a namespace")
         return value
 
     def _steps(self, items):
@@ -239,7 +248,9 @@ def _operation_size(operator, left, right, most):
     size = _weigh(left, most) + _weigh(right, most)
     if operator == "*":
         text, number = (left, right) if isinstance(right, int) else (right, left)
-        return _weigh(text, most) * max(number, 0) if not isinstance(text, int | float) and isinstance(number, int) else size
+        if isinstance(text, str) and isinstance(number, int):
+            return len(text) * max(number, 0)
+        return _weigh(text, most) * max(number, 0) if isinstance(text, list | tuple) and isinstance(number, int) else size
     if operator == "**" and isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * max(right, 0) // 8
     if operator == "%" and isinstance(left, str) and WIDTH.search(left):
