@@ -11,6 +11,7 @@ What this does not do: it bounds memory to some 100 MB and time to some seconds,
 Python or Jinja themselves.
 """
 
+import copy
 import functools
 import json
 import re
@@ -78,7 +79,7 @@ def render(source, messages, names):
         raise NpllmValueError(f"the chat template has {len(source)} characters; more than {LARGEST_TEMPLATE} are refused")
     try:
         sandbox = _Sandbox(ALLOWANCE + PER_CHARACTER * _weigh(messages, ALLOWANCE))
-        return sandbox.from_string(source).render(messages=messages, **names)
+        return sandbox.from_string(source).render(messages=copy.deepcopy(messages), **names)
     except Exception as error:  # whatever the template does wrong
         raise NpllmValueError(f"the chat template failed: {type(error).__name__}: {printable(str(error)[:300])}") from None
 
@@ -270,9 +271,11 @@ def _replace_size(text, old, new, *_, **__):
 
 
 def _indent_size(text, width=4, *_, **__):
-    """How large an indented text can be."""
+    """How large an indented text can be.  Of a list, Jinja's filter would write into the list itself."""
+    if not isinstance(text, str):
+        raise SecurityError(f"indent: expected a text, got {type(text).__name__!r}")
     width = width if isinstance(width, int) else len(width)
-    return len(str(text)) + (len(str(text).splitlines()) + 1) * width
+    return len(text) + (len(text.splitlines()) + 1) * width
 
 
 SIZES = {"join": _join_size, "replace": _replace_size, "indent": _indent_size}
