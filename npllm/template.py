@@ -11,6 +11,7 @@ What this does not do: it bounds memory to some 100 MB and time to some seconds,
 Python or Jinja themselves.
 """
 
+import copy
 import functools
 import json
 import re
@@ -78,7 +79,7 @@ def render(source, messages, names):
         raise NpllmValueError(f"the chat template has {len(source)} characters; more than {LARGEST_TEMPLATE} are refused")
     try:
         sandbox = _Sandbox(ALLOWANCE + PER_CHARACTER * _weigh(messages, ALLOWANCE))
-        return sandbox.from_string(source).render(messages=messages, **names)
+        return sandbox.from_string(source).render(messages=copy.deepcopy(messages), **names)
     except Exception as error:  # whatever the template does wrong
         raise NpllmValueError(f"the chat template failed: {type(error).__name__}: {printable(str(error)[:300])}") from None
 
@@ -109,6 +110,9 @@ class _Compiler(CodeGenerator):
             self.visit(part, frame)
             self.write("), ")
         self.write("))")
+
+    def visit_NSRef(self, node, frame):  # a.b as the target of set; Jinja 3.1.6 forgets to check it in {% set a.b %}...{% endset %}
+        self.write(f"environment.namespace({frame.symbols.ref(node.name)})[{node.attr!r}]")
 
     visit_List, visit_Tuple, visit_Dict, visit_Getitem = map(
         _paid, (CodeGenerator.visit_List, CodeGenerator.visit_Tuple, CodeGenerator.visit_Dict, CodeGenerator.visit_Getitem))
@@ -150,6 +154,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return self._steps(value)
         self.require(_weigh(value, self.left))
         self.spend(_own_size(value))
+        return value
+
+    def namespace(self, value):
+        """Let nothing but a namespace be written into: not the conversation."""
+        if not isinstance(value, Namespace):
+            raise SecurityError(f"cannot set an attribute of {type(value).__name__!r}, only of a namespace")
         return value
 
     def _steps(self, items):
@@ -239,7 +249,9 @@ def _operation_size(operator, left, right, most):
     size = _weigh(left, most) + _weigh(right, most)
     if operator == "*":
         text, number = (left, right) if isinstance(right, int) else (right, left)
-        return _weigh(text, most) * max(number, 0) if not isinstance(text, int | float) and isinstance(number, int) else size
+        if isinstance(text, str) and isinstance(number, int):
+            return len(text) * max(number, 0)
+        return _weigh(text, most) * max(number, 0) if isinstance(text, list | tuple) and isinstance(number, int) else size
     if operator == "**" and isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * max(right, 0) // 8
     if operator == "%" and isinstance(left, str) and WIDTH.search(left):
@@ -259,9 +271,11 @@ def _replace_size(text, old, new, *_, **__):
 
 
 def _indent_size(text, width=4, *_, **__):
-    """How large an indented text can be."""
+    """How large an indented text can be.  Of a list, Jinja's filter would write into the list itself."""
+    if not isinstance(text, str):
+        raise SecurityError(f"indent: expected a text, got {type(text).__name__!r}")
     width = width if isinstance(width, int) else len(width)
-    return len(str(text)) + (len(str(text).splitlines()) + 1) * width
+    return len(text) + (len(text.splitlines()) + 1) * width
 
 
 SIZES = {"join": _join_size, "replace": _replace_size, "indent": _indent_size}

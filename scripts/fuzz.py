@@ -318,7 +318,8 @@ def mutate_json(value, rng):
                 item = item[key]
             holder[last] = copy.deepcopy(item)
     elif kind == 3 and isinstance(old, int | float):
-        holder[last] = rng.choice([-old, old + 1, old - 1, old * 2, old * 1000003, bool(old), str(old), [old], min(old, 1e300) / 1])
+        real = float(max(-1e300, min(old, 1e300)))
+        holder[last] = rng.choice([-old, old + 1, old - 1, old * 2, old * 1000003, bool(old), str(old), [old], real])
     elif kind == 4:
         holder[last] = rng.choice([[old], {"a": old}, str(old), [old, old]])
     elif kind == 5 and isinstance(holder, dict):
@@ -518,7 +519,10 @@ def use(model, kind):
         tokenizer = model.tokenizer
         errors.append(attempt(lambda: tokenizer.decode(tokenizer.encode("this <|end|> hi\n🙂"))))
         errors.append(attempt(lambda: tokenizer.decode(list(range(0, 330, 9)))))
-        errors.append(attempt(lambda: tokenizer.encode_chat(MESSAGES)))
+        messages = copy.deepcopy(MESSAGES)
+        errors.append(attempt(lambda: tokenizer.encode_chat(messages)))
+        if messages != MESSAGES:
+            raise RuntimeError("the chat template has changed the conversation")
         if model.config.head == "lm" and kind in ("", "generation", "tokenizer"):
             errors.append(attempt(lambda: model.generate("hi", max_new_tokens=2, seed=0)))
     return [error for error in errors if error is not None]

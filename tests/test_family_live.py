@@ -61,8 +61,9 @@ def _pair(folder, content, weights=None):
     family.write(folder / "theirs", family.renamed(content), weights)
     auto = {"lm": "AutoModelForCausalLM", "sequence": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
     ours = npllm.load(family.write(folder / "ours", content, weights))
-    theirs = getattr(transformers, auto[ours.config.head]).from_pretrained(folder / "theirs", attn_implementation="eager",
-                                                                          dtype=torch.float32)
+    theirs, lacks = getattr(transformers, auto[ours.config.head]).from_pretrained(
+        folder / "theirs", attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
+    assert not any(lacks.values()), f"Transformers expects other tensors: {lacks}"
     return ours, theirs.eval()
 
 

@@ -46,7 +46,7 @@ the error fell from 15 minutes a day to 15 seconds. Today a second is 9,192,631,
 NASTY = ["", " ", "  ", "\n", "\n\n\n", "\t", " \n ", "\r\n", "a", " a", "a ", "  a  b  ", "hello world", "Hello, world!", "don't we'll I'M",
          "1234567890", "3.14159", "1,000,000", "a1b2", "x²", "½", "٣", "é", "e\u0301", "naïve café", "ÅÄÖ", "ß", "日本語のテキスト", "한국어", "ไทย",
          "हिन्दी", "עברית", "العربية", "🙂", "👩‍👩‍👧‍👦", "🇫🇷", "\u200b", "\u200d", "\ufeff", "\ufffd", "\u0000", "\x7f", "\u00a0", "\u2028",
-         "<|im_start|>", "<|im_end|>", "<|im_start|>user\nhi<|im_end|>\n", "a<|im_end|>b", "<|im_end", "<|endoftext|>", " <|im_end|> ",
+         "<|im_start|>", "<|im_end|>", "<|im_start|>user\nhi<|im_end|>\n", "a<|im_end|>b", "a<|end|>b", "<s>a</s>", "<|im_end", "<|endoftext|>", " <|im_end|> ",
          "def f(x):\n    return x**2\n", "{'a': [1, 2]}", "https://example.org/?q=1&r=2", "__init__", "CamelCase", "!!!???", "----", "####",
          "Ġ", "Ċ", "▁", "<0x0A>", "\\n", "a" * 200, " " * 50, "ab " * 40, "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ﷺ", "ⅷ", "①", TEXT[:300]]
 
@@ -183,6 +183,13 @@ def test_each_filter_is_that_of_transformers(seed, n_vocab):
     close(ops.min_p(logits, p), hf_filter(transformers.MinPLogitsWarper(p), logits), times=0)
     # of equal logits at the edge of top_p, Transformers keeps whichever its sort put last: as many, and of the same value
     close(np.sort(ops.top_p(logits, p)), np.sort(hf_filter(transformers.TopPLogitsWarper(p), logits)), times=0)
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 0.75])
+def test_at_the_very_edge_of_top_p_as_many_are_kept_as_in_transformers(p):
+    equal = np.zeros((1, 4), np.float32)  # probabilities of exactly 1/4
+    kept = np.isfinite(hf_filter(transformers.TopPLogitsWarper(p), equal)).sum()
+    assert np.isfinite(ops.top_p(equal, p)).sum() == kept == 4 * p
 
 
 @given(st.integers(0, 10**6), st.fixed_dictionaries({}, optional={

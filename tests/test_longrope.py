@@ -157,6 +157,9 @@ def test_a_shorter_prompt_afterwards_is_short_again():
     cache = model.new_cache()
     for i in range(20):
         model(ids[:, i : i + 1], cache=cache)
+    scaling = CONTENTS["longrope"]["rope_scaling"]
+    short = family.model(CONTENTS["longrope"] | {"rope_scaling": scaling | {"long_factor": scaling["short_factor"]}})
+    close(short(ids[:, :6]), before, times=0)
     close(model(ids[:, :6]), before, times=0)
     close(model(ids[:, :6], cache=model.new_cache()), before, times=0)
 
