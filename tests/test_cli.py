@@ -51,7 +51,13 @@ def call(folder):
 def start(*arguments, env=None, **options):
     """A process of its own."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([sys.executable, "-m", "npllm.cli", *map(str, arguments)], cwd=ROOT, env=os.environ | (env or {}), **pipes)
+    return subprocess.Popen([sys.executable, "-m", "npllm.cli", *map(str, arguments)], cwd=ROOT, env=os.environ | (env or {}),
+                            preexec_fn=_hear_ctrl_c, **pipes)
+
+
+def _hear_ctrl_c():
+    """A job in the background of a shell ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def finish(process, given=b""):
