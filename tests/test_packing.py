@@ -11,6 +11,7 @@ from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import seeds
+from test_mask_rules import in_float32
 
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.ops.mask import causal, documents, sliding_window, strided
@@ -199,11 +200,12 @@ def test_documents_that_cannot_be_scored_raise(ids, options):
 
 
 @pytest.mark.weights
-def test_packed_texts_score_as_they_do_alone_on_the_default_checkpoint(default_model):
+def test_packed_texts_score_as_they_do_alone_on_the_default_checkpoint(default_folder):
+    model = in_float32(default_folder)
     texts = ["The capital of France is Paris.", "One, two, three, four, five.", "Water boils at", "a"]
-    scores = score_packed(default_model, texts)
+    scores = score_packed(model, texts)
     for text, score in zip(texts, scores, strict=True):
-        ids = default_model.tokenizer.encode(text)
+        ids = model.tokenizer.encode(text)
         assert len(score) == len(ids) - 1
         if len(score):
-            assert np.abs(score - alone(default_model, ids)).max() < 1e-4
+            assert np.abs(score - alone(model, ids)).max() < 1e-4
