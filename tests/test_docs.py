@@ -4,9 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_mask_rules import in_float32
 
-import npllm
 from npllm import ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -49,10 +47,7 @@ def page_params():
 
 
 @pytest.mark.parametrize("page", page_params())
-def test_examples_run_in_the_order_they_stand(page, request, monkeypatch):
-    if needs_weights(page):
-        folder = request.getfixturevalue("default_folder")
-        monkeypatch.setattr(npllm, "load", lambda: in_float32(folder))
+def test_examples_run_in_the_order_they_stand(page):
     run(page)
 
 
