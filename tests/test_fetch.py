@@ -215,7 +215,7 @@ def test_revisions_that_could_leave_the_folder_are_refused(hub, revision):
 
 
 def test_a_name_without_an_owner_is_not_fetched(weights):
-    with pytest.raises(NpllmValueError, match="only OWNER/NAME or smollm2-135m-instruct can be fetched, got 'gpt2'"):
+    with pytest.raises(NpllmValueError, match="only OWNER/NAME, smollm2-135m-instruct or all-minilm-l6-v2 can be fetched, got 'gpt2'"):
         fetch("gpt2")
     (weights / "mine").mkdir(parents=True)
     (weights / "mine" / "config.json").touch()

@@ -30,13 +30,13 @@ from npllm.ops.frequencies import (
 from npllm.ops.linear import linear, mean_pool_kv_heads, merge_heads, split_heads
 from npllm.ops.norm import layer_norm, rms_norm
 from npllm.ops.rope import apply_rope, apply_rope_complex, rope_tables, rotation_matrix
-from npllm.ops.sampling import greedy, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
+from npllm.ops.sampling import greedy, log_softmax, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
 from npllm.ops.special import erf
 
 __all__ = [
     "Ops", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_io", "attention_weights",
     "blockwise", "blockwise_attention", "dynamic_base", "embed", "erf", "gelu", "greedy", "layer_norm", "linear",
-    "linear_frequencies", "llama3_frequencies", "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention",
+    "linear_frequencies", "llama3_frequencies", "log_softmax", "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention",
     "merge_heads", "min_p", "norm_linear", "reference", "relu", "repetition_penalty", "rms_norm", "rope_frequencies",
     "rope_tables", "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads",
     "split_kv_attention", "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
