@@ -20,12 +20,14 @@ The words for axes, the same in every docstring and error:
 positions.  Weights are [d_out, d_in], as in the checkpoint.
 """
 
-from npllm import ops, packing, steps
+from npllm import beam, cost, ops, packing, score, steps
 from npllm.config import Config
 from npllm.errors import NpllmError
+from npllm.generate import next_token_distribution
 from npllm.model import Model, load, pipeline
 from npllm.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "Model", "NpllmError", "Tokenizer", "load", "ops", "packing", "pipeline", "steps"]
+__all__ = ["Config", "Model", "NpllmError", "Tokenizer", "beam", "cost", "load", "next_token_distribution", "ops", "packing",
+           "pipeline", "score", "steps"]

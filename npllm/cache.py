@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from npllm.arrays import array_namespace
+from npllm.arrays import array_namespace, asarray, is_integer
 from npllm.errors import NpllmValueError
 
 __all__ = ["KVCache"]
@@ -119,6 +119,31 @@ class KVCache:
                     kept = new[i, :, oldest - theirs[2] : self.n_ctx - theirs[2], :]
                     x[row, :, oldest - mine[2] : self.n_ctx - mine[2], :] = kept
 
+    def reorder(self, rows):
+        """Let row r of the cache hold what row rows[r] holds now, keys and values and all that is known of them.
+
+        Parameters
+        ----------
+        rows : list of int
+            A row may be named several times, or not at all: the cache then grows or shrinks to len(rows) sequences.
+
+        Raises
+        ------
+        NpllmValueError
+            When no row is named, or one that does not exist.
+
+        Notes
+        -----
+        Source: `DynamicCache.reorder_cache` and `batch_repeat_interleave` in Transformers.
+        """
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or not is_integer(rows) or rows.size == 0 or rows.min() < 0 or rows.max() >= self.n_batch:
+            raise NpllmValueError(f"rows must be integers in 0 ... n_batch - 1 = {self.n_batch - 1}, at least one, got "
+                                  f"{rows.tolist()}")
+        self.ids, self.positions, self.valid, self.choice = (x[rows] for x in (self.ids, self.positions, self.valid, self.choice))
+        self.n_batch = len(rows)
+        self._layers = [layer and (*(_rows(x, rows, self.n_ctx - layer[2]) for x in layer[:2]), layer[2]) for layer in self._layers]
+
     def state(self):
         """What `restore` needs to go back to here."""
         return self.n_ctx, self.ids, self.positions, self.valid
@@ -157,6 +182,14 @@ class KVCache:
 def _empty(x, capacity):
     n_batch, n_kv_head, _, d_head = x.shape
     return array_namespace(x).empty((n_batch, n_kv_head, capacity, d_head), dtype=x.dtype)
+
+
+def _rows(x, rows, used):
+    """A new array of some rows of `x`, of the same capacity, filled as far as it is used."""
+    xp = array_namespace(x)
+    new = xp.empty((len(rows), *x.shape[1:]), dtype=x.dtype)
+    new[:, :, :used, :] = xp.take(x[:, :, :used, :], asarray(rows, xp), axis=0)
+    return new
 
 
 def _moved(x, start, stop, capacity):

@@ -9,13 +9,17 @@ import warnings
 import click
 
 from npllm import __version__, report
-from npllm.arrays import BACKENDS
+from npllm.arrays import BACKENDS, DTYPES
 from npllm.checkpoint import find_nonfinite
-from npllm.errors import NpllmError, NpllmValueError
+from npllm.config import Config
+from npllm.cost import cost_facts
+from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.fetch import DEFAULT_MODEL, fetch
+from npllm.generate import FILTER_ORDERS
 from npllm.model import checkpoint_folder, load
 from npllm.ops import reference
 from npllm.plots import draw_masks, draw_weights
+from npllm.score import perplexity_facts
 from npllm.steps import attention_steps
 from npllm.tokenizer import Tokenizer
 
@@ -186,17 +190,108 @@ def _answer(model, messages, options):
 @click.argument("prompt", default="-")
 @_model_options
 @click.option("-k", "--top", "n", type=click.IntRange(min=1), default=10, show_default=True, help="How many tokens.")
+@click.option("--temp", "--temperature", "temperature", type=float, help="0 is greedy.")
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--min-p", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--order", type=click.Choice(tuple(FILTER_ORDERS)), default="transformers", show_default=True, help="Of the filters.")
 @_chat_option
 @_json_option
-def topk(prompt, model, n, chat, as_json):
-    """Show the most likely next tokens after PROMPT, and their probabilities."""
-    rows = report.next_tokens(model(), _read_prompt(prompt, chat), n)
+def topk(prompt, model, n, chat, as_json, **filters):
+    """Show the most likely next tokens after PROMPT, and their probabilities after the filters given."""
+    rows = report.next_tokens(model(), _read_prompt(prompt, chat), n, **filters)
     if as_json:
         _print_json(rows)
         return
     for row in rows:
         bar = "█" * round(40 * row["probability"])
         click.echo(f"{row['id']:>7}  {row['text']!r:<20} {row['probability']:8.4f}  {bar}")
+
+
+@main.command()
+@click.argument("prompt", default="-")
+@_model_options
+@click.option("--num-beams", type=click.IntRange(min=1), default=4, show_default=True, help="Answers that run side by side.")
+@click.option("--num-return-sequences", type=click.IntRange(min=1), default=1, show_default=True, help="At most --num-beams.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--length-penalty", type=float, default=1.0, show_default=True, help="The larger, the longer the answers.")
+@click.option("--early-stopping", type=click.Choice(("true", "false", "never")), default="false", show_default=True,
+              help="End with the first finished answers; when no better one is likely; when none is possible.")
+@click.option("--repetition-penalty", type=float)
+@_chat_option
+@_json_option
+def beam(prompt, model, chat, early_stopping, as_json, **options):
+    """Search for the likeliest answers to PROMPT ("-": standard input), several at a time."""
+    prompt, early = _read_prompt(prompt, chat), {"true": True, "false": False, "never": "never"}[early_stopping]
+    answers = model().beam_search(prompt, early_stopping=early, **options)
+    if as_json:
+        _print_json(answers)
+        return
+    for answer in answers:
+        _write(f"{answer['score']:9.4f}  {answer['text']!r}\n")
+
+
+@main.command()
+@click.argument("text", default="-")
+@_model_options
+@_json_option
+def score(text, model, as_json):
+    """Show the log-probability of every token of TEXT after those before it."""
+    facts = report.score_facts(model(), _read_prompt(text))
+    if as_json:
+        _print_json(facts)
+        return
+    for row in facts["tokens"]:
+        value = "" if row["log_probability"] is None else f"{row['log_probability']:.4f}"
+        _write(f"{row['id']:>7}  {row['text']!r:<20} {value:>9}\n")
+    click.echo(f"log-probability {facts['log_probability']:.4f}, perplexity {facts['perplexity']:.4f}")
+
+
+@main.command()
+@click.argument("file", default="-", type=click.Path(allow_dash=True))
+@_model_options
+@click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a window. [2048, or the context length]")
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens from one window to the next. [half a window]")
+@_json_option
+def perplexity(file, model, max_length, stride, as_json):
+    """Measure the perplexity of a text FILE ("-": standard input) of any length, with windows that overlap."""
+    facts = perplexity_facts(model(), _read_file(file), max_length=max_length, stride=stride, progress=True)
+    if as_json:
+        _print_json(facts)
+        return
+    click.echo(f"perplexity {facts['perplexity']:.4f}, {facts['bits_per_byte']:.4f} bits per byte, {facts['tokens']} tokens")
+    click.echo(f"{facts['tokens_per_second']:.1f} tokens/s, {facts['seconds']:.1f} s", err=True)
+
+
+def _read_file(file):
+    """The text of a UTF-8 file, or of standard input."""
+    try:
+        if file == "-":
+            return sys.stdin.read()
+        with open(file, encoding="utf-8") as stream:
+            return stream.read()
+    except UnicodeDecodeError as error:
+        raise NpllmValueError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise NpllmOSError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+@main.command()
+@_path_option
+@click.option("--context", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of the prompt.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences side by side.")
+@click.option("--dtype", type=click.Choice(tuple(DTYPES)), help="Of the weights. [as config.json says]")
+@_json_option
+def cost(path, context, batch, dtype, as_json):
+    """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json alone, no weights."""
+    config = Config.from_json(path if path and path.endswith(".json") else checkpoint_folder(path))
+    facts = cost_facts(config, context, n_batch=batch, dtype=dtype)
+    if as_json:
+        _print_json(facts)
+        return
+    for line in report.cost_lines(facts):
+        click.echo(line)
 
 
 @main.command()

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from npllm import ops
-from npllm.arrays import to_numpy
+from npllm.arrays import array_namespace, to_numpy, widen
 from npllm.config import is_token, quote, read_json
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.tokenizer import Detokenizer
 
-__all__ = ["GenerationConfig", "Sampling", "TextStream", "choose", "generate_tokens", "prepare", "stream_batch"]
+__all__ = ["GenerationConfig", "Sampling", "TextStream", "choose", "filter_logits", "generate_tokens",
+           "next_token_distribution", "prepare", "stream_batch"]
 
 # Entries of generation_config.json that would change the text, and the values of them that do not.
 NEUTRAL = {"num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (None, 0), "typical_p": (1, None), "epsilon_cutoff": (0,),
@@ -22,6 +23,11 @@ NEUTRAL = {"num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (None, 0
            "min_length": (0,), "min_new_tokens": (None, 0), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
            "suppress_tokens": (None,), "begin_suppress_tokens": (None,), "exponential_decay_length_penalty": (None,),
            "stop_strings": (None,), "watermarking_config": (None,), "dola_layers": (None,)}
+
+# The order of the filters.  Engines agree on what each does, not on when.
+FILTER_ORDERS = {"transformers": ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"),
+                 "llama.cpp": ("repetition_penalty", "top_k", "top_p", "min_p", "temperature")}
+NO_FILTER = {"repetition_penalty": 1, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}  # the values that change nothing
 
 
 @dataclass(frozen=True)
@@ -142,17 +148,100 @@ def choose(logits, sampling, seen=None, u=None):
 
     Notes
     -----
-    Source: the order of `GenerationMixin._get_logits_processor` in Transformers: penalty, temperature, top-k, top-p, min-p.
+    Source: `GenerationMixin._sample` in Transformers, whose order of the filters it follows.
     """
-    if sampling.repetition_penalty not in (None, 1):
-        logits = ops.repetition_penalty(logits, seen, sampling.repetition_penalty)
     if not sampling.do_sample:
-        return ops.greedy(logits)
-    for name, off in (("temperature", 1), ("top_k", 0), ("top_p", 1), ("min_p", 0)):
+        return ops.greedy(filter_logits(logits, Sampling(repetition_penalty=sampling.repetition_penalty), seen))
+    return ops.sample(filter_logits(logits, sampling, seen), u)
+
+
+def filter_logits(logits, sampling, seen=None, order="transformers"):
+    """Apply the filters that are switched on, one after another.
+
+        transformers:  repetition_penalty, temperature, top_k, top_p, min_p
+        llama.cpp:     repetition_penalty, top_k, top_p, min_p, temperature
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+    sampling : Sampling
+    seen : bool array [..., n_vocab], optional
+        Tokens of the prompt and of the answer so far; needed for the repetition penalty.
+    order : str
+        "transformers" or "llama.cpp".
+
+    Returns
+    -------
+    logits : array [..., n_vocab]
+        -inf where a token is excluded.
+
+    Raises
+    ------
+    NpllmValueError
+        For another order, and for a repetition penalty without `seen`.
+
+    Notes
+    -----
+    With the temperature last, top_p and min_p see the model's own probabilities, so that a high temperature lets no further tokens
+    in.  The orders agree at temperature 1, and where only top_k is used.  Two things of llama.cpp are not followed: it cuts ties
+    with the k-th largest logit arbitrarily, and its penalty looks at the last 64 tokens only (give `seen` accordingly).
+
+    Source: `GenerationMixin._get_logits_processor` in Transformers; `common_params_sampling.samplers` in llama.cpp's
+    common/common.h: penalties, dry, top_n_sigma, top_k, typ_p, top_p, min_p, xtc, temperature, of which the default leaves those
+    that are not named here switched off.
+    """
+    if order not in FILTER_ORDERS:
+        raise NpllmValueError(f"order must be one of {', '.join(FILTER_ORDERS)}, got {order!r}")
+    for name in FILTER_ORDERS[order]:
         value = getattr(sampling, name)
-        if value is not None and value != off:
-            logits = getattr(ops, name)(logits, value)
-    return ops.sample(logits, u)
+        if value is None or value == NO_FILTER[name]:
+            continue
+        if name == "repetition_penalty" and seen is None:
+            raise NpllmValueError(f"repetition_penalty = {value} needs `seen`, the tokens so far as a bool array of the shape "
+                                  f"{list(logits.shape)} of the logits; got None")
+        logits = getattr(ops, name)(logits, *([seen] if name == "repetition_penalty" else []), value)
+    return logits
+
+
+def next_token_distribution(logits, *, order="transformers", seen=None, temperature=None, top_k=None, top_p=None, min_p=None,
+                            repetition_penalty=None):
+    """Give the exact distribution that the next token is drawn from, after all filters.
+
+        p = softmax(filter_logits(logits))
+
+    Parameters
+    ----------
+    logits : array [..., n_vocab]
+    order : str
+        "transformers" or "llama.cpp": the order of the filters, see `filter_logits`.
+    seen : bool array [..., n_vocab], optional
+        Tokens so far; needed for the repetition penalty.
+    temperature, top_k, top_p, min_p, repetition_penalty : number, optional
+        None: off.  temperature=0 is greedy.
+
+    Returns
+    -------
+    p : array [..., n_vocab]
+        float64; every row sums to 1.  Greedy: 1 at the token that is chosen.
+
+    Raises
+    ------
+    NpllmValueError
+        For values out of range, another order, and for a repetition penalty without `seen`.
+
+    Notes
+    -----
+    It is the distribution that `ops.sample` inverts: token i is drawn for a part p[i] of all u.
+
+    Source: `GenerationMixin._sample` in Transformers; `llama_sampler_dist` in llama.cpp.
+    """
+    xp = array_namespace(logits)
+    sampling = Sampling(True, temperature, top_k, top_p, min_p, repetition_penalty)
+    check_sampling(sampling)
+    if temperature != 0:
+        return ops.softmax(widen(filter_logits(logits, sampling, seen, order), xp.float64))
+    chosen = ops.greedy(filter_logits(logits, Sampling(repetition_penalty=repetition_penalty), seen, order))
+    return xp.astype(xp.arange(logits.shape[-1]) == chosen[..., None], xp.float64)
 
 
 def uniforms(seed, n_batch, step):
@@ -196,10 +285,10 @@ def generate_tokens(model, input_ids, valid=None, *, max_new_tokens=50, sampling
     """
     n_batch, n_prompt = input_ids.shape
     ids, valid = input_ids, np.ones(input_ids.shape, dtype=bool) if valid is None else valid
-    n_new = _room(model.config, n_prompt, max_new_tokens)
+    n_new = room_for(model.config, n_prompt, max_new_tokens)
     cache = model.new_cache(n_batch) if use_cache else None
     seed = secrets.randbits(64) if seed is None else seed
-    seen = _seen(ids, valid, model.config.vocab_size)
+    seen = seen_tokens(ids, valid, model.config.vocab_size)
     for step in range(n_new):
         new = ids if step == 0 or not use_cache else ids[:, -1:]
         logits = _last_logits(model, new, valid, cache)
@@ -276,14 +365,18 @@ def stream_batch(model, input_ids, valid, streams, **options):
     pieces : list of str
         What each row's text gained.
     """
-    settings = model.generation_config
-    fill = settings.pad_token_id if settings.pad_token_id is not None else (settings.eos_token_id or (0,))[0]
+    fill = fill_id(model.generation_config)
     for token in generate_tokens(model, input_ids, valid, **options):
         ended = np.array([stream.ended for stream in streams])
         token = np.where(ended, fill, token)
         yield token, ["" if stream.ended else stream.push(t) for stream, t in zip(streams, token, strict=True)]
         if all(stream.ended for stream in streams):
             return
+
+
+def fill_id(settings):
+    """What stands behind the end of a shorter answer: the pad id, else the first stop id, else 0."""
+    return settings.pad_token_id if settings.pad_token_id is not None else (settings.eos_token_id or (0,))[0]
 
 
 def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50, seed=None, use_cache=True, **choice):
@@ -375,7 +468,7 @@ def _is_array(prompt):
     return hasattr(prompt, "__array_namespace__")
 
 
-def _room(config, n_prompt, max_new_tokens):
+def room_for(config, n_prompt, max_new_tokens):
     """How many tokens may follow a prompt; warns where the context ends before max_new_tokens."""
     room = config.context_length - n_prompt
     if room < max_new_tokens:
@@ -384,7 +477,7 @@ def _room(config, n_prompt, max_new_tokens):
     return min(room, max_new_tokens)
 
 
-def _seen(ids, valid, n_vocab):
+def seen_tokens(ids, valid, n_vocab):
     """Mark the tokens of each prompt, padding left out."""
     seen = np.zeros((ids.shape[0], n_vocab), dtype=bool)
     rows, columns = np.nonzero(valid)

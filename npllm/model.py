@@ -7,12 +7,13 @@ import numpy as np
 
 from npllm import ops as _ops
 from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_integer, to_numpy, widen
+from npllm.beam import beam_search, beam_texts
 from npllm.cache import KVCache
 from npllm.checkpoint import load_params
 from npllm.config import Config
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.fetch import fetch, find_checkpoint
-from npllm.generate import GenerationConfig, is_chat, prepare, stream_batch
+from npllm.generate import GenerationConfig, is_chat, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.models import heads, phi3, rope
 from npllm.tokenizer import Tokenizer
 
@@ -347,6 +348,50 @@ class Model:
                 yield rest
 
         return pieces()
+
+    def beam_search(self, prompt, **options):
+        """Search for the answers of the highest score.
+
+        Parameters
+        ----------
+        prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
+        **options
+            num_beams=4, num_return_sequences=1, max_new_tokens=50, length_penalty=1.0, early_stopping=False, repetition_penalty,
+            attention_mask; see `npllm.beam.beam_search`, where the formula stands.
+
+        Returns
+        -------
+        answers : list of dict, or Beams
+            For text and messages [{"text", "score"}, ...], the best first, and a list of such lists for a list of prompts; for an
+            array of ids `Beams(sequences, scores)`.
+
+        Notes
+        -----
+        Source: `GenerationMixin._beam_search` in Transformers.
+        """
+        return (beam_search if hasattr(prompt, "__array_namespace__") else beam_texts)(self, prompt, **options)
+
+    def next_token_distribution(self, prompt, *, order="transformers", attention_mask=None, **filters):
+        """Give the exact distribution of the token after a prompt, after all filters.
+
+        Parameters
+        ----------
+        prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
+        order : str
+            "transformers" or "llama.cpp": in which order the filters are applied.
+        attention_mask : array [n_batch, n_prompt], optional
+            Only with an array of ids: 0 for padding on the left.
+        **filters
+            temperature, top_k, top_p, min_p, repetition_penalty; what is left out is off, whatever generation_config.json says.
+
+        Returns
+        -------
+        p : array [n_batch, n_vocab]
+            NumPy float64; see `npllm.generate.next_token_distribution`.
+        """
+        ids, valid, _, _ = prepare(self, prompt, attention_mask)
+        logits = to_numpy(self(ids, attention_mask=valid, logits_to_keep=1))[:, -1, :]
+        return next_token_distribution(logits, order=order, seen=seen_tokens(ids, valid, self.config.vocab_size), **filters)
 
     def require_tokenizer(self):
         """Return the tokenizer; raise where the folder has none."""

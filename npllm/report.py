@@ -16,10 +16,12 @@ from npllm.checkpoint import SAFETENSORS_DTYPES, check_entries, read_entries
 from npllm.config import Config
 from npllm.errors import NpllmError
 from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
-from npllm.generate import prepare, stream_batch
+from npllm.generate import next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.models import phi3
+from npllm.score import score
 
-__all__ = ["attention_rows", "checkpoint_facts", "generate_timed", "machine_facts", "next_tokens", "peak_memory", "speed"]
+__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "machine_facts", "next_tokens", "peak_memory",
+           "score_facts", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
             "cupy-cuda13x")
@@ -83,7 +85,7 @@ def checkpoint_facts(folder):
     }
 
 
-def next_tokens(model, prompt, n):
+def next_tokens(model, prompt, n, *, order="transformers", **filters):
     """List the n most likely next tokens after a prompt.
 
     Parameters
@@ -91,18 +93,68 @@ def next_tokens(model, prompt, n):
     model : Model
     prompt : str or list of messages
     n : int
+    order : str
+        See `npllm.generate.filter_logits`.
+    **filters
+        temperature, top_k, top_p, min_p, repetition_penalty; None: off.
 
     Returns
     -------
     rows : list of dict
-        Each {"id", "text", "logit", "probability"}, the most likely first.
+        Each {"id", "text", "logit", "probability"}, the most likely first; the logit is the model's own, the probability that
+        after the filters.  Tokens that a filter excludes are left out.
     """
     ids, valid, _, _ = prepare(model, prompt)
-    logits = to_numpy(model(ids, attention_mask=valid, logits_to_keep=1))[0, -1]
-    probabilities = ops.softmax(logits)
-    best = np.argsort(-logits, kind="stable")[:n]
-    return [{"id": int(i), "text": model.tokenizer.token_text(i), "logit": float(logits[i]), "probability": float(probabilities[i])}
-            for i in best]
+    logits = to_numpy(model(ids, attention_mask=valid, logits_to_keep=1))[:, -1, :]
+    seen = seen_tokens(ids, valid, model.config.vocab_size)
+    probabilities = next_token_distribution(logits, order=order, seen=seen, **filters)[0]
+    best = [i for i in np.lexsort((-logits[0], -probabilities))[:n] if probabilities[i] > 0]
+    return [{"id": int(i), "text": model.tokenizer.token_text(i), "logit": float(logits[0, i]),
+             "probability": float(probabilities[i])} for i in best]
+
+
+def score_facts(model, text, **options):
+    """List every token of a text with its log-probability.
+
+    Parameters
+    ----------
+    model : Model
+    text : str
+    **options
+        As in `npllm.score.score`.
+
+    Returns
+    -------
+    facts : dict
+        "tokens": a list of {"id", "text", "log_probability"}, None for the first; "log_probability" and "perplexity" of the whole.
+    """
+    scored = score(model, text, **options)
+    each = [None, *map(float, scored.log_probs)]
+    return {"tokens": [{"id": int(i), "text": model.tokenizer.token_text(i), "log_probability": value}
+                       for i, value in zip(scored.ids, each, strict=True)],
+            "log_probability": scored.total, "perplexity": scored.perplexity}
+
+
+def cost_lines(facts):
+    """Lay out what `npllm.cost.cost_facts` found: yield lines of text."""
+    yield f"parameters {facts['parameters']:>24,}   {facts['weight_bytes']:,} bytes in {facts['dtype']}"
+    yield from (f"  {part:<12} {count:>20,}" for part, count in facts["parameters_by_part"].items())
+    yield f"\n{facts['batch']} x {facts['context']} tokens {'FLOPs':>22} {'bytes':>20} {'FLOPs/byte':>11}"
+    for title, key in (("prefill", "prefill"), ("decode step", "decode_step"), ("  uncached", "decode_step_uncached")):
+        yield _cost_line(title, facts[key])
+        if key != "decode_step_uncached":
+            yield from (_cost_line("  " + op, cost) for op, cost in facts[key]["by_op"].items())
+    run = facts["whole_run"]
+    yield (f"\n{run['tokens']} tokens one by one: {run['cached_flops']:,} FLOPs with the cache, {run['uncached_flops']:,} without: "
+           f"{run['ratio']:.1f} times as many")
+    yield f"\nKV cache {facts['kv_cache_bytes']:>26,} bytes"
+    for name, row in facts["kv_cache"].items():
+        window = "" if row["window"] is None else f"   {row['window']:,} with the window of {facts['window']}"
+        yield f"  {name.upper()}, {row['n_kv_head']:>3} heads {row['full']:>21,}{window}"
+
+
+def _cost_line(title, cost):
+    return f"{title:<14} {cost['flops']:>25,} {cost['bytes']:>20,} {cost['intensity']:>11.2f}"
 
 
 def attention_rows(steps):

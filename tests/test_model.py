@@ -29,6 +29,8 @@ TAPS = {  # name -> axes, beside n_batch and n_seq
 NAMES = ["model.embed_tokens", *(f"model.layers.{n}{tap}" for n in range(2) for tap in [*("." + name for name in TAPS), ""]),
          "model.norm", "lm_head"]
 
+OF_OTHER_BLOCKS = ("layer_norm", "relu", "gelu")  # operations that no Phi-3 layer calls
+
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def any_model(request):
@@ -364,14 +366,14 @@ def test_every_op_runs_in_prefill_and_in_decode(base):
     for n_seq in (5, 1):
         counted.calls.clear()
         m(random_ids(1, n_seq), cache=cache)
-        assert counted.calls.keys() == {field.name for field in fields(base)} - {"name"}
+        assert counted.calls.keys() == {field.name for field in fields(base)} - {"name", *OF_OTHER_BLOCKS}
         assert counted.calls | {"embed": 1, "rope_tables": 1, "norm_linear": 4, "attention": 2, "apply_rope": 4, "swiglu": 2} == counted.calls
 
 
 def test_under_a_tap_a_replaced_op_is_still_the_one_that_runs():
     counted = Counted()
     model(ops=counted.ops)(random_ids(1, 5), tap=lambda _, x: x)
-    assert counted.calls.keys() == {field.name for field in fields(counted.ops)} - {"name", *ops.FUSIONS}
+    assert counted.calls.keys() == {field.name for field in fields(counted.ops)} - {"name", *ops.FUSIONS, *OF_OTHER_BLOCKS}
     assert counted.calls | {"rms_norm": 5, "linear": 9, "apply_rope": 4, "attention": 2, "swiglu": 2} == counted.calls
 
 

@@ -18,7 +18,7 @@ from npllm.ops.attention_io import attention_io
 from npllm.ops.blockwise import blockwise_attention, merge_attention, split_kv_attention
 from npllm.ops.embedding import add_positions, embed, sinusoidal_positions
 from npllm.ops.emulate import emulate
-from npllm.ops.feedforward import silu, swiglu
+from npllm.ops.feedforward import gelu, relu, silu, swiglu
 from npllm.ops.frequencies import (
     dynamic_base,
     linear_frequencies,
@@ -29,18 +29,20 @@ from npllm.ops.frequencies import (
     yarn_scale,
 )
 from npllm.ops.linear import linear, mean_pool_kv_heads, merge_heads, split_heads
-from npllm.ops.norm import rms_norm
+from npllm.ops.norm import layer_norm, rms_norm
 from npllm.ops.residual import add
 from npllm.ops.rope import apply_rope, apply_rope_complex, rope_tables, rotation_matrix
-from npllm.ops.sampling import greedy, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
+from npllm.ops.sampling import greedy, log_softmax, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
+from npllm.ops.special import erf
 
 __all__ = [
     "Ops", "add", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_io",
-    "attention_weights", "blockwise", "blockwise_attention", "dynamic_base", "embed", "emulate", "greedy", "linear",
-    "linear_frequencies", "llama3_frequencies", "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention",
-    "merge_heads", "min_p", "norm_linear", "reference", "repetition_penalty", "rms_norm", "rope_frequencies",
-    "rope_tables", "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads",
-    "split_kv_attention", "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
+    "attention_weights", "blockwise", "blockwise_attention", "dynamic_base", "embed", "emulate", "erf", "gelu",
+    "greedy", "layer_norm", "linear", "linear_frequencies", "llama3_frequencies", "log_softmax", "longrope_scale",
+    "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "norm_linear", "reference", "relu",
+    "repetition_penalty", "rms_norm", "rope_frequencies", "rope_tables", "rotation_matrix", "sample", "silu",
+    "sinusoidal_positions", "softmax", "split_heads", "split_kv_attention", "swiglu", "temperature", "top_k", "top_p",
+    "yarn_frequencies", "yarn_scale",
 ]
 
 
@@ -95,6 +97,9 @@ class Ops:
     attention: Callable
     swiglu: Callable
     add: Callable = add
+    layer_norm: Callable = layer_norm
+    relu: Callable = relu
+    gelu: Callable = gelu
     norm_linear: Callable | None = None
     name: str = "custom"
 

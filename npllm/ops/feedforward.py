@@ -2,8 +2,9 @@
 
 from npllm.arrays import array_namespace, compute_dtype, widen
 from npllm.errors import NpllmValueError
+from npllm.ops.special import erf
 
-__all__ = ["silu", "swiglu"]
+__all__ = ["gelu", "relu", "silu", "swiglu"]
 
 
 def silu(x):
@@ -66,3 +67,68 @@ def swiglu(gate, up):
     dtype = compute_dtype(gate, up)
     y = silu(widen(gate, dtype)) * widen(up, dtype)
     return y if y.dtype == gate.dtype else xp.astype(y, gate.dtype)
+
+
+def relu(x):
+    """Keep what is positive.
+
+        y = max(x, 0)
+
+    Parameters
+    ----------
+    x : array [...]
+
+    Returns
+    -------
+    y : array [...]
+        A new array in the dtype of `x`.
+
+    Notes
+    -----
+    Source: "Rectified Linear Units Improve Restricted Boltzmann Machines" (Nair and Hinton 2010); the feed-forward network of
+    "Attention Is All You Need" (Vaswani et al. 2017), equation 2.
+    """
+    xp = array_namespace(x)
+    wide = widen(x)
+    y = xp.where(wide > 0, wide, xp.where(wide == wide, xp.zeros_like(wide), wide))  # NaN stays NaN
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
+
+
+def gelu(x, approximate="none"):
+    """Multiply each entry by the probability that a normal variable lies below it.
+
+        y = x * (1 + erf(x / sqrt(2))) / 2                                          approximate = "none"
+        y = x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2                approximate = "tanh"
+
+    Parameters
+    ----------
+    x : array [...]
+    approximate : str
+        "none" or "tanh".
+
+    Returns
+    -------
+    y : array [...]
+        A new array in the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When `approximate` is neither word.
+
+    Notes
+    -----
+    The exact form computes in float64 and rounds once; the other in float32 (float64 when `x` is).
+
+    Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2; `torch.nn.functional.gelu`.
+    """
+    xp = array_namespace(x)
+    if approximate not in ("none", "tanh"):
+        raise NpllmValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
+    if approximate == "none":
+        wide = widen(x, xp.float64)
+        y = wide * (1 + erf(wide * 0.5**0.5)) / 2
+    else:
+        wide = widen(x)
+        y = wide * (1 + xp.tanh((2 / 3.141592653589793) ** 0.5 * (wide + 0.044715 * wide * wide * wide))) / 2
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)

@@ -2,7 +2,7 @@
 
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
 
-__all__ = ["rms_norm"]
+__all__ = ["layer_norm", "rms_norm"]
 
 
 def rms_norm(x, weight, eps):
@@ -42,4 +42,46 @@ def rms_norm(x, weight, eps):
     wide = widen(x, dtype)
     mean_square = xp.mean(wide * wide, axis=-1, keepdims=True)
     y = widen(weight, dtype) * (wide / xp.sqrt(mean_square + eps))
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
+
+
+def layer_norm(x, weight, bias, eps):
+    """Shift each row to mean 0 and scale it to variance 1, then scale and shift every channel.
+
+        mu = mean_j x[..., j],   var = mean_j (x[..., j] - mu)**2
+        y[..., i] = weight[i] * (x[..., i] - mu) / sqrt(var + eps) + bias[i]
+
+    Parameters
+    ----------
+    x : array [..., d_model]
+    weight : array [d_model]
+    bias : array [d_model]
+    eps : float
+        Stands inside the root.
+
+    Returns
+    -------
+    y : array [..., d_model]
+        A new array in the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When `weight` or `bias` does not have the width of `x`.
+
+    Notes
+    -----
+    Computes in float32 (float64 when any input is) and rounds once.
+
+    Source: "Layer Normalization" (Ba et al. 2016), equation 4; `torch.nn.LayerNorm`.
+    """
+    xp = array_namespace(x, weight, bias)
+    expect_shape("x", x, dots=None, d_model=None)
+    expect_shape("weight", weight, d_model=x.shape[-1])
+    expect_shape("bias", bias, d_model=x.shape[-1])
+    dtype = compute_dtype(x, weight, bias)
+    wide = widen(x, dtype)
+    centred = wide - xp.mean(wide, axis=-1, keepdims=True)
+    variance = xp.mean(centred * centred, axis=-1, keepdims=True)
+    y = widen(weight, dtype) * (centred / xp.sqrt(variance + eps)) + widen(bias, dtype)
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)

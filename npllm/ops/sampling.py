@@ -1,13 +1,13 @@
 """From logits to the next token: filters that map logits to logits, and the draw.
 
-The filters follow Transformers: each excludes a token by giving it -inf, and softmax renormalises what is left.  Transformers
-applies them in the order repetition_penalty, temperature, top_k, top_p, min_p.
+The filters follow Transformers: each excludes a token by giving it -inf, and softmax renormalises what is left.  The order in
+which they are applied matters, and engines differ in it: `npllm.generate.FILTER_ORDERS`.
 """
 
 from npllm.arrays import array_namespace, expect_shape, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
 
-__all__ = ["greedy", "min_p", "repetition_penalty", "sample", "softmax", "temperature", "top_k", "top_p"]
+__all__ = ["greedy", "log_softmax", "min_p", "repetition_penalty", "sample", "softmax", "temperature", "top_k", "top_p"]
 
 
 def softmax(x, axis=-1):
@@ -39,6 +39,39 @@ def softmax(x, axis=-1):
     e = xp.exp(wide - xp.where(m == -xp.inf, xp.zeros_like(m), m))
     total = xp.sum(e, axis=axis, keepdims=True)
     y = e / xp.where(total == 0, xp.ones_like(total), total)
+    return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
+
+
+def log_softmax(x, axis=-1):
+    """Turn scores into log-probabilities.
+
+        y[i] = x[i] - m - log(sum_j exp(x[j] - m)),   m = max_j x[j]
+
+    Parameters
+    ----------
+    x : array [..., n_vocab]
+        -inf excludes an entry.
+    axis : int
+        The axis over which the probabilities sum to 1.
+
+    Returns
+    -------
+    y : array [..., n_vocab]
+        In the dtype of `x`.  -inf where `x` is; all of it where every entry is.
+
+    Notes
+    -----
+    Computes in float32 (float64 when `x` is).  The logarithm of `softmax` would be -inf where the probability is below the
+    smallest float.
+
+    Source: `torch.nn.functional.log_softmax`.
+    """
+    xp = array_namespace(x)
+    wide = widen(x)
+    m = xp.max(wide, axis=axis, keepdims=True)
+    shifted = wide - xp.where(m == -xp.inf, xp.zeros_like(m), m)
+    total = xp.sum(xp.exp(shifted), axis=axis, keepdims=True)
+    y = shifted - xp.log(xp.where(total == 0, xp.ones_like(total), total))
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 

@@ -1,0 +1,317 @@
+"""The block of 2017 and its relatives: post-norm or pre-norm, encoder, decoder with cross-attention, wired from the same ops."""
+
+from typing import Any, NamedTuple
+
+from npllm.errors import NpllmValueError
+from npllm.ops import mask as rules
+from npllm.ops import merge_heads, split_heads
+
+__all__ = [
+    "AttentionParams", "DecoderLayerParams", "EncoderLayerParams", "FeedForwardParams", "NormParams", "TransformerParams", "decode",
+    "decoder_layer", "encode", "encoder_layer", "feed_forward", "forward", "from_torch", "multi_head_attention",
+]
+
+Array = Any
+
+
+class NormParams(NamedTuple):
+    """Gain and shift of a LayerNorm."""
+
+    weight: Array  # [d_model]
+    bias: Array  # [d_model]
+
+
+class AttentionParams(NamedTuple):
+    """The four projections of multi-head attention, and their biases."""
+
+    q_proj: Array  # [n_head*d_head, d_model]
+    k_proj: Array  # [n_kv_head*d_head, d_model]
+    v_proj: Array  # [n_kv_head*d_head, d_model]
+    o_proj: Array  # [d_model, n_head*d_head]
+    q_bias: Array | None = None  # [n_head*d_head]
+    k_bias: Array | None = None  # [n_kv_head*d_head]
+    v_bias: Array | None = None  # [n_kv_head*d_head]
+    o_bias: Array | None = None  # [d_model]
+
+
+class FeedForwardParams(NamedTuple):
+    """The two linear maps of a feed-forward network."""
+
+    up_proj: Array  # [d_ff, d_model]
+    up_bias: Array  # [d_ff]
+    down_proj: Array  # [d_model, d_ff]
+    down_bias: Array  # [d_model]
+
+
+class EncoderLayerParams(NamedTuple):
+    """Weights of an encoder layer."""
+
+    self_attn: AttentionParams
+    self_attn_norm: NormParams
+    feed_forward: FeedForwardParams
+    feed_forward_norm: NormParams
+
+
+class DecoderLayerParams(NamedTuple):
+    """Weights of a decoder layer with cross-attention."""
+
+    self_attn: AttentionParams
+    self_attn_norm: NormParams
+    cross_attn: AttentionParams
+    cross_attn_norm: NormParams
+    feed_forward: FeedForwardParams
+    feed_forward_norm: NormParams
+
+
+class TransformerParams(NamedTuple):
+    """Weights of an encoder and a decoder; a final norm where there is one."""
+
+    encoder: tuple[EncoderLayerParams, ...]
+    decoder: tuple[DecoderLayerParams, ...]
+    encoder_norm: NormParams | None = None
+    decoder_norm: NormParams | None = None
+
+
+def multi_head_attention(x, memory, params, n_head, ops, mask=None):
+    """Let the positions of `x` gather from the positions of `memory`; self-attention where the two are the same.
+
+        y = o_proj(merge_heads(attention(q, k, v))),   q = q_proj(x),  k = k_proj(memory),  v = v_proj(memory)
+
+    Parameters
+    ----------
+    x : array [n_batch, n_seq, d_model]
+    memory : array [n_batch, n_ctx, d_model]
+    params : AttentionParams
+    n_head : int
+        Query heads; the key/value heads follow from the rows of k_proj.
+    ops : Ops
+    mask : Rule, optional
+
+    Returns
+    -------
+    y : array [n_batch, n_seq, d_model]
+
+    Notes
+    -----
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2; `torch.nn.MultiheadAttention`.
+    """
+    d_head = params.q_proj.shape[0] // n_head
+    q = split_heads(ops.linear(x, params.q_proj, params.q_bias), n_head)
+    k = split_heads(ops.linear(memory, params.k_proj, params.k_bias), params.k_proj.shape[0] // d_head)
+    v = split_heads(ops.linear(memory, params.v_proj, params.v_bias), params.k_proj.shape[0] // d_head)
+    return ops.linear(merge_heads(ops.attention(q, k, v, mask=mask)), params.o_proj, params.o_bias)
+
+
+def feed_forward(x, params, ops, activation):
+    """Transform every position by itself.
+
+        y = down_proj(activation(up_proj(x)))
+
+    Parameters
+    ----------
+    x : array [..., d_model]
+    params : FeedForwardParams
+    ops : Ops
+    activation : function (array) -> array
+        `ops.relu` in 2017, `ops.gelu` in BERT and GPT-2.
+
+    Returns
+    -------
+    y : array [..., d_model]
+
+    Notes
+    -----
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 2.
+    """
+    return ops.linear(activation(ops.linear(x, params.up_proj, params.up_bias)), params.down_proj, params.down_bias)
+
+
+def sublayer(x, function, norm, ops, norm_first, eps):
+    """Add what a sublayer computes to the residual stream, and normalise.
+
+        post-norm: y = layer_norm(x + function(x));   pre-norm: y = x + function(layer_norm(x))
+
+    Parameters
+    ----------
+    x : array [n_batch, n_seq, d_model]
+    function : function (array) -> array
+    norm : NormParams
+    ops : Ops
+    norm_first : bool
+    eps : float
+
+    Returns
+    -------
+    y : array [n_batch, n_seq, d_model]
+
+    Notes
+    -----
+    Source: "On Layer Normalization in the Transformer Architecture" (Xiong et al. 2020), figure 1.
+    """
+    if norm_first:
+        return x + function(ops.layer_norm(x, norm.weight, norm.bias, eps))
+    return ops.layer_norm(x + function(x), norm.weight, norm.bias, eps)
+
+
+def encoder_layer(x, params, n_head, ops, *, mask=None, activation=None, norm_first=False, eps=1e-5):
+    """Self-attention that sees both sides, then the feed-forward network.
+
+    Parameters
+    ----------
+    x : array [n_batch, n_seq, d_model]
+    params : EncoderLayerParams
+    n_head : int
+    ops : Ops
+    mask : Rule, optional
+    activation : function, optional
+        Default `ops.relu`.
+    norm_first : bool
+        False: post-norm, as in 2017 and in BERT.
+    eps : float
+
+    Returns
+    -------
+    x : array [n_batch, n_seq, d_model]
+
+    Notes
+    -----
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.1; `torch.nn.TransformerEncoderLayer`.
+    """
+    activation = ops.relu if activation is None else activation
+    x = sublayer(x, lambda y: multi_head_attention(y, y, params.self_attn, n_head, ops, mask), params.self_attn_norm, ops,
+                 norm_first, eps)
+    return sublayer(x, lambda y: feed_forward(y, params.feed_forward, ops, activation), params.feed_forward_norm, ops,
+                    norm_first, eps)
+
+
+def decoder_layer(x, memory, params, n_head, ops, *, mask=None, memory_mask=None, activation=None, norm_first=False, eps=1e-5):
+    """Causal self-attention, cross-attention to the encoder's output, then the feed-forward network.
+
+    Parameters
+    ----------
+    x : array [n_batch, n_seq, d_model]
+    memory : array [n_batch, n_src, d_model]
+    params : DecoderLayerParams
+    n_head : int
+    ops : Ops
+    mask : Rule, optional
+        Of the self-attention; default causal.
+    memory_mask : Rule, optional
+        Of the cross-attention; default everything.
+    activation, norm_first, eps
+        As in `encoder_layer`.
+
+    Returns
+    -------
+    x : array [n_batch, n_seq, d_model]
+
+    Notes
+    -----
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.1; `torch.nn.TransformerDecoderLayer`.
+    """
+    activation = ops.relu if activation is None else activation
+    mask = rules.causal() if mask is None else mask
+    x = sublayer(x, lambda y: multi_head_attention(y, y, params.self_attn, n_head, ops, mask), params.self_attn_norm, ops,
+                 norm_first, eps)
+    x = sublayer(x, lambda y: multi_head_attention(y, memory, params.cross_attn, n_head, ops, memory_mask), params.cross_attn_norm,
+                 ops, norm_first, eps)
+    return sublayer(x, lambda y: feed_forward(y, params.feed_forward, ops, activation), params.feed_forward_norm, ops,
+                    norm_first, eps)
+
+
+def encode(x, params, n_head, ops, **options):
+    """Run the encoder's layers and its final norm, if there is one; options as in `encoder_layer`."""
+    for layer in params.encoder:
+        x = encoder_layer(x, layer, n_head, ops, **options)
+    norm = params.encoder_norm
+    return x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, options.get("eps", 1e-5))
+
+
+def decode(x, memory, params, n_head, ops, **options):
+    """Run the decoder's layers and its final norm, if there is one; options as in `decoder_layer`."""
+    for layer in params.decoder:
+        x = decoder_layer(x, memory, layer, n_head, ops, **options)
+    norm = params.decoder_norm
+    return x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, options.get("eps", 1e-5))
+
+
+def forward(source, target, params, n_head, ops, *, source_mask=None, **options):
+    """The encoder-decoder of 2017: read the source, then score the target from it.
+
+        hidden = decode(target, encode(source))
+
+    Parameters
+    ----------
+    source : array [n_batch, n_src, d_model]
+        Embedded tokens with their positions added (`ops.embed`, `ops.sinusoidal_positions`).
+    target : array [n_batch, n_seq, d_model]
+    params : TransformerParams
+    n_head : int
+    ops : Ops
+    source_mask : Rule, optional
+        Hides padding of the source, in the encoder and from the decoder.
+    **options
+        activation, norm_first and eps, as in `encoder_layer`.
+
+    Returns
+    -------
+    hidden : array [n_batch, n_seq, d_model]
+
+    Notes
+    -----
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), figure 1; `torch.nn.Transformer`.
+    """
+    memory = encode(source, params, n_head, ops, mask=source_mask, **options)
+    return decode(target, memory, params, n_head, ops, memory_mask=source_mask, **options)
+
+
+def from_torch(state):
+    """Take over the weights of a `torch.nn.Transformer`.
+
+    Parameters
+    ----------
+    state : dict of str to array
+        Its `state_dict()`, the values as arrays.
+
+    Returns
+    -------
+    params : TransformerParams
+
+    Raises
+    ------
+    NpllmValueError
+        When a tensor is missing; names it.
+
+    Notes
+    -----
+    `in_proj_weight` holds the rows of q, k and v below each other.
+    """
+    def get(name):
+        if name not in state:
+            raise NpllmValueError(f"the state has no {name}; it must be that of a torch.nn.Transformer with biases")
+        return state[name]
+
+    def norm(name):
+        return NormParams(get(name + ".weight"), get(name + ".bias"))
+
+    def attention(name):
+        weight, bias = get(name + ".in_proj_weight"), get(name + ".in_proj_bias")
+        d = weight.shape[0] // 3
+        return AttentionParams(weight[:d], weight[d : 2 * d], weight[2 * d :], get(name + ".out_proj.weight"),
+                               bias[:d], bias[d : 2 * d], bias[2 * d :], get(name + ".out_proj.bias"))
+
+    def network(name):
+        return FeedForwardParams(*(get(f"{name}.{leaf}") for leaf in
+                                   ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")))
+
+    def layers(side):
+        numbers = sorted({int(name.split(".")[2]) for name in state if name.startswith(f"{side}.layers.")})
+        return [f"{side}.layers.{number}" for number in numbers]
+
+    return TransformerParams(
+        tuple(EncoderLayerParams(attention(n + ".self_attn"), norm(n + ".norm1"), network(n), norm(n + ".norm2"))
+              for n in layers("encoder")),
+        tuple(DecoderLayerParams(attention(n + ".self_attn"), norm(n + ".norm1"), attention(n + ".multihead_attn"),
+                                 norm(n + ".norm2"), network(n), norm(n + ".norm3")) for n in layers("decoder")),
+        norm("encoder.norm") if "encoder.norm.weight" in state else None,
+        norm("decoder.norm") if "decoder.norm.weight" in state else None)
