@@ -245,6 +245,8 @@ class Model:
 
         Raises
         ------
+        NpllmTypeError
+            For what is no rule: a function or a table.
         NpllmValueError
             When a list does not have one rule for each layer.
 
@@ -254,6 +256,10 @@ class Model:
 
         Source: "Language Models are Few-Shot Learners" (Brown et al. 2020), section 2.1, alternating dense and sparse layers.
         """
+        rules = mask if isinstance(mask, list | tuple) else [mask] if mask is not None else []
+        if not all(isinstance(rule, _ops.mask.Rule) for rule in rules):
+            raise NpllmTypeError(f"mask must be a Rule of npllm.ops.mask, a list of them or None, got {str(mask)[:100]}; "
+                                 "Rule(function) makes one of a function")
         if isinstance(mask, list | tuple) and len(mask) != self.config.num_hidden_layers:
             raise NpllmValueError(f"mask must hold one rule for each of {self.config.num_hidden_layers} layers, got {len(mask)}")
         return Model(self.config, self.params, ops=self.ops, tokenizer=self.tokenizer, folder=self.folder, mask=mask,

@@ -91,6 +91,8 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
     Notes
     -----
     Each document gets its own positions (0 ...) and sees only itself (`ops.mask.documents`), so the scores are those it has alone.
+    That holds for mask rules of the distance i - j (causal, windows, bands, strides); a rule that goes by absolute slots (fixed,
+    block_local, global_tokens, random_blocks, prefix_lm) means other slots in a packed row.
 
     Source: "Efficient Sequence Packing without Cross-contamination" (Krell et al. 2021).
     """

@@ -380,3 +380,9 @@ def test_a_windowed_run_is_the_full_one_inside_the_window_and_finite_beyond(defa
     close(windowed[:, :16], full[:, :16], times=20)
     assert np.isfinite(windowed).all()
     assert np.abs(windowed[:, 30:] - full[:, 30:]).max() > 0.1
+
+
+@pytest.mark.parametrize("mask", [lambda i, j: j <= i, np.ones((4, 4), bool), [None, None]])
+def test_a_model_takes_rules_only(model, mask):
+    with pytest.raises(NpllmTypeError, match="must be a Rule"):
+        model.with_mask(mask)

@@ -72,8 +72,8 @@ def documents(labels):
 
     Notes
     -----
-    With rotary positions, restarting the positions for each document changes nothing, since scores depend on differences of
-    positions only within a document and leak across documents all the same: this rule is what separates them.
+    To restart the positions for each document does not keep documents apart: a query still sees the keys of the others.  This
+    rule is what separates them.
 
     Source: "Exploring the Limits of Transfer Learning" (Raffel et al. 2019, T5), section 3.1.1 names the packing;
     `packed_sequence_mask_function` in Transformers.
