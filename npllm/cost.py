@@ -449,7 +449,7 @@ def _count_linear(x, weight, bias=None):
 def _count_attention(q, k, v, *, mask=None, q_slots=None, k_slots=None, **_):
     n_seq, n_ctx = q.shape[-2], k.shape[-2]
     slots = range(n_ctx - n_seq, n_ctx) if q_slots is None else q_slots, range(n_ctx) if k_slots is None else k_slots
-    visible = np.True_ if mask is None else evaluate_mask(np, mask, *slots)
+    visible = np.True_ if mask is None else evaluate_mask(np, mask, q, *slots)
     n_pair = int(np.broadcast_to(visible, (*q.shape[:-1], n_ctx)).sum())
     return n_pair * (2 * q.shape[-1] + 1 + SOFTMAX + 2 * v.shape[-1])
 
