@@ -77,6 +77,27 @@ class KVCache:
         slots : range
             Where they stand in the sequence.
         """
+        keys, values, slots = self.extend(layer, k, v)
+        n_seq = k.shape[-2]
+        for x, new in ((keys, k), (values, v)):
+            x[:, :, x.shape[-2] - n_seq :, :] = new
+        return keys, values, slots
+
+    def extend(self, layer, k, v):
+        """Make room for new tokens in one layer, for a kernel that writes their keys and values itself.
+
+        Parameters
+        ----------
+        layer : int
+        k : array [n_batch, n_kv_head, n_seq, d_head]
+            Only its shape, dtype and library count, and so for `v`.
+        v : array [n_batch, n_kv_head, n_seq, d_value]
+
+        Returns
+        -------
+        keys, values, slots
+            As `append` returns them, the last n_seq columns of both still to be filled.
+        """
         n_seq = k.shape[-2]
         self.check_room(k.shape[0], n_seq)
         oldest, stop = self._oldest(), self.n_ctx + n_seq
@@ -85,8 +106,6 @@ class KVCache:
             keys, values = (_moved(x, oldest - first, self.n_ctx - first, self._capacity(stop - oldest)) for x in (keys, values))
             first = oldest
         self._layers[layer] = keys, values, first
-        for x, new in ((keys, k), (values, v)):
-            x[:, :, self.n_ctx - first : stop - first, :] = new
         return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(oldest, stop)
 
     def advance(self, ids, positions, valid, choice):

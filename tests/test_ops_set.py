@@ -15,6 +15,9 @@ from npllm.ops import Ops, blockwise, reference
 NAMES = [field.name for field in fields(Ops) if field.name != "name"]
 FUSIONS = {fusion: parts for fusion, parts in ops.FUSIONS.items()}
 ARGUMENTS = (np.array([[3.0, 4.0]]), np.array([1.0, 2.0]), 1e-5, np.eye(2), np.array([0.5, 0.5]))
+CALLS = {"norm_linear": ARGUMENTS, "norm_swiglu": (*ARGUMENTS[:3], np.array([[1.0, 2.0], [3.0, -1.0]]), np.array([0.5, 0.25])),
+         "linear_add": (ARGUMENTS[0], np.eye(2), np.array([[1.0, -1.0]]), np.array([0.5, 0.5])),
+         "rope_attention": (np.arange(16.0).reshape(2, 8) / 8, *ops.rope_tables(np.arange(2), np.ones(1)), 2, 1)}
 
 
 def counting(set_of_ops, *names):
@@ -84,10 +87,25 @@ def test_fusions_equal_the_composition_of_their_parts():
 
 @pytest.mark.parametrize(("fusion", "part"), [(fusion, part) for fusion, parts in FUSIONS.items() for part in parts])
 def test_a_fusion_of_a_replaced_part_runs_that_part(fusion, part):
-    fused = reference.replace(norm_linear=lambda *_: "fused")
+    fused = reference.replace(**{fusion: lambda *_: "fused"})
     new, counts = counting(fused, part)
-    close(getattr(new, fusion)(*ARGUMENTS), ops.norm_linear(*ARGUMENTS), times=0)
-    assert counts == {part: 1}
+    close(getattr(new, fusion)(*CALLS[fusion]), getattr(ops, fusion)(*CALLS[fusion]), times=0)
+    assert counts == {part: 2 if part == "apply_rope" else 1}
+
+
+def test_fusions_equal_the_mathematics_written_out():
+    x, gain, eps, weight, bias = CALLS["norm_swiglu"]
+    row = (x / np.sqrt((x * x).mean() + eps) * gain) @ weight.T + bias
+    close(ops.norm_swiglu(*CALLS["norm_swiglu"]), row[:, :1] / (1 + np.exp(-row[:, :1])) * row[:, 1:])
+    x, weight, residual, bias = CALLS["linear_add"]
+    close(ops.linear_add(x, weight, residual, bias), residual + x @ weight.T + bias)
+    qkv = CALLS["rope_attention"][0]
+    q, k, v = qkv[:, :4].reshape(2, 2, 2), qkv[:, 4:6], qkv[:, 6:]
+    turn = np.array([[[np.cos(n), -np.sin(n)], [np.sin(n), np.cos(n)]] for n in range(2)])
+    q, k = np.einsum("nij,nhj->nhi", turn, q), np.einsum("nij,nj->ni", turn, k)
+    weights = np.exp(np.einsum("nhi,mi->nhm", q, k) / np.sqrt(2))
+    y = np.einsum("nhm,mi->nhi", weights / weights.sum(-1, keepdims=True), v)
+    close(ops.rope_attention(*CALLS["rope_attention"]), y.reshape(2, 4))
 
 
 def test_a_fusion_stays_where_none_of_its_parts_is_replaced():

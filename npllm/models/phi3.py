@@ -1,13 +1,9 @@
 """Phi-3: the decoder layer, and the stack of them.  Composition only; the mathematics is in `npllm.ops`."""
 
-from npllm.ops import merge_heads, split_heads
+from npllm.ops import merge_heads
+from npllm.ops.fusions import cut_heads
 
 __all__ = ["decoder_layer", "forward", "lm_head"]
-
-
-def no_tap(_name, x):
-    """Let every named value pass as it is."""
-    return x
 
 
 def forward(params, config, ids, cos, sin, masks, ops, cache=None, tap=None):
@@ -74,24 +70,32 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
     Source: `Phi3DecoderLayer` in Transformers; pre-norm: "On Layer Normalization in the Transformer Architecture"
     (Xiong et al. 2020).
     """
-    prefix = f"model.layers.{number}."
-    named = no_tap if tap is None else lambda name, value: tap(prefix + name, value)
-    x = ops.add(x, self_attention(x, params, config, cos, sin, mask, ops, cache, number, named))
-    x = ops.add(x, mlp(x, params, config, ops, named))
-    return x if tap is None else tap(prefix[:-1], x)
+    if tap is not None:
+        return _traced_layer(x, params, config, cos, sin, mask, ops, cache, number, tap)
+    n_head, n_kv_head, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+    qkv = ops.norm_linear(x, params.input_layernorm, eps, params.qkv_proj, params.qkv_bias)
+    y = ops.rope_attention(qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=number)
+    x = ops.linear_add(y, params.o_proj, x, params.o_bias)
+    y = ops.norm_swiglu(x, params.post_attention_layernorm, eps, params.gate_up_proj, params.gate_up_bias)
+    return ops.linear_add(y, params.down_proj, x, params.down_bias)
 
 
-def self_attention(x, params, config, cos, sin, mask, ops, cache, number, named):
+def _traced_layer(x, params, config, cos, sin, mask, ops, cache, number, tap):
+    """The same layer step by step: every value under Transformers' name of the module that gives it."""
+    def named(name, value):
+        return tap(f"model.layers.{number}.{name}", value)
+
+    y = named("input_layernorm", ops.rms_norm(x, params.input_layernorm, config.rms_norm_eps))
+    x = ops.add(x, _traced_attention(y, params, config, cos, sin, mask, ops, cache, number, named))
+    y = named("post_attention_layernorm", ops.rms_norm(x, params.post_attention_layernorm, config.rms_norm_eps))
+    x = ops.add(x, _traced_mlp(y, params, ops, named))
+    return tap(f"model.layers.{number}", x)
+
+
+def _traced_attention(x, params, config, cos, sin, mask, ops, cache, number, named):
     """Let every position gather from the positions it sees: q, k, v, RoPE, attention, output projection."""
-    names = "input_layernorm", "self_attn.qkv_proj"
-    qkv = _norm_linear(x, params.input_layernorm, params.qkv_proj, params.qkv_bias, config, ops, named, names)
-    d_head = config.head_dim
-    q_end = config.num_attention_heads * d_head
-    k_end = q_end + config.num_key_value_heads * d_head
-    # [n_batch, n_seq, n_head*d_head] -> [n_batch, n_head, n_seq, d_head], and for k and v n_kv_head heads
-    q = split_heads(qkv[..., :q_end], config.num_attention_heads)
-    k = split_heads(qkv[..., q_end:k_end], config.num_key_value_heads)
-    v = split_heads(qkv[..., k_end:], config.num_key_value_heads)
+    qkv = named("self_attn.qkv_proj", ops.linear(x, params.qkv_proj, params.qkv_bias))
+    q, k, v = cut_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
     q = named("self_attn.q", ops.apply_rope(q, cos, sin))
     k = named("self_attn.k", ops.apply_rope(k, cos, sin))
     v = named("self_attn.v", v)
@@ -99,16 +103,14 @@ def self_attention(x, params, config, cos, sin, mask, ops, cache, number, named)
     if cache is not None:
         k, v, k_slots = cache.append(number, k, v)
         slots = {"q_slots": range(k_slots.stop - q.shape[-2], k_slots.stop), "k_slots": k_slots}
-    y = ops.attention(q, k, v, mask=mask, **slots)
-    y = merge_heads(y)  # [n_batch, n_head, n_seq, d_head] -> [n_batch, n_seq, n_head*d_head]
+    y = merge_heads(ops.attention(q, k, v, mask=mask, **slots))  # [..., n_head, n_seq, d_head] -> [..., n_seq, n_head*d_head]
     return named("self_attn.o_proj", ops.linear(named("self_attn.attention", y), params.o_proj, params.o_bias))
 
 
-def mlp(x, params, config, ops, named):
+def _traced_mlp(x, params, ops, named):
     """Transform every position by itself: the gated feed-forward network."""
-    names = "post_attention_layernorm", "mlp.gate_up_proj"
-    gate_up = _norm_linear(x, params.post_attention_layernorm, params.gate_up_proj, params.gate_up_bias, config, ops, named, names)
-    d_ff = config.intermediate_size
+    gate_up = named("mlp.gate_up_proj", ops.linear(x, params.gate_up_proj, params.gate_up_bias))
+    d_ff = gate_up.shape[-1] // 2
     y = named("mlp.swiglu", ops.swiglu(gate_up[..., :d_ff], gate_up[..., d_ff:]))
     return named("mlp.down_proj", ops.linear(y, params.down_proj, params.down_bias))
 
@@ -135,14 +137,6 @@ def lm_head(hidden, params, ops, tap=None):
     """
     logits = ops.linear(hidden, params.lm_head)
     return logits if tap is None else tap("lm_head", logits)
-
-
-def _norm_linear(x, norm_weight, weight, bias, config, ops, named, names):
-    """The fusion where nobody looks at the value in between; the two steps where a tap does."""
-    if named is no_tap:
-        return ops.norm_linear(x, norm_weight, config.rms_norm_eps, weight, bias)
-    normed = named(names[0], ops.rms_norm(x, norm_weight, config.rms_norm_eps))
-    return named(names[1], ops.linear(normed, weight, bias))
 
 
 def describe(config):

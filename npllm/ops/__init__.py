@@ -10,6 +10,7 @@ caller's choice:
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from dataclasses import replace as _replace
+from functools import partial
 
 from npllm.errors import NpllmTypeError
 from npllm.ops import mask
@@ -28,6 +29,7 @@ from npllm.ops.frequencies import (
     yarn_frequencies,
     yarn_scale,
 )
+from npllm.ops.fusions import COMPOSITIONS, FUSIONS, linear_add, norm_linear, norm_swiglu, rope_attention
 from npllm.ops.linear import linear, mean_pool_kv_heads, merge_heads, split_heads
 from npllm.ops.norm import layer_norm, rms_norm
 from npllm.ops.residual import add
@@ -38,48 +40,12 @@ from npllm.ops.special import erf
 __all__ = [
     "Ops", "add", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_io",
     "attention_weights", "blockwise", "blockwise_attention", "dynamic_base", "embed", "emulate", "erf", "gelu",
-    "greedy", "layer_norm", "linear", "linear_frequencies", "llama3_frequencies", "log_softmax", "longrope_scale",
-    "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "norm_linear", "reference", "relu",
-    "repetition_penalty", "rms_norm", "rope_frequencies", "rope_tables", "rotation_matrix", "sample", "silu",
-    "sinusoidal_positions", "softmax", "split_heads", "split_kv_attention", "swiglu", "temperature", "top_k", "top_p",
-    "yarn_frequencies", "yarn_scale",
+    "greedy", "layer_norm", "linear", "linear_add", "linear_frequencies", "llama3_frequencies", "log_softmax",
+    "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "norm_linear",
+    "norm_swiglu", "reference", "relu", "repetition_penalty", "rms_norm", "rope_attention", "rope_frequencies",
+    "rope_tables", "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads",
+    "split_kv_attention", "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
 ]
-
-
-def norm_linear(x, norm_weight, eps, weight, bias=None):
-    """Normalise each row and multiply it by a weight matrix: a fusion, defined as the composition of its parts.
-
-        y = linear(rms_norm(x, norm_weight, eps), weight, bias)
-
-    Parameters
-    ----------
-    x : array [..., d_model]
-    norm_weight : array [d_model]
-    eps : float
-    weight : array [d_out, d_model]
-    bias : array [d_out], optional
-
-    Returns
-    -------
-    y : array [..., d_out]
-        In the dtype of `x`.
-
-    Raises
-    ------
-    NpllmValueError
-        When the shapes do not fit.
-
-    Notes
-    -----
-    The normalised row is rounded to the dtype of `x` between the two.
-
-    Source: `Phi3DecoderLayer` in Transformers: a norm, then the first projection of the half block.
-    """
-    return linear(rms_norm(x, norm_weight, eps), weight, bias)
-
-
-# What a fusion is made of: whoever replaces a part gets the composition of the parts back.
-FUSIONS = {"norm_linear": ("rms_norm", "linear")}
 
 
 @dataclass(frozen=True)
@@ -101,6 +67,9 @@ class Ops:
     relu: Callable = relu
     gelu: Callable = gelu
     norm_linear: Callable | None = None
+    norm_swiglu: Callable | None = None
+    linear_add: Callable | None = None
+    rope_attention: Callable | None = None
     name: str = "custom"
 
     def __post_init__(self):
@@ -108,11 +77,9 @@ class Ops:
             op = getattr(self, field.name)
             if field.name != "name" and not callable(op) and not (op is None and field.name in FUSIONS):
                 raise NpllmTypeError(f"Ops.{field.name} must be a function like npllm.ops.{field.name}, got {op!r}")
-        if self.norm_linear is None:
-            object.__setattr__(self, "norm_linear", self._norm_linear)
-
-    def _norm_linear(self, x, norm_weight, eps, weight, bias=None):
-        return self.linear(self.rms_norm(x, norm_weight, eps), weight, bias)
+        for fusion, composition in COMPOSITIONS.items():
+            if getattr(self, fusion) is None:
+                object.__setattr__(self, fusion, partial(composition, self))
 
     def replace(self, **ops):
         """Return a set with some operations replaced.
