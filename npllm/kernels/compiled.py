@@ -1,4 +1,4 @@
-"""The set compiled with Numba: for a few rows at a time, as in decoding, where the weights are read once and that is all that counts.
+"""The set compiled with Numba: for a few rows at a time, as in decoding, where reading the weights is all that counts.
 
 A product with many rows is bound by arithmetic and goes the way of the tiled set: widened block by block, multiplied by BLAS.
 The two never share the cores: decoding runs on Numba's threads alone, the rest on those of `npllm.kernels.threads`.
@@ -13,6 +13,7 @@ from npllm import ops
 from npllm.arrays import DTYPES
 from npllm.kernels import tiled
 from npllm.kernels.simd import LANES, divide, exp, fma, load, load_pairs, pairs, prefetch, single, splat, store, total
+from npllm.kernels.threads import run_blocks, scratch
 from npllm.ops.fusions import cut_heads
 from npllm.ops.mask.rule import ALL
 
@@ -86,7 +87,7 @@ def dot_two_by_four(weight, p, q, x, k, n):
 
 @njit(parallel=True, cache=True)
 def add_product_one(weight, x, y):
-    """y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read at once."""
+    """Y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read at once."""
     d_out, d_in = weight.shape
     n = d_out // 4
     for o in prange(n):
@@ -101,7 +102,7 @@ def add_product_one(weight, x, y):
 
 @njit(parallel=True, cache=True)
 def add_product_few(weight, x, y):
-    """y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of rows are read at once."""
+    """Y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of rows are read at once."""
     d_out, d_in = weight.shape
     half = (d_out + 1) // 2
     for o in prange(half):
@@ -116,7 +117,7 @@ def add_product_few(weight, x, y):
 
 @njit(cache=True)
 def ready(weight, x, gain, eps):
-    """The rows of x as the products want them: normalised where there is a gain, padded to a multiple of 4, in the weight's order."""
+    """The rows of x as products want them: normalised where there is a gain, padded to a multiple of 4, in the weight's order."""
     n, d = x.shape
     rows = np.zeros((1 if n == 1 else (n + 3) // 4 * 4, d), np.float32)
     for k in range(n):
@@ -130,6 +131,14 @@ def ready(weight, x, gain, eps):
 @njit(cache=True)
 def normalise(x, gain, eps):
     """Divide a row by its root mean square, in place, and scale it."""
+    root = root_mean_square(x, eps)
+    for i in range(len(x)):
+        x[i] = single(gain, i) * (x[i] / root)
+
+
+@njit(nogil=True, cache=True)
+def root_mean_square(x, eps):
+    """sqrt(mean of x**2 + eps) of one contiguous row."""
     square, d = splat(np.float32(0)), len(x)
     whole = d // LANES * LANES
     for i in range(0, whole, LANES):
@@ -137,14 +146,12 @@ def normalise(x, gain, eps):
     mean = total(square)
     for i in range(whole, d):
         mean += x[i] * x[i]
-    root = np.sqrt(mean / np.float32(d) + eps)
-    for i in range(d):
-        x[i] = single(gain, i) * (x[i] / root)
+    return np.sqrt(mean / np.float32(d) + eps)
 
 
 @njit(cache=True)
 def add_product(weight, x, gain, eps, y):
-    """y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
+    """Y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
     rows = ready(weight, x, gain, eps)
     if len(x) == 1:
         add_product_one(weight, rows[0], y[0])
@@ -154,7 +161,7 @@ def add_product(weight, x, gain, eps, y):
 
 @njit(parallel=True, cache=True)
 def gated_product(weight, x, gain, eps, y):
-    """y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T."""
+    """Y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T."""
     d_ff = y.shape[1]
     both = np.zeros((len(x), 2 * d_ff), np.float32)
     add_product(weight, x, gain, eps, both)
@@ -167,7 +174,7 @@ def gated_product(weight, x, gain, eps, y):
 
 @njit(nogil=True, cache=True)
 def gate(g, u, y):
-    """y = silu(g) * u on one run of channels."""
+    """Y = silu(g) * u on one run of channels."""
     whole = len(g) // LANES * LANES
     one, minus, zero = splat(np.float32(1)), splat(np.float32(-1)), splat(np.float32(0))
     for i in range(0, whole, LANES):
@@ -199,15 +206,61 @@ def multiplied(x, weight, gain, eps):
     d_out, d_in = weight.shape
     n = x.size // d_in
     if n > FEW_ROWS:
-        return many_rows(tiled.rms_norm(x, gain, eps) if len(gain) else x, weight)
+        return product_of_columns(columns(x, gain, eps), weight).T.reshape(*x.shape[:-1], d_out)
     y = np.zeros((n, d_out), np.float32)
     add_product(bits(weight), x.reshape(n, d_in), bits(gain), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_out)
 
 
-def many_rows(x, weight):
-    """The product of many rows: widened block by block, multiplied by BLAS."""
-    return tiled.linear(x, weight)
+def columns(x, gain=NOTHING, eps=0.0):
+    """The rows of x, normalised where there is a gain, as columns [d_in, n]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(gain) == 0 and rows.flags.f_contiguous:
+        return rows.T
+    y = np.empty(rows.shape[::-1], np.float32)
+    run_blocks(lambda span: turn(rows[span], bits(gain), np.float32(eps), y[:, span]), tiled.spans(len(rows), 64))
+    return y
+
+
+@njit(nogil=True, cache=True)
+def turn(x, gain, eps, y):
+    """Y [d, n] = the transposed of x [n, d], each row normalised where there is a gain; 16 x 16 entries at a time."""
+    n, d = x.shape
+    roots = np.ones(n, np.float32)
+    if len(gain):
+        for k in range(n):
+            roots[k] = root_mean_square(x[k], eps)
+    for start in range(0, d, 16):
+        for first in range(0, n, 16):
+            for i in range(start, min(start + 16, d)):
+                g = single(gain, i) if len(gain) else np.float32(1)
+                for k in range(first, min(first + 16, n)):
+                    y[i, k] = g * (x[k, i] / roots[k])
+
+
+def product_of_columns(x, weight):
+    """Weight @ x for many columns: widened block by block, multiplied by BLAS."""
+    return tiled.columns_product(x, weight, widened)
+
+
+def widened(weight):
+    """A block of a weight in float32: itself, or its values in a buffer of this thread."""
+    if weight.dtype == np.float32:
+        return weight
+    wide = scratch("weight", weight.shape, np.float32)
+    widen(bits(weight).reshape(-1), wide.reshape(-1))
+    return wide
+
+
+@njit(nogil=True, cache=True)
+def widen(stored, wide):
+    """Exact float32 of stored numbers."""
+    whole = len(wide) // LANES * LANES
+    for i in range(0, whole, LANES):
+        prefetch(stored, i + 2 * AHEAD)
+        store(wide, i, load(stored, i))
+    for i in range(whole, len(wide)):
+        wide[i] = single(stored, i)
 
 
 def norm_swiglu(x, norm_weight, eps, weight, bias=None):
@@ -217,8 +270,9 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
     d_in, d_ff = weight.shape[1], len(weight) // 2
     n = x.size // d_in
     if n > FEW_ROWS:
-        gate_up = many_rows(tiled.rms_norm(x, norm_weight, eps), weight)
-        return swiglu(gate_up[..., :d_ff], gate_up[..., d_ff:])
+        both = product_of_columns(columns(x, norm_weight, eps), weight)
+        run_blocks(lambda span: gate_all(both[:d_ff][span], both[d_ff:][span]), tiled.spans(d_ff, 256))
+        return both[:d_ff].T.reshape(*x.shape[:-1], d_ff)
     y = np.empty((n, d_ff), np.float32)
     gated_product(bits(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_ff)
@@ -232,17 +286,31 @@ def linear_add(x, weight, residual, bias=None):
     d_out, d_in = weight.shape
     n = x.size // d_in
     if n > FEW_ROWS:
-        y = many_rows(x, weight)
-        y += residual
-        return y
+        product = product_of_columns(columns(x), weight)
+        y = residual.reshape(n, d_out).copy()
+        run_blocks(lambda span: add_turned(product[:, span], y[span]), tiled.spans(n, 64))
+        return y.reshape(residual.shape)
     y = residual.reshape(n, d_out).copy()
     add_product(bits(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
     return y.reshape(residual.shape)
 
 
-def swiglu(gate_rows, up):
-    """Compute `npllm.ops.swiglu`."""
-    return tiled.swiglu(gate_rows, up)
+@njit(nogil=True, cache=True)
+def gate_all(g, u):
+    """G = silu(g) * u in place, row by row."""
+    for k in range(len(g)):
+        gate(g[k], u[k], g[k])
+
+
+@njit(nogil=True, cache=True)
+def add_turned(x, y):
+    """Y [n, d] += the transposed of x [d, n]; 16 x 16 entries at a time."""
+    n, d = y.shape
+    for start in range(0, d, 16):
+        for first in range(0, n, 16):
+            for k in range(first, min(first + 16, n)):
+                for i in range(start, min(start + 16, d)):
+                    y[k, i] += x[i, k]
 
 
 def fits_gain(x, gain):
@@ -260,25 +328,72 @@ def bits(x):
 
 def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
     """Compute `npllm.ops.rope_attention`; one token a sequence goes through one kernel, which writes into the cache itself."""
-    if not fits_step(qkv, cos, sin, n_head, n_kv_head, cache):
-        return ops.fusions.compose_rope_attention(PARTS, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
+    if not fits_rope(qkv, cos, sin, n_head, n_kv_head, cache):
+        return ops.fusions.compose_rope_attention(COMPILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
+    if qkv.shape[1] > 1:
+        return rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer)
     d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)
     _, k, v = cut_heads(qkv, n_head, n_kv_head)
     keys, values, slots = cache.extend(layer, k, v)
     last = slots.stop - 1
     seen = visible(mask, last, slots)
     y = np.empty((len(qkv), 1, n_head * d_head), np.float32)
-    attend_step(qkv, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, cos.shape[-1]), keys, values, seen, n_head, y)
+    cos, sin = (x.reshape(-1, x.shape[-1]) for x in (cos, sin))
+    attend_step(np.ascontiguousarray(qkv), cos, sin, keys, values, seen, n_head, y)
     return y
 
 
-def fits_step(qkv, cos, sin, n_head, n_kv_head, cache):
-    """Tell whether this is one float32 token a sequence, with a cache, and tables that fit."""
+def fits_rope(qkv, cos, sin, n_head, n_kv_head, cache):
+    """Tell whether these are float32 tokens with a cache, and tables that fit."""
     n_all = n_head + 2 * n_kv_head
-    return (cache is not None and tiled.is_float32(qkv, cos, sin) and qkv.ndim == 3 and qkv.shape[1] == 1 and qkv.flags.c_contiguous
-            and qkv.shape[-1] % n_all == 0 and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.shape[-2] == 1
+    return (cache is not None and tiled.is_float32(qkv, cos, sin) and qkv.ndim == 3 and qkv.shape[-1] % n_all == 0
+            and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == qkv.shape[1]
             and cos.shape[-1] % 2 == 0 and cos.shape[-1] <= qkv.shape[-1] // n_all
             and (cos.ndim == 2 or cos.shape[0] in (1, len(qkv))))
+
+
+def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
+    """Many tokens: queries are rotated into an array of their own, keys and values go straight into the cache."""
+    heads = cut_heads(qkv, n_head, n_kv_head)
+    n_batch, _, n_seq, _ = heads[0].shape
+    keys, values, slots = cache.extend(layer, *heads[1:])
+    q = np.empty(heads[0].shape, np.float32)
+    cos, sin = (np.broadcast_to(x, (n_batch, n_seq, x.shape[-1])) for x in (cos, sin))
+    parts = [(x[b, h], cos[b], sin[b], y[b, h, y.shape[-2] - n_seq :], y is not values)
+             for x, y in zip(heads, (q, keys, values), strict=True) for b in range(n_batch) for h in range(x.shape[1])]
+    run_blocks(lambda part: rotate_all(*part), parts)
+    y, _ = tiled.attend(q, keys, values, mask, None, range(slots.stop - n_seq, slots.stop), slots, fold_scores)
+    return ops.merge_heads(y)
+
+
+@njit(nogil=True, cache=True)
+def rotate_all(x, cos, sin, y, turned):
+    """One head of many tokens, rotated where `turned`: x [n_seq, d_head] in any order of memory, y by rows."""
+    n_seq, d_head = x.shape
+    for start in range(0, d_head, 16):
+        for n in range(n_seq):
+            for i in range(start, min(start + 16, d_head)):
+                y[n, i] = x[n, i]
+    if turned:
+        for n in range(n_seq):
+            rotate(y[n], cos[n], sin[n], y[n])
+
+
+@njit(nogil=True, cache=True)
+def fold_scores(s, m, sums, a):
+    """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to date, all in place."""
+    for k in range(len(s)):
+        largest = m[k, 0]
+        for x in s[k]:
+            largest = max(largest, x)
+        if largest == -np.inf:  # nothing is seen: exp(-inf - 0) is 0
+            s[k] = 0
+            continue
+        decay = np.exp(m[k, 0] - largest)
+        m[k, 0] = largest
+        sums[k, 0] = sums[k, 0] * decay + exponentials(s[k], largest)
+        if decay != 1:
+            a[k] *= decay
 
 
 def visible(mask, slot, slots):
@@ -310,13 +425,14 @@ def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
         weighted_sum(p, values[b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def rotate(x, cos, sin, y):
-    """Rotary position embedding of one head of one token, channel i with channel i + d_rope/2."""
+    """Rotary position embedding of one head of one token, channel i with channel i + d_rope/2; y may be x."""
     half = len(cos) // 2
     for i in range(half):
-        y[i] = x[i] * cos[i] - x[i + half] * sin[i]
-        y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half]
+        first, second = x[i], x[i + half]
+        y[i] = first * cos[i] - second * sin[i]
+        y[i + half] = second * cos[i + half] + first * sin[i + half]
     for i in range(2 * half, len(x)):
         y[i] = x[i]
 
@@ -348,7 +464,7 @@ def weights_of(q, keys, seen, b):
 
 @njit(nogil=True, cache=True)
 def exponentials(p, largest):
-    """p = exp(p - largest) in place; returns the sum."""
+    """P = exp(p - largest) in place; returns the sum."""
     n = len(p)
     whole, minus, sums = n // LANES * LANES, splat(-largest), splat(np.float32(0))
     one = splat(np.float32(1))
@@ -365,7 +481,7 @@ def exponentials(p, largest):
 
 @njit(cache=True)
 def weighted_sum(p, values, y):
-    """y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
+    """Y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
     n_ctx, d = values.shape
     stride, whole = values.strides[0] // 4, d // LANES * LANES
     y[:] = 0
@@ -387,7 +503,5 @@ def weighted_sum(p, values, y):
             y[i] /= denominator
 
 
-COMPILED = replace(tiled.TILED, linear=linear, swiglu=swiglu, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add,
+COMPILED = replace(tiled.TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add,
                    rope_attention=rope_attention, name="compiled")
-PARTS = COMPILED
-"""What a fusion is composed of where its kernel does not fit."""

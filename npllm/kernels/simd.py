@@ -1,8 +1,9 @@
 """Sixteen floats at a time: the few vector operations that the compiled kernels are written in.
 
-Numba compiles loops over single numbers and leaves it to LLVM to find the vectors in them, which fails where a loop also widens
-16-bit numbers or fetches ahead.  Here a vector is a type of its own, so that a kernel says what it wants:
-`acc = fma(load(weight, p), load(x, i), acc)`.  LLVM turns sixteen floats into one register with AVX-512, two with AVX2, four with NEON.
+Numba compiles loops over single numbers and leaves it to LLVM to find the vectors in them, which fails where a loop also fetches
+ahead or widens 16-bit numbers.  Here a vector is a type of its own, so that a kernel says what it wants:
+`acc = fma(load(weight, p), load(x, i), acc)`.  LLVM turns sixteen floats into one register with AVX-512, two with AVX2, four with
+NEON.
 
 An array of 16-bit floats comes as its bits (Numba knows neither type): uint16 stands for bfloat16, int16 for float16.
 """
@@ -149,7 +150,7 @@ def splat(_typing, value):
 
 @intrinsic
 def fma(_typing, a, b, c):
-    """a * b + c, rounded once."""
+    """A * b + c, rounded once."""
     def generate(_context, builder, _signature, arguments):
         return _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, arguments)
     return vector(vector, vector, vector), generate
@@ -159,13 +160,14 @@ def fma(_typing, a, b, c):
 def total(_typing, a):
     """The sum of the lanes, in any order."""
     def generate(_context, builder, _signature, arguments):
-        return _call(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _F32, [ir.Constant(_F32, 0.0), *arguments], fastmath=("reassoc",))
+        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+        return _call(builder, name, _F32, [ir.Constant(_F32, 0.0), *arguments], fastmath=("reassoc",))
     return types.float32(vector), generate
 
 
 @intrinsic
 def divide(_typing, a, b):
-    """a / b, lane by lane."""
+    """A / b, lane by lane."""
     return vector(vector, vector), lambda _context, builder, _signature, arguments: builder.fdiv(*arguments)
 
 
@@ -188,7 +190,7 @@ TAYLOR = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)  # of exp on
 def exp(_typing, x):
     """e**x, lane by lane, to 2 units in the last place; 0 below -87.3, the largest finite power above 88; NaN stays NaN.
 
-        e**x = 2**n * e**r,   n = round(x / ln 2),   r = x - n * ln 2
+    e**x = 2**n * e**r,   n = round(x / ln 2),   r = x - n * ln 2
     """
     def generate(_context, builder, _signature, arguments):
         (x,) = arguments

@@ -1,7 +1,7 @@
 """Threads for the kernels: one pool, and one owner of the cores at a time.
 
-Blocks of a product run on the threads of the pool, each calling a BLAS that keeps to one thread.  If BLAS started threads of its own
-under each of them, there would be more threads than cores.
+Blocks of a product run on the threads of the pool, each calling a BLAS that keeps to one thread.  If BLAS started threads of its
+own under each of them, there would be more threads than cores.
 """
 
 import contextlib
@@ -26,10 +26,15 @@ def _blas():
     return ThreadpoolController().select(user_api="blas")
 
 
+def blas_threads():
+    """Count the threads that BLAS uses now; 1 while `run_blocks` is at work."""
+    return max([library["num_threads"] for library in _blas().info()], default=1)
+
+
 @cache
 def n_threads():
     """Count the threads to use: as many as BLAS found cores for, which `OPENBLAS_NUM_THREADS` and the like limit."""
-    return max([library["num_threads"] for library in _blas().info()], default=1)
+    return blas_threads()
 
 
 @cache
