@@ -307,8 +307,8 @@ def median_seconds(function, repeat=9):
 def machine_limits(threads):
     environment = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
-    output = subprocess.run([sys.executable, __file__, "limits"], capture_output=True, text=True, check=True, env=environment).stdout
-    return json.loads(output)
+    command = [sys.executable, __file__, "limits"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
 def speed_options(command):
