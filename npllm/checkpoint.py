@@ -179,7 +179,11 @@ class _TensorReader:
         """One tensor as it stands in the file, or several as one, their rows below each other."""
         views = [self._view(name) for name in names]
         x = views[0] if len(views) == 1 else self._stack(views)
-        x = _convert(x, self.dtype)
+        try:
+            x = _convert(x, self.dtype)
+        except NpllmValueError as error:  # NaN has no place among 8-bit integers
+            name = next(iter(names))
+            raise NpllmValueError(f"{self.entries[name].file}: {name}: {error}") from None
         if self.advance:
             for name in names:
                 self.advance(self.entries[name].stop - self.entries[name].start, self.entries[name].file.name)

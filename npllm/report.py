@@ -13,16 +13,17 @@ from threadpoolctl import threadpool_info
 
 from npllm import kernels, ops
 from npllm.arrays import backend_namespace, to_numpy
-from npllm.checkpoint import SAFETENSORS_DTYPES, check_entries, read_entries
+from npllm.checkpoint import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
 from npllm.config import Config
 from npllm.errors import NpllmError
 from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.generate import next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.int8 import quantize
 from npllm.models import phi3
 from npllm.score import score
 from npllm.threads import n_threads
 
-__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "machine_facts", "next_tokens", "peak_memory",
+__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts", "next_tokens", "peak_memory",
            "score_facts", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
@@ -51,6 +52,37 @@ def machine_facts():
         "weights_folder": str(weights_folder()),
         "default_checkpoint": str(find_checkpoint(DEFAULT_MODEL) or "not fetched yet (npllm fetch)"),
     }
+
+
+def int8_errors(folder):
+    """Measure what rounding to 8 bits does to every matrix of a checkpoint.
+
+        error = |weight - quantized| / |weight|,   |.| the square root of the sum of squares
+
+    Parameters
+    ----------
+    folder : Path
+
+    Returns
+    -------
+    errors : dict of str to dict
+        Part ("embed_tokens", "layer 0", ...) -> name of the matrix -> relative error.
+    """
+    params = load_params(folder, Config.from_json(folder))
+    parts = {"embed_tokens, lm_head": {name: getattr(params, name) for name in ("embed_tokens", "lm_head")}}
+    parts |= {f"layer {number}": layer._asdict() for number, layer in enumerate(params.layers)}
+    return {part: {name: _int8_error(x) for name, x in matrices.items() if x is not None and x.ndim == 2}
+            for part, matrices in parts.items()}
+
+
+def _int8_error(weight, n_rows=512):
+    """Relative error of one matrix, some rows at a time."""
+    off = size = 0.0
+    for rows in (weight[start : start + n_rows] for start in range(0, len(weight), n_rows)):
+        wide = rows.astype(np.float32)
+        off += float(np.square(quantize(wide).widened() - wide).sum())
+        size += float(np.square(wide).sum())
+    return (off / size) ** 0.5 if size else 0.0
 
 
 def _kernel_facts():
