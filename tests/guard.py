@@ -46,6 +46,7 @@ class Array:
     ndim = property(lambda self: self._x.ndim)
     size = property(lambda self: self._x.size)
     nbytes = property(lambda self: self._x.nbytes)
+    strides = property(lambda self: self._x.strides)
 
     def get(self):
         """Copy to the host: the one crossing."""
@@ -150,11 +151,11 @@ FUNCTIONS = {
     "max": ("a", "axis", "keepdims"), "min": ("a", "axis", "keepdims"), "all": ("a", "axis", "keepdims"), "any": ("a", "axis", "keepdims"),
     "argmax": ("a", "axis", "keepdims"), "sort": ("a", "axis", "kind"), "argsort": ("a", "axis", "kind"),
     "cumulative_sum": ("x", "axis", "dtype"), "zeros_like": ("a", "dtype"), "ones_like": ("a", "dtype"),
-    "full_like": ("a", "fill_value", "dtype"), "real": ("val",), "imag": ("val",),
+    "full_like": ("a", "fill_value", "dtype"), "real": ("val",), "imag": ("val",), "ascontiguousarray": ("a",),
 }
 ARRAYS = ("concat", "stack")
 MOVES = ("reshape", "permute_dims", "matrix_transpose", "expand_dims", "squeeze", "broadcast_to", "repeat", "concat", "stack",
-         "zeros_like", "ones_like", "full_like")  # what only moves entries works for bfloat16 as well
+         "zeros_like", "ones_like", "full_like", "ascontiguousarray")  # what only moves entries works for bfloat16 as well
 BIRTHS = {"arange": ("start", "stop", "step", "dtype"), "zeros": ("shape", "dtype"), "ones": ("shape", "dtype"),
           "empty": ("shape", "dtype"), "full": ("shape", "fill_value", "dtype"), "eye": ("N", "M", "k", "dtype")}
 

@@ -1,0 +1,1 @@
+"""Kernels: the same operations as `npllm.ops`, fast."""
