@@ -11,8 +11,10 @@ on bfloat16, which is for storage.
 Copied although it is a trap: an index out of range wraps around instead of raising; a reduction gives a 0-d array.
 """
 
+import ctypes
 import sys
 import types
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +49,7 @@ class Array:
     size = property(lambda self: self._x.size)
     nbytes = property(lambda self: self._x.nbytes)
     strides = property(lambda self: self._x.strides)
+    data = property(lambda self: Pointer(self._x.ctypes.data, self))
 
     def get(self):
         """Copy to the host: the one crossing."""
@@ -237,6 +240,70 @@ class Runtime:
         return 1
 
 
+class Pointer:
+    """`cupy.cuda.MemoryPointer`: a place in an array.  Copies from the host are queued and happen late, when they are waited for."""
+
+    def __init__(self, ptr, owner):
+        self.ptr, self.owner = ptr, owner
+
+    def __add__(self, n_bytes):
+        return Pointer(self.ptr + n_bytes, self.owner)
+
+    def copy_from_host_async(self, mem, size, stream=None):
+        (stream or STREAM).queue.append(lambda: ctypes.memmove(self.ptr, mem, size))
+
+
+class Stream:
+    """`cupy.cuda.Stream`: what is queued on it runs when somebody waits."""
+
+    def __init__(self):
+        self.queue = []
+
+    def run(self, n):
+        for copy in self.queue[:n]:
+            copy()
+        self.queue[:n] = []
+        for event in EVENTS:
+            event.n = max(0, event.n - n)
+
+    def synchronize(self):
+        self.run(len(self.queue))
+
+
+STREAM = Stream()
+EVENTS = weakref.WeakSet()
+
+
+class Event:
+    """`cupy.cuda.Event`: remembers how much of the stream's queue came before it."""
+
+    def __init__(self, **_):
+        self.n = 0
+        EVENTS.add(self)
+
+    def record(self, stream=None):
+        self.n = len((stream or STREAM).queue)
+
+    def synchronize(self):
+        STREAM.run(self.n)
+
+
+class PinnedMemory(bytearray):
+    """`cupy.cuda.PinnedMemoryPointer`: memory that NumPy can view, with an address; counts what is alive at a time."""
+
+    alive = 0
+    most = 0
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.ptr = ctypes.addressof((ctypes.c_char * n).from_buffer(self))
+        PinnedMemory.alive += n
+        PinnedMemory.most = max(PinnedMemory.most, PinnedMemory.alive)
+
+    def __del__(self):
+        PinnedMemory.alive -= len(self)
+
+
 def _library():
     xp = types.ModuleType("cupy")
     for name, n in UFUNCS.items():
@@ -250,7 +317,9 @@ def _library():
     xp.ndarray, xp.inf, xp.newaxis, xp.__version__ = Array, np.inf, None, "guard"
     for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64", "complex64", "complex128"):
         setattr(xp, name, getattr(np, name))
-    xp.cuda = types.SimpleNamespace(runtime=Runtime, is_available=lambda: True)
+    xp.cuda = types.SimpleNamespace(runtime=Runtime, is_available=lambda: True, alloc_pinned_memory=PinnedMemory, Event=Event,
+                                    get_current_stream=lambda: STREAM)
+    xp.get_default_pinned_memory_pool = lambda: types.SimpleNamespace(free_all_blocks=lambda: None)
     return xp
 
 

@@ -5,7 +5,7 @@ that a kernel does not know.  Activations are float32 and sums are float32; norm
 float16, which are widened in registers.  Sources (`*.cu`) are compiled by NVRTC at the first use of each variant, and kept.
 """
 
-from functools import cache, lru_cache
+import functools
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -173,7 +173,7 @@ def _launch(kernel, definitions, n_blocks, n_threads, *arguments):
     _compiled(kernel, tuple(sorted(definitions.items())))((n_blocks,), (n_threads,), arguments)
 
 
-@cache
+@functools.cache
 def _compiled(kernel, definitions):
     """Compile one variant; CuPy keeps the binary in its own cache between runs as well."""
     import cupy
