@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from close import close
 from guard import Refused, moved, xp
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented_calls, normal
 
 import npllm
-from npllm import arrays, ops, packing
+from npllm import arrays, cli, ops, packing, report
 from npllm import score as scoring
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.ops.mask import causal, documents, padding, sliding_window
@@ -287,6 +288,27 @@ def test_classifiers_agree(head, tmp_path):
     ids[0, :2] = ids[1, 4:] = 0
     same(there(ids), here(ids))
     same(there(ids, attention_mask=ids != 0), here(ids, attention_mask=ids != 0))
+
+
+COMMANDS = {"generate": ["hello", "-n", "4"], "topk": ["hello"], "beam": ["hello", "-n", "4"], "score": ["hello world"],
+            "attention": ["-p", "hello", "--layer", "1", "--head", "2"]}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_say_the_same(command, tmp_path):
+    folder = tiny.write_folder(tmp_path, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=300)
+    there, here = (CliRunner().invoke(cli.main, [command, *COMMANDS[command], "-m", str(folder), "--backend", backend, "--ops", "reference"])
+                   for backend in ("cupy", "numpy"))
+    assert there.exit_code == here.exit_code == 0, there.output
+    assert there.stdout == here.stdout
+
+
+def test_measuring_waits_for_the_device():
+    """A run that ended when its kernels were queued, not when they were done, would be too good to be true."""
+    _, model = model_pair()
+    before = guard.Gets.n
+    report.speed(model, n_prompt=4, n_new=3, repeat=2)
+    assert guard.Gets.n - before == 1 + 2 * (1 + 3 + 3)
 
 
 def test_emulation_runs_on_it():
