@@ -73,7 +73,8 @@ static void run_block(unsigned n_threads) {
         makecontext(&fibers[t], fiber, 0);
     }
     for (unsigned left = n_threads; left > 0;)
-        for (unsigned t = 0; t < n_threads; ++t) {
+        for (unsigned i = 0; i < n_threads; ++i) {
+            unsigned t = blockIdx.x % 2 ? n_threads - 1 - i : i;  // either order, so that a missing barrier shows
             if (done[t]) continue;
             threadIdx.x = t;
             swapcontext(&scheduler, &fibers[t]);
