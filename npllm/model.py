@@ -14,6 +14,7 @@ from npllm.config import Config
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.fetch import fetch, find_checkpoint
 from npllm.generate import GenerationConfig, is_chat, next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.kernels import fastest_ops
 from npllm.models import heads, phi3, rope
 from npllm.tokenizer import Tokenizer
 
@@ -92,7 +93,7 @@ class Model:
 
     def __init__(self, config, params, *, ops=None, tokenizer=None, generation_config=None, folder=None, mask=None):
         self.config, self.params, self.tokenizer, self.folder, self.mask = config, params, tokenizer, folder, mask
-        self.ops = _ops.blockwise if ops is None else ops
+        self.ops = fastest_ops("numpy" if array_namespace(params.embed_tokens) is np else "cupy") if ops is None else ops
         self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
         self._xp = array_namespace(params.embed_tokens)
         self._frequencies = lru_cache(maxsize=4)(self._compute_frequencies)

@@ -1,6 +1,7 @@
 """Ops: a set of operations, the replacing of one, and what becomes of the fusions that contain it."""
 
 import inspect
+import sys
 from collections import Counter
 from dataclasses import FrozenInstanceError, fields
 
@@ -147,3 +148,10 @@ def test_the_blockwise_attention_takes_what_the_definition_takes():
 def test_every_public_name_exists():
     assert sorted(set(ops.__all__)) == sorted(ops.__all__)
     assert all(hasattr(ops, name) for name in ops.__all__)
+
+
+def test_the_fusions_of_the_blockwise_set_hold_its_own_attention():
+    qkv, cos, sin, *heads = CALLS["rope_attention"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["npllm.ops.attention"], "evaluate_mask", lambda *_: pytest.fail("the definition ran"))
+        blockwise.rope_attention(qkv, cos, sin, *heads)

@@ -1,1 +1,51 @@
-"""Kernels: the same operations as `npllm.ops`, fast."""
+"""Kernels: the same operations, fast.  Same names, same signatures, same results as the definitions in `npllm.ops`.
+
+Each set is an `Ops`, and each of its kernels is tested against the definition whose place it takes.  What a kernel is not made for
+(float64, another array library, an unusual shape) it hands to the definition, which also raises the errors.
+"""
+
+import importlib
+from functools import cache
+
+from npllm import ops as _ops
+
+__all__ = ["compiled_ops", "fastest_ops", "tiled_ops"]
+
+
+def fastest_ops(backend="numpy"):
+    """Return the fastest set of operations for a backend.
+
+    Parameters
+    ----------
+    backend : str
+        "numpy": the compiled set where Numba can be imported, else the tiled one.  Other libraries: the blockwise definitions.
+
+    Returns
+    -------
+    ops : Ops
+    """
+    if backend != "numpy":
+        return _ops.blockwise
+    return compiled_ops() or tiled_ops()
+
+
+@cache
+def tiled_ops():
+    """Return the set in plain NumPy: blocks that fit a core's cache, on as many threads as BLAS would use."""
+    return importlib.import_module("npllm.kernels.tiled").TILED
+
+
+@cache
+def compiled_ops():
+    """Return the set compiled with Numba (`npllm[fast]`); None where Numba cannot be imported."""
+    return None if why_not_compiled() else importlib.import_module("npllm.kernels.compiled").COMPILED
+
+
+@cache
+def why_not_compiled():
+    """Say why the compiled set is not used; "" where it is."""
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:  # missing, or made for another NumPy
+        return f'Numba cannot be imported ({error}); pip install "npllm[fast]" brings it'
+    return ""

@@ -114,5 +114,5 @@ class Ops:
 reference = Ops(embed, linear, rms_norm, rope_tables, apply_rope, attention, swiglu, name="reference")
 """The definitions, attention with its n x n table included: for reading and checking."""
 
-blockwise = _replace(reference, attention=blockwise_attention, name="blockwise")
+blockwise = _replace(reference, attention=blockwise_attention, name="blockwise").unfused()
 """The definitions with the blockwise attention: no n x n table."""

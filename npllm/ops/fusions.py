@@ -147,7 +147,7 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, l
     -----
     Source: `Phi3Attention` in Transformers, between its two projections.
     """
-    return _rope_attention(_DEFINITIONS, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
+    return compose_rope_attention(_DEFINITIONS, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
 
 
 def cut_heads(qkv, n_head, n_kv_head):
@@ -172,7 +172,7 @@ def _linear_add(parts, x, weight, residual, bias=None):
     return parts.add(residual, parts.linear(x, weight, bias))
 
 
-def _rope_attention(parts, qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
+def compose_rope_attention(parts, qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
     q, k, v = cut_heads(qkv, n_head, n_kv_head)
     q, k = parts.apply_rope(q, cos, sin), parts.apply_rope(k, cos, sin)
     slots = {}
@@ -184,7 +184,7 @@ def _rope_attention(parts, qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache
 
 # What a fusion is composed by, and of what: whoever replaces a part gets the composition of the parts back.
 COMPOSITIONS = {"norm_linear": _norm_linear, "norm_swiglu": _norm_swiglu, "linear_add": _linear_add,
-                "rope_attention": _rope_attention}
+                "rope_attention": compose_rope_attention}
 FUSIONS = {"norm_linear": ("rms_norm", "linear"), "norm_swiglu": ("rms_norm", "linear", "norm_linear", "swiglu"),
            "linear_add": ("linear", "add"), "rope_attention": ("apply_rope", "attention")}
 

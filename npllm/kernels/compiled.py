@@ -1,0 +1,507 @@
+"""The set compiled with Numba: for a few rows at a time, as in decoding, where reading the weights is all that counts.
+
+A product with many rows is bound by arithmetic and goes the way of the tiled set: widened block by block, multiplied by BLAS.
+The two never share the cores: decoding runs on Numba's threads alone, the rest on those of `npllm.kernels.threads`.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+from numba import njit, prange
+
+from npllm import ops
+from npllm.arrays import DTYPES
+from npllm.kernels import tiled
+from npllm.kernels.simd import LANES, divide, exp, fma, load, load_pairs, pairs, prefetch, single, splat, store, total
+from npllm.kernels.threads import run_blocks, scratch
+from npllm.ops.fusions import cut_heads
+from npllm.ops.mask.rule import ALL
+
+__all__ = ["COMPILED", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
+
+FEW_ROWS = 16  # up to here a product is bound by reading the weight
+AHEAD = 512  # entries of each stream of weights that are fetched ahead
+STEP = 2 * LANES
+NOTHING = np.zeros(0, np.float32)
+BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
+
+
+# ----------------------------------------------------------------------------------------------------------------- products
+
+
+@njit(cache=True)
+def rest(weight, p, x):
+    """What a row's product has beyond the last whole step."""
+    n, y = len(x), np.float32(0)
+    for i in range(n // STEP * STEP, n):
+        y += single(weight, p + i) * x[i]
+    return y
+
+
+@njit(cache=True)
+def dot_four(weight, p, stride, x, n):
+    """Products of four rows of a weight, which begin at p, p + stride, ..., with one vector."""
+    a = b = c = d = splat(np.float32(0))
+    q, r, s = p + stride, p + 2 * stride, p + 3 * stride
+    whole = n // STEP * STEP
+    for i in range(0, whole, STEP):
+        prefetch(weight, p + i + AHEAD)
+        prefetch(weight, q + i + AHEAD)
+        prefetch(weight, r + i + AHEAD)
+        prefetch(weight, s + i + AHEAD)
+        x0, x1 = load(x, i), load(x, i + LANES)
+        w0, w1 = load_pairs(weight, p + i)
+        a = fma(w1, x1, fma(w0, x0, a))
+        w0, w1 = load_pairs(weight, q + i)
+        b = fma(w1, x1, fma(w0, x0, b))
+        w0, w1 = load_pairs(weight, r + i)
+        c = fma(w1, x1, fma(w0, x0, c))
+        w0, w1 = load_pairs(weight, s + i)
+        d = fma(w1, x1, fma(w0, x0, d))
+    return (total(a) + rest(weight, p, x), total(b) + rest(weight, q, x), total(c) + rest(weight, r, x),
+            total(d) + rest(weight, s, x))
+
+
+@njit(cache=True)
+def dot_two_by_four(weight, p, q, x, k, n):
+    """Products of two rows of a weight, which begin at p and q, with four vectors: rows k ... k + 3 of x."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(np.float32(0))
+    k0, k1, k2, k3 = k * n, (k + 1) * n, (k + 2) * n, (k + 3) * n
+    whole = n // STEP * STEP
+    for i in range(0, whole, STEP):
+        if k == 0:
+            prefetch(weight, p + i + AHEAD)
+            prefetch(weight, q + i + AHEAD)
+        u0, u1 = load_pairs(weight, p + i)
+        w0, w1 = load_pairs(weight, q + i)
+        x0, x1 = load(x, k0 + i), load(x, k0 + i + LANES)
+        a0, b0 = fma(u1, x1, fma(u0, x0, a0)), fma(w1, x1, fma(w0, x0, b0))
+        x0, x1 = load(x, k1 + i), load(x, k1 + i + LANES)
+        a1, b1 = fma(u1, x1, fma(u0, x0, a1)), fma(w1, x1, fma(w0, x0, b1))
+        x0, x1 = load(x, k2 + i), load(x, k2 + i + LANES)
+        a2, b2 = fma(u1, x1, fma(u0, x0, a2)), fma(w1, x1, fma(w0, x0, b2))
+        x0, x1 = load(x, k3 + i), load(x, k3 + i + LANES)
+        a3, b3 = fma(u1, x1, fma(u0, x0, a3)), fma(w1, x1, fma(w0, x0, b3))
+    return total(a0), total(a1), total(a2), total(a3), total(b0), total(b1), total(b2), total(b3)
+
+
+@njit(parallel=True, cache=True)
+def add_product_one(weight, x, y):
+    """Y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read at once."""
+    d_out, d_in = weight.shape
+    n = d_out // 4
+    for o in prange(n):
+        a, b, c, d = dot_four(weight, o * d_in, n * d_in, x, d_in)
+        y[o] += a
+        y[o + n] += b
+        y[o + 2 * n] += c
+        y[o + 3 * n] += d
+    for o in range(4 * n, d_out):
+        y[o] += dot_four(weight, o * d_in, 0, x, d_in)[0]
+
+
+@njit(parallel=True, cache=True)
+def add_product_few(weight, x, y):
+    """Y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of rows are read at once."""
+    d_out, d_in = weight.shape
+    half = (d_out + 1) // 2
+    for o in prange(half):
+        other = min(o + half, d_out - 1)
+        for k in range(0, len(y), 4):
+            sums = dot_two_by_four(weight, o * d_in, other * d_in, x, k, d_in)
+            for j in range(min(4, len(y) - k)):
+                y[k + j, o] += sums[j] + rest(weight, o * d_in, x[k + j])
+                if o + half < d_out:
+                    y[k + j, other] += sums[4 + j] + rest(weight, other * d_in, x[k + j])
+
+
+@njit(cache=True)
+def ready(weight, x, gain, eps):
+    """The rows of x as products want them: normalised where there is a gain, padded to a multiple of 4, in the weight's order."""
+    n, d = x.shape
+    rows = np.zeros((1 if n == 1 else (n + 3) // 4 * 4, d), np.float32)
+    for k in range(n):
+        rows[k] = x[k]
+        if len(gain):
+            normalise(rows[k], gain, eps)
+        pairs(weight, rows[k])
+    return rows
+
+
+@njit(cache=True)
+def normalise(x, gain, eps):
+    """Divide a row by its root mean square, in place, and scale it."""
+    root = root_mean_square(x, eps)
+    for i in range(len(x)):
+        x[i] = single(gain, i) * (x[i] / root)
+
+
+@njit(nogil=True, cache=True)
+def root_mean_square(x, eps):
+    """sqrt(mean of x**2 + eps) of one contiguous row."""
+    square, d = splat(np.float32(0)), len(x)
+    whole = d // LANES * LANES
+    for i in range(0, whole, LANES):
+        square = fma(load(x, i), load(x, i), square)
+    mean = total(square)
+    for i in range(whole, d):
+        mean += x[i] * x[i]
+    return np.sqrt(mean / np.float32(d) + eps)
+
+
+@njit(cache=True)
+def add_product(weight, x, gain, eps, y):
+    """Y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
+    rows = ready(weight, x, gain, eps)
+    if len(x) == 1:
+        add_product_one(weight, rows[0], y[0])
+    else:
+        add_product_few(weight, rows, y)
+
+
+@njit(parallel=True, cache=True)
+def gated_product(weight, x, gain, eps, y):
+    """Y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T."""
+    d_ff = y.shape[1]
+    both = np.zeros((len(x), 2 * d_ff), np.float32)
+    add_product(weight, x, gain, eps, both)
+    n_part = (d_ff + 255) // 256
+    for at in prange(len(x) * n_part):
+        k, start = at // n_part, at % n_part * 256
+        gate(both[k, start : min(start + 256, d_ff)], both[k, d_ff + start : d_ff + min(start + 256, d_ff)],
+             y[k, start : min(start + 256, d_ff)])
+
+
+@njit(nogil=True, cache=True)
+def gate(g, u, y):
+    """Y = silu(g) * u on one run of channels."""
+    whole = len(g) // LANES * LANES
+    one, minus, zero = splat(np.float32(1)), splat(np.float32(-1)), splat(np.float32(0))
+    for i in range(0, whole, LANES):
+        x = load(g, i)
+        silu = divide(x, fma(one, one, exp(fma(minus, x, zero))))
+        store(y, i, fma(silu, load(u, i), zero))
+    for i in range(whole, len(g)):
+        y[i] = g[i] / (np.float32(1) + np.exp(-g[i])) * u[i]
+
+
+def linear(x, weight, bias=None):
+    """Compute `npllm.ops.linear`."""
+    if not tiled.fits_linear(x, weight, bias):
+        return ops.linear(x, weight, bias)
+    y = multiplied(x, weight, NOTHING, 0.0)
+    return y if bias is None else y + bias.astype(np.float32, copy=False)
+
+
+def norm_linear(x, norm_weight, eps, weight, bias=None):
+    """Compute `npllm.ops.norm_linear`."""
+    if not (tiled.fits_linear(x, weight, bias) and fits_gain(x, norm_weight)):
+        return ops.norm_linear(x, norm_weight, eps, weight, bias)
+    y = multiplied(x, weight, norm_weight, eps)
+    return y if bias is None else y + bias.astype(np.float32, copy=False)
+
+
+def multiplied(x, weight, gain, eps):
+    """The product of rows, normalised where there is a gain, with a weight."""
+    d_out, d_in = weight.shape
+    n = x.size // d_in
+    if n > FEW_ROWS:
+        return product_of_columns(columns(x, gain, eps), weight).T.reshape(*x.shape[:-1], d_out)
+    y = np.zeros((n, d_out), np.float32)
+    add_product(bits(weight), x.reshape(n, d_in), bits(gain), np.float32(eps), y)
+    return y.reshape(*x.shape[:-1], d_out)
+
+
+def columns(x, gain=NOTHING, eps=0.0):
+    """The rows of x, normalised where there is a gain, as columns [d_in, n]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(gain) == 0 and rows.flags.f_contiguous:
+        return rows.T
+    y = np.empty(rows.shape[::-1], np.float32)
+    run_blocks(lambda span: turn(rows[span], bits(gain), np.float32(eps), y[:, span]), tiled.spans(len(rows), 64))
+    return y
+
+
+@njit(nogil=True, cache=True)
+def turn(x, gain, eps, y):
+    """Y [d, n] = the transposed of x [n, d], each row normalised where there is a gain; 16 x 16 entries at a time."""
+    n, d = x.shape
+    roots = np.ones(n, np.float32)
+    if len(gain):
+        for k in range(n):
+            roots[k] = root_mean_square(x[k], eps)
+    for start in range(0, d, 16):
+        for first in range(0, n, 16):
+            for i in range(start, min(start + 16, d)):
+                g = single(gain, i) if len(gain) else np.float32(1)
+                for k in range(first, min(first + 16, n)):
+                    y[i, k] = g * (x[k, i] / roots[k])
+
+
+def product_of_columns(x, weight):
+    """Weight @ x for many columns: widened block by block, multiplied by BLAS."""
+    return tiled.columns_product(x, weight, widened)
+
+
+def widened(weight):
+    """A block of a weight in float32: itself, or its values in a buffer of this thread."""
+    if weight.dtype == np.float32:
+        return weight
+    wide = scratch("weight", weight.shape, np.float32)
+    widen(bits(weight).reshape(-1), wide.reshape(-1))
+    return wide
+
+
+@njit(nogil=True, cache=True)
+def widen(stored, wide):
+    """Exact float32 of stored numbers."""
+    whole = len(wide) // LANES * LANES
+    for i in range(0, whole, LANES):
+        prefetch(stored, i + 2 * AHEAD)
+        store(wide, i, load(stored, i))
+    for i in range(whole, len(wide)):
+        wide[i] = single(stored, i)
+
+
+def norm_swiglu(x, norm_weight, eps, weight, bias=None):
+    """Compute `npllm.ops.norm_swiglu`."""
+    if not (tiled.fits_linear(x, weight, bias) and fits_gain(x, norm_weight)) or bias is not None or len(weight) % 2:
+        return ops.norm_swiglu(x, norm_weight, eps, weight, bias)
+    d_in, d_ff = weight.shape[1], len(weight) // 2
+    n = x.size // d_in
+    if n > FEW_ROWS:
+        both = product_of_columns(columns(x, norm_weight, eps), weight)
+        run_blocks(lambda span: gate_all(both[:d_ff][span], both[d_ff:][span]), tiled.spans(d_ff, 256))
+        return both[:d_ff].T.reshape(*x.shape[:-1], d_ff)
+    y = np.empty((n, d_ff), np.float32)
+    gated_product(bits(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), y)
+    return y.reshape(*x.shape[:-1], d_ff)
+
+
+def linear_add(x, weight, residual, bias=None):
+    """Compute `npllm.ops.linear_add`."""
+    fits = tiled.fits_linear(x, weight, bias) and tiled.is_float32(residual) and residual.shape == (*x.shape[:-1], len(weight))
+    if not fits or bias is not None:
+        return ops.linear_add(x, weight, residual, bias)
+    d_out, d_in = weight.shape
+    n = x.size // d_in
+    if n > FEW_ROWS:
+        product = product_of_columns(columns(x), weight)
+        y = residual.reshape(n, d_out).copy()
+        run_blocks(lambda span: add_turned(product[:, span], y[span]), tiled.spans(n, 64))
+        return y.reshape(residual.shape)
+    y = residual.reshape(n, d_out).copy()
+    add_product(bits(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
+    return y.reshape(residual.shape)
+
+
+@njit(nogil=True, cache=True)
+def gate_all(g, u):
+    """G = silu(g) * u in place, row by row."""
+    for k in range(len(g)):
+        gate(g[k], u[k], g[k])
+
+
+@njit(nogil=True, cache=True)
+def add_turned(x, y):
+    """Y [n, d] += the transposed of x [d, n]; 16 x 16 entries at a time."""
+    n, d = y.shape
+    for start in range(0, d, 16):
+        for first in range(0, n, 16):
+            for k in range(first, min(first + 16, n)):
+                for i in range(start, min(start + 16, d)):
+                    y[k, i] += x[i, k]
+
+
+def fits_gain(x, gain):
+    """Tell whether a gain is one that the kernels are made for."""
+    return type(gain) is np.ndarray and gain.shape == x.shape[-1:] and gain.dtype in BITS and gain.flags.c_contiguous
+
+
+def bits(x):
+    """A stored array as Numba can take it."""
+    return x.view(BITS[x.dtype])
+
+
+# ---------------------------------------------------------------------------------------------------------------- attention
+
+
+def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
+    """Compute `npllm.ops.rope_attention`; one token a sequence goes through one kernel, which writes into the cache itself."""
+    if not fits_rope(qkv, cos, sin, n_head, n_kv_head, cache):
+        return ops.fusions.compose_rope_attention(COMPILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
+    if qkv.shape[1] > 1:
+        return rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer)
+    d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)
+    _, k, v = cut_heads(qkv, n_head, n_kv_head)
+    keys, values, slots = cache.extend(layer, k, v)
+    last = slots.stop - 1
+    seen = visible(mask, last, slots)
+    y = np.empty((len(qkv), 1, n_head * d_head), np.float32)
+    cos, sin = (x.reshape(-1, x.shape[-1]) for x in (cos, sin))
+    attend_step(np.ascontiguousarray(qkv), cos, sin, keys, values, seen, n_head, y)
+    return y
+
+
+def fits_rope(qkv, cos, sin, n_head, n_kv_head, cache):
+    """Tell whether these are float32 tokens with a cache, and tables that fit."""
+    n_all = n_head + 2 * n_kv_head
+    return (cache is not None and tiled.is_float32(qkv, cos, sin) and qkv.ndim == 3 and qkv.shape[-1] % n_all == 0
+            and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == qkv.shape[1]
+            and cos.shape[-1] % 2 == 0 and cos.shape[-1] <= qkv.shape[-1] // n_all
+            and (cos.ndim == 2 or cos.shape[0] in (1, len(qkv))))
+
+
+def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
+    """Many tokens: queries are rotated into an array of their own, keys and values go straight into the cache."""
+    heads = cut_heads(qkv, n_head, n_kv_head)
+    n_batch, _, n_seq, _ = heads[0].shape
+    keys, values, slots = cache.extend(layer, *heads[1:])
+    q = np.empty(heads[0].shape, np.float32)
+    cos, sin = (np.broadcast_to(x, (n_batch, n_seq, x.shape[-1])) for x in (cos, sin))
+    parts = [(x[b, h], cos[b], sin[b], y[b, h, y.shape[-2] - n_seq :], y is not values)
+             for x, y in zip(heads, (q, keys, values), strict=True) for b in range(n_batch) for h in range(x.shape[1])]
+    run_blocks(lambda part: rotate_all(*part), parts)
+    y, _ = tiled.attend(q, keys, values, mask, None, range(slots.stop - n_seq, slots.stop), slots, fold_scores)
+    return ops.merge_heads(y)
+
+
+@njit(nogil=True, cache=True)
+def rotate_all(x, cos, sin, y, turned):
+    """One head of many tokens, rotated where `turned`: x [n_seq, d_head] in any order of memory, y by rows."""
+    n_seq, d_head = x.shape
+    for start in range(0, d_head, 16):
+        for n in range(n_seq):
+            for i in range(start, min(start + 16, d_head)):
+                y[n, i] = x[n, i]
+    if turned:
+        for n in range(n_seq):
+            rotate(y[n], cos[n], sin[n], y[n])
+
+
+@njit(nogil=True, cache=True)
+def fold_scores(s, m, sums, a):
+    """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to date, all in place."""
+    for k in range(len(s)):
+        largest = m[k, 0]
+        for x in s[k]:
+            largest = max(largest, x)
+        if largest == -np.inf:  # nothing is seen: exp(-inf - 0) is 0
+            s[k] = 0
+            continue
+        decay = np.exp(m[k, 0] - largest)
+        m[k, 0] = largest
+        sums[k, 0] = sums[k, 0] * decay + exponentials(s[k], largest)
+        if decay != 1:
+            a[k] *= decay
+
+
+def visible(mask, slot, slots):
+    """Which cached keys the query in a slot sees, [n_batch or 1, n_ctx]; no row at all where it sees every one."""
+    bound = ALL if mask is None else getattr(mask, "bound", tiled.unknown)(slot, slot, slots.start, slots.stop - 1)
+    if bound == ALL:
+        return np.zeros((0, len(slots)), bool)
+    seen = np.asarray(mask(np.array([[slot]]), np.arange(slots.start, slots.stop)[None]))
+    return np.broadcast_to(seen.reshape(-1, seen.shape[-1]), (seen.size // seen.shape[-1], len(slots)))
+
+
+@njit(parallel=True, cache=True)
+def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
+    """Rotate one token of each sequence, write its key and value into the last column, and attend; heads on all threads."""
+    n_batch, n_kv_head, n_ctx, d_head = keys.shape
+    group = n_head // n_kv_head
+    for b in range(n_batch):
+        row = b if len(cos) > 1 else 0
+        for h in range(n_kv_head):
+            start = (n_head + h) * d_head
+            rotate(qkv[b, 0, start : start + d_head], cos[row], sin[row], keys[b, h, n_ctx - 1])
+            start += n_kv_head * d_head
+            values[b, h, n_ctx - 1] = qkv[b, 0, start : start + d_head]
+    for at in prange(n_batch * n_head):
+        b, h = at // n_head, at % n_head
+        q, row = np.empty(d_head, np.float32), b if len(cos) > 1 else 0
+        rotate(qkv[b, 0, h * d_head : (h + 1) * d_head], cos[row], sin[row], q)
+        p = weights_of(q, keys[b, h // group], seen, b)
+        weighted_sum(p, values[b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
+
+
+@njit(nogil=True, cache=True)
+def rotate(x, cos, sin, y):
+    """Rotary position embedding of one head of one token, channel i with channel i + d_rope/2; y may be x."""
+    half = len(cos) // 2
+    for i in range(half):
+        first, second = x[i], x[i + half]
+        y[i] = first * cos[i] - second * sin[i]
+        y[i + half] = second * cos[i + half] + first * sin[i + half]
+    for i in range(2 * half, len(x)):
+        y[i] = x[i]
+
+
+@njit(cache=True)
+def weights_of(q, keys, seen, b):
+    """softmax(scale * keys @ q) over the keys that are seen; zeros where none is."""
+    n_ctx, d = keys.shape
+    stride, whole, scale = keys.strides[0] // 4, d // LANES * LANES, np.float32(1 / np.sqrt(d))
+    p, largest = np.empty(n_ctx, np.float32), np.float32(-np.inf)
+    row = b if len(seen) > 1 else 0
+    for j in range(n_ctx):
+        if len(seen) and not seen[row, j]:
+            p[j] = -np.inf
+            continue
+        s = splat(np.float32(0))
+        for i in range(0, whole, LANES):
+            s = fma(load(q, i), load(keys, j * stride + i), s)
+        score = total(s)
+        for i in range(whole, d):
+            score += q[i] * keys[j, i]
+        p[j] = score * scale
+        largest = max(largest, p[j])
+    if largest == -np.inf:  # nothing is seen
+        largest = np.float32(0)
+    exponentials(p, largest)
+    return p
+
+
+@njit(nogil=True, cache=True)
+def exponentials(p, largest):
+    """P = exp(p - largest) in place; returns the sum."""
+    n = len(p)
+    whole, minus, sums = n // LANES * LANES, splat(-largest), splat(np.float32(0))
+    one = splat(np.float32(1))
+    for j in range(0, whole, LANES):
+        e = exp(fma(one, load(p, j), minus))
+        store(p, j, e)
+        sums = fma(one, e, sums)
+    denominator = total(sums)
+    for j in range(whole, n):
+        p[j] = np.exp(p[j] - largest)
+        denominator += p[j]
+    return denominator
+
+
+@njit(cache=True)
+def weighted_sum(p, values, y):
+    """Y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
+    n_ctx, d = values.shape
+    stride, whole = values.strides[0] // 4, d // LANES * LANES
+    y[:] = 0
+    for start in range(0, n_ctx, 64):  # keys whose values stay in the nearest cache
+        stop = min(start + 64, n_ctx)
+        for i in range(0, whole, LANES):
+            a = load(y, i)
+            for j in range(start, stop):
+                a = fma(splat(p[j]), load(values, j * stride + i), a)
+            store(y, i, a)
+        for i in range(whole, d):
+            for j in range(start, stop):
+                y[i] += p[j] * values[j, i]
+    denominator = np.float32(0)
+    for j in range(n_ctx):
+        denominator += p[j]
+    if denominator > 0:
+        for i in range(d):
+            y[i] /= denominator
+
+
+COMPILED = replace(tiled.TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add,
+                   rope_attention=rope_attention, name="compiled")

@@ -1,0 +1,209 @@
+"""Sixteen floats at a time: the few vector operations that the compiled kernels are written in.
+
+Numba compiles loops over single numbers and leaves it to LLVM to find the vectors in them, which fails where a loop also fetches
+ahead or widens 16-bit numbers.  Here a vector is a type of its own, so that a kernel says what it wants:
+`acc = fma(load(weight, p), load(x, i), acc)`.  LLVM turns sixteen floats into one register with AVX-512, two with AVX2, four with
+NEON.
+
+An array of 16-bit floats comes as its bits (Numba knows neither type): uint16 stands for bfloat16, int16 for float16.
+"""
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+__all__ = ["LANES", "divide", "exp", "fma", "load", "load_pairs", "pairs", "prefetch", "single", "splat", "store", "total"]
+
+LANES = 16
+_F32, _I32, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
+_FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_STORED = {types.uint16: ir.IntType(16), types.int16: ir.HalfType(), types.int8: _I8, types.float32: _F32}
+
+
+class _Vector(types.Type):
+    def __init__(self):
+        super().__init__("float32x16")
+
+
+vector = _Vector()
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _FLOATS)
+
+
+def _address(context, builder, kind, array, index):
+    """Pointer to entry `index` of an array's memory, strides left aside."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+
+
+def _call(builder, name, result, arguments, **options):
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [x.type for x in arguments]), name)
+    return builder.call(function, arguments, **options)
+
+
+def _all(value, kind=_FLOATS):
+    return ir.Constant(kind, [value] * LANES)
+
+
+def _widen(builder, value, stored, floats):
+    """Exact conversion of stored numbers, one or sixteen of them, to float32."""
+    if stored == types.uint16:
+        wide = _INTS if floats is _FLOATS else _I32
+        shift = _all(16, _INTS) if floats is _FLOATS else ir.Constant(_I32, 16)
+        return builder.bitcast(builder.shl(builder.zext(value, wide), shift), floats)
+    if stored == types.int16:
+        return builder.fpext(value, floats)
+    return builder.sitofp(value, floats) if stored == types.int8 else value
+
+
+@intrinsic
+def load(_typing, array, index):
+    """Sixteen neighbouring entries, in float32."""
+    def generate(context, builder, signature, arguments):
+        stored = signature.args[0].dtype
+        pointer = _address(context, builder, signature.args[0], *arguments)
+        pointer = builder.bitcast(pointer, ir.VectorType(_STORED[stored], LANES).as_pointer())
+        return _widen(builder, builder.load(pointer, align=stored.bitwidth // 8), stored, _FLOATS)
+    return vector(array, types.intp), generate
+
+
+@intrinsic
+def single(_typing, array, index):
+    """One entry, in float32."""
+    def generate(context, builder, signature, arguments):
+        stored = signature.args[0].dtype
+        pointer = _address(context, builder, signature.args[0], *arguments)
+        pointer = builder.bitcast(pointer, _STORED[stored].as_pointer())
+        return _widen(builder, builder.load(pointer, align=stored.bitwidth // 8), stored, _F32)
+    return types.float32(array, types.intp), generate
+
+
+@intrinsic
+def load_pairs(_typing, array, index):
+    """Thirty-two neighbouring entries as two vectors, in the order that `pairs` puts the other factor into.
+
+    Of bfloat16 the even entries are the lower halves of 32-bit words and the odd ones the upper halves: a shift and a mask
+    widen them in place.  Of other types the first sixteen come first.
+    """
+    def generate(context, builder, signature, arguments):
+        stored = signature.args[0].dtype
+        if stored == types.uint16:
+            pointer = _address(context, builder, signature.args[0], *arguments)
+            words = builder.load(builder.bitcast(pointer, _INTS.as_pointer()), align=2)
+            halves = builder.shl(words, _all(16, _INTS)), builder.and_(words, _all(0xFFFF0000, _INTS))
+            both = [builder.bitcast(half, _FLOATS) for half in halves]
+        else:
+            both = []
+            for offset in (0, LANES):
+                index = builder.add(arguments[1], ir.Constant(arguments[1].type, offset))
+                pointer = _address(context, builder, signature.args[0], arguments[0], index)
+                pointer = builder.bitcast(pointer, ir.VectorType(_STORED[stored], LANES).as_pointer())
+                both.append(_widen(builder, builder.load(pointer, align=stored.bitwidth // 8), stored, _FLOATS))
+        return context.make_tuple(builder, signature.return_type, both)
+    return types.UniTuple(vector, 2)(array, types.intp), generate
+
+
+@njit(cache=True)
+def pairs(weight, x):
+    """Put x in place into the order of `load_pairs(weight, ...)`: of every 32 entries the even ones, then the odd ones."""
+    if is_bfloat16(weight):
+        half = x[:LANES].copy()
+        for start in range(0, len(x) // (2 * LANES) * 2 * LANES, 2 * LANES):
+            for i in range(LANES):
+                half[i] = x[start + 2 * i + 1]
+                x[start + i] = x[start + 2 * i]
+            for i in range(LANES):
+                x[start + LANES + i] = half[i]
+
+
+@intrinsic
+def is_bfloat16(_typing, array):
+    """Tell, while compiling, whether an array holds the bits of bfloat16."""
+    def generate(_context, _builder, signature, _arguments):
+        return ir.Constant(ir.IntType(1), int(signature.args[0].dtype == types.uint16))
+    return types.boolean(array), generate
+
+
+@intrinsic
+def store(_typing, array, index, value):
+    """Write a vector to sixteen neighbouring entries of a float32 array."""
+    def generate(context, builder, signature, arguments):
+        pointer = _address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(arguments[2], builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+    return types.void(array, types.intp, vector), generate
+
+
+@intrinsic
+def splat(_typing, value):
+    """One number in every lane."""
+    def generate(_context, builder, _signature, arguments):
+        first = builder.insert_element(_all(0.0), arguments[0], ir.Constant(_I32, 0))
+        return builder.shuffle_vector(first, _all(0.0), _all(0, _INTS))
+    return vector(types.float32), generate
+
+
+@intrinsic
+def fma(_typing, a, b, c):
+    """A * b + c, rounded once."""
+    def generate(_context, builder, _signature, arguments):
+        return _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, arguments)
+    return vector(vector, vector, vector), generate
+
+
+@intrinsic
+def total(_typing, a):
+    """The sum of the lanes, in any order."""
+    def generate(_context, builder, _signature, arguments):
+        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+        return _call(builder, name, _F32, [ir.Constant(_F32, 0.0), *arguments], fastmath=("reassoc",))
+    return types.float32(vector), generate
+
+
+@intrinsic
+def divide(_typing, a, b):
+    """A / b, lane by lane."""
+    return vector(vector, vector), lambda _context, builder, _signature, arguments: builder.fdiv(*arguments)
+
+
+@intrinsic
+def prefetch(_typing, array, index):
+    """Ask for the cache line of an entry; harmless beyond the end."""
+    def generate(context, builder, signature, arguments):
+        pointer = builder.bitcast(_address(context, builder, signature.args[0], *arguments), _I8.as_pointer())
+        constants = [ir.Constant(_I32, c) for c in (0, 3, 1)]  # to read; into the nearest cache; data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *constants])
+        return context.get_dummy_value()
+    return types.void(array, types.intp), generate
+
+
+LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
+TAYLOR = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)  # of exp on +-ln(2)/2: the next term is below 6e-9
+
+
+@intrinsic
+def exp(_typing, x):
+    """e**x, lane by lane, to 2 units in the last place; 0 below -87.3, the largest finite power above 88; NaN stays NaN.
+
+    e**x = 2**n * e**r,   n = round(x / ln 2),   r = x - n * ln 2
+    """
+    def generate(_context, builder, _signature, arguments):
+        (x,) = arguments
+        dead = builder.fcmp_ordered("<", x, _all(-87.33654))
+        x = builder.select(dead, _all(-87.33654), x)
+        x = builder.select(builder.fcmp_ordered(">", x, _all(88.0)), _all(88.0), x)
+        n = _call(builder, f"llvm.nearbyint.v{LANES}f32", _FLOATS, [builder.fmul(x, _all(LOG2_E))])
+        r = x
+        for part in (LN2_HIGH, LN2_LOW):
+            r = _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [n, _all(-part), r])
+        y = _all(TAYLOR[0])
+        for coefficient in TAYLOR[1:]:
+            y = _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [y, r, _all(coefficient)])
+        power = builder.shl(builder.add(builder.fptosi(n, _INTS), _all(127, _INTS)), _all(23, _INTS))
+        return builder.select(dead, _all(0.0), builder.fmul(y, builder.bitcast(power, _FLOATS)))
+    return vector(vector), generate

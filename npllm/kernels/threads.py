@@ -1,0 +1,105 @@
+"""Threads for the kernels: one pool, and one owner of the cores at a time.
+
+Blocks of a product run on the threads of the pool, each calling a BLAS that keeps to one thread.  If BLAS started threads of its
+own under each of them, there would be more threads than cores.
+"""
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from math import prod
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+__all__ = ["n_threads", "run_blocks", "scratch"]
+
+_lock = threading.Lock()
+_users = 0
+_limit: contextlib.AbstractContextManager | None = None
+_local = threading.local()
+
+
+@cache
+def _blas():
+    return ThreadpoolController().select(user_api="blas")
+
+
+def blas_threads():
+    """Count the threads that BLAS uses now; 1 while `run_blocks` is at work."""
+    return max([library["num_threads"] for library in _blas().info()], default=1)
+
+
+@cache
+def n_threads():
+    """Count the threads to use: as many as BLAS found cores for, which `OPENBLAS_NUM_THREADS` and the like limit."""
+    return blas_threads()
+
+
+@cache
+def _pool():
+    return ThreadPoolExecutor(n_threads() - 1, thread_name_prefix="npllm") if n_threads() > 1 else None
+
+
+@contextlib.contextmanager
+def _one_blas_thread():
+    """Keep BLAS to one thread while anybody is inside: the first to come sets the limit, the last to go lifts it."""
+    global _users, _limit
+    with _lock:
+        _users += 1
+        if _users == 1:
+            n_threads()  # as it was before the limit
+            _limit = _blas().limit(limits=1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0 and _limit is not None:
+                _limit.__exit__(None, None, None)
+                _limit = None
+
+
+def run_blocks(function, blocks):
+    """Call a function on every block, on all threads; whichever is free takes the next one.
+
+    Parameters
+    ----------
+    function : function (block)
+        Writes its result where it belongs.
+    blocks : sequence
+
+    Raises
+    ------
+    Exception
+        The first that a call raised; blocks that were not begun by then are left out.
+    """
+    todo, turn = iter(blocks), threading.Lock()
+
+    def work():
+        while True:
+            with turn:
+                block = next(todo, todo)
+            if block is todo:
+                return
+            function(block)
+
+    with _one_blas_thread():
+        helpers = [_pool().submit(work) for _ in range(min(n_threads(), len(blocks)) - 1)]
+        try:
+            work()
+        finally:
+            errors = [helper.exception() for helper in helpers]  # waits for them
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def scratch(name, shape, dtype):
+    """Lend a buffer of this thread's own, not cleared; it is valid until the thread asks for `name` again."""
+    buffers = _local.__dict__.setdefault("buffers", {})
+    size = prod(shape)
+    if name not in buffers or buffers[name].size < size or buffers[name].dtype != dtype:
+        buffers[name] = np.empty(size, dtype)
+    return buffers[name][:size].reshape(shape)

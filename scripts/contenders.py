@@ -1,0 +1,190 @@
+"""The engines that bench.py measures, each behind the same two words: `reset()` and `feed(ids)`.
+
+`feed` sends token ids [n_batch, n_seq] through the model after those that it was fed before, and computes the logits of the last
+one of each row.  Every contender gets the same checkpoint, the same ids and the same number of threads.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+N_CTX = 8192
+
+
+class Npllm:
+    """The library itself; `dtype` of the weights, and optionally the set of operations: "bfloat16", "bfloat16/tiled"."""
+
+    def __init__(self, folder, dtype):
+        import npllm
+        from npllm import kernels, ops
+
+        dtype, _, name = dtype.partition("/")
+        sets = {"": None, "tiled": kernels.tiled_ops(), "blockwise": ops.blockwise}
+        self.model, self.version = npllm.load(folder, dtype=dtype or None, ops=sets[name]), npllm.__version__
+        self.reset()
+
+    def reset(self, n_batch=1):
+        self.cache = self.model.new_cache(n_batch)
+
+    def feed(self, ids):
+        return self.model(ids, cache=self.cache, logits_to_keep=1)[:, -1]
+
+
+class Transformers:
+    """Hugging Face Transformers on PyTorch."""
+
+    def __init__(self, folder, dtype):
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.torch, self.transformers, self.version = torch, transformers, transformers.__version__
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.reset()
+
+    def reset(self, _n_batch=1):
+        self.cache = self.transformers.DynamicCache(config=self.model.config)
+
+    def feed(self, ids):
+        with self.torch.inference_mode():
+            output = self.model(self.torch.from_numpy(ids), past_key_values=self.cache, logits_to_keep=1)
+        return output.logits[:, -1].float().numpy()
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python's C interface, on a GGUF file of the same weights."""
+
+    def __init__(self, folder, dtype):
+        import llama_cpp
+
+        self.api, self.version = llama_cpp, llama_cpp.__version__
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        with quiet_stderr():
+            llama_cpp.llama_backend_init()
+            settings = llama_cpp.llama_model_default_params()
+            settings.n_gpu_layers = 0
+            self.model = llama_cpp.llama_model_load_from_file(os.fsencode(gguf_file(folder, dtype)), settings)
+            settings = llama_cpp.llama_context_default_params()
+            settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = N_CTX, 2048, 512, 16
+            settings.n_threads = settings.n_threads_batch = threads
+            settings.kv_unified = True
+            self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch = llama_cpp.llama_batch_init(2048, 0, 1)
+        self.reset()
+
+    def reset(self, _n_batch=1):
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self.n_past = 0
+
+    def feed(self, ids):
+        last = []
+        for start in range(0, ids.shape[1], 2048 // len(ids)):
+            last = self._decode(ids[:, start : start + 2048 // len(ids)])
+        return np.stack([np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, at), (self.n_vocab,)) for at in last])
+
+    def _decode(self, ids):
+        batch, n_seq = self.batch, ids.shape[1]
+        batch.n_tokens = ids.size
+        for at in range(ids.size):
+            row, column = divmod(at, n_seq)
+            batch.token[at], batch.pos[at] = int(ids[row, column]), self.n_past + column
+            batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = 1, row, column == n_seq - 1
+        if self.api.llama_decode(self.context, batch):
+            raise SystemExit("llama_decode failed")
+        self.n_past += n_seq
+        return [(row + 1) * n_seq - 1 for row in range(len(ids))]
+
+
+class quiet_stderr:
+    """Keep what C code writes to standard error to itself."""
+
+    def __enter__(self):
+        self.saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+
+    def __exit__(self, *_):
+        os.dup2(self.saved, 2)
+        os.close(self.saved)
+
+
+GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "Q8_0"}
+GGUF_LAYER = {"input_layernorm": "attn_norm", "qkv_proj": "attn_qkv", "o_proj": "attn_output",
+              "post_attention_layernorm": "ffn_norm", "gate_up_proj": "ffn_up", "down_proj": "ffn_down"}
+
+
+def gguf_file(folder, dtype):
+    """Write the weights of a Phi-3 folder as a GGUF file beside them, once; without a vocabulary, since ids come and logits go."""
+    from pathlib import Path
+
+    path = Path(folder) / f"bench-{dtype}.gguf"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        write_gguf(Path(folder), partial, dtype)
+        partial.rename(path)
+    return path
+
+
+def write_gguf(folder, path, dtype):
+    """Write one GGUF file: norms in float32, every matrix in the type asked for."""
+    import gguf
+    from gguf.quants import quantize
+
+    from npllm.checkpoint import load_params
+    from npllm.config import Config
+    from npllm.models import rope
+
+    config = Config.from_json(folder)
+    params = load_params(folder, config)
+    kind = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
+    writer = gguf.GGUFWriter(path, "phi3", use_temp_file=False)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(2 * len(rope.frequencies(config, 0)))
+    writer.add_rope_freq_base(config.rope_parameters.rope_theta)
+    writer.add_rope_scaling_attn_factors(rope.attention_factor(config))
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type({"BF16": gguf.LlamaFileType.MOSTLY_BF16, "F16": gguf.LlamaFileType.MOSTLY_F16,
+                          "F32": gguf.LlamaFileType.ALL_F32, "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[GGUF_TYPES[dtype]])
+    plain = config.rope_parameters.rope_theta ** (-np.arange(0, 1, 1 / len(rope.frequencies(config, 0))))
+    for choice, name in enumerate(("rope_factors_short", "rope_factors_long")):
+        if rope.attention_factor(config) != 1:
+            writer.add_tensor(f"{name}.weight", (plain / rope.frequencies(config, choice)).astype(np.float32))
+
+    def add(name, x):
+        wide = np.asarray(x).astype(np.float32)
+        if x.ndim == 1:
+            writer.add_tensor(name, wide)
+        else:
+            writer.add_tensor(name, quantize(wide, kind), raw_dtype=kind)
+
+    add("token_embd.weight", params.embed_tokens)
+    for number, layer in enumerate(params.layers):
+        for field, name in GGUF_LAYER.items():
+            add(f"blk.{number}.{name}.weight", getattr(layer, field))
+    add("output_norm.weight", params.norm)
+    add("output.weight", params.lm_head)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+CONTENDERS = {"npllm": Npllm, "transformers": Transformers, "llama.cpp": LlamaCpp}
+PACKAGES = {"npllm": "npllm", "transformers": "torch, transformers", "llama.cpp": "llama_cpp, gguf"}
+
+
+def installed(name):
+    """Tell whether everything that a contender needs can be imported."""
+    probe = subprocess.run([sys.executable, "-c", f"import {PACKAGES[name]}"], capture_output=True, check=False)
+    return probe.returncode == 0

@@ -1,0 +1,277 @@
+"""Every kernel against the definition whose place it takes, in both sets: values, signatures, errors, and what it hands back."""
+
+import inspect
+import threading
+from dataclasses import fields
+
+import ml_dtypes
+import numpy as np
+import oracles
+import pytest
+from close import close
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import model, random_ids
+
+from npllm import NpllmError, kernels, ops
+from npllm.cache import KVCache
+from npllm.kernels import threads, tiled
+from npllm.ops import mask
+
+STORED = (ml_dtypes.bfloat16, np.float16, np.float32)
+EPS = 1e-5
+SETS = {"tiled": kernels.tiled_ops(), "compiled": kernels.compiled_ops()}
+NAMES = [field.name for field in fields(ops.Ops) if field.name != "name"]
+
+
+@pytest.fixture(params=SETS)
+def fast(request):
+    """One of the fast sets."""
+    if SETS[request.param] is None:
+        pytest.skip(kernels.why_not_compiled())
+    return SETS[request.param]
+
+
+def each_set(test):
+    """Run a Hypothesis test on every set there is."""
+    return pytest.mark.parametrize("fast", [s for s in SETS.values() if s], ids=lambda s: s.name)(test)
+
+
+def normal(shape, seed, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def weight_of(d_out, d_in, seed, dtype):
+    return normal((d_out, d_in), seed, dtype)
+
+
+SIZES = {"n": st.sampled_from([1, 2, 4, 5, 16, 17, 40]), "d_in": st.integers(1, 80), "d_out": st.integers(1, 40),
+         "dtype": st.sampled_from(STORED), "seed": st.integers(0, 99)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_has_the_signature_of_its_definition(fast, name):
+    definition = ops.blockwise_attention if name == "attention" else getattr(ops, name)
+    mine = inspect.signature(getattr(fast, name)).parameters
+    theirs = inspect.signature(definition).parameters
+    theirs = {key: value for key, value in theirs.items() if key not in ("block_q", "block_k", "outer", "moved")}
+    assert [(p.name, p.default, p.kind) for p in mine.values()] == [(p.name, p.default, p.kind) for p in theirs.values()]
+
+
+@each_set
+@given(**SIZES)
+def test_linear(fast, n, d_in, d_out, dtype, seed):
+    x, weight, bias = normal((2, n, d_in), seed), weight_of(d_out, d_in, seed + 1, dtype), normal(d_out, seed + 2, dtype)
+    close(fast.linear(x, weight), oracles.linear(x, weight), dtype="float32")
+    close(fast.linear(x, weight, bias), oracles.linear(x, weight, bias), dtype="float32")
+
+
+@each_set
+@given(**SIZES)
+def test_norm_linear(fast, n, d_in, d_out, dtype, seed):
+    x, gain, weight = normal((n, d_in), seed), normal(d_in, seed + 3, dtype), weight_of(d_out, d_in, seed + 1, dtype)
+    close(fast.norm_linear(x, gain, EPS, weight), oracles.linear(oracles.rms_norm(x, gain, EPS), weight), dtype="float32")
+
+
+@each_set
+@given(**SIZES)
+def test_norm_swiglu(fast, n, d_in, d_out, dtype, seed):
+    x, gain, weight = normal((1, n, d_in), seed), normal(d_in, seed + 3, dtype), weight_of(2 * d_out, d_in, seed + 1, dtype)
+    both = oracles.linear(oracles.rms_norm(x, gain, EPS), weight)
+    close(fast.norm_swiglu(x, gain, EPS, weight), oracles.swiglu(both[..., :d_out], both[..., d_out:]), dtype="float32", times=4)
+
+
+@each_set
+@given(**SIZES)
+def test_linear_add(fast, n, d_in, d_out, dtype, seed):
+    x, residual, weight = normal((n, d_in), seed), normal((n, d_out), seed + 3), weight_of(d_out, d_in, seed + 1, dtype)
+    before = residual.copy()
+    close(fast.linear_add(x, weight, residual), residual + oracles.linear(x, weight), dtype="float32")
+    close(residual, before, times=0)
+
+
+@each_set
+@given(n=st.integers(1, 70), d=st.integers(1, 3000), seed=st.integers(0, 99), scale=st.sampled_from([1e-4, 1, 1e4]))
+def test_rows(fast, n, d, seed, scale):
+    x, gain = (normal((n, d), seed) * scale).astype(np.float32), normal(d, seed + 1)
+    close(fast.rms_norm(x, gain, EPS), ops.rms_norm(x.astype(np.float64), gain, EPS), dtype="float32")
+    close(fast.swiglu(x, x[::-1]), ops.swiglu(x.astype(np.float64), x[::-1].astype(np.float64)), dtype="float32")
+
+
+@each_set
+def test_swiglu_where_the_exponential_would_overflow(fast):
+    gate = np.array([[-1e4, -200.0, -90.0, -88.0, 0.0, 90.0, 1e4, 3e38] * 4], np.float32)
+    for n in (1, 20):
+        eye = np.eye(32, dtype=np.float32)
+        x = np.repeat(gate, n, axis=0)
+        close(fast.swiglu(x, np.ones_like(x)), ops.swiglu(x, np.ones_like(x)))
+        small = x[:, :7] / 1e4
+        both = np.concatenate([eye[:7, :7], eye[:7, :7] * 0 + 1], axis=0)
+        close(fast.norm_swiglu(small, np.full(7, 1e4, np.float32), EPS, both),
+              ops.norm_swiglu(small.astype(np.float64), np.full(7, 1e4), EPS, both.astype(np.float64)), dtype="float32")
+
+
+# --------------------------------------------------------------------------------------------------------------- attention
+
+RULES = {"none": None, "causal": mask.causal(), "window": mask.sliding_window(5), "nothing": ~mask.causal() & mask.causal(),
+         "function": lambda i, j: (i + j) % 3 > 0}
+
+
+@each_set
+@given(rule=st.sampled_from(sorted(RULES)), n_kv=st.integers(1, 3), group=st.integers(1, 3), n_seq=st.integers(1, 20),
+       n_more=st.integers(0, 20), d=st.integers(1, 40), d_value=st.integers(1, 20), seed=st.integers(0, 99), n_batch=st.integers(1, 2))
+def test_attention(fast, rule, n_kv, group, n_seq, n_more, d, d_value, seed, n_batch):
+    q, k = normal((n_batch, n_kv * group, n_seq, d), seed), normal((n_batch, n_kv, n_seq + n_more, d), seed + 1)
+    v = normal((n_batch, n_kv, n_seq + n_more, d_value), seed + 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "BLOCK_Q", 6)
+        patch.setattr(tiled, "BLOCK_K", 7)
+        y, lse = fast.attention(q, k, v, mask=RULES[rule], return_lse=True)
+    want, want_lse = ops.attention(*(x.astype(np.float64) for x in (q, k, v)), mask=RULES[rule], return_lse=True)
+    close(y, want, dtype="float32")
+    close(lse, want_lse, dtype="float32")
+
+
+@each_set
+@given(n_kv=st.integers(1, 3), group=st.integers(1, 3), d_half=st.integers(1, 20), d_pass=st.integers(0, 3), n_batch=st.integers(1, 3),
+       steps=st.lists(st.integers(1, 7), min_size=1, max_size=4), window=st.sampled_from([None, 3, 6]), by_row=st.booleans(),
+       padded=st.booleans(), seed=st.integers(0, 99))
+def test_rope_attention_and_the_cache_it_leaves(fast, n_kv, group, d_half, d_pass, n_batch, steps, window, by_row, padded, seed):
+    n_head, d_head, n_all = n_kv * group, 2 * d_half + d_pass, sum(steps)
+    caches = [KVCache(n_batch, 1, 64, window) for _ in range(2)]
+    valid = np.random.default_rng(seed).random((n_batch, n_all)) > (0.4 if padded else -1)
+    done = 0
+    for n in steps:
+        qkv = normal((n_batch, n, (n_head + 2 * n_kv) * d_head), seed + done)
+        positions = np.arange(done, done + n) + (np.arange(n_batch)[:, None] if by_row else 0)
+        cos, sin = ops.rope_tables(positions, ops.rope_frequencies(2 * d_half), 1.2)
+        rule = (mask.causal() if window is None else mask.sliding_window(window)) & mask.padding(valid[:, : done + n])
+        got, want = (o.rope_attention(qkv, cos, sin, n_head, n_kv, mask=rule, cache=c) for o, c in zip((fast, ops.reference), caches,
+                                                                                                     strict=True))
+        close(got, want)
+        for c in caches:
+            c.advance(np.zeros((n_batch, n), int), positions, valid[:, : done + n], np.zeros(n_batch, int))
+        done += n
+    for mine, theirs in zip(caches[0]._layers[0][:2], caches[1]._layers[0][:2], strict=True):
+        first = caches[0]._layers[0][2]
+        close(mine[:, :, : done - first], theirs[:, :, : done - first])
+
+
+# -------------------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 4}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("dtype", STORED)
+def test_a_model_gives_the_logits_of_the_definitions(fast, changes, dtype):
+    ids = random_ids(2, 23)
+    m, plain = (model(ops=o, dtype=dtype, **changes) for o in (fast, ops.reference))
+    close(m(ids), plain(ids), times=4)
+    cache, other = m.new_cache(2), plain.new_cache(2)
+    for part in (ids[:, :1], ids[:, 1:19], ids[:, 19:20], ids[:, 20:]):
+        close(m(part, cache=cache), plain(part, cache=other), times=4)
+
+
+def test_float64_takes_the_definitions(fast):
+    ids = random_ids(1, 20)
+    close(model(ops=fast, dtype=np.float64)(ids), model(ops=ops.blockwise, dtype=np.float64)(ids), times=0)
+
+
+def test_a_batch_gives_each_row_what_it_gets_alone(fast):
+    m, ids = model(ops=fast), random_ids(5, 9)
+    cache = m.new_cache(5)
+    m(ids[:, :8], cache=cache)
+    together = m(ids[:, 8:], cache=cache)
+    for row in range(5):
+        close(together[row : row + 1], m(ids[row : row + 1])[:, 8:], times=2)
+
+
+def test_nan_in_a_weight_reaches_the_logits(fast):
+    m = model(ops=fast)
+    m.params.layers[0].down_proj[3, 5] = np.nan
+    for n in (1, 20):
+        assert np.isnan(m(random_ids(1, n))).all()
+
+
+@pytest.mark.parametrize("call", [
+    lambda o: o.linear(np.ones((2, 4), np.float32), np.ones((3, 5), np.float32)),
+    lambda o: o.linear(np.ones((2, 4)), np.ones((3, 4), np.int32)),
+    lambda o: o.linear(np.ones((2, 4), np.float32), np.ones((3, 4), np.float32), np.ones(4, np.float32)),
+    lambda o: o.norm_linear(np.ones((2, 4), np.float32), np.ones(5, np.float32), EPS, np.ones((3, 4), np.float32)),
+    lambda o: o.norm_swiglu(np.ones((2, 4), np.float32), np.ones(4, np.float32), EPS, np.ones((4, 5), np.float32)),
+    lambda o: o.linear_add(np.ones((2, 4), np.float32), np.ones((3, 4), np.float32), np.ones((2, 4), np.float32)),
+    lambda o: o.swiglu(np.ones((2, 4), np.float32), np.ones((2, 5), np.float32)),
+    lambda o: o.attention(*(np.ones((n, 2, 4), np.float32) for n in (3, 2, 2))),
+    lambda o: o.rope_attention(np.ones((1, 1, 15), np.float32), *np.ones((2, 1, 4), np.float32), 2, 1, cache=KVCache(1, 1, 8)),
+    lambda o: o.rope_attention(np.ones((1, 2, 16), np.float32), *np.ones((2, 3, 4), np.float32), 2, 1, cache=KVCache(1, 1, 8)),
+    lambda o: o.rope_attention(np.ones((1, 9, 16), np.float32), *np.ones((2, 9, 4), np.float32), 2, 1, cache=KVCache(1, 1, 8)),
+], ids=range(11))
+def test_errors_are_those_of_the_definition(fast, call):
+    with pytest.raises(NpllmError) as mine:
+        call(fast)
+    with pytest.raises(NpllmError) as theirs:
+        call(ops.reference)
+    assert (type(mine.value), str(mine.value)) == (type(theirs.value), str(theirs.value))
+
+
+def test_a_tensor_of_no_tokens_is_left_to_the_definition(fast):
+    empty = np.ones((0, 4), np.float32)
+    close(fast.linear(empty, np.ones((3, 4), np.float32)), np.ones((0, 3), np.float32))
+
+
+# ------------------------------------------------------------------------------------------------------------------ threads
+
+
+def test_a_model_serves_several_threads_at_once(fast):
+    m, ids = model(ops=fast), [random_ids(1, n) for n in (3, 40, 1, 25)]
+    want, got = [m(x) for x in ids], {}
+    workers = [threading.Thread(target=lambda n=n: got.update({n: [m(ids[n]) for _ in range(20)]})) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    for n in range(4):
+        assert len(got[n]) == 20
+        for logits in got[n]:
+            close(logits, want[n], times=1)
+
+
+def test_blocks_all_run_and_blas_has_its_threads_back():
+    before, seen = threads.blas_threads(), []
+    threads.run_blocks(lambda block: seen.append((block, threads.blas_threads())), range(100))
+    assert sorted(block for block, _ in seen) == list(range(100))
+    assert {n for _, n in seen} == {1} and threads.blas_threads() == before
+
+
+def test_an_error_in_a_block_is_raised_and_leaves_nothing_behind():
+    before = threads.blas_threads()
+    for at in range(8):
+        with pytest.raises(ZeroDivisionError):
+            threads.run_blocks(lambda block, at=at: 1 // (block - at), range(8))
+    assert threads.blas_threads() == before
+
+
+def test_scratch_of_one_thread_is_not_that_of_another():
+    mine, other = threads.scratch("test", (3, 4), np.float32), []
+    worker = threading.Thread(target=lambda: other.append(threads.scratch("test", (3, 4), np.float32)))
+    worker.start()
+    worker.join()
+    assert not np.shares_memory(mine, other[0]) and np.shares_memory(mine, threads.scratch("test", (2, 2), np.float32))
+
+
+# --------------------------------------------------------------------------------------------------------------- exponential
+
+
+@pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
+def test_the_exponential_is_exact_to_two_units_in_the_last_place():
+    from npllm.kernels.compiled import exponentials
+
+    x = np.concatenate([np.linspace(-87.3, 88, 200003), np.geomspace(1e-30, 1, 1000), -np.geomspace(1e-30, 1, 1000)]).astype(np.float32)
+    x = x[: len(x) // 16 * 16]
+    got = x.copy()
+    exponentials(got, np.float32(0))
+    want = np.exp(x.astype(np.float64))
+    assert np.abs(got - want).max(where=np.isfinite(want), initial=0) > 0  # else it was not ours
+    assert (np.abs(got / want - 1) < 2 * np.finfo(np.float32).eps).all()
+    edge = np.array([-np.inf, -200, -87.4, -0.0, np.nan] * 16, np.float32)
+    exponentials(edge, np.float32(0))
+    assert (edge[:3] == 0).all() and edge[3] == 1 and np.isnan(edge[4])
