@@ -19,6 +19,7 @@ import npllm
 from npllm import arrays, cli, ops, packing, report
 from npllm import score as scoring
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.models import transformer
 from npllm.ops.mask import causal, documents, padding, sliding_window
 
 try:
@@ -278,6 +279,33 @@ def test_beams_agree():
         got, want = model.beam_search(prompt, num_beams=3, max_new_tokens=9), numpy_model.beam_search(ids, num_beams=3, max_new_tokens=9)
         close(got.sequences, want.sequences)
         close(got.scores, want.scores, times=1e8)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_block_of_2017_agrees(norm_first):
+    """Encoder, decoder and cross-attention, on the same weights."""
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return 0.3 * rng.standard_normal(shape, dtype=np.float32)
+
+    def heads():
+        return transformer.AttentionParams(*(drawn(8, 8) for _ in range(4)), *(drawn(8) for _ in range(4)))
+
+    def norm():
+        return transformer.NormParams(1 + drawn(8), drawn(8))
+
+    def network():
+        return transformer.FeedForwardParams(drawn(12, 8), drawn(12), drawn(8, 12), drawn(8))
+
+    encoder = tuple(transformer.EncoderLayerParams(heads(), norm(), network(), norm()) for _ in range(2))
+    decoder = tuple(transformer.DecoderLayerParams(heads(), norm(), heads(), norm(), network(), norm()) for _ in range(2))
+    params = transformer.TransformerParams(encoder, decoder, norm(), norm())
+    source, target = drawn(2, 5, 8), drawn(2, 4, 8)
+    for activation in (None, ops.gelu):
+        options = {"norm_first": norm_first, "activation": activation}
+        same(transformer.forward(*moved((source, target, params)), 2, ops.blockwise, **options),
+             transformer.forward(source, target, params, 2, ops.blockwise, **options), times=20)
 
 
 @pytest.mark.parametrize("head", ["Sequence", "Token"])
