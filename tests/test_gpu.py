@@ -107,6 +107,14 @@ def test_rms_norm_kernel(data, d_model, dtype):
     same("kernel rms_norm", cuda.rms_norm(*moved((x, weight)), 1e-5), ops.rms_norm(x, weight, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("n_rows", [1, 2, 8, 9, 100])
+def test_linear_kernel(n_rows, dtype):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((n_rows, 3072), dtype=np.float32), rng.standard_normal((1003, 3072), dtype=np.float32).astype(dtype)
+    same("kernel linear", cuda.linear(*moved((x, w))), ops.linear(x, w))
+
+
 @given(st.data(), st.integers(1, 3000))
 @settings(max_examples=30)
 def test_swiglu_kernel(data, d_ff):

@@ -120,7 +120,7 @@ def test_sources_are_part_of_the_package():
         assert f"void {kernel}(" in re.sub(r"__launch_bounds__\(.*\)\n", "void ", cuda.source(kernel)).replace("void void", "void")
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attention", "rope_attention"])
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "swiglu", "attention", "rope_attention"])
 def test_a_twin_has_the_signature_of_its_definition(name):
     assert inspect.signature(getattr(cuda, name)) == inspect.signature(getattr(ops, name))
     assert getattr(cuda.cuda_ops(), name) is getattr(cuda, name)
@@ -137,6 +137,46 @@ def test_every_16_bit_pattern_is_widened_as_it_is(dtype):
     weight = weight[~np.isnan(weight.astype(np.float32))]
     y = cuda.rms_norm(*moved((np.ones((1, len(weight)), np.float32), weight)), 0.0).get()[0]
     close(y, weight.astype(np.float32), times=0)
+
+
+@needs_gxx
+@given(st.data(), st.integers(1, 9), st.integers(1, 40), st.integers(1, 70), st.sampled_from([ml_dtypes.bfloat16, np.float16]), st.booleans())
+@settings(max_examples=40)
+def test_linear(data, n_rows, d_out, eights, dtype, biased):
+    """Up to 8 rows, each of 8, 16, ... channels; a ninth takes the definition."""
+    x, weight = data.draw(normal((n_rows, 8 * eights))), data.draw(normal((d_out, 8 * eights), dtype))
+    bias = data.draw(normal((d_out,), dtype)) if biased else None
+    want = moved(ops.linear(x, weight, bias))
+    close(ran(lambda: cuda.linear(*moved((x, weight, bias))), *["linear"][: n_rows <= 8]), want, times=4)
+    close(cuda.linear(moved(x)[:, None, :], *moved((weight, bias))), want[:, None, :], times=4)
+
+
+@needs_gxx
+@given(st.data(), st.sampled_from([ml_dtypes.bfloat16, np.float16]), st.integers(9, 12), st.sampled_from([40, 1000]))
+def test_linear_of_many_rows_widens_in_blocks(data, dtype, n_rows, widened):
+    x, weight = data.draw(normal((n_rows, 16))), data.draw(normal((7, 16), dtype))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cuda, "WIDENED", widened)
+        close(ran(lambda: cuda.linear(*moved((x, weight)))), moved(ops.linear(x, weight)))
+
+
+@needs_gxx
+@pytest.mark.parametrize(("d_in", "dtype"), [(12, ml_dtypes.bfloat16), (16, np.float32), (16, np.float64)])
+def test_linear_of_other_weights_takes_the_definition(d_in, dtype):
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((2, d_in), dtype=np.float32), rng.standard_normal((5, d_in)).astype(dtype)
+    close(ran(lambda: cuda.linear(*moved((x, weight)))), moved(ops.linear(x, weight)))
+
+
+@needs_gxx
+def test_linear_takes_a_weight_that_begins_anywhere():
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((2, 16), dtype=np.float32), rng.standard_normal((5, 24)).astype(ml_dtypes.bfloat16)
+    view = moved(weight)[:, 3:19]
+    flat = guard.Array(np.frombuffer(bytearray(2 + 160), dtype=ml_dtypes.bfloat16)[1:].reshape(5, 16))
+    flat[:, :] = view
+    for there in (view, flat):
+        close(ran(lambda there=there: cuda.linear(moved(x), there), "linear"), moved(ops.linear(x, weight[:, 3:19])), times=4)
 
 
 @needs_gxx
@@ -286,10 +326,10 @@ def test_sizes_that_the_kernel_does_not_know_take_the_definition(n_seq, d_head, 
     close(ran(lambda: cuda.attention(*moved((q, k, v)))), moved(ops.attention(q, k, v)))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attention", "rope_attention"])
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "swiglu", "attention", "rope_attention"])
 def test_arguments_that_do_not_fit_raise_as_in_the_definition(name):
     x = np.zeros((1, 3, 64), np.float32)
-    calls = {"rms_norm": (x, x[0, 0, :5], 1e-5), "swiglu": (x, x[:, :2]), "attention": (x, x[:, :, :9], x[:, :, :9]),
+    calls = {"linear": (x, np.zeros((2, 64), ml_dtypes.bfloat16), x[0, 0, :5]), "rms_norm": (x, x[0, 0, :5], 1e-5), "swiglu": (x, x[:, :2]), "attention": (x, x[:, :, :9], x[:, :, :9]),
              "rope_attention": (x, x[0, :, :3], x[0, :, :3], 2, 1)}
     with pytest.raises(npllm.NpllmError) as wanted:
         getattr(ops, name)(*moved(calls[name]))
@@ -310,6 +350,9 @@ def test_a_model_runs_on_the_kernels(changes, dtype):
     model = npllm.Model(base.config, moved(base.params), ops=cuda.cuda_ops())
     ids = tiny.random_ids(2, 19)
     close(ran(lambda: model(ids), *["rms_norm", "rope_append", "attention", "rms_norm", "swiglu"] * 2, "rms_norm"), moved(base(ids)), times=20)
+    narrow = ["linear"] * (dtype != np.float32)  # one token: every product of a 16-bit weight is a kernel
+    layer = ["rms_norm", *narrow, "rope_append", *narrow, "rms_norm", *narrow, "swiglu", *narrow]
+    close(ran(lambda: model(ids[:, :1]), *layer * 2, "rms_norm", *narrow), moved(base(ids[:, :1])), times=20)
     mask = np.ones(ids.shape, int)
     mask[0, :4] = 0
     for options in ({}, {"temperature": 0.9, "seed": 3}):

@@ -1,7 +1,7 @@
 """CUDA kernels for CuPy arrays: twins of the definitions in `npllm.ops`, with their signatures and their results.
 
 A twin takes what it was written for and hands everything else to the definition: float64 always, and shapes, dtypes and masks
-that a kernel does not know.  Activations are float32 and sums are float32; norm weights, keys and values may also be bfloat16 or
+that a kernel does not know.  Activations are float32 and sums are float32; weights, keys and values may also be bfloat16 or
 float16, which are widened in registers.  Sources (`*.cu`) are compiled by NVRTC at the first use of each variant, and kept.
 """
 
@@ -12,22 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
-from npllm.arrays import array_namespace
+from npllm.arrays import array_namespace, expect_shape, widen
 from npllm.ops import blockwise
 from npllm.ops.attention import check_attention
 from npllm.ops.linear import merge_heads
 from npllm.ops.mask.rule import FAR
 
-__all__ = ["HEADS", "VARIANTS", "attention", "cuda_ops", "rms_norm", "rope_attention", "source", "swiglu"]
+__all__ = ["HEADS", "VARIANTS", "attention", "cuda_ops", "linear", "rms_norm", "rope_attention", "source", "swiglu"]
 
 TYPES = {"float32": "float", "bfloat16": "bf16", "float16": "f16"}  # NumPy's name -> the name in common.cu
 HEADS = (64, 96, 128)
 THREADS = 256
 QUERIES, ATTENTION_THREADS = 16, 128  # WARPS * ROWS and WARPS * 32 of attention.cu
+MOST_ROWS, WIDENED = 8, 2**26  # rows of x for linear.cu; entries of a 16-bit weight that are widened at a time beyond that
 MOST = 2**31  # entries that a kernel counts in 32 bits
 
 # Every variant that can be asked for: kernel -> list of its definitions.
 VARIANTS = {
+    "linear": [{"ENTRY": name, "ROWS": rows} for name in ("bf16", "f16") for rows in (1, 8)],
     "rms_norm": [{"WEIGHT": name} for name in TYPES.values()],
     "swiglu": [{"ENTRY": "float"}],
     "rope_append": [{"ENTRY": "float"}],
@@ -42,13 +44,38 @@ def cuda_ops():
     -------
     ops : Ops
     """
-    return blockwise.replace(rms_norm=rms_norm, swiglu=swiglu, attention=attention, rope_attention=rope_attention, name="cuda")
+    return blockwise.replace(linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=attention, rope_attention=rope_attention,
+                             name="cuda")
 
 
 def source(kernel):
     """Return the CUDA C++ text of a kernel, what it shares with the others included."""
     folder = Path(__file__).parent
     return "".join((folder / name).read_text(encoding="utf-8") for name in ("common.cu", f"{kernel}.cu"))
+
+
+def linear(x, weight, bias=None):
+    """Multiply each row by the transposed weight matrix: the twin of `npllm.ops.linear`, for up to 8 rows and a 16-bit weight.
+
+    The weight is read once, as it is stored.  More rows go to the definition, with the weight widened in blocks that suit a GPU.
+    """
+    if not (_is(x, "float32") and _is(weight, "bfloat16", "float16") and weight.ndim == 2 and x.shape[-1:] == weight.shape[1:]
+            and 0 < x.size < MOST and 0 < weight.shape[0] and weight.shape[1] % 8 == 0):
+        return blockwise.linear(x, weight, bias)
+    xp, (d_out, d_in) = array_namespace(x, weight, bias), weight.shape
+    n_rows = x.size // d_in
+    if n_rows > MOST_ROWS:
+        n = max(1, WIDENED // d_in)
+        blocks = [blockwise.linear(x, widen(weight[start : start + n, :])) for start in range(0, d_out, n)]
+        y = blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1)
+    else:
+        x, weight, y = _aligned(x, xp), _aligned(weight, xp), xp.empty((*x.shape[:-1], d_out), dtype=xp.float32)
+        _launch("linear", {"ENTRY": _type(weight), "ROWS": 1 if n_rows == 1 else MOST_ROWS}, -(-d_out // (THREADS // 32)), THREADS,
+                x, weight, y, *map(np.uint32, (n_rows, d_in, d_out)))
+    if bias is None:
+        return y
+    expect_shape("bias", bias, d_out=d_out)
+    return y + widen(bias, xp.float32)
 
 
 def rms_norm(x, weight, eps):
@@ -138,6 +165,12 @@ def _rope_append(xp, qkv, cos, sin, q, k, v):
     sizes = qkv.size, n_seq, n_head, k.shape[1], d_head, d_rope
     _launch("rope_append", {"ENTRY": "float"}, -(-qkv.size // THREADS), THREADS, qkv, cos, sin, q, k, v,
             *map(np.uint32, sizes), *map(np.int64, (table_batch, *_steps(k)[:3], *_steps(v)[:3])))
+
+
+def _aligned(x, xp):
+    """An array in one piece that begins at a multiple of 16 bytes: `x` itself where it does."""
+    x = xp.ascontiguousarray(x)
+    return x if x.data.ptr % 16 == 0 else xp.astype(x, x.dtype)
 
 
 def _rows(x, xp):
