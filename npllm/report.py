@@ -9,14 +9,16 @@ import time
 from math import prod
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
-from npllm import ops
+from npllm import kernels, ops
 from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoint import SAFETENSORS_DTYPES, check_entries, read_entries
 from npllm.config import Config
 from npllm.errors import NpllmError
 from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.generate import next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.kernels.threads import n_threads
 from npllm.models import phi3
 from npllm.score import score
 
@@ -24,8 +26,9 @@ __all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed",
            "score_facts", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
-            "cupy-cuda13x")
-THREAD_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUPY_TF32")
+            "numba", "threadpoolctl", "cupy-cuda13x")
+THREAD_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS",
+                    "CUPY_TF32")
 
 
 def machine_facts():
@@ -42,11 +45,21 @@ def machine_facts():
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "blas": _blas_facts(),
+        "kernels": _kernel_facts(),
         "environment": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
         "gpu": _gpu_facts(),
         "weights_folder": str(weights_folder()),
         "default_checkpoint": str(find_checkpoint(DEFAULT_MODEL) or "not fetched yet (npllm fetch)"),
     }
+
+
+def _kernel_facts():
+    """Which set of operations `load` picks on this machine and why, its threads, and how long compiling takes."""
+    reason, seconds = kernels.why_not_compiled(), kernels.seconds_to_prepare()
+    facts = {"set": kernels.fastest_ops().name, "threads": n_threads(), "why": reason or "Numba is here"}
+    if seconds is not None:
+        facts |= {"ready in": f"{seconds:.1f} s" + (", compiled just now and kept" if seconds > 3 else "")}
+    return facts
 
 
 def checkpoint_facts(folder):
@@ -271,10 +284,6 @@ def _blas_facts():
     """Name and version of NumPy's BLAS; its kernel set and threads where threadpoolctl can ask it."""
     built = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     facts = {"name": built.get("name"), "version": built.get("version")}
-    try:
-        from threadpoolctl import threadpool_info
-    except ImportError:
-        return facts
     pool = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
     return facts | {"kernels": pool.get("architecture"), "threads": pool.get("num_threads")}
 

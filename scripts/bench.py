@@ -3,6 +3,9 @@
 
     python scripts/bench.py generate            100 new tokens from a 51-token chat prompt, with and without the KV cache
     python scripts/bench.py first-token -m DIR  from a cold process to the first token and the eighth, and the peak memory
+    python scripts/bench.py speed -m DIR        prefill and decoding of every engine installed, and the machine's limits
+    python scripts/bench.py context -m DIR      one token more at 128, 1k and 4k tokens of context, against the bytes that it reads
+    python scripts/bench.py batch -m DIR        tokens/s of decoding 1 ... 16 sequences at once
     python scripts/bench.py attention           the definition, both schedules, a window, and torch, by length of the sequence
 
 Every contender is a process of its own; they take turns (A B A B ...), so that a machine that slows down slows all of them.
@@ -17,13 +20,18 @@ import statistics
 import subprocess
 import sys
 import time
+from math import prod
 
 import click
+import contenders
+import ml_dtypes
 import numpy as np
 
 import npllm
-from npllm import ops, report
+from npllm import kernels, ops, report
 from npllm.arrays import backend_namespace, to_numpy
+from npllm.checkpoint import expected_shapes
+from npllm.fetch import weights_folder
 from npllm.model import checkpoint_folder
 
 MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}]
@@ -224,6 +232,232 @@ def generate(path, n_new, repeat, as_json):
           "versions": {name: contender.version for name, contender in children.items()}, "peak_bytes": peaks,
           "seconds": {f"{name} {'cached' if cached else 'uncached'}": runs for (name, cached), runs in seconds.items()},
           "same_tokens": len({tuple(ids) for ids in texts.values()}) == 1}, as_json)
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@click.argument("folder")
+def engine(name, folder):
+    """Serve one contender: a JSON task a line on standard input, a list of seconds on standard output."""
+    kind, _, dtype = name.partition(":")
+    contender = contenders.CONTENDERS[kind](folder, dtype)
+    rng = np.random.default_rng(0)
+    print(json.dumps({"version": contender.version}), flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        ids = rng.integers(3, 1000, (task["n_batch"], task["n_prompt"] + task["n_new"]))
+        contender.reset(task["n_batch"])
+        seconds = [timed(contender.feed, ids[:, : task["n_prompt"]])]
+        seconds += [timed(contender.feed, ids[:, at : at + 1]) for at in range(task["n_prompt"], ids.shape[1])]
+        print(json.dumps({"seconds": seconds, "peak_bytes": report.peak_memory()}), flush=True)
+
+
+def timed(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+class Engine(Child):
+    """A contender behind the `engine` command."""
+
+    def __init__(self, name, folder, threads):
+        environment = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+        self.process = subprocess.Popen([sys.executable, __file__, "engine", name, str(folder)], text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        self.version = self._read()["version"]
+
+    def seconds(self, n_prompt, n_new=0, n_batch=1):
+        answer = self.measure(n_prompt=n_prompt, n_new=n_new, n_batch=n_batch)
+        self.peak_bytes = answer["peak_bytes"]
+        return answer["seconds"]
+
+
+@main.command(hidden=True)
+def limits():
+    """Print what the machine can do: bytes/s read by the best of several probes, and float32 FLOP/s of NumPy's matrix product."""
+    facts = {"read": read_probes(), "sgemm": {}}
+    rng = np.random.default_rng(0)
+    for n in (256, 512, 1024):
+        a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in ((n, 3072), (3072, 4096)))
+        facts["sgemm"][f"{n} x 3072 x 4096"] = 2 * n * 3072 * 4096 / median_seconds(lambda a=a, b=b: a @ b)
+    print(json.dumps(facts))
+
+
+def read_probes(n_bytes=2**30):
+    """Bytes/s of reading a gigabyte that no cache holds: two sums by threads, BLAS, and the kernel of decoding itself."""
+    from npllm.kernels.threads import run_blocks
+
+    x = np.random.default_rng(0).standard_normal(n_bytes // 4, dtype=np.float32)
+    blocks, vector = np.split(x, 64), np.ones((1, 8192), np.float32)
+    matrix = x.view(np.uint16)
+    matrix &= 0x3FFF  # finite as bfloat16
+    matrix = matrix.view(ml_dtypes.bfloat16).reshape(-1, 8192)
+    probes = {"maximum of float32 on all threads": lambda: run_blocks(np.max, blocks),
+              "sum of int64 on all threads": lambda: run_blocks(lambda block: np.sum(block.view(np.int64)), blocks),
+              "sgemv of BLAS": lambda: x.reshape(-1, 8192) @ vector[0]}
+    if kernels.compiled_ops() is not None:
+        probes["decoding's matrix-vector kernel, bfloat16"] = lambda: kernels.compiled_ops().linear(vector, matrix)
+    return {name: n_bytes / median_seconds(probe, 5) for name, probe in probes.items()}
+
+
+def median_seconds(function, repeat=9):
+    function()
+    return statistics.median(timed(function) for _ in range(repeat))
+
+
+def machine_limits(threads):
+    environment = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    output = subprocess.run([sys.executable, __file__, "limits"], capture_output=True, text=True, check=True, env=environment).stdout
+    return json.loads(output)
+
+
+def speed_options(command):
+    """Options of the commands that measure engines."""
+    for option in (
+        click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]"),
+        click.option("--config", type=click.Path(exists=True), help="Random weights in the shapes of this config.json instead."),
+        click.option("--layers", type=int, help="With --config: fewer layers than it says."),
+        click.option("-t", "--threads", default=len(os.sched_getaffinity(0)), show_default=True),
+        click.option("-r", "--repeat", default=3, show_default=True),
+        click.option("--json", "json_path", type=click.Path(), help="Write every number into this file as well."),
+    ):
+        command = option(command)
+    return command
+
+
+def bench_folder(path, config, layers):
+    """The checkpoint to measure: given, or with random weights."""
+    if config is None:
+        return checkpoint_folder(path)
+    folder = weights_folder() / f"bench-{os.path.basename(config).removesuffix('.json')}-{layers or 'all'}-layers"
+    if not (folder / "config.json").exists():
+        from make_random_checkpoint import main as make
+
+        make([config, str(folder), *(["--layers", str(layers)] if layers else [])], standalone_mode=False)
+    return folder
+
+
+ENGINES = ("npllm:bfloat16", "npllm:float16", "npllm:float32", "npllm:int8", "npllm:bfloat16/tiled",
+           "transformers:bfloat16", "transformers:float16", "transformers:float32",
+           "llama.cpp:bfloat16", "llama.cpp:float16", "llama.cpp:float32", "llama.cpp:int8")
+
+
+@main.command()
+@speed_options
+@click.option("--engines", default=",".join(ENGINES), show_default=True)
+@click.option("--prompts", default="256,1024", show_default=True)
+@click.option("-n", "--n-new", default=16, show_default=True)
+def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_new):
+    """Time prefill and decoding of every engine that is installed, on the same weights and ids, in turns."""
+    folder = bench_folder(path, config, layers)
+    names = [name for name in engines.split(",") if contenders.installed(name.partition(":")[0])]
+    running = {name: Engine(name, folder, threads) for name in names}
+    tasks = {f"prefill {n}": (int(n), 0) for n in prompts.split(",")} | {"decode": (64, n_new)}
+    seconds = {name: {task: [] for task in tasks} for name in names}
+    for engine_ in running.values():
+        engine_.seconds(32, 2)  # warm up
+    for _ in range(repeat):
+        for task, (n_prompt, n_more) in tasks.items():
+            for name, engine_ in running.items():
+                times = engine_.seconds(n_prompt, n_more)
+                seconds[name][task].append(statistics.median(times[1:]) if n_more else times[0])
+    result = {"folder": folder.name, "parameters": matrix_parameters(folder), "repeat": repeat, "threads": threads,
+              "seconds": seconds, "versions": {name: engine_.version for name, engine_ in running.items()}, "machine": machine(),
+              "peak_bytes": {name: engine_.peak_bytes for name, engine_ in running.items()}}
+    for engine_ in running.values():
+        engine_.process.terminate()
+    result["limits"] = machine_limits(threads)
+    write_json(json_path, result)
+    click.echo("\n".join(speed_table(result)))
+
+
+def matrix_parameters(folder):
+    """Entries of the matrices that a token passes: of the layers, and of lm_head, which prefill uses for one row only."""
+    config = npllm.Config.from_json(folder)
+    shapes = expected_shapes(config)
+    layers = sum(prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
+    return {"layers": layers, "lm_head": config.vocab_size * config.hidden_size}
+
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1 + 1 / 16}  # of a weight; int8 with the scale of its group
+
+
+def speed_table(result):
+    """Lines of a Markdown table: medians, the share of the machine's limit, and how npllm's bfloat16 compares."""
+    n_read, n_layers = sum(result["parameters"].values()), result["parameters"]["layers"]
+    read, sgemm = max(result["limits"]["read"].values()), max(result["limits"]["sgemm"].values())
+    medians = {name: {task: statistics.median(runs) for task, runs in tasks.items()} for name, tasks in result["seconds"].items()}
+    tasks = [task for task in next(iter(medians.values())) if task != "decode"]
+    facts, blas = result["machine"], result["machine"]["blas"]
+    yield (f"{result['folder']}, {n_read / 1e6:.0f}e6 parameters read per token; {facts['cpu']}, {result['threads']} threads, BLAS "
+           f"{blas['name']} {blas['version']} ({blas['kernels']} kernels); medians of {result['repeat']} alternating runs; limits: "
+           f"{read / 1e9:.1f} GB/s read, {sgemm / 1e9:.0f} GFLOP/s float32 matrix product\n")
+    columns = " | ".join(f"{task}, tok/s | of the limit" for task in tasks)
+    yield f"| engine | decode, ms/token | GB/s | of the limit | {columns} |"
+    yield "|---" * (4 + 2 * len(tasks)) + "|"
+    for name, row in medians.items():
+        rate = n_read * BYTES[name.partition(":")[2].partition("/")[0]] / row["decode"]
+        cells = [name, f"{row['decode'] * 1e3:.1f}", f"{rate / 1e9:.1f}", f"{rate / read:.0%}"]
+        for task in tasks:
+            n = int(task.split()[1])
+            cells += [f"{n / row[task]:.0f}", f"{2 * n_layers * n / row[task] / sgemm:.0%}"]
+        yield "| " + " | ".join(cells) + " |"
+    ours = medians.get("npllm:bfloat16")
+    for name, row in medians.items() if ours else ():
+        if not name.startswith("npllm:bfloat16"):
+            yield f"\n{name}: npllm:bfloat16 is " + ", ".join(f"{row[task] / ours[task]:.2f} times as fast in {task}" for task in row)
+
+
+@main.command()
+@speed_options
+@click.option("--contexts", default="128,1024,4096", show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+def context(path, config, layers, threads, repeat, json_path, contexts, dtype):
+    """Time one token more by the length of the context, beside what its keys and values take to read."""
+    folder = bench_folder(path, config, layers)
+    engine_, settings = Engine(f"npllm:{dtype}", folder, threads), npllm.Config.from_json(folder)
+    engine_.seconds(32, 2)
+    rows = {n: step_seconds(engine_, repeat, n, 8) for n in map(int, contexts.split(","))}
+    read, first = max(machine_limits(threads)["read"].values()), min(rows)
+    per_key = 8 * settings.num_key_value_heads * settings.head_dim * settings.num_hidden_layers
+    write_json(json_path, {"folder": folder.name, "seconds": rows, "read": read, "bytes_per_key": per_key, "machine": machine()})
+    click.echo(f"{folder.name}, {per_key} bytes of keys and values for each token seen; {read / 1e9:.1f} GB/s; {cpu_name()}\n")
+    click.echo("| context | ms/token | more than at the first | of which reading takes at the limit |\n|---|---|---|---|")
+    for n, value in rows.items():
+        seen = min(n, settings.sliding_window or n) - min(first, settings.sliding_window or first)
+        click.echo(f"| {n} | {value * 1e3:.2f} | {(value - rows[first]) * 1e3:.2f} | {seen * per_key / read * 1e3:.2f} |")
+
+
+@main.command()
+@speed_options
+@click.option("--batches", default="1,2,4,8,16", show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+def batch(path, config, layers, threads, repeat, json_path, batches, dtype):
+    """Time decoding of several sequences at once, which share one read of the weights."""
+    folder = bench_folder(path, config, layers)
+    engine_ = Engine(f"npllm:{dtype}", folder, threads)
+    engine_.seconds(32, 2)
+    rows = {b: step_seconds(engine_, repeat, 32, 8, b) for b in map(int, batches.split(","))}
+    write_json(json_path, {"folder": folder.name, "seconds": rows, "machine": machine()})
+    click.echo(f"{folder.name}, {dtype}; {cpu_name()}, {threads} threads\n")
+    click.echo("| sequences | ms/step | tokens/s | of one |\n|---|---|---|---|")
+    for b, value in rows.items():
+        click.echo(f"| {b} | {value * 1e3:.1f} | {b / value:.1f} | {b * rows[1] / value:.2f} |")
+
+
+def step_seconds(engine_, repeat, *sizes):
+    """Median time of one step of decoding, over several runs."""
+    return statistics.median(statistics.median(engine_.seconds(*sizes)[1:]) for _ in range(repeat))
+
+
+def write_json(path, result):
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
 
 
 @main.command(hidden=True)

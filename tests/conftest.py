@@ -1,6 +1,7 @@
 """What every test shares: options, markers, Hypothesis profiles, and the default checkpoint."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--without-numba", action="store_true", help="as on a machine where Numba is not installed")
+
+
+def pytest_configure(config):
+    if config.getoption("--without-numba"):
+        sys.modules["numba"] = None  # an import of it now fails
 
 
 def pytest_report_header():

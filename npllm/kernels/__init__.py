@@ -5,11 +5,12 @@ Each set is an `Ops`, and each of its kernels is tested against the definition w
 """
 
 import importlib
+import time
 from functools import cache
 
 from npllm import ops as _ops
 
-__all__ = ["compiled_ops", "fastest_ops", "tiled_ops"]
+__all__ = ["compiled_ops", "fastest_ops", "seconds_to_prepare", "tiled_ops", "why_not_compiled"]
 
 
 def fastest_ops(backend="numpy"):
@@ -49,3 +50,23 @@ def why_not_compiled():
     except ImportError as error:  # missing, or made for another NumPy
         return f'Numba cannot be imported ({error}); pip install "npllm[fast]" brings it'
     return ""
+
+
+def seconds_to_prepare(dtype="bfloat16"):
+    """Call every compiled kernel once, and return the time: Numba compiles them at the first use on a machine and keeps the result.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the weights.
+
+    Returns
+    -------
+    seconds : float or None
+        None where there is no compiled set.
+    """
+    if compiled_ops() is None:
+        return None
+    start = time.perf_counter()
+    importlib.import_module("npllm.kernels.compiled").call_all(dtype)
+    return time.perf_counter() - start

@@ -11,10 +11,12 @@ from numba import njit, prange
 
 from npllm import ops
 from npllm.arrays import DTYPES
+from npllm.cache import KVCache
 from npllm.kernels import tiled
 from npllm.kernels.simd import LANES, divide, exp, fma, load, load_pairs, pairs, prefetch, single, splat, store, total
 from npllm.kernels.threads import run_blocks, scratch
 from npllm.ops.fusions import cut_heads
+from npllm.ops.mask import causal
 from npllm.ops.mask.rule import ALL
 
 __all__ = ["COMPILED", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
@@ -505,3 +507,17 @@ def weighted_sum(p, values, y):
 
 COMPILED = replace(tiled.TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add,
                    rope_attention=rope_attention, name="compiled")
+
+
+def call_all(dtype):
+    """Call every kernel once with small read-only weights, as a checkpoint's are, so that all of them are compiled."""
+    weight, gain = np.zeros((64, 32), DTYPES[dtype]), np.zeros(32, DTYPES[dtype])
+    weight.flags.writeable = gain.flags.writeable = False
+    for n in (1, 2, FEW_ROWS + 1):
+        x = np.ones((1, n, 32), np.float32)
+        linear(x, weight)
+        linear_add(x, weight, np.ones((1, n, 64), np.float32))
+        norm_swiglu(x, gain, 0.0, weight)
+        qkv = norm_linear(x, gain, 0.0, weight)[..., :48]
+        cos, sin = np.ones((2, n, 16), np.float32)
+        rope_attention(qkv, cos, sin, 1, 1, mask=causal(), cache=KVCache(1, 1, 64))
