@@ -143,6 +143,8 @@ def dtype_named(name):
 
 def asarray(x, xp):
     """Move a host array to library `xp`; no copy where it is there already."""
+    if hasattr(x, "to") and hasattr(x, "scales"):  # an Int8Weight
+        return x if xp is np else x.to(xp)
     return x if xp is np else xp.asarray(x)
 
 
@@ -165,7 +167,7 @@ def widen(x, dtype=None):
     Parameters
     ----------
     x : array [...]
-        bfloat16, float16, float32 or float64.
+        bfloat16, float16, float32 or float64; or an `Int8Weight`.
     dtype : dtype, optional
         float32 or float64; by default what `compute_dtype(x)` says.
 
@@ -179,6 +181,8 @@ def widen(x, dtype=None):
     NpllmTypeError
         When `x` is not of a float type.
     """
+    if hasattr(x, "widened"):
+        x = x.widened()
     if _dtype_name(x) not in _FLOATS:
         raise NpllmTypeError(f"expected an array of {', '.join(DTYPES)}, got dtype {_dtype_name(x)}")
     dtype = compute_dtype(x) if dtype is None else dtype

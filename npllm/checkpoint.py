@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from npllm.arrays import DTYPES, asarray, dtype_named
 from npllm.config import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.int8 import quantize
 from npllm.upload import Upload
 
 __all__ = ["LayerParams", "Params", "TensorEntry", "expected_shapes", "find_nonfinite", "load_params", "read_entries"]
@@ -134,7 +135,8 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
         Holds model.safetensors, or model.safetensors.index.json and the files it names.
     config : Config
     dtype : str, optional
-        "bfloat16", "float16", "float32" or "float64"; default: each tensor as it is stored.
+        "bfloat16", "float16", "float32", "float64", or "int8": matrices rounded to `Int8Weight`, all else as stored.
+        Default: each tensor as it is stored.
     xp : module
         The array library to put them into.
     progress : bool
@@ -153,7 +155,7 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
     NpllmValueError
         One error that lists every missing, unknown and misshapen tensor and every unusable dtype.
     """
-    if dtype is not None:
+    if dtype not in (None, "int8"):
         dtype_named(dtype)
     entries = read_entries(folder)
     check_entries(folder, entries, config)
@@ -180,9 +182,10 @@ class _TensorReader:
     def read(self, names):
         """One tensor as it stands in the file, or several as one, their rows below each other."""
         views = [self._view(name) for name in names]
-        if self.upload:
+        if self.upload and self.dtype != "int8":  # quantised on the host, one tensor at a time
             return self._send(views, names)
-        x = _convert(views[0], self.dtype) if len(views) == 1 else self._stack(views)
+        x = views[0] if len(views) == 1 else self._stack(views)
+        x = _convert(x, self.dtype)
         if self.advance:
             for name in names:
                 self.advance(self.entries[name].stop - self.entries[name].start, self.entries[name].file.name)
@@ -215,7 +218,7 @@ class _TensorReader:
 
     def _stack(self, views):
         """Copy tensors into one, and let go of each mapping once it is copied, so that the file's pages are not held as well."""
-        dtype = views[0].dtype if self.dtype is None else dtype_named(self.dtype)
+        dtype = views[0].dtype if self.dtype in (None, "int8") else dtype_named(self.dtype)
         n_rows = sum(view.shape[0] for view in views)
         x = np.empty((n_rows, *views[0].shape[1:]), dtype)
         start = 0
@@ -375,6 +378,8 @@ def _count_nonfinite(entry):
 
 
 def _convert(x, dtype):
+    if dtype == "int8":
+        return quantize(x) if x.ndim == 2 else x
     return x if dtype is None else x.astype(dtype_named(dtype), copy=False)
 
 

@@ -56,7 +56,7 @@ def _model_options(command):
 
     @_path_option
     @click.option("--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True)
-    @click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32", "float64")), help="Of the weights. [as stored]")
+    @click.option("--dtype", type=click.Choice((*DTYPES, "int8")), help="Of the weights. [as stored]")
     @click.option("--ops", "ops_name", type=click.Choice(("fast", "reference")), default="fast", show_default=True,
                   help="The fastest proven operations, or the definitions.")
     @functools.wraps(command)

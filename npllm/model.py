@@ -34,8 +34,8 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     backend : str
         "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
     dtype : str, optional
-        Of the weights held in memory: "bfloat16", "float16", "float32" or "float64"; None: as stored.  With "float64" everything is
-        computed in float64.
+        Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8" (matrices in 8 bits with a scale for
+        every 64 entries); None: as stored.  With "float64" everything is computed in float64.
     ops : Ops, optional
         None: the fastest proven set; `npllm.ops.reference`: the definitions; or your own.
 

@@ -18,9 +18,9 @@ from npllm.config import Config
 from npllm.errors import NpllmError
 from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.generate import next_token_distribution, prepare, seen_tokens, stream_batch
-from npllm.kernels.threads import n_threads
 from npllm.models import phi3
 from npllm.score import score
+from npllm.threads import n_threads
 
 __all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "machine_facts", "next_tokens", "peak_memory",
            "score_facts", "speed"]

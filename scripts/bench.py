@@ -287,7 +287,7 @@ def limits():
 
 def read_probes(n_bytes=2**30):
     """Bytes/s of reading a gigabyte that no cache holds: two sums by threads, BLAS, and the kernel of decoding itself."""
-    from npllm.kernels.threads import run_blocks
+    from npllm.threads import run_blocks
 
     x = np.random.default_rng(0).standard_normal(n_bytes // 4, dtype=np.float32)
     blocks, vector = np.split(x, 64), np.ones((1, 8192), np.float32)
@@ -318,7 +318,7 @@ def speed_options(command):
     """Options of the commands that measure engines."""
     for option in (
         click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]"),
-        click.option("--config", type=click.Path(exists=True), help="Random weights in the shapes of this config.json instead."),
+        click.option("--config", type=click.Path(exists=True), help="Random weights in the shapes of this config.json."),
         click.option("--layers", type=int, help="With --config: fewer layers than it says."),
         click.option("-t", "--threads", default=len(os.sched_getaffinity(0)), show_default=True),
         click.option("-r", "--repeat", default=3, show_default=True),
@@ -408,7 +408,8 @@ def speed_table(result):
     ours = medians.get("npllm:bfloat16")
     for name, row in medians.items() if ours else ():
         if not name.startswith("npllm:bfloat16"):
-            yield f"\n{name}: npllm:bfloat16 is " + ", ".join(f"{row[task] / ours[task]:.2f} times as fast in {task}" for task in row)
+            ratios = ", ".join(f"{row[task] / ours[task]:.2f} times as fast in {task}" for task in row)
+            yield f"\n{name}: npllm:bfloat16 is {ratios}"
 
 
 @main.command()

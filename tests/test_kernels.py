@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import model, random_ids
 
-from npllm import NpllmError, kernels, ops
+from npllm import NpllmError, kernels, ops, threads
 from npllm.cache import KVCache
-from npllm.kernels import threads, tiled
+from npllm.kernels import tiled
 from npllm.ops import mask
 
 STORED = (ml_dtypes.bfloat16, np.float16, np.float32)

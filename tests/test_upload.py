@@ -70,6 +70,13 @@ def test_a_checkpoint_arrives_as_numpy_would_have_loaded_it(tmp_path, family, dt
             close(one, moved(np.array(other)), times=0)
 
 
+def test_8_bit_weights_are_made_on_the_host_and_sent(tmp_path):
+    folder = tiny.write_folder(tmp_path)
+    there, here = (npllm.load(folder, backend=backend, dtype="int8", ops=npllm.ops.blockwise) for backend in ("cupy", "numpy"))
+    assert type(there.params.norm) is guard.Array
+    close(there(tiny.random_ids(1, 5)), moved(here(tiny.random_ids(1, 5))), times=8)
+
+
 def test_a_tied_matrix_is_sent_once(tmp_path):
     params = npllm.load(tiny.write_folder(tmp_path, tie_word_embeddings=True), backend="cupy", ops=npllm.ops.blockwise).params
     assert params.lm_head is params.embed_tokens

@@ -1,7 +1,7 @@
 """The set compiled with Numba: for a few rows at a time, as in decoding, where reading the weights is all that counts.
 
 A product with many rows is bound by arithmetic and goes the way of the tiled set: widened block by block, multiplied by BLAS.
-The two never share the cores: decoding runs on Numba's threads alone, the rest on those of `npllm.kernels.threads`.
+The two never share the cores: decoding runs on Numba's threads alone, the rest on those of `npllm.threads`.
 """
 
 from dataclasses import replace
@@ -12,19 +12,20 @@ from numba import njit, prange
 from npllm import ops
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
+from npllm.int8 import GROUP, Int8Weight, quantize
 from npllm.kernels import tiled
-from npllm.kernels.simd import LANES, divide, exp, fma, load, load_pairs, pairs, prefetch, single, splat, store, total
-from npllm.kernels.threads import run_blocks, scratch
+from npllm.kernels.simd import LANES, divide, exp, fma, is_int8, load, load_pairs, pairs, prefetch, single, splat, store, total
 from npllm.ops.fusions import cut_heads
 from npllm.ops.mask import causal
 from npllm.ops.mask.rule import ALL
+from npllm.threads import run_blocks, scratch
 
 __all__ = ["COMPILED", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
 
 FEW_ROWS = 16  # up to here a product is bound by reading the weight
 AHEAD = 512  # entries of each stream of weights that are fetched ahead
 STEP = 2 * LANES
-NOTHING = np.zeros(0, np.float32)
+NOTHING, NO_SCALES = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
 BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
 
 
@@ -87,9 +88,32 @@ def dot_two_by_four(weight, p, q, x, k, n):
     return total(a0), total(a1), total(a2), total(a3), total(b0), total(b1), total(b2), total(b3)
 
 
+@njit(cache=True)
+def dot_four_int8(values, scales, p, stride, x):
+    """As `dot_four`, of a weight in 8 bits: each group is summed up, and scaled then."""
+    zero = splat(np.float32(0))
+    a = b = c = d = zero
+    q, r, s = p + stride, p + 2 * stride, p + 3 * stride
+    for i in range(0, len(x), GROUP):
+        prefetch(values, p + i + 2 * AHEAD)
+        prefetch(values, q + i + 2 * AHEAD)
+        prefetch(values, r + i + 2 * AHEAD)
+        prefetch(values, s + i + 2 * AHEAD)
+        u = v = w = z = zero
+        for j in range(i, i + GROUP, LANES):
+            part = load(x, j)
+            u, v = fma(load(values, p + j), part, u), fma(load(values, q + j), part, v)
+            w, z = fma(load(values, r + j), part, w), fma(load(values, s + j), part, z)
+        a = fma(u, splat(single(scales, (p + i) // GROUP)), a)
+        b = fma(v, splat(single(scales, (q + i) // GROUP)), b)
+        c = fma(w, splat(single(scales, (r + i) // GROUP)), c)
+        d = fma(z, splat(single(scales, (s + i) // GROUP)), d)
+    return total(a), total(b), total(c), total(d)
+
+
 @njit(parallel=True, cache=True)
 def add_product_one(weight, x, y):
-    """Y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read at once."""
+    """Compute y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read at once."""
     d_out, d_in = weight.shape
     n = d_out // 4
     for o in prange(n):
@@ -103,8 +127,23 @@ def add_product_one(weight, x, y):
 
 
 @njit(parallel=True, cache=True)
+def add_product_int8(values, scales, x, y):
+    """Compute y [n, d_out] += x [n, d_in] @ weight.T, of a weight in 8 bits."""
+    d_out, d_in = values.shape
+    quarter = (d_out + 3) // 4
+    for o in prange(quarter):
+        step = quarter if o + 3 * quarter < d_out else 0
+        for k in range(len(y)):
+            four = dot_four_int8(values, scales, o * d_in, step * d_in, x[k])
+            for j in range(4):
+                row = o + j * quarter
+                if row < d_out:
+                    y[k, row] += four[j] if step or j == 0 else dot_four_int8(values, scales, row * d_in, 0, x[k])[0]
+
+
+@njit(parallel=True, cache=True)
 def add_product_few(weight, x, y):
-    """Y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of rows are read at once."""
+    """Compute y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of rows are read at once."""
     d_out, d_in = weight.shape
     half = (d_out + 1) // 2
     for o in prange(half):
@@ -152,21 +191,23 @@ def root_mean_square(x, eps):
 
 
 @njit(cache=True)
-def add_product(weight, x, gain, eps, y):
-    """Y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
+def add_product(weight, scales, x, gain, eps, y):
+    """Compute y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
     rows = ready(weight, x, gain, eps)
-    if len(x) == 1:
+    if is_int8(weight):
+        add_product_int8(weight, scales, rows, y)
+    elif len(x) == 1:
         add_product_one(weight, rows[0], y[0])
     else:
         add_product_few(weight, rows, y)
 
 
 @njit(parallel=True, cache=True)
-def gated_product(weight, x, gain, eps, y):
-    """Y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T."""
+def gated_product(weight, scales, x, gain, eps, y):
+    """Compute y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T."""
     d_ff = y.shape[1]
     both = np.zeros((len(x), 2 * d_ff), np.float32)
-    add_product(weight, x, gain, eps, both)
+    add_product(weight, scales, x, gain, eps, both)
     n_part = (d_ff + 255) // 256
     for at in prange(len(x) * n_part):
         k, start = at // n_part, at % n_part * 256
@@ -176,7 +217,7 @@ def gated_product(weight, x, gain, eps, y):
 
 @njit(nogil=True, cache=True)
 def gate(g, u, y):
-    """Y = silu(g) * u on one run of channels."""
+    """Compute y = silu(g) * u on one run of channels."""
     whole = len(g) // LANES * LANES
     one, minus, zero = splat(np.float32(1)), splat(np.float32(-1)), splat(np.float32(0))
     for i in range(0, whole, LANES):
@@ -189,7 +230,7 @@ def gate(g, u, y):
 
 def linear(x, weight, bias=None):
     """Compute `npllm.ops.linear`."""
-    if not tiled.fits_linear(x, weight, bias):
+    if not fits_product(x, weight, bias):
         return ops.linear(x, weight, bias)
     y = multiplied(x, weight, NOTHING, 0.0)
     return y if bias is None else y + bias.astype(np.float32, copy=False)
@@ -197,7 +238,7 @@ def linear(x, weight, bias=None):
 
 def norm_linear(x, norm_weight, eps, weight, bias=None):
     """Compute `npllm.ops.norm_linear`."""
-    if not (tiled.fits_linear(x, weight, bias) and fits_gain(x, norm_weight)):
+    if not (fits_product(x, weight, bias) and fits_gain(x, norm_weight)):
         return ops.norm_linear(x, norm_weight, eps, weight, bias)
     y = multiplied(x, weight, norm_weight, eps)
     return y if bias is None else y + bias.astype(np.float32, copy=False)
@@ -210,7 +251,7 @@ def multiplied(x, weight, gain, eps):
     if n > FEW_ROWS:
         return product_of_columns(columns(x, gain, eps), weight).T.reshape(*x.shape[:-1], d_out)
     y = np.zeros((n, d_out), np.float32)
-    add_product(bits(weight), x.reshape(n, d_in), bits(gain), np.float32(eps), y)
+    add_product(*stored(weight), x.reshape(n, d_in), bits(gain), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_out)
 
 
@@ -226,7 +267,7 @@ def columns(x, gain=NOTHING, eps=0.0):
 
 @njit(nogil=True, cache=True)
 def turn(x, gain, eps, y):
-    """Y [d, n] = the transposed of x [n, d], each row normalised where there is a gain; 16 x 16 entries at a time."""
+    """Compute y [d, n] = the transposed of x [n, d], each row normalised where there is a gain; 16 x 16 entries at a time."""
     n, d = x.shape
     roots = np.ones(n, np.float32)
     if len(gain):
@@ -250,7 +291,10 @@ def widened(weight):
     if weight.dtype == np.float32:
         return weight
     wide = scratch("weight", weight.shape, np.float32)
-    widen(bits(weight).reshape(-1), wide.reshape(-1))
+    entries, scales = stored(weight)
+    widen(entries.reshape(-1), wide.reshape(-1))
+    if scales.size:
+        wide.reshape(*scales.shape, GROUP)[...] *= scales[..., None]
     return wide
 
 
@@ -267,7 +311,7 @@ def widen(stored, wide):
 
 def norm_swiglu(x, norm_weight, eps, weight, bias=None):
     """Compute `npllm.ops.norm_swiglu`."""
-    if not (tiled.fits_linear(x, weight, bias) and fits_gain(x, norm_weight)) or bias is not None or len(weight) % 2:
+    if not (fits_product(x, weight, bias) and fits_gain(x, norm_weight)) or bias is not None or len(weight) % 2:
         return ops.norm_swiglu(x, norm_weight, eps, weight, bias)
     d_in, d_ff = weight.shape[1], len(weight) // 2
     n = x.size // d_in
@@ -276,13 +320,13 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
         run_blocks(lambda span: gate_all(both[:d_ff][span], both[d_ff:][span]), tiled.spans(d_ff, 256))
         return both[:d_ff].T.reshape(*x.shape[:-1], d_ff)
     y = np.empty((n, d_ff), np.float32)
-    gated_product(bits(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), y)
+    gated_product(*stored(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_ff)
 
 
 def linear_add(x, weight, residual, bias=None):
     """Compute `npllm.ops.linear_add`."""
-    fits = tiled.fits_linear(x, weight, bias) and tiled.is_float32(residual) and residual.shape == (*x.shape[:-1], len(weight))
+    fits = fits_product(x, weight, bias) and tiled.is_float32(residual) and residual.shape == (*x.shape[:-1], len(weight))
     if not fits or bias is not None:
         return ops.linear_add(x, weight, residual, bias)
     d_out, d_in = weight.shape
@@ -293,20 +337,20 @@ def linear_add(x, weight, residual, bias=None):
         run_blocks(lambda span: add_turned(product[:, span], y[span]), tiled.spans(n, 64))
         return y.reshape(residual.shape)
     y = residual.reshape(n, d_out).copy()
-    add_product(bits(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
+    add_product(*stored(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
     return y.reshape(residual.shape)
 
 
 @njit(nogil=True, cache=True)
 def gate_all(g, u):
-    """G = silu(g) * u in place, row by row."""
+    """Compute g = silu(g) * u in place, row by row."""
     for k in range(len(g)):
         gate(g[k], u[k], g[k])
 
 
 @njit(nogil=True, cache=True)
 def add_turned(x, y):
-    """Y [n, d] += the transposed of x [d, n]; 16 x 16 entries at a time."""
+    """Compute y [n, d] += the transposed of x [d, n]; 16 x 16 entries at a time."""
     n, d = y.shape
     for start in range(0, d, 16):
         for first in range(0, n, 16):
@@ -323,6 +367,20 @@ def fits_gain(x, gain):
 def bits(x):
     """A stored array as Numba can take it."""
     return x.view(BITS[x.dtype])
+
+
+def stored(weight):
+    """A weight as the kernels take it: its entries, and their scales where they are in 8 bits."""
+    return (weight.values, weight.scales) if isinstance(weight, Int8Weight) else (bits(weight), NO_SCALES)
+
+
+def fits_product(x, weight, bias=None):
+    """Tell whether a product is one that the kernels are made for, also of a weight in 8 bits."""
+    if isinstance(weight, Int8Weight):
+        return (tiled.is_float32(x) and type(weight.values) is np.ndarray and x.size > 0 and x.shape[-1] == weight.shape[1]
+                and weight.shape[1] % GROUP == 0 and len(weight) > 0 and weight.values.flags.c_contiguous and bias is None
+                and weight.scales.flags.c_contiguous)
+    return tiled.fits_linear(x, weight, bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------- attention
@@ -466,7 +524,7 @@ def weights_of(q, keys, seen, b):
 
 @njit(nogil=True, cache=True)
 def exponentials(p, largest):
-    """P = exp(p - largest) in place; returns the sum."""
+    """Compute p = exp(p - largest) in place; returns the sum."""
     n = len(p)
     whole, minus, sums = n // LANES * LANES, splat(-largest), splat(np.float32(0))
     one = splat(np.float32(1))
@@ -483,7 +541,7 @@ def exponentials(p, largest):
 
 @njit(cache=True)
 def weighted_sum(p, values, y):
-    """Y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
+    """Compute y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
     n_ctx, d = values.shape
     stride, whole = values.strides[0] // 4, d // LANES * LANES
     y[:] = 0
@@ -511,10 +569,13 @@ COMPILED = replace(tiled.TILED, linear=linear, norm_linear=norm_linear, norm_swi
 
 def call_all(dtype):
     """Call every kernel once with small read-only weights, as a checkpoint's are, so that all of them are compiled."""
-    weight, gain = np.zeros((64, 32), DTYPES[dtype]), np.zeros(32, DTYPES[dtype])
-    weight.flags.writeable = gain.flags.writeable = False
+    gain = np.zeros(64, DTYPES["bfloat16" if dtype == "int8" else dtype])
+    weight = quantize(np.zeros((64, 64))) if dtype == "int8" else np.zeros((64, 64), DTYPES[dtype])
+    gain.flags.writeable = False
+    if dtype != "int8":
+        weight.flags.writeable = False
     for n in (1, 2, FEW_ROWS + 1):
-        x = np.ones((1, n, 32), np.float32)
+        x = np.ones((1, n, 64), np.float32)
         linear(x, weight)
         linear_add(x, weight, np.ones((1, n, 64), np.float32))
         norm_swiglu(x, gain, 0.0, weight)

@@ -14,7 +14,8 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-__all__ = ["LANES", "divide", "exp", "fma", "load", "load_pairs", "pairs", "prefetch", "single", "splat", "store", "total"]
+__all__ = ["LANES", "divide", "exp", "fma", "is_int8", "load", "load_pairs",
+           "pairs", "prefetch", "single", "splat", "store", "total"]
 
 LANES = 16
 _F32, _I32, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
@@ -126,6 +127,14 @@ def is_bfloat16(_typing, array):
     """Tell, while compiling, whether an array holds the bits of bfloat16."""
     def generate(_context, _builder, signature, _arguments):
         return ir.Constant(ir.IntType(1), int(signature.args[0].dtype == types.uint16))
+    return types.boolean(array), generate
+
+
+@intrinsic
+def is_int8(_typing, array):
+    """Tell, while compiling, whether an array holds 8-bit integers."""
+    def generate(_context, _builder, signature, _arguments):
+        return ir.Constant(ir.IntType(1), int(signature.args[0].dtype == types.int8))
     return types.boolean(array), generate
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import DTYPES
-from npllm.kernels.threads import n_threads, run_blocks, scratch
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
+from npllm.threads import n_threads, run_blocks, scratch
 
 __all__ = ["TILED", "blockwise_attention", "linear", "rms_norm", "swiglu"]
 

@@ -2,6 +2,7 @@
 
 from npllm.arrays import array_namespace, expect_shape, host_range, is_integer, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.int8 import Int8Weight
 
 __all__ = ["add_positions", "embed", "sinusoidal_positions"]
 
@@ -16,6 +17,7 @@ def embed(ids, weight):
     ids : integer array [...]
         Token ids, 0 <= id < n_vocab.
     weight : array [n_vocab, d_model]
+        Or an `Int8Weight`.
 
     Returns
     -------
@@ -47,7 +49,8 @@ def embed(ids, weight):
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < n_vocab):
         raise NpllmValueError(f"token ids must lie in 0 ... n_vocab - 1 = {n_vocab - 1}, got {lowest_highest[0]} ... "
                               f"{lowest_highest[1]}; is this the tokenizer of another model?")
-    rows = xp.take(weight, xp.reshape(ids, (-1,)), axis=0)
+    flat = xp.reshape(ids, (-1,))
+    rows = weight.take(flat) if isinstance(weight, Int8Weight) else xp.take(weight, flat, axis=0)
     return xp.reshape(widen(rows), (*ids.shape, d_model))
 
 

@@ -18,7 +18,7 @@ def linear(x, weight, bias=None):
     ----------
     x : array [..., d_in]
     weight : array [d_out, d_in]
-        In the checkpoint's orientation: one row for each output.
+        In the checkpoint's orientation: one row for each output.  Or an `Int8Weight`.
     bias : array [d_out], optional
 
     Returns
