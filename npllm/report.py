@@ -268,11 +268,11 @@ def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
     Returns
     -------
     facts : dict
-        Medians over `repeat` runs after a warm-up, in tokens per second.
+        Medians over `repeat` runs after a warm-up, in tokens per second.  A run ends when its logits are on the host.
     """
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt))
-    model(ids[:, :2])  # warm up: the first touch reads the mapped weights
-    runs = {"prefill": lambda: model(ids, logits_to_keep=1), "decode_cached": lambda: _decode(model, ids, n_new, True),
+    to_numpy(model(ids[:, :2]))  # warm up: the first touch reads the mapped weights
+    runs = {"prefill": lambda: to_numpy(model(ids, logits_to_keep=1)), "decode_cached": lambda: _decode(model, ids, n_new, True),
             "decode_uncached": lambda: _decode(model, ids, n_new, False)}
     counts = {"prefill": n_prompt, "decode_cached": n_new, "decode_uncached": n_new}
     facts = {name: counts[name] / statistics.median(_seconds(run) for _ in range(repeat)) for name, run in runs.items()}
