@@ -23,7 +23,8 @@ from npllm.models import phi3
 from npllm.score import score
 from npllm.threads import n_threads
 
-__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts", "next_tokens", "peak_memory",
+__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
+           "next_tokens", "peak_memory",
            "score_facts", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
