@@ -1,6 +1,7 @@
 """Weights in 8 bits: what rounding does, what linear and embed make of it, and whole models."""
 
 import numpy as np
+import oracles
 import pytest
 from close import close
 from hypothesis import given
@@ -76,7 +77,8 @@ def test_linear_takes_it(fast, n, d_out, d_in, seed, scale):
 def test_the_gated_product_takes_it(fast, n, d_out, d_in, seed):
     x, gain, q = matrix(n, d_in, seed + 1), matrix(1, d_in, seed + 2)[0], quantize(matrix(2 * d_out, d_in, seed))
     want = ops.norm_swiglu(x.astype(np.float64), gain.astype(np.float64), 1e-5, expanded(q))
-    close(fast.norm_swiglu(x, gain, 1e-5, q), want, dtype="float32", times=4)
+    y = fast.norm_swiglu(x, gain, 1e-5, q)
+    assert y.dtype == np.float32 and (np.abs(y - want) <= oracles.gated_bound(oracles.rms_norm(x, gain, 1e-5), expanded(q))).all()
 
 
 @given(**SHAPES)
