@@ -5,7 +5,6 @@ The two never share the cores: decoding runs on Numba's threads alone, the rest 
 """
 
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 from numba import njit, prange
@@ -262,8 +261,7 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
         if not gemm.fits():
             return TILED.norm_swiglu(x, norm_weight, eps, weight)
         both = many_rows(x, weight, norm_weight, eps)
-        run_blocks(lambda at: gate_all(*(both[at[0], k * d_ff :][at[1]] for k in (0, 1))),
-                   list(product(range(len(both)), tiled.spans(d_ff, 512))))
+        gemm.each_panel(lambda p: gate_all(both[p, :d_ff], both[p, d_ff : 2 * d_ff]), both)
         return gemm.unpacked(both, np.empty((n, d_ff), np.float32)).reshape(*x.shape[:-1], d_ff)
     y = np.empty((n, d_ff), np.float32)
     gated_product(*stored(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), y)
@@ -327,8 +325,8 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, l
     if qkv.shape[1] > 1:
         return rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer)
     d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)
-    _, k, v = cut_heads(qkv, n_head, n_kv_head)
-    keys, values, slots = cache.extend(layer, k, v)
+    k = qkv[..., : n_kv_head * d_head].reshape(len(qkv), n_kv_head, 1, d_head)  # the shape of keys and values
+    keys, values, slots = cache.extend(layer, k, k)
     last = slots.stop - 1
     seen = visible(mask, last, slots)
     y = np.empty((len(qkv), 1, n_head * d_head), np.float32)

@@ -7,6 +7,8 @@ sums stay in 24 registers.
 Source: "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Geijn 2008), section 4.2.
 """
 
+from functools import cache
+
 import llvmlite.binding
 import numpy as np
 from numba import njit
@@ -21,9 +23,11 @@ WIDTH = 4 * LANES  # columns of a panel
 TALL = 6  # rows of a tile
 BAND = 16 * TALL  # rows of a task
 DEPTH = 512  # channels of a run
+SMALL = 2**19  # entries of panels that are not worth a second thread
 AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 
+@cache
 def fits():
     """Tell whether this processor has the registers for a tile; with fewer, BLAS is faster."""
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
@@ -33,8 +37,17 @@ def packed(rows, gain, eps):
     """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, 64], the last one filled up with zeros."""
     n, d = rows.shape
     panels = np.empty((-(-n // WIDTH), d, WIDTH), np.float32)
-    run_blocks(lambda p: pack(rows[p * WIDTH : (p + 1) * WIDTH], gain, np.float32(eps), panels[p]), range(len(panels)))
+    each_panel(lambda p: pack(rows[p * WIDTH : (p + 1) * WIDTH], gain, np.float32(eps), panels[p]), panels)
     return panels
+
+
+def each_panel(function, panels):
+    """Call a function with the number of every panel: on all threads, where that is worth waking them."""
+    if panels.size < SMALL:
+        for p in range(len(panels)):
+            function(p)
+    else:
+        run_blocks(function, range(len(panels)))
 
 
 def product(panels, weight, scales):
@@ -52,13 +65,13 @@ def product(panels, weight, scales):
 
 def unpacked(panels, y):
     """Write panels [n_panel, at least d, 64] as rows into y [n, d]."""
-    run_blocks(lambda p: unpack(panels[p], y[p * WIDTH : (p + 1) * WIDTH], False), range(len(panels)))
+    each_panel(lambda p: unpack(panels[p], y[p * WIDTH : (p + 1) * WIDTH], False), panels)
     return y
 
 
 def add_unpacked(panels, y):
     """Add panels [n_panel, at least d, 64] to the rows y [n, d]."""
-    run_blocks(lambda p: unpack(panels[p], y[p * WIDTH : (p + 1) * WIDTH], True), range(len(panels)))
+    each_panel(lambda p: unpack(panels[p], y[p * WIDTH : (p + 1) * WIDTH], True), panels)
     return y
 
 

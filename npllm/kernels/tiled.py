@@ -105,7 +105,10 @@ STORED = frozenset(DTYPES[name] for name in ("bfloat16", "float16", "float32"))
 
 def is_float32(*arrays):
     """Tell whether all are NumPy arrays of float32 with at least one axis."""
-    return all(type(x) is np.ndarray and x.dtype == np.float32 and x.ndim > 0 for x in arrays)
+    for x in arrays:  # called for every operation: a generator would take as long as the check itself
+        if type(x) is not np.ndarray or x.dtype != np.float32 or x.ndim == 0:
+            return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------------------------- row by row
