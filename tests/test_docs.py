@@ -72,9 +72,9 @@ def commands(page):
             for line in block.splitlines()]
 
 
-@pytest.mark.weights
+@pytest.mark.usefixtures("default_model")
 @pytest.mark.parametrize("command", [command for page in PAGES for command in commands(page)])
-def test_commands_run(command, default_model, tmp_path, monkeypatch):
+def test_commands_run(command, tmp_path, monkeypatch):
     program, name, *arguments = shlex.split(command)
     if name == "masks":
         pytest.importorskip("matplotlib", reason="pictures need matplotlib (npllm[plot])")
