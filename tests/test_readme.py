@@ -51,9 +51,9 @@ def test_commands_of_the_readme_exist():
     assert table == set(cli.main.commands)
 
 
-TOPICS = ["Pipeline", "Autoregression", "Forward pass", "Module tree", "Decoding", "Parallel streams and context", "KV cache", "Block",
-          "Attention step by step", "Local and sparse attention", "MQA and GQA", "Flash attention", "Pre-norm, RMSNorm and SwiGLU",
-          "RoPE", "Packing", "Encoder-decoder", "Encoder-only", "Heads"]
+TOPICS = ["Pipeline", "Autoregression", "Forward pass", "Module tree", "Decoding", "Parallel streams and context", "KV cache",
+          "Block", "Attention step by step", "Local and sparse attention", "MQA and GQA", "Flash attention",
+          "Pre-norm, RMSNorm and SwiGLU", "RoPE", "Packing", "Encoder-decoder", "Encoder-only", "Heads"]
 
 
 def chapter_rows():
