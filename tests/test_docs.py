@@ -1,11 +1,17 @@
 """The pages under docs/: their examples run in the order they stand, are short, and name what there is."""
 
+import contextlib
+import io
+import pydoc
 import re
+import shlex
+import warnings
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from npllm import ops
+from npllm import cli, ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
@@ -19,10 +25,19 @@ def examples(page):
 
 
 def run(page):
+    """Run the examples, and compare what they print with what their comments say."""
     names = {"__name__": "docs"}
     for line, code in examples(page):
-        exec(compile("\n" * line + code, str(page), "exec"), names)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+        if "print(" in code:
+            assert out.getvalue().splitlines() == said(code), f"{page.name}:{line + 1}"
     return names
+
+
+def said(code):
+    """The comments of an example that show output: behind a print, or lines of their own."""
+    return re.findall(r"^(?:print\(.*\)  )?# (.*)$", code, re.M)
 
 
 def needs_weights(page):
@@ -49,6 +64,35 @@ def page_params():
 @pytest.mark.parametrize("page", page_params())
 def test_examples_run_in_the_order_they_stand(page):
     run(page)
+
+
+def commands(page):
+    """Every command of a page's ```sh blocks."""
+    return [line for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+            for line in block.splitlines()]
+
+
+@pytest.mark.usefixtures("default_model")
+@pytest.mark.parametrize("command", [command for page in PAGES for command in commands(page)])
+def test_commands_run(command, tmp_path, monkeypatch):
+    program, name, *arguments = shlex.split(command)
+    if name == "masks":
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib (npllm[plot])")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # the command sets its own
+    result = CliRunner().invoke(cli.main, [name, *arguments])
+    assert program == "npllm"
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip()
+
+
+def test_every_section_of_the_chapter_has_a_function_and_a_result():
+    sections = re.split(r"^## ", (DOCS / "chapter.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    assert len(sections) == 18
+    for section in sections:
+        title = section.splitlines()[0]
+        assert re.search(r"`npllm\.\w+", section), title
+        assert "print(" in section, title
 
 
 @every_page
@@ -86,3 +130,9 @@ def test_what_a_page_links_to_exists(page):
 def test_what_a_page_calls_by_name_exists(page):
     for name in re.findall(r"`ops\.(\w+)", page.read_text(encoding="utf-8")):
         assert hasattr(ops, name), name
+
+
+@every_page
+def test_what_a_page_calls_by_its_full_name_exists(page):
+    for name in re.findall(r"`(npllm\.[\w.]+)`", page.read_text(encoding="utf-8")):
+        assert pydoc.locate(name) is not None, name

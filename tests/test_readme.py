@@ -1,6 +1,7 @@
 """README.md says what is true: its examples run, its commands exist, its file map is complete."""
 
 import ast
+import pydoc
 import re
 from pathlib import Path
 
@@ -48,6 +49,46 @@ def test_commands_of_the_readme_exist():
     table = set(re.findall(r"^\| `npllm ([a-z]+)", README, re.M))
     assert named <= set(cli.main.commands)
     assert table == set(cli.main.commands)
+
+
+TOPICS = ["Pipeline", "Autoregression", "Forward pass", "Module tree", "Decoding", "Parallel streams and context", "KV cache",
+          "Block", "Attention step by step", "Local and sparse attention", "MQA and GQA", "Flash attention",
+          "Pre-norm, RMSNorm and SwiGLU", "RoPE", "Packing", "Encoder-decoder", "Encoder-only", "Heads"]
+
+
+def chapter_rows():
+    """The rows of the table of the chapter: (cell of the topic, of the functions, of the command or example)."""
+    section = README.split("## The chapter, section by section", 1)[1].split("\n## ", 1)[0]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in section.splitlines() if line.startswith("| [")]
+
+
+def test_the_chapter_has_a_row_and_a_section_for_every_topic():
+    """In the order of the page; each row links to its section, as its heading is written in a link."""
+    page = (ROOT / "docs" / "chapter.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)", page, re.M) == TOPICS
+    links = [f"docs/chapter.md#{re.sub('[^a-z0-9 -]', '', topic.lower()).replace(' ', '-')}" for topic in TOPICS]
+    rows = chapter_rows()
+    assert [topic for topic, _, _ in rows] == [f"[{topic}]({link})" for topic, link in zip(TOPICS, links, strict=True)]
+    assert {last for (_, _, last), link in zip(rows, links, strict=True) if "`" not in last and link not in last} == set()
+
+
+def test_functions_of_the_chapter_exist_and_stand_in_their_section():
+    sections = re.split(r"^## ", (ROOT / "docs" / "chapter.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    for (topic, functions, _), section in zip(chapter_rows(), sections, strict=True):
+        names = re.findall(r"`([\w.]+)`", functions)
+        assert names, topic
+        for name in names:
+            assert callable(pydoc.locate(name)), name
+            assert f"`{name}`" in section, f"{name} is not in the section of {topic}"
+
+
+def test_commands_of_the_chapter_are_those_of_its_page():
+    """There tests/test_docs.py runs them."""
+    sections = re.split(r"^## ", (ROOT / "docs" / "chapter.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    for (topic, _, last), section in zip(chapter_rows(), sections, strict=True):
+        assert last.startswith("[") != ("```sh" in section), f"{topic}: a command on the page is in the table"
+        for command in re.findall(r"`([^`]+)`", last):
+            assert command in section.splitlines(), command
 
 
 def test_options_of_the_readme_exist():
