@@ -13,7 +13,7 @@ from npllm.arrays import BACKENDS, DTYPES
 from npllm.checkpoint import find_nonfinite
 from npllm.config import Config
 from npllm.cost import cost_facts
-from npllm.encoder import cosine_similarities
+from npllm.encoder import Encoder, cosine_similarities
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch
 from npllm.generate import FILTER_ORDERS
@@ -63,9 +63,18 @@ def _model_options(command):
     @functools.wraps(command)
     def wrapped(*args, path, backend, dtype, ops_name, **kwargs):
         ops = reference if ops_name == "reference" else None
-        return command(*args, model=lambda: load(path, backend=backend, dtype=dtype, ops=ops), **kwargs)
+        return command(*args, model=lambda: _load_causal(path, backend=backend, dtype=dtype, ops=ops), **kwargs)
 
     return wrapped
+
+
+def _load_causal(path, **options):
+    """Load a causal language model; raise for an encoder."""
+    model = load(path, **options)
+    if isinstance(model, Encoder):
+        raise NpllmValueError(f"{path} is an encoder, which predicts no next token: this command needs a causal language model; "
+                              "`npllm embed` takes an encoder")
+    return model
 
 
 def _sampling_options(command):

@@ -183,6 +183,7 @@ class Encoder:
                              "embed, or load a causal language model")
 
     generate = stream = beam_search = next_token_distribution = model = lm_head = new_cache = with_mask = mask_rule = _refuse
+    generation_config = property(_refuse)
 
     def __repr__(self):
         return f"<npllm.Encoder {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"
