@@ -296,7 +296,7 @@ def test_a_folder_without_tokenizer_takes_ids_only(tmp_path):
     (folder / "tokenizer.json").unlink()
     model = npllm.load(folder)
     assert model(np.array([[2, 4, 3]])).shape == (1, 3, 12)
-    with pytest.raises(NpllmValueError, match="has no tokenizer.json"):
+    with pytest.raises(NpllmValueError, match=r"has no tokenizer\.json"):
         model.embed(["cat"])
 
 
@@ -335,7 +335,7 @@ def test_ids_that_do_not_fit_are_refused(ids, options, words):
     lambda model: npllm.steps.attention_steps(model, "cat", layer=0, head=0),
 ])
 def test_an_encoder_refuses_what_only_a_language_model_can_do(call):
-    with pytest.raises(NpllmError, match="is an encoder: it sees both sides .* use embed"):
+    with pytest.raises(NpllmError, match=r"is an encoder: it sees both sides .* use embed"):
         call(make()[0])
 
 
