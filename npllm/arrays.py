@@ -10,6 +10,7 @@ The switch itself is one word at the place where arrays are born: `npllm.load(pa
 
 import importlib
 import math
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -17,9 +18,9 @@ import numpy as np
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
 __all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
-           "host_range", "is_integer", "round_to", "to_numpy", "widen"]
+           "host_range", "is_array", "is_integer", "round_to", "stable_argsort", "to_numpy", "widen"]
 
-BACKENDS = ("numpy", "cupy")
+BACKENDS = ("numpy", "cupy", "auto")
 
 # name in a config.json or a safetensors header -> NumPy dtype (CuPy uses the same objects)
 DTYPES = {
@@ -53,17 +54,18 @@ def array_namespace(*arrays):
 
     Notes
     -----
+    CuPy 14's functions follow the standard, but its arrays do not name their library, so they are known by their type.
+
     Source: Python array API standard 2023.12, `__array_namespace__`.
     """
     namespaces = {}
     for x in arrays:
         if x is None:
             continue
-        get = getattr(x, "__array_namespace__", None)
-        if get is None:
+        if not is_array(x):
             raise NpllmTypeError(f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
                                  f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray")
-        xp = get()
+        xp = sys.modules["cupy"] if _is_cupy(x) else x.__array_namespace__()
         namespaces[xp.__name__] = xp
     if len(namespaces) != 1:
         found = " and ".join(sorted(namespaces)) or "no array at all"
@@ -72,24 +74,62 @@ def array_namespace(*arrays):
     return next(iter(namespaces.values()))
 
 
+def is_array(x):
+    """Tell whether `x` is an array of NumPy, CuPy or another library of the array API standard."""
+    return hasattr(x, "__array_namespace__") or _is_cupy(x)
+
+
+def _is_cupy(x):
+    return type(x).__module__.partition(".")[0] == "cupy" and type(x).__name__ == "ndarray"
+
+
 def backend_namespace(backend):
-    """Import the library behind a backend name ("numpy" or "cupy") and make sure that it can hold an array."""
+    """Import the library behind a backend name, and make sure that it can hold an array.
+
+    Parameters
+    ----------
+    backend : str
+        "numpy", "cupy", or "auto": CuPy where it is installed and finds a device, else NumPy.
+
+    Returns
+    -------
+    xp : module
+
+    Raises
+    ------
+    NpllmValueError
+        For another name; for "cupy" where there is no driver or no device.
+    MissingExtraError
+        For "cupy" where CuPy cannot be imported.
+    """
     if backend == "numpy":
         return np
+    if backend == "auto":
+        try:
+            return _cupy()
+        except (MissingExtraError, NpllmValueError):
+            return np
     if backend != "cupy":
         raise NpllmValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return _cupy()
+
+
+def _cupy():
+    """CuPy, or an error that says what was found and what to install."""
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
-        raise MissingExtraError(f'backend="cupy" needs CuPy, which cannot be imported ({error}); '
-                                'pip install "npllm[cuda]", or use backend="numpy"') from error
+        raise MissingExtraError(f'backend="cupy" needs CuPy, which cannot be imported ({error}); pip install "npllm[cuda]" for '
+                                'CUDA 13, or cupy-cuda12x for an older driver, or use backend="numpy"') from error
     try:
         n_devices = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise NpllmValueError(f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} is installed but found no driver or '
-                              f'device ({error}); check nvidia-smi, or use backend="numpy"') from error
+                              f'device ({error}); install an NVIDIA driver that nvidia-smi confirms, or use backend="numpy"'
+                              ) from error
     if n_devices < 1:
-        raise NpllmValueError(f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} found 0; use backend="numpy"')
+        raise NpllmValueError(f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} and a driver were found, but 0 devices '
+                              '(is CUDA_VISIBLE_DEVICES set?); use backend="numpy"')
     return cupy
 
 
@@ -185,6 +225,13 @@ def round_to(x, dtype):
         raise NpllmTypeError(f"expected float32 to round to {dtype}, got {_dtype_name(x)}")
     with np.errstate(over="ignore"):  # to infinity, as the type says
         return xp.astype(xp.astype(x, dtype_named(dtype)), xp.float32)
+
+
+def stable_argsort(x, xp):
+    """Sort the last axis, ascending; return the order [..., n], equal entries in the order in which they stand."""
+    if xp.__name__ == "cupy":  # has no other sort, and does not know the word of the standard
+        return xp.argsort(x, axis=-1)
+    return xp.argsort(x, axis=-1, stable=True)
 
 
 def is_integer(x):

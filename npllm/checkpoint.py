@@ -19,6 +19,7 @@ from npllm.arrays import DTYPES, asarray, dtype_named
 from npllm.config import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.int8 import quantize
+from npllm.upload import Upload
 
 __all__ = ["LayerParams", "Params", "TensorEntry", "TensorReader", "check_shapes", "expected_shapes", "find_nonfinite",
            "load_params", "read_entries"]
@@ -145,7 +146,8 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
     Returns
     -------
     params : Params
-        With NumPy and `dtype` as stored: read-only views of the mapped files.
+        With NumPy and `dtype` as stored: read-only views of the mapped files.  With CuPy: copied straight from those, see
+        `npllm.upload`; the host never holds them a second time.
 
     Raises
     ------
@@ -165,6 +167,7 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
         layers = tuple(LayerParams(**{field: reader.read(sources) for field, sources in _layer_sources(config, number)})
                        for number in range(config.num_hidden_layers))
         top = {field: reader.read(sources) for field, sources in _top_sources(config)}
+        reader.finish()
     if config.head == "lm" and config.tie_word_embeddings:
         top["lm_head"] = top["embed_tokens"]
     return Params(layers=layers, **top)
@@ -175,16 +178,34 @@ class TensorReader:
 
     def __init__(self, entries, dtype, xp, advance):
         self.entries, self.dtype, self.xp, self.advance = entries, dtype, xp, advance
+        self.upload = Upload(xp) if xp.__name__ == "cupy" else None
 
     def read(self, names):
         """One tensor as it stands in the file, or several as one, their rows below each other."""
         views = [self._view(name) for name in names]
+        if self.upload and self.dtype != "int8":  # quantised on the host, one tensor at a time
+            return self._send(views, names)
         x = views[0] if len(views) == 1 else self._stack(views)
-        x = _convert(x, self.dtype)
+        try:
+            x = _convert(x, self.dtype)
+        except NpllmValueError as error:  # NaN has no place among 8-bit integers
+            name = next(iter(names))
+            raise NpllmValueError(f"{self.entries[name].file}: {name}: {error}") from None
         if self.advance:
             for name in names:
                 self.advance(self.entries[name].stop - self.entries[name].start, self.entries[name].file.name)
         return asarray(x, self.xp)
+
+    def finish(self):
+        """Wait until everything has arrived."""
+        if self.upload:
+            self.upload.finish()
+
+    def _send(self, views, names):
+        """Copy tensors straight from the mapped file to the device."""
+        dtype = views[0].dtype.newbyteorder("=") if self.dtype is None else dtype_named(self.dtype)
+        file = self.entries[next(iter(names))].file.name
+        return self.upload.stack(views, dtype, self.advance and (lambda n_bytes: self.advance(n_bytes, file)))
 
     def _view(self, name):
         """View a tensor in the mapped file; copy it where it is not aligned to its item size."""

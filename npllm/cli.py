@@ -341,11 +341,14 @@ def tokens(text, path, chat, as_json):
 @main.command()
 @_path_option
 @click.option("--check-finite", is_flag=True, help="Also look for NaN and infinity, at the speed of the disk; exit code 1 if any.")
+@click.option("--int8", is_flag=True, help='Also measure the error of every matrix under --dtype int8: |w - rounded| / |w|.')
 @_json_option
-def inspect(path, check_finite, as_json):
+def inspect(path, check_finite, int8, as_json):
     """Show a checkpoint's modules, parameters and bytes, from its headers alone."""
     folder = checkpoint_folder(path)
     facts = report.checkpoint_facts(folder)
+    if int8:
+        facts["int8_errors"] = report.int8_errors(folder)
     if check_finite:
         facts["not_finite"] = find_nonfinite(folder)
     _print_facts(facts, as_json)
@@ -365,6 +368,8 @@ def _print_facts(facts, as_json):
     click.echo(f"bytes          {facts['bytes']:>16,}  {', '.join(facts['dtypes'])}, {facts['files']} file(s)")
     click.echo(f"context length {facts['context_length']:>16,}  tokens")
     click.echo(f"KV cache       {facts['kv_bytes_per_token']:>16,}  bytes per token in float32")
+    for part, errors in facts.get("int8_errors", {}).items():
+        click.echo(f"int8 error     {part:<24} " + "  ".join(f"{name} {error:.4f}" for name, error in errors.items()))
     for name, (n_nan, n_infinite) in facts.get("not_finite", {}).items():
         click.echo(f"{name}: {n_nan} NaN, {n_infinite} infinities")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from npllm import ops
-from npllm.arrays import array_namespace, to_numpy, widen
+from npllm.arrays import array_namespace, is_array, to_numpy, widen
 from npllm.config import is_token, quote, read_json
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.tokenizer import Detokenizer
@@ -417,14 +417,14 @@ def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50,
     if ids.shape[1] >= model.config.context_length:
         raise NpllmValueError(f"the prompt has {ids.shape[1]} tokens, but the context length (max_position_embeddings) is "
                               f"{model.config.context_length}, and the answer must fit in as well; shorten the prompt")
-    tokenizer = model.require_tokenizer() if stop or not _is_array(prompt) else None
+    tokenizer = model.require_tokenizer() if stop or not is_array(prompt) else None
     streams = [TextStream(tokenizer, settings.eos_token_id, stop) for _ in ids]
     return ids, valid, streams, {"max_new_tokens": int(max_new_tokens), "sampling": sampling, "seed": seed, "use_cache": use_cache}
 
 
 def _prompt_ids(model, prompt, attention_mask):
     """Token ids of any kind of prompt, left-padded, and which of them are no padding."""
-    if _is_array(prompt):
+    if is_array(prompt):
         ids = model.check_ids(prompt)
         valid = model.check_attention_mask(attention_mask, ids.shape, 0)
         if not valid[:, -1].all():
@@ -462,10 +462,6 @@ def _pad_left(rows, pad):
 def is_chat(prompt):
     """Tell whether a prompt is a list of messages."""
     return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(message, dict) for message in prompt)
-
-
-def _is_array(prompt):
-    return hasattr(prompt, "__array_namespace__")
 
 
 def room_for(config, n_prompt, max_new_tokens):

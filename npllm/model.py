@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from npllm import ops as _ops
-from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_integer, to_numpy, widen
+from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_array, is_integer, to_numpy, widen
 from npllm.beam import beam_search, beam_texts
 from npllm.cache import KVCache
 from npllm.checkpoint import load_params
@@ -33,7 +33,7 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
         A folder with config.json and safetensors, or the name of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").
         None: the default checkpoint, fetched on first use.
     backend : str
-        "numpy" or "cupy": where the arrays live.
+        "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
     dtype : str, optional
         Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8" (matrices in 8 bits with a scale for
         every 64 entries); None: as stored.  With "float64" everything is computed in float64.
@@ -50,7 +50,9 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     NpllmOSError
         When the folder or a file of it is missing or unreadable.
     NpllmValueError
-        When its content is contradictory or not implemented.
+        When its content is contradictory or not implemented; when `backend="cupy"` finds no driver or device.
+    MissingExtraError
+        When `backend="cupy"` and CuPy is not installed.
     """
     xp = backend_namespace(backend)
     folder = checkpoint_folder(path)
@@ -221,7 +223,7 @@ class Model:
             stop = min(start + PREFILL_CHUNK, cache.n_ctx)
             self._run(cache.ids[rows, start:stop], cache.positions[rows, start:stop], cache.valid[rows, :stop], choice[rows],
                       fresh, None)
-        cache.replace_rows(list(rows), fresh)
+        cache.replace_rows(rows.tolist(), fresh)
         cache.choice = np.where(np.isin(np.arange(cache.n_batch), rows), choice, cache.choice)
 
     def lm_head(self, hidden):
@@ -323,7 +325,7 @@ class Model:
             self, prompt, attention_mask, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, seed=seed, stop=stop, max_new_tokens=max_new_tokens, use_cache=use_cache)
         steps = list(stream_batch(self, ids, valid, streams, **options))
-        if hasattr(prompt, "__array_namespace__"):
+        if is_array(prompt):
             return np.concatenate([ids, *(token[:, None] for token, _ in steps)], axis=1)
         texts = ["".join(row) + stream.close() for *row, stream in zip(*(pieces for _, pieces in steps), streams, strict=True)]
         return texts[0] if isinstance(prompt, str) or is_chat(prompt) else texts
@@ -380,7 +382,7 @@ class Model:
         -----
         Source: `GenerationMixin._beam_search` in Transformers.
         """
-        return (beam_search if hasattr(prompt, "__array_namespace__") else beam_texts)(self, prompt, **options)
+        return (beam_search if is_array(prompt) else beam_texts)(self, prompt, **options)
 
     def next_token_distribution(self, prompt, *, order="transformers", attention_mask=None, **filters):
         """Give the exact distribution of the token after a prompt, after all filters.
@@ -483,7 +485,7 @@ class Model:
 
 def _host_array(name, x):
     """An argument as a NumPy array; nested lists are taken as well."""
-    if hasattr(x, "__array_namespace__"):
+    if is_array(x):
         return to_numpy(x)
     try:
         return np.asarray(x)

@@ -13,16 +13,18 @@ from threadpoolctl import threadpool_info
 
 from npllm import kernels, ops
 from npllm.arrays import backend_namespace, to_numpy
-from npllm.checkpoint import SAFETENSORS_DTYPES, check_entries, read_entries
+from npllm.checkpoint import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
 from npllm.config import Config
 from npllm.errors import NpllmError
 from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.generate import next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.int8 import quantize
 from npllm.models import phi3
 from npllm.score import score
 from npllm.threads import n_threads
 
-__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "machine_facts", "next_tokens", "peak_memory",
+__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
+           "next_tokens", "peak_memory",
            "score_facts", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
@@ -51,6 +53,37 @@ def machine_facts():
         "weights_folder": str(weights_folder()),
         "default_checkpoint": str(find_checkpoint(DEFAULT_MODEL) or "not fetched yet (npllm fetch)"),
     }
+
+
+def int8_errors(folder):
+    """Measure what rounding to 8 bits does to every matrix of a checkpoint.
+
+        error = |weight - quantized| / |weight|,   |.| the square root of the sum of squares
+
+    Parameters
+    ----------
+    folder : Path
+
+    Returns
+    -------
+    errors : dict of str to dict
+        Part ("embed_tokens", "layer 0", ...) -> name of the matrix -> relative error.
+    """
+    params = load_params(folder, Config.from_json(folder))
+    parts = {"embed_tokens, lm_head": {name: getattr(params, name) for name in ("embed_tokens", "lm_head")}}
+    parts |= {f"layer {number}": layer._asdict() for number, layer in enumerate(params.layers)}
+    return {part: {name: _int8_error(x) for name, x in matrices.items() if x is not None and x.ndim == 2}
+            for part, matrices in parts.items()}
+
+
+def _int8_error(weight, n_rows=512):
+    """Relative error of one matrix, some rows at a time."""
+    off = size = 0.0
+    for rows in (weight[start : start + n_rows] for start in range(0, len(weight), n_rows)):
+        wide = rows.astype(np.float32)
+        off += float(np.square(quantize(wide).widened() - wide).sum())
+        size += float(np.square(wide).sum())
+    return (off / size) ** 0.5 if size else 0.0
 
 
 def _kernel_facts():
@@ -236,11 +269,11 @@ def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
     Returns
     -------
     facts : dict
-        Medians over `repeat` runs after a warm-up, in tokens per second.
+        Medians over `repeat` runs after a warm-up, in tokens per second.  A run ends when its logits are on the host.
     """
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt))
-    model(ids[:, :2])  # warm up: the first touch reads the mapped weights
-    runs = {"prefill": lambda: model(ids, logits_to_keep=1), "decode_cached": lambda: _decode(model, ids, n_new, True),
+    to_numpy(model(ids[:, :2]))  # warm up: the first touch reads the mapped weights
+    runs = {"prefill": lambda: to_numpy(model(ids, logits_to_keep=1)), "decode_cached": lambda: _decode(model, ids, n_new, True),
             "decode_uncached": lambda: _decode(model, ids, n_new, False)}
     counts = {"prefill": n_prompt, "decode_cached": n_new, "decode_uncached": n_new}
     facts = {name: counts[name] / statistics.median(_seconds(run) for _ in range(repeat)) for name, run in runs.items()}

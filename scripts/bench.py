@@ -13,6 +13,7 @@ Reported are medians and ratios.  OPENBLAS_CORETYPE, which fixes OpenBLAS to one
 environment, and the report says so.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -28,6 +29,7 @@ import numpy as np
 
 import npllm
 from npllm import kernels, ops, report
+from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoint import expected_shapes
 from npllm.fetch import weights_folder
 from npllm.model import checkpoint_folder
@@ -36,16 +38,16 @@ MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple wor
 N_PROMPT = 51
 
 
-def npllm_contender(folder, dtype, ids=None):
+def npllm_contender(folder, dtype, ids=None, backend="numpy"):
     """Greedy decoding with npllm, stop ids ignored so that every run does the same work."""
-    model = npllm.load(folder, dtype=dtype)
+    model = npllm.load(folder, dtype=dtype, backend=backend)
     prompt = prompt_ids(model) if ids is None else ids
 
     def run(n_new, use_cache):
         cache = model.new_cache() if use_cache else None
         ids = new = np.array([prompt])
         for _ in range(n_new):
-            token = np.argmax(model(new if use_cache else ids, cache=cache, logits_to_keep=1)[:, -1], axis=-1)
+            token = np.argmax(to_numpy(model(new if use_cache else ids, cache=cache, logits_to_keep=1))[:, -1], axis=-1)
             new = token[:, None]
             ids = np.concatenate([ids, new], axis=1)
         return ids[0].tolist()
@@ -72,7 +74,8 @@ def transformers_contender(folder, dtype, ids=None):
     return run
 
 
-CONTENDERS = {"npllm": npllm_contender, "transformers": transformers_contender}
+CONTENDERS = {"npllm": npllm_contender, "npllm-cupy": functools.partial(npllm_contender, backend="cupy"),
+              "transformers": transformers_contender}
 
 
 def prompt_ids(model):
@@ -119,9 +122,9 @@ def attention_variant(name, n, n_head, d_head, window):
 
 
 def installed(name):
-    """Contenders of which every package can be imported."""
-    if name == "npllm":
-        return True
+    """Contenders of which every package can be imported, and that find a GPU if they need one."""
+    if name.startswith("npllm"):
+        return name == "npllm" or backend_namespace("auto").__name__ == "cupy"
     probe = subprocess.run([sys.executable, "-c", "import torch, transformers"], capture_output=True, check=False)
     return probe.returncode == 0
 
@@ -154,7 +157,7 @@ def main():
 def child(name, folder, dtype):
     """Serve measurements: a JSON task a line on standard input, a JSON answer a line on standard output."""
     run = CONTENDERS[name](folder, dtype or None)
-    version = npllm.__version__ if name == "npllm" else __import__(name).__version__
+    version = npllm.__version__ if name.startswith("npllm") else __import__(name).__version__
     print(json.dumps({"version": version}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
@@ -190,7 +193,7 @@ def first_token(path, n_prompt, n_new, repeat):
     """Time a cold process up to its first token, the weights as stored and in the page cache."""
     folder = checkpoint_folder(path)
     n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    dtypes = {"npllm": "", "transformers": "bfloat16"}
+    dtypes = {"npllm": "", "npllm-cupy": "", "transformers": "bfloat16"}
     click.echo(f"{folder.name}: {n_bytes / 1e9:.2f} GB; {n_prompt} tokens of prompt; {cpu_name()}\n")
     click.echo("| | s to loaded | s to first token | s for prompt + "
                f"{n_new} tokens again | peak GB | of the weights |\n|---|---|---|---|---|---|")
@@ -213,7 +216,7 @@ def first_token(path, n_prompt, n_new, repeat):
 def generate(path, n_new, repeat, as_json):
     """Time greedy generation from a 51-token chat prompt, with and without the KV cache."""
     folder = checkpoint_folder(path)
-    dtypes = {"npllm": None, "transformers": "float32"}
+    dtypes = {"npllm": None, "npllm-cupy": None, "transformers": "float32"}
     children = {name: Child(name, folder, dtypes[name]) for name in CONTENDERS if installed(name)}
     seconds = {(name, cached): [] for name in children for cached in (True, False)}
     texts, peaks = {}, {}
@@ -307,8 +310,8 @@ def median_seconds(function, repeat=9):
 def machine_limits(threads):
     environment = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
-    output = subprocess.run([sys.executable, __file__, "limits"], capture_output=True, text=True, check=True, env=environment).stdout
-    return json.loads(output)
+    command = [sys.executable, __file__, "limits"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
 def speed_options(command):

@@ -60,6 +60,8 @@ def _report(what, wrong, got, want):
 
 
 def _library(x):
+    if type(x).__module__ == "cupy":  # CuPy's arrays do not name their library
+        return "cupy"
     if not hasattr(x, "__array_namespace__"):
         return f"none ({type(x).__module__}.{type(x).__qualname__})"
     return x.__array_namespace__().__name__

@@ -158,6 +158,23 @@ def test_cupy_without_a_driver_says_so(monkeypatch):
         arrays.backend_namespace("cupy")
 
 
+@pytest.mark.parametrize("found", [None, "missing", 0])
+def test_auto_is_numpy_where_cupy_driver_or_device_is_missing(monkeypatch, found):
+    monkeypatch.setitem(sys.modules, "cupy", None if found == "missing" else _cupy_with(found))
+    assert arrays.backend_namespace("auto") is np
+
+
+def test_auto_is_cupy_where_there_is_a_device(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", cupy := _cupy_with(1))
+    assert arrays.backend_namespace("auto") is cupy
+
+
+@pytest.mark.parametrize("xp", [np, strict])
+def test_a_stable_order_keeps_equal_entries_as_they_stand(xp):
+    order = arrays.stable_argsort(xp.asarray([2.0, 1.0] * 50), xp)
+    close(arrays.to_numpy(order), np.array([*range(1, 100, 2), *range(0, 100, 2)]))
+
+
 @pytest.mark.parametrize("error", [NpllmTypeError, NpllmValueError, MissingExtraError])
 def test_every_error_is_an_npllm_error_and_the_built_in_one(error):
     assert issubclass(error, NpllmError) and issubclass(error, TypeError | ValueError | ImportError)

@@ -10,7 +10,7 @@ from functools import cache
 
 from npllm import ops as _ops
 
-__all__ = ["compiled_ops", "fastest_ops", "seconds_to_prepare", "tiled_ops", "why_not_compiled"]
+__all__ = ["compiled_ops", "cuda_ops", "fastest_ops", "seconds_to_prepare", "tiled_ops", "why_not_compiled"]
 
 
 def fastest_ops(backend="numpy"):
@@ -19,7 +19,8 @@ def fastest_ops(backend="numpy"):
     Parameters
     ----------
     backend : str
-        "numpy": the compiled set where Numba can be imported, else the tiled one.  Other libraries: the blockwise definitions.
+        "numpy": the compiled set where Numba can be imported, else the tiled one.  "cupy": the blockwise definitions, until the
+        set of CUDA kernels (`cuda_ops`) has been measured on a GPU.
 
     Returns
     -------
@@ -40,6 +41,12 @@ def tiled_ops():
 def compiled_ops():
     """Return the set compiled with Numba (`npllm[fast]`); None where Numba cannot be imported."""
     return None if why_not_compiled() else importlib.import_module("npllm.kernels.compiled").COMPILED
+
+
+@cache
+def cuda_ops():
+    """Return the set of CUDA kernels for CuPy arrays: `npllm.load(backend="cupy", ops=npllm.kernels.cuda_ops())`."""
+    return importlib.import_module("npllm.kernels.cuda").cuda_ops()
 
 
 @cache

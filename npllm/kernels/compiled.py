@@ -5,6 +5,7 @@ The two never share the cores: decoding runs on Numba's threads alone, the rest 
 """
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 from numba import njit, prange
@@ -13,12 +14,14 @@ from npllm import ops
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
 from npllm.int8 import GROUP, Int8Weight, quantize
-from npllm.kernels import tiled
+from npllm.kernels import gemm, tiled
+from npllm.kernels.gemm import root_mean_square
 from npllm.kernels.simd import LANES, divide, exp, fma, is_int8, load, load_pairs, pairs, prefetch, single, splat, store, total
+from npllm.kernels.tiled import TILED
 from npllm.ops.fusions import cut_heads
 from npllm.ops.mask import causal
 from npllm.ops.mask.rule import ALL
-from npllm.threads import run_blocks, scratch
+from npllm.threads import run_blocks
 
 __all__ = ["COMPILED", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
 
@@ -177,19 +180,6 @@ def normalise(x, gain, eps):
         x[i] = single(gain, i) * (x[i] / root)
 
 
-@njit(nogil=True, cache=True)
-def root_mean_square(x, eps):
-    """sqrt(mean of x**2 + eps) of one contiguous row."""
-    square, d = splat(np.float32(0)), len(x)
-    whole = d // LANES * LANES
-    for i in range(0, whole, LANES):
-        square = fma(load(x, i), load(x, i), square)
-    mean = total(square)
-    for i in range(whole, d):
-        mean += x[i] * x[i]
-    return np.sqrt(mean / np.float32(d) + eps)
-
-
 @njit(cache=True)
 def add_product(weight, scales, x, gain, eps, y):
     """Compute y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
@@ -249,64 +239,17 @@ def multiplied(x, weight, gain, eps):
     d_out, d_in = weight.shape
     n = x.size // d_in
     if n > FEW_ROWS:
-        return product_of_columns(columns(x, gain, eps), weight).T.reshape(*x.shape[:-1], d_out)
+        if not gemm.fits():
+            return tiled.linear(tiled.rms_norm(x, gain, eps) if len(gain) else x, weight)
+        return gemm.unpacked(many_rows(x, weight, gain, eps), np.empty((n, d_out), np.float32)).reshape(*x.shape[:-1], d_out)
     y = np.zeros((n, d_out), np.float32)
     add_product(*stored(weight), x.reshape(n, d_in), bits(gain), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_out)
 
 
-def columns(x, gain=NOTHING, eps=0.0):
-    """The rows of x, normalised where there is a gain, as columns [d_in, n]."""
-    rows = x.reshape(-1, x.shape[-1])
-    if len(gain) == 0 and rows.flags.f_contiguous:
-        return rows.T
-    y = np.empty(rows.shape[::-1], np.float32)
-    run_blocks(lambda span: turn(rows[span], bits(gain), np.float32(eps), y[:, span]), tiled.spans(len(rows), 64))
-    return y
-
-
-@njit(nogil=True, cache=True)
-def turn(x, gain, eps, y):
-    """Compute y [d, n] = the transposed of x [n, d], each row normalised where there is a gain; 16 x 16 entries at a time."""
-    n, d = x.shape
-    roots = np.ones(n, np.float32)
-    if len(gain):
-        for k in range(n):
-            roots[k] = root_mean_square(x[k], eps)
-    for start in range(0, d, 16):
-        for first in range(0, n, 16):
-            for i in range(start, min(start + 16, d)):
-                g = single(gain, i) if len(gain) else np.float32(1)
-                for k in range(first, min(first + 16, n)):
-                    y[i, k] = g * (x[k, i] / roots[k])
-
-
-def product_of_columns(x, weight):
-    """Weight @ x for many columns: widened block by block, multiplied by BLAS."""
-    return tiled.columns_product(x, weight, widened)
-
-
-def widened(weight):
-    """A block of a weight in float32: itself, or its values in a buffer of this thread."""
-    if weight.dtype == np.float32:
-        return weight
-    wide = scratch("weight", weight.shape, np.float32)
-    entries, scales = stored(weight)
-    widen(entries.reshape(-1), wide.reshape(-1))
-    if scales.size:
-        wide.reshape(*scales.shape, GROUP)[...] *= scales[..., None]
-    return wide
-
-
-@njit(nogil=True, cache=True)
-def widen(stored, wide):
-    """Exact float32 of stored numbers."""
-    whole = len(wide) // LANES * LANES
-    for i in range(0, whole, LANES):
-        prefetch(stored, i + 2 * AHEAD)
-        store(wide, i, load(stored, i))
-    for i in range(whole, len(wide)):
-        wide[i] = single(stored, i)
+def many_rows(x, weight, gain=NOTHING, eps=0.0):
+    """The product of many rows, normalised where there is a gain, in panels of 64 rows."""
+    return gemm.product(gemm.packed(x.reshape(-1, x.shape[-1]), bits(gain), eps), *stored(weight))
 
 
 def norm_swiglu(x, norm_weight, eps, weight, bias=None):
@@ -316,9 +259,12 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
     d_in, d_ff = weight.shape[1], len(weight) // 2
     n = x.size // d_in
     if n > FEW_ROWS:
-        both = product_of_columns(columns(x, norm_weight, eps), weight)
-        run_blocks(lambda span: gate_all(both[:d_ff][span], both[d_ff:][span]), tiled.spans(d_ff, 256))
-        return both[:d_ff].T.reshape(*x.shape[:-1], d_ff)
+        if not gemm.fits():
+            return TILED.norm_swiglu(x, norm_weight, eps, weight)
+        both = many_rows(x, weight, norm_weight, eps)
+        run_blocks(lambda at: gate_all(*(both[at[0], k * d_ff :][at[1]] for k in (0, 1))),
+                   list(product(range(len(both)), tiled.spans(d_ff, 512))))
+        return gemm.unpacked(both, np.empty((n, d_ff), np.float32)).reshape(*x.shape[:-1], d_ff)
     y = np.empty((n, d_ff), np.float32)
     gated_product(*stored(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_ff)
@@ -332,10 +278,9 @@ def linear_add(x, weight, residual, bias=None):
     d_out, d_in = weight.shape
     n = x.size // d_in
     if n > FEW_ROWS:
-        product = product_of_columns(columns(x), weight)
-        y = residual.reshape(n, d_out).copy()
-        run_blocks(lambda span: add_turned(product[:, span], y[span]), tiled.spans(n, 64))
-        return y.reshape(residual.shape)
+        if not gemm.fits():
+            return TILED.linear_add(x, weight, residual)
+        return gemm.add_unpacked(many_rows(x, weight), residual.reshape(n, d_out).copy()).reshape(residual.shape)
     y = residual.reshape(n, d_out).copy()
     add_product(*stored(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
     return y.reshape(residual.shape)
@@ -346,17 +291,6 @@ def gate_all(g, u):
     """Compute g = silu(g) * u in place, row by row."""
     for k in range(len(g)):
         gate(g[k], u[k], g[k])
-
-
-@njit(nogil=True, cache=True)
-def add_turned(x, y):
-    """Compute y [n, d] += the transposed of x [d, n]; 16 x 16 entries at a time."""
-    n, d = y.shape
-    for start in range(0, d, 16):
-        for first in range(0, n, 16):
-            for k in range(first, min(first + 16, n)):
-                for i in range(start, min(start + 16, d)):
-                    y[k, i] += x[i, k]
 
 
 def fits_gain(x, gain):
@@ -428,14 +362,10 @@ def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
 
 @njit(nogil=True, cache=True)
 def rotate_all(x, cos, sin, y, turned):
-    """One head of many tokens, rotated where `turned`: x [n_seq, d_head] in any order of memory, y by rows."""
-    n_seq, d_head = x.shape
-    for start in range(0, d_head, 16):
-        for n in range(n_seq):
-            for i in range(start, min(start + 16, d_head)):
-                y[n, i] = x[n, i]
-    if turned:
-        for n in range(n_seq):
+    """Write one head of many tokens [n_seq, d_head] into y, rotated where `turned`."""
+    for n in range(len(x)):
+        y[n] = x[n]
+        if turned:
             rotate(y[n], cos[n], sin[n], y[n])
 
 
@@ -563,7 +493,7 @@ def weighted_sum(p, values, y):
             y[i] /= denominator
 
 
-COMPILED = replace(tiled.TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add,
+COMPILED = replace(TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add,
                    rope_attention=rope_attention, name="compiled")
 
 

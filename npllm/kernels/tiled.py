@@ -15,7 +15,7 @@ from npllm.threads import n_threads, run_blocks, scratch
 __all__ = ["TILED", "blockwise_attention", "linear", "rms_norm", "swiglu"]
 
 FEW_ROWS = 16  # up to here a product is bound by reading the weight: smaller blocks, which stay in the cache until they are used
-BLOCK_FEW, BLOCK_MANY = 2**18, 2**21  # entries of a weight that are widened at a time
+BLOCK_FEW, BLOCK_MANY = 2**19, 2**21  # entries of a weight that are widened at a time
 BLOCK_ROWS = 2**16  # entries of an activation that one thread takes at a time
 BLOCK_Q, BLOCK_K = 256, 512  # a tile of scores is half a MiB
 

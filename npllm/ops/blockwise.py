@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, n_bytes, widen
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, n_bytes, to_numpy, widen
 from npllm.errors import NpllmValueError
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
@@ -286,4 +286,4 @@ def _ends(xp, slots):
     """Smallest and largest slot of a block, as Python integers."""
     if isinstance(slots, range):
         return min(slots[0], slots[-1]), max(slots[0], slots[-1])
-    return int(xp.min(slots)), int(xp.max(slots))
+    return int(to_numpy(xp.min(slots))), int(to_numpy(xp.max(slots)))

@@ -6,6 +6,7 @@ The compositions here take the set of operations that they are made of as their 
 
 from types import SimpleNamespace
 
+from npllm.arrays import array_namespace
 from npllm.ops.attention import attention
 from npllm.ops.feedforward import swiglu
 from npllm.ops.linear import linear, merge_heads, split_heads
@@ -152,6 +153,7 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, l
 
 def cut_heads(qkv, n_head, n_kv_head):
     """Views of a projected row: q [..., n_head, n_seq, d_head], k and v [..., n_kv_head, n_seq, d_head]."""
+    array_namespace(qkv)
     d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)
     q_end, k_end = n_head * d_head, (n_head + n_kv_head) * d_head
     q, k, v = qkv[..., :q_end], qkv[..., q_end:k_end], qkv[..., k_end:]

@@ -4,7 +4,7 @@ The filters follow Transformers: each excludes a token by giving it -inf, and so
 which they are applied matters, and engines differ in it: `npllm.generate.FILTER_ORDERS`.
 """
 
-from npllm.arrays import array_namespace, expect_shape, widen
+from npllm.arrays import array_namespace, expect_shape, stable_argsort, to_numpy, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["greedy", "log_softmax", "min_p", "repetition_penalty", "sample", "softmax", "temperature", "top_k", "top_p"]
@@ -206,7 +206,7 @@ def top_p(logits, p):
         raise NpllmValueError(f"top_p must lie in 0 ... 1, got {p}")
     if p == 1:
         return logits
-    order = xp.argsort(-logits, axis=-1, stable=True)  # most likely first
+    order = stable_argsort(-logits, xp)  # most likely first
     ranked = xp.take_along_axis(softmax(widen(logits, xp.float64)), order, axis=-1)
     before = xp.cumulative_sum(ranked, axis=-1) - ranked
     first = xp.arange(logits.shape[-1]) == 0
@@ -291,17 +291,18 @@ def sample(logits, u):
 
     Notes
     -----
-    Sums in float64.  Where rounding leaves the whole sum at or below `u`, the last token that is not excluded is drawn.
+    Looks at two truth values on the host.  Sums in float64.  Where rounding leaves the whole sum at or below `u`, the last token
+    that is not excluded is drawn.
 
     Source: "Non-Uniform Random Variate Generation" (Devroye 1986), section III.2.
     """
     xp = array_namespace(logits, u)
     expect_shape("u", u, **{f"axis_{n}": size for n, size in enumerate(logits.shape[:-1])})
-    if not xp.all((u >= 0) & (u < 1)):
+    if not to_numpy(xp.all((u >= 0) & (u < 1))):
         raise NpllmValueError("u must lie in 0 <= u < 1")
     wide = widen(logits, xp.float64)
     largest = xp.max(wide, axis=-1)
-    if not xp.all((largest > -xp.inf) & (largest < xp.inf)):
+    if not to_numpy(xp.all((largest > -xp.inf) & (largest < xp.inf))):
         raise NpllmValueError("every row of logits must leave at least one token and hold no NaN and no inf, got a row that is no "
                               "distribution; are the weights finite?")
     probabilities = softmax(wide)

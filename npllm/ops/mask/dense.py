@@ -4,7 +4,7 @@ from numbers import Integral
 
 from npllm.arrays import host_range
 from npllm.errors import NpllmValueError
-from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
+from npllm.ops.mask.rule import ALL, FAR, NONE, SOME, Rule
 
 __all__ = ["at_least", "bidirectional", "causal", "check_slots", "lookback", "prefix_lm", "sliding_window"]
 
@@ -22,7 +22,7 @@ def bidirectional():
     -----
     Source: "BERT" (Devlin et al. 2018), section 3.
     """
-    return Rule(lambda i, j: (i == i) & (j == j), lambda *_: ALL)
+    return Rule(lambda i, j: (i == i) & (j == j), lambda *_: ALL, (-FAR, FAR))
 
 
 def causal():
@@ -42,7 +42,7 @@ def causal():
     def bound(i_low, i_high, j_low, j_high):
         return ALL if j_high <= i_low else NONE if j_low > i_high else SOME
 
-    return Rule(lambda i, j: j <= i, bound)
+    return Rule(lambda i, j: j <= i, bound, (0, FAR))
 
 
 def sliding_window(w):
@@ -75,7 +75,7 @@ def sliding_window(w):
     def bound(i_low, i_high, j_low, j_high):
         return ALL if j_low > i_high - w else NONE if j_high <= i_low - w else SOME
 
-    return causal() & Rule(lambda i, j: j > i - w, bound)
+    return causal() & Rule(lambda i, j: j > i - w, bound, (-FAR, w))
 
 
 def lookback(w):

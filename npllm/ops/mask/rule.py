@@ -9,10 +9,13 @@ drop the mask where everything is.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ALL", "NONE", "SOME", "Rule"]
+__all__ = ["ALL", "FAR", "NONE", "SOME", "Rule"]
 
 NONE, SOME, ALL = 0, 1, 2
 """What a rule may say of a whole block: no pair is visible; some may be; every pair is."""
+
+FAR = 2**40
+"""Farther apart than any two slots are: the end of a band that has none."""
 
 
 def _unknown(*_):
@@ -31,17 +34,23 @@ class Rule:
     bound : function (i_low, i_high, j_low, j_high) -> NONE, SOME or ALL
         What holds for every query slot in i_low ... i_high and key slot in j_low ... j_high, both ends included.
         SOME is always a correct answer, NONE and ALL are promises.
+    band : tuple (low, high), optional
+        What a kernel may evaluate instead: the rule is exactly low <= i - j < high.  None: it is no such band.
     """
 
     visible: Callable
     bound: Callable = _unknown
+    band: tuple[int, int] | None = None
 
     def __call__(self, i, j):
         """Evaluate the rule on slots."""
         return self.visible(i, j)
 
     def __and__(self, other):
-        return Rule(lambda i, j: self(i, j) & other(i, j), lambda *block: min(self.bound(*block), other.bound(*block)))
+        band = None
+        if self.band and other.band:
+            band = max(self.band[0], other.band[0]), min(self.band[1], other.band[1])
+        return Rule(lambda i, j: self(i, j) & other(i, j), lambda *block: min(self.bound(*block), other.bound(*block)), band)
 
     def __or__(self, other):
         return Rule(lambda i, j: self(i, j) | other(i, j), lambda *block: max(self.bound(*block), other.bound(*block)))

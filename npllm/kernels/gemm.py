@@ -1,0 +1,176 @@
+"""The matrix product of many rows: as BLAS does it, but from stored weights, which are widened tile by tile where they are used.
+
+The rows of x are packed into panels of 64 columns, [n_panel, d_in, 64].  A task is a band of 96 rows of the weight; for each run of
+512 channels it widens its part of the band into the second-level cache, and passes it over all panels, six rows at a time: 6 x 64
+sums stay in 24 registers.
+
+Source: "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Geijn 2008), section 4.2.
+"""
+
+import llvmlite.binding
+import numpy as np
+from numba import njit
+
+from npllm.int8 import GROUP
+from npllm.kernels.simd import LANES, fma, is_int8, load, prefetch, single, splat, store, total
+from npllm.threads import run_blocks, scratch
+
+__all__ = ["fits", "packed", "product", "unpacked"]
+
+WIDTH = 4 * LANES  # columns of a panel
+TALL = 6  # rows of a tile
+BAND = 16 * TALL  # rows of a task
+DEPTH = 512  # channels of a run
+AHEAD = 12  # rows by which the reading of the weight runs ahead
+
+
+def fits():
+    """Tell whether this processor has the registers for a tile; with fewer, BLAS is faster."""
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+
+def packed(rows, gain, eps):
+    """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, 64], the last one filled up with zeros."""
+    n, d = rows.shape
+    panels = np.empty((-(-n // WIDTH), d, WIDTH), np.float32)
+    run_blocks(lambda p: pack(rows[p * WIDTH : (p + 1) * WIDTH], gain, np.float32(eps), panels[p]), range(len(panels)))
+    return panels
+
+
+def product(panels, weight, scales):
+    """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), 64]."""
+    d_out = len(weight)
+    y = np.empty((len(panels), -(-d_out // TALL) * TALL, WIDTH), np.float32)
+
+    def band(first):
+        wide = scratch("band", (BAND, DEPTH), np.float32)
+        multiply_band(weight, scales, panels, wide, y, first, min(first + BAND, d_out))
+
+    run_blocks(band, range(0, d_out, BAND))
+    return y
+
+
+def unpacked(panels, y):
+    """Write panels [n_panel, at least d, 64] as rows into y [n, d]."""
+    run_blocks(lambda p: unpack(panels[p], y[p * WIDTH : (p + 1) * WIDTH], False), range(len(panels)))
+    return y
+
+
+def add_unpacked(panels, y):
+    """Add panels [n_panel, at least d, 64] to the rows y [n, d]."""
+    run_blocks(lambda p: unpack(panels[p], y[p * WIDTH : (p + 1) * WIDTH], True), range(len(panels)))
+    return y
+
+
+@njit(nogil=True, cache=True)
+def root_mean_square(x, eps):
+    """sqrt(mean of x**2 + eps) of one contiguous row."""
+    square, d = splat(np.float32(0)), len(x)
+    whole = d // LANES * LANES
+    for i in range(0, whole, LANES):
+        square = fma(load(x, i), load(x, i), square)
+    mean = total(square)
+    for i in range(whole, d):
+        mean += x[i] * x[i]
+    return np.sqrt(mean / np.float32(d) + eps)
+
+
+@njit(nogil=True, cache=True)
+def pack(rows, gain, eps, panel):
+    """Transpose up to 64 rows into a panel, 16 x 16 entries at a time; each row is normalised where there is a gain."""
+    n, d = rows.shape
+    roots = np.ones(n, np.float32)
+    if len(gain):
+        for k in range(n):
+            roots[k] = root_mean_square(rows[k], eps)
+    panel[:, n:] = 0
+    for start in range(0, d, 16):
+        for first in range(0, n, 16):
+            for i in range(start, min(start + 16, d)):
+                g = single(gain, i) if len(gain) else np.float32(1)
+                for k in range(first, min(first + 16, n)):
+                    panel[i, k] = g * (rows[k, i] / roots[k])
+
+
+@njit(nogil=True, cache=True)
+def unpack(panel, y, add):
+    """Transpose a panel into its rows, or add it to them, 16 x 16 entries at a time."""
+    n, d = y.shape
+    for start in range(0, d, 16):
+        for first in range(0, n, 16):
+            for k in range(first, min(first + 16, n)):
+                for i in range(start, min(start + 16, d)):
+                    y[k, i] = y[k, i] + panel[i, k] if add else panel[i, k]
+
+
+@njit(nogil=True, cache=True)
+def put(y, at, a, b, c, d, more):
+    """Store four vectors, or add them to what stands there."""
+    if more:
+        one = splat(np.float32(1))
+        a, b = fma(one, load(y, at), a), fma(one, load(y, at + LANES), b)
+        c, d = fma(one, load(y, at + 2 * LANES), c), fma(one, load(y, at + 3 * LANES), d)
+    store(y, at, a)
+    store(y, at + LANES, b)
+    store(y, at + 2 * LANES, c)
+    store(y, at + 3 * LANES, d)
+
+
+@njit(nogil=True, cache=True)
+def multiply_tile(wide, w, panels, x, depth, y, at, more):
+    """Y [6, 64] at `at`, set to or (more) increased by wide [6, depth] at w times panel [depth, 64] at x."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = splat(np.float32(0))
+    d0 = d1 = d2 = d3 = e0 = e1 = e2 = e3 = f0 = f1 = f2 = f3 = splat(np.float32(0))
+    for k in range(depth):
+        i = x + k * WIDTH
+        x0, x1, x2, x3 = load(panels, i), load(panels, i + LANES), load(panels, i + 2 * LANES), load(panels, i + 3 * LANES)
+        g = splat(single(wide, w + k))
+        a0, a1, a2, a3 = fma(g, x0, a0), fma(g, x1, a1), fma(g, x2, a2), fma(g, x3, a3)
+        g = splat(single(wide, w + DEPTH + k))
+        b0, b1, b2, b3 = fma(g, x0, b0), fma(g, x1, b1), fma(g, x2, b2), fma(g, x3, b3)
+        g = splat(single(wide, w + 2 * DEPTH + k))
+        c0, c1, c2, c3 = fma(g, x0, c0), fma(g, x1, c1), fma(g, x2, c2), fma(g, x3, c3)
+        g = splat(single(wide, w + 3 * DEPTH + k))
+        d0, d1, d2, d3 = fma(g, x0, d0), fma(g, x1, d1), fma(g, x2, d2), fma(g, x3, d3)
+        g = splat(single(wide, w + 4 * DEPTH + k))
+        e0, e1, e2, e3 = fma(g, x0, e0), fma(g, x1, e1), fma(g, x2, e2), fma(g, x3, e3)
+        g = splat(single(wide, w + 5 * DEPTH + k))
+        f0, f1, f2, f3 = fma(g, x0, f0), fma(g, x1, f1), fma(g, x2, f2), fma(g, x3, f3)
+    put(y, at, a0, a1, a2, a3, more)
+    put(y, at + WIDTH, b0, b1, b2, b3, more)
+    put(y, at + 2 * WIDTH, c0, c1, c2, c3, more)
+    put(y, at + 3 * WIDTH, d0, d1, d2, d3, more)
+    put(y, at + 4 * WIDTH, e0, e1, e2, e3, more)
+    put(y, at + 5 * WIDTH, f0, f1, f2, f3, more)
+
+
+@njit(nogil=True, cache=True)
+def widen_run(weight, scales, row, start, depth, wide, r, real):
+    """Write channels start ... start + depth - 1 of a row of the weight into row r of the buffer; zeros where there is no row."""
+    if not real:
+        wide[r, :depth] = 0
+        return
+    p, whole, ahead = row * weight.shape[1] + start, depth // LANES * LANES, AHEAD * weight.shape[1]
+    for i in range(0, whole, LANES):
+        prefetch(weight, p + i + ahead)
+        x = load(weight, p + i)
+        if is_int8(weight):
+            x = fma(x, splat(scales[row, (start + i) // GROUP]), splat(np.float32(0)))
+        store(wide, r * DEPTH + i, x)
+    for i in range(whole, depth):
+        wide[r, i] = single(weight, p + i)
+
+
+@njit(nogil=True, cache=True)
+def multiply_band(weight, scales, panels, wide, y, first, stop):
+    """Rows first ... stop - 1 of the product, for all panels."""
+    d_in = weight.shape[1]
+    n_tile = (stop - first + TALL - 1) // TALL
+    for start in range(0, d_in, DEPTH):
+        depth = min(DEPTH, d_in - start)
+        for r in range(n_tile * TALL):
+            widen_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
+        for p in range(len(panels)):
+            x, at, step = p * d_in * WIDTH + start * WIDTH, p * y.shape[1] * WIDTH + first * WIDTH, TALL * WIDTH
+            for tile in range(n_tile):
+                multiply_tile(wide, tile * TALL * DEPTH, panels, x, depth, y, at + tile * step, start > 0)

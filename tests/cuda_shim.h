@@ -1,0 +1,111 @@
+// Runs the kernels of npllm/kernels/cuda on a CPU, one block after another.  A thread of a block is a fiber: it runs until it has to
+// wait for others, at a barrier or a shuffle, and then the next one runs.  What the subset of the kernels needs, and nothing more.
+
+#include <ucontext.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(n)
+
+struct Index { unsigned x = 0; };
+static Index threadIdx, blockIdx, blockDim, gridDim;
+
+static inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+static inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+
+namespace shim {
+
+struct Meeting { unsigned n_waiting = 0, round = 0; };
+constexpr std::size_t STACK = 1 << 16;
+static std::vector<ucontext_t> fibers;
+static std::vector<char> stacks, done;
+static std::vector<float> slots;
+static std::vector<Meeting> warps;
+static Meeting block;
+static ucontext_t scheduler;
+static void (*body)(void*);
+static void* body_arguments;
+
+static void wait_for_others(Meeting& meeting, unsigned n) {
+    unsigned round = meeting.round, me = threadIdx.x;
+    if (++meeting.n_waiting == n) {
+        meeting.n_waiting = 0;
+        ++meeting.round;
+        return;
+    }
+    while (meeting.round == round) {
+        swapcontext(&fibers[me], &scheduler);
+        threadIdx.x = me;
+    }
+}
+
+static float exchange(float x, unsigned lane) {  // every lane of the warp takes part
+    unsigned me = threadIdx.x, first = me / 32 * 32;
+    slots[me] = x;
+    wait_for_others(warps[me / 32], 32);
+    float got = slots[first + lane];
+    wait_for_others(warps[me / 32], 32);  // nobody overwrites what another has not read
+    return got;
+}
+
+static void fiber() {
+    body(body_arguments);
+    done[threadIdx.x] = 1;
+}
+
+static void run_block(unsigned n_threads) {
+    done.assign(n_threads, 0);
+    warps.assign(n_threads / 32, {});
+    block = {};
+    for (unsigned t = 0; t < n_threads; ++t) {
+        getcontext(&fibers[t]);
+        fibers[t].uc_stack.ss_sp = stacks.data() + t * STACK;
+        fibers[t].uc_stack.ss_size = STACK;
+        fibers[t].uc_link = &scheduler;
+        makecontext(&fibers[t], fiber, 0);
+    }
+    for (unsigned left = n_threads; left > 0;)
+        for (unsigned i = 0; i < n_threads; ++i) {
+            unsigned t = blockIdx.x % 2 ? n_threads - 1 - i : i;  // either order, so that a missing barrier shows
+            if (done[t]) continue;
+            threadIdx.x = t;
+            swapcontext(&scheduler, &fibers[t]);
+            left -= done[t];
+        }
+}
+
+template <typename... A>
+void launch(void (*kernel)(A...), unsigned n_blocks, unsigned n_threads, void** arguments) {
+    if (n_threads % 32) std::abort();
+    fibers.resize(n_threads);
+    stacks.resize(n_threads * STACK);
+    slots.resize(n_threads);
+    static void (*called)(A...);
+    called = kernel;
+    body_arguments = arguments;
+    body = [](void* p) {
+        [&]<std::size_t... n>(std::index_sequence<n...>) {
+            called(*static_cast<A*>(static_cast<void**>(p)[n])...);
+        }(std::index_sequence_for<A...>{});
+    };
+    gridDim.x = n_blocks;
+    blockDim.x = n_threads;
+    for (unsigned b = 0; b < n_blocks; ++b) {
+        blockIdx.x = b;
+        run_block(n_threads);
+    }
+}
+
+}  // namespace shim
+
+static inline void __syncthreads() { shim::wait_for_others(shim::block, blockDim.x); }
+static inline float __shfl_xor_sync(unsigned, float x, int lanes) { return shim::exchange(x, (threadIdx.x % 32) ^ lanes); }
+static inline float __shfl_sync(unsigned, float x, int lane) { return shim::exchange(x, lane); }

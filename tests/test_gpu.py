@@ -1,0 +1,273 @@
+"""On a GPU: every op, every kernel, the whole model and the default checkpoint in CuPy beside NumPy.
+
+Run by `scripts/check_gpu.sh` (or `pytest -m gpu`).  Without a GPU these tests do not run, and when they are asked for they fail.
+Figures go to the JSON file that NPLLM_GPU_FIGURES names.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import guard
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from close import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import ARRAY_OPS, attention_calls, documented_calls, normal
+from test_guard import KINDS
+from test_kernels_cuda import FLOATS, long_calls, projected, stored
+
+import npllm
+from npllm import ops
+from npllm.arrays import to_numpy
+from npllm.kernels import cuda
+from npllm.ops.mask import causal
+
+pytestmark = pytest.mark.gpu
+FIGURES = {}
+TEXT = ("The capital of France is Paris. Water boils at a hundred degrees, and a stick in the ground shows noon when its shadow is "
+        "shortest. Then, around 1300, somebody hung a weight on a rope and wound it around an axle.")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _figures():
+    yield
+    if "NPLLM_GPU_FIGURES" in os.environ:
+        Path(os.environ["NPLLM_GPU_FIGURES"]).write_text(json.dumps(FIGURES, indent=1), encoding="utf-8")
+
+
+def figure(name, got, want):
+    """Note the largest |difference|, as a fraction of the largest |desired|."""
+    got, want = to_numpy(got).astype(np.float64), to_numpy(want).astype(np.float64)
+    finite = np.isfinite(want)
+    if np.any(finite):
+        worst = float(np.abs(np.subtract(got, want, where=finite, out=np.zeros_like(want))).max()) if got.shape == want.shape else np.inf
+        FIGURES[name] = max(FIGURES.get(name, 0.0), worst / max(float(np.abs(want[finite]).max()), 1e-30))
+
+
+def moved(x):
+    """Turn NumPy arrays, also those in a dict, list or tuple, into CuPy arrays."""
+    import cupy
+
+    if isinstance(x, dict):
+        return {name: moved(value) for name, value in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*map(moved, x))
+    if isinstance(x, tuple | list):
+        return type(x)(map(moved, x))
+    return cupy.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+
+
+def same(name, actual, desired, times=8.0):
+    for one, other in zip(actual, desired, strict=True) if isinstance(desired, tuple) else [(actual, desired)]:
+        assert type(one).__module__ == "cupy"
+        figure(name, one, other)
+        close(to_numpy(one), np.asarray(other), times=times)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ every op
+
+
+@pytest.mark.parametrize("name", ARRAY_OPS)
+@given(st.data())
+@settings(max_examples=20)
+def test_every_op(name, data):
+    arguments, _ = data.draw(documented_calls(ARRAY_OPS[name]))
+    result = ARRAY_OPS[name](**moved(arguments))
+    if name not in ("padding", "documents"):
+        same(f"op {name}", result, ARRAY_OPS[name](**arguments))
+
+
+@pytest.mark.parametrize("op", [ops.attention, ops.blockwise_attention])
+@given(st.data())
+def test_attention_in_every_dtype(op, data):
+    call = data.draw(attention_calls(kinds=("none", "rule", "function", "array")))
+    sizes = {"block_q": 2, "block_k": 3} if op is ops.blockwise_attention else {}
+    same(f"op {op.__name__}, all dtypes", op(*moved((call.q, call.k, call.v)), return_lse=True, **moved(call.options), **sizes),
+         op(call.q, call.k, call.v, return_lse=True, **call.options, **sizes))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16, np.float16])
+def test_a_large_product(dtype):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((33, 3072), dtype=np.float32), rng.standard_normal((1000, 3072), dtype=np.float32).astype(dtype)
+    same(f"linear 3072, {np.dtype(dtype).name}", ops.linear(*moved((x, w))), ops.linear(x, w))
+
+
+# ------------------------------------------------------------------------------------------------------------------------- kernels
+
+
+@given(st.data(), st.integers(1, 4000), stored)
+@settings(max_examples=30)
+def test_rms_norm_kernel(data, d_model, dtype):
+    x, weight = data.draw(normal((3, d_model), scale=3)), data.draw(normal((d_model,), dtype))
+    same("kernel rms_norm", cuda.rms_norm(*moved((x, weight)), 1e-5), ops.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("n_rows", [1, 2, 8, 9, 100])
+def test_linear_kernel(n_rows, dtype):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((n_rows, 3072), dtype=np.float32), rng.standard_normal((1003, 3072), dtype=np.float32).astype(dtype)
+    same("kernel linear", cuda.linear(*moved((x, w))), ops.linear(x, w))
+
+
+@given(st.data(), st.integers(1, 3000))
+@settings(max_examples=30)
+def test_swiglu_kernel(data, d_ff):
+    both = data.draw(normal((2, 3, 2 * d_ff), scale=30))
+    there = moved(both)
+    same("kernel swiglu", cuda.swiglu(there[..., :d_ff], there[..., d_ff:]), ops.swiglu(both[..., :d_ff], both[..., d_ff:]))
+
+
+@given(long_calls())
+@settings(max_examples=100)
+def test_attention_kernel(call):
+    q, k, v, options = call
+    same("kernel attention", cuda.attention(*moved((q, k, v)), **options), ops.attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("d_head", cuda.HEADS)
+@pytest.mark.parametrize("dtype", FLOATS.values())
+def test_attention_kernel_over_a_thousand_keys(d_head, dtype):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, 8, 999, d_head), dtype=np.float32)
+    k, v = (rng.standard_normal((2, 2, 1203, d_head), dtype=np.float32).astype(dtype) for _ in range(2))
+    same("kernel attention, 1203 keys", cuda.attention(*moved((q, k, v)), mask=causal()), ops.attention(q, k, v, mask=causal()))
+
+
+@given(projected())
+@settings(max_examples=40)
+def test_rope_append_kernel(call):
+    qkv, cos, sin, n_head, n_kv_head = call
+    n_batch, n_seq, width = qkv.shape
+    caches = [npllm.cache.KVCache(n_batch, 1, 64) for _ in range(2)]
+    same("kernel rope_append", cuda.rope_attention(*moved((qkv, cos, sin)), n_head, n_kv_head, mask=causal(), cache=caches[0]),
+         ops.rope_attention(qkv, cos, sin, n_head, n_kv_head, mask=causal(), cache=caches[1]))
+    for there, here in zip(caches[0]._layers[0][:2], caches[1]._layers[0][:2], strict=True):
+        same("kernel rope_append, cache", there[:, :, :n_seq, :], here[:, :, :n_seq, :])
+    assert width % (n_head + 2 * n_kv_head) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the model
+
+
+def model_pair(set_, dtype=np.float32, **changes):
+    here = tiny.model(ops=ops.blockwise, dtype=dtype, **changes)
+    return here, npllm.Model(here.config, moved(here.params), ops=set_, generation_config=here.generation_config)
+
+
+every_set = pytest.mark.parametrize("set_", [ops.reference, ops.blockwise, cuda.cuda_ops()], ids=lambda set_: set_.name)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@every_set
+@every_kind
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16, np.float16])
+def test_logits_of_tiny_models(set_, kind, dtype):
+    here, there = model_pair(set_, dtype, **KINDS[kind])
+    ids, mask = tiny.random_ids(2, 17), np.ones((2, 17), int)
+    mask[0, :4] = 0
+    same(f"tiny models, {set_.name}", there(ids, attention_mask=mask), here(ids, attention_mask=mask), times=20)
+    caches = here.new_cache(2), there.new_cache(2)
+    for start, stop in ((0, 9), (9, 10), (10, 17)):
+        same(f"tiny models, {set_.name}", there(ids[:, start:stop], cache=caches[1]), here(ids[:, start:stop], cache=caches[0]), times=20)
+
+
+@every_set
+@every_kind
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
+def test_the_same_seed_gives_the_same_text(set_, kind, options):
+    here, there = model_pair(set_, **KINDS[kind])
+    ids, mask = tiny.random_ids(3, 9), np.ones((3, 9), int)
+    mask[1, :3] = 0
+    for prompt in (ids, moved(ids)):
+        close(there.generate(prompt, attention_mask=mask, max_new_tokens=10, seed=5, **options),
+              here.generate(ids, attention_mask=mask, max_new_tokens=10, seed=5, **options))
+
+
+@pytest.mark.parametrize("head", ["Sequence", "Token"])
+def test_classifiers(head, tmp_path):
+    folder = tiny.write_folder(tmp_path, architectures=[f"Phi3For{head}Classification"], num_labels=3, pad_token_id=0)
+    there, here = (npllm.load(folder, backend=backend) for backend in ("cupy", "numpy"))
+    ids = tiny.random_ids(3, 6)
+    same("tiny classifiers", there(ids), here(ids), times=20)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float64"])
+def test_weights_arrive_unchanged(default_folder, dtype):
+    there, here = (npllm.load(default_folder, backend=backend, dtype=dtype).params for backend in ("cupy", "numpy"))
+    for name in ("embed_tokens", "norm"):
+        close(to_numpy(getattr(there, name)), np.asarray(getattr(here, name)), times=0)
+    for one, other in zip(there.layers, here.layers, strict=True):
+        close(to_numpy(one.gate_up_proj), np.asarray(other.gate_up_proj), times=0)
+
+
+@every_set
+def test_logits_of_the_default_model(default_folder, set_):
+    """float32 weights: within 1e-3 of NumPy's.  bfloat16 weights: within 1.5 times the error of NumPy, which rounds nowhere else either."""
+    exact = npllm.load(default_folder, dtype="float64")
+    ids = np.array([exact.tokenizer.encode(TEXT)])
+    exact = exact(ids)
+    for dtype in ("float32", "bfloat16"):
+        here = npllm.load(default_folder, dtype=dtype)(ids)
+        there = to_numpy(npllm.load(default_folder, backend="cupy", dtype=dtype, ops=set_)(ids))
+        figure(f"default model, {dtype}, {set_.name}, beside NumPy", there, here)
+        numpy_error, error = (float(np.abs(x - exact).max()) for x in (here, there))
+        FIGURES[f"default model, {dtype}, {set_.name}, |logit - float64|"] = {"cupy": error, "numpy": numpy_error}
+        assert np.abs(there - here).max() < 1e-3
+        if dtype == "bfloat16":
+            assert error <= 1.5 * numpy_error
+        best = np.sort(here[0], axis=-1)
+        clear = best[:, -1] - best[:, -2] > 2 * np.abs(there - here).max()
+        assert (there[0].argmax(axis=-1) == here[0].argmax(axis=-1))[clear].all()
+
+
+@every_set
+def test_greedy_text_of_the_default_model(default_folder, set_):
+    """Equal up to the first token whose margin is within the error."""
+    here, there = npllm.load(default_folder), npllm.load(default_folder, backend="cupy", ops=set_)
+    ids = np.array([here.tokenizer.encode("The capital of France is")])
+    want, got = (model.generate(ids, max_new_tokens=40) for model in (here, there))
+    if np.array_equal(want, got):
+        return
+    assert want.shape == got.shape
+    first = int(np.flatnonzero(want[0] != got[0])[0])
+    logits = np.sort(here(want[:, :first], logits_to_keep=1)[0, -1])
+    assert logits[-1] - logits[-2] < 2e-3, f"token {first} differs, and it was no near tie"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_decode_step_waits_once(default_folder):
+    """As on the stand-in: nothing between the ids and the logits waits for the device.  (CuPy's own detector; deprecated, so optional.)"""
+    import cupyx
+
+    if not hasattr(cupyx, "allow_synchronize"):
+        pytest.skip("this CuPy has no detector of synchronisation")
+    model = npllm.load(default_folder, backend="cupy", ops=cuda.cuda_ops())
+    cache = model.new_cache()
+    for n_seq in (5, 1, 1):  # the first calls compile
+        model(tiny.random_ids(1, n_seq), cache=cache)
+    with cupyx.allow_synchronize(False):
+        model(tiny.random_ids(1, 1), cache=cache, logits_to_keep=1)
+
+
+def test_the_stand_in_is_as_strict_as_cupy():
+    """What tests/guard.py says of CuPy, asked of CuPy itself."""
+    import cupy
+
+    x = cupy.asarray([10.0, 11.0, 12.0], dtype=cupy.float32)
+    with pytest.raises(TypeError):
+        np.asarray(x)
+    with pytest.raises(TypeError):
+        x + np.ones(3, np.float32)
+    with pytest.raises(TypeError):
+        cupy.add(x, [1.0, 2.0, 3.0])
+    assert cupy.sum(x).shape == () and type(cupy.sum(x)).__module__ == "cupy"
+    assert cupy.take(x, cupy.asarray([3, -4, 7]), axis=0).get().tolist() == [10, 12, 11]
+    half = cupy.asarray(np.ones((1, 4096), ml_dtypes.bfloat16))
+    assert float((half @ half.T).get().astype(np.float32)[0, 0]) == 4096
+    assert set(guard.FUNCTIONS) <= set(dir(cupy))

@@ -1,0 +1,144 @@
+"""Weights in 8 bits: what rounding does, what linear and embed make of it, and whole models."""
+
+import numpy as np
+import oracles
+import pytest
+from close import close
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CONFIG, random_ids, weights, write_folder
+
+import npllm
+from npllm import NpllmError, kernels, ops
+from npllm.errors import NpllmValueError
+from npllm.int8 import GROUP, Int8Weight, quantize
+
+SHAPES = {"d_out": st.integers(1, 40), "d_in": st.sampled_from([1, 5, 63, 64, 65, 128, 192]), "seed": st.integers(0, 99),
+          "scale": st.sampled_from([1e-30, 1e-3, 1.0, 1e4])}
+SETS = [s for s in (ops.reference, kernels.tiled_ops(), kernels.compiled_ops()) if s]
+every_set = pytest.mark.parametrize("fast", SETS, ids=lambda s: s.name)
+
+
+def matrix(d_out, d_in, seed, scale=1.0):
+    return (np.random.default_rng(seed).standard_normal((d_out, d_in)) * scale).astype(np.float32)
+
+
+def expanded(weight):
+    """The values one by one."""
+    return np.array([[float(weight.scales[o, i // GROUP]) * int(weight.values[o, i]) for i in range(weight.shape[1])]
+                     for o in range(weight.shape[0])])
+
+
+@given(**SHAPES)
+def test_no_entry_is_off_by_more_than_half_a_step_and_the_largest_hardly_at_all(d_out, d_in, seed, scale):
+    w = matrix(d_out, d_in, seed, scale)
+    q = quantize(w)
+    off = np.abs(q.widened() - w)
+    steps = np.repeat(q.scales, GROUP, axis=1)[:, :d_in]
+    assert (off <= 0.5001 * steps).all()
+    assert q.values.dtype == np.int8 and q.values.min() >= -127
+    for start in range(0, d_in, GROUP):
+        assert (np.abs(q.values[:, start : start + GROUP]).max(axis=1) == 127).all()
+    close(q.widened(), expanded(q), dtype="float32")
+
+
+@given(**SHAPES)
+def test_rounding_is_symmetric_and_rounding_again_changes_nothing(d_out, d_in, seed, scale):
+    q = quantize(matrix(d_out, d_in, seed, scale))
+    close(quantize(-matrix(d_out, d_in, seed, scale)).widened(), -q.widened(), times=0)
+    close(quantize(q.widened()).values, q.values)
+
+
+def test_a_group_of_zeros_stays_zero_and_one_of_denormals_stays_finite():
+    w = matrix(3, 192, 0)
+    w[:, :64], w[:, 64:128] = 0, 1e-44
+    y = quantize(w).widened()
+    assert (y[:, :64] == 0).all() and np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_has_no_scale_raises(bad):
+    w = matrix(3, 70, 0)
+    w[2, 69] = bad
+    with pytest.raises(NpllmValueError, match="NaN or infinity cannot be rounded to int8"):
+        quantize(w)
+
+
+@every_set
+@given(n=st.sampled_from([1, 2, 5, 16, 17, 70]), **SHAPES)
+def test_linear_takes_it(fast, n, d_out, d_in, seed, scale):
+    x, q = matrix(n, d_in, seed + 1), quantize(matrix(d_out, d_in, seed, scale))
+    close(fast.linear(x, q), x.astype(np.float64) @ expanded(q).T, dtype="float32")
+    close(fast.linear_add(x, q, matrix(n, d_out, seed)), matrix(n, d_out, seed) + x.astype(np.float64) @ expanded(q).T, dtype="float32")
+
+
+@every_set
+@given(n=st.sampled_from([1, 3, 17, 70]), d_out=st.integers(1, 20), d_in=SHAPES["d_in"], seed=SHAPES["seed"])
+def test_the_gated_product_takes_it(fast, n, d_out, d_in, seed):
+    x, gain, q = matrix(n, d_in, seed + 1), matrix(1, d_in, seed + 2)[0], quantize(matrix(2 * d_out, d_in, seed))
+    want = ops.norm_swiglu(x.astype(np.float64), gain.astype(np.float64), 1e-5, expanded(q))
+    y = fast.norm_swiglu(x, gain, 1e-5, q)
+    assert y.dtype == np.float32 and (np.abs(y - want) <= oracles.gated_bound(oracles.rms_norm(x, gain, 1e-5), expanded(q))).all()
+
+
+@given(**SHAPES)
+def test_embed_takes_it(d_out, d_in, seed, scale):
+    q = quantize(matrix(d_out, d_in, seed, scale))
+    ids = np.random.default_rng(seed).integers(0, d_out, (2, 3))
+    close(ops.embed(ids, q), expanded(q)[ids], dtype="float32")
+
+
+def test_rows_can_be_cut_and_nothing_else():
+    q = quantize(matrix(9, 70, 0))
+    close(q[2:5].widened(), q.widened()[2:5], times=0)
+    close(q[2:5, :].widened(), q.widened()[2:5], times=0)
+    assert len(q) == 9 and q.nbytes == 9 * (70 + 2 * 4)
+    for index in (3, (slice(None), slice(0, 3))):
+        with pytest.raises(NpllmValueError, match="slices of rows only"):
+            q[index]
+
+
+def test_values_and_scales_must_fit():
+    with pytest.raises(NpllmValueError, match=r"scales must be \[d_out, n_group\] = \[4, 2\], got \[4, 1\]"):
+        Int8Weight(np.zeros((4, 65), np.int8), np.zeros((4, 1), np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------- whole models
+
+
+def test_a_loaded_model_computes_with_the_rounded_matrices(tmp_path):
+    folder = write_folder(tmp_path)
+    rounded = {name: quantize(x).widened() if x.ndim == 2 else x for name, x in weights(CONFIG).items()}
+    ids = random_ids(2, 20)
+    want = npllm.load(write_folder(tmp_path / "rounded", tensors=rounded), dtype="float64")(ids)
+    for fast in SETS:
+        m = npllm.load(folder, dtype="int8", ops=fast)
+        close(m(ids), want, dtype="float32", times=4)
+        cache = m.new_cache(2)
+        for n in range(20):
+            step = m(ids[:, n : n + 1], cache=cache)
+        close(step[:, -1], want[:, -1], dtype="float32", times=4)
+
+
+def test_a_split_llama_folder_loads_in_8_bits(tmp_path):
+    folder = write_folder(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"], sliding_window=...)
+    m, plain = npllm.load(folder, dtype="int8"), npllm.load(folder)
+    ids = random_ids(1, 9)
+    assert isinstance(m.params.layers[0].qkv_proj, Int8Weight)
+    assert np.abs(m(ids) - plain(ids)).max() < 0.1 * np.abs(plain(ids)).max()
+
+
+def test_nan_in_a_checkpoint_names_file_and_tensor(tmp_path):
+    tensors = weights(CONFIG)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = np.nan
+    with pytest.raises(NpllmError, match=r"model.safetensors: model.layers.1.mlp.down_proj.weight: .*NaN or infinity"):
+        npllm.load(write_folder(tmp_path, tensors=tensors), dtype="int8")
+
+
+@pytest.mark.weights
+def test_the_default_model_keeps_its_mind(default_folder, default_model):
+    m = npllm.load(default_folder, dtype="int8")
+    ids = np.array([m.tokenizer.encode("The capital of France is")])
+    logits, plain = m(ids)[0, -1], default_model(ids)[0, -1]
+    assert logits.argmax() == plain.argmax()
+    assert np.sqrt(np.mean((logits - plain) ** 2)) < 0.05 * np.std(plain)

@@ -1,0 +1,373 @@
+"""The CUDA kernels without a GPU: they compile for four architectures, and the same text, run on the CPU, agrees with the definitions.
+
+NPLLM_REQUIRE_CUDA_BUILD=1 makes a missing compiler (NVRTC for the first, g++ for the second) a failure instead of a skip.
+"""
+
+import inspect
+import os
+import re
+import shutil
+
+import guard
+import kernel_shim
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from close import close
+from guard import moved, xp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import normal, seeds
+
+import npllm
+from npllm import ops
+from npllm.kernels import cuda
+from npllm.ops.mask import Rule, bidirectional, causal, lookback, padding, sliding_window
+
+REQUIRED = os.environ.get("NPLLM_REQUIRE_CUDA_BUILD") == "1"
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
+if REQUIRED:
+    from cupy_backends.cuda.libs import nvrtc
+
+    nvrtc.getVersion()
+    assert shutil.which("g++"), "NPLLM_REQUIRE_CUDA_BUILD=1 needs g++"
+else:
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+    except (ImportError, RuntimeError) as error:  # RuntimeError: CuPy is there, its compiler is not
+        nvrtc, why = None, str(error)
+
+needs_nvrtc = pytest.mark.skipif(nvrtc is None, reason='compiles CUDA sources, and NVRTC is not installed: pip install "npllm[test-cuda]"')
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="runs CUDA sources on the CPU, and g++ is not installed")
+FLOATS = {"float": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
+stored = st.sampled_from(list(FLOATS.values()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _on_the_stand_in():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        guard.installed(monkeypatch)
+        monkeypatch.setattr(cuda, "_launch", launched)
+        yield
+
+
+LAUNCHES = []
+
+
+def launched(kernel, definitions, *arguments):
+    """Note which kernel ran, and run it."""
+    assert definitions in cuda.VARIANTS[kernel], "a variant that is not compiled by the tests"
+    LAUNCHES.append(kernel)
+    kernel_shim.launch(kernel, definitions, *arguments)
+
+
+def ran(function, *kernels):
+    """Call a function; see that exactly these kernels were launched."""
+    LAUNCHES.clear()
+    result = function()
+    assert tuple(LAUNCHES) == kernels
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------- compiling
+
+
+def report(kernel, definitions, architecture, text=None):
+    """Compile one variant; return the compiler's lines on registers and spills."""
+    options = [f"--gpu-architecture={architecture}", "-std=c++17", "--ptxas-options=-v",
+               *(f"-D{name}={value}" for name, value in definitions.items())]
+    program = nvrtc.createProgram(text or cuda.source(kernel), f"{kernel}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        assert len(nvrtc.getCUBIN(program)) > 0
+        return nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", cuda.VARIANTS)
+def test_every_variant_compiles_without_spills(kernel, architecture, record_property):
+    """The report (registers, shared memory) is a property of the test: `pytest --junitxml` keeps it, `-s` prints it."""
+    version = ".".join(map(str, nvrtc.getVersion()))
+    for definitions in cuda.VARIANTS[kernel]:
+        log = report(kernel, definitions, architecture)
+        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups())
+        registers = int(re.search(r"Used (\d+) registers", log)[1])
+        shared = int((re.search(r"(\d+) bytes smem", log) or "00")[1])
+        line = (f"NVRTC {version} {architecture} {kernel} {definitions}: {registers} registers, {shared} bytes shared, {stack} stack, "
+                f"{stores} spill stores, {loads} spill loads")
+        print(line)
+        record_property(f"{kernel} {definitions} {architecture}", line)
+        assert (stack, stores, loads) == (0, 0, 0), line
+        assert shared <= 48 * 1024, line
+
+
+@needs_nvrtc
+def test_a_kernel_that_spills_is_seen():
+    """The report is no formality: with too few registers the largest kernel does not fit."""
+    text = cuda.source("attention").replace("__launch_bounds__(WARPS * 32)", "__launch_bounds__(1024, 2)")
+    log = report("attention", {"HEAD": 128, "ENTRY": "float"}, "sm_80", text)
+    assert int(re.search(r"(\d+) bytes spill stores", log)[1]) > 0
+
+
+def test_sources_are_part_of_the_package():
+    for kernel in cuda.VARIANTS:
+        assert f"void {kernel}(" in re.sub(r"__launch_bounds__\(.*\)\n", "void ", cuda.source(kernel)).replace("void void", "void")
+
+
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "swiglu", "attention", "rope_attention"])
+def test_a_twin_has_the_signature_of_its_definition(name):
+    assert inspect.signature(getattr(cuda, name)) == inspect.signature(getattr(ops, name))
+    assert getattr(cuda.cuda_ops(), name) is getattr(cuda, name)
+
+
+# --------------------------------------------------------------------------------------------------------- against the definitions
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_every_16_bit_pattern_is_widened_as_it_is(dtype):
+    """x / |x| times a weight of every pattern: one row of ones has the root 1."""
+    weight = np.arange(2**16, dtype=np.uint16).view(dtype)
+    weight = weight[~np.isnan(weight.astype(np.float32))]
+    y = cuda.rms_norm(*moved((np.ones((1, len(weight)), np.float32), weight)), 0.0).get()[0]
+    close(y, weight.astype(np.float32), times=0)
+
+
+@needs_gxx
+@given(st.data(), st.integers(1, 9), st.integers(1, 40), st.integers(1, 70), st.sampled_from([ml_dtypes.bfloat16, np.float16]), st.booleans())
+@settings(max_examples=40)
+def test_linear(data, n_rows, d_out, eights, dtype, biased):
+    """Up to 8 rows, each of 8, 16, ... channels; a ninth takes the definition."""
+    x, weight = data.draw(normal((n_rows, 8 * eights))), data.draw(normal((d_out, 8 * eights), dtype))
+    bias = data.draw(normal((d_out,), dtype)) if biased else None
+    want = moved(ops.linear(x, weight, bias))
+    close(ran(lambda: cuda.linear(*moved((x, weight, bias))), *["linear"][: n_rows <= 8]), want, times=4)
+    close(cuda.linear(moved(x)[:, None, :], *moved((weight, bias))), want[:, None, :], times=4)
+
+
+@needs_gxx
+@given(st.data(), st.sampled_from([ml_dtypes.bfloat16, np.float16]), st.integers(9, 12), st.sampled_from([40, 1000]))
+def test_linear_of_many_rows_widens_in_blocks(data, dtype, n_rows, widened):
+    x, weight = data.draw(normal((n_rows, 16))), data.draw(normal((7, 16), dtype))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cuda, "WIDENED", widened)
+        close(ran(lambda: cuda.linear(*moved((x, weight)))), moved(ops.linear(x, weight)))
+
+
+@needs_gxx
+@pytest.mark.parametrize(("d_in", "dtype"), [(12, ml_dtypes.bfloat16), (16, np.float32), (16, np.float64)])
+def test_linear_of_other_weights_takes_the_definition(d_in, dtype):
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((2, d_in), dtype=np.float32), rng.standard_normal((5, d_in)).astype(dtype)
+    close(ran(lambda: cuda.linear(*moved((x, weight)))), moved(ops.linear(x, weight)))
+
+
+@needs_gxx
+def test_linear_takes_a_weight_that_begins_anywhere():
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((2, 16), dtype=np.float32), rng.standard_normal((5, 24)).astype(ml_dtypes.bfloat16)
+    view = moved(weight)[:, 3:19]
+    flat = guard.Array(np.frombuffer(bytearray(2 + 160), dtype=ml_dtypes.bfloat16)[1:].reshape(5, 16))
+    flat[:, :] = view
+    for there in (view, flat):
+        close(ran(lambda there=there: cuda.linear(moved(x), there), "linear"), moved(ops.linear(x, weight[:, 3:19])), times=4)
+
+
+@needs_gxx
+@given(st.data(), st.lists(st.integers(1, 4), max_size=2), st.integers(1, 700), stored)
+@settings(max_examples=30)
+def test_rms_norm(data, lead, d_model, dtype):
+    x, weight = data.draw(normal((*lead, d_model), scale=3)), data.draw(normal((d_model,), dtype))
+    close(ran(lambda: cuda.rms_norm(*moved((x, weight)), 1e-5), "rms_norm"), moved(ops.rms_norm(x, weight, 1e-5)), times=2)
+
+
+@needs_gxx
+@given(st.data(), st.lists(st.integers(1, 3), max_size=2), st.integers(1, 300), st.booleans())
+@settings(max_examples=30)
+def test_swiglu(data, lead, d_ff, halves):
+    both = data.draw(normal((*lead, 2 * d_ff), scale=30))
+    there = moved(both)
+    gate, up = (there[..., :d_ff], there[..., d_ff:]) if halves else moved((both[..., :d_ff].copy(), both[..., d_ff:].copy()))
+    close(ran(lambda: cuda.swiglu(gate, up), "swiglu"), moved(ops.swiglu(both[..., :d_ff], both[..., d_ff:])))
+
+
+def bands(n_ctx):
+    """Masks that the kernel evaluates by itself, windows around the length of the keys among them."""
+    return st.sampled_from([None, causal(), bidirectional(), causal() & lookback(3)]) | st.integers(1, n_ctx + 2).map(sliding_window)
+
+
+@st.composite
+def long_calls(draw):
+    """Attention of sizes around the tiles of the kernel (16 queries, 32 keys): q, k, v, options."""
+    d_head, group, n_kv_head = draw(st.sampled_from(cuda.HEADS)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    n_seq, extra = draw(st.sampled_from([2, 3, 15, 16, 17, 31, 33])), draw(st.sampled_from([0, 1, 14, 15, 16, 31, 32, 40]))
+    n_ctx = draw(st.sampled_from([1, 2, 31, 32, 33, n_seq, n_seq + extra]))
+    lead = draw(st.sampled_from([(), (1,), (2,)]))
+    rng, dtype = np.random.default_rng(draw(seeds)), draw(stored)
+    q = rng.standard_normal((*lead, group * n_kv_head, n_seq, d_head), dtype=np.float32)
+    k, v = (rng.standard_normal((*lead, n_kv_head, n_ctx, d_head), dtype=np.float32).astype(dtype) for _ in range(2))
+    options = {"mask": draw(bands(n_ctx))}
+    if draw(st.booleans()):
+        options["scale"] = draw(st.sampled_from([0.02, 1.0]))
+    if draw(st.booleans()):
+        start = draw(st.integers(-5, 50))
+        options |= {"q_slots": range(start, start + n_seq), "k_slots": range(draw(st.integers(0, 9)), 99)[:n_ctx]}
+    return q, k, v, options
+
+
+@needs_gxx
+@given(long_calls())
+@settings(max_examples=40)
+def test_attention(call):
+    q, k, v, options = call
+    close(ran(lambda: cuda.attention(*moved((q, k, v)), **options), "attention"), moved(ops.attention(q, k, v, **options)), times=4)
+
+
+@needs_gxx
+def test_attention_on_views_of_a_cache_and_one_query():
+    """Keys and values as the cache gives them, columns of a longer array; and the launch of a single row, which the twin leaves out."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, 4, 5, 96), dtype=np.float32)
+    k, v = (rng.standard_normal((2, 2, 64, 96), dtype=np.float32) for _ in range(2))
+    views = [moved(x)[:, :, 3:40, :] for x in (k, v)]
+    want = ops.attention(q, k[:, :, 3:40], v[:, :, 3:40], mask=causal())
+    close(ran(lambda: cuda.attention(moved(q), *views, mask=causal()), "attention"), moved(want), times=4)
+    one = cuda._attention(xp, moved(q)[:, :, 4:, :], *views, 36, (0, 2**40), 96**-0.5)
+    close(one, moved(want[:, :, 4:]), times=4)
+
+
+@needs_gxx
+def test_scores_that_would_overflow_and_scores_far_apart():
+    q = np.full((1, 2, 64), 30.0, np.float32)
+    k = np.stack([np.full(64, 30.0), np.full(64, -30.0), np.full(64, 29.0)]).astype(np.float32)[None]
+    v = np.random.default_rng(0).standard_normal((1, 3, 64), dtype=np.float32)
+    close(cuda.attention(*moved((q, k, v))), moved(ops.attention(q, k, v)), times=4)
+
+
+@st.composite
+def projected(draw):
+    """Projected rows, tables, and the numbers of heads."""
+    n_batch, n_seq, n_kv_head, d_head = (draw(st.integers(1, 3)), draw(st.integers(1, 18)), draw(st.integers(1, 2)),
+                                         draw(st.sampled_from([2, 6, 64])))
+    n_head, d_rope = n_kv_head * draw(st.integers(1, 3)), 2 * draw(st.integers(1, d_head // 2))
+    rng = np.random.default_rng(draw(seeds))
+    qkv = rng.standard_normal((n_batch, n_seq, (n_head + 2 * n_kv_head) * d_head), dtype=np.float32)
+    lead = draw(st.sampled_from([(), (n_batch,), (1,)]))
+    cos, sin = (rng.standard_normal((*lead, n_seq, d_rope), dtype=np.float32) for _ in range(2))
+    return qkv, cos, sin, n_head, n_kv_head
+
+
+@needs_gxx
+@given(projected(), st.booleans(), st.integers(0, 3), st.sampled_from([None, 3, 40]))
+@settings(max_examples=40)
+def test_rope_attention_with_and_without_a_cache(call, cached, n_before, window):
+    """Keys and values stand in the cache as the definition would have put them, also behind earlier ones."""
+    qkv, cos, sin, n_head, n_kv_head = call
+    n_batch, n_seq, _ = qkv.shape
+    d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)
+    options = {"mask": causal() if window is None else sliding_window(window)}
+    caches = [npllm.cache.KVCache(n_batch, 1, 64, window) if cached else None for _ in range(2)]
+    for cache, move in zip(caches, (moved, lambda x: x), strict=True):
+        for _ in range(n_before if cached else 0):
+            old = np.random.default_rng(7).standard_normal((2, n_batch, n_kv_head, 1, d_head), dtype=np.float32)
+            cache.append(0, *(move(x) for x in old))
+            cache.advance(*np.zeros((2, n_batch, 1), np.int64), np.ones((n_batch, cache.n_ctx + 1), bool), np.zeros(n_batch))
+    kernels = ("rope_append", "attention") if d_head in cuda.HEADS and n_seq > 1 else ("rope_append",)
+    got = ran(lambda: cuda.rope_attention(*moved((qkv, cos, sin)), n_head, n_kv_head, cache=caches[0], **options), *kernels)
+    close(got, moved(ops.rope_attention(qkv, cos, sin, n_head, n_kv_head, cache=caches[1], **options)), times=8)
+    if cached:
+        (keys, values, first), (other_keys, other_values, other_first) = (cache._layers[0] for cache in caches)
+        used = slice(0, caches[1].n_ctx + n_seq - first)
+        assert first == other_first
+        close(keys[:, :, used, :], moved(other_keys[:, :, used, :]), times=1)
+        close(values[:, :, used, :], moved(other_values[:, :, used, :]), times=0)
+
+
+# --------------------------------------------------------------------------------------- what no kernel takes goes to the definition
+
+
+@needs_gxx
+@pytest.mark.parametrize("call", [
+    lambda x: (cuda.rms_norm(x, x[0], 1e-5), ops.rms_norm(x, x[0], 1e-5)), lambda x: (cuda.swiglu(x, x), ops.swiglu(x, x)),
+    lambda x: (cuda.attention(x[None], x[None], x[None]), ops.attention(x[None], x[None], x[None])),
+    lambda x: (cuda.rope_attention(x[None], x[:, :8], x[:, :8], 2, 1), ops.rope_attention(x[None], x[:, :8], x[:, :8], 2, 1))])
+def test_float64_takes_the_definition(call):
+    x = moved(np.random.default_rng(0).standard_normal((5, 64)))
+    one, other = ran(lambda: call(x))
+    close(one, other, times=8)
+
+
+@needs_gxx
+@pytest.mark.parametrize("options", [
+    {"softcap": 3.0}, {"bias": np.zeros((4, 4), np.float32)}, {"return_lse": True}, {"mask": causal() | sliding_window(2)}, {"mask": ~causal()},
+    {"mask": np.tri(4, dtype=bool)}, {"mask": Rule(lambda i, j: j <= i)}, {"mask": padding},
+    {"q_slots": np.arange(4)}, {"k_slots": range(8)[::2], "q_slots": range(4)}], ids=lambda options: str(list(options)))
+def test_options_that_the_kernel_does_not_know_take_the_definition(options):
+    q = np.random.default_rng(0).standard_normal((1, 2, 4, 64), dtype=np.float32)
+    if options.get("mask") is padding:
+        options = {"mask": causal() & padding(moved(np.ones((1, 4), bool)))}
+    got = ran(lambda: cuda.attention(*moved((q, q, q)), **moved(options)))
+    want = ops.blockwise_attention(*moved((q, q, q)), **moved(options))
+    for one, other in zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]:
+        close(one, other, times=0)
+
+
+@needs_gxx
+@pytest.mark.parametrize(("n_seq", "d_head", "d_value"), [(1, 64, 64), (4, 48, 48), (4, 64, 32), (0, 64, 64)])
+def test_sizes_that_the_kernel_does_not_know_take_the_definition(n_seq, d_head, d_value):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, *shape), dtype=np.float32) for shape in ((n_seq, d_head), (4, d_head), (4, d_value)))
+    close(ran(lambda: cuda.attention(*moved((q, k, v)))), moved(ops.attention(q, k, v)))
+
+
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "swiglu", "attention", "rope_attention"])
+def test_arguments_that_do_not_fit_raise_as_in_the_definition(name):
+    x = np.zeros((1, 3, 64), np.float32)
+    calls = {"linear": (x, np.zeros((2, 64), ml_dtypes.bfloat16), x[0, 0, :5]), "rms_norm": (x, x[0, 0, :5], 1e-5), "swiglu": (x, x[:, :2]), "attention": (x, x[:, :, :9], x[:, :, :9]),
+             "rope_attention": (x, x[0, :, :3], x[0, :, :3], 2, 1)}
+    with pytest.raises(npllm.NpllmError) as wanted:
+        getattr(ops, name)(*moved(calls[name]))
+    with pytest.raises(npllm.NpllmError) as got:
+        getattr(cuda, name)(*moved(calls[name]))
+    assert str(got.value) == str(wanted.value)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the whole model
+
+
+@needs_gxx
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}, {"num_key_value_heads": 1}, {"partial_rotary_factor": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_model_runs_on_the_kernels(changes, dtype):
+    """Heads of 64 channels; prefill, decode, padding; the same text."""
+    base = tiny.model(hidden_size=256, dtype=dtype, ops=ops.reference, **changes)
+    model = npllm.Model(base.config, moved(base.params), ops=cuda.cuda_ops())
+    ids = tiny.random_ids(2, 19)
+    close(ran(lambda: model(ids), *["rms_norm", "rope_append", "attention", "rms_norm", "swiglu"] * 2, "rms_norm"), moved(base(ids)), times=20)
+    narrow = ["linear"] * (dtype != np.float32)  # one token: every product of a 16-bit weight is a kernel
+    layer = ["rms_norm", *narrow, "rope_append", *narrow, "rms_norm", *narrow, "swiglu", *narrow]
+    close(ran(lambda: model(ids[:, :1]), *layer * 2, "rms_norm", *narrow), moved(base(ids[:, :1])), times=20)
+    mask = np.ones(ids.shape, int)
+    mask[0, :4] = 0
+    for options in ({}, {"temperature": 0.9, "seed": 3}):
+        close(model.generate(ids, attention_mask=mask, max_new_tokens=4, **options),
+              base.generate(ids, attention_mask=mask, max_new_tokens=4, **options))
+
+
+@needs_gxx
+def test_a_replaced_part_is_the_one_that_runs():
+    base, calls = tiny.model(hidden_size=256), []
+
+    def attention(*args, **options):
+        calls.append(1)
+        return ops.blockwise_attention(*args, **options)
+
+    model = npllm.Model(base.config, moved(base.params), ops=cuda.cuda_ops().replace(attention=attention))
+    model(tiny.random_ids(1, 3))
+    assert len(calls) == base.config.num_hidden_layers
