@@ -93,7 +93,9 @@ def load_params(folder, config, *, dtype=None, xp=np):
     entries = _without_prefix(read_entries(folder))
     check_shapes(folder, entries, expected_shapes(config), frozenset(IGNORED))
     reader = TensorReader(entries, dtype, xp, None)
-    return _assemble(lambda name: reader.read([name]), config)
+    params = _assemble(lambda name: reader.read([name]), config)
+    reader.finish()
+    return params
 
 
 def expected_shapes(config):
