@@ -3,6 +3,7 @@
 import json
 import math
 
+import guard
 import numpy as np
 import pytest
 import tiny
@@ -384,3 +385,13 @@ def test_a_known_name_that_is_not_there_says_how_to_get_it(tmp_path, monkeypatch
     monkeypatch.setenv("NPLLM_WEIGHTS", str(tmp_path))
     with pytest.raises(NpllmOSError, match="`npllm fetch all-minilm-l6-v2` gets it"):
         npllm.load("all-minilm-l6-v2")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_an_encoder_runs_on_arrays_that_refuse_what_cupys_refuse(tmp_path, monkeypatch, dtype):
+    folder, texts = write(tmp_path, dtype=np.dtype(dtype)), ["the cat", "", "a b c d sat"]
+    here = npllm.load(folder, ops=ops.reference).embed(texts)
+    guard.installed(monkeypatch)
+    there = npllm.load(folder, backend="cupy", ops=ops.reference)
+    assert type(there.params.word_embeddings) is guard.Array
+    close(there.embed(texts), here, times=4)
