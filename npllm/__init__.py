@@ -21,7 +21,9 @@ positions.  Weights are [d_out, d_in], as in the checkpoint.
 """
 
 from npllm import beam, cost, ops, packing, score, steps
+from npllm.bert_config import BertConfig
 from npllm.config import Config
+from npllm.encoder import Encoder
 from npllm.errors import NpllmError
 from npllm.generate import next_token_distribution
 from npllm.model import Model, load, pipeline
@@ -29,5 +31,5 @@ from npllm.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "Model", "NpllmError", "Tokenizer", "beam", "cost", "load", "next_token_distribution", "ops", "packing",
-           "pipeline", "score", "steps"]
+__all__ = ["BertConfig", "Config", "Encoder", "Model", "NpllmError", "Tokenizer", "beam", "cost", "load", "next_token_distribution",
+           "ops", "packing", "pipeline", "score", "steps"]

@@ -21,7 +21,8 @@ from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.int8 import quantize
 from npllm.upload import Upload
 
-__all__ = ["LayerParams", "Params", "TensorEntry", "expected_shapes", "find_nonfinite", "load_params", "read_entries"]
+__all__ = ["LayerParams", "Params", "TensorEntry", "TensorReader", "check_shapes", "expected_shapes", "find_nonfinite",
+           "load_params", "read_entries"]
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 LARGEST_HEADER = 2**25  # bytes; that of the largest published file has some hundred thousand
@@ -162,7 +163,7 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
     total = sum(entry.stop - entry.start for entry in entries.values())
     bar = progress_bar(total, "loading") if progress else contextlib.nullcontext()
     with bar as advance:
-        reader = _TensorReader(entries, dtype, xp, advance)
+        reader = TensorReader(entries, dtype, xp, advance)
         layers = tuple(LayerParams(**{field: reader.read(sources) for field, sources in _layer_sources(config, number)})
                        for number in range(config.num_hidden_layers))
         top = {field: reader.read(sources) for field, sources in _top_sources(config)}
@@ -172,7 +173,7 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
     return Params(layers=layers, **top)
 
 
-class _TensorReader:
+class TensorReader:
     """Turns entries of the headers into arrays."""
 
     def __init__(self, entries, dtype, xp, advance):
@@ -316,6 +317,30 @@ def check_entries(folder, entries, config):
     expected = expected_shapes(config)
     ignored = {name for name in entries if name.endswith("rotary_emb.inv_freq")}
     ignored |= {"lm_head.weight"} if config.tie_word_embeddings or config.head != "lm" else set()
+    untied = "lm_head.weight" in expected.keys() - entries.keys()
+    check_shapes(folder, entries, expected, ignored,
+                 ["lm_head.weight may be absent only where config.json says tie_word_embeddings: true"] if untied else [])
+
+
+def check_shapes(folder, entries, expected, ignored=frozenset(), advice=()):
+    """Raise one error that lists every missing, unknown and misshapen tensor and every unusable dtype.
+
+    Parameters
+    ----------
+    folder : str or Path
+        For the message.
+    entries : dict of str to TensorEntry
+    expected : dict of str to tuple of int
+        Tensor name -> shape.
+    ignored : set of str
+        Names that may be present without being expected.
+    advice : list of str
+        What else to say.
+
+    Raises
+    ------
+    NpllmValueError
+    """
     missing, unknown = expected.keys() - entries.keys(), entries.keys() - expected.keys() - ignored
     misshapen = [f"{name} must be {list(expected[name])}, got {list(entry.shape)}"
                  for name, entry in entries.items() if name in expected and entry.shape != expected[name]]
@@ -324,8 +349,7 @@ def check_entries(folder, entries, config):
     problems = [f"{what}: {_some(sorted(names))}" for what, names in (
         ("missing", missing), ("unknown", unknown), ("wrong shape", misshapen),
         (f"dtype not one of {', '.join(SAFETENSORS_DTYPES)}", unusable)) if names]
-    if "lm_head.weight" in missing:
-        problems.append("lm_head.weight may be absent only where config.json says tie_word_embeddings: true")
+    problems += advice
     if problems:
         raise NpllmValueError(f"{folder}: the tensors do not fit config.json; " + "; ".join(problems))
 

