@@ -156,8 +156,8 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
     NpllmValueError
         One error that lists every missing, unknown and misshapen tensor and every unusable dtype.
     """
-    if dtype not in (None, "int8"):
-        dtype_named(dtype)
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in (*DTYPES, "int8")):
+        raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, int8, got {dtype!r}")
     entries = read_entries(folder)
     check_entries(folder, entries, config)
     total = sum(entry.stop - entry.start for entry in entries.values())
