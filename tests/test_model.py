@@ -15,6 +15,7 @@ from tiny import CONFIG, Counted, model, random_ids, write_folder
 import npllm
 from npllm import ops
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
+from npllm.kernels import fastest_ops
 
 N_VOCAB = CONFIG["vocab_size"]
 LONGROPE = {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
@@ -434,7 +435,7 @@ def test_a_model_prints_as_a_tree_and_knows_its_folder(tmp_path):
     m = npllm.load(write_folder(tmp_path / "tiny"))
     assert str(m).startswith("Phi3ForCausalLM(\n  (model): Phi3Model(\n    (embed_tokens): Embedding(61, 32)\n")
     assert "(0-1): 2 x Phi3DecoderLayer(" in str(m) and "qkv_proj): Linear(in_features=32, out_features=64, bias=False)" in str(m)
-    assert repr(m) == "<npllm.Model tiny, blockwise ops>"
+    assert repr(m) == f"<npllm.Model tiny, {fastest_ops().name} ops>"
 
 
 def test_the_walk_through_of_the_book_ends_in_paris(default_model):
@@ -632,6 +633,6 @@ def test_an_unknown_backend_is_refused(tmp_path, backend):
 
 def test_models_of_arrays_need_no_folder():
     m = model()
-    assert repr(m) == "<npllm.Model phi3, blockwise ops>"
+    assert repr(m) == f"<npllm.Model phi3, {fastest_ops().name} ops>"
     with pytest.raises(NpllmValueError, match="takes token ids only"):
         m.generate("text")

@@ -7,7 +7,7 @@ The two never share the cores: decoding runs on Numba's threads alone, the rest 
 from dataclasses import replace
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from npllm import ops
 from npllm.arrays import DTYPES
@@ -15,7 +15,22 @@ from npllm.cache import KVCache
 from npllm.int8 import GROUP, Int8Weight, quantize
 from npllm.kernels import gemm, tiled
 from npllm.kernels.gemm import root_mean_square
-from npllm.kernels.simd import LANES, divide, exp, fma, is_int8, load, load_pairs, pairs, prefetch, single, splat, store, total
+from npllm.kernels.simd import (
+    LANES,
+    divide,
+    exp,
+    fma,
+    is_int8,
+    kernel,
+    load,
+    load_pairs,
+    pairs,
+    prefetch,
+    single,
+    splat,
+    store,
+    total,
+)
 from npllm.kernels.tiled import TILED
 from npllm.ops.fusions import cut_heads
 from npllm.ops.mask import causal
@@ -34,7 +49,7 @@ BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["floa
 # ----------------------------------------------------------------------------------------------------------------- products
 
 
-@njit(cache=True)
+@kernel()
 def rest(weight, p, x):
     """What a row's product has beyond the last whole step."""
     n, y = len(x), np.float32(0)
@@ -43,7 +58,7 @@ def rest(weight, p, x):
     return y
 
 
-@njit(cache=True)
+@kernel()
 def dot_four(weight, p, stride, x, n):
     """Products of four rows of a weight, which begin at p, p + stride, ..., with one vector."""
     a = b = c = d = splat(np.float32(0))
@@ -67,7 +82,7 @@ def dot_four(weight, p, stride, x, n):
             total(d) + rest(weight, s, x))
 
 
-@njit(cache=True)
+@kernel()
 def dot_two_by_four(weight, p, q, x, k, n):
     """Products of two rows of a weight, which begin at p and q, with four vectors: rows k ... k + 3 of x."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(np.float32(0))
@@ -90,7 +105,7 @@ def dot_two_by_four(weight, p, q, x, k, n):
     return total(a0), total(a1), total(a2), total(a3), total(b0), total(b1), total(b2), total(b3)
 
 
-@njit(cache=True)
+@kernel()
 def dot_four_int8(values, scales, p, stride, x):
     """As `dot_four`, of a weight in 8 bits: each group is summed up, and scaled then."""
     zero = splat(np.float32(0))
@@ -113,7 +128,7 @@ def dot_four_int8(values, scales, p, stride, x):
     return total(a), total(b), total(c), total(d)
 
 
-@njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def add_product_one(weight, x, y):
     """Compute y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read at once."""
     d_out, d_in = weight.shape
@@ -128,7 +143,7 @@ def add_product_one(weight, x, y):
         y[o] += dot_four(weight, o * d_in, 0, x, d_in)[0]
 
 
-@njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def add_product_int8(values, scales, x, y):
     """Compute y [n, d_out] += x [n, d_in] @ weight.T, of a weight in 8 bits."""
     d_out, d_in = values.shape
@@ -143,7 +158,7 @@ def add_product_int8(values, scales, x, y):
                     y[k, row] += four[j] if step or j == 0 else dot_four_int8(values, scales, row * d_in, 0, x[k])[0]
 
 
-@njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def add_product_few(weight, x, y):
     """Compute y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of rows are read at once."""
     d_out, d_in = weight.shape
@@ -158,7 +173,7 @@ def add_product_few(weight, x, y):
                     y[k + j, other] += sums[4 + j] + rest(weight, other * d_in, x[k + j])
 
 
-@njit(cache=True)
+@kernel()
 def ready(weight, x, gain, eps):
     """The rows of x as products want them: normalised where there is a gain, padded to a multiple of 4, in the weight's order."""
     n, d = x.shape
@@ -171,7 +186,7 @@ def ready(weight, x, gain, eps):
     return rows
 
 
-@njit(cache=True)
+@kernel()
 def normalise(x, gain, eps):
     """Divide a row by its root mean square, in place, and scale it."""
     root = root_mean_square(x, eps)
@@ -179,7 +194,7 @@ def normalise(x, gain, eps):
         x[i] = single(gain, i) * (x[i] / root)
 
 
-@njit(cache=True)
+@kernel()
 def add_product(weight, scales, x, gain, eps, y):
     """Compute y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
     rows = ready(weight, x, gain, eps)
@@ -191,7 +206,7 @@ def add_product(weight, scales, x, gain, eps, y):
         add_product_few(weight, rows, y)
 
 
-@njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def gated_product(weight, scales, x, gain, eps, y):
     """Compute y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T."""
     d_ff = y.shape[1]
@@ -204,7 +219,7 @@ def gated_product(weight, scales, x, gain, eps, y):
              y[k, start : min(start + 256, d_ff)])
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def gate(g, u, y):
     """Compute y = silu(g) * u on one run of channels."""
     whole = len(g) // LANES * LANES
@@ -284,7 +299,7 @@ def linear_add(x, weight, residual, bias=None):
     return y.reshape(residual.shape)
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def gate_all(g, u):
     """Compute g = silu(g) * u in place, row by row."""
     for k in range(len(g)):
@@ -358,7 +373,7 @@ def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
     return ops.merge_heads(y)
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def rotate_all(x, cos, sin, y, turned):
     """Write one head of many tokens [n_seq, d_head] into y, rotated where `turned`."""
     for n in range(len(x)):
@@ -367,7 +382,7 @@ def rotate_all(x, cos, sin, y, turned):
             rotate(y[n], cos[n], sin[n], y[n])
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def fold_scores(s, m, sums, a):
     """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to date, all in place."""
     for k in range(len(s)):
@@ -393,7 +408,7 @@ def visible(mask, slot, slots):
     return np.broadcast_to(seen.reshape(-1, seen.shape[-1]), (seen.size // seen.shape[-1], len(slots)))
 
 
-@njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
     """Rotate one token of each sequence, write its key and value into the last column, and attend; heads on all threads."""
     n_batch, n_kv_head, n_ctx, d_head = keys.shape
@@ -413,7 +428,7 @@ def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
         weighted_sum(p, values[b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def rotate(x, cos, sin, y):
     """Rotary position embedding of one head of one token, channel i with channel i + d_rope/2; y may be x."""
     half = len(cos) // 2
@@ -425,7 +440,7 @@ def rotate(x, cos, sin, y):
         y[i] = x[i]
 
 
-@njit(cache=True)
+@kernel()
 def weights_of(q, keys, seen, b):
     """softmax(scale * keys @ q) over the keys that are seen; zeros where none is."""
     n_ctx, d = keys.shape
@@ -450,7 +465,7 @@ def weights_of(q, keys, seen, b):
     return p
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def exponentials(p, largest):
     """Compute p = exp(p - largest) in place; returns the sum."""
     n = len(p)
@@ -467,7 +482,7 @@ def exponentials(p, largest):
     return denominator
 
 
-@njit(cache=True)
+@kernel()
 def weighted_sum(p, values, y):
     """Compute y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
     n_ctx, d = values.shape

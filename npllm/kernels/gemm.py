@@ -11,10 +11,9 @@ from functools import cache
 
 import llvmlite.binding
 import numpy as np
-from numba import njit
 
 from npllm.int8 import GROUP
-from npllm.kernels.simd import LANES, fma, is_int8, load, prefetch, single, splat, store, total
+from npllm.kernels.simd import LANES, fma, is_int8, kernel, load, prefetch, single, splat, store, total
 from npllm.threads import run_blocks, scratch
 
 __all__ = ["fits", "packed", "product", "unpacked"]
@@ -75,7 +74,7 @@ def add_unpacked(panels, y):
     return y
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def root_mean_square(x, eps):
     """sqrt(mean of x**2 + eps) of one contiguous row."""
     square, d = splat(np.float32(0)), len(x)
@@ -88,7 +87,7 @@ def root_mean_square(x, eps):
     return np.sqrt(mean / np.float32(d) + eps)
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def pack(rows, gain, eps, panel):
     """Transpose up to 64 rows into a panel, 16 x 16 entries at a time; each row is normalised where there is a gain."""
     n, d = rows.shape
@@ -105,7 +104,7 @@ def pack(rows, gain, eps, panel):
                     panel[i, k] = g * (rows[k, i] / roots[k])
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def unpack(panel, y, add):
     """Transpose a panel into its rows, or add it to them, 16 x 16 entries at a time."""
     n, d = y.shape
@@ -116,7 +115,7 @@ def unpack(panel, y, add):
                     y[k, i] = y[k, i] + panel[i, k] if add else panel[i, k]
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def put(y, at, a, b, c, d, more):
     """Store four vectors, or add them to what stands there."""
     if more:
@@ -129,7 +128,7 @@ def put(y, at, a, b, c, d, more):
     store(y, at + 3 * LANES, d)
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def multiply_tile(wide, w, panels, x, depth, y, at, more):
     """Y [6, 64] at `at`, set to or (more) increased by wide [6, depth] at w times panel [depth, 64] at x."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = splat(np.float32(0))
@@ -157,7 +156,7 @@ def multiply_tile(wide, w, panels, x, depth, y, at, more):
     put(y, at + 5 * WIDTH, f0, f1, f2, f3, more)
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def widen_run(weight, scales, row, start, depth, wide, r, real):
     """Write channels start ... start + depth - 1 of a row of the weight into row r of the buffer; zeros where there is no row."""
     if not real:
@@ -174,7 +173,7 @@ def widen_run(weight, scales, row, start, depth, wide, r, real):
         wide[r, i] = single(weight, p + i)
 
 
-@njit(nogil=True, cache=True)
+@kernel(nogil=True)
 def multiply_band(weight, scales, panels, wide, y, first, stop):
     """Rows first ... stop - 1 of the product, for all panels."""
     d_in = weight.shape[1]

@@ -8,18 +8,42 @@ NEON.
 An array of 16-bit floats comes as its bits (Numba knows neither type): uint16 stands for bfloat16, int16 for float16.
 """
 
+import os
+import time
+from pathlib import Path
+
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-__all__ = ["LANES", "divide", "exp", "fma", "is_int8", "load", "load_pairs",
+__all__ = ["LANES", "divide", "exp", "fma", "is_int8", "kernel", "load", "load_pairs",
            "pairs", "prefetch", "single", "splat", "store", "total"]
 
 LANES = 16
 _F32, _I32, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+SOURCES = sorted((path.name, path.stat().st_mtime, path.stat().st_size) for path in Path(__file__).parent.glob("*.py"))
+
+
+def kernel(**options):
+    """Compile a function with Numba when it is first called, and keep the code for later processes.
+
+    Numba numbers the files of its cache by what the index lists, so that two processes which compile at the same time may write the
+    code of different argument types under one name, and a third would run the wrong one.  Here every process has names of its own.
+    """
+    def decorate(function):
+        compiled = njit(cache=True, **options)(function)
+        file = getattr(compiled._cache, "_cache_file", None)
+        if file is not None:
+            own = f"{os.getpid()}-{time.time_ns()}-{{number:d}}"
+            file._data_name_pattern = file._data_name_pattern.replace("{number:d}", own)
+            file._source_stamp = file._source_stamp, *SOURCES  # kernels call each other across files
+        return compiled
+    return decorate
+
+
 _STORED = {types.uint16: ir.IntType(16), types.int16: ir.HalfType(), types.int8: _I8, types.float32: _F32}
 
 
@@ -109,7 +133,7 @@ def load_pairs(_typing, array, index):
     return types.UniTuple(vector, 2)(array, types.intp), generate
 
 
-@njit(cache=True)
+@kernel()
 def pairs(weight, x):
     """Put x in place into the order of `load_pairs(weight, ...)`: of every 32 entries the even ones, then the odd ones."""
     if is_bfloat16(weight):
