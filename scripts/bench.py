@@ -134,6 +134,8 @@ def machine():
     dropped = os.environ.pop("OPENBLAS_CORETYPE", None)
     command = [sys.executable, "-m", "npllm.cli", "doctor", "--json"]
     facts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for place in ("weights_folder", "default_checkpoint"):  # of no interest to whoever reads the figures
+        facts.pop(place)
     return facts | {"cpu": cpu_name(), "removed from the environment": {"OPENBLAS_CORETYPE": dropped} if dropped else {}}
 
 
@@ -262,10 +264,8 @@ class Engine(Child):
     """A contender behind the `engine` command."""
 
     def __init__(self, name, folder, threads):
-        environment = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
         self.process = subprocess.Popen([sys.executable, __file__, "engine", name, str(folder)], text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=pinned(threads))
         self.version = self._read()["version"]
 
     def seconds(self, n_prompt, n_new=0, n_batch=1):
@@ -307,11 +307,15 @@ def median_seconds(function, repeat=9):
     return statistics.median(timed(function) for _ in range(repeat))
 
 
+def pinned(threads):
+    """The environment of a child: as many threads as asked for, and BLAS free to choose its kernels."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    return kept | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+
+
 def machine_limits(threads):
-    environment = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
     command = [sys.executable, __file__, "limits"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=pinned(threads)).stdout)
 
 
 def speed_options(command):

@@ -216,6 +216,7 @@ def _visible(mask, q, i, k_slots, lead):
 
 
 def unknown(*_):
+    """Bound of a mask that has none: some pairs may be visible."""
     return SOME
 
 

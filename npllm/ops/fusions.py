@@ -175,6 +175,7 @@ def _linear_add(parts, x, weight, residual, bias=None):
 
 
 def compose_rope_attention(parts, qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
+    """Compute `rope_attention` with the given parts; a kernel set hands on what its own kernel is not made for."""
     q, k, v = cut_heads(qkv, n_head, n_kv_head)
     q, k = parts.apply_rope(q, cos, sin), parts.apply_rope(k, cos, sin)
     slots = {}
