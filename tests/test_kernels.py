@@ -77,9 +77,12 @@ def test_norm_linear(fast, n, d_in, d_out, dtype, seed):
 @given(**SIZES)
 def test_norm_swiglu(fast, n, d_in, d_out, dtype, seed):
     x, gain, weight = normal((1, n, d_in), seed), normal(d_in, seed + 3, dtype), weight_of(2 * d_out, d_in, seed + 1, dtype)
+    bias = normal(2 * d_out, seed + 4, dtype) if seed % 2 else None
     rows = oracles.rms_norm(x, gain, EPS)
-    both, y = oracles.linear(rows, weight), fast.norm_swiglu(x, gain, EPS, weight)
+    both, y = oracles.linear(rows, weight, bias), fast.norm_swiglu(x, gain, EPS, weight, bias)
     wrong = np.abs(y - oracles.swiglu(both[..., :d_out], both[..., d_out:]))
+    if bias is not None:  # as one channel more
+        rows, weight = np.concatenate([rows, np.ones_like(rows[..., :1])], -1), np.concatenate([weight, bias[:, None]], -1)
     assert y.dtype == np.float32 and (wrong <= oracles.gated_bound(rows, weight)).all()
 
 
@@ -87,8 +90,9 @@ def test_norm_swiglu(fast, n, d_in, d_out, dtype, seed):
 @given(**SIZES)
 def test_linear_add(fast, n, d_in, d_out, dtype, seed):
     x, residual, weight = normal((n, d_in), seed), normal((n, d_out), seed + 3), weight_of(d_out, d_in, seed + 1, dtype)
-    before = residual.copy()
+    before, bias = residual.copy(), normal(d_out, seed + 4, dtype)
     close(fast.linear_add(x, weight, residual), residual + oracles.linear(x, weight), dtype="float32")
+    close(fast.linear_add(x, weight, residual, bias), residual + oracles.linear(x, weight, bias), dtype="float32")
     close(residual, before, times=0)
 
 
@@ -171,6 +175,17 @@ def test_a_model_gives_the_logits_of_the_definitions(fast, changes, dtype):
     cache, other = m.new_cache(2), plain.new_cache(2)
     for part in (ids[:, :1], ids[:, 1:19], ids[:, 19:20], ids[:, 20:]):
         close(m(part, cache=cache), plain(part, cache=other), times=4)
+
+
+@pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
+@pytest.mark.parametrize("dtype", STORED)
+def test_on_a_processor_without_avx512_many_rows_go_to_blas(monkeypatch, dtype):
+    from npllm.kernels import gemm
+
+    monkeypatch.setattr(gemm, "fits", lambda: False)
+    monkeypatch.setattr(gemm, "product", lambda *_: pytest.fail("the panels were used"))
+    ids, m = random_ids(2, 23), model(ops=SETS["compiled"], dtype=dtype)
+    close(m(ids, cache=m.new_cache(2)), model(ops=ops.reference, dtype=dtype)(ids), times=4)
 
 
 def test_float64_takes_the_definitions(fast):

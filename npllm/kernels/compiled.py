@@ -207,10 +207,13 @@ def add_product(weight, scales, x, gain, eps, y):
 
 
 @kernel(parallel=True)
-def gated_product(weight, scales, x, gain, eps, y):
-    """Compute y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T."""
+def gated_product(weight, scales, x, gain, eps, bias, y):
+    """Compute y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T, with a bias where there is one."""
     d_ff = y.shape[1]
     both = np.zeros((len(x), 2 * d_ff), np.float32)
+    if len(bias):
+        for k in range(len(x)):
+            both[k] = bias
     add_product(weight, scales, x, gain, eps, both)
     n_part = (d_ff + 255) // 256
     for at in prange(len(x) * n_part):
@@ -236,16 +239,21 @@ def linear(x, weight, bias=None):
     """Compute `npllm.ops.linear`."""
     if not fits_product(x, weight, bias):
         return ops.linear(x, weight, bias)
-    y = multiplied(x, weight, NOTHING, 0.0)
-    return y if bias is None else y + bias.astype(np.float32, copy=False)
+    return biased(multiplied(x, weight, NOTHING, 0.0), bias)
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None):
     """Compute `npllm.ops.norm_linear`."""
     if not (fits_product(x, weight, bias) and fits_gain(x, norm_weight)):
         return ops.norm_linear(x, norm_weight, eps, weight, bias)
-    y = multiplied(x, weight, norm_weight, eps)
-    return y if bias is None else y + bias.astype(np.float32, copy=False)
+    return biased(multiplied(x, weight, norm_weight, eps), bias)
+
+
+def biased(y, bias):
+    """Add a bias to new rows, in place."""
+    if bias is not None:
+        y += bias
+    return y
 
 
 def multiplied(x, weight, gain, eps):
@@ -268,35 +276,39 @@ def many_rows(x, weight, gain=NOTHING, eps=0.0):
 
 def norm_swiglu(x, norm_weight, eps, weight, bias=None):
     """Compute `npllm.ops.norm_swiglu`."""
-    if not (fits_product(x, weight, bias) and fits_gain(x, norm_weight)) or bias is not None or len(weight) % 2:
+    if not (fits_product(x, weight, bias) and fits_gain(x, norm_weight)) or len(weight) % 2:
         return ops.norm_swiglu(x, norm_weight, eps, weight, bias)
     d_in, d_ff = weight.shape[1], len(weight) // 2
     n = x.size // d_in
     if n > FEW_ROWS:
         if not gemm.fits():
-            return TILED.norm_swiglu(x, norm_weight, eps, weight)
+            return TILED.norm_swiglu(x, norm_weight, eps, weight, bias)
         both = many_rows(x, weight, norm_weight, eps)
+        if bias is not None:
+            both[:, : 2 * d_ff] += bias.astype(np.float32, copy=False)[:, None]
         gemm.each_panel(lambda p: gate_all(both[p, :d_ff], both[p, d_ff : 2 * d_ff]), both)
         return gemm.unpacked(both, np.empty((n, d_ff), np.float32)).reshape(*x.shape[:-1], d_ff)
     y = np.empty((n, d_ff), np.float32)
-    gated_product(*stored(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), y)
+    gated_product(*stored(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps),
+                  NOTHING if bias is None else bias.astype(np.float32), y)
     return y.reshape(*x.shape[:-1], d_ff)
 
 
 def linear_add(x, weight, residual, bias=None):
     """Compute `npllm.ops.linear_add`."""
     fits = fits_product(x, weight, bias) and tiled.is_float32(residual) and residual.shape == (*x.shape[:-1], len(weight))
-    if not fits or bias is not None:
+    if not fits:
         return ops.linear_add(x, weight, residual, bias)
     d_out, d_in = weight.shape
     n = x.size // d_in
     if n > FEW_ROWS:
         if not gemm.fits():
-            return TILED.linear_add(x, weight, residual)
-        return gemm.add_unpacked(many_rows(x, weight), residual.reshape(n, d_out).copy()).reshape(residual.shape)
-    y = residual.reshape(n, d_out).copy()
-    add_product(*stored(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
-    return y.reshape(residual.shape)
+            return TILED.linear_add(x, weight, residual, bias)
+        y = gemm.add_unpacked(many_rows(x, weight), residual.reshape(n, d_out).copy())
+    else:
+        y = residual.reshape(n, d_out).copy()
+        add_product(*stored(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
+    return biased(y, bias).reshape(residual.shape)
 
 
 @kernel(nogil=True)
@@ -325,8 +337,8 @@ def fits_product(x, weight, bias=None):
     """Tell whether a product is one that the kernels are made for, also of a weight in 8 bits."""
     if isinstance(weight, Int8Weight):
         return (tiled.is_float32(x) and type(weight.values) is np.ndarray and x.size > 0 and x.shape[-1] == weight.shape[1]
-                and weight.shape[1] % GROUP == 0 and len(weight) > 0 and weight.values.flags.c_contiguous and bias is None
-                and weight.scales.flags.c_contiguous)
+                and weight.shape[1] % GROUP == 0 and len(weight) > 0 and weight.values.flags.c_contiguous
+                and weight.scales.flags.c_contiguous and tiled.fits_bias(bias, weight))
     return tiled.fits_linear(x, weight, bias)
 
 

@@ -97,7 +97,12 @@ def fits_linear(x, weight, bias=None):
     """Tell whether a product is one that the kernels are made for; the definition does the others, and raises the errors."""
     return (is_float32(x) and type(weight) is np.ndarray and weight.ndim == 2 and weight.flags.c_contiguous and x.size > 0
             and weight.dtype in STORED and x.shape[-1] == weight.shape[1] and weight.shape[1] % 2 == 0 and len(weight) > 0
-            and (bias is None or (type(bias) is np.ndarray and bias.shape == weight.shape[:1] and bias.dtype in STORED)))
+            and fits_bias(bias, weight))
+
+
+def fits_bias(bias, weight):
+    """Tell whether a bias, where there is one, goes with a weight."""
+    return bias is None or (type(bias) is np.ndarray and bias.shape == weight.shape[:1] and bias.dtype in STORED)
 
 
 STORED = frozenset(DTYPES[name] for name in ("bfloat16", "float16", "float32"))
