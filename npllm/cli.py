@@ -20,6 +20,7 @@ from npllm.generate import FILTER_ORDERS
 from npllm.model import checkpoint_folder, load
 from npllm.ops import reference
 from npllm.plots import draw_masks, draw_weights
+from npllm.profile import profile
 from npllm.score import perplexity_facts
 from npllm.steps import attention_steps
 from npllm.tokenizer import Tokenizer
@@ -388,9 +389,13 @@ def fetch_command(name, revision, token):
 @click.option("-p", "--n-prompt", type=click.IntRange(min=1), default=51, show_default=True, help="Tokens of the prompt.")
 @click.option("-n", "--n-new", type=click.IntRange(min=1), default=32, show_default=True, help="New tokens.")
 @click.option("-r", "--repeat", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--profile", "by_op", is_flag=True, help="Time every operation, against the limits of the machine.")
 @_json_option
-def bench(model, as_json, **sizes):
+def bench(model, as_json, by_op, **sizes):
     """Measure prefill and decode tokens/s, with the cache and without."""
+    if by_op:
+        facts = profile(model(), **sizes) | {"machine": report.machine_facts()}
+        return _print_json(facts) if as_json else click.echo("\n".join(report.profile_lines(facts)))
     facts = report.speed(model(), **sizes) | {"machine": report.machine_facts()}
     if as_json:
         _print_json(facts)

@@ -29,7 +29,7 @@ from npllm.errors import NpllmValueError
 from npllm.ops import reference
 from npllm.ops.attention import evaluate_mask
 
-__all__ = ["Cost", "cost_facts", "counting_ops", "decode_cost", "forward_cost", "kv_cache_bytes", "kv_table", "parameter_counts",
+__all__ = ["COUNTS", "Cost", "bytes_moved", "cost_facts", "counting_ops", "decode_cost", "forward_cost", "kv_cache_bytes", "kv_table", "parameter_counts",
            "prefill_cost", "total", "uncached_flops", "visible_pairs"]
 
 SOFTMAX = 5  # operations for each visible pair
@@ -434,7 +434,7 @@ def counting_ops(ops=reference):
     def wrap(name, op):
         def counted(*args, **options):
             y = op(*args, **options)
-            costs[name] = costs.get(name, Cost(0, 0)) + Cost(COUNTS[name](*args, **options), _bytes(name, args, options, y))
+            costs[name] = costs.get(name, Cost(0, 0)) + Cost(COUNTS[name](*args, **options), bytes_moved(name, args, options, y))
             return y
 
         return counted
@@ -466,7 +466,7 @@ COUNTS = {
 }
 
 
-def _bytes(name, args, options, y):
+def bytes_moved(name, args, options, y):
     """Bytes of all arrays that go in and come out; of an embedding matrix only the rows that are gathered."""
     arrays = [x for x in (*args, *options.values(), *(y if isinstance(y, tuple) else (y,))) if hasattr(x, "nbytes")]
     if name == "embed":

@@ -24,8 +24,7 @@ from npllm.score import score
 from npllm.threads import n_threads
 
 __all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
-           "next_tokens", "peak_memory",
-           "score_facts", "speed"]
+           "next_tokens", "peak_memory", "profile_lines", "score_facts", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
             "numba", "threadpoolctl", "cupy-cuda13x")
@@ -201,6 +200,25 @@ def cost_lines(facts):
 
 def _cost_line(title, cost):
     return f"{title:<14} {cost['flops']:>25,} {cost['bytes']:>20,} {cost['intensity']:>11.2f}"
+
+
+def profile_lines(facts):
+    """Lay out what `npllm.profile.profile` found: yield lines of text."""
+    limits = facts["limits"]
+    if limits:
+        yield f"limits: {limits['read'] / 1e9:.1f} GB/s read, {limits['flops'] / 1e9:.0f} GFLOP/s float32 product"
+    steps = {"prefill": f"prefill of {facts['n_prompt']} tokens", "decode": f"one token of decoding after {facts['n_prompt']}"}
+    for phase, title in steps.items():
+        whole = facts[phase]["seconds"]
+        yield (f"\n{title}: {whole * 1e3:.2f} ms, {facts['set']} ops\n"
+               f"{'op':<16} {'weight':<14} {'calls':>6} {'ms':>9} {'share':>6} {'GB/s':>7} {'GFLOP/s':>8} {'of limit':>9}")
+        for row in facts[phase]["ops"]:
+            weight = "x".join(map(str, row["weight"] or ()))
+            limit = "" if row["of_limit"] is None else f"{row['of_limit']:.0%}"
+            yield (f"{row['op']:<16} {weight:<14} {row['calls']:>6.0f} {row['seconds'] * 1e3:>9.3f} {row['share']:>6.1%} "
+                   f"{row['bytes_per_second'] / 1e9:>7.1f} {row['flops_per_second'] / 1e9:>8.1f} {limit:>9}")
+        between = facts[phase]["between_seconds"]
+        yield f"{'between the ops':<38} {between * 1e3:>9.3f} {between / whole:>6.1%}"
 
 
 def attention_rows(steps):

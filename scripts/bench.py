@@ -24,11 +24,10 @@ from math import prod
 
 import click
 import contenders
-import ml_dtypes
 import numpy as np
 
 import npllm
-from npllm import kernels, ops, report
+from npllm import ops, profile, report
 from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoint import expected_shapes
 from npllm.fetch import weights_folder
@@ -276,35 +275,8 @@ class Engine(Child):
 
 @main.command(hidden=True)
 def limits():
-    """Print what the machine can do: bytes/s read by the best of several probes, and float32 FLOP/s of NumPy's matrix product."""
-    facts = {"read": read_probes(), "sgemm": {}}
-    rng = np.random.default_rng(0)
-    for n in (256, 512, 1024):
-        a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in ((n, 3072), (3072, 4096)))
-        facts["sgemm"][f"{n} x 3072 x 4096"] = 2 * n * 3072 * 4096 / median_seconds(lambda a=a, b=b: a @ b)
-    print(json.dumps(facts))
-
-
-def read_probes(n_bytes=2**30):
-    """Bytes/s of reading a gigabyte that no cache holds: two sums by threads, BLAS, and the kernel of decoding itself."""
-    from npllm.threads import run_blocks
-
-    x = np.random.default_rng(0).standard_normal(n_bytes // 4, dtype=np.float32)
-    blocks, vector = np.split(x, 64), np.ones((1, 8192), np.float32)
-    matrix = x.view(np.uint16)
-    matrix &= 0x3FFF  # finite as bfloat16
-    matrix = matrix.view(ml_dtypes.bfloat16).reshape(-1, 8192)
-    probes = {"maximum of float32 on all threads": lambda: run_blocks(np.max, blocks),
-              "sum of int64 on all threads": lambda: run_blocks(lambda block: np.sum(block.view(np.int64)), blocks),
-              "sgemv of BLAS": lambda: x.reshape(-1, 8192) @ vector[0]}
-    if kernels.compiled_ops() is not None:
-        probes["decoding's matrix-vector kernel, bfloat16"] = lambda: kernels.compiled_ops().linear(vector, matrix)
-    return {name: n_bytes / median_seconds(probe, 5) for name, probe in probes.items()}
-
-
-def median_seconds(function, repeat=9):
-    function()
-    return statistics.median(timed(function) for _ in range(repeat))
+    """Print what the machine can do, for a process that wants to know it under a child's environment."""
+    print(json.dumps(profile.machine_limits()))
 
 
 def pinned(threads):
@@ -392,7 +364,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1 + 1 / 16}  # of a 
 def speed_table(result):
     """Lines of a Markdown table: medians, the share of the machine's limit, and how npllm's bfloat16 compares."""
     n_read, n_layers = sum(result["parameters"].values()), result["parameters"]["layers"]
-    read, sgemm = max(result["limits"]["read"].values()), max(result["limits"]["sgemm"].values())
+    read, sgemm = result["limits"]["read"], result["limits"]["flops"]
     medians = {name: {task: statistics.median(runs) for task, runs in tasks.items()} for name, tasks in result["seconds"].items()}
     tasks = [task for task in next(iter(medians.values())) if task != "decode"]
     facts, blas = result["machine"], result["machine"]["blas"]
@@ -426,7 +398,7 @@ def context(path, config, layers, threads, repeat, json_path, contexts, dtype):
     engine_, settings = Engine(f"npllm:{dtype}", folder, threads), npllm.Config.from_json(folder)
     engine_.seconds(32, 2)
     rows = {n: step_seconds(engine_, repeat, n, 8) for n in map(int, contexts.split(","))}
-    read, first = max(machine_limits(threads)["read"].values()), min(rows)
+    read, first = machine_limits(threads)["read"], min(rows)
     per_key = 8 * settings.num_key_value_heads * settings.head_dim * settings.num_hidden_layers
     write_json(json_path, {"folder": folder.name, "seconds": rows, "read": read, "bytes_per_key": per_key, "machine": machine()})
     click.echo(f"{folder.name}, {per_key} bytes of keys and values for each token seen; {read / 1e9:.1f} GB/s; {cpu_name()}\n")
