@@ -261,7 +261,7 @@ def multiplied(x, weight, gain, eps):
     d_out, d_in = weight.shape
     n = x.size // d_in
     if n > FEW_ROWS:
-        if not gemm.fits():
+        if not gemm.width():
             return tiled.linear(tiled.rms_norm(x, gain, eps) if len(gain) else x, weight)
         return gemm.unpacked(many_rows(x, weight, gain, eps), np.empty((n, d_out), np.float32)).reshape(*x.shape[:-1], d_out)
     y = np.zeros((n, d_out), np.float32)
@@ -281,7 +281,7 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
     d_in, d_ff = weight.shape[1], len(weight) // 2
     n = x.size // d_in
     if n > FEW_ROWS:
-        if not gemm.fits():
+        if not gemm.width():
             return TILED.norm_swiglu(x, norm_weight, eps, weight, bias)
         both = many_rows(x, weight, norm_weight, eps)
         if bias is not None:
@@ -302,7 +302,7 @@ def linear_add(x, weight, residual, bias=None):
     d_out, d_in = weight.shape
     n = x.size // d_in
     if n > FEW_ROWS:
-        if not gemm.fits():
+        if not gemm.width():
             return TILED.linear_add(x, weight, residual, bias)
         y = gemm.add_unpacked(many_rows(x, weight), residual.reshape(n, d_out).copy())
     else:

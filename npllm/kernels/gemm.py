@@ -18,7 +18,7 @@ from npllm.threads import run_blocks, scratch
 
 __all__ = ["fits", "packed", "product", "unpacked"]
 
-WIDTH = 4 * LANES  # columns of a panel
+WIDE, NARROW = 4 * LANES, LANES  # columns of a panel, and of a tile
 TALL = 6  # rows of a tile
 BAND = 16 * TALL  # rows of a task
 DEPTH = 512  # channels of a run
@@ -27,16 +27,18 @@ AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 
 @cache
-def fits():
-    """Tell whether this processor has the registers for a tile; with fewer, BLAS is faster."""
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+def width():
+    """Columns of a panel: what the registers of this processor hold the sums of; 0 for one that is left to BLAS."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return WIDE if features.get("avx512f") else NARROW if features.get("fma") else 0
 
 
-def packed(rows, gain, eps):
-    """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, 64], the last one filled up with zeros."""
+def packed(rows, gain, eps, columns=None):
+    """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns], the last one filled up with zeros."""
     n, d = rows.shape
-    panels = np.empty((-(-n // WIDTH), d, WIDTH), np.float32)
-    each_panel(lambda p: pack(rows[p * WIDTH : (p + 1) * WIDTH], gain, np.float32(eps), panels[p]), panels)
+    columns = columns or width()
+    panels = np.empty((-(-n // columns), d, columns), np.float32)
+    each_panel(lambda p: pack(rows[p * columns : (p + 1) * columns], gain, np.float32(eps), panels[p]), panels)
     return panels
 
 
@@ -52,7 +54,7 @@ def each_panel(function, panels):
 def product(panels, weight, scales):
     """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), 64]."""
     d_out = len(weight)
-    y = np.empty((len(panels), -(-d_out // TALL) * TALL, WIDTH), np.float32)
+    y = np.empty((len(panels), -(-d_out // TALL) * TALL, panels.shape[2]), np.float32)
 
     def band(first):
         wide = scratch("band", (BAND, DEPTH), np.float32)
@@ -64,13 +66,15 @@ def product(panels, weight, scales):
 
 def unpacked(panels, y):
     """Write panels [n_panel, at least d, 64] as rows into y [n, d]."""
-    each_panel(lambda p: unpack(panels[p], y[p * WIDTH : (p + 1) * WIDTH], False), panels)
+    n = panels.shape[2]
+    each_panel(lambda p: unpack(panels[p], y[p * n : (p + 1) * n], False), panels)
     return y
 
 
 def add_unpacked(panels, y):
     """Add panels [n_panel, at least d, 64] to the rows y [n, d]."""
-    each_panel(lambda p: unpack(panels[p], y[p * WIDTH : (p + 1) * WIDTH], True), panels)
+    n = panels.shape[2]
+    each_panel(lambda p: unpack(panels[p], y[p * n : (p + 1) * n], True), panels)
     return y
 
 
@@ -134,7 +138,7 @@ def multiply_tile(wide, w, panels, x, depth, y, at, more):
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = splat(np.float32(0))
     d0 = d1 = d2 = d3 = e0 = e1 = e2 = e3 = f0 = f1 = f2 = f3 = splat(np.float32(0))
     for k in range(depth):
-        i = x + k * WIDTH
+        i = x + k * WIDE
         x0, x1, x2, x3 = load(panels, i), load(panels, i + LANES), load(panels, i + 2 * LANES), load(panels, i + 3 * LANES)
         g = splat(single(wide, w + k))
         a0, a1, a2, a3 = fma(g, x0, a0), fma(g, x1, a1), fma(g, x2, a2), fma(g, x3, a3)
@@ -149,11 +153,28 @@ def multiply_tile(wide, w, panels, x, depth, y, at, more):
         g = splat(single(wide, w + 5 * DEPTH + k))
         f0, f1, f2, f3 = fma(g, x0, f0), fma(g, x1, f1), fma(g, x2, f2), fma(g, x3, f3)
     put(y, at, a0, a1, a2, a3, more)
-    put(y, at + WIDTH, b0, b1, b2, b3, more)
-    put(y, at + 2 * WIDTH, c0, c1, c2, c3, more)
-    put(y, at + 3 * WIDTH, d0, d1, d2, d3, more)
-    put(y, at + 4 * WIDTH, e0, e1, e2, e3, more)
-    put(y, at + 5 * WIDTH, f0, f1, f2, f3, more)
+    put(y, at + WIDE, b0, b1, b2, b3, more)
+    put(y, at + 2 * WIDE, c0, c1, c2, c3, more)
+    put(y, at + 3 * WIDE, d0, d1, d2, d3, more)
+    put(y, at + 4 * WIDE, e0, e1, e2, e3, more)
+    put(y, at + 5 * WIDE, f0, f1, f2, f3, more)
+
+
+@kernel(nogil=True)
+def multiply_narrow(wide, w, panels, x, depth, y, at, more):
+    """As `multiply_tile` with 16 columns: twelve of sixteen registers hold sums."""
+    a = b = c = d = e = f = splat(np.float32(0))
+    for k in range(depth):
+        v = load(panels, x + k * NARROW)
+        a, b = fma(splat(single(wide, w + k)), v, a), fma(splat(single(wide, w + DEPTH + k)), v, b)
+        c, d = fma(splat(single(wide, w + 2 * DEPTH + k)), v, c), fma(splat(single(wide, w + 3 * DEPTH + k)), v, d)
+        e, f = fma(splat(single(wide, w + 4 * DEPTH + k)), v, e), fma(splat(single(wide, w + 5 * DEPTH + k)), v, f)
+    put(y, at, a, b, c, d, more)
+    one = splat(np.float32(1))
+    if more:
+        e, f = fma(one, load(y, at + 4 * NARROW), e), fma(one, load(y, at + 5 * NARROW), f)
+    store(y, at + 4 * NARROW, e)
+    store(y, at + 5 * NARROW, f)
 
 
 @kernel(nogil=True)
@@ -176,13 +197,17 @@ def widen_run(weight, scales, row, start, depth, wide, r, real):
 @kernel(nogil=True)
 def multiply_band(weight, scales, panels, wide, y, first, stop):
     """Rows first ... stop - 1 of the product, for all panels."""
-    d_in = weight.shape[1]
+    d_in, columns = weight.shape[1], panels.shape[2]
     n_tile = (stop - first + TALL - 1) // TALL
-    for start in range(0, d_in, DEPTH):
-        depth = min(DEPTH, d_in - start)
+    run = DEPTH if columns == WIDE else DEPTH // 2  # a panel's part stays in the nearest cache
+    for start in range(0, d_in, run):
+        depth = min(run, d_in - start)
         for r in range(n_tile * TALL):
             widen_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
         for p in range(len(panels)):
-            x, at, step = p * d_in * WIDTH + start * WIDTH, p * y.shape[1] * WIDTH + first * WIDTH, TALL * WIDTH
+            x, at, step = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns, TALL * columns
             for tile in range(n_tile):
-                multiply_tile(wide, tile * TALL * DEPTH, panels, x, depth, y, at + tile * step, start > 0)
+                if columns == WIDE:
+                    multiply_tile(wide, tile * TALL * DEPTH, panels, x, depth, y, at + tile * step, start > 0)
+                else:
+                    multiply_narrow(wide, tile * TALL * DEPTH, panels, x, depth, y, at + tile * step, start > 0)
