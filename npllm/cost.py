@@ -29,8 +29,8 @@ from npllm.errors import NpllmValueError
 from npllm.ops import reference
 from npllm.ops.attention import evaluate_mask
 
-__all__ = ["COUNTS", "Cost", "bytes_moved", "cost_facts", "counting_ops", "decode_cost", "forward_cost", "kv_cache_bytes", "kv_table", "parameter_counts",
-           "prefill_cost", "total", "uncached_flops", "visible_pairs"]
+__all__ = ["COUNTS", "Cost", "bytes_moved", "cost_facts", "counting_ops", "decode_cost", "forward_cost", "kv_cache_bytes",
+           "kv_table", "parameter_counts", "prefill_cost", "total", "uncached_flops", "visible_pairs"]
 
 SOFTMAX = 5  # operations for each visible pair
 

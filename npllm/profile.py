@@ -128,19 +128,23 @@ def timed_ops(ops, cuda=None):
 
 
 def count(name, args, options, y):
-    """Operations and bytes of one call, by the conventions of `npllm.cost`; what stands between the parts of a fusion is not moved."""
+    """Operations and bytes of a call, by the conventions of `npllm.cost`; what stands between a fusion's parts is not moved."""
     if name == "rope_attention":
-        return _count_rope_attention(*args, y=y, **options)
-    flops = {"norm_linear": lambda x, gain, eps, *rest: COUNTS["rms_norm"](x) + COUNTS["linear"](x, *rest),
-             "norm_swiglu": lambda x, gain, eps, *rest: COUNTS["rms_norm"](x) + COUNTS["linear"](x, *rest) + 5 * y.size,
-             "linear_add": lambda x, weight, residual, *bias: COUNTS["linear"](x, weight, *bias) + y.size,
-             "add": lambda *_: y.size, **COUNTS}.get(name, lambda *_, **__: 0)(*args, **options)
+        return _count_rope_attention(*args[:5], y=y, mask=options.get("mask"), cache=options.get("cache"))
+    if name in ("norm_linear", "norm_swiglu"):
+        x, _gain, _eps, *rest = args
+        flops = COUNTS["rms_norm"](x) + COUNTS["linear"](x, *rest) + (5 * y.size if name == "norm_swiglu" else 0)
+    elif name == "linear_add":
+        x, weight, residual, *bias = args
+        flops = COUNTS["linear"](x, weight, *bias) + residual.size
+    else:
+        flops = COUNTS[name](*args, **options) if name in COUNTS else 0
     return flops, bytes_moved(name, args, options, y)
 
 
-def _count_rope_attention(qkv, cos, sin, n_head, n_kv_head, *, y, mask=None, cache=None, layer=0):
+def _count_rope_attention(qkv, cos, sin, n_head, n_kv_head, *, y, mask, cache):
     """The rotation of queries and keys, and the pairs that the mask lets through; the keys and values of all slots are read."""
-    q, k, v = cut_heads(qkv, n_head, n_kv_head)
+    q, k, _ = cut_heads(qkv, n_head, n_kv_head)
     n_past = 0 if cache is None else cache.n_ctx
     shape = (*k.shape[:-2], n_past + k.shape[-2], k.shape[-1])
     keys = np.broadcast_to(np.float32(0), shape)

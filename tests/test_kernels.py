@@ -151,7 +151,8 @@ def test_rope_attention_and_the_cache_it_leaves(fast, n_kv, group, d_half, d_pas
         qkv = normal((n_batch, n, (n_head + 2 * n_kv) * d_head), seed + done)
         positions = np.arange(done, done + n) + (np.arange(n_batch)[:, None] if by_row else 0)
         cos, sin = ops.rope_tables(positions, ops.rope_frequencies(2 * d_half), 1.2)
-        rule = (mask.causal() if window is None else mask.sliding_window(window)) & mask.padding(valid[:, : done + n])
+        rule = mask.causal() if window is None else mask.sliding_window(window)
+        rule = rule & mask.padding(valid[:, : done + n]) if padded else rule
         got, want = (o.rope_attention(qkv, cos, sin, n_head, n_kv, mask=rule, cache=c) for o, c in zip((fast, ops.reference), caches,
                                                                                                      strict=True))
         close(got, want)
@@ -177,15 +178,58 @@ def test_a_model_gives_the_logits_of_the_definitions(fast, changes, dtype):
         close(m(part, cache=cache), plain(part, cache=other), times=4)
 
 
-@pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
-@pytest.mark.parametrize("dtype", STORED)
-def test_on_a_processor_without_avx512_many_rows_go_to_blas(monkeypatch, dtype):
-    from npllm.kernels import gemm
+needs_numba = pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
 
-    monkeypatch.setattr(gemm, "fits", lambda: False)
+
+@needs_numba
+@pytest.mark.parametrize("dtype", STORED)
+def test_on_a_processor_without_fma_many_rows_go_to_blas(monkeypatch, dtype):
+    from npllm.kernels import compiled, gemm
+
+    monkeypatch.setattr(gemm, "width", lambda: 0)
     monkeypatch.setattr(gemm, "product", lambda *_: pytest.fail("the panels were used"))
+    monkeypatch.setattr(compiled, "attend_many", lambda *_: pytest.fail("the panels were used"))
     ids, m = random_ids(2, 23), model(ops=SETS["compiled"], dtype=dtype)
     close(m(ids, cache=m.new_cache(2)), model(ops=ops.reference, dtype=dtype)(ids), times=4)
+
+
+@needs_numba
+@pytest.mark.parametrize("columns", [16, 64])
+@pytest.mark.parametrize(("n", "d_in", "d_out"), [(17, 1, 1), (70, 600, 101), (130, 513, 200), (64, 256, 96)])
+@pytest.mark.parametrize("dtype", STORED)
+def test_the_product_of_many_rows_in_panels_of_either_width(monkeypatch, columns, n, d_in, d_out, dtype):
+    from npllm.kernels import compiled, gemm
+
+    monkeypatch.setattr(gemm, "width", lambda: columns)
+    x, weight, gain, stream = normal((n, d_in), 0), normal((d_out, d_in), 1, dtype), normal((d_in,), 2, dtype), normal((n, d_out), 3)
+    wide = [a.astype(np.float64) for a in (x, weight, gain, stream)]
+    close(compiled.linear(x, weight), ops.linear(*wide[:2]), dtype="float32")
+    close(compiled.norm_linear(x, gain, EPS, weight), ops.norm_linear(wide[0], wide[2], EPS, wide[1]), dtype="float32")
+    close(compiled.linear_add(x, weight, stream), ops.linear_add(wide[0], wide[1], wide[3]), dtype="float32")
+
+
+@needs_numba
+@pytest.mark.parametrize("columns", [16, 64])
+@pytest.mark.parametrize("window", [None, 1, 50, 200])
+@pytest.mark.parametrize(("n_kv", "group", "n_seq", "n_past"), [(2, 1, 300, 0), (1, 3, 150, 130), (2, 2, 2, 97), (1, 1, 97, 700)])
+def test_attention_of_many_queries_in_panels_of_either_width(monkeypatch, columns, window, n_kv, group, n_seq, n_past):
+    from npllm.kernels import gemm
+
+    monkeypatch.setattr(gemm, "width", lambda: columns)
+    n_head, n_all = n_kv * group, (n_kv * group + 2 * n_kv) * 10
+    rule = mask.causal() if window is None else mask.sliding_window(window)
+    cos, sin = ops.rope_tables(np.arange(n_past + n_seq), ops.rope_frequencies(8))
+    qkv, caches = normal((2, n_past + n_seq, n_all), 5), [KVCache(2, 1, 1024, window) for _ in range(2)]
+    for start, stop in ((0, n_past), (n_past, n_past + n_seq)):
+        if start == stop:
+            continue
+        got, want = (o.rope_attention(qkv[:, start:stop], cos[start:stop], sin[start:stop], n_head, n_kv, mask=rule, cache=cache)
+                     for o, cache in zip((SETS["compiled"], ops.reference), caches, strict=True))
+        close(got, want, times=2)
+        for cache in caches:
+            cache.advance(np.zeros((2, stop - start), int), np.arange(start, stop), np.ones((2, stop), bool), np.zeros(2, int))
+    plain = [o.rope_attention(qkv, cos, sin, n_head, n_kv, mask=rule) for o in (SETS["compiled"], ops.reference)]
+    close(*plain, times=2)
 
 
 def test_float64_takes_the_definitions(fast):

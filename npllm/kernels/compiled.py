@@ -7,13 +7,14 @@ The two never share the cores: decoding runs on Numba's threads alone, the rest 
 from dataclasses import replace
 
 import numpy as np
-from numba import prange
+from numba import get_num_threads, prange
 
 from npllm import ops
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
 from npllm.int8 import GROUP, Int8Weight, quantize
 from npllm.kernels import gemm, tiled
+from npllm.kernels.attention import PANELS, attend_many, rotate
 from npllm.kernels.gemm import root_mean_square
 from npllm.kernels.simd import (
     LANES,
@@ -34,8 +35,8 @@ from npllm.kernels.simd import (
 from npllm.kernels.tiled import TILED
 from npllm.ops.fusions import cut_heads
 from npllm.ops.mask import causal
-from npllm.ops.mask.rule import ALL
-from npllm.threads import run_blocks
+from npllm.ops.mask.rule import ALL, FAR
+from npllm.threads import run_blocks, scratch
 
 __all__ = ["COMPILED", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
 
@@ -286,7 +287,7 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
         both = many_rows(x, weight, norm_weight, eps)
         if bias is not None:
             both[:, : 2 * d_ff] += bias.astype(np.float32, copy=False)[:, None]
-        gemm.each_panel(lambda p: gate_all(both[p, :d_ff], both[p, d_ff : 2 * d_ff]), both)
+        gate_all(both, d_ff)
         return gemm.unpacked(both, np.empty((n, d_ff), np.float32)).reshape(*x.shape[:-1], d_ff)
     y = np.empty((n, d_ff), np.float32)
     gated_product(*stored(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps),
@@ -311,11 +312,12 @@ def linear_add(x, weight, residual, bias=None):
     return biased(y, bias).reshape(residual.shape)
 
 
-@kernel(nogil=True)
-def gate_all(g, u):
-    """Compute g = silu(g) * u in place, row by row."""
-    for k in range(len(g)):
-        gate(g[k], u[k], g[k])
+@kernel(parallel=True)
+def gate_all(both, d_ff):
+    """Compute g = silu(g) * u in place in panels [n_panel, 2*d_ff, columns], whose first half of rows is g."""
+    for p in prange(len(both)):
+        for i in range(d_ff):
+            gate(both[p, i], both[p, d_ff + i], both[p, i])
 
 
 def fits_gain(x, gain):
@@ -347,9 +349,9 @@ def fits_product(x, weight, bias=None):
 
 def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
     """Compute `npllm.ops.rope_attention`; one token a sequence goes through one kernel, which writes into the cache itself."""
-    if not fits_rope(qkv, cos, sin, n_head, n_kv_head, cache):
+    if not fits_rope(qkv, cos, sin, n_head, n_kv_head):
         return ops.fusions.compose_rope_attention(COMPILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
-    if qkv.shape[1] > 1:
+    if qkv.shape[1] > 1 or cache is None:
         return rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer)
     d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)
     k = qkv[..., : n_kv_head * d_head].reshape(len(qkv), n_kv_head, 1, d_head)  # the shape of keys and values
@@ -362,22 +364,38 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, l
     return y
 
 
-def fits_rope(qkv, cos, sin, n_head, n_kv_head, cache):
-    """Tell whether these are float32 tokens with a cache, and tables that fit."""
+def fits_rope(qkv, cos, sin, n_head, n_kv_head):
+    """Tell whether these are float32 tokens, and tables that fit."""
     n_all = n_head + 2 * n_kv_head
-    return (cache is not None and tiled.is_float32(qkv, cos, sin) and qkv.ndim == 3 and qkv.shape[-1] % n_all == 0
+    return (tiled.is_float32(qkv, cos, sin) and qkv.ndim == 3 and qkv.size > 0 and qkv.shape[-1] % n_all == 0
             and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == qkv.shape[1]
             and cos.shape[-1] % 2 == 0 and cos.shape[-1] <= qkv.shape[-1] // n_all
             and (cos.ndim == 2 or cos.shape[0] in (1, len(qkv))))
 
 
 def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
-    """Many tokens: queries are rotated into an array of their own, keys and values go straight into the cache."""
+    """Many tokens: one kernel where the mask is a band of distances, else the blocks of the tiled set."""
+    n_batch, n_seq, _ = qkv.shape
+    k = cut_heads(qkv, n_head, n_kv_head)[1]
+    if cache is None:
+        keys, values, slots = np.empty(k.shape, np.float32), np.empty(k.shape, np.float32), range(n_seq)
+    else:
+        keys, values, slots = cache.extend(layer, k, k)
+    cos, sin = (np.broadcast_to(x, (n_batch, n_seq, x.shape[-1])) for x in (cos, sin))
+    band = (-FAR, FAR) if mask is None else getattr(mask, "band", None)
+    if band is None or not gemm.width():
+        return attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots)
+    y = np.empty((n_batch, n_seq, n_head * k.shape[-1]), np.float32)
+    room = scratch("queries", (get_num_threads(), PANELS, k.shape[-1], gemm.width()), np.float32)
+    attend_many(qkv, cos, sin, keys, values, n_head, band, room, y, np.zeros(1, np.int64))
+    return y
+
+
+def attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots):
+    """Rotate queries into an array of their own, write keys and values into the last columns, and attend."""
     heads = cut_heads(qkv, n_head, n_kv_head)
     n_batch, _, n_seq, _ = heads[0].shape
-    keys, values, slots = cache.extend(layer, *heads[1:])
     q = np.empty(heads[0].shape, np.float32)
-    cos, sin = (np.broadcast_to(x, (n_batch, n_seq, x.shape[-1])) for x in (cos, sin))
     parts = [(x[b, h], cos[b], sin[b], y[b, h, y.shape[-2] - n_seq :], y is not values)
              for x, y in zip(heads, (q, keys, values), strict=True) for b in range(n_batch) for h in range(x.shape[1])]
     run_blocks(lambda part: rotate_all(*part), parts)
@@ -438,18 +456,6 @@ def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
         rotate(qkv[b, 0, h * d_head : (h + 1) * d_head], cos[row], sin[row], q)
         p = weights_of(q, keys[b, h // group], seen, b)
         weighted_sum(p, values[b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
-
-
-@kernel(nogil=True)
-def rotate(x, cos, sin, y):
-    """Rotary position embedding of one head of one token, channel i with channel i + d_rope/2; y may be x."""
-    half = len(cos) // 2
-    for i in range(half):
-        first, second = x[i], x[i + half]
-        y[i] = first * cos[i] - second * sin[i]
-        y[i + half] = second * cos[i + half] + first * sin[i + half]
-    for i in range(2 * half, len(x)):
-        y[i] = x[i]
 
 
 @kernel()

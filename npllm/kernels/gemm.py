@@ -1,8 +1,8 @@
 """The matrix product of many rows: as BLAS does it, but from stored weights, which are widened tile by tile where they are used.
 
-The rows of x are packed into panels of 64 columns, [n_panel, d_in, 64].  A task is a band of 96 rows of the weight; for each run of
-512 channels it widens its part of the band into the second-level cache, and passes it over all panels, six rows at a time: 6 x 64
-sums stay in 24 registers.
+The rows of x are packed into panels of 64 columns (16 without AVX-512), [n_panel, d_in, columns].  A task is a band of 96 rows of
+the weight; for each run of channels it widens its part of the band into the second-level cache, and passes it over all panels, six
+rows at a time: 6 x 64 sums stay in 24 registers, 6 x 16 in 12.
 
 Source: "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Geijn 2008), section 4.2.
 """
@@ -11,18 +11,18 @@ from functools import cache
 
 import llvmlite.binding
 import numpy as np
+from numba import get_num_threads, prange
 
 from npllm.int8 import GROUP
-from npllm.kernels.simd import LANES, fma, is_int8, kernel, load, prefetch, single, splat, store, total
-from npllm.threads import run_blocks, scratch
+from npllm.kernels.simd import LANES, fma, is_int8, kernel, load, prefetch, single, splat, store, take, total
+from npllm.threads import scratch
 
-__all__ = ["fits", "packed", "product", "unpacked"]
+__all__ = ["add_unpacked", "packed", "product", "unpacked", "width"]
 
 WIDE, NARROW = 4 * LANES, LANES  # columns of a panel, and of a tile
 TALL = 6  # rows of a tile
 BAND = 16 * TALL  # rows of a task
 DEPTH = 512  # channels of a run
-SMALL = 2**19  # entries of panels that are not worth a second thread
 AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 
@@ -38,43 +38,27 @@ def packed(rows, gain, eps, columns=None):
     n, d = rows.shape
     columns = columns or width()
     panels = np.empty((-(-n // columns), d, columns), np.float32)
-    each_panel(lambda p: pack(rows[p * columns : (p + 1) * columns], gain, np.float32(eps), panels[p]), panels)
+    pack_all(rows, gain, np.float32(eps), panels)
     return panels
 
 
-def each_panel(function, panels):
-    """Call a function with the number of every panel: on all threads, where that is worth waking them."""
-    if panels.size < SMALL:
-        for p in range(len(panels)):
-            function(p)
-    else:
-        run_blocks(function, range(len(panels)))
-
-
 def product(panels, weight, scales):
-    """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), 64]."""
-    d_out = len(weight)
+    """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns]."""
+    d_out, threads = len(weight), get_num_threads()
     y = np.empty((len(panels), -(-d_out // TALL) * TALL, panels.shape[2]), np.float32)
-
-    def band(first):
-        wide = scratch("band", (BAND, DEPTH), np.float32)
-        multiply_band(weight, scales, panels, wide, y, first, min(first + BAND, d_out))
-
-    run_blocks(band, range(0, d_out, BAND))
+    multiply_all(weight, scales, panels, scratch("band", (threads, BAND, DEPTH), np.float32), y, np.zeros(1, np.int64))
     return y
 
 
 def unpacked(panels, y):
-    """Write panels [n_panel, at least d, 64] as rows into y [n, d]."""
-    n = panels.shape[2]
-    each_panel(lambda p: unpack(panels[p], y[p * n : (p + 1) * n], False), panels)
+    """Write panels [n_panel, at least d, columns] as rows into y [n, d]."""
+    unpack_all(panels, y, False)
     return y
 
 
 def add_unpacked(panels, y):
-    """Add panels [n_panel, at least d, 64] to the rows y [n, d]."""
-    n = panels.shape[2]
-    each_panel(lambda p: unpack(panels[p], y[p * n : (p + 1) * n], True), panels)
+    """Add panels [n_panel, at least d, columns] to the rows y [n, d]."""
+    unpack_all(panels, y, True)
     return y
 
 
@@ -133,24 +117,27 @@ def put(y, at, a, b, c, d, more):
 
 
 @kernel(nogil=True)
-def multiply_tile(wide, w, panels, x, depth, y, at, more):
-    """Y [6, 64] at `at`, set to or (more) increased by wide [6, depth] at w times panel [depth, 64] at x."""
+def multiply_tile(m, w, row, step, panels, x, depth, y, at, more):
+    """Y [6, 64] at `at`, set to or (more) increased by a matrix [6, depth] times panel [depth, 64] at x.
+
+    The matrix begins at w of m, with `row` entries from one row to the next and `step` from one channel to the next.
+    """
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = splat(np.float32(0))
     d0 = d1 = d2 = d3 = e0 = e1 = e2 = e3 = f0 = f1 = f2 = f3 = splat(np.float32(0))
     for k in range(depth):
-        i = x + k * WIDE
+        i, j = x + k * WIDE, w + k * step
         x0, x1, x2, x3 = load(panels, i), load(panels, i + LANES), load(panels, i + 2 * LANES), load(panels, i + 3 * LANES)
-        g = splat(single(wide, w + k))
+        g = splat(single(m, j))
         a0, a1, a2, a3 = fma(g, x0, a0), fma(g, x1, a1), fma(g, x2, a2), fma(g, x3, a3)
-        g = splat(single(wide, w + DEPTH + k))
+        g = splat(single(m, j + row))
         b0, b1, b2, b3 = fma(g, x0, b0), fma(g, x1, b1), fma(g, x2, b2), fma(g, x3, b3)
-        g = splat(single(wide, w + 2 * DEPTH + k))
+        g = splat(single(m, j + 2 * row))
         c0, c1, c2, c3 = fma(g, x0, c0), fma(g, x1, c1), fma(g, x2, c2), fma(g, x3, c3)
-        g = splat(single(wide, w + 3 * DEPTH + k))
+        g = splat(single(m, j + 3 * row))
         d0, d1, d2, d3 = fma(g, x0, d0), fma(g, x1, d1), fma(g, x2, d2), fma(g, x3, d3)
-        g = splat(single(wide, w + 4 * DEPTH + k))
+        g = splat(single(m, j + 4 * row))
         e0, e1, e2, e3 = fma(g, x0, e0), fma(g, x1, e1), fma(g, x2, e2), fma(g, x3, e3)
-        g = splat(single(wide, w + 5 * DEPTH + k))
+        g = splat(single(m, j + 5 * row))
         f0, f1, f2, f3 = fma(g, x0, f0), fma(g, x1, f1), fma(g, x2, f2), fma(g, x3, f3)
     put(y, at, a0, a1, a2, a3, more)
     put(y, at + WIDE, b0, b1, b2, b3, more)
@@ -161,14 +148,14 @@ def multiply_tile(wide, w, panels, x, depth, y, at, more):
 
 
 @kernel(nogil=True)
-def multiply_narrow(wide, w, panels, x, depth, y, at, more):
+def multiply_narrow(m, w, row, step, panels, x, depth, y, at, more):
     """As `multiply_tile` with 16 columns: twelve of sixteen registers hold sums."""
     a = b = c = d = e = f = splat(np.float32(0))
     for k in range(depth):
-        v = load(panels, x + k * NARROW)
-        a, b = fma(splat(single(wide, w + k)), v, a), fma(splat(single(wide, w + DEPTH + k)), v, b)
-        c, d = fma(splat(single(wide, w + 2 * DEPTH + k)), v, c), fma(splat(single(wide, w + 3 * DEPTH + k)), v, d)
-        e, f = fma(splat(single(wide, w + 4 * DEPTH + k)), v, e), fma(splat(single(wide, w + 5 * DEPTH + k)), v, f)
+        v, j = load(panels, x + k * NARROW), w + k * step
+        a, b = fma(splat(single(m, j)), v, a), fma(splat(single(m, j + row)), v, b)
+        c, d = fma(splat(single(m, j + 2 * row)), v, c), fma(splat(single(m, j + 3 * row)), v, d)
+        e, f = fma(splat(single(m, j + 4 * row)), v, e), fma(splat(single(m, j + 5 * row)), v, f)
     put(y, at, a, b, c, d, more)
     one = splat(np.float32(1))
     if more:
@@ -207,7 +194,35 @@ def multiply_band(weight, scales, panels, wide, y, first, stop):
         for p in range(len(panels)):
             x, at, step = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns, TALL * columns
             for tile in range(n_tile):
+                w, to = tile * TALL * DEPTH, at + tile * step
                 if columns == WIDE:
-                    multiply_tile(wide, tile * TALL * DEPTH, panels, x, depth, y, at + tile * step, start > 0)
+                    multiply_tile(wide, w, DEPTH, 1, panels, x, depth, y, to, start > 0)
                 else:
-                    multiply_narrow(wide, tile * TALL * DEPTH, panels, x, depth, y, at + tile * step, start > 0)
+                    multiply_narrow(wide, w, DEPTH, 1, panels, x, depth, y, to, start > 0)
+
+
+@kernel(parallel=True)
+def pack_all(rows, gain, eps, panels):
+    """Pack every panel."""
+    n = panels.shape[2]
+    for p in prange(len(panels)):
+        pack(rows[p * n : (p + 1) * n], gain, eps, panels[p])
+
+
+@kernel(parallel=True)
+def unpack_all(panels, y, add):
+    """Unpack every panel, or add it."""
+    n = panels.shape[2]
+    for p in prange(len(panels)):
+        unpack(panels[p], y[p * n : (p + 1) * n], add)
+
+
+@kernel(parallel=True)
+def multiply_all(weight, scales, panels, wide, y, counter):
+    """All bands of the product: whichever thread is free takes the next one, so that a core that is busy otherwise gets fewer."""
+    d_out = len(weight)
+    for thread in prange(len(wide)):
+        first = take(counter) * BAND
+        while first < d_out:
+            multiply_band(weight, scales, panels, wide[thread], y, first, min(first + BAND, d_out))
+            first = take(counter) * BAND

@@ -8,6 +8,8 @@ NEON.
 An array of 16-bit floats comes as its bits (Numba knows neither type): uint16 stands for bfloat16, int16 for float16.
 """
 
+import contextlib
+import importlib
 import os
 import time
 from pathlib import Path
@@ -19,7 +21,22 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 __all__ = ["LANES", "divide", "exp", "fma", "is_int8", "kernel", "load", "load_pairs",
-           "pairs", "prefetch", "single", "splat", "store", "total"]
+           "maximum", "pairs", "prefetch", "single", "splat", "store", "take", "total"]
+
+SPINS = "30000"  # about a tenth of a millisecond: longer than the Python between two kernels takes
+
+
+def _load_openmp():
+    """Load OpenMP with threads that soon stop spinning when they have nothing to do: its own choice takes cores from others."""
+    before = os.environ.get("GOMP_SPINCOUNT")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # is read when the library is loaded
+    with contextlib.suppress(ImportError):  # another of Numba's threading layers then serves
+        importlib.import_module("numba.np.ufunc.omppool")
+    if before is None:
+        del os.environ["GOMP_SPINCOUNT"]
+
+
+_load_openmp()
 
 LANES = 16
 _F32, _I32, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
@@ -190,6 +207,14 @@ def fma(_typing, a, b, c):
 
 
 @intrinsic
+def maximum(_typing, a, b):
+    """The larger of two, lane by lane; where one is NaN, the other."""
+    def generate(_context, builder, _signature, arguments):
+        return _call(builder, f"llvm.maxnum.v{LANES}f32", _FLOATS, arguments)
+    return vector(vector, vector), generate
+
+
+@intrinsic
 def total(_typing, a):
     """The sum of the lanes, in any order."""
     def generate(_context, builder, _signature, arguments):
@@ -213,6 +238,15 @@ def prefetch(_typing, array, index):
         _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *constants])
         return context.get_dummy_value()
     return types.void(array, types.intp), generate
+
+
+@intrinsic
+def take(_typing, counter):
+    """Return counter[0] and add one to it, in one step that no other thread can divide: the next task of a shared list."""
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
+    return types.int64(counter), generate
 
 
 LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4

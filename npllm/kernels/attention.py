@@ -1,0 +1,161 @@
+"""Attention of many queries in one kernel: rotation, cache, scores, softmax and weighted sum, a block of keys at a time.
+
+A task is some queries of one key/value head, those of all its query heads side by side: 64 columns (16 without AVX-512) are a
+panel, as in `gemm`.  For each block of keys, S = K Q [n_key, columns] and Y += V^T P [d_head, columns] are the tiles of `gemm`, and
+the softmax between them runs down the columns, so that nothing is ever summed across a vector.
+
+Source: "FlashAttention-2" (Dao 2023), section 3.1: queries outside, keys inside.
+"""
+
+import numpy as np
+from numba import prange
+
+from npllm.kernels.gemm import TALL, WIDE, multiply_narrow, multiply_tile
+from npllm.kernels.simd import LANES, exp, fma, kernel, load, maximum, single, splat, store, take
+
+__all__ = ["attend_many", "rotate"]
+
+KEYS = 16 * TALL  # of a block
+PANELS = 8  # of a task
+
+
+@kernel(nogil=True)
+def rotate(x, cos, sin, y):
+    """Rotary position embedding of one head of one token, channel i with channel i + d_rope/2; y may be x."""
+    half = len(cos) // 2
+    for i in range(half):
+        first, second = x[i], x[i + half]
+        y[i] = first * cos[i] - second * sin[i]
+        y[i + half] = second * cos[i + half] + first * sin[i + half]
+    for i in range(2 * half, len(x)):
+        y[i] = x[i]
+
+
+@kernel(parallel=True)
+def attend_many(qkv, cos, sin, keys, values, n_head, band, panels, y, counter):
+    """Write the keys and values of new tokens into the last columns, and attend; whichever thread is free takes the next task.
+
+    qkv [n_batch, n_seq, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch, n_seq, d_rope], keys and values [n_batch, n_kv_head,
+    n_ctx, d_head], the first n_ctx - n_seq filled; a query sees the keys at distances band[0] <= i - j < band[1]; panels [n_thread,
+    PANELS, d_head, columns] are room for queries; y [n_batch, n_seq, n_head*d_head].
+    """
+    n_batch, n_kv_head, n_ctx = keys.shape[:3]
+    n_seq, group, columns = qkv.shape[1], n_head // n_kv_head, panels.shape[3]
+    for at in prange(n_batch * n_seq):
+        append(qkv[at // n_seq, at % n_seq], cos[at // n_seq, at % n_seq], sin[at // n_seq, at % n_seq], n_head,
+               keys[at // n_seq, :, n_ctx - n_seq + at % n_seq], values[at // n_seq, :, n_ctx - n_seq + at % n_seq])
+    size = PANELS * columns
+    n_part = (group * n_seq + size - 1) // size
+    for thread in prange(len(panels)):
+        task = take(counter)
+        while task < n_batch * n_kv_head * n_part:
+            b, h, start = task % n_batch, task // n_batch % n_kv_head, (n_part - 1 - task // (n_batch * n_kv_head)) * size
+            attend_part(qkv[b], cos[b], sin[b], keys[b, h], values[b, h], group, h, start, min(start + size, group * n_seq), band,
+                        panels[thread], y[b])
+            task = take(counter)
+
+
+@kernel(nogil=True)
+def append(token, cos, sin, n_head, keys, values):
+    """Write the keys of one token, rotated, and its values, [n_kv_head, d_head]."""
+    n_kv_head, d_head = keys.shape
+    for h in range(n_kv_head):
+        start = (n_head + h) * d_head
+        rotate(token[start : start + d_head], cos, sin, keys[h])
+        start += n_kv_head * d_head
+        values[h] = token[start : start + d_head]
+
+
+@kernel(nogil=True)
+def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
+    """One task: columns start ... stop - 1, of which column c is token c // group with head c % group of the group."""
+    n_ctx, d_head = keys.shape
+    columns, n_past = q.shape[2], n_ctx - len(qkv)
+    n_panel = (stop - start + columns - 1) // columns
+    pack_queries(qkv, cos, sin, group, h, start, stop, q)
+    sums, largest = np.zeros((n_panel, columns), np.float32), np.full((n_panel, columns), -np.inf, np.float32)
+    total, scores = np.zeros((n_panel, d_head, columns), np.float32), np.empty((KEYS, columns), np.float32)
+    first = max(0, n_past + start // group - band[1] + 1)
+    last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
+    for j in range(first, last, KEYS):
+        n_key = min(KEYS, last - j)
+        for p in range(n_panel):
+            multiply(keys, j * (keys.strides[0] // 4), keys.strides[0] // 4, 1, n_key, q, p * d_head * columns, d_head, scores, 0,
+                     False)
+            hide(scores, n_key, start + p * columns, group, n_past - j, band)
+            fold(scores, n_key, largest[p], sums[p], total[p])
+            multiply(values, j * (values.strides[0] // 4), 1, values.strides[0] // 4, d_head, scores, 0, n_key, total,
+                     p * d_head * columns, True)
+    for c in range(start, stop):
+        p, k = (c - start) // columns, (c - start) % columns
+        to = (h * group + c % group) * d_head
+        for i in range(d_head):
+            y[c // group, to + i] = total[p, i, k] / sums[p, k] if sums[p, k] != 0 else np.float32(0)
+
+
+@kernel(nogil=True)
+def pack_queries(qkv, cos, sin, group, h, start, stop, q):
+    """Rotate queries, scale them by 1 / sqrt(d_head), and write them into panels; columns without a query are 0."""
+    d_head, columns = q.shape[1:]
+    row, scale = np.empty(d_head, np.float32), np.float32(1 / np.sqrt(d_head))
+    q[(stop - start) // columns :] = 0
+    for c in range(start, stop):
+        n, at = c // group, (h * group + c % group) * d_head
+        rotate(qkv[n, at : at + d_head], cos[n], sin[n], row)
+        for i in range(d_head):
+            q[(c - start) // columns, i, (c - start) % columns] = scale * row[i]
+
+
+@kernel(nogil=True)
+def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more):
+    """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in `multiply_tile`, times a panel."""
+    columns = y.shape[y.ndim - 1]
+    whole = n_row // TALL * TALL
+    for r in range(0, whole, TALL):
+        if columns == WIDE:
+            multiply_tile(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
+        else:
+            multiply_narrow(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
+    for r in range(whole, n_row):
+        for c in range(0, columns, LANES):
+            a = load(y, at + r * columns + c) if more else splat(np.float32(0))
+            for k in range(depth):
+                a = fma(splat(single(m, w + r * row + k * step)), load(panel, x + k * columns + c), a)
+            store(y, at + r * columns + c, a)
+
+
+@kernel(nogil=True)
+def hide(scores, n_key, start, group, shift, band):
+    """Set the scores of pairs outside the band to -inf; column c is token (start + c) // group, whose slot - j is `shift` more."""
+    columns = scores.shape[1]
+    for c in range(columns):
+        distance = (start + c) // group + shift  # to the first key of the block
+        for k in range(min(n_key, distance - band[1] + 1)):
+            scores[k, c] = -np.inf
+        for k in range(max(0, distance - band[0] + 1), n_key):
+            scores[k, c] = -np.inf
+
+
+@kernel(nogil=True)
+def fold(scores, n_key, largest, sums, total):
+    """Turn a block of scores into exp(s - maximum), and bring maximum, sum and weighted sum of every column up to date."""
+    columns, one, zero = scores.shape[1], splat(np.float32(1)), splat(np.float32(0))
+    shift, decay = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for c in range(0, columns, LANES):
+        top = load(largest, c)
+        for k in range(n_key):
+            top = maximum(top, load(scores, k * columns + c))
+        store(shift, 0, top)
+        for i in range(LANES):
+            new = shift[i]
+            if new == -np.inf:  # nothing is seen yet: any finite number will do
+                shift[i] = 0
+            decay[i], shift[i], largest[c + i] = np.exp(largest[c + i] - shift[i]), -shift[i], new
+        minus, part = load(shift, 0), zero
+        for k in range(n_key):
+            e = exp(fma(one, load(scores, k * columns + c), minus))
+            store(scores, k * columns + c, e)
+            part = fma(one, e, part)
+        store(sums, c, fma(load(sums, c), load(decay, 0), part))
+        for i in range(len(total)):
+            store(total, i * columns + c, fma(load(total, i * columns + c), load(decay, 0), zero))
