@@ -40,7 +40,7 @@ from npllm.threads import run_blocks, scratch
 
 __all__ = ["COMPILED", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
 
-FEW_ROWS = 16  # up to here a product is bound by reading the weight
+FEW_ROWS = 12  # up to here a product is bound by reading the weight
 AHEAD = 512  # entries of each stream of weights that are fetched ahead
 STEP = 2 * LANES
 NOTHING, NO_SCALES = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)

@@ -36,7 +36,7 @@ def width():
 def packed(rows, gain, eps, columns=None):
     """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns], the last one filled up with zeros."""
     n, d = rows.shape
-    columns = columns or width()
+    columns = columns or (NARROW if n <= NARROW else width())
     panels = np.empty((-(-n // columns), d, columns), np.float32)
     pack_all(rows, gain, np.float32(eps), panels)
     return panels
