@@ -39,8 +39,8 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
     -------
     facts : dict
         "limits", and for "prefill" and "decode": "seconds" of the whole (one token of decoding), and "ops", a list of dicts with
-        the op, the shape of its weight, calls, seconds, share of the whole, bytes/s, flops/s and share of the limit (None without
-        limits).  What no op accounts for stands there as "between the ops".
+        "op", shape of its "weight", "calls", "seconds", "share" of the whole, "bytes", "flops" and share "of_limit" (None without
+        limits); "between_seconds" is what no op accounts for.
     """
     xp = array_namespace(model.params.embed_tokens)
     if limits is None and xp is np:
@@ -81,8 +81,7 @@ def _summary(runs, n_step, limits):
         took = statistics.median(run[1][op, shape][1] for run in runs) / n_step
         least = limits and max(flops / limits["flops"], moved / limits["read"]) / n_step
         rows.append({"op": op, "weight": shape, "calls": n_call / n_step, "seconds": took, "share": took / seconds,
-                     "bytes_per_second": moved / n_step / took, "flops_per_second": flops / n_step / took,
-                     "of_limit": least and least / took})
+                     "bytes": moved / n_step, "flops": flops / n_step, "of_limit": least and least / took})
     rows.sort(key=lambda row: -row["seconds"])
     between = seconds - sum(row["seconds"] for row in rows)
     return {"seconds": seconds, "ops": rows, "between_seconds": between}
@@ -135,8 +134,8 @@ def count(name, args, options, y):
         x, _gain, _eps, *rest = args
         flops = COUNTS["rms_norm"](x) + COUNTS["linear"](x, *rest) + (5 * y.size if name == "norm_swiglu" else 0)
     elif name == "linear_add":
-        x, weight, residual, *bias = args
-        flops = COUNTS["linear"](x, weight, *bias) + residual.size
+        x, weight, _residual, *bias = args
+        flops = COUNTS["linear"](x, weight, *bias)
     else:
         flops = COUNTS[name](*args, **options) if name in COUNTS else 0
     return flops, bytes_moved(name, args, options, y)

@@ -216,7 +216,7 @@ def profile_lines(facts):
             weight = "x".join(map(str, row["weight"] or ()))
             limit = "" if row["of_limit"] is None else f"{row['of_limit']:.0%}"
             yield (f"{row['op']:<16} {weight:<14} {row['calls']:>6.0f} {row['seconds'] * 1e3:>9.3f} {row['share']:>6.1%} "
-                   f"{row['bytes_per_second'] / 1e9:>7.1f} {row['flops_per_second'] / 1e9:>8.1f} {limit:>9}")
+                   f"{row['bytes'] / row['seconds'] / 1e9:>7.1f} {row['flops'] / row['seconds'] / 1e9:>8.1f} {limit:>9}")
         between = facts[phase]["between_seconds"]
         yield f"{'between the ops':<38} {between * 1e3:>9.3f} {between / whole:>6.1%}"
 

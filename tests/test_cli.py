@@ -199,6 +199,15 @@ def test_bench_measures_with_cache_and_without(call):
     assert result.stderr.startswith("median of 1 runs")
 
 
+def test_bench_profiles_every_operation(call, monkeypatch):
+    monkeypatch.setattr("npllm.profile.machine_limits", lambda: {"read": 1e9, "flops": 1e10})
+    sizes = ("--profile", "-p", 3, "-n", 2, "-r", 1)
+    facts = json.loads(call("bench", *sizes, "--json").stdout)
+    assert {"prefill", "decode", "limits", "machine"} <= set(facts)
+    lines = call("bench", *sizes).stdout
+    assert "limits: 1.0 GB/s read, 10 GFLOP/s" in lines and "prefill of 3 tokens" in lines and lines.count("between the ops") == 2
+
+
 def test_doctor_describes_the_machine(call):
     facts = json.loads(call("doctor", "--json").stdout)
     assert {"npllm", "python", "cores", "packages", "blas", "gpu", "weights_folder"} <= set(facts)

@@ -1,0 +1,52 @@
+"""The profile: what it counts is what the formulas of `npllm.cost` say, on fused and unfused sets."""
+
+import pytest
+from tiny import model, random_ids
+
+from npllm import kernels, ops
+from npllm.cost import forward_cost, total
+from npllm.profile import profile, timed_ops
+
+LIMITS = {"read": 1e10, "flops": 1e11}
+SETS = [s for s in (ops.reference, ops.blockwise, kernels.tiled_ops(), kernels.compiled_ops()) if s]
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 4}, {"num_key_value_heads": 1}])
+@pytest.mark.parametrize("kind", SETS, ids=lambda s: s.name)
+def test_the_operations_of_a_run_are_those_of_the_formula(kind, changes):
+    m = model(ops=kind, **changes)
+    facts = profile(m, n_prompt=7, n_new=3, repeat=1, limits=LIMITS)
+    prefill = total(forward_cost(m.config, 7)).flops
+    decode = sum(total(forward_cost(m.config, 1, n_past=n)).flops for n in (7, 8, 9)) / 3
+    assert sum(row["flops"] for row in facts["prefill"]["ops"]) == prefill
+    assert sum(row["flops"] for row in facts["decode"]["ops"]) == pytest.approx(decode, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", SETS, ids=lambda s: s.name)
+def test_shares_and_limits_follow_from_what_was_measured(kind):
+    facts = profile(model(ops=kind), n_prompt=5, n_new=2, repeat=2, limits=LIMITS)
+    for phase in ("prefill", "decode"):
+        part = facts[phase]
+        assert sum(row["seconds"] for row in part["ops"]) + part["between_seconds"] == pytest.approx(part["seconds"])
+        for row in part["ops"]:
+            assert row["share"] == pytest.approx(row["seconds"] / part["seconds"])
+            assert row["of_limit"] == pytest.approx(max(row["flops"] / 1e11, row["bytes"] / 1e10) / row["seconds"])
+
+
+def test_fusions_of_one_kernel_stay_whole_and_compositions_show_their_parts():
+    names = {}
+    for kind in SETS:
+        timed, calls = timed_ops(kind)
+        model(ops=timed)(random_ids(1, 3))
+        names[kind.name] = {op for op, _ in calls}
+    assert names["reference"] == {"embed", "rope_tables", "rms_norm", "linear", "apply_rope", "attention", "swiglu", "add"}
+    if "compiled" in names:
+        assert names["compiled"] == {"embed", "rope_tables", "rms_norm", "norm_linear", "rope_attention", "linear_add", "norm_swiglu",
+                                     "linear"}
+
+
+def test_a_timed_set_changes_no_result():
+    for kind in SETS:
+        timed, _ = timed_ops(kind)
+        ids = random_ids(2, 5)
+        assert (model(ops=timed)(ids) == model(ops=kind)(ids)).all()
