@@ -18,6 +18,7 @@ import numpy as np
 from npllm import kernels
 from npllm.arrays import array_namespace, to_numpy
 from npllm.cost import COUNTS, bytes_moved
+from npllm.errors import NpllmValueError
 from npllm.ops.fusions import COMPOSITIONS, cut_heads
 from npllm.threads import run_blocks
 
@@ -41,10 +42,19 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
         "limits", and for "prefill" and "decode": "seconds" of the whole (one token of decoding), and "ops", a list of dicts with
         "op", shape of its "weight", "calls", "seconds", "share" of the whole, "bytes", "flops" and share "of_limit" (None without
         limits); "between_seconds" is what no op accounts for.
+
+    Raises
+    ------
+    NpllmValueError
+        For a number below 1, or tokens beyond the context length.
+
+    Notes
+    -----
+    "seconds" is of runs without the wrappers, so that measuring is not measured.
     """
+    if min(n_prompt, n_new, repeat) < 1:
+        raise NpllmValueError(f"n_prompt, n_new and repeat must be at least 1, got {n_prompt}, {n_new} and {repeat}")
     xp = array_namespace(model.params.embed_tokens)
-    if limits is None and xp is np:
-        limits = machine_limits()
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt + n_new))
     timed, calls = timed_ops(model.ops, getattr(xp, "cuda", None))
     watched = type(model)(model.config, model.params, ops=timed, mask=model.mask)
@@ -54,6 +64,8 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
         seen = _run_phases(watched, ids, n_prompt, calls)
         for name, runs in phases.items():
             runs.append((plain[name][0], seen[name][1]))
+    if limits is None and xp is np:
+        limits = machine_limits()
     counts = {"prefill": 1, "decode": n_new}
     return {"n_prompt": n_prompt, "n_new": n_new, "repeat": repeat, "set": model.ops.name, "limits": limits,
             **{name: _summary(runs[1:], counts[name], limits) for name, runs in phases.items()}}

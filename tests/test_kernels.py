@@ -324,7 +324,7 @@ def test_scratch_of_one_thread_is_not_that_of_another():
 
 @pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
 def test_the_exponential_is_exact_to_two_units_in_the_last_place():
-    from npllm.kernels.compiled import exponentials
+    from npllm.kernels.attention import exponentials
 
     x = np.concatenate([np.linspace(-87.3, 88, 200003), np.geomspace(1e-30, 1, 1000), -np.geomspace(1e-30, 1, 1000)]).astype(np.float32)
     x = x[: len(x) // 16 * 16]

@@ -5,6 +5,7 @@ from tiny import model, random_ids
 
 from npllm import kernels, ops
 from npllm.cost import forward_cost, total
+from npllm.errors import NpllmValueError
 from npllm.profile import profile, timed_ops
 
 LIMITS = {"read": 1e10, "flops": 1e11}
@@ -20,6 +21,29 @@ def test_the_operations_of_a_run_are_those_of_the_formula(kind, changes):
     decode = sum(total(forward_cost(m.config, 1, n_past=n)).flops for n in (7, 8, 9)) / 3
     assert sum(row["flops"] for row in facts["prefill"]["ops"]) == prefill
     assert sum(row["flops"] for row in facts["decode"]["ops"]) == pytest.approx(decode, rel=1e-12)
+
+
+def test_the_bytes_of_a_run_are_those_of_the_formula():
+    m = model(ops=ops.reference)
+    moved = sum(row["bytes"] for row in profile(m, n_prompt=7, n_new=1, repeat=1, limits=LIMITS)["prefill"]["ops"] if row["op"] != "add")
+    assert moved == total(forward_cost(m.config, 7, dtype="float32")).bytes
+
+
+@pytest.mark.skipif(kernels.compiled_ops() is None, reason="Numba is not installed")
+@pytest.mark.parametrize(("window", "n_seen"), [(None, 8), (4, 4)])
+def test_a_fused_attention_reads_the_keys_and_values_that_are_seen(window, n_seen):
+    m = model(ops=kernels.compiled_ops(), sliding_window=window)
+    c = m.config
+    rows = profile(m, n_prompt=7, n_new=1, repeat=1, limits=LIMITS)["decode"]["ops"]
+    (row,) = [row for row in rows if row["op"] == "rope_attention"]
+    d_q, d_kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    assert row["bytes"] == c.num_hidden_layers * 4 * (d_q + 2 * d_kv + d_q + 2 * c.d_rope + 2 * n_seen * d_kv)
+
+
+@pytest.mark.parametrize("sizes", [{"n_prompt": 0}, {"n_new": 0}, {"repeat": 0}, {"n_prompt": 10**6}])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(NpllmValueError, match=r"at least 1|context length"):
+        profile(model(), **{"n_prompt": 2, "n_new": 1, "repeat": 1, "limits": LIMITS} | sizes)
 
 
 @pytest.mark.parametrize("kind", SETS, ids=lambda s: s.name)

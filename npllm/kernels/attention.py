@@ -1,8 +1,8 @@
-"""Attention of many queries in one kernel: rotation, cache, scores, softmax and weighted sum, a block of keys at a time.
+"""Attention in the compiled set: rotation, the cache, scores, softmax and weighted sum in one kernel.
 
-A task is some queries of one key/value head, those of all its query heads side by side: 64 columns (16 without AVX-512) are a
-panel, as in `gemm`.  For each block of keys, S = K Q [n_key, columns] and Y += V^T P [d_head, columns] are the tiles of `gemm`, and
-the softmax between them runs down the columns, so that nothing is ever summed across a vector.
+Many queries: a task is some queries of one key/value head, those of all its query heads side by side: 64 columns (16 without
+AVX-512) are a panel, as in `gemm`.  For each block of keys, S = K Q [n_key, columns] and Y += V^T P [d_head, columns] are the tiles
+of `gemm`, and the softmax between them runs down the columns, so that nothing is ever summed across a vector.
 
 Source: "FlashAttention-2" (Dao 2023), section 3.1: queries outside, keys inside.
 """
@@ -10,10 +10,10 @@ Source: "FlashAttention-2" (Dao 2023), section 3.1: queries outside, keys inside
 import numpy as np
 from numba import prange
 
-from npllm.kernels.gemm import TALL, WIDE, multiply_narrow, multiply_tile
-from npllm.kernels.simd import LANES, exp, fma, kernel, load, maximum, single, splat, store, take
+from npllm.kernels.gemm import TALL, multiply
+from npllm.kernels.simd import LANES, exp, fma, kernel, load, maximum, splat, store, take, total
 
-__all__ = ["attend_many", "rotate"]
+__all__ = ["attend_many", "attend_step", "fold_scores", "rotate_all"]
 
 KEYS = 16 * TALL  # of a block
 PANELS = 8  # of a task
@@ -74,7 +74,7 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
     n_panel = (stop - start + columns - 1) // columns
     pack_queries(qkv, cos, sin, group, h, start, stop, q)
     sums, largest = np.zeros((n_panel, columns), np.float32), np.full((n_panel, columns), -np.inf, np.float32)
-    total, scores = np.zeros((n_panel, d_head, columns), np.float32), np.empty((KEYS, columns), np.float32)
+    weighted, scores = np.zeros((n_panel, d_head, columns), np.float32), np.empty((KEYS, columns), np.float32)
     first = max(0, n_past + start // group - band[1] + 1)
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
     for j in range(first, last, KEYS):
@@ -83,14 +83,14 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
             multiply(keys, j * (keys.strides[0] // 4), keys.strides[0] // 4, 1, n_key, q, p * d_head * columns, d_head, scores, 0,
                      False)
             hide(scores, n_key, start + p * columns, group, n_past - j, band)
-            fold(scores, n_key, largest[p], sums[p], total[p])
-            multiply(values, j * (values.strides[0] // 4), 1, values.strides[0] // 4, d_head, scores, 0, n_key, total,
+            fold(scores, n_key, largest[p], sums[p], weighted[p])
+            multiply(values, j * (values.strides[0] // 4), 1, values.strides[0] // 4, d_head, scores, 0, n_key, weighted,
                      p * d_head * columns, True)
     for c in range(start, stop):
         p, k = (c - start) // columns, (c - start) % columns
         to = (h * group + c % group) * d_head
         for i in range(d_head):
-            y[c // group, to + i] = total[p, i, k] / sums[p, k] if sums[p, k] != 0 else np.float32(0)
+            y[c // group, to + i] = weighted[p, i, k] / sums[p, k] if sums[p, k] != 0 else np.float32(0)
 
 
 @kernel(nogil=True)
@@ -107,24 +107,6 @@ def pack_queries(qkv, cos, sin, group, h, start, stop, q):
 
 
 @kernel(nogil=True)
-def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more):
-    """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in `multiply_tile`, times a panel."""
-    columns = y.shape[y.ndim - 1]
-    whole = n_row // TALL * TALL
-    for r in range(0, whole, TALL):
-        if columns == WIDE:
-            multiply_tile(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
-        else:
-            multiply_narrow(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
-    for r in range(whole, n_row):
-        for c in range(0, columns, LANES):
-            a = load(y, at + r * columns + c) if more else splat(np.float32(0))
-            for k in range(depth):
-                a = fma(splat(single(m, w + r * row + k * step)), load(panel, x + k * columns + c), a)
-            store(y, at + r * columns + c, a)
-
-
-@kernel(nogil=True)
 def hide(scores, n_key, start, group, shift, band):
     """Set the scores of pairs outside the band to -inf; column c is token (start + c) // group, whose slot - j is `shift` more."""
     columns = scores.shape[1]
@@ -137,7 +119,7 @@ def hide(scores, n_key, start, group, shift, band):
 
 
 @kernel(nogil=True)
-def fold(scores, n_key, largest, sums, total):
+def fold(scores, n_key, largest, sums, weighted):
     """Turn a block of scores into exp(s - maximum), and bring maximum, sum and weighted sum of every column up to date."""
     columns, one, zero = scores.shape[1], splat(np.float32(1)), splat(np.float32(0))
     shift, decay = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -157,5 +139,123 @@ def fold(scores, n_key, largest, sums, total):
             store(scores, k * columns + c, e)
             part = fma(one, e, part)
         store(sums, c, fma(load(sums, c), load(decay, 0), part))
-        for i in range(len(total)):
-            store(total, i * columns + c, fma(load(total, i * columns + c), load(decay, 0), zero))
+        for i in range(len(weighted)):
+            store(weighted, i * columns + c, fma(load(weighted, i * columns + c), load(decay, 0), zero))
+
+
+# -------------------------------------------------------------------------------------- many queries, any mask: parts of `tiled`
+
+
+@kernel(nogil=True)
+def rotate_all(x, cos, sin, y, turned):
+    """Write one head of many tokens [n_seq, d_head] into y, rotated where `turned`."""
+    for n in range(len(x)):
+        y[n] = x[n]
+        if turned:
+            rotate(y[n], cos[n], sin[n], y[n])
+
+
+@kernel(nogil=True)
+def fold_scores(s, m, sums, a):
+    """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to date, all in place."""
+    for k in range(len(s)):
+        largest = m[k, 0]
+        for x in s[k]:
+            largest = max(largest, x)
+        if largest == -np.inf:  # nothing is seen: exp(-inf - 0) is 0
+            s[k] = 0
+            continue
+        decay = np.exp(m[k, 0] - largest)
+        m[k, 0] = largest
+        sums[k, 0] = sums[k, 0] * decay + exponentials(s[k], largest)
+        if decay != 1:
+            a[k] *= decay
+
+
+# ------------------------------------------------------------------------------------------------- one query of each sequence
+
+
+@kernel(parallel=True)
+def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
+    """Rotate one token of each sequence, write its key and value into the last column, and attend; heads on all threads."""
+    n_batch, n_kv_head, n_ctx, d_head = keys.shape
+    group = n_head // n_kv_head
+    for b in range(n_batch):
+        row = b if len(cos) > 1 else 0
+        for h in range(n_kv_head):
+            start = (n_head + h) * d_head
+            rotate(qkv[b, 0, start : start + d_head], cos[row], sin[row], keys[b, h, n_ctx - 1])
+            start += n_kv_head * d_head
+            values[b, h, n_ctx - 1] = qkv[b, 0, start : start + d_head]
+    for at in prange(n_batch * n_head):
+        b, h = at // n_head, at % n_head
+        q, row = np.empty(d_head, np.float32), b if len(cos) > 1 else 0
+        rotate(qkv[b, 0, h * d_head : (h + 1) * d_head], cos[row], sin[row], q)
+        p = weights_of(q, keys[b, h // group], seen, b)
+        weighted_sum(p, values[b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
+
+
+@kernel()
+def weights_of(q, keys, seen, b):
+    """softmax(scale * keys @ q) over the keys that are seen; zeros where none is."""
+    n_ctx, d = keys.shape
+    stride, whole, scale = keys.strides[0] // 4, d // LANES * LANES, np.float32(1 / np.sqrt(d))
+    p, largest = np.empty(n_ctx, np.float32), np.float32(-np.inf)
+    row = b if len(seen) > 1 else 0
+    for j in range(n_ctx):
+        if len(seen) and not seen[row, j]:
+            p[j] = -np.inf
+            continue
+        s = splat(np.float32(0))
+        for i in range(0, whole, LANES):
+            s = fma(load(q, i), load(keys, j * stride + i), s)
+        score = total(s)
+        for i in range(whole, d):
+            score += q[i] * keys[j, i]
+        p[j] = score * scale
+        largest = max(largest, p[j])
+    if largest == -np.inf:  # nothing is seen
+        largest = np.float32(0)
+    exponentials(p, largest)
+    return p
+
+
+@kernel(nogil=True)
+def exponentials(p, largest):
+    """Compute p = exp(p - largest) in place; returns the sum."""
+    n = len(p)
+    whole, minus, sums = n // LANES * LANES, splat(-largest), splat(np.float32(0))
+    one = splat(np.float32(1))
+    for j in range(0, whole, LANES):
+        e = exp(fma(one, load(p, j), minus))
+        store(p, j, e)
+        sums = fma(one, e, sums)
+    denominator = total(sums)
+    for j in range(whole, n):
+        p[j] = np.exp(p[j] - largest)
+        denominator += p[j]
+    return denominator
+
+
+@kernel()
+def weighted_sum(p, values, y):
+    """Compute y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
+    n_ctx, d = values.shape
+    stride, whole = values.strides[0] // 4, d // LANES * LANES
+    y[:] = 0
+    for start in range(0, n_ctx, 64):  # keys whose values stay in the nearest cache
+        stop = min(start + 64, n_ctx)
+        for i in range(0, whole, LANES):
+            a = load(y, i)
+            for j in range(start, stop):
+                a = fma(splat(p[j]), load(values, j * stride + i), a)
+            store(y, i, a)
+        for i in range(whole, d):
+            for j in range(start, stop):
+                y[i] += p[j] * values[j, i]
+    denominator = np.float32(0)
+    for j in range(n_ctx):
+        denominator += p[j]
+    if denominator > 0:
+        for i in range(d):
+            y[i] /= denominator

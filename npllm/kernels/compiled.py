@@ -1,7 +1,7 @@
-"""The set compiled with Numba: for a few rows at a time, as in decoding, where reading the weights is all that counts.
+"""The set compiled with Numba: its operations, and the products of a few rows, where reading the weights is all that counts.
 
-A product with many rows is bound by arithmetic and goes the way of the tiled set: widened block by block, multiplied by BLAS.
-The two never share the cores: decoding runs on Numba's threads alone, the rest on those of `npllm.threads`.
+A product with many rows is bound by arithmetic and is `gemm`'s; the kernels of attention are in `attention`.  All run on Numba's
+threads; what they are not made for (a mask that is no band, a processor without FMA) takes the blocks and the threads of `tiled`.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from npllm.arrays import DTYPES
 from npllm.cache import KVCache
 from npllm.int8 import GROUP, Int8Weight, quantize
 from npllm.kernels import gemm, tiled
-from npllm.kernels.attention import PANELS, attend_many, rotate
+from npllm.kernels.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
 from npllm.kernels.gemm import root_mean_square
 from npllm.kernels.simd import (
     LANES,
@@ -40,7 +40,7 @@ from npllm.threads import run_blocks, scratch
 
 __all__ = ["COMPILED", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
 
-FEW_ROWS = 12  # up to here a product is bound by reading the weight
+FEW_ROWS = 12  # up to here reading the weight straight is faster than panels; a multiple of 4
 AHEAD = 512  # entries of each stream of weights that are fetched ahead
 STEP = 2 * LANES
 NOTHING, NO_SCALES = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
@@ -403,32 +403,6 @@ def attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots
     return ops.merge_heads(y)
 
 
-@kernel(nogil=True)
-def rotate_all(x, cos, sin, y, turned):
-    """Write one head of many tokens [n_seq, d_head] into y, rotated where `turned`."""
-    for n in range(len(x)):
-        y[n] = x[n]
-        if turned:
-            rotate(y[n], cos[n], sin[n], y[n])
-
-
-@kernel(nogil=True)
-def fold_scores(s, m, sums, a):
-    """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to date, all in place."""
-    for k in range(len(s)):
-        largest = m[k, 0]
-        for x in s[k]:
-            largest = max(largest, x)
-        if largest == -np.inf:  # nothing is seen: exp(-inf - 0) is 0
-            s[k] = 0
-            continue
-        decay = np.exp(m[k, 0] - largest)
-        m[k, 0] = largest
-        sums[k, 0] = sums[k, 0] * decay + exponentials(s[k], largest)
-        if decay != 1:
-            a[k] *= decay
-
-
 def visible(mask, slot, slots):
     """Which cached keys the query in a slot sees, [n_batch or 1, n_ctx]; no row at all where it sees every one."""
     bound = ALL if mask is None else getattr(mask, "bound", tiled.unknown)(slot, slot, slots.start, slots.stop - 1)
@@ -436,92 +410,6 @@ def visible(mask, slot, slots):
         return np.zeros((0, len(slots)), bool)
     seen = np.asarray(mask(np.array([[slot]]), np.arange(slots.start, slots.stop)[None]))
     return np.broadcast_to(seen.reshape(-1, seen.shape[-1]), (seen.size // seen.shape[-1], len(slots)))
-
-
-@kernel(parallel=True)
-def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
-    """Rotate one token of each sequence, write its key and value into the last column, and attend; heads on all threads."""
-    n_batch, n_kv_head, n_ctx, d_head = keys.shape
-    group = n_head // n_kv_head
-    for b in range(n_batch):
-        row = b if len(cos) > 1 else 0
-        for h in range(n_kv_head):
-            start = (n_head + h) * d_head
-            rotate(qkv[b, 0, start : start + d_head], cos[row], sin[row], keys[b, h, n_ctx - 1])
-            start += n_kv_head * d_head
-            values[b, h, n_ctx - 1] = qkv[b, 0, start : start + d_head]
-    for at in prange(n_batch * n_head):
-        b, h = at // n_head, at % n_head
-        q, row = np.empty(d_head, np.float32), b if len(cos) > 1 else 0
-        rotate(qkv[b, 0, h * d_head : (h + 1) * d_head], cos[row], sin[row], q)
-        p = weights_of(q, keys[b, h // group], seen, b)
-        weighted_sum(p, values[b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
-
-
-@kernel()
-def weights_of(q, keys, seen, b):
-    """softmax(scale * keys @ q) over the keys that are seen; zeros where none is."""
-    n_ctx, d = keys.shape
-    stride, whole, scale = keys.strides[0] // 4, d // LANES * LANES, np.float32(1 / np.sqrt(d))
-    p, largest = np.empty(n_ctx, np.float32), np.float32(-np.inf)
-    row = b if len(seen) > 1 else 0
-    for j in range(n_ctx):
-        if len(seen) and not seen[row, j]:
-            p[j] = -np.inf
-            continue
-        s = splat(np.float32(0))
-        for i in range(0, whole, LANES):
-            s = fma(load(q, i), load(keys, j * stride + i), s)
-        score = total(s)
-        for i in range(whole, d):
-            score += q[i] * keys[j, i]
-        p[j] = score * scale
-        largest = max(largest, p[j])
-    if largest == -np.inf:  # nothing is seen
-        largest = np.float32(0)
-    exponentials(p, largest)
-    return p
-
-
-@kernel(nogil=True)
-def exponentials(p, largest):
-    """Compute p = exp(p - largest) in place; returns the sum."""
-    n = len(p)
-    whole, minus, sums = n // LANES * LANES, splat(-largest), splat(np.float32(0))
-    one = splat(np.float32(1))
-    for j in range(0, whole, LANES):
-        e = exp(fma(one, load(p, j), minus))
-        store(p, j, e)
-        sums = fma(one, e, sums)
-    denominator = total(sums)
-    for j in range(whole, n):
-        p[j] = np.exp(p[j] - largest)
-        denominator += p[j]
-    return denominator
-
-
-@kernel()
-def weighted_sum(p, values, y):
-    """Compute y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
-    n_ctx, d = values.shape
-    stride, whole = values.strides[0] // 4, d // LANES * LANES
-    y[:] = 0
-    for start in range(0, n_ctx, 64):  # keys whose values stay in the nearest cache
-        stop = min(start + 64, n_ctx)
-        for i in range(0, whole, LANES):
-            a = load(y, i)
-            for j in range(start, stop):
-                a = fma(splat(p[j]), load(values, j * stride + i), a)
-            store(y, i, a)
-        for i in range(whole, d):
-            for j in range(start, stop):
-                y[i] += p[j] * values[j, i]
-    denominator = np.float32(0)
-    for j in range(n_ctx):
-        denominator += p[j]
-    if denominator > 0:
-        for i in range(d):
-            y[i] /= denominator
 
 
 COMPILED = replace(TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add,

@@ -33,10 +33,10 @@ def width():
     return WIDE if features.get("avx512f") else NARROW if features.get("fma") else 0
 
 
-def packed(rows, gain, eps, columns=None):
+def packed(rows, gain, eps):
     """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns], the last one filled up with zeros."""
     n, d = rows.shape
-    columns = columns or (NARROW if n <= NARROW else width())
+    columns = NARROW if n <= NARROW else width()
     panels = np.empty((-(-n // columns), d, columns), np.float32)
     pack_all(rows, gain, np.float32(eps), panels)
     return panels
@@ -44,9 +44,10 @@ def packed(rows, gain, eps, columns=None):
 
 def product(panels, weight, scales):
     """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns]."""
-    d_out, threads = len(weight), get_num_threads()
+    d_out = len(weight)
     y = np.empty((len(panels), -(-d_out // TALL) * TALL, panels.shape[2]), np.float32)
-    multiply_all(weight, scales, panels, scratch("band", (threads, BAND, DEPTH), np.float32), y, np.zeros(1, np.int64))
+    wide = scratch("band", (get_num_threads(), BAND, DEPTH), np.float32)
+    multiply_all(weight, scales, panels, wide, y, np.zeros(1, np.int64))
     return y
 
 
@@ -165,6 +166,24 @@ def multiply_narrow(m, w, row, step, panels, x, depth, y, at, more):
 
 
 @kernel(nogil=True)
+def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more):
+    """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in `multiply_tile`, times a panel."""
+    columns = y.shape[y.ndim - 1]
+    whole = n_row // TALL * TALL
+    for r in range(0, whole, TALL):
+        if columns == WIDE:
+            multiply_tile(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
+        else:
+            multiply_narrow(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
+    for r in range(whole, n_row):
+        for c in range(0, columns, LANES):
+            a = load(y, at + r * columns + c) if more else splat(np.float32(0))
+            for k in range(depth):
+                a = fma(splat(single(m, w + r * row + k * step)), load(panel, x + k * columns + c), a)
+            store(y, at + r * columns + c, a)
+
+
+@kernel(nogil=True)
 def widen_run(weight, scales, row, start, depth, wide, r, real):
     """Write channels start ... start + depth - 1 of a row of the weight into row r of the buffer; zeros where there is no row."""
     if not real:
@@ -192,13 +211,8 @@ def multiply_band(weight, scales, panels, wide, y, first, stop):
         for r in range(n_tile * TALL):
             widen_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
         for p in range(len(panels)):
-            x, at, step = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns, TALL * columns
-            for tile in range(n_tile):
-                w, to = tile * TALL * DEPTH, at + tile * step
-                if columns == WIDE:
-                    multiply_tile(wide, w, DEPTH, 1, panels, x, depth, y, to, start > 0)
-                else:
-                    multiply_narrow(wide, w, DEPTH, 1, panels, x, depth, y, to, start > 0)
+            x, at = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns
+            multiply(wide, 0, DEPTH, 1, n_tile * TALL, panels, x, depth, y, at, start > 0)
 
 
 @kernel(parallel=True)
