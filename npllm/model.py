@@ -101,6 +101,7 @@ class Model:
         self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
         self._xp = array_namespace(params.embed_tokens)
         self._frequencies = lru_cache(maxsize=4)(self._compute_frequencies)
+        self._rules = [self.mask_rule(layer) for layer in range(config.num_hidden_layers)]
 
     def __call__(self, input_ids, *, attention_mask=None, position_ids=None, cache=None, logits_to_keep=0, tap=None):
         """Score every possible next token after each given token; of a classifier, score its classes.
@@ -186,7 +187,7 @@ class Model:
     def _run(self, ids, positions, valid, choice, cache, tap):
         """Send tokens through all layers at once."""
         cos, sin = self._rope_tables(positions, choice)
-        rules = [self.mask_rule(layer) for layer in range(self.config.num_hidden_layers)]
+        rules = self._rules
         if not valid.all():
             padding = _ops.mask.padding(asarray(valid, self._xp))
             rules = [rule & padding for rule in rules]

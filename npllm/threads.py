@@ -15,6 +15,8 @@ from threadpoolctl import ThreadpoolController
 
 __all__ = ["n_threads", "run_blocks", "scratch"]
 
+KEPT = 2**26  # bytes of the largest buffer that outlives its use
+
 _lock = threading.Lock()
 _users = 0
 _limit: contextlib.AbstractContextManager | None = None
@@ -100,9 +102,15 @@ def run_blocks(function, blocks):
 
 
 def scratch(name, shape, dtype):
-    """Lend a buffer of this thread's own, not cleared; it is valid until the thread asks for `name` again."""
+    """Lend a buffer of this thread's own, not cleared; it is valid until the thread asks for `name` again.
+
+    A new array costs the time in which the system clears its pages; one of more than KEPT bytes is new each time all the same, so
+    that the longest input ever seen does not occupy memory for good.
+    """
     buffers = _local.__dict__.setdefault("buffers", {})
     size = prod(shape)
+    if size * np.dtype(dtype).itemsize > KEPT:
+        return np.empty(shape, dtype)
     if name not in buffers or buffers[name].size < size or buffers[name].dtype != dtype:
         buffers[name] = np.empty(size, dtype)
     return buffers[name][:size].reshape(shape)

@@ -117,6 +117,18 @@ def test_swiglu_where_the_exponential_would_overflow(fast):
               ops.norm_swiglu(small.astype(np.float64), np.full(7, 1e4), EPS, both.astype(np.float64)), dtype="float32")
 
 
+@each_set
+@given(**SIZES, biased=st.booleans())
+def test_mlp_block(fast, n, d_in, d_out, dtype, seed, biased):
+    x, gain, before = normal((2, n, d_in), seed), normal(d_in, seed + 3, dtype), normal((2, n, d_in), seed)
+    both, down = weight_of(2 * d_out, d_in, seed + 1, dtype) / dtype(8), weight_of(d_in, d_out, seed + 2, dtype) / dtype(8)
+    biases = (normal(2 * d_out, seed + 4, dtype), normal(d_in, seed + 5, dtype)) if biased else (None, None)
+    wide = [None if a is None else a.astype(np.float64) for a in (x, gain, both, down, *biases)]
+    got = fast.mlp_block(x, gain, EPS, both.astype(dtype), down.astype(dtype), *biases)
+    assert got.dtype == np.float32 and (x == before).all()
+    close(got, ops.mlp_block(wide[0], wide[1], EPS, *wide[2:]), times=4, dtype="float32")
+
+
 # --------------------------------------------------------------------------------------------------------------- attention
 
 RULES = {"none": None, "causal": mask.causal(), "window": mask.sliding_window(5), "nothing": ~mask.causal() & mask.causal(),
@@ -162,6 +174,37 @@ def test_rope_attention_and_the_cache_it_leaves(fast, n_kv, group, d_half, d_pas
     for mine, theirs in zip(caches[0]._layers[0][:2], caches[1]._layers[0][:2], strict=True):
         first = caches[0]._layers[0][2]
         close(mine[:, :, : done - first], theirs[:, :, : done - first])
+
+
+@each_set
+@given(n_kv=st.integers(1, 3), group=st.integers(1, 3), d_half=st.integers(1, 20), n_batch=st.sampled_from([1, 2, 5, 13]),
+       steps=st.lists(st.integers(1, 7), min_size=1, max_size=4), window=st.sampled_from([None, 3]), by_row=st.booleans(),
+       padded=st.booleans(), dtype=st.sampled_from(STORED), biased=st.booleans(), seed=st.integers(0, 99))
+def test_attention_block_and_the_cache_it_leaves(fast, n_kv, group, d_half, n_batch, steps, window, by_row, padded, dtype, biased,
+                                                 seed):
+    n_head, d_head, d_model, n_all = n_kv * group, 2 * d_half, 2 * (seed % 20) + 2, sum(steps)
+    qkv_weight = weight_of((n_head + 2 * n_kv) * d_head, d_model, seed + 1, dtype)
+    gain, o_weight = normal(d_model, seed + 2, dtype), weight_of(d_model, n_head * d_head, seed + 3, dtype)
+    biases = (normal(len(qkv_weight), seed + 4, dtype), normal(d_model, seed + 5, dtype)) if biased else (None, None)
+    caches, done = [KVCache(n_batch, 3, 64, window) for _ in range(2)], 0
+    valid = np.random.default_rng(seed).random((n_batch, n_all)) > (0.4 if padded else -1)
+    rule = mask.causal() if window is None else mask.sliding_window(window)
+    for n in steps:
+        x, before = normal((n_batch, n, d_model), seed + done), normal((n_batch, n, d_model), seed + done)
+        positions = np.arange(done, done + n) + (np.arange(n_batch)[:, None] if by_row else 0)
+        tables = ops.rope_tables(positions, ops.rope_frequencies(2 * d_half))
+        seen = rule & mask.padding(valid[:, : done + n]) if padded else rule
+        got, want = (o.attention_block(x, gain, EPS, qkv_weight, o_weight, *tables, n_head, n_kv, *biases, mask=seen, cache=c, layer=2)
+                     for o, c in zip((fast, ops.reference), caches, strict=True))
+        close(got, want, times=4)
+        assert (x == before).all()
+        for c in caches:
+            assert [kept is None for kept in c._layers] == [True, True, False]
+            c.advance(np.zeros((n_batch, n), int), positions, valid[:, : done + n], np.zeros(n_batch, int))
+        done += n
+    for mine, theirs in zip(caches[0]._layers[2][:2], caches[1]._layers[2][:2], strict=True):
+        first = caches[0]._layers[2][2]
+        close(mine[:, :, : done - first], theirs[:, :, : done - first], times=4)
 
 
 # -------------------------------------------------------------------------------------------------------------- whole models
@@ -253,6 +296,15 @@ def test_nan_in_a_weight_reaches_the_logits(fast):
         assert np.isnan(m(random_ids(1, n))).all()
 
 
+def block(o, **changes):
+    """Call `attention_block` with one token of two heads of four channels, some arguments changed."""
+    arguments = {"x": np.ones((1, 1, 4), np.float32), "norm_weight": np.ones(4, np.float32), "eps": EPS,
+                 "qkv_weight": np.ones((16, 4), np.float32), "o_weight": np.ones((4, 8), np.float32),
+                 "cos": np.ones((1, 4), np.float32), "sin": np.ones((1, 4), np.float32), "n_head": 2, "n_kv_head": 1,
+                 "cache": KVCache(1, 1, 8)}
+    return o.attention_block(**(arguments | changes))
+
+
 @pytest.mark.parametrize("call", [
     lambda o: o.linear(np.ones((2, 4), np.float32), np.ones((3, 5), np.float32)),
     lambda o: o.linear(np.ones((2, 4)), np.ones((3, 4), np.int32)),
@@ -265,7 +317,17 @@ def test_nan_in_a_weight_reaches_the_logits(fast):
     lambda o: o.rope_attention(np.ones((1, 1, 15), np.float32), *np.ones((2, 1, 4), np.float32), 2, 1, cache=KVCache(1, 1, 8)),
     lambda o: o.rope_attention(np.ones((1, 2, 16), np.float32), *np.ones((2, 3, 4), np.float32), 2, 1, cache=KVCache(1, 1, 8)),
     lambda o: o.rope_attention(np.ones((1, 9, 16), np.float32), *np.ones((2, 9, 4), np.float32), 2, 1, cache=KVCache(1, 1, 8)),
-], ids=range(11))
+    lambda o: o.mlp_block(*[np.ones(shape, np.float32) for shape in ((1, 4), (4,), (), (6, 4), (4, 4))]),
+    lambda o: o.mlp_block(*[np.ones(shape, np.float32) for shape in ((1, 4), (4,), (), (6, 4), (5, 3))]),
+    lambda o: o.mlp_block(*[np.ones(shape, np.float32) for shape in ((1, 4), (4,), (), (5, 4), (4, 2))]),
+    lambda o: block(o, o_weight=np.ones((4, 9), np.float32)),
+    lambda o: block(o, o_weight=np.ones((5, 8), np.float32)),
+    lambda o: block(o, qkv_weight=np.ones((15, 4), np.float32)),
+    lambda o: block(o, qkv_weight="weight"),
+    lambda o: block(o, cos=np.ones((1, 6), np.float32)),
+    lambda o: block(o, cache=KVCache(1, 1, 0)),
+    lambda o: block(o, x=np.ones((2, 1, 4), np.float32)),
+], ids=range(21))
 def test_errors_are_those_of_the_definition(fast, call):
     with pytest.raises(NpllmError) as mine:
         call(fast)

@@ -81,11 +81,11 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
         n_key = min(KEYS, last - j)
         for p in range(n_panel):
             multiply(keys, j * (keys.strides[0] // 4), keys.strides[0] // 4, 1, n_key, q, p * d_head * columns, d_head, scores, 0,
-                     False)
+                     False, p * d_head * columns)
             hide(scores, n_key, start + p * columns, group, n_past - j, band)
             fold(scores, n_key, largest[p], sums[p], weighted[p])
             multiply(values, j * (values.strides[0] // 4), 1, values.strides[0] // 4, d_head, scores, 0, n_key, weighted,
-                     p * d_head * columns, True)
+                     p * d_head * columns, True, 0)
     for c in range(start, stop):
         p, k = (c - start) // columns, (c - start) % columns
         to = (h * group + c % group) * d_head

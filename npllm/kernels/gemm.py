@@ -34,18 +34,18 @@ def width():
 
 
 def packed(rows, gain, eps):
-    """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns], the last one filled up with zeros."""
+    """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns] in a buffer, the last filled up with zeros."""
     n, d = rows.shape
     columns = NARROW if n <= NARROW else width()
-    panels = np.empty((-(-n // columns), d, columns), np.float32)
+    panels = scratch("x panels", (-(-n // columns), d, columns), np.float32)
     pack_all(rows, gain, np.float32(eps), panels)
     return panels
 
 
 def product(panels, weight, scales):
-    """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns]."""
+    """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns] in a buffer."""
     d_out = len(weight)
-    y = np.empty((len(panels), -(-d_out // TALL) * TALL, panels.shape[2]), np.float32)
+    y = scratch("y panels", (len(panels), -(-d_out // TALL) * TALL, panels.shape[2]), np.float32)
     wide = scratch("band", (get_num_threads(), BAND, DEPTH), np.float32)
     multiply_all(weight, scales, panels, wide, y, np.zeros(1, np.int64))
     return y
@@ -152,6 +152,8 @@ def multiply_tile(m, w, row, step, panels, x, depth, y, at, more):
 def multiply_narrow(m, w, row, step, panels, x, depth, y, at, more):
     """As `multiply_tile` with 16 columns: twelve of sixteen registers hold sums."""
     a = b = c = d = e = f = splat(np.float32(0))
+    for r in range(TALL):
+        prefetch(y, at + r * NARROW)  # is read at the end
     for k in range(depth):
         v, j = load(panels, x + k * NARROW), w + k * step
         a, b = fma(splat(single(m, j)), v, a), fma(splat(single(m, j + row)), v, b)
@@ -166,14 +168,20 @@ def multiply_narrow(m, w, row, step, panels, x, depth, y, at, more):
 
 
 @kernel(nogil=True)
-def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more):
-    """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in `multiply_tile`, times a panel."""
+def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more, coming):
+    """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in `multiply_tile`, times a panel.
+
+    The part of a panel at `coming`, which the next call reads, is fetched meanwhile.
+    """
     columns = y.shape[y.ndim - 1]
     whole = n_row // TALL * TALL
+    share = depth * TALL // max(whole, 1) + 1  # channels to fetch during each tile
     for r in range(0, whole, TALL):
         if columns == WIDE:
             multiply_tile(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
         else:
+            for k in range(r // TALL * share, (r // TALL + 1) * share):
+                prefetch(panel, coming + k * NARROW)
             multiply_narrow(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
     for r in range(whole, n_row):
         for c in range(0, columns, LANES):
@@ -212,7 +220,8 @@ def multiply_band(weight, scales, panels, wide, y, first, stop):
             widen_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
         for p in range(len(panels)):
             x, at = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns
-            multiply(wide, 0, DEPTH, 1, n_tile * TALL, panels, x, depth, y, at, start > 0)
+            coming = ((p + 1) % len(panels) * d_in + start) * columns
+            multiply(wide, 0, DEPTH, 1, n_tile * TALL, panels, x, depth, y, at, start > 0, coming)
 
 
 @kernel(parallel=True)

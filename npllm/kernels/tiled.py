@@ -95,9 +95,13 @@ def dot(a, b, name):
 
 def fits_linear(x, weight, bias=None):
     """Tell whether a product is one that the kernels are made for; the definition does the others, and raises the errors."""
-    return (is_float32(x) and type(weight) is np.ndarray and weight.ndim == 2 and weight.flags.c_contiguous and x.size > 0
-            and weight.dtype in STORED and x.shape[-1] == weight.shape[1] and weight.shape[1] % 2 == 0 and len(weight) > 0
-            and fits_bias(bias, weight))
+    return is_float32(x) and x.size > 0 and fits_weight(weight, x.shape[-1], bias)
+
+
+def fits_weight(weight, d_in, bias=None):
+    """Tell whether a weight is one that the kernels are made for."""
+    return (type(weight) is np.ndarray and weight.ndim == 2 and weight.flags.c_contiguous and weight.dtype in STORED
+            and weight.shape[1] == d_in and d_in % 2 == 0 and len(weight) > 0 and fits_bias(bias, weight))
 
 
 def fits_bias(bias, weight):
@@ -105,13 +109,14 @@ def fits_bias(bias, weight):
     return bias is None or (type(bias) is np.ndarray and bias.shape == weight.shape[:1] and bias.dtype in STORED)
 
 
+FLOAT32 = np.dtype(np.float32)
 STORED = frozenset(DTYPES[name] for name in ("bfloat16", "float16", "float32"))
 
 
 def is_float32(*arrays):
     """Tell whether all are NumPy arrays of float32 with at least one axis."""
     for x in arrays:  # called for every operation: a generator would take as long as the check itself
-        if type(x) is not np.ndarray or x.dtype != np.float32 or x.ndim == 0:
+        if type(x) is not np.ndarray or x.dtype != FLOAT32 or x.ndim == 0:
             return False
     return True
 

@@ -73,11 +73,10 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
     if tap is not None:
         return _traced_layer(x, params, config, cos, sin, mask, ops, cache, number, tap)
     n_head, n_kv_head, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
-    qkv = ops.norm_linear(x, params.input_layernorm, eps, params.qkv_proj, params.qkv_bias)
-    y = ops.rope_attention(qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=number)
-    x = ops.linear_add(y, params.o_proj, x, params.o_bias)
-    y = ops.norm_swiglu(x, params.post_attention_layernorm, eps, params.gate_up_proj, params.gate_up_bias)
-    return ops.linear_add(y, params.down_proj, x, params.down_bias)
+    x = ops.attention_block(x, params.input_layernorm, eps, params.qkv_proj, params.o_proj, cos, sin, n_head, n_kv_head,
+                            params.qkv_bias, params.o_bias, mask=mask, cache=cache, layer=number)
+    return ops.mlp_block(x, params.post_attention_layernorm, eps, params.gate_up_proj, params.down_proj, params.gate_up_bias,
+                         params.down_bias)
 
 
 def _traced_layer(x, params, config, cos, sin, mask, ops, cache, number, tap):

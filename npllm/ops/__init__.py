@@ -29,7 +29,16 @@ from npllm.ops.frequencies import (
     yarn_frequencies,
     yarn_scale,
 )
-from npllm.ops.fusions import COMPOSITIONS, FUSIONS, linear_add, norm_linear, norm_swiglu, rope_attention
+from npllm.ops.fusions import (
+    COMPOSITIONS,
+    FUSIONS,
+    attention_block,
+    linear_add,
+    mlp_block,
+    norm_linear,
+    norm_swiglu,
+    rope_attention,
+)
 from npllm.ops.linear import linear, mean_pool_kv_heads, merge_heads, split_heads
 from npllm.ops.norm import layer_norm, rms_norm
 from npllm.ops.residual import add
@@ -38,13 +47,13 @@ from npllm.ops.sampling import greedy, log_softmax, min_p, repetition_penalty, s
 from npllm.ops.special import erf
 
 __all__ = [
-    "Ops", "add", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_io",
-    "attention_weights", "blockwise", "blockwise_attention", "dynamic_base", "embed", "emulate", "erf", "gelu",
-    "greedy", "layer_norm", "linear", "linear_add", "linear_frequencies", "llama3_frequencies", "log_softmax",
-    "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "norm_linear",
-    "norm_swiglu", "reference", "relu", "repetition_penalty", "rms_norm", "rope_attention", "rope_frequencies",
-    "rope_tables", "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads",
-    "split_kv_attention", "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
+    "Ops", "add", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_block", "attention_io",
+    "attention_weights", "blockwise", "blockwise_attention", "dynamic_base", "embed", "emulate", "erf", "gelu", "greedy",
+    "layer_norm", "linear", "linear_add", "linear_frequencies", "llama3_frequencies", "log_softmax", "longrope_scale",
+    "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "mlp_block", "norm_linear", "norm_swiglu",
+    "reference", "relu", "repetition_penalty", "rms_norm", "rope_attention", "rope_frequencies", "rope_tables",
+    "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads", "split_kv_attention", "swiglu",
+    "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
 ]
 
 
@@ -70,6 +79,8 @@ class Ops:
     norm_swiglu: Callable | None = None
     linear_add: Callable | None = None
     rope_attention: Callable | None = None
+    attention_block: Callable | None = None
+    mlp_block: Callable | None = None
     name: str = "custom"
 
     def __post_init__(self):

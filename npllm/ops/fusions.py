@@ -14,7 +14,7 @@ from npllm.ops.norm import rms_norm
 from npllm.ops.residual import add
 from npllm.ops.rope import apply_rope
 
-__all__ = ["FUSIONS", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
+__all__ = ["FUSIONS", "attention_block", "linear_add", "mlp_block", "norm_linear", "norm_swiglu", "rope_attention"]
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None):
@@ -151,6 +151,87 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, l
     return compose_rope_attention(_DEFINITIONS, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
 
 
+def attention_block(x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias=None, o_bias=None, *,
+                    mask=None, cache=None, layer=0):
+    """Compute the first half of a decoder layer: a fusion, defined as the composition of its parts.
+
+        qkv = norm_linear(x, norm_weight, eps, qkv_weight, qkv_bias)
+        y = linear_add(rope_attention(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer), o_weight, x, o_bias)
+
+    Parameters
+    ----------
+    x : array [..., n_seq, d_model]
+        The residual stream.
+    norm_weight : array [d_model]
+        `input_layernorm`.
+    eps : float
+    qkv_weight : array [(n_head+2*n_kv_head)*d_head, d_model]
+        `qkv_proj`: the rows of all query heads, then the key heads, then the value heads.
+    o_weight : array [d_model, n_head*d_head]
+        `o_proj`.
+    cos, sin, n_head, n_kv_head, mask, cache, layer
+        As in `rope_attention`.
+    qkv_bias : array [(n_head+2*n_kv_head)*d_head], optional
+    o_bias : array [d_model], optional
+
+    Returns
+    -------
+    y : array [..., n_seq, d_model]
+        A new array in the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit, or the cache is full.
+
+    Notes
+    -----
+    Rounded to the dtype of `x` after each part.
+
+    Source: `Phi3DecoderLayer` in Transformers, `input_layernorm`, `self_attn` and the sum.
+    """
+    return _attention_block(_DEFINITIONS, x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias, o_bias,
+                            mask=mask, cache=cache, layer=layer)
+
+
+def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
+    """Compute the second half of a decoder layer: a fusion, defined as the composition of its parts.
+
+        y = linear_add(norm_swiglu(x, norm_weight, eps, gate_up_weight, gate_up_bias), down_weight, x, down_bias)
+
+    Parameters
+    ----------
+    x : array [..., d_model]
+        The residual stream.
+    norm_weight : array [d_model]
+        `post_attention_layernorm`.
+    eps : float
+    gate_up_weight : array [2*d_ff, d_model]
+        `gate_up_proj`: the rows of gate, then those of up.
+    down_weight : array [d_model, d_ff]
+        `down_proj`.
+    gate_up_bias : array [2*d_ff], optional
+    down_bias : array [d_model], optional
+
+    Returns
+    -------
+    y : array [..., d_model]
+        A new array in the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit.
+
+    Notes
+    -----
+    Rounded to the dtype of `x` after each part.
+
+    Source: `Phi3DecoderLayer` in Transformers, `post_attention_layernorm`, `mlp` and the sum.
+    """
+    return _mlp_block(_DEFINITIONS, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
+
+
 def cut_heads(qkv, n_head, n_kv_head):
     """Views of a projected row: q [..., n_head, n_seq, d_head], k and v [..., n_kv_head, n_seq, d_head]."""
     array_namespace(qkv)
@@ -185,11 +266,27 @@ def compose_rope_attention(parts, qkv, cos, sin, n_head, n_kv_head, *, mask=None
     return merge_heads(parts.attention(q, k, v, mask=mask, **slots))
 
 
+def _attention_block(parts, x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias=None, o_bias=None, *,
+                     mask=None, cache=None, layer=0):
+    qkv = parts.norm_linear(x, norm_weight, eps, qkv_weight, qkv_bias)
+    y = parts.rope_attention(qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
+    return parts.linear_add(y, o_weight, x, o_bias)
+
+
+def _mlp_block(parts, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
+    y = parts.norm_swiglu(x, norm_weight, eps, gate_up_weight, gate_up_bias)
+    return parts.linear_add(y, down_weight, x, down_bias)
+
+
 # What a fusion is composed by, and of what: whoever replaces a part gets the composition of the parts back.
 COMPOSITIONS = {"norm_linear": _norm_linear, "norm_swiglu": _norm_swiglu, "linear_add": _linear_add,
-                "rope_attention": compose_rope_attention}
+                "rope_attention": compose_rope_attention, "attention_block": _attention_block, "mlp_block": _mlp_block}
 FUSIONS = {"norm_linear": ("rms_norm", "linear"), "norm_swiglu": ("rms_norm", "linear", "norm_linear", "swiglu"),
            "linear_add": ("linear", "add"), "rope_attention": ("apply_rope", "attention")}
+FUSIONS["attention_block"] = tuple(dict.fromkeys((
+    "norm_linear", "rope_attention", "linear_add", *FUSIONS["norm_linear"], *FUSIONS["rope_attention"], *FUSIONS["linear_add"])))
+FUSIONS["mlp_block"] = tuple(dict.fromkeys(("norm_swiglu", "linear_add", *FUSIONS["norm_swiglu"], *FUSIONS["linear_add"])))
 
-_DEFINITIONS = SimpleNamespace(linear=linear, rms_norm=rms_norm, norm_linear=norm_linear, swiglu=swiglu, add=add,
-                               apply_rope=apply_rope, attention=attention)
+_DEFINITIONS = SimpleNamespace(linear=linear, rms_norm=rms_norm, norm_linear=norm_linear, norm_swiglu=norm_swiglu, swiglu=swiglu,
+                               add=add, linear_add=linear_add, apply_rope=apply_rope, attention=attention,
+                               rope_attention=rope_attention)
