@@ -105,6 +105,16 @@ def test_rows(fast, n, d, seed, scale):
 
 
 @each_set
+@given(shape=st.lists(st.integers(1, 30), min_size=1, max_size=3), scale=st.sampled_from([1e-4, 1, 100]),
+       approximate=st.sampled_from(["none", "tanh"]), seed=st.integers(0, 99))
+def test_gelu(fast, shape, scale, approximate, seed):
+    x = (normal(shape, seed) * scale).astype(np.float32)
+    other = np.moveaxis(x, 0, -1)  # not contiguous
+    for a in (x, other):
+        close(fast.gelu(a, approximate), ops.gelu(a, approximate), times=0.1)
+
+
+@each_set
 def test_swiglu_where_the_exponential_would_overflow(fast):
     gate = np.array([[-1e4, -200.0, -90.0, -88.0, 0.0, 90.0, 1e4, 3e38] * 4], np.float32)
     for n in (1, 20):
@@ -313,6 +323,7 @@ def block(o, **changes):
     lambda o: o.norm_swiglu(np.ones((2, 4), np.float32), np.ones(4, np.float32), EPS, np.ones((4, 5), np.float32)),
     lambda o: o.linear_add(np.ones((2, 4), np.float32), np.ones((3, 4), np.float32), np.ones((2, 4), np.float32)),
     lambda o: o.swiglu(np.ones((2, 4), np.float32), np.ones((2, 5), np.float32)),
+    lambda o: o.gelu(np.ones((2, 4), np.float32), "erf"),
     lambda o: o.attention(*(np.ones((n, 2, 4), np.float32) for n in (3, 2, 2))),
     lambda o: o.rope_attention(np.ones((1, 1, 15), np.float32), *np.ones((2, 1, 4), np.float32), 2, 1, cache=KVCache(1, 1, 8)),
     lambda o: o.rope_attention(np.ones((1, 2, 16), np.float32), *np.ones((2, 3, 4), np.float32), 2, 1, cache=KVCache(1, 1, 8)),
@@ -327,7 +338,7 @@ def block(o, **changes):
     lambda o: block(o, cos=np.ones((1, 6), np.float32)),
     lambda o: block(o, cache=KVCache(1, 1, 0)),
     lambda o: block(o, x=np.ones((2, 1, 4), np.float32)),
-], ids=range(21))
+], ids=range(22))
 def test_errors_are_those_of_the_definition(fast, call):
     with pytest.raises(NpllmError) as mine:
         call(fast)

@@ -5,11 +5,11 @@ in `attention`.  All run on Numba's threads; what they are not made for (a mask 
 blocks and the threads of `tiled`.
 """
 
+import math
 from dataclasses import replace
-from math import prod
 
 import numpy as np
-from numba import get_num_threads
+from numba import get_num_threads, prange
 
 from npllm import ops
 from npllm.arrays import DTYPES
@@ -18,13 +18,16 @@ from npllm.int8 import GROUP, Int8Weight, quantize
 from npllm.kernels import gemm, tiled
 from npllm.kernels.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
 from npllm.kernels.gemv import FEW_ROWS, add_product, attention_step, gate_all, gated_product, mlp_step
+from npllm.kernels.simd import kernel
 from npllm.kernels.tiled import TILED
 from npllm.ops.fusions import COMPOSITIONS, cut_heads
 from npllm.ops.mask import causal
 from npllm.ops.mask.rule import ALL, FAR
 from npllm.threads import run_blocks, scratch
 
-__all__ = ["COMPILED", "attention_block", "linear", "linear_add", "mlp_block", "norm_linear", "norm_swiglu", "rope_attention"]
+__all__ = [
+    "COMPILED", "attention_block", "gelu", "linear", "linear_add", "mlp_block", "norm_linear", "norm_swiglu", "rope_attention",
+]
 
 NOTHING, NO_SCALES = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
 BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
@@ -154,6 +157,26 @@ def fits_weight(weight, d_in, bias=None):
     return tiled.fits_weight(weight, d_in, bias)
 
 
+# --------------------------------------------------------------------------------------------------------------- activation
+
+
+def gelu(x, approximate="none"):
+    """Compute `npllm.ops.gelu`; the exact form in float64 on all threads."""
+    if not (tiled.is_float32(x) and approximate == "none" and x.size > 0):
+        return ops.gelu(x, approximate)
+    y = np.empty(x.shape, np.float32)
+    gelu_all(np.ascontiguousarray(x).reshape(-1), y.reshape(-1))
+    return y
+
+
+@kernel(parallel=True)
+def gelu_all(x, y):
+    """Compute y = x * (1 + erf(x / sqrt(2))) / 2."""
+    for i in prange(len(x)):
+        wide = np.float64(x[i])
+        y[i] = wide * (1 + math.erf(wide * 0.5**0.5)) / 2
+
+
 # ---------------------------------------------------------------------------------------------------------------- attention
 
 
@@ -180,7 +203,7 @@ def one_token(cos, sin, n_batch, n_kv_head, d_head, mask, cache, layer):
 def fits_rope(shape, cos, sin, n_head, n_kv_head):
     """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq, (n_head+2*n_kv_head)*d_head]."""
     n_all = n_head + 2 * n_kv_head
-    return (tiled.is_float32(cos, sin) and len(shape) == 3 and prod(shape) > 0 and shape[-1] % n_all == 0
+    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0 and shape[-1] % n_all == 0
             and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == shape[1]
             and cos.shape[-1] % 2 == 0 and cos.shape[-1] <= shape[-1] // n_all
             and (cos.ndim == 2 or cos.shape[0] in (1, shape[0])))
@@ -262,7 +285,7 @@ def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=Non
     return biased(y, down_bias).reshape(x.shape)
 
 
-COMPILED = replace(TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add,
+COMPILED = replace(TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add, gelu=gelu,
                    rope_attention=rope_attention, attention_block=attention_block, mlp_block=mlp_block, name="compiled")
 
 
