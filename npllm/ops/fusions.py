@@ -169,10 +169,12 @@ def attention_block(x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head,
         `qkv_proj`: the rows of all query heads, then the key heads, then the value heads.
     o_weight : array [d_model, n_head*d_head]
         `o_proj`.
-    cos, sin, n_head, n_kv_head, mask, cache, layer
+    cos, sin, n_head, n_kv_head
         As in `rope_attention`.
     qkv_bias : array [(n_head+2*n_kv_head)*d_head], optional
     o_bias : array [d_model], optional
+    mask, cache, layer
+        As in `rope_attention`.
 
     Returns
     -------
