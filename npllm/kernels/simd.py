@@ -9,7 +9,6 @@ An array of 16-bit floats comes as its bits (Numba knows neither type): uint16 s
 """
 
 import contextlib
-import functools
 import importlib
 import os
 import time
@@ -45,16 +44,6 @@ _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 SOURCES = sorted((path.name, path.stat().st_mtime, path.stat().st_size) for path in Path(__file__).parent.glob("*.py"))
 
 
-@functools.cache
-def drop_stale(folder):
-    """Delete compiled code from before the last change of a source: it would never be used again."""
-    newest = max(changed for _, changed, _ in SOURCES)
-    for path in Path(folder).glob("*.nb[ci]"):
-        with contextlib.suppress(OSError):  # another process is as quick
-            if path.stat().st_mtime < newest < time.time():
-                path.unlink()
-
-
 def kernel(**options):
     """Compile a function with Numba when it is first called, and keep the code for later processes.
 
@@ -65,7 +54,6 @@ def kernel(**options):
         compiled = njit(cache=True, **options)(function)
         file = getattr(compiled._cache, "_cache_file", None)
         if file is not None:
-            drop_stale(file._cache_path)
             own = f"{os.getpid()}-{time.time_ns()}-{{number:d}}"
             file._data_name_pattern = file._data_name_pattern.replace("{number:d}", own)
             file._source_stamp = file._source_stamp, *SOURCES  # kernels call each other across files
