@@ -1,6 +1,9 @@
 """Every kernel against the definition whose place it takes, in both sets: values, signatures, errors, and what it hands back."""
 
 import inspect
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import fields
 
@@ -409,3 +412,28 @@ def test_the_exponential_is_exact_to_two_units_in_the_last_place():
     edge = np.array([-np.inf, -200, -87.4, -0.0, np.nan] * 16, np.float32)
     exponentials(edge, np.float32(0))
     assert (edge[:3] == 0).all() and edge[3] == 1 and np.isnan(edge[4])
+
+
+KERNELS = """
+from numba import prange
+from npllm.kernels.simd import kernel
+
+@kernel(parallel=True)
+def inner(x):
+    for i in prange(len(x)):
+        x[i] += 1
+
+@kernel()
+def outer(x):
+    inner(x)
+"""
+
+
+@needs_numba
+def test_code_from_the_cache_finds_its_threads_whichever_kernel_is_called_first(tmp_path):
+    (tmp_path / "kernels_of_a_test.py").write_text(KERNELS, encoding="utf-8")
+    for name in ("inner", "outer", "outer"):  # compile one, compile the other around it, load only that one
+        script = f"import numpy, kernels_of_a_test as k; x = numpy.zeros(64); k.{name}(x); assert (x == 1).all()"
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
+        assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from llvmlite import ir
-from numba import njit, types
+from numba import get_num_threads, njit, types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
@@ -26,17 +26,22 @@ __all__ = ["LANES", "divide", "exp", "fma", "is_int8", "kernel", "load", "load_p
 SPINS = "30000"  # about a tenth of a millisecond: longer than the Python between two kernels takes
 
 
-def _load_openmp():
-    """Load OpenMP with threads that soon stop spinning when they have nothing to do: its own choice takes cores from others."""
+def _start_threads():
+    """Start OpenMP's threads, which soon stop spinning when they have nothing to do: their own choice takes cores from others.
+
+    Numba starts them where it compiles or loads a parallel function, but not where it loads another that calls one: that one would
+    end in a segmentation fault.
+    """
     before = os.environ.get("GOMP_SPINCOUNT")
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # is read when the library is loaded
     with contextlib.suppress(ImportError):  # another of Numba's threading layers then serves
         importlib.import_module("numba.np.ufunc.omppool")
+    get_num_threads()
     if before is None:
         del os.environ["GOMP_SPINCOUNT"]
 
 
-_load_openmp()
+_start_threads()
 
 LANES = 16
 _F32, _I32, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
