@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import fields
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -395,6 +396,14 @@ def test_scratch_of_one_thread_is_not_that_of_another():
     assert not np.shares_memory(mine, other[0]) and np.shares_memory(mine, threads.scratch("test", (2, 2), np.float32))
 
 
+def test_a_large_buffer_does_not_outlive_its_use(monkeypatch):
+    monkeypatch.setattr(threads, "KEPT", 64)
+    small, large = (threads.scratch("test of size", (n,), np.float32) for n in (16, 17))
+    assert large.shape == (17,) and not np.shares_memory(small, large)
+    assert np.shares_memory(small, threads.scratch("test of size", (16,), np.float32))
+    assert not np.shares_memory(large, threads.scratch("test of size", (17,), np.float32))
+
+
 # --------------------------------------------------------------------------------------------------------------- exponential
 
 
@@ -437,3 +446,35 @@ def test_code_from_the_cache_finds_its_threads_whichever_kernel_is_called_first(
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                               env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
         assert done.returncode == 0, done.stderr
+
+
+PREPARE = """
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+from tiny import model, random_ids
+from npllm import kernels
+from npllm.kernels import attention, compiled, gemm, gemv
+
+def compiled_so_far():
+    return {name: len(x.signatures) for part in (attention, compiled, gemm, gemv) for name, x in vars(part).items()
+            if isinstance(x, Dispatcher)}
+
+kernels.seconds_to_prepare(dtype)
+before, m = compiled_so_far(), model(ops=kernels.compiled_ops(), dtype=dtype)
+for x in (*m.params, *(x for layer in m.params.layers for x in layer)):
+    if isinstance(x, np.ndarray):
+        x.flags.writeable = False
+cache = m.new_cache()
+for n in (20, 1, 2, 1, 39, 1):  # at last the cache is full
+    m(random_ids(1, n), cache=cache)
+after = compiled_so_far()
+assert after == before and sum(after.values()) > 5, {name: n for name, n in after.items() if n != before[name]}
+"""
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_once_prepared_a_model_compiles_nothing_more(dtype):
+    done = subprocess.run([sys.executable, "-c", f"dtype = {dtype!r}" + PREPARE], cwd=Path(__file__).parent, capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr

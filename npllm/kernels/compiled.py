@@ -71,7 +71,7 @@ def multiplied(x, weight, gain, eps):
 
 
 def many_rows(x, weight, gain=NOTHING, eps=0.0):
-    """The product of many rows, normalised where there is a gain, in panels of 64 rows."""
+    """The product of many rows, normalised where there is a gain, as panels in a buffer."""
     return gemm.product(gemm.packed(x.reshape(-1, x.shape[-1]), bits(gain), eps), *stored(weight))
 
 
@@ -291,16 +291,19 @@ COMPILED = replace(TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=no
 
 def call_all(dtype):
     """Call every kernel once with small read-only weights, as a checkpoint's are, so that all of them are compiled."""
-    gain = np.zeros(64, DTYPES["bfloat16" if dtype == "int8" else dtype])
-    weight = quantize(np.zeros((64, 64))) if dtype == "int8" else np.zeros((64, 64), DTYPES[dtype])
-    gain.flags.writeable = False
-    if dtype != "int8":
-        weight.flags.writeable = False
+    def frozen(*shape):
+        x = np.zeros(shape, DTYPES["bfloat16" if dtype == "int8" else dtype])
+        x.flags.writeable = False
+        return x if dtype != "int8" or len(shape) == 1 else quantize(np.zeros(shape))
+
+    gain, square, qkv_proj, gate_up_proj = frozen(64), frozen(64, 64), frozen(192, 64), frozen(128, 64)
     for n in (1, 2, FEW_ROWS + 1):
         x = np.ones((1, n, 64), np.float32)
-        linear(x, weight)
-        linear_add(x, weight, np.ones((1, n, 64), np.float32))
-        norm_swiglu(x, gain, 0.0, weight)
-        qkv = norm_linear(x, gain, 0.0, weight)[..., :48]
+        linear(x, square)
+        linear_add(x, square, x)
+        norm_swiglu(x, gain, 0.0, gate_up_proj)
+        mlp_block(x, gain, 0.0, gate_up_proj, square)
         cos, sin = np.ones((2, n, 16), np.float32)
-        rope_attention(qkv, cos, sin, 1, 1, mask=causal(), cache=KVCache(1, 1, 64))
+        for room in (64, n):  # keys and values of a cache that is full are contiguous, which is another type to Numba
+            rope_attention(norm_linear(x, gain, 0.0, qkv_proj), cos, sin, 2, 2, mask=causal(), cache=KVCache(1, 1, room))
+            attention_block(x, gain, 0.0, qkv_proj, square, cos, sin, 2, 2, mask=causal(), cache=KVCache(1, 1, room))

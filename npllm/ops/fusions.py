@@ -284,10 +284,10 @@ def _mlp_block(parts, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_
 COMPOSITIONS = {"norm_linear": _norm_linear, "norm_swiglu": _norm_swiglu, "linear_add": _linear_add,
                 "rope_attention": compose_rope_attention, "attention_block": _attention_block, "mlp_block": _mlp_block}
 FUSIONS = {"norm_linear": ("rms_norm", "linear"), "norm_swiglu": ("rms_norm", "linear", "norm_linear", "swiglu"),
-           "linear_add": ("linear", "add"), "rope_attention": ("apply_rope", "attention")}
-FUSIONS["attention_block"] = tuple(dict.fromkeys((
-    "norm_linear", "rope_attention", "linear_add", *FUSIONS["norm_linear"], *FUSIONS["rope_attention"], *FUSIONS["linear_add"])))
-FUSIONS["mlp_block"] = tuple(dict.fromkeys(("norm_swiglu", "linear_add", *FUSIONS["norm_swiglu"], *FUSIONS["linear_add"])))
+           "linear_add": ("linear", "add"), "rope_attention": ("apply_rope", "attention"),
+           "attention_block": ("rms_norm", "linear", "norm_linear", "apply_rope", "attention", "rope_attention", "add",
+                               "linear_add"),
+           "mlp_block": ("rms_norm", "linear", "norm_linear", "swiglu", "norm_swiglu", "add", "linear_add")}
 
 _DEFINITIONS = SimpleNamespace(linear=linear, rms_norm=rms_norm, norm_linear=norm_linear, norm_swiglu=norm_swiglu, swiglu=swiglu,
                                add=add, linear_add=linear_add, apply_rope=apply_rope, attention=attention,
