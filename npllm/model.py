@@ -101,7 +101,7 @@ class Model:
         self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
         self._xp = array_namespace(params.embed_tokens)
         self._frequencies = lru_cache(maxsize=4)(self._compute_frequencies)
-        self._rules = [self.mask_rule(layer) for layer in range(config.num_hidden_layers)]
+        self._rules = list(mask) if isinstance(mask, list | tuple) else [self.mask_rule()] * config.num_hidden_layers
 
     def __call__(self, input_ids, *, attention_mask=None, position_ids=None, cache=None, logits_to_keep=0, tap=None):
         """Score every possible next token after each given token; of a classifier, score its classes.
@@ -190,7 +190,8 @@ class Model:
         rules = self._rules
         if not valid.all():
             padding = _ops.mask.padding(asarray(valid, self._xp))
-            rules = [rule & padding for rule in rules]
+            both = {rule: rule & padding for rule in set(rules)}
+            rules = [both[rule] for rule in rules]
         hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rules, self.ops, cache, tap)
         if cache is not None:
             cache.advance(ids, positions, valid, choice)

@@ -101,7 +101,7 @@ def _summary(runs, n_step, limits):
 
 
 def timed_ops(ops, cuda=None):
-    """Wrap a set of ops so that it times and counts each call; halves of a layer are taken apart, other fusions stay whole.
+    """Wrap a set of ops so that it times and counts each call; layers and their halves are taken apart, other fusions stay whole.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def timed_ops(ops, cuda=None):
 
     names = [field.name for field in fields(ops) if field.name != "name"]
     composed = {name for name in COMPOSITIONS if getattr(getattr(ops, name), "func", None) is COMPOSITIONS[name]}
-    composed |= {"attention_block", "mlp_block"}  # each product is to have a row of its own
+    composed |= {"attention_block", "mlp_block", "decoder_layers"}  # each product is to have a row of its own
     wrapped = {name: None if name in composed else wrap(name, getattr(ops, name)) for name in names}
     return replace(ops, **wrapped), calls
 

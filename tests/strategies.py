@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from npllm import ops
+from npllm.checkpoint import LayerParams
 from npllm.ops import mask
 
 FLOATS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16"), "float32": np.dtype("float32"),
@@ -223,7 +224,9 @@ def documented_calls(draw, op, dtype=None):
     axis, arguments = draw(axis_sizes()), {}
     dtype = draw(compute_dtypes) if dtype is None else dtype
     for entry in documented(op, "Parameters"):
-        if entry.axes is None:
+        if "LayerParams" in entry.type:
+            arguments[entry.name] = tuple(draw(layer_params(axis, dtype)) for _ in range(2))
+        elif entry.axes is None:
             if entry.name in axis:
                 arguments[entry.name] = axis[entry.name]
             elif entry.name in SCALARS and draw(st.booleans() if _has_default(op, entry.name) else st.just(True)):
@@ -233,6 +236,16 @@ def documented_calls(draw, op, dtype=None):
             arguments[entry.name] = (rng.integers(0, 2, shape) if entry.kind == "integer" else rng.random(shape) < 0.5 if entry.kind == "bool"
                                      else rng.random(shape).astype(dtype))
     return arguments, axis
+
+
+@st.composite
+def layer_params(draw, axis, dtype):
+    """Draw the weights of a layer in the shapes that stand beside its fields; biases or not."""
+    shapes = re.findall(r"^    (\w+): Array( \| None = None)?  # \[(.*?)\]", inspect.getsource(LayerParams), re.MULTILINE)
+    assert [name for name, *_ in shapes] == list(LayerParams._fields)
+    rng, biased = np.random.default_rng(draw(seeds)), draw(st.booleans())
+    return LayerParams(**{name: rng.random(shape_of(axes.split(", "), axis)).astype(dtype)
+                          for name, optional, axes in shapes if biased or not optional})
 
 
 def _has_default(op, name):

@@ -1,10 +1,12 @@
 """Every kernel against the definition whose place it takes, in both sets: values, signatures, errors, and what it hands back."""
 
+import gc
 import inspect
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from tiny import model, random_ids
 
 from npllm import NpllmError, kernels, ops, threads
 from npllm.cache import KVCache
+from npllm.checkpoint import LayerParams
+from npllm.int8 import quantize
 from npllm.kernels import tiled
 from npllm.ops import mask
 
@@ -26,6 +30,8 @@ STORED = (ml_dtypes.bfloat16, np.float16, np.float32)
 EPS = 1e-5
 SETS = {"tiled": kernels.tiled_ops(), "compiled": kernels.compiled_ops()}
 NAMES = [field.name for field in fields(ops.Ops) if field.name != "name"]
+
+needs_numba = pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
 
 
 @pytest.fixture(params=SETS)
@@ -221,6 +227,112 @@ def test_attention_block_and_the_cache_it_leaves(fast, n_kv, group, d_half, n_ba
         close(mine[:, :, : done - first], theirs[:, :, : done - first], times=4)
 
 
+# ------------------------------------------------------------------------------------------------------------- all layers
+
+HEADS = (4, 2)  # n_head, n_kv_head; d_head is 8, d_model 24, d_ff 40
+
+
+def a_layer(seed, dtype=np.float32, biased=False):
+    """A layer's weights; dtype "int8": in 8 bits, d_model and d_ff 64."""
+    d_model, d_ff, stored = (64, 64, np.float32) if dtype == "int8" else (24, 40, dtype)
+    sizes = [(d_model,), (64, d_model), (d_model, 32), (d_model,), (2 * d_ff, d_model), (d_model, d_ff)]
+    if dtype == "int8":
+        sizes[1:3] = (128, d_model), (d_model, 64)
+    weights = [normal(size, seed + n, stored) / stored(1 if len(size) == 1 else 6) for n, size in enumerate(sizes)]
+    weights = [quantize(w) if dtype == "int8" and w.ndim == 2 else w.astype(stored) for w in weights]
+    biases = [normal(weights[n].shape[0], seed + n, stored) for n in (1, 2, 4, 5)] if biased else [None] * 4
+    return LayerParams(*weights, *biases)
+
+
+def through(o, layers, cache, n_seq=1, seed=0, masks="causal", layer=0):
+    """Send tokens of every sequence of a cache through layers, and count them as seen."""
+    n_batch, d_model = cache.n_batch, len(layers[0].input_layernorm)
+    slots = np.arange(cache.n_ctx, cache.n_ctx + n_seq)
+    cos, sin = ops.rope_tables(slots, ops.rope_frequencies(8))
+    masks = [mask.causal()] * len(layers) if masks == "causal" else masks
+    y = o.decoder_layers(normal((n_batch, n_seq, d_model), seed), layers, EPS, cos, sin, *HEADS, masks=masks, cache=cache, layer=layer)
+    cache.advance(np.zeros((n_batch, n_seq), int), slots, np.ones((n_batch, slots[-1] + 1), bool), np.zeros(n_batch, int))
+    return y
+
+
+@pytest.fixture
+def steps_of_all_layers(monkeypatch):
+    """Calls of the one kernel for all layers: a list of their numbers of layers."""
+    from npllm.kernels import compiled
+
+    calls, kernel = [], compiled.layers_step
+    monkeypatch.setattr(compiled, "layers_step", lambda x, first, table, *rest: (calls.append(len(table)), kernel(x, first, table, *rest)))
+    return calls
+
+
+@each_set
+@given(n_layer=st.integers(1, 4), n_batch=st.sampled_from([1, 2, 5, 13]), steps=st.lists(st.sampled_from([1, 1, 1, 2, 7, 70]), min_size=2, max_size=5),
+       window=st.sampled_from([None, 3]), dtype=st.sampled_from([*STORED, "int8"]), biased=st.booleans(), place=st.integers(0, 2),
+       seed=st.integers(0, 99))
+def test_decoder_layers_and_the_cache_they_leave(fast, n_layer, n_batch, steps, window, dtype, biased, place, seed):
+    layers = tuple(a_layer(seed + 10 * n, dtype, biased) for n in range(n_layer))
+    masks = [mask.causal() if window is None else mask.sliding_window(window)] * n_layer
+    caches = [KVCache(n_batch, 6, 400, window) for _ in range(2)]
+    for n in steps:
+        got, want = (through(o, layers, c, n, seed + n, masks, place) for o, c in zip((fast, ops.reference), caches, strict=True))
+        close(got, want, times=8)
+    for mine, theirs in zip(*(cache._layers for cache in caches), strict=True):
+        assert (mine is None) == (theirs is None)
+        for x, y in zip(mine[:2], theirs[:2], strict=True) if mine else ():
+            used = sum(steps) - mine[2]
+            close(x[:, :, :used], y[:, :, :used], times=8)
+
+
+@needs_numba
+def test_one_token_takes_one_kernel_where_the_layers_are_alike(steps_of_all_layers):
+    fast, layers, rule = SETS["compiled"], tuple(a_layer(10 * n) for n in range(3)), mask.causal()
+    other = layers[1]._replace(down_proj=layers[1].down_proj.astype(np.float16))
+    wide = layers[1]._replace(gate_up_proj=normal((60, 24), 0), down_proj=normal((24, 30), 1))
+    strided = layers[1]._replace(o_proj=np.asfortranarray(layers[1].o_proj))
+    biased = layers[1]._replace(qkv_bias=normal(64, 5))
+    odd = [rule, mask.sliding_window(2), rule]
+    cases = [(layers, [rule] * 3, 3), (layers, None, 3), (list(layers), [rule] * 3, 0), (layers, odd, 0), (layers, [mask.causal() for _ in range(3)], 0)]
+    cases += [((layers[0], changed, layers[2]), [rule] * 3, 0) for changed in (other, wide, strided, biased)]
+    for own, masks, n in cases:
+        caches = KVCache(2, 3, 64), KVCache(2, 3, 64)
+        for n_seq in (4, 1):
+            steps_of_all_layers.clear()
+            got, want = (through(o, own, c, n_seq, masks=masks) for o, c in zip((fast, ops.reference), caches, strict=True))
+            close(got, want, times=8)
+        assert steps_of_all_layers == ([n] if n else [])
+
+
+@needs_numba
+def test_a_cache_that_sees_other_layers_reads_their_weights(steps_of_all_layers):
+    fast, cache, plain = SETS["compiled"], KVCache(1, 2, 64), KVCache(1, 2, 64)
+    first = tuple(a_layer(10 * n) for n in range(2))
+    for step, layers in enumerate((first, first, tuple(a_layer(10 * n + 1) for n in range(2)), first, (first[1], first[0]))):
+        close(through(fast, layers, cache, seed=step), through(ops.reference, layers, plain, seed=step), times=8)
+    assert steps_of_all_layers == [2] * 5
+
+
+@needs_numba
+def test_layers_whose_caches_have_grown_apart_go_one_by_one(steps_of_all_layers):
+    fast, layers = SETS["compiled"], tuple(a_layer(10 * n) for n in range(2))
+    cache, plain = KVCache(1, 2, 400), KVCache(1, 2, 400)
+    for c in (cache, plain):
+        through(ops.reference, layers, c, 10)
+    room = np.empty((1, 2, 100, 8), np.float32)
+    cache.extend(0, room, room)  # as a pass of a hundred tokens does that fails in its second layer
+    close(through(fast, layers, cache), through(ops.reference, layers, plain), times=8)
+    assert steps_of_all_layers == []
+
+
+@needs_numba
+def test_weights_are_given_up_with_the_cache():
+    layers, cache = tuple(a_layer(10 * n) for n in range(2)), KVCache(1, 2, 64)
+    through(SETS["compiled"], layers, cache)
+    weight = weakref.ref(layers[1].down_proj)
+    del layers, cache
+    gc.collect()
+    assert weight() is None
+
+
 # -------------------------------------------------------------------------------------------------------------- whole models
 
 
@@ -235,17 +347,14 @@ def test_a_model_gives_the_logits_of_the_definitions(fast, changes, dtype):
         close(m(part, cache=cache), plain(part, cache=other), times=4)
 
 
-needs_numba = pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
-
-
 @needs_numba
 @pytest.mark.parametrize("dtype", STORED)
 def test_on_a_processor_without_fma_many_rows_go_to_blas(monkeypatch, dtype):
-    from npllm.kernels import compiled, gemm
+    from npllm.kernels import gemm, parts
 
     monkeypatch.setattr(gemm, "width", lambda: 0)
     monkeypatch.setattr(gemm, "product", lambda *_: pytest.fail("the panels were used"))
-    monkeypatch.setattr(compiled, "attend_many", lambda *_: pytest.fail("the panels were used"))
+    monkeypatch.setattr(parts, "attend_many", lambda *_: pytest.fail("the panels were used"))
     ids, m = random_ids(2, 23), model(ops=SETS["compiled"], dtype=dtype)
     close(m(ids, cache=m.new_cache(2)), model(ops=ops.reference, dtype=dtype)(ids), times=4)
 
@@ -342,7 +451,12 @@ def block(o, **changes):
     lambda o: block(o, cos=np.ones((1, 6), np.float32)),
     lambda o: block(o, cache=KVCache(1, 1, 0)),
     lambda o: block(o, x=np.ones((2, 1, 4), np.float32)),
-], ids=range(22))
+    lambda o: through(o, (a_layer(0),), KVCache(1, 1, 0)),
+    lambda o: through(o, (a_layer(0), a_layer(1)), KVCache(1, 2, 9), masks=[None]),
+    lambda o: through(o, (a_layer(0), a_layer(1)._replace(o_proj=np.ones((24, 33), np.float32))), KVCache(1, 2, 9)),
+    lambda o: through(o, (a_layer(0), a_layer(1)._replace(down_proj=np.ones((23, 40), np.float32))), KVCache(1, 2, 9)),
+    lambda o: through(o, (a_layer(0)._replace(input_layernorm=np.ones(24, int)), a_layer(1)), KVCache(1, 2, 9)),
+], ids=range(27))
 def test_errors_are_those_of_the_definition(fast, call):
     with pytest.raises(NpllmError) as mine:
         call(fast)
@@ -453,10 +567,10 @@ import numpy as np
 from numba.core.dispatcher import Dispatcher
 from tiny import model, random_ids
 from npllm import kernels
-from npllm.kernels import attention, compiled, gemm, gemv
+from npllm.kernels import attention, compiled, gemm, gemv, parts
 
 def compiled_so_far():
-    return {name: len(x.signatures) for part in (attention, compiled, gemm, gemv) for name, x in vars(part).items()
+    return {name: len(x.signatures) for part in (attention, compiled, gemm, gemv, parts) for name, x in vars(part).items()
             if isinstance(x, Dispatcher)}
 
 kernels.seconds_to_prepare(dtype)

@@ -361,7 +361,7 @@ def test_taps_name_the_residual_stream_and_what_is_added_to_it():
 
 CALLS_A_LAYER = {"norm_linear": 2, "rope_attention": 1, "linear_add": 2, "norm_swiglu": 1, "attention": 1, "apply_rope": 2,
                  "swiglu": 1, "add": 2, "rms_norm": 2, "linear": 4, "attention_block": 1, "mlp_block": 1}
-CALLS_A_RUN = {"embed": 1, "rope_tables": 1, "rms_norm": 1, "linear": 1}  # rms_norm: the final norm; linear: lm_head
+CALLS_A_RUN = {"embed": 1, "rope_tables": 1, "rms_norm": 1, "linear": 1, "decoder_layers": 1}  # rms_norm: the final norm; linear: lm_head
 
 
 @pytest.mark.parametrize("base", [ops.reference, ops.blockwise], ids=lambda base: base.name)

@@ -10,7 +10,8 @@ import pytest
 from close import close
 
 from npllm import ops
-from npllm.errors import NpllmTypeError
+from npllm.checkpoint import LayerParams
+from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.ops import Ops, blockwise, reference
 
 NAMES = [field.name for field in fields(Ops) if field.name != "name"]
@@ -24,7 +25,12 @@ CALLS = {"norm_linear": ARGUMENTS, "norm_swiglu": (*ARGUMENTS[:3], np.array([[1.
                              np.arange(8.0) / 2, np.array([0.5, -0.5])),
          "mlp_block": (*ARGUMENTS[:3], np.arange(12.0).reshape(6, 2) / 8, np.arange(6.0).reshape(2, 3) / 4, np.arange(6.0) / 2,
                        np.array([0.5, -0.5]))}
-TWICE = {("rope_attention", "apply_rope"), ("attention_block", "apply_rope"), ("attention_block", "linear"), ("mlp_block", "linear")}
+LAYER = LayerParams(*(CALLS["attention_block"][at] for at in (1, 3, 4)), *(CALLS["mlp_block"][at] for at in (1, 3, 4)),
+                    *CALLS["attention_block"][-2:], *CALLS["mlp_block"][-2:])
+CALLS["decoder_layers"] = (CALLS["attention_block"][0], (LAYER,), 1e-5, *CALLS["attention_block"][5:9])
+TWICE = {("rope_attention", "apply_rope"), ("attention_block", "apply_rope"), ("attention_block", "linear"), ("mlp_block", "linear"),
+         *(("decoder_layers", part) for part in ("rms_norm", "norm_linear", "apply_rope", "add", "linear_add"))}
+FOUR_TIMES = {("decoder_layers", "linear")}
 
 
 def counting(set_of_ops, *names):
@@ -97,7 +103,7 @@ def test_a_fusion_of_a_replaced_part_runs_that_part(fusion, part):
     fused = reference.replace(**{fusion: lambda *_: "fused"})
     new, counts = counting(fused, part)
     close(getattr(new, fusion)(*CALLS[fusion]), getattr(ops, fusion)(*CALLS[fusion]), times=0)
-    assert counts == {part: 2 if (fusion, part) in TWICE else 1}
+    assert counts == {part: 4 if (fusion, part) in FOUR_TIMES else 2 if (fusion, part) in TWICE else 1}
 
 
 def test_fusions_equal_the_mathematics_written_out():
@@ -131,6 +137,27 @@ def test_the_attention_block_hands_on_mask_cache_and_layer():
     spy = reference.replace(rope_attention=lambda qkv, *args, **options: seen.update(options) or ops.rope_attention(qkv, *args))
     spy.attention_block(*CALLS["attention_block"], mask="mask", cache="cache", layer=3)
     assert seen == {"mask": "mask", "cache": "cache", "layer": 3}
+
+
+def test_the_layers_run_one_after_the_other_each_with_its_own_mask_and_place():
+    x, (layer,), *rest = CALLS["decoder_layers"]
+    other = layer._replace(qkv_proj=-layer.qkv_proj, down_proj=2 * layer.down_proj)
+    want = x
+    for params in (layer, other):
+        want = ops.attention_block(want, params.input_layernorm, rest[0], params.qkv_proj, params.o_proj, *rest[1:], params.qkv_bias,
+                                   params.o_bias)
+        want = ops.mlp_block(want, params.post_attention_layernorm, rest[0], params.gate_up_proj, params.down_proj,
+                             params.gate_up_bias, params.down_bias)
+    close(ops.decoder_layers(x, (layer, other), *rest), want, times=0)
+    seen = []
+    spy = reference.replace(attention_block=lambda x, *_, **options: seen.append(options) or x)
+    spy.decoder_layers(x, (layer, other), *rest, masks=["first", "second"], cache="cache", layer=3)
+    assert seen == [{"mask": "first", "cache": "cache", "layer": 3}, {"mask": "second", "cache": "cache", "layer": 4}]
+
+
+def test_masks_that_are_not_as_many_as_layers_are_refused():
+    with pytest.raises(NpllmValueError, match="masks must hold one rule for each of 1 layers, got 2"):
+        ops.decoder_layers(*CALLS["decoder_layers"], masks=[None, None])
 
 
 def test_a_fusion_stays_where_none_of_its_parts_is_replaced():

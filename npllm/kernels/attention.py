@@ -35,23 +35,23 @@ def rotate(x, cos, sin, y):
 def attend_many(qkv, cos, sin, keys, values, n_head, band, panels, y, counter):
     """Write the keys and values of new tokens into the last columns, and attend; whichever thread is free takes the next task.
 
-    qkv [n_batch, n_seq, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch, n_seq, d_rope], keys and values [n_batch, n_kv_head,
-    n_ctx, d_head], the first n_ctx - n_seq filled; a query sees the keys at distances band[0] <= i - j < band[1]; panels [n_thread,
-    PANELS, d_head, columns] are room for queries; y [n_batch, n_seq, n_head*d_head].
+    qkv [n_batch, n_seq, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch, n_seq, d_rope], keys and values [n_ctx, n_batch,
+    n_kv_head, d_head], the first n_ctx - n_seq filled; a query sees the keys at distances band[0] <= i - j < band[1]; panels
+    [n_thread, PANELS, d_head, columns] are room for queries; y [n_batch, n_seq, n_head*d_head].
     """
-    n_batch, n_kv_head, n_ctx = keys.shape[:3]
+    n_ctx, n_batch, n_kv_head = keys.shape[:3]
     n_seq, group, columns = qkv.shape[1], n_head // n_kv_head, panels.shape[3]
     for at in prange(n_batch * n_seq):
-        append(qkv[at // n_seq, at % n_seq], cos[at // n_seq, at % n_seq], sin[at // n_seq, at % n_seq], n_head,
-               keys[at // n_seq, :, n_ctx - n_seq + at % n_seq], values[at // n_seq, :, n_ctx - n_seq + at % n_seq])
+        b, n = at // n_seq, at % n_seq
+        append(qkv[b, n], cos[b, n], sin[b, n], n_head, keys[n_ctx - n_seq + n, b], values[n_ctx - n_seq + n, b])
     size = PANELS * columns
     n_part = (group * n_seq + size - 1) // size
     for thread in prange(len(panels)):
         task = take(counter)
         while task < n_batch * n_kv_head * n_part:
             b, h, start = task % n_batch, task // n_batch % n_kv_head, (n_part - 1 - task // (n_batch * n_kv_head)) * size
-            attend_part(qkv[b], cos[b], sin[b], keys[b, h], values[b, h], group, h, start, min(start + size, group * n_seq), band,
-                        panels[thread], y[b])
+            stop = min(start + size, group * n_seq)
+            attend_part(qkv[b], cos[b], sin[b], keys[:, b, h], values[:, b, h], group, h, start, stop, band, panels[thread], y[b])
             task = take(counter)
 
 
@@ -78,8 +78,11 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
     first = max(0, n_past + start // group - band[1] + 1)
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
     for j in range(first, last, KEYS):
-        n_key = min(KEYS, last - j)
         for p in range(n_panel):
+            seen = n_past + (start + (p + 1) * columns - 1) // group - band[0] + 1 - j  # by the last query of the panel
+            n_key = min(KEYS, last - j, (seen + TALL - 1) // TALL * TALL)
+            if n_key <= 0:
+                continue
             multiply(keys, j * (keys.strides[0] // 4), keys.strides[0] // 4, 1, n_key, q, p * d_head * columns, d_head, scores, 0,
                      False, p * d_head * columns)
             hide(scores, n_key, start + p * columns, group, n_past - j, band)
@@ -177,22 +180,22 @@ def fold_scores(s, m, sums, a):
 
 @kernel(parallel=True)
 def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
-    """Rotate one token of each sequence, write its key and value into the last column, and attend; heads on all threads."""
-    n_batch, n_kv_head, n_ctx, d_head = keys.shape
+    """Rotate one token of each sequence, write its key and value into the last column, and attend; heads on all threads.
+
+    qkv [n_batch, 1, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch or 1, d_rope], keys and values [n_ctx, n_batch, n_kv_head,
+    d_head], seen [n_batch or 1, n_ctx] or without a row, y [n_batch, 1, n_head*d_head].
+    """
+    n_ctx, n_batch, n_kv_head, d_head = keys.shape
     group = n_head // n_kv_head
     for b in range(n_batch):
         row = b if len(cos) > 1 else 0
-        for h in range(n_kv_head):
-            start = (n_head + h) * d_head
-            rotate(qkv[b, 0, start : start + d_head], cos[row], sin[row], keys[b, h, n_ctx - 1])
-            start += n_kv_head * d_head
-            values[b, h, n_ctx - 1] = qkv[b, 0, start : start + d_head]
+        append(qkv[b, 0], cos[row], sin[row], n_head, keys[n_ctx - 1, b], values[n_ctx - 1, b])
     for at in prange(n_batch * n_head):
         b, h = at // n_head, at % n_head
         q, row = np.empty(d_head, np.float32), b if len(cos) > 1 else 0
         rotate(qkv[b, 0, h * d_head : (h + 1) * d_head], cos[row], sin[row], q)
-        p = weights_of(q, keys[b, h // group], seen, b)
-        weighted_sum(p, values[b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
+        p = weights_of(q, keys[:, b, h // group], seen, b)
+        weighted_sum(p, values[:, b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
 
 
 @kernel()

@@ -1,276 +1,66 @@
-"""The set compiled with Numba: its operations.  What they compute is in the kernels that they call.
+"""The set compiled with Numba: a layer, all layers, and the parts of `parts`.
 
-A product of a few rows is bound by reading the weight and is `gemv`'s, one of many rows by arithmetic and is `gemm`'s; attention is
-in `attention`.  All run on Numba's threads; what they are not made for (a mask that is no band, a processor without FMA) takes the
-blocks and the threads of `tiled`.
+While decoding, Python is what a small model waits for: its next kernel begins when Python, which the weights have pushed out of the
+caches, has looked at every argument.  So half a layer is one kernel, and so are all layers, wherever they are alike.
 """
 
-import math
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from numba import get_num_threads, prange
 
-from npllm import ops
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
-from npllm.int8 import GROUP, Int8Weight, quantize
-from npllm.kernels import gemm, tiled
-from npllm.kernels.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
-from npllm.kernels.gemv import FEW_ROWS, add_product, attention_step, gate_all, gated_product, mlp_step
-from npllm.kernels.simd import kernel
+from npllm.checkpoint import LayerParams
+from npllm.int8 import Int8Weight, quantize
+from npllm.kernels import gemm
+from npllm.kernels.gemv import FEW_ROWS, attention_step, layers_step, mlp_step
+from npllm.kernels.parts import (
+    bias_or_nothing,
+    biased,
+    bits,
+    fits_gain,
+    fits_gated,
+    fits_product,
+    fits_rope,
+    fits_weight,
+    flat,
+    gated_panels,
+    gelu,
+    linear,
+    linear_add,
+    norm_linear,
+    norm_swiglu,
+    one_token,
+    room,
+    rope_attention,
+    stored,
+    visible,
+)
 from npllm.kernels.tiled import TILED
-from npllm.ops.fusions import COMPOSITIONS, cut_heads
+from npllm.ops.fusions import COMPOSITIONS
 from npllm.ops.mask import causal
-from npllm.ops.mask.rule import ALL, FAR
-from npllm.threads import run_blocks, scratch
 
-__all__ = [
-    "COMPILED", "attention_block", "gelu", "linear", "linear_add", "mlp_block", "norm_linear", "norm_swiglu", "rope_attention",
-]
-
-NOTHING, NO_SCALES = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
-BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
-
-
-# ----------------------------------------------------------------------------------------------------------------- products
-
-
-def linear(x, weight, bias=None):
-    """Compute `npllm.ops.linear`."""
-    if not fits_product(x, weight, bias):
-        return ops.linear(x, weight, bias)
-    return biased(multiplied(x, weight, NOTHING, 0.0), bias)
-
-
-def norm_linear(x, norm_weight, eps, weight, bias=None):
-    """Compute `npllm.ops.norm_linear`."""
-    if not (fits_product(x, weight, bias) and fits_gain(x, norm_weight)):
-        return ops.norm_linear(x, norm_weight, eps, weight, bias)
-    return biased(multiplied(x, weight, norm_weight, eps), bias)
-
-
-def biased(y, bias):
-    """Add a bias to new rows, in place."""
-    if bias is not None:
-        y += bias
-    return y
-
-
-def multiplied(x, weight, gain, eps):
-    """The product of rows, normalised where there is a gain, with a weight."""
-    d_out, d_in = weight.shape
-    n = x.size // d_in
-    if n > FEW_ROWS:
-        if not gemm.width():
-            return tiled.linear(tiled.rms_norm(x, gain, eps) if len(gain) else x, weight)
-        return gemm.unpacked(many_rows(x, weight, gain, eps), np.empty((n, d_out), np.float32)).reshape(*x.shape[:-1], d_out)
-    y = np.zeros((n, d_out), np.float32)
-    add_product(*stored(weight), x.reshape(n, d_in), bits(gain), np.float32(eps), y)
-    return y.reshape(*x.shape[:-1], d_out)
-
-
-def many_rows(x, weight, gain=NOTHING, eps=0.0):
-    """The product of many rows, normalised where there is a gain, as panels in a buffer."""
-    return gemm.product(gemm.packed(x.reshape(-1, x.shape[-1]), bits(gain), eps), *stored(weight))
-
-
-def norm_swiglu(x, norm_weight, eps, weight, bias=None):
-    """Compute `npllm.ops.norm_swiglu`."""
-    if not fits_gated(x, norm_weight, weight, bias):
-        return ops.norm_swiglu(x, norm_weight, eps, weight, bias)
-    d_in, d_ff = weight.shape[1], len(weight) // 2
-    n = x.size // d_in
-    if n > FEW_ROWS:
-        if not gemm.width():
-            return TILED.norm_swiglu(x, norm_weight, eps, weight, bias)
-        y = gemm.unpacked(gated_panels(x, norm_weight, eps, weight, bias), np.empty((n, d_ff), np.float32))
-    else:
-        y = np.empty((n, d_ff), np.float32)
-        gated_product(*stored(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), bias_or_nothing(bias), y)
-    return y.reshape(*x.shape[:-1], d_ff)
-
-
-def gated_panels(x, norm_weight, eps, weight, bias):
-    """Compute `norm_swiglu` of many rows, as panels [n_panel, d_ff, columns] in a buffer."""
-    both = many_rows(x, weight, norm_weight, eps)
-    d_ff = len(weight) // 2
-    if bias is not None:
-        both[:, : 2 * d_ff] += bias.astype(np.float32, copy=False)[:, None]
-    y = scratch("gated", (len(both), d_ff, both.shape[2]), np.float32)
-    gate_all(both, y)
-    return y
-
-
-def linear_add(x, weight, residual, bias=None):
-    """Compute `npllm.ops.linear_add`."""
-    fits = fits_product(x, weight, bias) and tiled.is_float32(residual) and residual.shape == (*x.shape[:-1], len(weight))
-    if not fits:
-        return ops.linear_add(x, weight, residual, bias)
-    d_out, d_in = weight.shape
-    n = x.size // d_in
-    if n > FEW_ROWS:
-        if not gemm.width():
-            return TILED.linear_add(x, weight, residual, bias)
-        y = gemm.add_unpacked(many_rows(x, weight), residual.reshape(n, d_out).copy())
-    else:
-        y = residual.reshape(n, d_out).copy()
-        add_product(*stored(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
-    return biased(y, bias).reshape(residual.shape)
-
-
-def bias_or_nothing(bias):
-    """A bias as kernels take it."""
-    return NOTHING if bias is None else bias.astype(np.float32, copy=False)
-
-
-def fits_gated(x, gain, weight, bias):
-    """Tell whether norm, weight and gate are what the kernels are made for."""
-    return fits_product(x, weight, bias) and fits_gain(x, gain) and len(weight) % 2 == 0
-
-
-def fits_gain(x, gain):
-    """Tell whether a gain is one that the kernels are made for."""
-    return type(gain) is np.ndarray and gain.shape == x.shape[-1:] and gain.dtype in BITS and gain.flags.c_contiguous
-
-
-def bits(x):
-    """A stored array as Numba can take it."""
-    return x.view(BITS[x.dtype])
-
-
-def stored(weight):
-    """A weight as the kernels take it: its entries, and their scales where they are in 8 bits."""
-    return (weight.values, weight.scales) if isinstance(weight, Int8Weight) else (bits(weight), NO_SCALES)
-
-
-def fits_product(x, weight, bias=None):
-    """Tell whether a product is one that the kernels are made for, also of a weight in 8 bits."""
-    return tiled.is_float32(x) and x.size > 0 and fits_weight(weight, x.shape[-1], bias)
-
-
-def fits_weight(weight, d_in, bias=None):
-    """Tell whether a weight is one that the kernels are made for."""
-    if isinstance(weight, Int8Weight):
-        return (type(weight.values) is np.ndarray and weight.shape[1] == d_in and d_in % GROUP == 0 and len(weight) > 0
-                and weight.values.flags.c_contiguous and weight.scales.flags.c_contiguous and tiled.fits_bias(bias, weight))
-    return tiled.fits_weight(weight, d_in, bias)
-
-
-# --------------------------------------------------------------------------------------------------------------- activation
-
-
-def gelu(x, approximate="none"):
-    """Compute `npllm.ops.gelu`; the exact form in float64 on all threads."""
-    if not (tiled.is_float32(x) and approximate == "none" and x.size > 0):
-        return ops.gelu(x, approximate)
-    y = np.empty(x.shape, np.float32)
-    gelu_all(np.ascontiguousarray(x).reshape(-1), y.reshape(-1))
-    return y
-
-
-@kernel(parallel=True)
-def gelu_all(x, y):
-    """Compute y = x * (1 + erf(x / sqrt(2))) / 2."""
-    for i in prange(len(x)):
-        wide = np.float64(x[i])
-        y[i] = wide * (1 + math.erf(wide * 0.5**0.5)) / 2
-
-
-# ---------------------------------------------------------------------------------------------------------------- attention
-
-
-def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
-    """Compute `npllm.ops.rope_attention`; one token a sequence goes through one kernel, which writes into the cache itself."""
-    if not (tiled.is_float32(qkv) and fits_rope(qkv.shape, cos, sin, n_head, n_kv_head)):
-        return ops.fusions.compose_rope_attention(COMPILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
-    n_batch, n_seq, d_qkv = qkv.shape
-    if n_seq > 1 or cache is None:
-        return rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer)
-    d_head = d_qkv // (n_head + 2 * n_kv_head)
-    y = np.empty((n_batch, 1, n_head * d_head), np.float32)
-    attend_step(np.ascontiguousarray(qkv), *one_token(cos, sin, n_batch, n_kv_head, d_head, mask, cache, layer), n_head, y)
-    return y
-
-
-def one_token(cos, sin, n_batch, n_kv_head, d_head, mask, cache, layer):
-    """What attention of one new token a sequence needs: its rotation, keys and values with room for its own, and which it sees."""
-    k = np.empty((n_batch, n_kv_head, 1, d_head), np.float32)  # its shape is asked for
-    keys, values, slots = cache.extend(layer, k, k)
-    return (cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), keys, values, visible(mask, slots.stop - 1, slots))
-
-
-def fits_rope(shape, cos, sin, n_head, n_kv_head):
-    """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq, (n_head+2*n_kv_head)*d_head]."""
-    n_all = n_head + 2 * n_kv_head
-    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0 and shape[-1] % n_all == 0
-            and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == shape[1]
-            and cos.shape[-1] % 2 == 0 and cos.shape[-1] <= shape[-1] // n_all
-            and (cos.ndim == 2 or cos.shape[0] in (1, shape[0])))
-
-
-def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
-    """Many tokens: one kernel where the mask is a band of distances, else the blocks of the tiled set."""
-    n_batch, n_seq, _ = qkv.shape
-    k = cut_heads(qkv, n_head, n_kv_head)[1]
-    if cache is None:
-        keys, values, slots = np.empty(k.shape, np.float32), np.empty(k.shape, np.float32), range(n_seq)
-    else:
-        keys, values, slots = cache.extend(layer, k, k)
-    cos, sin = (np.broadcast_to(x, (n_batch, n_seq, x.shape[-1])) for x in (cos, sin))
-    band = (-FAR, FAR) if mask is None else getattr(mask, "band", None)
-    if band is None or not gemm.width():
-        return attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots)
-    y = np.empty((n_batch, n_seq, n_head * k.shape[-1]), np.float32)
-    room = scratch("queries", (get_num_threads(), PANELS, k.shape[-1], gemm.width()), np.float32)
-    attend_many(qkv, cos, sin, keys, values, n_head, band, room, y, np.zeros(1, np.int64))
-    return y
-
-
-def attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots):
-    """Rotate queries into an array of their own, write keys and values into the last columns, and attend."""
-    heads = cut_heads(qkv, n_head, n_kv_head)
-    n_batch, _, n_seq, _ = heads[0].shape
-    q = np.empty(heads[0].shape, np.float32)
-    parts = [(x[b, h], cos[b], sin[b], y[b, h, y.shape[-2] - n_seq :], y is not values)
-             for x, y in zip(heads, (q, keys, values), strict=True) for b in range(n_batch) for h in range(x.shape[1])]
-    run_blocks(lambda part: rotate_all(*part), parts)
-    y, _ = tiled.attend(q, keys, values, mask, None, range(slots.stop - n_seq, slots.stop), slots, fold_scores)
-    return ops.merge_heads(y)
-
-
-def visible(mask, slot, slots):
-    """Which cached keys the query in a slot sees, [n_batch or 1, n_ctx]; no row at all where it sees every one."""
-    bound = ALL if mask is None else getattr(mask, "bound", tiled.unknown)(slot, slot, slots.start, slots.stop - 1)
-    if bound == ALL:
-        return np.zeros((0, len(slots)), bool)
-    seen = np.asarray(mask(np.array([[slot]]), np.arange(slots.start, slots.stop)[None]))
-    return np.broadcast_to(seen.reshape(-1, seen.shape[-1]), (seen.size // seen.shape[-1], len(slots)))
-
-
-# ------------------------------------------------------------------------------------------------------- halves of a layer
+__all__ = ["COMPILED", "attention_block", "decoder_layers", "mlp_block"]
 
 
 def attention_block(x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias=None, o_bias=None, *,
                     mask=None, cache=None, layer=0):
     """Compute `npllm.ops.attention_block`: one kernel for one token of a few sequences, else the compiled parts."""
-    one = (cache is not None and fits_product(x, qkv_weight, qkv_bias) and fits_gain(x, norm_weight) and len(x) <= FEW_ROWS
-           and fits_rope((*x.shape[:-1], len(qkv_weight)), cos, sin, n_head, n_kv_head) and x.shape[1] == 1)
-    d_head = len(qkv_weight) // (n_head + 2 * n_kv_head) if one else 0
-    if not (one and fits_weight(o_weight, n_head * d_head, o_bias) and len(o_weight) == x.shape[-1]):
+    if cache is None or not fits_step(x, norm_weight, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias, o_bias):
         return COMPOSITIONS["attention_block"](COMPILED, x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head,
                                                qkv_bias, o_bias, mask=mask, cache=cache, layer=layer)
+    d_head = len(qkv_weight) // (n_head + 2 * n_kv_head)
     token = one_token(cos, sin, len(x), n_kv_head, d_head, mask, cache, layer)
     y = x[:, 0].copy()
-    attention_step(x[:, 0], bits(norm_weight), np.float32(eps), *stored(qkv_weight), bias_or_nothing(qkv_bias), *token, n_head,
-                   *stored(o_weight), y)
+    attention_step(y, bits(norm_weight), np.float32(eps), *stored(qkv_weight), bias_or_nothing(qkv_bias), *token, n_head,
+                   *stored(o_weight))
     return biased(y, o_bias).reshape(x.shape)
 
 
 def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
     """Compute `npllm.ops.mlp_block`: one kernel for a few rows; panels from the norm to the sum for many."""
-    if not (fits_gated(x, norm_weight, gate_up_weight, gate_up_bias)
-            and fits_weight(down_weight, len(gate_up_weight) // 2, down_bias) and len(down_weight) == x.shape[-1]):
+    if not fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias, down_bias):
         return COMPOSITIONS["mlp_block"](COMPILED, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > FEW_ROWS and not gemm.width():
@@ -280,13 +70,102 @@ def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=Non
         gated = gated_panels(rows, norm_weight, eps, gate_up_weight, gate_up_bias)
         gemm.add_unpacked(gemm.product(gated, *stored(down_weight)), y)
     else:
-        mlp_step(rows, bits(norm_weight), np.float32(eps), *stored(gate_up_weight), bias_or_nothing(gate_up_bias),
-                 *stored(down_weight), y)
+        mlp_step(y, bits(norm_weight), np.float32(eps), *stored(gate_up_weight), bias_or_nothing(gate_up_bias),
+                 *stored(down_weight))
     return biased(y, down_bias).reshape(x.shape)
 
 
+def decoder_layers(x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, cache=None, layer=0):
+    """Compute `npllm.ops.decoder_layers`: one kernel for one token of a few sequences where the layers are alike."""
+    one_mask = masks is None or (len(masks) == len(layers) and all(mask is masks[0] for mask in masks))
+    if one_mask and isinstance(layers, tuple) and layers and isinstance(cache, KVCache):
+        y = step(x, layers, eps, cos, sin, n_head, n_kv_head, masks and masks[0], cache, layer)
+        if y is not None:
+            return y
+    return COMPOSITIONS["decoder_layers"](COMPILED, x, layers, eps, cos, sin, n_head, n_kv_head, masks=masks, cache=cache,
+                                          layer=layer)
+
+
+def step(x, layers, eps, cos, sin, n_head, n_kv_head, mask, cache, layer):
+    """One token of a few sequences through all layers; None where they are not what `layers_step` is made for."""
+    gain, qkv_proj, o_proj, *mlp = weights_of(layers[0])
+    if not (fits_step(x, gain, qkv_proj, o_proj, cos, sin, n_head, n_kv_head) and fits_mlp(x, *mlp)):
+        return None
+    table = known_table(layers, cache)
+    if table is None:
+        return None
+    d_head = len(qkv_proj) // (n_head + 2 * n_kv_head)
+    rooms = [room(cache, layer + n, len(x), n_kv_head, d_head) for n in range(len(layers))]
+    (keys, values, slots), *others = rooms
+    if not all(alike(k, keys) and alike(v, values) for k, v, _ in others):
+        return None
+    first, table = (*arrays_of(layers[0]), keys, values), np.hstack((table, [(address(k), address(v)) for k, v, _ in rooms]))
+    y = x[:, 0].copy()
+    layers_step(y, first, table, np.float32(eps), *flat(cos, sin), visible(mask, slots.stop - 1, slots), n_head)
+    return y.reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------- what the kernels are made for
+
+
+def fits_step(x, norm_weight, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias=None, o_bias=None):
+    """Tell whether the attention of one token of a few sequences is what `attention_step` is made for."""
+    if not (fits_product(x, qkv_weight, qkv_bias) and fits_gain(x, norm_weight) and len(x) <= FEW_ROWS
+            and fits_rope((*x.shape[:-1], len(qkv_weight)), cos, sin, n_head, n_kv_head) and x.shape[1] == 1):
+        return False
+    d_head = len(qkv_weight) // (n_head + 2 * n_kv_head)
+    return fits_weight(o_weight, n_head * d_head, o_bias) and len(o_weight) == x.shape[-1]
+
+
+def fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
+    """Tell whether a feed-forward half is what the kernels are made for."""
+    return (fits_gated(x, norm_weight, gate_up_weight, gate_up_bias)
+            and fits_weight(down_weight, len(gate_up_weight) // 2, down_bias) and len(down_weight) == x.shape[-1])
+
+
+# -------------------------------------------------------------------------------------------------- where the weights of layers lie
+
+WEIGHTS = ("input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "gate_up_proj", "down_proj")
+BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
+_KNOWN = WeakKeyDictionary()  # cache -> layers, table: to look at every weight for every token would take as long as a layer
+
+
+def known_table(layers, cache):
+    """Where the arrays of each layer lie, [n_layer, 10] in the order of `arrays_of`; None where layers differ or have biases."""
+    if cache not in _KNOWN or _KNOWN[cache][0] is not layers:
+        same = all(all(map(alike, weights_of(layer), weights_of(layers[0]))) for layer in layers)
+        plain = all(getattr(layer, name) is None for layer in layers for name in BIASES)
+        table = np.array([[address(x) for x in arrays_of(layer)] for layer in layers]) if same and plain else None
+        _KNOWN[cache] = layers, table
+    return _KNOWN[cache][1]
+
+
+def weights_of(layer):
+    """The weights of a layer in the order of `WEIGHTS`."""
+    return [getattr(layer, name) for name in WEIGHTS]
+
+
+def arrays_of(layer):
+    """The weights of a layer as `layers_step` takes them."""
+    gain, qkv_proj, o_proj, next_gain, gate_up_proj, down_proj = weights_of(layer)
+    return (bits(gain), *stored(qkv_proj), *stored(o_proj), bits(next_gain), *stored(gate_up_proj), *stored(down_proj))
+
+
+def alike(a, b):
+    """Tell whether two weights, or two caches, differ in their numbers and their place only."""
+    if isinstance(a, Int8Weight) and isinstance(b, Int8Weight):
+        return alike(a.values, b.values) and alike(a.scales, b.scales)
+    return type(a) is type(b) is np.ndarray and (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+
+
+def address(x):
+    """Where an array begins in memory."""
+    return x.__array_interface__["data"][0]
+
+
 COMPILED = replace(TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add, gelu=gelu,
-                   rope_attention=rope_attention, attention_block=attention_block, mlp_block=mlp_block, name="compiled")
+                   rope_attention=rope_attention, attention_block=attention_block, mlp_block=mlp_block,
+                   decoder_layers=decoder_layers, name="compiled")
 
 
 def call_all(dtype):
@@ -297,6 +176,7 @@ def call_all(dtype):
         return x if dtype != "int8" or len(shape) == 1 else quantize(np.zeros(shape))
 
     gain, square, qkv_proj, gate_up_proj = frozen(64), frozen(64, 64), frozen(192, 64), frozen(128, 64)
+    layer = LayerParams(gain, qkv_proj, square, gain, gate_up_proj, square)
     for n in (1, 2, FEW_ROWS + 1):
         x = np.ones((1, n, 64), np.float32)
         linear(x, square)
@@ -304,6 +184,6 @@ def call_all(dtype):
         norm_swiglu(x, gain, 0.0, gate_up_proj)
         mlp_block(x, gain, 0.0, gate_up_proj, square)
         cos, sin = np.ones((2, n, 16), np.float32)
-        for room in (64, n):  # keys and values of a cache that is full are contiguous, which is another type to Numba
-            rope_attention(norm_linear(x, gain, 0.0, qkv_proj), cos, sin, 2, 2, mask=causal(), cache=KVCache(1, 1, room))
-            attention_block(x, gain, 0.0, qkv_proj, square, cos, sin, 2, 2, mask=causal(), cache=KVCache(1, 1, room))
+        rope_attention(norm_linear(x, gain, 0.0, qkv_proj), cos, sin, 2, 2, mask=causal(), cache=KVCache(1, 1, 64))
+        attention_block(x, gain, 0.0, qkv_proj, square, cos, sin, 2, 2, mask=causal(), cache=KVCache(1, 1, 64))
+        decoder_layers(x, (layer,), 0.0, cos, sin, 2, 2, masks=[causal()], cache=KVCache(1, 1, 64))

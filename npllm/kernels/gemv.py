@@ -18,6 +18,7 @@ from npllm.kernels.simd import (
     fma,
     is_int8,
     kernel,
+    like,
     load,
     load_pairs,
     pairs,
@@ -28,7 +29,7 @@ from npllm.kernels.simd import (
     total,
 )
 
-__all__ = ["FEW_ROWS", "add_product", "attention_step", "gate_all", "gated_product", "mlp_step"]
+__all__ = ["FEW_ROWS", "add_product", "attention_step", "gate_all", "gated_product", "layers_step", "mlp_step"]
 
 FEW_ROWS = 12  # up to here reading the weight straight is faster than panels; a multiple of 4
 AHEAD = 512  # entries of each stream of weights that are fetched ahead
@@ -45,10 +46,15 @@ def rest(weight, p, x):
 
 
 @kernel()
-def dot_four(weight, p, stride, x, n):
-    """Products of four rows of a weight, which begin at p, p + stride, ..., with one vector."""
+def distance(d_out, streams):
+    """Rows between streams that share d_out rows: odd, since streams a power of two of bytes apart take each other's banks."""
+    return (d_out + streams - 1) // streams | 1
+
+
+@kernel()
+def dot_four(weight, p, q, r, s, x, n):
+    """Products of four rows of a weight, which begin at p, q, r and s, with one vector."""
     a = b = c = d = splat(np.float32(0))
-    q, r, s = p + stride, p + 2 * stride, p + 3 * stride
     whole = n // STEP * STEP
     for i in range(0, whole, STEP):
         prefetch(weight, p + i + AHEAD)
@@ -92,11 +98,10 @@ def dot_two_by_four(weight, p, q, x, k, n):
 
 
 @kernel()
-def dot_four_int8(values, scales, p, stride, x):
+def dot_four_int8(values, scales, p, q, r, s, x):
     """As `dot_four`, of a weight in 8 bits: each group is summed up, and scaled then."""
     zero = splat(np.float32(0))
     a = b = c = d = zero
-    q, r, s = p + stride, p + 2 * stride, p + 3 * stride
     for i in range(0, len(x), GROUP):
         prefetch(values, p + i + 2 * AHEAD)
         prefetch(values, q + i + 2 * AHEAD)
@@ -118,44 +123,41 @@ def dot_four_int8(values, scales, p, stride, x):
 def add_product_one(weight, x, y):
     """Compute y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read at once."""
     d_out, d_in = weight.shape
-    n = d_out // 4
+    n, last = distance(d_out, 4), (d_out - 1) * d_in
     for o in prange(n):
-        a, b, c, d = dot_four(weight, o * d_in, n * d_in, x, d_in)
-        y[o] += a
-        y[o + n] += b
-        y[o + 2 * n] += c
-        y[o + 3 * n] += d
-    for o in range(4 * n, d_out):
-        y[o] += dot_four(weight, o * d_in, 0, x, d_in)[0]
+        p, step = o * d_in, n * d_in
+        four = dot_four(weight, p, min(p + step, last), min(p + 2 * step, last), min(p + 3 * step, last), x, d_in)
+        for j in range(4):
+            if o + j * n < d_out:
+                y[o + j * n] += four[j]
 
 
 @kernel(parallel=True)
 def add_product_int8(values, scales, x, y):
-    """Compute y [n, d_out] += x [n, d_in] @ weight.T, of a weight in 8 bits."""
+    """Compute y [n, d_out] += x [n, d_in] @ weight.T, of a weight in 8 bits; four distant streams of rows are read at once."""
     d_out, d_in = values.shape
-    quarter = (d_out + 3) // 4
-    for o in prange(quarter):
-        step = quarter if o + 3 * quarter < d_out else 0
+    n, last = distance(d_out, 4), (d_out - 1) * d_in
+    for o in prange(n):
+        p, step = o * d_in, n * d_in
         for k in range(len(y)):
-            four = dot_four_int8(values, scales, o * d_in, step * d_in, x[k])
+            four = dot_four_int8(values, scales, p, min(p + step, last), min(p + 2 * step, last), min(p + 3 * step, last), x[k])
             for j in range(4):
-                row = o + j * quarter
-                if row < d_out:
-                    y[k, row] += four[j] if step or j == 0 else dot_four_int8(values, scales, row * d_in, 0, x[k])[0]
+                if o + j * n < d_out:
+                    y[k, o + j * n] += four[j]
 
 
 @kernel(parallel=True)
 def add_product_few(weight, x, y):
     """Compute y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of rows are read at once."""
     d_out, d_in = weight.shape
-    half = (d_out + 1) // 2
-    for o in prange(half):
-        other = min(o + half, d_out - 1)
+    n = distance(d_out, 2)
+    for o in prange(n):
+        other = min(o + n, d_out - 1)
         for k in range(0, len(y), 4):
             sums = dot_two_by_four(weight, o * d_in, other * d_in, x, k, d_in)
             for j in range(min(4, len(y) - k)):
                 y[k + j, o] += sums[j] + rest(weight, o * d_in, x[k + j])
-                if o + half < d_out:
+                if o + n < d_out:
                     y[k + j, other] += sums[4 + j] + rest(weight, other * d_in, x[k + j])
 
 
@@ -228,22 +230,37 @@ def gate_all(both, y):
 
 
 @kernel()
-def mlp_step(x, gain, eps, gate_up, gate_up_scales, gate_up_bias, down, down_scales, y):
-    """Compute y [n, d_model] += down @ swiglu of the two halves of rms_norm(x) @ gate_up.T."""
-    ff = np.empty((len(x), down.shape[1]), np.float32)
-    gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, ff)
-    add_product(down, down_scales, ff, np.zeros(0, np.float32), np.float32(0), y)
+def mlp_step(x, gain, eps, gate_up, gate_up_scales, gate_up_bias, down, down_scales):
+    """Add to x [n, d_model], in place: down @ swiglu of the two halves of rms_norm(x) @ gate_up.T."""
+    y = np.empty((len(x), down.shape[1]), np.float32)
+    gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, y)
+    add_product(down, down_scales, y, np.zeros(0, np.float32), np.float32(0), x)
 
 
 @kernel()
-def attention_step(x, gain, eps, qkv_weight, qkv_scales, qkv_bias, cos, sin, keys, values, seen, n_head, o_weight, o_scales, y):
-    """Compute y [n, d_model] += o_weight @ attention of the heads of rms_norm(x) @ qkv_weight.T, one token of each sequence."""
+def attention_step(x, gain, eps, qkv_weight, qkv_scales, qkv_bias, cos, sin, keys, values, seen, n_head, o_weight, o_scales):
+    """Add to x [n, d_model], a token of each sequence, in place: o_weight @ attention of heads of rms_norm(x) @ qkv_weight.T."""
     n = len(x)
     qkv = np.zeros((n, len(qkv_weight)), np.float32)
     if len(qkv_bias):
         for k in range(n):
             qkv[k] = qkv_bias
     add_product(qkv_weight, qkv_scales, x, gain, eps, qkv)
-    heads = np.empty((n, 1, o_weight.shape[1]), np.float32)
-    attend_step(qkv.reshape(n, 1, -1), cos, sin, keys, values, seen, n_head, heads)
-    add_product(o_weight, o_scales, heads.reshape(n, -1), np.zeros(0, np.float32), np.float32(0), y)
+    y = np.empty((n, 1, o_weight.shape[1]), np.float32)
+    attend_step(qkv.reshape(n, 1, -1), cos, sin, keys, values, seen, n_head, y)
+    add_product(o_weight, o_scales, y.reshape(n, -1), np.zeros(0, np.float32), np.float32(0), x)
+
+
+@kernel()
+def layers_step(x, first, table, eps, cos, sin, seen, n_head):
+    """Take x [n, d_model], one token of each sequence, through all layers, in place.
+
+    first: of the first layer, gain, weight and scales of qkv_proj and of o_proj, gain, weight and scales of gate_up_proj and of
+    down_proj, keys, values; table [n_layer, 12]: where those of each layer lie.
+    """
+    nothing = np.zeros(0, np.float32)
+    for at in table:
+        attention_step(x, like(first[0], at[0]), eps, like(first[1], at[1]), like(first[2], at[2]), nothing, cos, sin,
+                       like(first[10], at[10]), like(first[11], at[11]), seen, n_head, like(first[3], at[3]), like(first[4], at[4]))
+        mlp_step(x, like(first[5], at[5]), eps, like(first[6], at[6]), like(first[7], at[7]), nothing, like(first[8], at[8]),
+                 like(first[9], at[9]))

@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-__all__ = ["LANES", "divide", "exp", "fma", "is_int8", "kernel", "load", "load_pairs",
+__all__ = ["LANES", "divide", "exp", "fma", "is_int8", "kernel", "like", "load", "load_pairs",
            "maximum", "pairs", "prefetch", "single", "splat", "store", "take", "total"]
 
 SPINS = "30000"  # about a tenth of a millisecond: longer than the Python between two kernels takes
@@ -232,6 +232,18 @@ def total(_typing, a):
 def divide(_typing, a, b):
     """A / b, lane by lane."""
     return vector(vector, vector), lambda _context, builder, _signature, arguments: builder.fdiv(*arguments)
+
+
+@intrinsic
+def like(_typing, array, address):
+    """The array of the same type, shape and strides that lies at an address; who calls keeps it alive."""
+    def generate(context, builder, signature, arguments):
+        (kind, _), (array, address) = signature.args, arguments
+        new = context.make_array(kind)(context, builder, array)
+        new.meminfo, new.parent = (ir.Constant(x.type, None) for x in (new.meminfo, new.parent))
+        new.data = builder.inttoptr(address, new.data.type)
+        return new._getvalue()
+    return array(array, types.int64), generate
 
 
 @intrinsic

@@ -35,14 +35,16 @@ def forward(params, config, ids, cos, sin, masks, ops, cache=None, tap=None):
     -----
     Source: `Phi3Model` in Transformers.
     """
-    if tap is not None:
-        ops = ops.unfused()
-    x = ops.embed(ids, params.embed_tokens)
-    x = x if tap is None else tap("model.embed_tokens", x)
+    if tap is None:
+        x = ops.embed(ids, params.embed_tokens)
+        x = ops.decoder_layers(x, params.layers, config.rms_norm_eps, cos, sin, config.num_attention_heads,
+                               config.num_key_value_heads, masks=masks, cache=cache)
+        return ops.rms_norm(x, params.norm, config.rms_norm_eps)
+    ops = ops.unfused()
+    x = tap("model.embed_tokens", ops.embed(ids, params.embed_tokens))
     for number, layer in enumerate(params.layers):
         x = decoder_layer(x, layer, config, cos, sin, masks[number], ops, cache, number, tap)
-    x = ops.rms_norm(x, params.norm, config.rms_norm_eps)
-    return x if tap is None else tap("model.norm", x)
+    return tap("model.norm", ops.rms_norm(x, params.norm, config.rms_norm_eps))
 
 
 def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, tap=None):
@@ -72,11 +74,8 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
     """
     if tap is not None:
         return _traced_layer(x, params, config, cos, sin, mask, ops, cache, number, tap)
-    n_head, n_kv_head, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
-    x = ops.attention_block(x, params.input_layernorm, eps, params.qkv_proj, params.o_proj, cos, sin, n_head, n_kv_head,
-                            params.qkv_bias, params.o_bias, mask=mask, cache=cache, layer=number)
-    return ops.mlp_block(x, params.post_attention_layernorm, eps, params.gate_up_proj, params.down_proj, params.gate_up_bias,
-                         params.down_bias)
+    return ops.decoder_layers(x, (params,), config.rms_norm_eps, cos, sin, config.num_attention_heads, config.num_key_value_heads,
+                              masks=[mask], cache=cache, layer=number)
 
 
 def _traced_layer(x, params, config, cos, sin, mask, ops, cache, number, tap):

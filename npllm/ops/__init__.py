@@ -33,6 +33,7 @@ from npllm.ops.fusions import (
     COMPOSITIONS,
     FUSIONS,
     attention_block,
+    decoder_layers,
     linear_add,
     mlp_block,
     norm_linear,
@@ -48,12 +49,12 @@ from npllm.ops.special import erf
 
 __all__ = [
     "Ops", "add", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_block", "attention_io",
-    "attention_weights", "blockwise", "blockwise_attention", "dynamic_base", "embed", "emulate", "erf", "gelu", "greedy",
-    "layer_norm", "linear", "linear_add", "linear_frequencies", "llama3_frequencies", "log_softmax", "longrope_scale",
-    "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "mlp_block", "norm_linear", "norm_swiglu",
-    "reference", "relu", "repetition_penalty", "rms_norm", "rope_attention", "rope_frequencies", "rope_tables",
-    "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads", "split_kv_attention", "swiglu",
-    "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
+    "attention_weights", "blockwise", "blockwise_attention", "decoder_layers", "dynamic_base", "embed", "emulate", "erf",
+    "gelu", "greedy", "layer_norm", "linear", "linear_add", "linear_frequencies", "llama3_frequencies", "log_softmax",
+    "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "mlp_block", "norm_linear",
+    "norm_swiglu", "reference", "relu", "repetition_penalty", "rms_norm", "rope_attention", "rope_frequencies",
+    "rope_tables", "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads",
+    "split_kv_attention", "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
 ]
 
 
@@ -81,6 +82,7 @@ class Ops:
     rope_attention: Callable | None = None
     attention_block: Callable | None = None
     mlp_block: Callable | None = None
+    decoder_layers: Callable | None = None
     name: str = "custom"
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ The compositions here take the set of operations that they are made of as their 
 from types import SimpleNamespace
 
 from npllm.arrays import array_namespace
+from npllm.errors import NpllmValueError
 from npllm.ops.attention import attention
 from npllm.ops.feedforward import swiglu
 from npllm.ops.linear import linear, merge_heads, split_heads
@@ -14,7 +15,8 @@ from npllm.ops.norm import rms_norm
 from npllm.ops.residual import add
 from npllm.ops.rope import apply_rope
 
-__all__ = ["FUSIONS", "attention_block", "linear_add", "mlp_block", "norm_linear", "norm_swiglu", "rope_attention"]
+__all__ = ["COMPOSITIONS", "FUSIONS", "attention_block", "decoder_layers", "linear_add", "mlp_block", "norm_linear", "norm_swiglu",
+           "rope_attention"]
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None):
@@ -234,6 +236,47 @@ def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=Non
     return _mlp_block(_DEFINITIONS, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
 
 
+def decoder_layers(x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, cache=None, layer=0):
+    """Send the residual stream through decoder layers one after the other: a fusion, defined as the composition of its parts.
+
+        x = attention_block(x, input_layernorm_l, eps, qkv_proj_l, o_proj_l, cos, sin, n_head, n_kv_head, mask_l, cache, layer + l)
+        x = mlp_block(x, post_attention_layernorm_l, eps, gate_up_proj_l, down_proj_l)        for l = 0, 1, ...
+
+    Parameters
+    ----------
+    x : array [..., n_seq, d_model]
+        The residual stream.
+    layers : tuple of LayerParams
+        The weights of each layer under the names of `npllm.checkpoint.LayerParams`, biases (where there are any) included.
+    eps : float
+    cos, sin, n_head, n_kv_head
+        As in `rope_attention`.
+    masks : list of Rule, optional
+        One for each layer; None: every key is visible.
+    cache : KVCache, optional
+        As in `rope_attention`.
+    layer : int
+        The first layer's place in the cache.
+
+    Returns
+    -------
+    y : array [..., n_seq, d_model]
+        A new array in the dtype of `x`.
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit, masks are not as many as layers, or the cache is full.
+
+    Notes
+    -----
+    Rounded to the dtype of `x` after each part.
+
+    Source: `Phi3Model` in Transformers, the loop over its layers.
+    """
+    return _decoder_layers(_DEFINITIONS, x, layers, eps, cos, sin, n_head, n_kv_head, masks=masks, cache=cache, layer=layer)
+
+
 def cut_heads(qkv, n_head, n_kv_head):
     """Views of a projected row: q [..., n_head, n_seq, d_head], k and v [..., n_kv_head, n_seq, d_head]."""
     array_namespace(qkv)
@@ -280,15 +323,30 @@ def _mlp_block(parts, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_
     return parts.linear_add(y, down_weight, x, down_bias)
 
 
+def _decoder_layers(parts, x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, cache=None, layer=0):
+    if masks is not None and len(masks) != len(layers):
+        raise NpllmValueError(f"masks must hold one rule for each of {len(layers)} layers, got {len(masks)}")
+    for number, params in enumerate(layers):
+        x = parts.attention_block(x, params.input_layernorm, eps, params.qkv_proj, params.o_proj, cos, sin, n_head, n_kv_head,
+                                  params.qkv_bias, params.o_bias, mask=None if masks is None else masks[number], cache=cache,
+                                  layer=layer + number)
+        x = parts.mlp_block(x, params.post_attention_layernorm, eps, params.gate_up_proj, params.down_proj, params.gate_up_bias,
+                            params.down_bias)
+    return x
+
+
 # What a fusion is composed by, and of what: whoever replaces a part gets the composition of the parts back.
 COMPOSITIONS = {"norm_linear": _norm_linear, "norm_swiglu": _norm_swiglu, "linear_add": _linear_add,
-                "rope_attention": compose_rope_attention, "attention_block": _attention_block, "mlp_block": _mlp_block}
+                "rope_attention": compose_rope_attention, "attention_block": _attention_block, "mlp_block": _mlp_block,
+                "decoder_layers": _decoder_layers}
 FUSIONS = {"norm_linear": ("rms_norm", "linear"), "norm_swiglu": ("rms_norm", "linear", "norm_linear", "swiglu"),
            "linear_add": ("linear", "add"), "rope_attention": ("apply_rope", "attention"),
            "attention_block": ("rms_norm", "linear", "norm_linear", "apply_rope", "attention", "rope_attention", "add",
                                "linear_add"),
-           "mlp_block": ("rms_norm", "linear", "norm_linear", "swiglu", "norm_swiglu", "add", "linear_add")}
+           "mlp_block": ("rms_norm", "linear", "norm_linear", "swiglu", "norm_swiglu", "add", "linear_add"),
+           "decoder_layers": ("rms_norm", "linear", "norm_linear", "apply_rope", "attention", "rope_attention", "swiglu",
+                              "norm_swiglu", "add", "linear_add", "attention_block", "mlp_block")}
 
 _DEFINITIONS = SimpleNamespace(linear=linear, rms_norm=rms_norm, norm_linear=norm_linear, norm_swiglu=norm_swiglu, swiglu=swiglu,
                                add=add, linear_add=linear_add, apply_rope=apply_rope, attention=attention,
-                               rope_attention=rope_attention)
+                               rope_attention=rope_attention, attention_block=attention_block, mlp_block=mlp_block)
