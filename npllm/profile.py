@@ -41,7 +41,7 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
     facts : dict
         "limits", and for "prefill" and "decode": "seconds" of the whole (one token of decoding), and "ops", a list of dicts with
         "op", shape of its "weight", "calls", "seconds", "share" of the whole, "bytes", "flops" and share "of_limit" (None without
-        limits); "between_seconds" is what no op accounts for: the Python between them, less what a set saves that runs half a layer
+        limits); "between_seconds" is what no op accounts for: the Python between them, less what a set saves that runs all layers
         as one kernel.
 
     Raises
@@ -201,12 +201,14 @@ def _read_probes(size=2**30):
 
 def _median_seconds(function, repeat=5):
     function()
-    runs = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        function()
-        runs.append(time.perf_counter() - start)
-    return statistics.median(runs)
+    return statistics.median(seconds(function) for _ in range(repeat))
+
+
+def seconds(function):
+    """Time one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def _weight_shape(name, args):

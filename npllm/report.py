@@ -20,6 +20,7 @@ from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.generate import next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.int8 import quantize
 from npllm.models import phi3
+from npllm.profile import seconds
 from npllm.score import score
 from npllm.threads import n_threads
 
@@ -294,7 +295,7 @@ def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
     runs = {"prefill": lambda: to_numpy(model(ids, logits_to_keep=1)), "decode_cached": lambda: _decode(model, ids, n_new, True),
             "decode_uncached": lambda: _decode(model, ids, n_new, False)}
     counts = {"prefill": n_prompt, "decode_cached": n_new, "decode_uncached": n_new}
-    facts = {name: counts[name] / statistics.median(_seconds(run) for _ in range(repeat)) for name, run in runs.items()}
+    facts = {name: counts[name] / statistics.median(seconds(run) for _ in range(repeat)) for name, run in runs.items()}
     return {"n_prompt": n_prompt, "n_new": n_new, "repeat": repeat, "ops": model.ops.name, "tokens_per_second": facts,
             "cache_speedup": facts["decode_cached"] / facts["decode_uncached"], "peak_bytes": peak_memory()}
 
@@ -316,12 +317,6 @@ def _decode(model, ids, n_new, use_cache):
     for _ in range(n_new):
         token = ops.greedy(to_numpy(model(new, cache=cache, logits_to_keep=1))[:, -1])[:, None]
         new = token if use_cache else np.concatenate([new, token], axis=1)
-
-
-def _seconds(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _version(package):

@@ -77,9 +77,6 @@ def run_blocks(function, blocks):
     Exception
         The first that a call raised; blocks that were not begun by then are left out.
     """
-    if len(blocks) == 1 and n_threads() == 1:
-        function(blocks[0])
-        return
     todo, turn = iter(blocks), threading.Lock()
 
     def work():

@@ -250,7 +250,9 @@ def through(o, layers, cache, n_seq=1, seed=0, masks="causal", layer=0):
     slots = np.arange(cache.n_ctx, cache.n_ctx + n_seq)
     cos, sin = ops.rope_tables(slots, ops.rope_frequencies(8))
     masks = [mask.causal()] * len(layers) if masks == "causal" else masks
-    y = o.decoder_layers(normal((n_batch, n_seq, d_model), seed), layers, EPS, cos, sin, *HEADS, masks=masks, cache=cache, layer=layer)
+    x, before = normal((n_batch, n_seq, d_model), seed), normal((n_batch, n_seq, d_model), seed)
+    y = o.decoder_layers(x, layers, EPS, cos, sin, *HEADS, masks=masks, cache=cache, layer=layer)
+    assert (x == before).all()
     cache.advance(np.zeros((n_batch, n_seq), int), slots, np.ones((n_batch, slots[-1] + 1), bool), np.zeros(n_batch, int))
     return y
 
@@ -286,6 +288,7 @@ def test_decoder_layers_and_the_cache_they_leave(fast, n_layer, n_batch, steps, 
 @needs_numba
 def test_one_token_takes_one_kernel_where_the_layers_are_alike(steps_of_all_layers):
     fast, layers, rule = SETS["compiled"], tuple(a_layer(10 * n) for n in range(3)), mask.causal()
+    halves = tuple(a_layer(10 * n, ml_dtypes.bfloat16) for n in range(3))
     other = layers[1]._replace(down_proj=layers[1].down_proj.astype(np.float16))
     wide = layers[1]._replace(gate_up_proj=normal((60, 24), 0), down_proj=normal((24, 30), 1))
     strided = layers[1]._replace(o_proj=np.asfortranarray(layers[1].o_proj))
@@ -293,6 +296,7 @@ def test_one_token_takes_one_kernel_where_the_layers_are_alike(steps_of_all_laye
     odd = [rule, mask.sliding_window(2), rule]
     cases = [(layers, [rule] * 3, 3), (layers, None, 3), (list(layers), [rule] * 3, 0), (layers, odd, 0), (layers, [mask.causal() for _ in range(3)], 0)]
     cases += [((layers[0], changed, layers[2]), [rule] * 3, 0) for changed in (other, wide, strided, biased)]
+    cases += [(halves, [rule] * 3, 3), ((*halves[:2], halves[2]._replace(o_proj=halves[2].o_proj.astype(np.float16))), [rule] * 3, 0)]
     for own, masks, n in cases:
         caches = KVCache(2, 3, 64), KVCache(2, 3, 64)
         for n_seq in (4, 1):
