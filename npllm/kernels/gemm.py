@@ -87,9 +87,9 @@ def pack(rows, gain, eps, panel):
     panel[:, n:] = 0
     for start in range(0, d, 16):
         for first in range(0, n, 16):
-            for i in range(start, min(start + 16, d)):
-                g = single(gain, i) if len(gain) else np.float32(1)
-                for k in range(first, min(first + 16, n)):
+            for k in range(first, min(first + 16, n)):  # whose lines may lie in one set of the cache: each is read once
+                for i in range(start, min(start + 16, d)):
+                    g = single(gain, i) if len(gain) else np.float32(1)
                     panel[i, k] = g * (rows[k, i] / roots[k])
 
 
