@@ -23,6 +23,7 @@ from npllm.kernels.simd import (
     load_pairs,
     pairs,
     prefetch,
+    prefetch_pairs,
     single,
     splat,
     store,
@@ -57,10 +58,10 @@ def dot_four(weight, p, q, r, s, x, n):
     a = b = c = d = splat(np.float32(0))
     whole = n // STEP * STEP
     for i in range(0, whole, STEP):
-        prefetch(weight, p + i + AHEAD)
-        prefetch(weight, q + i + AHEAD)
-        prefetch(weight, r + i + AHEAD)
-        prefetch(weight, s + i + AHEAD)
+        prefetch_pairs(weight, p + i + AHEAD)
+        prefetch_pairs(weight, q + i + AHEAD)
+        prefetch_pairs(weight, r + i + AHEAD)
+        prefetch_pairs(weight, s + i + AHEAD)
         x0, x1 = load(x, i), load(x, i + LANES)
         w0, w1 = load_pairs(weight, p + i)
         a = fma(w1, x1, fma(w0, x0, a))
@@ -82,8 +83,8 @@ def dot_two_by_four(weight, p, q, x, k, n):
     whole = n // STEP * STEP
     for i in range(0, whole, STEP):
         if k == 0:
-            prefetch(weight, p + i + AHEAD)
-            prefetch(weight, q + i + AHEAD)
+            prefetch_pairs(weight, p + i + AHEAD)
+            prefetch_pairs(weight, q + i + AHEAD)
         u0, u1 = load_pairs(weight, p + i)
         w0, w1 = load_pairs(weight, q + i)
         x0, x1 = load(x, k0 + i), load(x, k0 + i + LANES)

@@ -21,7 +21,7 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 __all__ = ["LANES", "divide", "exp", "fma", "is_int8", "kernel", "like", "load", "load_pairs",
-           "maximum", "pairs", "prefetch", "single", "splat", "store", "take", "total"]
+           "maximum", "pairs", "prefetch", "prefetch_pairs", "single", "splat", "store", "take", "total"]
 
 SPINS = "30000"  # about a tenth of a millisecond: longer than the Python between two kernels takes
 
@@ -44,6 +44,7 @@ def _start_threads():
 _start_threads()
 
 LANES = 16
+LINE = 64  # bytes of the cache that come together
 _F32, _I32, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 SOURCES = sorted((path.name, path.stat().st_mtime, path.stat().st_size) for path in Path(__file__).parent.glob("*.py"))
@@ -246,13 +247,28 @@ def like(_typing, array, address):
     return array(array, types.int64), generate
 
 
+def _prefetch(context, builder, kind, array, index):
+    pointer = builder.bitcast(_address(context, builder, kind, array, index), _I8.as_pointer())
+    constants = [ir.Constant(_I32, c) for c in (0, 3, 1)]  # to read; into the nearest cache; data
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *constants])
+
+
 @intrinsic
 def prefetch(_typing, array, index):
     """Ask for the cache line of an entry; harmless beyond the end."""
     def generate(context, builder, signature, arguments):
-        pointer = builder.bitcast(_address(context, builder, signature.args[0], *arguments), _I8.as_pointer())
-        constants = [ir.Constant(_I32, c) for c in (0, 3, 1)]  # to read; into the nearest cache; data
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *constants])
+        _prefetch(context, builder, signature.args[0], *arguments)
+        return context.get_dummy_value()
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def prefetch_pairs(_typing, array, index):
+    """Ask for every cache line of the thirty-two entries that `load_pairs` takes; harmless beyond the end."""
+    def generate(context, builder, signature, arguments):
+        kind, (array, index) = signature.args[0], arguments
+        for entry in range(0, 2 * LANES, LINE * 8 // kind.dtype.bitwidth):
+            _prefetch(context, builder, kind, array, builder.add(index, ir.Constant(index.type, entry)))
         return context.get_dummy_value()
     return types.void(array, types.intp), generate
 
