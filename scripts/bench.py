@@ -335,7 +335,9 @@ def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_
     seconds = {name: {task: [] for task in tasks} for name in names}
     for engine_ in running.values():
         engine_.seconds(32, 2)  # warm up
+    limits = []
     for _ in range(repeat):
+        limits.append(machine_limits(threads))
         for task, (n_prompt, n_more) in tasks.items():
             for name, engine_ in running.items():
                 times = engine_.seconds(n_prompt, n_more)
@@ -345,9 +347,16 @@ def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_
               "peak_bytes": {name: engine_.peak_bytes for name, engine_ in running.items()}}
     for engine_ in running.values():
         engine_.process.terminate()
-    result["limits"] = machine_limits(threads)
+    result["limits"] = median_limits(limits)
     write_json(json_path, result)
     click.echo("\n".join(speed_table(result)))
+
+
+def median_limits(runs):
+    """The limits of a machine that changes while it is measured: of each probe the median of all rounds, and of those the best."""
+    probes = {kind: {name: statistics.median(run[kind][name] for run in runs) for name in runs[0][kind]}
+              for kind in ("read_probes", "sgemm")}
+    return {"read": max(probes["read_probes"].values()), "flops": max(probes["sgemm"].values()), **probes}
 
 
 def matrix_parameters(folder):

@@ -23,6 +23,7 @@ WIDE, NARROW = 4 * LANES, LANES  # columns of a panel, and of a tile
 TALL = 6  # rows of a tile
 BAND = 16 * TALL  # rows of a task
 DEPTH = 512  # channels of a run
+SHALLOW = 288  # of one with 16 columns: a panel's part and a tile's rows stay in the nearest cache
 AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 
@@ -209,11 +210,18 @@ def widen_run(weight, scales, row, start, depth, wide, r, real):
 
 
 @kernel(nogil=True)
+def even_run(d_in, most):
+    """Channels of a run: at most so many, a multiple of LANES, and no short run at the end that is not worth its sums."""
+    n_run = (d_in + most - 1) // most
+    return ((d_in + n_run - 1) // n_run + LANES - 1) // LANES * LANES
+
+
+@kernel(nogil=True)
 def multiply_band(weight, scales, panels, wide, y, first, stop):
     """Rows first ... stop - 1 of the product, for all panels."""
     d_in, columns = weight.shape[1], panels.shape[2]
     n_tile = (stop - first + TALL - 1) // TALL
-    run = DEPTH if columns == WIDE else DEPTH // 2  # a panel's part stays in the nearest cache
+    run = even_run(d_in, DEPTH if columns == WIDE else SHALLOW)
     for start in range(0, d_in, run):
         depth = min(run, d_in - start)
         for r in range(n_tile * TALL):
