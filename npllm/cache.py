@@ -97,11 +97,21 @@ class KVCache:
         -------
         keys, values, slots
             As `append` returns them, the last n_seq columns of both still to be filled.
+
+        Raises
+        ------
+        NpllmValueError
+            When the cache is full, or was filled with another number of sequences or shape of heads.
         """
         n_seq = k.shape[-2]
         self.check_room(k.shape[0], n_seq)
         oldest, stop = self._oldest(), self.n_ctx + n_seq
         keys, values, first = self._layers[layer] or (*(_empty(x, self._capacity(n_seq)) for x in (k, v)), 0)
+        for name, held, new in (("keys", keys, k), ("values", values, v)):
+            sizes, got = ([x.shape[1], x.shape[3]] for x in (held, new))
+            if sizes != got:
+                raise NpllmValueError(f"layer {layer} of the cache holds {name} [n_kv_head, d_head] = {sizes}, got {got}; a cache "
+                                      "goes with the model that made it")
         if stop - first > keys.shape[-2]:
             keys, values = (_moved(x, oldest - first, self.n_ctx - first, self._capacity(stop - oldest)) for x in (keys, values))
             first = oldest

@@ -1,5 +1,8 @@
 """Weights in 8 bits: symmetric, with one scale for each group of neighbouring entries of a row."""
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 
 from npllm.arrays import array_namespace, asarray, expect_shape
@@ -12,6 +15,7 @@ GROUP = 64  # entries that share a scale; with a float32 scale a weight takes 8.
 BLOCK = 2**20  # entries to quantize at a time
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Int8Weight:
     """A matrix in 8 bits, which `linear` and `embed` take in place of a float one.
 
@@ -30,16 +34,23 @@ class Int8Weight:
 
     Notes
     -----
-    It has the shape, dtype and row slices of a matrix and no arithmetic: `npllm.arrays.widen` gives its values in float32.
+    Immutable.  It has the shape, dtype and row slices of a matrix and no arithmetic: `npllm.arrays.widen` gives its float32 values.
 
     Source: "LLM.int8()" (Dettmers et al. 2022), section 2.1, absmax quantisation; the group of Q8_0 in llama.cpp is 32, with a
     float16 scale, which takes the same 8.5 bits.
     """
 
-    def __init__(self, values, scales):
-        expect_shape("values", values, d_out=None, d_in=None)
-        expect_shape("scales", scales, d_out=values.shape[0], n_group=-(-values.shape[1] // GROUP))
-        self.values, self.scales, self.shape, self.ndim, self.dtype = values, scales, values.shape, 2, values.dtype
+    values: Any
+    scales: Any
+    shape: tuple[int, int] = field(init=False)
+    ndim: int = field(init=False, default=2)
+    dtype: Any = field(init=False)
+
+    def __post_init__(self):
+        expect_shape("values", self.values, d_out=None, d_in=None)
+        expect_shape("scales", self.scales, d_out=self.values.shape[0], n_group=-(-self.values.shape[1] // GROUP))
+        object.__setattr__(self, "shape", self.values.shape)
+        object.__setattr__(self, "dtype", self.values.dtype)
 
     def __array_namespace__(self, *, api_version=None):
         """The library that the values belong to."""

@@ -190,8 +190,8 @@ class Model:
         rules = self._rules
         if not valid.all():
             padding = _ops.mask.padding(asarray(valid, self._xp))
-            both = {rule: rule & padding for rule in set(rules)}
-            rules = [both[rule] for rule in rules]
+            both = {id(rule): rule & padding for rule in rules}  # layers that share a rule go on sharing one
+            rules = [both[id(rule)] for rule in rules]
         hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rules, self.ops, cache, tap)
         if cache is not None:
             cache.advance(ids, positions, valid, choice)

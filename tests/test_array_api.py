@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented, documented_calls, normal
 
 from npllm import ops
+from npllm.checkpoint import LayerParams
 from npllm.errors import NpllmTypeError
 from npllm.ops.mask import Rule, causal, documents, padding, sliding_window
 
@@ -26,6 +27,8 @@ def moved(x):
     """Turn NumPy arrays, also those in a dict or tuple, into arrays of the strict library."""
     if isinstance(x, dict):
         return {name: moved(value) for name, value in x.items()}
+    if isinstance(x, LayerParams):
+        return LayerParams(*map(moved, x))
     if isinstance(x, tuple):
         return tuple(moved(value) for value in x)
     return strict.asarray(x) if isinstance(x, np.ndarray | np.generic) else x

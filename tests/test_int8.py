@@ -1,5 +1,7 @@
 """Weights in 8 bits: what rounding does, what linear and embed make of it, and whole models."""
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import oracles
 import pytest
@@ -142,3 +144,16 @@ def test_the_default_model_keeps_its_mind(default_folder, default_model):
     logits, plain = m(ids)[0, -1], default_model(ids)[0, -1]
     assert logits.argmax() == plain.argmax()
     assert np.sqrt(np.mean((logits - plain) ** 2)) < 0.05 * np.std(plain)
+
+
+@every_set
+def test_entries_of_another_type_are_left_to_the_definition(fast):
+    plain = quantize(np.random.default_rng(0).standard_normal((8, 64)))
+    x = np.random.default_rng(1).standard_normal((1, 64)).astype(np.float32)
+    for other in (Int8Weight(plain.values.astype(np.int16), plain.scales), Int8Weight(plain.values, plain.scales.astype(np.float64))):
+        close(fast.linear(x, other), ops.linear(x, plain), times=4)
+
+
+def test_a_weight_in_8_bits_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        quantize(np.ones((2, 64))).values = np.zeros((2, 64), np.int8)

@@ -9,6 +9,7 @@ import threading
 import weakref
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -328,6 +329,44 @@ def test_layers_whose_caches_have_grown_apart_go_one_by_one(steps_of_all_layers)
 
 
 @needs_numba
+def test_a_weight_that_was_taken_out_of_its_layer_is_not_read_any_more(steps_of_all_layers):
+    fast, cache, plain = SETS["compiled"], KVCache(1, 2, 64), KVCache(1, 2, 64)
+    layers = tuple(SimpleNamespace(**a_layer(10 * n)._asdict()) for n in range(2))  # may change, unlike LayerParams
+    for step in range(2):
+        close(through(fast, layers, cache, seed=step), through(ops.reference, layers, plain, seed=step), times=8)
+        layers[1].down_proj = a_layer(50).down_proj
+    assert steps_of_all_layers == []
+
+
+def by_head(i, j):
+    """A rule that differs by head: head h sees every (h+1)-th key."""
+    return (j <= i) & ((i - j) % (np.arange(4)[:, None, None] + 1) == 0)
+
+
+@pytest.mark.parametrize("rule", [by_head, lambda i, j: by_head(i, j)[None], lambda i, j: (j <= i).astype(int), lambda *_: np.True_,
+                                  lambda _, j: np.array([0, 1, 2])[:, None, None, None] < j + 1], ids=range(5))
+def test_rules_of_every_shape_while_decoding(fast, rule):
+    layers, caches = tuple(a_layer(10 * n) for n in range(2)), (KVCache(3, 2, 64), KVCache(3, 2, 64))
+    for n_seq in (4, 1, 1):
+        got, want = (through(o, layers, c, n_seq, masks=[rule] * 2) for o, c in zip((fast, ops.reference), caches, strict=True))
+        close(got, want, times=8)
+        got, want = (o.attention_block(normal((3, 1, 24), 1), *layers[0][:1], EPS, *layers[0][1:3], *np.ones((2, 1, 8), np.float32), *HEADS,
+                                       mask=rule, cache=c) for o, c in zip((fast, ops.reference), caches, strict=True))
+        close(got, want, times=8)
+
+
+def test_a_cache_in_float64(fast):
+    layers, caches = (a_layer(0),), (KVCache(1, 1, 64), KVCache(1, 1, 64))
+    for cache in caches:
+        past = normal((1, 2, 3, 8), 1, np.float64)
+        cache.append(0, past, past)
+        cache.advance(np.zeros((1, 3), int), np.arange(3), np.ones((1, 3), bool), np.zeros(1, int))
+    for n_seq in (1, 2):
+        got, want = (through(o, layers, c, n_seq) for o, c in zip((fast, ops.reference), caches, strict=True))
+        close(got, want, times=8)
+
+
+@needs_numba
 def test_weights_are_given_up_with_the_cache():
     layers, cache = tuple(a_layer(10 * n) for n in range(2)), KVCache(1, 2, 64)
     through(SETS["compiled"], layers, cache)
@@ -432,6 +471,14 @@ def block(o, **changes):
     return o.attention_block(**(arguments | changes))
 
 
+def filled_by_others():
+    """A cache that a model with heads of another size has used."""
+    cache = KVCache(1, 1, 9)
+    cache.append(0, *np.ones((2, 1, 2, 3, 4), np.float32))
+    cache.advance(np.zeros((1, 3), int), np.arange(3), np.ones((1, 3), bool), np.zeros(1, int))
+    return cache
+
+
 @pytest.mark.parametrize("call", [
     lambda o: o.linear(np.ones((2, 4), np.float32), np.ones((3, 5), np.float32)),
     lambda o: o.linear(np.ones((2, 4)), np.ones((3, 4), np.int32)),
@@ -460,7 +507,11 @@ def block(o, **changes):
     lambda o: through(o, (a_layer(0), a_layer(1)._replace(o_proj=np.ones((24, 33), np.float32))), KVCache(1, 2, 9)),
     lambda o: through(o, (a_layer(0), a_layer(1)._replace(down_proj=np.ones((23, 40), np.float32))), KVCache(1, 2, 9)),
     lambda o: through(o, (a_layer(0)._replace(input_layernorm=np.ones(24, int)), a_layer(1)), KVCache(1, 2, 9)),
-], ids=range(27))
+    lambda o: through(o, (a_layer(0),), KVCache(2, 1, 9), masks=[lambda *_: np.ones((3, 1, 1, 1), bool)]),
+    lambda o: through(o, (a_layer(0),), KVCache(3, 1, 9), masks=[lambda *_: np.ones((2, 1, 1, 1), bool)]),
+    lambda o: through(o, (a_layer(0),), filled_by_others(), masks=[mask.causal()]),
+    lambda o: block(o, n_kv_head=0),
+], ids=range(31))
 def test_errors_are_those_of_the_definition(fast, call):
     with pytest.raises(NpllmError) as mine:
         call(fast)

@@ -172,6 +172,18 @@ def test_a_mask_of_ones_is_no_mask():
         close(m(ids, attention_mask=ones), m(ids), times=0)
 
 
+def test_padding_goes_with_a_rule_that_cannot_be_hashed():
+    class Near:
+        __hash__ = None
+
+        def __call__(self, i, j):
+            return (j <= i) & (i - j < 3)
+
+    ids, mask, _ = padded([12, 7], 12)
+    near, window = (model().with_mask(rule) for rule in (ops.mask.Rule(Near()), ops.mask.sliding_window(3)))
+    close(near(ids, attention_mask=mask), window(ids, attention_mask=mask), times=2)
+
+
 def test_padding_in_the_cache_stays_hidden_without_a_mask():
     m = model()
     ids, mask, _ = padded([4, 7], 7)

@@ -24,7 +24,6 @@ from npllm.kernels.parts import (
     fits_product,
     fits_rope,
     fits_weight,
-    flat,
     gated_panels,
     gelu,
     linear,
@@ -35,7 +34,6 @@ from npllm.kernels.parts import (
     room,
     rope_attention,
     stored,
-    visible,
 )
 from npllm.kernels.tiled import TILED
 from npllm.ops.fusions import COMPOSITIONS
@@ -47,11 +45,13 @@ __all__ = ["COMPILED", "attention_block", "decoder_layers", "mlp_block"]
 def attention_block(x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias=None, o_bias=None, *,
                     mask=None, cache=None, layer=0):
     """Compute `npllm.ops.attention_block`: one kernel for one token of a few sequences, else the compiled parts."""
-    if cache is None or not fits_step(x, norm_weight, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias, o_bias):
+    token = None
+    if cache is not None and fits_step(x, norm_weight, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias, o_bias):
+        d_head = len(qkv_weight) // (n_head + 2 * n_kv_head)
+        token = one_token(cos, sin, len(x), n_head, n_kv_head, d_head, mask, cache, layer)
+    if token is None:
         return COMPOSITIONS["attention_block"](COMPILED, x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head,
                                                qkv_bias, o_bias, mask=mask, cache=cache, layer=layer)
-    d_head = len(qkv_weight) // (n_head + 2 * n_kv_head)
-    token = one_token(cos, sin, len(x), n_kv_head, d_head, mask, cache, layer)
     y = x[:, 0].copy()
     attention_step(y, bits(norm_weight), np.float32(eps), *stored(qkv_weight), bias_or_nothing(qkv_bias), *token, n_head,
                    *stored(o_weight))
@@ -78,8 +78,8 @@ def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=Non
 def decoder_layers(x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, cache=None, layer=0):
     """Compute `npllm.ops.decoder_layers`: one kernel for one token of a few sequences where the layers are alike."""
     one_mask = masks is None or (len(masks) == len(layers) and all(mask is masks[0] for mask in masks))
-    if one_mask and isinstance(layers, tuple) and layers and isinstance(cache, KVCache):
-        y = step(x, layers, eps, cos, sin, n_head, n_kv_head, masks and masks[0], cache, layer)
+    if one_mask and type(layers) is tuple and layers and type(cache) is KVCache and all(type(x) is LayerParams for x in layers):
+        y = step(x, layers, eps, cos, sin, n_head, n_kv_head, None if masks is None else masks[0], cache, layer)
         if y is not None:
             return y
     return COMPOSITIONS["decoder_layers"](COMPILED, x, layers, eps, cos, sin, n_head, n_kv_head, masks=masks, cache=cache,
@@ -95,13 +95,16 @@ def step(x, layers, eps, cos, sin, n_head, n_kv_head, mask, cache, layer):
     if table is None:
         return None
     d_head = len(qkv_proj) // (n_head + 2 * n_kv_head)
-    rooms = [room(cache, layer + n, len(x), n_kv_head, d_head) for n in range(len(layers))]
-    (keys, values, slots), *others = rooms
-    if not all(alike(k, keys) and alike(v, values) for k, v, _ in others):
+    token = one_token(cos, sin, len(x), n_head, n_kv_head, d_head, mask, cache, layer)
+    if token is None:
         return None
-    first, table = (*arrays_of(layers[0]), keys, values), np.hstack((table, [(address(k), address(v)) for k, v, _ in rooms]))
+    cos, sin, keys, values, seen = token
+    rooms = [(keys, values), *(room(cache, layer + n, len(x), n_kv_head, d_head)[:2] for n in range(1, len(layers)))]
+    if not all(alike(k, keys) and alike(v, values) for k, v in rooms):
+        return None
+    first, table = (*arrays_of(layers[0]), keys, values), np.hstack((table, [(address(k), address(v)) for k, v in rooms]))
     y = x[:, 0].copy()
-    layers_step(y, first, table, np.float32(eps), *flat(cos, sin), visible(mask, slots.stop - 1, slots), n_head)
+    layers_step(y, first, table, np.float32(eps), cos, sin, seen, n_head)
     return y.reshape(x.shape)
 
 
@@ -127,7 +130,7 @@ def fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias=None, dow
 
 WEIGHTS = ("input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "gate_up_proj", "down_proj")
 BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
-_KNOWN = WeakKeyDictionary()  # cache -> layers, table: to look at every weight for every token would take as long as a layer
+_KNOWN = WeakKeyDictionary()  # cache -> layers, arrays, table: to look at all weights for every token would take as long as a layer
 
 
 def known_table(layers, cache):
@@ -135,9 +138,9 @@ def known_table(layers, cache):
     if cache not in _KNOWN or _KNOWN[cache][0] is not layers:
         same = all(all(map(alike, weights_of(layer), weights_of(layers[0]))) for layer in layers)
         plain = all(getattr(layer, name) is None for layer in layers for name in BIASES)
-        table = np.array([[address(x) for x in arrays_of(layer)] for layer in layers]) if same and plain else None
-        _KNOWN[cache] = layers, table
-    return _KNOWN[cache][1]
+        arrays = [arrays_of(layer) for layer in layers] if same and plain else []  # kept: what lies at an address stays there
+        _KNOWN[cache] = layers, arrays, np.array([list(map(address, row)) for row in arrays]) if arrays else None
+    return _KNOWN[cache][2]
 
 
 def weights_of(layer):

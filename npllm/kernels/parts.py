@@ -18,6 +18,7 @@ from npllm.kernels.attention import PANELS, attend_many, attend_step, fold_score
 from npllm.kernels.gemv import FEW_ROWS, add_product, gate_all, gated_product
 from npllm.kernels.simd import kernel
 from npllm.kernels.tiled import TILED
+from npllm.ops.attention import evaluate_mask
 from npllm.ops.fusions import compose_rope_attention, cut_heads
 from npllm.ops.mask.rule import ALL, FAR
 from npllm.threads import run_blocks, scratch
@@ -147,7 +148,8 @@ def fits_product(x, weight, bias=None):
 def fits_weight(weight, d_in, bias=None):
     """Tell whether a weight is one that the kernels are made for."""
     if isinstance(weight, Int8Weight):
-        return (type(weight.values) is np.ndarray and weight.shape[1] == d_in and d_in % GROUP == 0 and len(weight) > 0
+        return (type(weight.values) is np.ndarray and (weight.values.dtype, weight.scales.dtype) == (np.int8, np.float32)
+                and weight.shape[1] == d_in and d_in % GROUP == 0 and len(weight) > 0
                 and weight.values.flags.c_contiguous and weight.scales.flags.c_contiguous and tiled.fits_bias(bias, weight))
     return tiled.fits_weight(weight, d_in, bias)
 
@@ -183,15 +185,22 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, l
     if n_seq > 1 or cache is None:
         return rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer)
     d_head = d_qkv // (n_head + 2 * n_kv_head)
+    token = one_token(cos, sin, n_batch, n_head, n_kv_head, d_head, mask, cache, layer)
+    if token is None:
+        return compose_rope_attention(TILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
     y = np.empty((n_batch, 1, n_head * d_head), np.float32)
-    attend_step(np.ascontiguousarray(qkv), *one_token(cos, sin, n_batch, n_kv_head, d_head, mask, cache, layer), n_head, y)
+    attend_step(np.ascontiguousarray(qkv), *token, n_head, y)
     return y
 
 
-def one_token(cos, sin, n_batch, n_kv_head, d_head, mask, cache, layer):
-    """What attention of one new token a sequence needs: its rotation, keys and values with room for its own, and which it sees."""
+def one_token(cos, sin, n_batch, n_head, n_kv_head, d_head, mask, cache, layer):
+    """What attention of one new token a sequence needs: its rotation, keys and values with room for its own, and which it sees.
+
+    None where keys are not float32, or heads see different ones.
+    """
     keys, values, slots = room(cache, layer, n_batch, n_kv_head, d_head)
-    return *flat(cos, sin), keys, values, visible(mask, slots.stop - 1, slots)
+    seen = visible(mask, slots, n_batch, n_head)
+    return (*flat(cos, sin), keys, values, seen) if tiled.is_float32(keys, values) and seen is not None else None
 
 
 def flat(*tables):
@@ -207,16 +216,19 @@ def room(cache, layer, n_batch, n_kv_head, d_head):
 
 
 def slots_first(x):
-    """A view [n_ctx, n_batch, n_kv_head, d_head] of keys or values: contiguous at no length, so that Numba knows one type of it."""
+    """A view [n_ctx, n_batch, n_kv_head, d_head] of keys or values: contiguous at no length, so that Numba knows one type of it.
+
+    A single head of a single sequence is contiguous always, which is another type.
+    """
     return x.transpose(2, 0, 1, 3)
 
 
 def fits_rope(shape, cos, sin, n_head, n_kv_head):
     """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq, (n_head+2*n_kv_head)*d_head]."""
     n_all = n_head + 2 * n_kv_head
-    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0 and shape[-1] % n_all == 0
+    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0 and n_kv_head > 0 and shape[-1] % n_all == 0
             and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == shape[1]
-            and cos.shape[-1] % 2 == 0 and cos.shape[-1] <= shape[-1] // n_all
+            and cos.shape[-1] % 2 == 0 and 0 < cos.shape[-1] <= shape[-1] // n_all
             and (cos.ndim == 2 or cos.shape[0] in (1, shape[0])))
 
 
@@ -228,6 +240,8 @@ def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
         keys, values, slots = np.empty(k.shape, np.float32), np.empty(k.shape, np.float32), range(n_seq)
     else:
         keys, values, slots = cache.extend(layer, k, k)
+    if not tiled.is_float32(keys, values):
+        return compose_rope_attention(TILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
     cos, sin = (np.broadcast_to(x, (n_batch, n_seq, x.shape[-1])) for x in (cos, sin))
     band = (-FAR, FAR) if mask is None else getattr(mask, "band", None)
     if band is None or not gemm.width():
@@ -250,10 +264,18 @@ def attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots
     return ops.merge_heads(y)
 
 
-def visible(mask, slot, slots):
-    """Which cached keys the query in a slot sees, [n_batch or 1, n_ctx]; no row at all where it sees every one."""
-    bound = ALL if mask is None else getattr(mask, "bound", tiled.unknown)(slot, slot, slots.start, slots.stop - 1)
+def visible(mask, slots, n_batch, n_head):
+    """Which cached keys the query in the last slot sees, [n_batch or 1, n_ctx]; no row at all where it sees every one.
+
+    None where its heads see different ones.
+    """
+    slot = slots.stop - 1
+    bound = ALL if mask is None else getattr(mask, "bound", tiled.unknown)(slot, slot, slots.start, slot)
     if bound == ALL:
         return np.zeros((0, len(slots)), bool)
-    seen = np.asarray(mask(np.array([[slot]]), np.arange(slots.start, slots.stop)[None]))
-    return np.broadcast_to(seen.reshape(-1, seen.shape[-1]), (seen.size // seen.shape[-1], len(slots)))
+    q = np.broadcast_to(np.float32(0), (n_batch, n_head, 1, 1))  # its shape is asked for
+    seen = np.asarray(evaluate_mask(np, mask, q, range(slot, slot + 1), slots))
+    if seen.ndim > 2 and seen.shape[-3] != 1:
+        return None
+    seen = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, (1, len(slots))))
+    return np.array(seen.reshape(-1, len(slots)), bool)

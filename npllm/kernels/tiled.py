@@ -219,7 +219,7 @@ def _visible(mask, q, i, k_slots, lead):
         if bound == ALL:
             yield columns, None
         elif bound != NONE:
-            see = np.asarray(evaluate_mask(np, mask, q, i, j))
+            see = np.asarray(evaluate_mask(np, mask, q, i, j), bool)
             if see.ndim > 2:  # it differs by sequence or by head
                 see = np.broadcast_to(see, (*q.shape[:-2], len(i), len(j))).reshape(n_batch, n_kv_head, group, len(i), len(j))
             yield columns, np.broadcast_to(see, (n_batch, n_kv_head, see.shape[2] if see.ndim > 2 else 1, len(i), len(j)))

@@ -261,7 +261,7 @@ def decoder_layers(x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, c
     Returns
     -------
     y : array [..., n_seq, d_model]
-        A new array in the dtype of `x`.
+        In the dtype of `x`; a new array, unless there is no layer.
 
     Raises
     ------
