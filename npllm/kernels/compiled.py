@@ -130,7 +130,8 @@ def fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias=None, dow
 
 WEIGHTS = ("input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "gate_up_proj", "down_proj")
 BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
-_KNOWN = WeakKeyDictionary()  # cache -> layers, arrays, table: to look at all weights for every token would take as long as a layer
+# cache -> layers, arrays, table: to look at all weights for every token would take as long as a layer
+_KNOWN: WeakKeyDictionary[KVCache, tuple[tuple, list, np.ndarray | None]] = WeakKeyDictionary()
 
 
 def known_table(layers, cache):
