@@ -1,6 +1,6 @@
 """Weights in 8 bits: symmetric, with one scale for each group of neighbouring entries of a row."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,15 +42,14 @@ class Int8Weight:
 
     values: Any
     scales: Any
-    shape: tuple[int, int] = field(init=False)
-    ndim: int = field(init=False, default=2)
-    dtype: Any = field(init=False)
 
     def __post_init__(self):
         expect_shape("values", self.values, d_out=None, d_in=None)
         expect_shape("scales", self.scales, d_out=self.values.shape[0], n_group=-(-self.values.shape[1] // GROUP))
-        object.__setattr__(self, "shape", self.values.shape)
-        object.__setattr__(self, "dtype", self.values.dtype)
+
+    ndim = 2
+    shape = property(lambda self: self.values.shape)
+    dtype = property(lambda self: self.values.dtype)
 
     def __array_namespace__(self, *, api_version=None):
         """The library that the values belong to."""

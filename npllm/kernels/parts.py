@@ -247,8 +247,8 @@ def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
     if band is None or not gemm.width():
         return attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots)
     y = np.empty((n_batch, n_seq, n_head * k.shape[-1]), np.float32)
-    room = scratch("queries", (get_num_threads(), PANELS, k.shape[-1], gemm.width()), np.float32)
-    attend_many(qkv, cos, sin, slots_first(keys), slots_first(values), n_head, band, room, y, np.zeros(1, np.int64))
+    panels = scratch("queries", (get_num_threads(), PANELS, k.shape[-1], gemm.width()), np.float32)
+    attend_many(qkv, cos, sin, slots_first(keys), slots_first(values), n_head, band, panels, y, np.zeros(1, np.int64))
     return y
 
 
