@@ -186,7 +186,7 @@ def test_else_it_is_in_the_checkout_else_in_the_users_cache(monkeypatch, tmp_pat
         monkeypatch.delenv("NPLLM_WEIGHTS", raising=False)
     else:
         monkeypatch.setenv("NPLLM_WEIGHTS", named)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "npllm" / "fetch.py"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "npllm" / "checkpoints" / "fetch.py"))
     platformdirs = pytest.importorskip("platformdirs")
     assert weights_folder() == Path(platformdirs.user_cache_dir("npllm", appauthor=False)) / "weights"
     (tmp_path / "setup.cfg").touch()
