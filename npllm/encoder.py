@@ -8,6 +8,7 @@ from npllm import ops as _ops
 from npllm.arrays import array_namespace, asarray, is_integer, to_numpy
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import quote, read_json
+from npllm.decision import FROM_MODEL, check_finite
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.kernels import fastest_ops
 from npllm.models import bert
@@ -151,7 +152,7 @@ class Encoder:
         NpllmTypeError
             When `texts` is no list of str.
         NpllmValueError
-            When the folder has no tokenizer.
+            When the folder has no tokenizer, or an embedding is not finite.
 
         Notes
         -----
@@ -169,6 +170,7 @@ class Encoder:
         for batch in _batches([len(row) for row in rows]):
             ids, valid = _pad([rows[i] for i in batch], self.config.pad_token_id or 0)
             embeddings[batch] = mean_pool(to_numpy(self(ids, attention_mask=valid)), valid)
+        check_finite(embeddings, "embeddings", FROM_MODEL)
         return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12) if normalize else embeddings
 
     def require_tokenizer(self):
@@ -225,8 +227,13 @@ def cosine_similarities(embeddings):
     -------
     s : float64 array [n, n]
         0 beside a vector that is 0.
+
+    Raises
+    ------
+    NpllmValueError
+        When an embedding is not finite.
     """
-    e = embeddings.astype(np.float64)
+    e = check_finite(embeddings, "embeddings").astype(np.float64)
     e = e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-300)
     return e @ e.T
 

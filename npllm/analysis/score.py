@@ -10,6 +10,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import is_integer, to_numpy
+from npllm.decision import FROM_MODEL, check_finite, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["Score", "Window", "perplexity", "score", "windows"]
@@ -112,7 +113,7 @@ def score(model, text, *, max_length=None, stride=None, progress=False):
     Raises
     ------
     NpllmTypeError, NpllmValueError
-        When the text has fewer than two tokens, or max_length does not fit the context.
+        When the text has fewer than two tokens, max_length does not fit the context, or a logit is NaN or +inf.
 
     Notes
     -----
@@ -153,7 +154,7 @@ def perplexity(log_probs):
     Raises
     ------
     NpllmValueError
-        When there is no token.
+        When there is no token, or a log-probability is NaN or +inf.
 
     Notes
     -----
@@ -164,6 +165,8 @@ def perplexity(log_probs):
     if len(log_probs) == 0:
         raise NpllmValueError("perplexity needs the log-probability of at least one token, got none")
     mean = -float(np.mean(log_probs))
+    if not mean > -math.inf:
+        check_finite(np.asarray(log_probs, np.float64), "log_probs")
     return math.exp(mean) if mean < 709 else math.inf
 
 
@@ -206,6 +209,7 @@ def _score_window(model, ids, window):
     targets, parts = ids[window.first : window.stop], []
     for start in range(0, len(targets), ROWS):
         logits = to_numpy(model.lm_head(hidden[start : start + ROWS, :]))
+        check_scores(logits, "the model's logits", FROM_MODEL)
         wanted = targets[start : start + ROWS]
         parts.append(ops.log_softmax(logits)[np.arange(len(wanted)), wanted].astype(np.float64))
     return parts
