@@ -164,9 +164,9 @@ def perplexity(log_probs):
     """
     if len(log_probs) == 0:
         raise NpllmValueError("perplexity needs the log-probability of at least one token, got none")
+    if not (np.asarray(log_probs) < np.inf).all():
+        check_finite(np.asarray(log_probs), "log_probs")
     mean = -float(np.mean(log_probs))
-    if not mean > -math.inf:
-        check_finite(np.asarray(log_probs, np.float64), "log_probs")
     return math.exp(mean) if mean < 709 else math.inf
 
 
