@@ -70,7 +70,7 @@ def made(scene, set_=ops.blockwise):
 
 
 def check(scene, model, broken, want):
-    """Let one step fail, then go on with what is left to do; return whether it failed."""
+    """Let one step fail, then go on: with a shorter step in its place, and with what was left to do; return whether it failed."""
     _, n_batch, _, _, at = SCENES[scene]
     cache = model.new_cache(n_batch)
     play(scene, model, cache, 0, at)
@@ -81,11 +81,26 @@ def check(scene, model, broken, want):
         return False
     except Fault:
         done = cache._state is not before  # wholly, or not at all
+    if not done:
+        close(shorter(model, cache.copy()), want[-1], times=0)
     got = play(scene, model, cache, at + done)
-    for one, other in zip(got, want[at + done :], strict=True):
+    for one, other in zip(got, want[at + done : -1], strict=True):
         if one is not None:
             close(one, other, times=0)
     return True
+
+
+def shorter(model, cache):
+    """Send one token, of other ids than the scene's, through the model."""
+    return model(ids(cache.n_batch, 1, seed=5), cache=cache)
+
+
+def wanted(scene, model):
+    """What every step gives where nothing fails, and the shorter one in the place of the step that will."""
+    _, n_batch, _, _, at = SCENES[scene]
+    instead = model.new_cache(n_batch)
+    play(scene, model, instead, 0, at)
+    return [*play(scene, model, model.new_cache(n_batch)), shorter(model, instead)]
 
 
 @contextlib.contextmanager
@@ -118,11 +133,6 @@ def at_line(number, model, lines):
         sys.settrace(before)
 
 
-def wanted(scene, model):
-    """What every step gives where nothing fails."""
-    return play(scene, model, model.new_cache(SCENES[scene][1]))
-
-
 def fail_at_lines(scene, n_points, set_=ops.blockwise):
     """Raise at evenly spread lines of a scene's step; return how many were hit."""
     model, lines = made(scene, set_), []
@@ -141,8 +151,8 @@ def test_a_fault_at_any_line(scene):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
-def test_a_fault_at_every_line(scene):
-    fail_at_lines(scene, 100_000)
+def test_a_fault_at_hundreds_of_lines(scene):
+    fail_at_lines(scene, 400)
 
 
 @pytest.mark.parametrize("scene", ["decode", "growing", "window", "longrope, one row of two"])
@@ -175,7 +185,7 @@ def test_a_fault_in_any_operation(scene, after):
     model, calls = made(scene), []
     want = wanted(scene, model)
     assert not check(scene, model, lambda: at_op(-1, model, after, calls), want)
-    for number in range(1, len(calls) + 1, max(1, len(calls) // 25)):
+    for number in range(1, len(calls) + 1, max(1, len(calls) // 15)):
         assert check(scene, model, lambda number=number: at_op(number, model, after, []), want)
     assert check(scene, model, lambda: at_op(len(calls), model, after, []), want), "the last is lm_head"
 
@@ -195,7 +205,7 @@ def test_a_fault_in_a_tap():
 
         with pytest.raises(Fault):
             model(ids(1, 3), cache=cache, tap=tap)
-        for got, right in zip(play("tap", model, cache, 1), want[1:], strict=True):
+        for got, right in zip(play("tap", model, cache, 1), want[1:-1], strict=True):
             close(got, right, times=0)
 
 
@@ -228,19 +238,22 @@ def interrupted(scene, n_runs):
 
 
 needs_alarm = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no interval timer")
+in_a_finaliser = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where an interrupt may fall
 
 
 @needs_alarm
+@in_a_finaliser
 @pytest.mark.parametrize("scene", ["growing", "longrope", "chunks"])
 def test_interrupts(scene):
     assert interrupted(scene, 40) > 0
 
 
 @needs_alarm
+@in_a_finaliser
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 def test_many_interrupts(scene):
-    assert interrupted(scene, 1000) > 0
+    assert interrupted(scene, 400) > 0
 
 
 # ------------------------------------------------------------------------------------------------------- fronts with a cache of their own
