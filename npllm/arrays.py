@@ -18,7 +18,7 @@ import numpy as np
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
 __all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
-           "host_range", "is_array", "is_integer", "round_to", "stable_argsort", "to_numpy", "widen"]
+           "host_range", "is_array", "is_integer", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
 
 BACKENDS = ("numpy", "cupy", "auto")
 
@@ -139,6 +139,31 @@ def dtype_named(name):
         return DTYPES[name]
     except (KeyError, TypeError):
         raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}") from None
+
+
+def widest(dtypes):
+    """Find the narrowest float dtype that holds every value of all the given ones.
+
+        bfloat16 and float16 -> float32, which alone has the exponent of the one and the fraction of the other
+
+    Parameters
+    ----------
+    dtypes : iterable of NumPy dtypes
+        bfloat16, float16, float32 or float64, in any byte order.
+
+    Returns
+    -------
+    dtype : NumPy dtype
+        In the byte order of the machine.
+
+    Notes
+    -----
+    Source: `torch.promote_types`.
+    """
+    names = {dtype.name for dtype in dtypes}
+    if len(names) == 1:
+        return dtype_named(names.pop())
+    return DTYPES["float64" if "float64" in names else "float32"]
 
 
 def asarray(x, xp):

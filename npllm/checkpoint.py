@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from npllm.arrays import DTYPES, asarray, dtype_named
+from npllm.arrays import DTYPES, asarray, dtype_named, widest
 from npllm.config import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.int8 import quantize
@@ -203,9 +203,13 @@ class TensorReader:
 
     def _send(self, views, names):
         """Copy tensors straight from the mapped file to the device."""
-        dtype = views[0].dtype.newbyteorder("=") if self.dtype is None else dtype_named(self.dtype)
+        dtype = self._common_dtype(views)
         file = self.entries[next(iter(names))].file.name
         return self.upload.stack(views, dtype, self.advance and (lambda n_bytes: self.advance(n_bytes, file)))
+
+    def _common_dtype(self, views):
+        """The dtype that was asked for; else the widest that is stored, so that no tensor is rounded beside a narrower one."""
+        return widest(view.dtype for view in views) if self.dtype in (None, "int8") else dtype_named(self.dtype)
 
     def _view(self, name):
         """View a tensor in the mapped file; copy it where it is not aligned to its item size."""
@@ -223,7 +227,7 @@ class TensorReader:
 
     def _stack(self, views):
         """Copy tensors into one, and let go of each mapping once it is copied, so that the file's pages are not held as well."""
-        dtype = views[0].dtype if self.dtype in (None, "int8") else dtype_named(self.dtype)
+        dtype = self._common_dtype(views)
         n_rows = sum(view.shape[0] for view in views)
         x = np.empty((n_rows, *views[0].shape[1:]), dtype)
         start = 0
