@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_llama import LLAMA
 
-from npllm import Config, upload
+from npllm import Config
 from npllm.arrays import widest
-from npllm.checkpoint import load_params
-from npllm.int8 import quantize
+from npllm.checkpoints import upload
+from npllm.checkpoints.safetensors import load_params
+from npllm.quantized.int8 import quantize
 
 FLOATS = [np.dtype(name) for name in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)]
 BIASED = LLAMA | {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1}
