@@ -240,15 +240,6 @@ def test_a_llama_folder_has_no_window():
         assert Config.from_json(LLAMA | {"sliding_window": 8}).sliding_window is None
 
 
-def test_tied_llama_uses_the_embedding_even_where_an_output_matrix_lies_in_the_file():
-    """spec 8.11."""
-    content = LLAMA | {"tie_word_embeddings": True}
-    weights = family.tensors(content)
-    ids = np.array([[5, 6, 7]])
-    other = weights | {"lm_head.weight": np.ones((61, 32), np.float32)}
-    close(family.load(content, other)(ids), family.load(content, weights)(ids), times=0)
-
-
 def test_the_tokens_of_tiny_llama_and_of_its_fused_twin_are_the_same():
     llama, phi3 = _both()
     ids = tiny.random_ids(2, 5)
