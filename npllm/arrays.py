@@ -18,7 +18,7 @@ import numpy as np
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
 __all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
-           "host_range", "is_array", "is_integer", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
+           "host_range", "is_array", "is_integer", "native", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
 
 BACKENDS = ("numpy", "cupy", "auto")
 
@@ -50,7 +50,8 @@ def array_namespace(*arrays):
     Raises
     ------
     NpllmTypeError
-        For a mixture of libraries, and for what is no array (a list, a number, a torch tensor).
+        For a mixture of libraries, for what is no array (a list, a number, a torch tensor), and for NumPy arrays in another byte
+        order than the machine's.
 
     Notes
     -----
@@ -65,6 +66,9 @@ def array_namespace(*arrays):
         if not is_array(x):
             raise NpllmTypeError(f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
                                  f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray")
+        if isinstance(x, np.ndarray) and not x.dtype.isnative:
+            raise NpllmTypeError(f"dtype {x.dtype} has another byte order than this machine; convert the array once, with "
+                                 "npllm.arrays.native(x)")
         xp = sys.modules["cupy"] if _is_cupy(x) else x.__array_namespace__()
         namespaces[xp.__name__] = xp
     if len(namespaces) != 1:
@@ -178,6 +182,11 @@ def to_numpy(x):
     if isinstance(x, np.ndarray):
         return x
     return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def native(x):
+    """Bring a NumPy array into the byte order of the machine: itself, or a copy with the same values."""
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def compute_dtype(*arrays):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from npllm.arguments import host_integers
 from npllm.arrays import array_namespace, asarray, is_integer
 from npllm.errors import NpllmValueError
 
@@ -165,7 +166,7 @@ class KVCache:
         -----
         Source: `DynamicCache.reorder_cache` and `batch_repeat_interleave` in Transformers.
         """
-        rows = np.asarray(rows)
+        rows = host_integers("rows", rows)
         if rows.ndim != 1 or not is_integer(rows) or rows.size == 0 or rows.min() < 0 or rows.max() >= self.n_batch:
             raise NpllmValueError(f"rows must be integers in 0 ... n_batch - 1 = {self.n_batch - 1}, at least one, got "
                                   f"{rows.tolist()}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from npllm import ops as _ops
+from npllm.arguments import host_array, host_integers, native_weights
 from npllm.arrays import array_namespace, asarray, is_integer, to_numpy
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import quote, read_json
@@ -80,8 +81,8 @@ class Encoder:
     """
 
     def __init__(self, config, params, *, ops=None, tokenizer=None, max_length=None, folder=None):
-        self.config, self.params, self.tokenizer, self.folder = config, params, tokenizer, folder
-        self._xp = array_namespace(params.word_embeddings)
+        self.config, self.params, self.tokenizer, self.folder = config, native_weights(params), tokenizer, folder
+        self._xp = array_namespace(self.params.word_embeddings)
         self.ops = fastest_ops("numpy" if self._xp is np else "cupy") if ops is None else ops
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         if tokenizer is not None:
@@ -120,7 +121,7 @@ class Encoder:
         ids = _check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
         types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
         types = _check_ids("token_type_ids", types, config.type_vocab_size, "type_vocab_size")
-        valid = np.ones(ids.shape, dtype=bool) if attention_mask is None else np.asarray(to_numpy(attention_mask))
+        valid = np.ones(ids.shape, dtype=bool) if attention_mask is None else host_array("attention_mask", attention_mask)
         if types.shape != ids.shape or valid.shape != ids.shape or not np.isin(valid, (0, 1)).all():
             raise NpllmValueError(f"token_type_ids and attention_mask (of 0 and 1) must be [n_batch, n_seq] = {list(ids.shape)}, "
                                   f"got {list(types.shape)} and {list(valid.shape)}")
@@ -254,10 +255,7 @@ def _pad(rows, fill):
 
 def _check_ids(name, x, size, size_name):
     """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] below a size."""
-    try:
-        ids = to_numpy(x) if hasattr(x, "__array_namespace__") else np.asarray(x)
-    except ValueError as error:
-        raise NpllmTypeError(f"{name} must be an array, or lists of equal length ({error})") from None
+    ids = host_integers(name, x)
     if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
         raise NpllmTypeError(f"{name} must be integers [n_batch, n_seq], both at least 1, got {ids.dtype} {list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= size:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from npllm.arrays import DTYPES, asarray, dtype_named, widest
+from npllm.arrays import DTYPES, asarray, dtype_named, native, widest
 from npllm.checkpoints.unused import are_rope_frequencies, same_values, warn_of_unused
 from npllm.checkpoints.upload import Upload
 from npllm.config.config import no_duplicates, printable, quote, read_json
@@ -464,7 +464,7 @@ def _count_nonfinite(entry):
 def _convert(x, dtype):
     if dtype == "int8":
         return quantize(x) if x.ndim == 2 else x
-    return x if dtype is None else x.astype(dtype_named(dtype), copy=False)
+    return native(x) if dtype is None else x.astype(dtype_named(dtype), copy=False)
 
 
 @contextlib.contextmanager
