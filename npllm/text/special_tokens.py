@@ -23,8 +23,8 @@ EXTRA, OLD_EXTRA, LISTED = "extra_special_tokens", "additional_special_tokens", 
 class SpecialTokens(NamedTuple):
     """What a folder says of added tokens beyond tokenizer.json."""
 
-    named: dict[str, AddedToken]  # bos_token, ..., and those of this model alone, such as image_token
-    extra: list[AddedToken]  # without a name
+    named: dict[str, str]  # text of bos_token, ..., and of those of this model alone, such as image_token
+    unlisted: list[AddedToken]  # the named ones, then those without a name
     listed: list[AddedToken]  # in the order of the ids that they are said to have
 
 
@@ -53,26 +53,41 @@ def read_special_tokens(folder: Path, settings: dict[str, Any], backend: Backend
     Source: `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` in Transformers 5.23.
     """
     file, is_new = folder / "tokenizer_config.json", settings.get(LISTED) is not None
-    own = {key: value for key, value in settings.items() if _is_name(key, value)}
+    entries, own = _entries(folder, settings, is_new)
+    if backend.padding:
+        entries.setdefault("pad_token", backend.padding["pad_token"])
+    extra = _checked(entries.get(EXTRA, entries.get(OLD_EXTRA)) or [], list, file, EXTRA)
+    given = {key: entries[key] for key in NAMES if entries.get(key) is not None} | own
+    named = {key: _token(entry, file, key) for key, entry in given.items()}
+    unnamed = [_token(entry, file, EXTRA) for entry in extra]
+    pairs = [*zip(named.values(), given.values(), strict=True), *zip(unnamed, extra, strict=True)]
+    unlisted = [*{(repr(token), isinstance(entry, str)): token for token, entry in pairs}.values()]
+    texts = {key: token.content for key, token in named.items()}
+    if is_new:
+        return SpecialTokens(texts, unlisted, _listed(settings[LISTED], file))
+    counted = [(named[key], given[key]) for key in NAMES if key in given]
+    counted += zip(unnamed, extra, strict=True) if EXTRA in entries else []
+    special = {token.content for token, entry in counted if not isinstance(entry, dict)}
+    listed = _old_listed(folder / "added_tokens.json", special, backend.get_added_tokens_decoder())
+    return SpecialTokens(texts, unlisted, listed)
+
+
+def _entries(folder, settings, is_new):
+    """What the files say of tokens that every model has, and of those that this one alone has.
+
+    Objects give way to special_tokens_map.json; strings under names of the model's own do not.
+    """
     entries = {key: settings[key] for key in (*NAMES, EXTRA, OLD_EXTRA) if key in settings}
     if OLD_EXTRA in entries and not entries.get(EXTRA):
         entries[EXTRA] = entries.pop(OLD_EXTRA)
-    own |= _popped_names(entries)
+    names = {key: value for key, value in settings.items() if _is_name(key, value)}
+    own = {key: value for key, value in names.items() if isinstance(value, dict)}
+    strings = {key: value for key, value in names.items() if isinstance(value, str)} | _popped_names(entries)
     if not is_new:
-        own = _read_map(folder / "special_tokens_map.json", entries) | own
-    if backend.padding:
-        entries.setdefault("pad_token", backend.padding["pad_token"])
-    extra = entries.get(EXTRA, entries.get(OLD_EXTRA)) or []
-    own = {key: value for key, value in own.items() if key not in NAMES}
-    given = {key: entries[key] for key in NAMES if entries.get(key) is not None} | own
-    named = {key: _token(entry, file, key) for key, entry in given.items()}
-    unnamed = [_token(entry, file, EXTRA) for entry in _checked(extra, list, file, EXTRA)]
-    if is_new:
-        return SpecialTokens(named, unnamed, _listed(settings[LISTED], file))
-    special = {named[key].content for key in NAMES if key in named}
-    special |= {token.content for token in unnamed if EXTRA in entries}
-    known = backend.get_added_tokens_decoder()
-    return SpecialTokens(named, unnamed, _old_listed(folder / "added_tokens.json", special, known))
+        own |= _read_map(folder / "special_tokens_map.json", entries)
+        strings |= _popped_names(entries)
+    own |= strings
+    return entries, {key: value for key, value in own.items() if key not in NAMES and value is not None}
 
 
 def add_tokens(backend: Backend, tokens: SpecialTokens, file: Path) -> None:
@@ -95,13 +110,9 @@ def add_tokens(backend: Backend, tokens: SpecialTokens, file: Path) -> None:
     flags, texts = {repr(token) for token in known}, {token.content for token in known}
     new = [token for token in tokens.listed if repr(token) not in flags]
     texts |= {token.content for token in new}
-    for token in (*tokens.named.values(), *tokens.extra):
-        if token.content not in texts:
-            new.append(token)
-            texts.add(token.content)
-    names = {token.content for token in tokens.named.values()}
+    new += [token for token in tokens.unlisted if token.content not in texts]
     for token in new:
-        token.special = token.special or token.content in names
+        token.special = token.special or token.content in tokens.named.values()
     try:
         backend.add_tokens(new)
     except BaseException as error:
@@ -112,7 +123,7 @@ def add_tokens(backend: Backend, tokens: SpecialTokens, file: Path) -> None:
 
 def _is_name(key, value):
     """Whether an entry names a token of this model alone: `image_token`, but not add_bos_token."""
-    is_token = isinstance(value, str) or (isinstance(value, dict) and "content" in value)
+    is_token = isinstance(value, str | AddedToken) or (isinstance(value, dict) and "content" in value)
     return key.endswith("_token") and key not in NAMES and is_token
 
 
@@ -124,18 +135,28 @@ def _popped_names(entries):
 def _read_map(file, entries):
     """Change entries as special_tokens_map.json says, null included; return its names of other tokens."""
     content = read_json(file) if file.is_file() else {}
-    content = {key: value | {"special": True} if isinstance(value, dict) and key != EXTRA else value
+    content = {key: value if key == EXTRA and isinstance(value, dict) else _as_special(value, file, key)
                for key, value in content.items()}
     before, after = entries.get(EXTRA) or [], content.get(EXTRA)
     if isinstance(before, list) and isinstance(after, list):
         content[EXTRA] = before + [token for token in after if token not in before]
     entries |= {key: content[key] for key in (*NAMES, EXTRA, OLD_EXTRA) if key in content}
-    own = {key: value for key, value in content.items() if _is_name(key, value)}
-    return own | _popped_names(entries)
+    return {key: value for key, value in content.items() if value is None or _is_name(key, value)}
+
+
+def _as_special(entry, file, key):
+    """An entry of special_tokens_map.json: its objects are special, though they do not say so."""
+    if isinstance(entry, list):
+        return [_as_special(token, file, key) for token in entry]
+    if isinstance(entry, dict):
+        return _token(entry | {"special": True}, file, key)
+    return entry
 
 
 def _token(entry, file, key):
     """A token that is written as a string, which is then special, or as an object with its flags."""
+    if isinstance(entry, AddedToken):
+        return entry
     if isinstance(entry, str):
         entry = {"content": entry, "special": True}
     content = _checked(entry, dict, file, key).get("content")

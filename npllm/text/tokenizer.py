@@ -81,8 +81,7 @@ class Tokenizer:
         add_tokens(backend, tokens, file)
         backend.no_truncation()
         backend.no_padding()
-        named = {name: token.content for name, token in tokens.named.items()}
-        return cls(backend, _chat_template(folder, settings), named, add_bos_token)
+        return cls(backend, _chat_template(folder, settings), tokens.named, add_bos_token)
 
     def encode(self, text, *, add_special_tokens=True):
         """Turn text into token ids.
