@@ -27,6 +27,7 @@ __all__ = ["LayerParams", "Params", "TensorEntry", "TensorReader", "check_shapes
            "load_params", "read_entries"]
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+INTEGER_DTYPES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of old buffers
 LARGEST_HEADER = 2**25  # bytes; that of the largest published file has some hundred thousand
 EMBEDDING, OUTPUT, ROPE_BUFFER = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
 BLOCK = 2**22  # numbers to look at together
@@ -277,8 +278,9 @@ class TensorReader:
 
 
 def view_of(entry):
-    """View a tensor in the mapped file; copy it where it is not aligned to its item size."""
-    dtype = DTYPES[SAFETENSORS_DTYPES[entry.dtype]].newbyteorder("<")
+    """View a tensor of numbers in the mapped file; copy it where it is not aligned to its item size."""
+    name = SAFETENSORS_DTYPES.get(entry.dtype) or INTEGER_DTYPES[entry.dtype]
+    dtype = (DTYPES[name] if name in DTYPES else np.dtype(name)).newbyteorder("<")
     if entry.stop == entry.start:
         return np.zeros(entry.shape, dtype)
     try:

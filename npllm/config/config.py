@@ -185,15 +185,15 @@ def config_data(path_or_dict):
     return read_json(path), str(path)
 
 
-def read_json(path):
-    """Read a JSON object from a UTF-8 file.
+def read_json(path, kind=dict):
+    """Read a JSON object from a UTF-8 file, or a list where `kind` is list.
 
     Raises
     ------
     NpllmOSError
         When the file is missing or cannot be read.
     NpllmValueError
-        When it is too large, not UTF-8, not JSON, nested too deeply, says a key twice, or is no object.
+        When it is too large, not UTF-8, not JSON, nested too deeply, says a key twice, or is not of that kind.
     """
     try:
         n_bytes = os.path.getsize(path)
@@ -212,8 +212,9 @@ def read_json(path):
         raise NpllmValueError(f"{path}: is nested too deeply to be a configuration") from None
     except ValueError as error:
         raise NpllmValueError(f"{path}: is not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise NpllmValueError(f"{path}: must hold a JSON object {{...}}, got {type(data).__name__}")
+    if not isinstance(data, kind):
+        wanted = {dict: "object {...}", list: "list [...]"}[kind]
+        raise NpllmValueError(f"{path}: must hold a JSON {wanted}, got {type(data).__name__}")
     return data
 
 
