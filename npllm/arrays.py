@@ -17,8 +17,8 @@ import numpy as np
 
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
-__all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
-           "host_range", "is_array", "is_integer", "native", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
+__all__ = ["BACKENDS", "array_namespace", "as_index", "asarray", "backend_namespace", "compute_dtype", "dtype_named",
+           "expect_shape", "host_range", "is_array", "is_integer", "native", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
 
 BACKENDS = ("numpy", "cupy", "auto")
 
@@ -271,6 +271,14 @@ def stable_argsort(x, xp):
 def is_integer(x):
     """Tell whether an array holds integers (bool is not one)."""
     return _dtype_name(x).startswith(("int", "uint"))
+
+
+def as_index(ids):
+    """Turn uint64, which NumPy does not take for an index, into int64; return other integers as they are."""
+    if _dtype_name(ids) != "uint64":
+        return ids
+    xp = array_namespace(ids)
+    return xp.astype(ids, xp.int64)
 
 
 def n_bytes(x):

@@ -49,8 +49,8 @@ def load_encoder(folder, *, dtype=None, ops=None, xp=np):
     Notes
     -----
     A text is cut to the first of these that the folder states, and never longer than `max_position_embeddings`:
-    max_seq_length of sentence_bert_config.json, model_max_length of tokenizer_config.json, the truncation of
-    tokenizer.json.
+    max_seq_length of sentence_bert_config.json, model_max_length of tokenizer_config.json, and, which
+    sentence-transformers does not read in its own folders, the truncation of tokenizer.json.
 
     Source: `SentenceTransformer` in the library sentence-transformers, whose files these are.
     """
@@ -284,8 +284,10 @@ def _check_ids(name, x, size, size_name):
 
 def _max_length(folder, config, settings):
     """At how many tokens the folder cuts a text."""
-    length = settings.max_length
-    for file, keys in (("tokenizer_config.json", ("model_max_length",)), ("tokenizer.json", ("truncation", "max_length"))):
+    length, places = settings.max_length, [("tokenizer_config.json", ("model_max_length",))]
+    if not settings.is_stated:
+        places.append(("tokenizer.json", ("truncation", "max_length")))
+    for file, keys in places:
         value = read_json(folder / file) if length is None and (folder / file).is_file() else None
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
