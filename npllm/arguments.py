@@ -1,4 +1,4 @@
-"""What callers hand over, as NumPy arrays: of one kind of integer, in the byte order of the machine."""
+"""What callers hand over, as NumPy arrays: one kind of integer, the byte order of the machine."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Array = Any
 
 
 def host_array(name: str, x: Any) -> np.ndarray:
-    """Bring an argument to the host, in the byte order of the machine; nested lists are taken as well.
+    """Bring an argument, also nested lists, to the host, in the byte order of the machine.
 
     Raises
     ------
@@ -25,11 +25,15 @@ def host_array(name: str, x: Any) -> np.ndarray:
     try:
         return native(np.asarray(x))
     except ValueError as error:
-        raise NpllmTypeError(f"{name} must be an array, or lists of equal length ({error})") from None
+        raise NpllmTypeError(
+            f"{name} must be an array, or lists of equal length ({error})"
+        ) from None
 
 
 def host_integers(name: str, x: Any) -> np.ndarray:
-    """Bring integers of any width and byte order to the host as int64; what holds none is returned as `host_array` gives it.
+    """Bring integers of any width and byte order to the host as int64.
+
+    What holds no integers is returned as `host_array` gives it.
 
     Raises
     ------
@@ -72,7 +76,7 @@ def _arrays_of(tree):
 
 
 def _mapped(tree, known):
-    """The same tuples with their arrays in the byte order of the machine; `known`: those that are done, by identity."""
+    """The same tuples with native arrays; `known`: those that are converted, by identity."""
     if isinstance(tree, tuple):
         branches = [_mapped(branch, known) for branch in tree]
         return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)

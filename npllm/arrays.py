@@ -18,7 +18,8 @@ import numpy as np
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
 __all__ = ["BACKENDS", "array_namespace", "as_index", "asarray", "backend_namespace", "compute_dtype", "dtype_named",
-           "expect_shape", "host_range", "is_array", "is_integer", "native", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
+           "expect_shape", "host_range", "is_array", "is_integer", "native", "round_to",
+           "stable_argsort", "to_numpy", "widen", "widest"]
 
 BACKENDS = ("numpy", "cupy", "auto")
 

@@ -1,4 +1,7 @@
-"""Tensors that a file holds and a model does not use: compared with what is used in their place, or named in a warning."""
+"""Tensors that a file holds and a model does not use.
+
+They are compared with what is used in their place, or named in a warning.
+"""
 
 import warnings
 from pathlib import Path
@@ -34,7 +37,8 @@ def same_values(one: Array, other: Array) -> bool:
     Parameters
     ----------
     one, other : NumPy array [n, d]
-        Contiguous, of any float types: one type is compared by its bits, two by their values in float64.
+        Contiguous, of any float types: one type is compared by its bits, two by their values in
+        float64.
 
     Returns
     -------
@@ -44,8 +48,13 @@ def same_values(one: Array, other: Array) -> bool:
     n_rows = max(1, BLOCK // max(1, one.shape[1]))
     blocks = (slice(start, start + n_rows) for start in range(0, len(one), n_rows))
     if one.dtype == other.dtype:
-        return all(np.array_equal(one[rows].view(np.uint8), other[rows].view(np.uint8)) for rows in blocks)
-    return all(np.array_equal(widen(one[rows], np.float64), widen(other[rows], np.float64)) for rows in blocks)
+        return all(
+            np.array_equal(one[rows].view(np.uint8), other[rows].view(np.uint8)) for rows in blocks
+        )
+    return all(
+        np.array_equal(widen(one[rows], np.float64), widen(other[rows], np.float64))
+        for rows in blocks
+    )
 
 
 def are_rope_frequencies(stored: Array, config: Config) -> bool:
@@ -60,8 +69,8 @@ def are_rope_frequencies(stored: Array, config: Config) -> bool:
     Returns
     -------
     known : bool
-        True for the frequencies of a short sequence, of the longest, and for those before any scaling, which older versions of
-        Transformers stored.
+        True for the frequencies of a short sequence, of the longest, and for those before any
+        scaling, which older versions of Transformers stored.
     """
     parameters = config.rope_parameters
     choices = (rope.frequency_choice(config, length) for length in (1, config.context_length))

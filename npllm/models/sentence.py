@@ -1,12 +1,22 @@
-"""From the hidden states of tokens to one vector for a text: pooling, then dense layers and norms."""
+"""From the hidden states of tokens to one vector for a text: pooling, dense layers, norms."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npllm import ops
 
-__all__ = ["ACTIVATIONS", "POOLINGS", "Dense", "Head", "Normalize", "mean_pool", "normalize", "pool"]
+__all__ = [
+    "ACTIVATIONS",
+    "POOLINGS",
+    "Dense",
+    "Head",
+    "Normalize",
+    "mean_pool",
+    "normalize",
+    "pool",
+]
 
 SMALLEST_NORM = 1e-12  # what a vector is divided by at least
 
@@ -98,7 +108,8 @@ def normalize(x: Array) -> Array:
 def pool(hidden: Array, valid: Array, name: str) -> Array:
     """Combine the hidden states of the tokens of each text into one vector.
 
-        cls: that of the first token;  lasttoken: that of the last one;  max: the largest of every entry
+        cls: that of the first token;  lasttoken: that of the last one
+        max: the largest of every entry
         mean: see `mean_pool`;  mean_sqrt_len_tokens: sum_t hidden[b, t, :] / sqrt(n_tokens)
         weightedmean: sum_t (t + 1) * hidden[b, t, :] / sum_t (t + 1)
 
@@ -116,8 +127,8 @@ def pool(hidden: Array, valid: Array, name: str) -> Array:
 
     Notes
     -----
-    Source: "Sentence-BERT" (Reimers and Gurevych 2019), section 3; "SGPT" (Muennighoff 2022), equation 2,
-    for weightedmean; `Pooling` in sentence-transformers 6.2.
+    Source: "Sentence-BERT" (Reimers and Gurevych 2019), section 3; "SGPT" (Muennighoff 2022),
+    equation 2, for weightedmean; `Pooling` in sentence-transformers 6.2.
     """
     y = POOLINGS[name](hidden, valid)
     return np.where(valid.any(axis=1)[:, None], y, 0).astype(hidden.dtype, copy=False)
@@ -177,8 +188,19 @@ def _last_token(hidden, valid):
 
 
 # In the order in which sentence-transformers puts several side by side.
-POOLINGS = {"cls": _first_token, "max": _max_pool, "mean": mean_pool, "mean_sqrt_len_tokens": _sqrt_mean_pool,
-            "weightedmean": _weighted_mean_pool, "lasttoken": _last_token}
+POOLINGS = {
+    "cls": _first_token,
+    "max": _max_pool,
+    "mean": mean_pool,
+    "mean_sqrt_len_tokens": _sqrt_mean_pool,
+    "weightedmean": _weighted_mean_pool,
+    "lasttoken": _last_token,
+}
 
-ACTIVATIONS = {"Identity": lambda x: x, "Tanh": np.tanh, "ReLU": lambda x: np.maximum(x, 0),
-               "GELU": ops.gelu, "SiLU": ops.silu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "Identity": lambda x: x,
+    "Tanh": np.tanh,
+    "ReLU": lambda x: np.maximum(x, 0),
+    "GELU": ops.gelu,
+    "SiLU": ops.silu,
+}

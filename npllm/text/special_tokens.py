@@ -1,7 +1,8 @@
-"""Special tokens that stand beside tokenizer.json: which there are, what they are called, and in which order they get their ids.
+"""Special tokens that stand beside tokenizer.json: their names, and the order of their ids.
 
-Two generations of folders say so in two ways.  Newer ones list every added token in `added_tokens_decoder` of
-tokenizer_config.json.  Where that entry is missing, special_tokens_map.json and added_tokens.json are read as well.
+Two generations of folders say so in two ways.  Newer ones list every added token in
+`added_tokens_decoder` of tokenizer_config.json.  Where that entry is missing,
+special_tokens_map.json and added_tokens.json are read as well.
 """
 
 from pathlib import Path
@@ -15,15 +16,36 @@ from npllm.errors import NpllmValueError
 
 __all__ = ["SpecialTokens", "add_tokens", "read_special_tokens"]
 
-NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # in the order of new ids
-FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # the library prints others to stdout
-EXTRA, OLD_EXTRA, LISTED = "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"
+NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)  # in the order of new ids
+FLAGS = (
+    "content",
+    "single_word",
+    "lstrip",
+    "rstrip",
+    "normalized",
+    "special",
+)  # the library prints others to stdout
+EXTRA, OLD_EXTRA, LISTED = (
+    "extra_special_tokens",
+    "additional_special_tokens",
+    "added_tokens_decoder",
+)
 
 
 class SpecialTokens(NamedTuple):
     """What a folder says of added tokens beyond tokenizer.json."""
 
-    named: dict[str, str]  # text of bos_token, ..., and of those of this model alone, such as image_token
+    named: dict[
+        str, str
+    ]  # text of bos_token, ..., and of those of this model alone, such as image_token
     unlisted: list[AddedToken]  # the named ones, then those without a name
     listed: list[AddedToken]  # in the order of the ids that they are said to have
 
@@ -50,7 +72,8 @@ def read_special_tokens(folder: Path, settings: dict[str, Any], backend: Backend
 
     Notes
     -----
-    Source: `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` in Transformers 5.23.
+    Source: `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` in
+    Transformers 5.23.
     """
     file, is_new = folder / "tokenizer_config.json", settings.get(LISTED) is not None
     entries, own = _entries(folder, settings, is_new)
@@ -82,21 +105,28 @@ def _entries(folder, settings, is_new):
         entries[EXTRA] = entries.pop(OLD_EXTRA)
     names = {key: value for key, value in settings.items() if _is_name(key, value)}
     own = {key: value for key, value in names.items() if isinstance(value, dict)}
-    strings = {key: value for key, value in names.items() if isinstance(value, str)} | _popped_names(entries)
+    strings = {
+        key: value for key, value in names.items() if isinstance(value, str)
+    } | _popped_names(entries)
     if not is_new:
         own |= _read_map(folder / "special_tokens_map.json", entries)
         strings |= _popped_names(entries)
     own |= strings
-    return entries, {key: value for key, value in own.items() if key not in NAMES and value is not None}
+    return entries, {
+        key: value for key, value in own.items() if key not in NAMES and value is not None
+    }
 
 
 def add_tokens(backend: Backend, tokens: SpecialTokens, file: Path) -> None:
-    """Add to a tokenizer what tokenizer.json does not list; where both list a token, its flags are those of `tokens.listed`.
+    """Add to a tokenizer what tokenizer.json does not list.
+
+    Where both list a token, its flags are those of `tokens.listed`.
 
     Parameters
     ----------
     backend : tokenizers.Tokenizer
-        Is changed.  New tokens get the next ids: those listed first, then the named ones, then the others.
+        Is changed.  New tokens get the next ids: those listed first, then the named ones, then the
+        others.
     tokens : SpecialTokens
     file : Path
         For the message.
@@ -118,12 +148,16 @@ def add_tokens(backend: Backend, tokens: SpecialTokens, file: Path) -> None:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise NpllmValueError(f"{file}: its added tokens do not fit tokenizer.json ({printable(str(error)[:300])})") from None
+        raise NpllmValueError(
+            f"{file}: its added tokens do not fit tokenizer.json ({printable(str(error)[:300])})"
+        ) from None
 
 
 def _is_name(key, value):
     """Whether an entry names a token of this model alone: `image_token`, but not add_bos_token."""
-    is_token = isinstance(value, str | AddedToken) or (isinstance(value, dict) and "content" in value)
+    is_token = isinstance(value, str | AddedToken) or (
+        isinstance(value, dict) and "content" in value
+    )
     return key.endswith("_token") and key not in NAMES and is_token
 
 
@@ -133,10 +167,12 @@ def _popped_names(entries):
 
 
 def _read_map(file, entries):
-    """Change entries as special_tokens_map.json says, null included; return its names of other tokens."""
+    """Change entries as special_tokens_map.json says, null included; return its other names."""
     content = read_json(file) if file.is_file() else {}
-    content = {key: value if key == EXTRA and isinstance(value, dict) else _as_special(value, file, key)
-               for key, value in content.items()}
+    content = {
+        key: value if key == EXTRA and isinstance(value, dict) else _as_special(value, file, key)
+        for key, value in content.items()
+    }
     before, after = entries.get(EXTRA) or [], content.get(EXTRA)
     if isinstance(before, list) and isinstance(after, list):
         content[EXTRA] = before + [token for token in after if token not in before]
@@ -154,14 +190,16 @@ def _as_special(entry, file, key):
 
 
 def _token(entry, file, key):
-    """A token that is written as a string, which is then special, or as an object with its flags."""
+    """A token that is written as a string, and then special, or as an object with its flags."""
     if isinstance(entry, AddedToken):
         return entry
     if isinstance(entry, str):
         entry = {"content": entry, "special": True}
     content = _checked(entry, dict, file, key).get("content")
     if not isinstance(content, str):
-        raise NpllmValueError(f"{file}: {key} must be a text or {{content, lstrip, ...}}, got {quote(entry)}")
+        raise NpllmValueError(
+            f"{file}: {key} must be a text or {{content, lstrip, ...}}, got {quote(entry)}"
+        )
     return _added(entry, file, key)
 
 
@@ -170,8 +208,10 @@ def _added(entry, file, key):
     try:
         return AddedToken(**{name: entry[name] for name in FLAGS if name in entry})
     except (TypeError, ValueError) as error:
-        raise NpllmValueError(f"{file}: {key} must hold a text and flags of true or false, got {quote(entry)} "
-                              f"({printable(str(error)[:300])})") from None
+        raise NpllmValueError(
+            f"{file}: {key} must hold a text and flags of true or false, got {quote(entry)} "
+            f"({printable(str(error)[:300])})"
+        ) from None
 
 
 def _listed(entries, file):
@@ -181,18 +221,26 @@ def _listed(entries, file):
         ids = sorted(entries, key=int)
     except ValueError as error:
         reason = printable(str(error)[:300])
-        raise NpllmValueError(f"{file}: {LISTED} must be {{id: {{content, ...}}}} ({reason})") from None
+        raise NpllmValueError(
+            f"{file}: {LISTED} must be {{id: {{content, ...}}}} ({reason})"
+        ) from None
     return [_added(_checked(entries[i], dict, file, LISTED), file, LISTED) for i in ids]
 
 
 def _old_listed(file, special, known):
-    """Tokens of added_tokens.json, {text: id}, in the order of their ids, but for ids that are known."""
+    """Tokens of added_tokens.json, {text: id}, in the order of their ids, without known ids."""
     entries = read_json(file) if file.is_file() else {}
     if not all(map(is_token, entries.values())):
         raise NpllmValueError(f"{file}: must be {{text: id}}, got {quote(entries)}")
     texts = sorted((text for text, i in entries.items() if i not in known), key=entries.get)
-    return [_added({"content": text, "special": text in special, "normalized": text not in special}, file, text)
-            for text in texts]
+    return [
+        _added(
+            {"content": text, "special": text in special, "normalized": text not in special},
+            file,
+            text,
+        )
+        for text in texts
+    ]
 
 
 def _checked(value, kind, file, key):
