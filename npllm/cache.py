@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from npllm.arguments import host_integers
 from npllm.arrays import is_integer
 from npllm.cache_owner import CacheOwner
 from npllm.cache_state import State, check_held, empty, moved, take_rows
@@ -248,7 +249,7 @@ class KVCache:
         -----
         Source: `DynamicCache.reorder_cache` and `batch_repeat_interleave` in Transformers.
         """
-        chosen, n = np.asarray(rows), self.n_batch
+        chosen, n = host_integers("rows", rows), self.n_batch
         if chosen.ndim != 1 or not is_integer(chosen) or chosen.size == 0 or chosen.min() < 0 or chosen.max() >= n:
             raise NpllmValueError(f"rows must be integers in 0 ... n_batch - 1 = {n - 1}, at least one, got {chosen.tolist()}")
         self.transact(lambda draft: draft._take(chosen))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from npllm import ops as _ops
+from npllm.arguments import host_array, host_integers, native_weights
 from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_array, is_integer, to_numpy, widen
 from npllm.cache import KVCache
 from npllm.cache_owner import CacheOwner
@@ -99,6 +100,7 @@ class Model:
     """
 
     def __init__(self, config, params, *, ops=None, tokenizer=None, generation_config=None, folder=None, mask=None):
+        params = native_weights(params)
         self.config, self.params, self.tokenizer, self.folder, self.mask = config, params, tokenizer, folder, mask
         self.ops = fastest_ops("numpy" if array_namespace(params.embed_tokens) is np else "cupy") if ops is None else ops
         self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
@@ -450,7 +452,7 @@ class Model:
         if attention_mask is None:
             past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
             return np.concatenate([past, np.ones(shape, dtype=bool)], axis=1)
-        mask = _host_array("attention_mask", attention_mask)
+        mask = host_array("attention_mask", attention_mask)
         if mask.shape != (n_batch, n_past + n_seq):
             raise NpllmValueError(f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys "
                                   f"included), got {list(mask.shape)}")
@@ -468,8 +470,8 @@ class Model:
         return f"<npllm.Model {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"
 
     def check_ids(self, input_ids):
-        """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
-        ids = _host_array("input_ids", input_ids)
+        """Return ids as int64 NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
+        ids = host_integers("input_ids", input_ids)
         if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
             raise NpllmTypeError("input_ids must be integers [n_batch, n_seq], both at least 1, "
                                  f"got {ids.dtype} {list(ids.shape)}")
@@ -503,21 +505,11 @@ class Model:
             if valid.all():
                 return np.arange(valid.shape[1] - n_seq, valid.shape[1])
             return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]
-        positions = _host_array("position_ids", position_ids)
+        positions = host_integers("position_ids", position_ids)
         if not is_integer(positions) or positions.shape not in ((n_seq,), (1, n_seq), (n_batch, n_seq)) or positions.min() < 0:
             raise NpllmValueError(f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = [{n_batch}, "
                                   f"{n_seq}], got {positions.dtype} {list(positions.shape)}")
         return positions[0] if positions.shape[:-1] == (1,) else positions
-
-
-def _host_array(name, x):
-    """An argument as a NumPy array; nested lists are taken as well."""
-    if is_array(x):
-        return to_numpy(x)
-    try:
-        return np.asarray(x)
-    except ValueError as error:
-        raise NpllmTypeError(f"{name} must be an array, or lists of equal length ({error})") from None
 
 
 def pipeline(task, model=None):

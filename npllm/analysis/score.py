@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm import ops
+from npllm.arguments import host_integers
 from npllm.arrays import is_integer, to_numpy
 from npllm.decision import FROM_MODEL, check_finite, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
@@ -195,7 +196,7 @@ def perplexity_facts(model, text, **options):
 
 def _ids(model, text):
     """Token ids [n] of a text or of ids."""
-    ids = np.asarray(model.require_tokenizer().encode(text) if isinstance(text, str) else text)
+    ids = host_integers("text", model.require_tokenizer().encode(text) if isinstance(text, str) else text)
     if ids.ndim != 1 or (ids.size and not is_integer(ids)):
         raise NpllmTypeError(f"text must be a str or integers [n], got {ids.dtype} {list(ids.shape)}")
     if len(ids) < 2:
