@@ -76,6 +76,8 @@ class Ops:
     layer_norm: Callable = layer_norm
     relu: Callable = relu
     gelu: Callable = gelu
+    silu: Callable = silu
+    add_positions: Callable = add_positions
     norm_linear: Callable | None = None
     norm_swiglu: Callable | None = None
     linear_add: Callable | None = None
