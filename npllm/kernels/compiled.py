@@ -15,6 +15,7 @@ from npllm.checkpoint import LayerParams
 from npllm.int8 import Int8Weight, quantize
 from npllm.kernels import gemm
 from npllm.kernels.gemv import FEW_ROWS, attention_step, layers_step, mlp_step
+from npllm.kernels.layout import rows_of
 from npllm.kernels.parts import (
     bias_or_nothing,
     biased,
@@ -62,7 +63,7 @@ def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=Non
     """Compute `npllm.ops.mlp_block`: one kernel for a few rows; panels from the norm to the sum for many."""
     if not fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias, down_bias):
         return COMPOSITIONS["mlp_block"](COMPILED, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     if len(rows) > FEW_ROWS and not gemm.width():
         return TILED.mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
     y = rows.copy()
@@ -159,7 +160,8 @@ def alike(a, b):
     """Tell whether two weights, or two caches, differ in their numbers and their place only."""
     if isinstance(a, Int8Weight) and isinstance(b, Int8Weight):
         return alike(a.values, b.values) and alike(a.scales, b.scales)
-    return type(a) is type(b) is np.ndarray and (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+    return (type(a) is type(b) is np.ndarray and (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+            and a.flags.aligned == b.flags.aligned)
 
 
 def address(x):

@@ -18,10 +18,12 @@ from llvmlite import ir
 from numba import get_num_threads, njit, types
 from numba.core import cgutils
 from numba.core.datamodel import models
+from numba.core.errors import TypingError
 from numba.extending import intrinsic, register_model
+from numba.np.arrayobj import populate_array
 
 __all__ = ["LANES", "divide", "exp", "fma", "is_int8", "kernel", "like", "load", "load_pairs",
-           "maximum", "pairs", "prefetch", "prefetch_pairs", "single", "splat", "store", "take", "total"]
+           "maximum", "memory", "pairs", "prefetch", "prefetch_pairs", "single", "splat", "store", "take", "total"]
 
 SPINS = "30000"  # about a tenth of a millisecond: longer than the Python between two kernels takes
 
@@ -57,7 +59,7 @@ def kernel(**options):
     code of different argument types under one name, and a third would run the wrong one.  Here every process has names of its own.
     """
     def decorate(function):
-        compiled = njit(cache=True, **options)(function)
+        compiled = njit(cache=True, error_model="numpy", **options)(function)  # x / 0 is no exception
         file = getattr(compiled._cache, "_cache_file", None)
         if file is not None:
             own = f"{os.getpid()}-{time.time_ns()}-{{number:d}}"
@@ -82,6 +84,12 @@ vector = _Vector()
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
         super().__init__(manager, kind, _FLOATS)
+
+
+def _row_major(array):
+    """Raise, while compiling, unless entry i of an array is entry i of its memory."""
+    if not (isinstance(array, types.Array) and array.layout == "C" and array.aligned):
+        raise TypingError(f"a kernel counts the entries of an array in row-major order, got {array}; use row_major or memory")
 
 
 def _address(context, builder, kind, array, index):
@@ -112,6 +120,8 @@ def _widen(builder, value, stored, floats):
 @intrinsic
 def load(_typing, array, index):
     """Sixteen neighbouring entries, in float32."""
+    _row_major(array)
+
     def generate(context, builder, signature, arguments):
         stored = signature.args[0].dtype
         pointer = _address(context, builder, signature.args[0], *arguments)
@@ -123,6 +133,8 @@ def load(_typing, array, index):
 @intrinsic
 def single(_typing, array, index):
     """One entry, in float32."""
+    _row_major(array)
+
     def generate(context, builder, signature, arguments):
         stored = signature.args[0].dtype
         pointer = _address(context, builder, signature.args[0], *arguments)
@@ -138,6 +150,8 @@ def load_pairs(_typing, array, index):
     Of bfloat16 the even entries are the lower halves of 32-bit words and the odd ones the upper halves: a shift and a mask
     widen them in place.  Of other types the first sixteen come first.
     """
+    _row_major(array)
+
     def generate(context, builder, signature, arguments):
         stored = signature.args[0].dtype
         if stored == types.uint16:
@@ -188,6 +202,8 @@ def is_int8(_typing, array):
 @intrinsic
 def store(_typing, array, index, value):
     """Write a vector to sixteen neighbouring entries of a float32 array."""
+    _row_major(array)
+
     def generate(context, builder, signature, arguments):
         pointer = _address(context, builder, signature.args[0], *arguments[:2])
         builder.store(arguments[2], builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
@@ -245,6 +261,19 @@ def like(_typing, array, address):
         new.data = builder.inttoptr(address, new.data.type)
         return new._getvalue()
     return array(array, types.int64), generate
+
+
+@intrinsic
+def memory(_typing, array):
+    """The memory of a strided array, from its first entry on, for a kernel that counts its strides; its length says nothing."""
+    row = types.Array(array.dtype, 1, "C", readonly=not array.mutable, aligned=array.aligned)
+
+    def generate(context, builder, signature, arguments):
+        old = context.make_array(signature.args[0])(context, builder, arguments[0])
+        new = context.make_array(row)(context, builder)
+        populate_array(new, old.data, [old.nitems], [old.itemsize], old.itemsize, None)
+        return new._getvalue()
+    return row(array), generate
 
 
 def _prefetch(context, builder, kind, array, index):

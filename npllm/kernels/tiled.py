@@ -8,6 +8,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import DTYPES
+from npllm.kernels.layout import is_row_major
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
 from npllm.threads import n_threads, run_blocks, scratch
@@ -100,7 +101,7 @@ def fits_linear(x, weight, bias=None):
 
 def fits_weight(weight, d_in, bias=None):
     """Tell whether a weight is one that the kernels are made for."""
-    return (type(weight) is np.ndarray and weight.ndim == 2 and weight.flags.c_contiguous and weight.dtype in STORED
+    return (type(weight) is np.ndarray and weight.ndim == 2 and is_row_major(weight) and weight.dtype in STORED
             and weight.shape[1] == d_in and d_in % 2 == 0 and len(weight) > 0 and fits_bias(bias, weight))
 
 
