@@ -83,12 +83,12 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
             n_key = min(KEYS, last - j, (seen + TALL - 1) // TALL * TALL)
             if n_key <= 0:
                 continue
-            multiply(memory(keys), j * (keys.strides[0] // 4), keys.strides[0] // 4, 1, n_key, q, p * d_head * columns, d_head, scores, 0,
-                     False, p * d_head * columns)
+            at, step = p * d_head * columns, keys.strides[0] // 4
+            multiply(memory(keys), j * step, step, 1, n_key, q, at, d_head, scores, 0, False, at)
             hide(scores, n_key, start + p * columns, group, n_past - j, band)
             fold(scores, n_key, largest[p], sums[p], weighted[p])
-            multiply(memory(values), j * (values.strides[0] // 4), 1, values.strides[0] // 4, d_head, scores, 0, n_key, weighted,
-                     p * d_head * columns, True, 0)
+            step = values.strides[0] // 4
+            multiply(memory(values), j * step, 1, step, d_head, scores, 0, n_key, weighted, at, True, 0)
     for c in range(start, stop):
         p, k = (c - start) // columns, (c - start) % columns
         to = (h * group + c % group) * d_head

@@ -15,7 +15,7 @@ from npllm.checkpoint import LayerParams
 from npllm.int8 import Int8Weight, quantize
 from npllm.kernels import gemm
 from npllm.kernels.gemv import FEW_ROWS, attention_step, layers_step, mlp_step
-from npllm.kernels.layout import rows_of
+from npllm.kernels.layout import row_major_copy, rows_of
 from npllm.kernels.parts import (
     bias_or_nothing,
     biased,
@@ -53,7 +53,7 @@ def attention_block(x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head,
     if token is None:
         return COMPOSITIONS["attention_block"](COMPILED, x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head,
                                                qkv_bias, o_bias, mask=mask, cache=cache, layer=layer)
-    y = x[:, 0].copy()
+    y = row_major_copy(x[:, 0])
     attention_step(y, bits(norm_weight), np.float32(eps), *stored(qkv_weight), bias_or_nothing(qkv_bias), *token, n_head,
                    *stored(o_weight))
     return biased(y, o_bias).reshape(x.shape)
@@ -66,7 +66,7 @@ def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=Non
     rows = rows_of(x)
     if len(rows) > FEW_ROWS and not gemm.width():
         return TILED.mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
-    y = rows.copy()
+    y = row_major_copy(rows)
     if len(rows) > FEW_ROWS:
         gated = gated_panels(rows, norm_weight, eps, gate_up_weight, gate_up_bias)
         gemm.add_unpacked(gemm.product(gated, *stored(down_weight)), y)
@@ -104,7 +104,7 @@ def step(x, layers, eps, cos, sin, n_head, n_kv_head, mask, cache, layer):
     if not all(alike(k, keys) and alike(v, values) for k, v in rooms):
         return None
     first, table = (*arrays_of(layers[0]), keys, values), np.hstack((table, [(address(k), address(v)) for k, v in rooms]))
-    y = x[:, 0].copy()
+    y = row_major_copy(x[:, 0])
     layers_step(y, first, table, np.float32(eps), cos, sin, seen, n_head)
     return y.reshape(x.shape)
 

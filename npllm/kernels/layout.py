@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["is_row_major", "row_major", "rows_of"]
+__all__ = ["is_row_major", "row_major", "row_major_copy", "rows_of"]
 
 Array = Any
 
@@ -19,7 +19,12 @@ def is_row_major(x: Array) -> bool:
 
 def row_major(x: Array) -> Array:
     """The array itself where it `is_row_major`, else a copy that is."""
-    return x if is_row_major(x) else np.array(x, order="C")
+    return x if is_row_major(x) else row_major_copy(x)
+
+
+def row_major_copy(x: Array) -> Array:
+    """A copy that `is_row_major`, for a kernel that adds to it in place."""
+    return np.array(x, order="C")
 
 
 def rows_of(x: Array) -> Array:

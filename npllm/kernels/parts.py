@@ -16,7 +16,7 @@ from npllm.int8 import GROUP, Int8Weight
 from npllm.kernels import gemm, tiled
 from npllm.kernels.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
 from npllm.kernels.gemv import FEW_ROWS, add_product, gate_all, gated_product
-from npllm.kernels.layout import is_row_major, row_major, rows_of
+from npllm.kernels.layout import is_row_major, row_major, row_major_copy, rows_of
 from npllm.kernels.simd import kernel
 from npllm.kernels.tiled import TILED
 from npllm.ops.attention import evaluate_mask
@@ -109,9 +109,9 @@ def linear_add(x, weight, residual, bias=None):
     if n > FEW_ROWS:
         if not gemm.width():
             return TILED.linear_add(x, weight, residual, bias)
-        y = gemm.add_unpacked(many_rows(x, weight), residual.reshape(n, d_out).copy())
+        y = gemm.add_unpacked(many_rows(x, weight), row_major_copy(residual.reshape(n, d_out)))
     else:
-        y = residual.reshape(n, d_out).copy()
+        y = row_major_copy(residual.reshape(n, d_out))
         add_product(*stored(weight), rows_of(x), NOTHING, np.float32(0), y)
     return biased(y, bias).reshape(residual.shape)
 
@@ -150,7 +150,7 @@ def fits_weight(weight, d_in, bias=None):
     """Tell whether a weight is one that the kernels are made for."""
     if isinstance(weight, Int8Weight):
         return (type(weight.values) is np.ndarray and (weight.values.dtype, weight.scales.dtype) == (np.int8, np.float32)
-                and weight.shape[1] == d_in and d_in % GROUP == 0 and len(weight) > 0
+                and weight.shape[1] == d_in > 0 and d_in % GROUP == 0 and len(weight) > 0
                 and is_row_major(weight.values) and is_row_major(weight.scales) and tiled.fits_bias(bias, weight))
     return tiled.fits_weight(weight, d_in, bias)
 
@@ -232,8 +232,9 @@ def slots_first(x):
 def fits_rope(shape, cos, sin, n_head, n_kv_head):
     """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq, (n_head+2*n_kv_head)*d_head]."""
     n_all = n_head + 2 * n_kv_head
-    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0 and n_kv_head > 0 and shape[-1] % n_all == 0
-            and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == shape[1]
+    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0
+            and min(n_head, n_kv_head) > 0 and shape[-1] % n_all == 0 and n_head % n_kv_head == 0
+            and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == shape[1]
             and cos.shape[-1] % 2 == 0 and 0 < cos.shape[-1] <= shape[-1] // n_all
             and (cos.ndim == 2 or cos.shape[0] in (1, shape[0])))
 
