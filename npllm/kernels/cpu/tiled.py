@@ -8,7 +8,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import DTYPES, ieee_semantics
-from npllm.kernels.layout import is_row_major
+from npllm.kernels.cpu.layout import is_row_major
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
 from npllm.threads import n_threads, run_blocks, scratch
