@@ -18,7 +18,7 @@ import numpy as np
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
 __all__ = ["BACKENDS", "array_namespace", "as_index", "asarray", "backend_namespace", "compute_dtype", "dtype_named",
-           "expect_shape", "host_range", "is_array", "is_integer", "native", "round_to",
+           "expect_shape", "host_range", "ieee_semantics", "is_array", "is_integer", "native", "round_to",
            "stable_argsort", "to_numpy", "widen", "widest"]
 
 BACKENDS = ("numpy", "cupy", "auto")
@@ -33,6 +33,10 @@ DTYPES = {
 _FLOATS = frozenset(DTYPES)
 _BYTES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
           "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
+
+
+ieee_semantics = np.errstate(all="ignore")
+"""Decorate a function with it, and 0 / 0 is NaN, 1 / 0 and overflow are infinity, without a warning or an error of NumPy."""
 
 
 def array_namespace(*arrays):

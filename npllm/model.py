@@ -9,7 +9,7 @@ import numpy as np
 
 from npllm import ops as _ops
 from npllm.arguments import host_array, host_integers, native_weights
-from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_array, is_integer, to_numpy, widen
+from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_array, is_integer, widen
 from npllm.cache import KVCache
 from npllm.cache_owner import CacheOwner
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint

@@ -8,7 +8,6 @@ from npllm.arrays import array_namespace
 from npllm.checkpoints.safetensors import INTEGER_DTYPES, TensorReader, check_shapes, read_entries, view_of
 from npllm.checkpoints.unused import warn_of_unused
 from npllm.models.transformer import AttentionParams, EncoderLayerParams, FeedForwardParams, NormParams, encoder_layer
-from npllm.ops import add_positions, silu
 
 __all__ = ["BertParams", "expected_shapes", "forward", "load_params"]
 
@@ -58,9 +57,9 @@ def forward(params, config, ids, token_types, mask, ops):
     """
     xp = array_namespace(ids)
     x = ops.add(ops.embed(ids, params.word_embeddings), ops.embed(token_types, params.token_type_embeddings))
-    x = add_positions(x, xp.arange(ids.shape[1]), params.position_embeddings)
+    x = ops.add_positions(x, xp.arange(ids.shape[1]), params.position_embeddings)
     x = ops.layer_norm(x, params.norm.weight, params.norm.bias, config.layer_norm_eps)
-    activation = {"gelu": ops.gelu, "relu": ops.relu, "silu": silu}[config.hidden_act]
+    activation = {"gelu": ops.gelu, "relu": ops.relu, "silu": ops.silu}[config.hidden_act]
     for layer in params.layers:
         x = encoder_layer(x, layer, config.num_attention_heads, ops, mask=mask, activation=activation, eps=config.layer_norm_eps)
     return x

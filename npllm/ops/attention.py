@@ -150,6 +150,8 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     if any(x.shape[:-3] != q.shape[:-3] for x in (k, v) if x is not None):
         raise NpllmValueError(f"q, k and v must have the same axes in front of the heads, got q {list(q.shape)}, k {list(k.shape)}"
                               + (f", v {list(v.shape)}" if v is not None else ""))
+    if q.shape[-1] < 1:
+        raise NpllmValueError("a head must have at least one channel, got d_head = 0")
     if n_ctx < 1:
         raise NpllmValueError("k must hold at least one key, got n_ctx = 0")
     if n_kv_head == 0 or n_head % n_kv_head:
