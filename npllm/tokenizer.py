@@ -1,6 +1,7 @@
 """Text to token ids and back: a thin wrapper of the `tokenizers` library, the chat template, and a detokeniser for streams."""
 
 import contextlib
+import importlib
 import re
 import warnings
 from pathlib import Path
@@ -8,9 +9,8 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
-from npllm import template
 from npllm.config import printable, quote, read_json
-from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -177,7 +177,7 @@ class Tokenizer:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
                 raise NpllmValueError(f'a message must be {{"role": ..., "content": ...}}, got {quote(message)}')
         names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
-        text = template.render(self.chat_template, messages, names)
+        text = _template().render(self.chat_template, messages, names)
         _warn_of_left_out(messages, text)
         return text
 
@@ -262,6 +262,15 @@ def _add_tokens(backend, listed, special_tokens, file):
                               f"text ({printable(str(error)[:300])})") from None
     with _library_errors(NpllmValueError, f"{file}: its added tokens do not fit tokenizer.json"):
         backend.add_tokens(tokens + unlisted)
+
+
+def _template():
+    """Import what renders chat templates: nothing else needs Jinja."""
+    try:
+        return importlib.import_module("npllm.template")
+    except ImportError as error:
+        raise MissingExtraError(f"a chat template needs Jinja, which cannot be imported ({error}); pip install jinja2, "
+                                "or give the prompt as plain text or token ids") from error
 
 
 def _warn_of_left_out(messages, text):

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 
 import npllm
-from npllm import cli
 from npllm.fetch import DEFAULT_MODEL
 
+CliRunner = pytest.importorskip("click.testing").CliRunner
+cli = pytest.importorskip("npllm.cli")
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = {"eos_token_id": [], "pad_token_id": 0}
 

@@ -8,15 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 from close import close
 from guard import Refused, moved, xp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional import invoke
 from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented_calls, normal
 
 import npllm
-from npllm import arrays, cli, ops, packing, report
+from npllm import arrays, ops, packing, report
 from npllm import score as scoring
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models import transformer
@@ -325,7 +325,7 @@ COMMANDS = {"generate": ["hello", "-n", "4"], "topk": ["hello"], "beam": ["hello
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_say_the_same(command, tmp_path):
     folder = tiny.write_folder(tmp_path, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=300)
-    there, here = (CliRunner().invoke(cli.main, [command, *COMMANDS[command], "-m", str(folder), "--backend", backend, "--ops", "reference"])
+    there, here = (invoke([command, *COMMANDS[command], "-m", str(folder), "--backend", backend, "--ops", "reference"])
                    for backend in ("cupy", "numpy"))
     assert there.exit_code == here.exit_code == 0, there.output
     assert there.stdout == here.stdout

@@ -9,12 +9,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import optional
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import npllm
-from npllm import checkpoint, template
+from npllm import checkpoint
 from npllm.checkpoint import find_nonfinite, load_params, read_entries
 from npllm.config import Config, quote, read_json
 from npllm.generate import GenerationConfig
@@ -24,6 +25,7 @@ _SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).parents[1]
 fuzz = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(fuzz)
 
+template = optional.module("npllm.template")
 MESSAGES = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hello"}]
 CONFIG = fuzz.phi3_config("Phi-3.5-mini")
 
