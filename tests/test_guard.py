@@ -124,7 +124,7 @@ def test_get_is_counted():
     assert guard.Gets.n == before + 1
 
 
-@pytest.mark.skipif(cupy is None, reason="compares the stand-in with CuPy, which is not installed")
+@pytest.mark.skipif(cupy is None or cupy is xp, reason="compares the stand-in with CuPy, which is not installed")
 def test_the_stand_in_offers_nothing_that_cupy_has_not():
     for name in (*guard.UFUNCS, *guard.FUNCTIONS, *guard.BIRTHS, "asarray", "astype", "take", "take_along_axis"):
         assert callable(getattr(cupy, name)), name
