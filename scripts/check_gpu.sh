@@ -44,7 +44,7 @@ if [ "${NPLLM_REHEARSE:-}" = 1 ]; then
     NPLLM_GPU_WEIGHTS="$temporary/weights"
     : "${NPLLM_SHIM_CACHE:=$temporary/shim}"
     : "${NPLLM_EXAMPLES:=2}"
-    : "${NPLLM_PYTEST_rest:=-k test_ops_norm or test_ops_residual}"
+    : "${NPLLM_PYTEST_rest:=-k 'test_ops_norm or test_ops_residual'}"
     export NPLLM_SHIM_CACHE NPLLM_EXAMPLES NPLLM_PYTEST_rest
 fi
 export NPLLM_GPU_WEIGHTS CUPY_CACHE_DIR="${CUPY_CACHE_DIR:-$NPLLM_GPU_WEIGHTS/cupy-cache}"
@@ -80,7 +80,7 @@ stage() {
     printf '{"name": "%s", "status": "started"}\n' "$name" >> "$folder/stages.jsonl"
     echo "== $name (at most $seconds s)"
     start=$(date +%s)
-    timeout -k 5 "$seconds" "$@" > "$folder/$name.log" 2>&1 &
+    NPLLM_STAGE_SECONDS=$seconds timeout -k 5 "$seconds" "$@" > "$folder/$name.log" 2>&1 &
     child=$!
     wait "$child"
     code=$?

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +44,17 @@ COSTS = {  # package -> what does not run without it
 
 
 def main(folder: Path) -> int:
-    """Write machine.json; return 0 where there is a device."""
-    device = fact(device_facts)
-    facts = {
-        "rehearsal": rehearsing(),
-        "commit": commit(),
-        "device": device,
-        "driver": driver(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in PACKAGES},
-        "room": fact(room),
-        "missing": {name: cost for name, cost in COSTS.items() if not importable(name)},
-        "npllm": fact(npllm_facts),
-    }
-    (folder / "machine.json").write_text(
-        json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8"
-    )
-    print(json.dumps(facts, indent=1, default=str))
-    return 0 if device.get("found") else 1
+    """Write machine.json, anew after each fact; return 0 where there is a device."""
+    facts: dict[str, Any] = {"rehearsal": rehearsing()}
+    for name, read in FACTS.items():
+        facts[name] = fact(read)
+        text = json.dumps(facts, indent=1, default=str)
+        (folder / "machine.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return int(not facts["device"].get("found"))
 
 
-def fact(read: Any) -> dict[str, Any]:
+def fact(read: Callable[[], Any]) -> Any:
     """What a function returns, or why it could not."""
     try:
         return read()
@@ -143,13 +132,37 @@ def room() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str | None]:
+    """The version of every package; None for a missing one."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def missing() -> dict[str, str]:
+    """Packages that are not there, and what each costs."""
+    return {name: cost for name, cost in COSTS.items() if not importable(name)}
+
+
 def npllm_facts() -> dict[str, Any]:
-    """What `npllm doctor` says, but for the folders."""
-    from npllm import report
+    """Version, BLAS, and the sets that `load` picks."""
+    import npllm
+    from npllm import kernels, threads
 
-    facts = report.machine_facts()
-    return {key: facts[key] for key in ("npllm", "blas", "kernels", "environment", "packages")}
+    sets = {name: kernels.fastest_ops(name).name for name in ("numpy", "cupy")}
+    return {"version": npllm.__version__, "blas": threads.blas_facts(), "sets": sets}
 
+
+FACTS: dict[str, Callable[[], Any]] = {
+    "commit": commit,
+    "driver": driver,
+    "python": platform.python_version,
+    "platform": platform.platform,
+    "cores": lambda: len(os.sched_getaffinity(0)),
+    "missing": missing,
+    "device": device_facts,
+    "versions": versions,
+    "room": room,
+    "npllm": npllm_facts,
+}
 
 if __name__ == "__main__":
     sys.exit(main(Path(sys.argv[1])))

@@ -72,3 +72,4 @@ guard.xp.RawModule = RawModule
 guard.xp.cuda.runtime = Runtime
 guard.xp.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
 sys.modules["cupy"] = guard.xp
+sys.modules["cupy_backends"] = None  # CuPy itself may be installed: its parts do not fit here
