@@ -37,6 +37,7 @@ def pytest_sessionstart() -> None:
     """Read what an earlier process did; a test that it did not end was its last."""
     _records.close_started("the process ended in this test")
     _state["before"] = _records.latest()
+    _state["n"] = sum("::" in name for name in _state["before"])
 
 
 @pytest.hookimpl(trylast=True)
