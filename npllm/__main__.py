@@ -1,5 +1,5 @@
-"""Run the `npllm` command: `python -m npllm`."""
+"""`python -m npllm`: the command, where its script is not on the path."""
 
 from npllm.cli import main
 
-main(prog_name="npllm")
+main()

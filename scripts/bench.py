@@ -27,11 +27,13 @@ import contenders
 import numpy as np
 
 import npllm
-from npllm import ops, profile, report
+from npllm import ops
+from npllm.analysis import profiling as profile
+from npllm.analysis import report
 from npllm.arrays import backend_namespace, to_numpy
-from npllm.checkpoint import expected_shapes
-from npllm.config import read_json
-from npllm.fetch import weights_folder
+from npllm.checkpoints.fetch import weights_folder
+from npllm.checkpoints.safetensors import expected_shapes
+from npllm.config.config import read_json
 from npllm.model import checkpoint_folder
 
 MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}]

@@ -58,6 +58,6 @@ def missing_package(error):
 def invoke(arguments, **options):
     """Run the `npllm` command in this process, as click's CliRunner does."""
     testing = pytest.importorskip("click.testing")
-    from npllm import cli
+    from npllm.cli.commands import main
 
-    return testing.CliRunner().invoke(cli.main, arguments, **options)
+    return testing.CliRunner().invoke(main, arguments, **options)

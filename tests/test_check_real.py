@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import npllm
-from npllm.config import Config
+from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_real_phi3.py"

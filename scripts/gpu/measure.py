@@ -136,7 +136,8 @@ def prompt_length() -> int:
 
 def speed(model: str, set_: str) -> dict[str, Any]:
     """Measure prefill and decoding, as `npllm bench` does."""
-    from npllm import kernels, report
+    from npllm import kernels
+    from npllm.analysis import report
 
     n_new = 2 if rehearsing() else N_TOKENS[set_]
     repeat = 3 if set_ == "cuda" and not rehearsing() else 1

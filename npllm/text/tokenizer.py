@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
-from npllm.config import printable, quote, read_json
+from npllm.config.config import printable, quote, read_json
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
 
 __all__ = ["Detokenizer", "Tokenizer"]
@@ -163,7 +163,8 @@ class Tokenizer:
 
         Notes
         -----
-        The template comes with the checkpoint and is not trusted: it runs in a sandbox, within the limits of `npllm.template`.
+        The template comes with the checkpoint and is not trusted: it runs in a sandbox, within the limits of
+        `npllm.text.chat_template`.
 
         Source: `apply_chat_template` in Transformers.
         """
@@ -267,7 +268,7 @@ def _add_tokens(backend, listed, special_tokens, file):
 def _template():
     """Import what renders chat templates: nothing else needs Jinja."""
     try:
-        return importlib.import_module("npllm.template")
+        return importlib.import_module("npllm.text.chat_template")
     except ImportError as error:
         raise MissingExtraError(f"a chat template needs Jinja, which cannot be imported ({error}); pip install jinja2, "
                                 "or give the prompt as plain text or token ids") from error
