@@ -7,15 +7,14 @@ import guard
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional import invoke
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import npllm
 from npllm import encoder, ops
-from npllm.cli import commands as cli
 from npllm.config.bert_config import BertConfig
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models import bert
@@ -372,13 +371,13 @@ def test_a_language_model_refuses_to_embed():
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    return invoke([str(argument) for argument in arguments])
 
 
 def test_the_command_prints_cosines(tmp_path, monkeypatch):
     folder = write(tmp_path / "x")
     e = npllm.load(folder).embed(["the cat", "a mat", "the cat"])
-    monkeypatch.setattr(cli, "fetch", lambda name: {"all-minilm-l6-v2": folder}[name])
+    monkeypatch.setattr(pytest.importorskip("npllm.cli.commands"), "fetch", lambda name: {"all-minilm-l6-v2": folder}[name])
     for chosen in ([], ["-m", folder]):
         result = run("embed", "the cat", "a mat", "the cat", *chosen, "--json")
         assert result.exit_code == 0, result.output

@@ -1,5 +1,6 @@
 """What the commands report, as plain dicts: the machine, a checkpoint, the next tokens, the speed."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -9,7 +10,6 @@ import time
 from math import prod
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from npllm import kernels, ops
 from npllm.analysis.profiling import seconds
@@ -22,7 +22,7 @@ from npllm.decoding.loop import last_logits, next_token_distribution, prepare, s
 from npllm.errors import NpllmError
 from npllm.models import phi3
 from npllm.quantized.int8 import quantize
-from npllm.threads import n_threads
+from npllm.threads import blas_facts, n_threads
 
 __all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
            "next_tokens", "peak_memory", "profile_lines", "score_facts", "speed"]
@@ -41,7 +41,7 @@ def machine_facts():
     facts : dict
     """
     return {
-        "npllm": importlib.metadata.version("npllm"),
+        "npllm": importlib.import_module("npllm").__version__,  # also of a folder that is not installed
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -330,7 +330,7 @@ def _blas_facts():
     """Name and version of NumPy's BLAS; its kernel set and threads where threadpoolctl can ask it."""
     built = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     facts = {"name": built.get("name"), "version": built.get("version")}
-    pool = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
+    pool = blas_facts()
     return facts | {"kernels": pool.get("architecture"), "threads": pool.get("num_threads")}
 
 

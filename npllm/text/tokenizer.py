@@ -1,6 +1,7 @@
 """Text to token ids and back: a thin wrapper of the `tokenizers` library, the chat template, and a detokeniser for streams."""
 
 import contextlib
+import importlib
 import re
 import warnings
 from pathlib import Path
@@ -8,8 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 
 from npllm.config.config import printable, quote, read_json
-from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
-from npllm.text import chat_template as template
+from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.text.special_tokens import add_tokens, read_special_tokens
 
 __all__ = ["Detokenizer", "Tokenizer"]
@@ -178,7 +178,7 @@ class Tokenizer:
                 raise NpllmValueError(f'a message must be {{"role": ..., "content": ...}}, got {quote(message)}')
         names = {**self.special_tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         names.pop("messages", None)  # no name for a token
-        text = template.render(self.chat_template, messages, names)
+        text = _template().render(self.chat_template, messages, names)
         _warn_of_left_out(messages, text)
         return text
 
@@ -239,6 +239,15 @@ def _library_errors(kind, message):
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{message} ({printable(str(error)[:300])})") from None
+
+
+def _template():
+    """Import what renders chat templates: nothing else needs Jinja."""
+    try:
+        return importlib.import_module("npllm.text.chat_template")
+    except ImportError as error:
+        raise MissingExtraError(f"a chat template needs Jinja, which cannot be imported ({error}); pip install jinja2, "
+                                "or give the prompt as plain text or token ids") from error
 
 
 def _warn_of_left_out(messages, text):
