@@ -189,13 +189,21 @@ class Model:
         cos, sin = self._rope_tables(positions, choice)
         rules = self._rules
         if not valid.all():
-            padding = _ops.mask.padding(asarray(valid, self._xp))
+            padding = self._padding(valid)
             both = {id(rule): rule & padding for rule in rules}  # layers that share a rule go on sharing one
             rules = [both[id(rule)] for rule in rules]
         hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rules, self.ops, cache, tap)
         if cache is not None:
             cache.advance(ids, positions, valid, choice)
         return hidden
+
+    def _padding(self, valid):
+        """The rule that hides padding; padding on the left, which a kernel can evaluate, is told by the first slot of each row."""
+        n_ctx = valid.shape[1]
+        start = np.where(valid.any(axis=1), valid.argmax(axis=1), n_ctx)
+        if (valid == (np.arange(n_ctx) >= start[:, None])).all():
+            return _ops.mask.left_padding(asarray(start, self._xp))
+        return _ops.mask.padding(asarray(valid, self._xp))
 
     def _rope_tables(self, positions, choice):
         """Cosines and sines [n_seq, d_rope]; [n_batch, n_seq, d_rope] where positions or frequencies differ by row."""

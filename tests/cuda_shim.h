@@ -1,5 +1,6 @@
 // Runs the kernels of npllm/kernels/cuda on a CPU, one block after another.  A thread of a block is a fiber: it runs until it has to
 // wait for others, at a barrier or a shuffle, and then the next one runs.  What the subset of the kernels needs, and nothing more.
+// Subnormal operands and results are zero, as on a GPU for code that CuPy compiles (-ftz=true).
 
 #include <ucontext.h>
 
@@ -10,10 +11,14 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 
 struct Index { unsigned x = 0; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
@@ -56,6 +61,28 @@ static float exchange(float x, unsigned lane) {  // every lane of the warp takes
     return got;
 }
 
+// While it lives, subnormal numbers are zero; then the caller's mode is back.
+class FlushToZero {
+#if defined(__SSE__)
+    unsigned before = _mm_getcsr();
+
+public:
+    FlushToZero() { _mm_setcsr(before | 0x8040); }  // FTZ and DAZ
+    ~FlushToZero() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    unsigned long before;
+
+public:
+    FlushToZero() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" ::"r"(before | 1ul << 24));
+    }
+    ~FlushToZero() { asm volatile("msr fpcr, %0" ::"r"(before)); }
+#else
+#error "this processor's flush-to-zero mode is not known here"
+#endif
+};
+
 static void fiber() {
     body(body_arguments);
     done[threadIdx.x] = 1;
@@ -85,6 +112,7 @@ static void run_block(unsigned n_threads) {
 template <typename... A>
 void launch(void (*kernel)(A...), unsigned n_blocks, unsigned n_threads, void** arguments) {
     if (n_threads % 32) std::abort();
+    FlushToZero mode;
     fibers.resize(n_threads);
     stacks.resize(n_threads * STACK);
     slots.resize(n_threads);

@@ -77,7 +77,7 @@ def same(name, actual, desired, times=8.0):
 def test_every_op(name, data):
     arguments, _ = data.draw(documented_calls(ARRAY_OPS[name]))
     result = ARRAY_OPS[name](**moved(arguments))
-    if name not in ("padding", "documents"):
+    if name not in ("padding", "left_padding", "documents"):
         same(f"op {name}", result, ARRAY_OPS[name](**arguments))
 
 
