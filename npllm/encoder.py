@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from npllm import ops as _ops
-from npllm.arrays import array_namespace, asarray, is_integer, to_numpy
+from npllm.arrays import array_namespace, asarray, backend_name, is_integer, to_numpy
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import quote, read_json
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.kernels import fastest_ops
+from npllm.kernels import choose_ops
 from npllm.models import bert
 from npllm.text.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ class Encoder:
     def __init__(self, config, params, *, ops=None, tokenizer=None, max_length=None, folder=None):
         self.config, self.params, self.tokenizer, self.folder = config, params, tokenizer, folder
         self._xp = array_namespace(params.word_embeddings)
-        self.ops = fastest_ops("numpy" if self._xp is np else "cupy") if ops is None else ops
+        self.ops = choose_ops(ops, backend_name(self._xp))
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         if tokenizer is not None:
             n_special = tokenizer.backend.num_special_tokens_to_add(False)
