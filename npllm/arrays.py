@@ -17,8 +17,9 @@ import numpy as np
 
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
-__all__ = ["BACKENDS", "array_namespace", "asarray", "backend_name", "backend_namespace", "compute_dtype", "dtype_named", "entries_at_once", "expect_shape",
-           "host_range", "is_array", "is_integer", "largest", "round_to", "stable_argsort", "to_numpy", "widen"]
+__all__ = ["BACKENDS", "array_namespace", "asarray", "backend_name", "backend_namespace", "compute_dtype",
+           "dtype_named", "entries_at_once", "expect_shape", "host_range", "is_array", "is_integer", "largest",
+           "round_to", "stable_argsort", "to_numpy", "widen"]
 
 BACKENDS = ("numpy", "cupy", "auto")
 

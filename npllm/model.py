@@ -6,7 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from npllm import ops as _ops
-from npllm.arrays import array_namespace, asarray, backend_name, backend_namespace, compute_dtype, is_array, is_integer, to_numpy, widen
+from npllm.arrays import (
+    array_namespace,
+    asarray,
+    backend_name,
+    backend_namespace,
+    compute_dtype,
+    is_array,
+    is_integer,
+    to_numpy,
+    widen,
+)
 from npllm.cache import KVCache
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
 from npllm.checkpoints.safetensors import load_params

@@ -1,6 +1,10 @@
-// Runs the kernels of npllm/kernels/cuda on a CPU, one block after another.  A thread of a block is a fiber: it runs until it has to
-// wait for others, at a barrier or a shuffle, and then the next one runs.  A warp runs as far ahead of the others as barriers let it, and
-// every other block runs its threads backward, so that a missing barrier shows.  What the subset of the kernels needs, and nothing more.
+// Runs the kernels of npllm/kernels/cuda on a CPU, one block after another.  What the subset of the
+// kernels needs, and nothing more.
+//
+// A thread of a block is a fiber: it runs until it has to wait for others, at a barrier or a
+// shuffle, and then the next one runs.  A warp runs as far ahead of the others as barriers let it,
+// and every other block runs its threads backward, so that a missing barrier shows.
+//
 // Subnormal operands and results are zero, as on a GPU for code that CuPy compiles (-ftz=true).
 
 #include <setjmp.h>
@@ -22,7 +26,9 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-struct Index { unsigned x = 0; };
+struct Index {
+    unsigned x = 0;
+};
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
 static inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
@@ -30,14 +36,20 @@ static inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>
 
 namespace shim {
 
-struct Meeting { unsigned n_waiting = 0, round = 0; };
+struct Meeting {
+    unsigned n_waiting = 0, round = 0;
+};
 constexpr std::size_t STACK = 1 << 16;
-struct Place { jmp_buf at; };
-static std::vector<Place> places;  // where each fiber waits: a switch by longjmp spares the system calls of swapcontext
+struct Place {
+    jmp_buf at;
+};
+// Where each fiber waits: a switch by longjmp spares the system calls of swapcontext.
+static std::vector<Place> places;
 static std::vector<char> stacks, started, done;
 static std::vector<unsigned> barrier;  // the round of the barrier at which a thread arrived last
 constexpr unsigned NO_BARRIER = ~0u;
-static unsigned long n_arrivals;  // at barriers, shuffles and ends: a pass that adds none is a deadlock
+// At barriers, shuffles and ends: a pass over all threads that adds none is a deadlock.
+static unsigned long n_arrivals;
 static std::vector<float> slots;
 static std::vector<Meeting> warps;
 static Meeting block;
@@ -140,7 +152,8 @@ static void run_block(unsigned n_threads) {
     barrier.assign(n_threads, NO_BARRIER);
     for (unsigned left = n_threads; left > 0;) {
         unsigned long before = n_arrivals;
-        for (unsigned w = 0; w < n_threads / 32; ++w) left -= run_warp(blockIdx.x % 2 ? n_threads / 32 - 1 - w : w);
+        for (unsigned w = 0; w < n_threads / 32; ++w)
+            left -= run_warp(blockIdx.x % 2 ? n_threads / 32 - 1 - w : w);
         if (n_arrivals == before) std::abort();
     }
 }
@@ -175,5 +188,7 @@ static inline void __syncthreads() {
     shim::barrier[threadIdx.x] = shim::block.round;
     shim::wait_for_others(shim::block, blockDim.x);
 }
-static inline float __shfl_xor_sync(unsigned, float x, int lanes) { return shim::exchange(x, (threadIdx.x % 32) ^ lanes); }
+static inline float __shfl_xor_sync(unsigned, float x, int lanes) {
+    return shim::exchange(x, (threadIdx.x % 32) ^ lanes);
+}
 static inline float __shfl_sync(unsigned, float x, int lane) { return shim::exchange(x, lane); }

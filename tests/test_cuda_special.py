@@ -1,6 +1,7 @@
-"""The CUDA kernels at the edges of their numbers: every 16-bit pattern, subnormal numbers, NaN, infinities, rows without a key; and barriers.
+"""The CUDA kernels with every 16-bit pattern, NaN, infinities and nothing; and without barriers.
 
-Run on the CPU with subnormals flushed to zero, as CuPy compiles for a GPU; `tests/test_gpu.py` runs the same cases there.
+Run on the CPU with subnormals flushed to zero, as CuPy compiles for a GPU; `tests/test_gpu.py` runs
+the same cases there.
 """
 
 import re
@@ -36,13 +37,16 @@ def _on_the_stand_in():
 
 def widened_text():
     """A kernel that widens and does nothing else."""
-    common = cuda.source("swiglu").partition("// y[row, i]")[0]
-    return common + """
+    common = cuda.source("swiglu").partition("// y[row, i] = silu")[0]
+    return (
+        common
+        + """
 extern "C" __global__ void widened(const ENTRY* x, float* y, unsigned n) {
     unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at < n) y[at] = widen(x[at]);
 }
 """
+    )
 
 
 def patterns(dtype):
@@ -56,42 +60,60 @@ def patterns(dtype):
 def check_widened(got, want):
     """Equal bits; NaN where NaN is, whatever its bits."""
     close(np.isnan(got), np.isnan(want))
-    close(np.where(np.isnan(got), 0, got.view(np.uint32)), np.where(np.isnan(want), 0, want.view(np.uint32)))
+    close(
+        np.where(np.isnan(got), 0, got.view(np.uint32)),
+        np.where(np.isnan(want), 0, want.view(np.uint32)),
+    )
 
 
 def finite_weight(dtype):
-    """All finite patterns as a weight of 8 columns; and the same as a kernel's arithmetic sees it: a subnormal float32 is zero."""
+    """All finite patterns as a weight of 8 columns, and what arithmetic makes of them."""
     x, wide = patterns(dtype)
     keep = np.isfinite(wide)
     x, wide = x[keep], wide[keep]
-    return x.reshape(-1, 8), np.where(np.abs(wide) < SMALLEST_NORMAL, np.float32(0), wide).reshape(-1, 8)
+    return x.reshape(-1, 8), np.where(np.abs(wide) < SMALLEST_NORMAL, np.float32(0), wide).reshape(
+        -1, 8
+    )
 
 
 @pytest.mark.parametrize("dtype", NAMES)
 def test_every_16_bit_pattern_is_widened_exactly(dtype):
     x, want = patterns(dtype)
     there, y = xp.asarray(x), xp.empty((2**16,), dtype=xp.float32)
-    kernel_shim.launch("widened", (("ENTRY", NAMES[dtype]),), 2**16 // 256, 256, there, y, np.uint32(2**16), text=widened_text())
+    kernel_shim.launch(
+        "widened",
+        (("ENTRY", NAMES[dtype]),),
+        2**16 // 256,
+        256,
+        there,
+        y,
+        np.uint32(2**16),
+        text=widened_text(),
+    )
     check_widened(y.get(), want)
 
 
 @pytest.mark.parametrize("dtype", NAMES)
 def test_every_finite_weight_is_exact_in_a_product(dtype):
-    """Rows of the unit matrix pick each column: float16 is exact, its subnormals included; bfloat16's, which are subnormal in float32, are zero."""
+    """float16 is exact, subnormals included; bfloat16's are subnormal in float32, and zero."""
     weight, want = finite_weight(dtype)
-    close(cuda.linear(*moved((np.eye(8, dtype=np.float32), weight))), moved(np.ascontiguousarray(want.T)), times=0)
+    close(
+        cuda.linear(*moved((np.eye(8, dtype=np.float32), weight))),
+        moved(np.ascontiguousarray(want.T)),
+        times=0,
+    )
     assert (dtype == F16) == bool((want == weight.astype(np.float32)).all())
 
 
 def test_subnormal_results_are_zero():
-    """What CuPy's -ftz=true does, the shim does too: else a fault of flushing would not show here."""
+    """As with CuPy's -ftz=true: else a fault of flushing would not show on the CPU."""
     x, weight = np.full((1, 8), 2.0**-70, np.float32), np.full((1, 8), 2.0**-70, np.float32)
     assert ops.linear(x, weight)[0, 0] > 0
     assert cuda.linear(*moved((x, weight))).get()[0, 0] == 0
     assert np.float32(2.0**-70) * np.float32(2.0**-70) > 0, "and the mode is left as it was found"
 
 
-# --------------------------------------------------------------------------------------------------------- NaN, infinities, nothing
+# ------------------------------------------------------------------------- NaN, infinities, nothing
 
 
 def drawn(rng, *shape, dtype=np.float32):
@@ -99,12 +121,21 @@ def drawn(rng, *shape, dtype=np.float32):
 
 
 def _layer(rng, dtype):
-    return {"x": drawn(rng, 3, 40), "gain": drawn(rng, 40, dtype=dtype), "weight": drawn(rng, 10, 40, dtype=dtype), "bias": drawn(rng, 10, dtype=dtype),
-            "residual": drawn(rng, 3, 10)}
+    return {
+        "x": drawn(rng, 3, 40),
+        "gain": drawn(rng, 40, dtype=dtype),
+        "weight": drawn(rng, 10, 40, dtype=dtype),
+        "bias": drawn(rng, 10, dtype=dtype),
+        "residual": drawn(rng, 3, 10),
+    }
 
 
 def _heads(rng, dtype, n_seq, n_ctx=150):
-    return {"q": drawn(rng, 2, 4, n_seq, 64), "k": drawn(rng, 2, 2, n_ctx, 64, dtype=dtype), "v": drawn(rng, 2, 2, n_ctx, 64, dtype=dtype)}
+    return {
+        "q": drawn(rng, 2, 4, n_seq, 64),
+        "k": drawn(rng, 2, 2, n_ctx, 64, dtype=dtype),
+        "v": drawn(rng, 2, 2, n_ctx, 64, dtype=dtype),
+    }
 
 
 def _rotated(rng, _):
@@ -116,13 +147,34 @@ CALLS = {
     "linear": (_layer, lambda o, x: o.linear(x["x"], x["weight"], x["bias"])),
     "rms_norm": (_layer, lambda o, x: o.rms_norm(x["x"], x["gain"], 1e-5)),
     "rms_norm, no eps": (_layer, lambda o, x: o.rms_norm(x["x"] * 0.0, x["gain"], 0.0)),
-    "norm_linear": (_layer, lambda o, x: o.norm_linear(x["x"], x["gain"], 1e-5, x["weight"], x["bias"])),
-    "norm_linear, no eps": (_layer, lambda o, x: o.norm_linear(x["x"] * 0.0, x["gain"], 0.0, x["weight"], x["bias"])),
-    "norm_swiglu": (_layer, lambda o, x: o.norm_swiglu(x["x"], x["gain"], 1e-5, x["weight"], x["bias"])),
-    "linear_add": (_layer, lambda o, x: o.linear_add(x["x"], x["weight"], x["residual"], x["bias"])),
-    "swiglu": (lambda rng, _: {"gate": drawn(rng, 3, 40), "up": drawn(rng, 3, 40)}, lambda o, x: o.swiglu(x["gate"], x["up"])),
-    "attention": (lambda rng, dtype: _heads(rng, dtype, 18, 40), lambda o, x: o.attention(x["q"], x["k"], x["v"])),
-    "attention of one query": (lambda rng, dtype: _heads(rng, dtype, 1), lambda o, x: o.attention(x["q"], x["k"], x["v"])),
+    "norm_linear": (
+        _layer,
+        lambda o, x: o.norm_linear(x["x"], x["gain"], 1e-5, x["weight"], x["bias"]),
+    ),
+    "norm_linear, no eps": (
+        _layer,
+        lambda o, x: o.norm_linear(x["x"] * 0.0, x["gain"], 0.0, x["weight"], x["bias"]),
+    ),
+    "norm_swiglu": (
+        _layer,
+        lambda o, x: o.norm_swiglu(x["x"], x["gain"], 1e-5, x["weight"], x["bias"]),
+    ),
+    "linear_add": (
+        _layer,
+        lambda o, x: o.linear_add(x["x"], x["weight"], x["residual"], x["bias"]),
+    ),
+    "swiglu": (
+        lambda rng, _: {"gate": drawn(rng, 3, 40), "up": drawn(rng, 3, 40)},
+        lambda o, x: o.swiglu(x["gate"], x["up"]),
+    ),
+    "attention": (
+        lambda rng, dtype: _heads(rng, dtype, 18, 40),
+        lambda o, x: o.attention(x["q"], x["k"], x["v"]),
+    ),
+    "attention of one query": (
+        lambda rng, dtype: _heads(rng, dtype, 1),
+        lambda o, x: o.attention(x["q"], x["k"], x["v"]),
+    ),
     "rope_attention": (_rotated, lambda o, x: o.rope_attention(x["qkv"], x["cos"], x["sin"], 2, 1)),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
@@ -144,7 +196,9 @@ def test_nan_and_infinities_give_what_the_definition_gives(name, dtype, data):
     inputs = draw(np.random.default_rng(data.draw(seeds)), dtype)
     for _ in range(data.draw(st.integers(1, 2))):
         place = inputs[data.draw(st.sampled_from(sorted(inputs)))]
-        place[np.unravel_index(data.draw(st.integers(0, place.size - 1)), place.shape)] = data.draw(st.sampled_from(SPECIAL))
+        place[np.unravel_index(data.draw(st.integers(0, place.size - 1)), place.shape)] = data.draw(
+            st.sampled_from(SPECIAL)
+        )
     with np.errstate(all="ignore"):
         alike(call(cuda.CUDA, moved(inputs)).get(), call(ops.reference, inputs))
 
@@ -166,7 +220,9 @@ def test_a_nan_key_gives_nan_and_a_row_without_keys_gives_zero(n_seq):
     inputs["k"][0, 1, 149, 3] = np.nan
     y = CALLS["attention"][1](cuda.CUDA, moved(inputs)).get()
     assert np.isnan(y[0, 2:]).all() and np.isfinite(y[0, :2]).all() and np.isfinite(y[1]).all()
-    nothing = cuda.attention(*moved(tuple(inputs.values())), mask=causal(), q_slots=range(-n_seq, 0), k_slots=range(150))
+    nothing = cuda.attention(
+        *moved(tuple(inputs.values())), mask=causal(), q_slots=range(-n_seq, 0), k_slots=range(150)
+    )
     assert not nothing.get().any()
 
 
@@ -194,24 +250,39 @@ def test_a_hidden_key_counts_for_nothing_whatever_it_holds(n_seq, special):
         hidden = [*range(max(first, 140 - 29)), *range(140 + n_seq, 150)]
         for name in ("k", "v"):
             inputs[name][b, :, hidden] = special
-    assert cuda.attention(*moved(tuple(inputs.values())), mask=mask, **slots).get().tobytes() == clean.tobytes()
+    assert (
+        cuda.attention(*moved(tuple(inputs.values())), mask=mask, **slots).get().tobytes()
+        == clean.tobytes()
+    )
     assert np.isfinite(clean).all() and clean.any()
 
 
-# ------------------------------------------------------------------------------------------------------------------------- barriers
+# ----------------------------------------------------------------------------------------- barriers
 
 # kernel -> a call that runs it on several blocks and passes through every part of it
 BARRIERS = {
     "rms_norm": lambda o, rng: o.rms_norm(*moved((drawn(rng, 4, 700), drawn(rng, 700))), 1e-5),
-    "linear": lambda o, rng: o.norm_linear(*moved((drawn(rng, 2, 1300), drawn(rng, 1300))), 1e-5, moved(drawn(rng, 20, 1300))),
-    "attention": lambda o, rng: o.attention(*moved(tuple(drawn(rng, 2, n, 64) for n in (40, 70, 70)))),
-    "attend_one": lambda o, rng: o.attention(*moved(tuple(drawn(rng, 3, n, 64) for n in (1, 100, 100)))),
-    "attend_merge": lambda o, rng: o.attention(*moved(tuple(drawn(rng, 3, n, 64) for n in (1, 700, 700)))),
+    "linear": lambda o, rng: o.norm_linear(
+        *moved((drawn(rng, 2, 1300), drawn(rng, 1300))), 1e-5, moved(drawn(rng, 20, 1300))
+    ),
+    "attention": lambda o, rng: o.attention(
+        *moved(tuple(drawn(rng, 2, n, 64) for n in (40, 70, 70)))
+    ),
+    "attend_one": lambda o, rng: o.attention(
+        *moved(tuple(drawn(rng, 3, n, 64) for n in (1, 100, 100)))
+    ),
+    "attend_merge": lambda o, rng: o.attention(
+        *moved(tuple(drawn(rng, 3, n, 64) for n in (1, 700, 700)))
+    ),
 }
 
 
 def barriers():
-    return [(kernel, n) for kernel in cuda.VARIANTS for n in range(cuda.source(kernel).count("__syncthreads();"))]
+    return [
+        (kernel, n)
+        for kernel in cuda.VARIANTS
+        for n in range(cuda.source(kernel).count("__syncthreads();"))
+    ]
 
 
 def without_barrier(kernel, n):
@@ -223,7 +294,7 @@ def without_barrier(kernel, n):
 
 @pytest.mark.parametrize(("kernel", "n"), barriers())
 def test_each_barrier_is_needed(kernel, n, monkeypatch):
-    """Without it the same call gives something else, in one of the two orders in which the shim runs the threads of a block."""
+    """Without it the same call gives something else, in one of the orders of the shim."""
     want = BARRIERS[kernel](cuda.CUDA, np.random.default_rng(0)).get()
     broken = without_barrier(kernel, n)
 

@@ -69,7 +69,7 @@ def test_the_options_are_those_of_cupy(monkeypatch):
         def __init__(self, source, *_, **__):
             self.source = source
 
-        def compile(self, options=(), log_stream=None):
+        def compile(self, options=(), log_stream=None):  # noqa: ARG002
             if not self.source:  # asks for the version of the compiler
                 return b"", {}
             seen.extend(options)
@@ -137,7 +137,8 @@ TWINS = ["linear", "rms_norm", "swiglu", "attention", "rope_attention", "norm_li
 
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_has_the_signature_of_its_definition(name):
-    assert inspect.signature(getattr(cuda, name)) == inspect.signature(getattr(ops, name))
+    ours, theirs = (inspect.signature(getattr(module, name)).parameters.values() for module in (cuda, ops))
+    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
     assert getattr(cuda.cuda_ops(), name) is getattr(cuda, name)
 
 

@@ -1,24 +1,28 @@
-"""CUDA kernels for CuPy arrays: twins of the definitions in `npllm.ops`, with their signatures and their results.
+"""CUDA kernels for CuPy arrays: twins of the definitions in `npllm.ops`, with the same results.
 
-A twin takes what it was written for and hands everything else to the definition: float64 always, and shapes, dtypes and masks
-that a kernel does not know.  Activations are float32 and sums are float32; weights, keys and values may also be bfloat16 or
-float16, which are widened in registers.  Sources (`*.cu`) are compiled by NVRTC at the first use of each variant, and kept.
+A twin takes what it was written for and hands everything else to the definition: float64 always,
+and shapes, dtypes and masks that a kernel does not know.  Activations are float32 and sums are
+float32; weights, keys and values may also be bfloat16 or float16, which are widened in registers.
+Sources (`*.cu`) are compiled by NVRTC at the first use of each variant, and kept.
 
-Subnormal float32 numbers (below 2**-126) count as zero, as operands and as results: CuPy compiles with -ftz=true, and no model's
-value is that small.  NaN, infinities and rows without a key give what the definition gives.
+Subnormal float32 numbers (below 2**-126) count as zero, as operands and as results: CuPy compiles
+with -ftz=true.  NaN, infinities and rows without a key give what the definition gives.
 """
 
-from npllm.kernels.cuda.attention import GROUPS, HEADS, WIDEST, attention, rope_attention
+from npllm.kernels.cuda.attention import GROUPS, HEADS, WIDEST, attention
 from npllm.kernels.cuda.launching import ENTRIES, OPTIONS, source
 from npllm.kernels.cuda.linear import MOST_ROWS, ROWS, linear, linear_add, norm_linear, norm_swiglu
+from npllm.kernels.cuda.rope import rope_attention
 from npllm.kernels.cuda.rows import rms_norm, swiglu
 from npllm.ops import blockwise
 
-__all__ = ["CUDA", "HEADS", "MOST_ROWS", "OPTIONS", "VARIANTS", "WIDEST", "attention", "cuda_ops", "linear", "linear_add",
-           "norm_linear", "norm_swiglu", "rms_norm", "rope_attention", "source", "swiglu"]
+__all__ = ["CUDA", "HEADS", "MOST_ROWS", "OPTIONS", "VARIANTS", "WIDEST", "attention", "cuda_ops",
+           "linear", "linear_add", "norm_linear", "norm_swiglu", "rms_norm", "rope_attention",
+           "source", "swiglu"]
 
-CUDA = blockwise.replace(linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=attention, rope_attention=rope_attention,
-                         norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add, name="cuda")
+CUDA = blockwise.replace(linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=attention,
+                         rope_attention=rope_attention, norm_linear=norm_linear,
+                         norm_swiglu=norm_swiglu, linear_add=linear_add, name="cuda")
 
 _TYPES = tuple(ENTRIES.values())
 _WIDTHS = tuple(range(32, WIDEST + 1, 32))
@@ -30,13 +34,14 @@ VARIANTS = {
     "swiglu": [()],
     "rope_append": [()],
     "attention": [(("ENTRY", name), ("HEAD", d_head)) for d_head in HEADS for name in _TYPES],
-    "attend_one": [(("ENTRY", name), ("GROUP", group), ("HEAD", d_head)) for d_head in _WIDTHS for group in GROUPS for name in _TYPES],
+    "attend_one": [(("ENTRY", name), ("GROUP", group), ("HEAD", d_head))
+                   for d_head in _WIDTHS for group in GROUPS for name in _TYPES],
     "attend_merge": [(("HEAD", d_head),) for d_head in _WIDTHS],
 }
 
 
 def cuda_ops():
-    """Return the set of operations that runs these kernels, and the definitions where there is no kernel.
+    """Return the set that runs these kernels, and the definitions where there is no kernel.
 
     Returns
     -------

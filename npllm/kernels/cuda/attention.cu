@@ -1,9 +1,15 @@
-// Attention block by block with an online softmax, for many queries at a time (FlashAttention-2, algorithm 1).
-//     m' = max(m, max_j s_j),   l' = l * exp(m - m') + sum_j exp(s_j - m'),   a' = a * exp(m - m') + sum_j exp(s_j - m') * v_j
-// A block has 4 warps, and each warp ROWS queries of one head.  Lane j of a warp holds the score of key j of the tile, and
-// channels j, j + 32, ... of the sums.  Query slot i sees key slot j where low <= i - j < high, and j is not before start[b], where
-// the padding of row b ends; tiles outside are skipped.  A key that is not seen counts for nothing, whatever it holds.
-// Built with HEAD = 64, 96 or 128, and ENTRY = float, bf16 or f16, the type of k and v.  Sums are float32.
+// Attention block by block with an online softmax, for many queries (FlashAttention-2,
+// algorithm 1).
+//     m' = max(m, max_j s_j),   l' = l * exp(m - m') + sum_j exp(s_j - m')
+//     a' = a * exp(m - m') + sum_j exp(s_j - m') * v_j;   at the end  y = a / l
+// A block has 4 warps, and each warp ROWS queries of one head.  Lane j of a warp holds the score of
+// key j of the tile, and channels j, j + 32, ... of the sums.
+//
+// Query slot i sees key slot j where low <= i - j < high, and j is not before start[b], where the
+// padding of row b ends; tiles outside are skipped.  A key that is not seen counts for nothing,
+// whatever it holds.
+//
+// Built with HEAD = 64, 96 or 128, and ENTRY = float, bf16 or f16, the type of k and v.
 
 #define WARPS 4
 #define ROWS 4
@@ -19,9 +25,11 @@ __device__ void load_tile(float* tile, const T* x, i64 row_stride, i64 first, i6
 }
 
 template <typename T, int D>
-__device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i64 k_row, i64 v_row, i64 y_row,
-                       i64 first_row, i64 shift, i64 low, i64 high, i64 unpadded, float scale) {
-    __shared__ float queries[WARPS * ROWS][D], keys[KEYS * (D + 1)], values[KEYS * D];  // keys: pitch D + 1 spares bank conflicts
+__device__ void
+attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i64 k_row, i64 v_row,
+       i64 y_row, i64 first_row, i64 shift, i64 low, i64 high, i64 unpadded, float scale) {
+    __shared__ float queries[WARPS * ROWS][D], values[KEYS * D];
+    __shared__ float keys[KEYS * (D + 1)];  // the pitch D + 1 spares bank conflicts
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int at = threadIdx.x; at < WARPS * ROWS * D; at += WARPS * 32) {
         i64 row = first_row + at / D;
@@ -35,8 +43,10 @@ __device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_s
 #pragma unroll
         for (int c = 0; c < D / 32; ++c) a[r][c] = 0.0f;
     }
-    i64 last_row = first_row + WARPS * ROWS - 1 < n_seq - 1 ? first_row + WARPS * ROWS - 1 : n_seq - 1;
-    i64 start = first_row + shift - high + 1, stop = last_row + shift - low + 1;  // keys that any query of the block sees
+    i64 last_row =
+        first_row + WARPS * ROWS - 1 < n_seq - 1 ? first_row + WARPS * ROWS - 1 : n_seq - 1;
+    // Keys that any query of the block sees.
+    i64 start = first_row + shift - high + 1, stop = last_row + shift - low + 1;
     start = start > unpadded ? start : unpadded;
     start = start > 0 ? start / KEYS * KEYS : 0;
     stop = stop < n_ctx ? stop : n_ctx;
@@ -59,7 +69,8 @@ __device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_s
             i64 key = first + lane, distance = first_row + warp * ROWS + r + shift - key;
             bool visible = key < n_ctx && key >= unpadded && low <= distance && distance < high;
             float score = visible ? s[r] * scale : minus_infinity();
-            float m_new = fmaxf(m[r], warp_max(score)), p = expf(score - shift_of(m_new)), decay = expf(m[r] - shift_of(m_new));
+            float m_new = fmaxf(m[r], warp_max(score)), p = expf(score - shift_of(m_new)),
+                  decay = expf(m[r] - shift_of(m_new));
             l[r] = l[r] * decay + warp_sum(visible ? p : 0.0f);
             m[r] = m_new;
             s[r] = visible ? p : HIDDEN;
@@ -73,7 +84,8 @@ __device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_s
                 float p = __shfl_sync(ALL_LANES, s[r], j);
                 if (p == HIDDEN) continue;  // the same for the whole warp
 #pragma unroll
-                for (int c = 0; c < D / 32; ++c) a[r][c] = fmaf(p, values[j * D + lane + 32 * c], a[r][c]);
+                for (int c = 0; c < D / 32; ++c)
+                    a[r][c] = fmaf(p, values[j * D + lane + 32 * c], a[r][c]);
             }
         }
     }
@@ -87,11 +99,14 @@ __device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_s
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-attention(const float* q, const ENTRY* k, const ENTRY* v, const i64* start, float* y, i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq,
-          i64 n_ctx, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 y_batch, i64 y_head, i64 y_row,
-          i64 q_slot, i64 k_slot, i64 low, i64 high, float scale) {
-    i64 head = blockIdx.x / n_tiles, b = head / n_head, h = head % n_head, kv = h / (n_head / n_kv_head);
-    attend<ENTRY, HEAD>(q + head * n_seq * HEAD, k + b * k_batch + kv * k_head, v + b * v_batch + kv * v_head,
-                        y + b * y_batch + h * y_head, n_seq, n_ctx, k_row, v_row, y_row, blockIdx.x % n_tiles * (WARPS * ROWS),
-                        q_slot - k_slot, low, high, start ? start[b] - k_slot : 0, scale);
+    attention(const float* q, const ENTRY* k, const ENTRY* v, const i64* start, float* y,
+              i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq, i64 n_ctx, i64 k_batch, i64 k_head,
+              i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 y_batch, i64 y_head, i64 y_row,
+              i64 q_slot, i64 k_slot, i64 low, i64 high, float scale) {
+    i64 head = blockIdx.x / n_tiles, b = head / n_head, h = head % n_head,
+        kv = h / (n_head / n_kv_head);
+    attend<ENTRY, HEAD>(q + head * n_seq * HEAD, k + b * k_batch + kv * k_head,
+                        v + b * v_batch + kv * v_head, y + b * y_batch + h * y_head, n_seq, n_ctx,
+                        k_row, v_row, y_row, blockIdx.x % n_tiles * (WARPS * ROWS), q_slot - k_slot,
+                        low, high, start ? start[b] - k_slot : 0, scale);
 }

@@ -1,4 +1,4 @@
-"""Compiling and launching, and what the kernels ask of an array: its type's name in CUDA, alignment, and strides in entries."""
+"""Compiling and launching, and what the kernels ask of an array: type, alignment, strides."""
 
 import functools
 from itertools import pairwise
@@ -9,12 +9,14 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 
-__all__ = ["ENTRIES", "OPTIONS", "aligned", "compiled", "entry", "even_rows", "launch", "pointer", "source", "steps"]
+__all__ = ["ALIGNMENT", "ENTRIES", "NULL", "OPTIONS", "aligned", "compiled", "entry", "even_rows",
+           "launch", "pointer", "source", "steps"]
 
 Array = Any
 
 OPTIONS = ("-std=c++17",)  # CuPy adds its own, -ftz=true among them
-ENTRIES = {DTYPES["float32"]: "float", DTYPES["bfloat16"]: "bf16", DTYPES["float16"]: "f16"}  # dtype -> the name in common.cu
+# dtype -> its name in common.cu
+ENTRIES = {DTYPES["float32"]: "float", DTYPES["bfloat16"]: "bf16", DTYPES["float16"]: "f16"}
 NULL = np.uint64(0)  # the pointer of an argument that is left out
 ALIGNMENT = 16  # bytes: what one load of a kernel fetches
 
@@ -47,11 +49,13 @@ def compiled(kernel: str, definitions: tuple) -> Any:
 def source(kernel: str) -> str:
     """Return the CUDA C++ text of a kernel, what it shares with the others included."""
     folder = Path(__file__).parent
-    return "".join((folder / name).read_text(encoding="utf-8") for name in ("common.cu", f"{kernel}.cu"))
+    return "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("common.cu", f"{kernel}.cu")
+    )
 
 
 def entry(x: Any) -> str | None:
-    """Name the type of a device array's entries in CUDA; None for a type without a name, and for what is not on a device."""
+    """Name the type of a device array's entries in CUDA; None for another type, and on the host."""
     return None if isinstance(x, np.ndarray) else ENTRIES.get(getattr(x, "dtype", None))
 
 
@@ -61,13 +65,13 @@ def pointer(x: Array | None) -> Any:
 
 
 def aligned(x: Array, xp: Any) -> Array:
-    """Return an array in one piece that begins at a multiple of 16 bytes: `x` itself where it does."""
+    """Return `x`, or a copy, in one piece that begins at a multiple of 16 bytes."""
     x = xp.ascontiguousarray(x)
     return x if x.data.ptr % ALIGNMENT == 0 else xp.astype(x, x.dtype)
 
 
 def even_rows(x: Array, xp: Any, alignment: int = 1) -> tuple[Array, int]:
-    """Return an array whose rows lie at equal distances, and that distance in entries: `x` itself where its strides allow it.
+    """Return `x`, or a copy, with rows at equal distances, and that distance in entries.
 
     Parameters
     ----------
@@ -81,7 +85,12 @@ def even_rows(x: Array, xp: Any, alignment: int = 1) -> tuple[Array, int]:
     distance = lead[-1][1] if lead else 0
     even = all(outer == n * inner for (_, outer), (n, inner) in pairwise(lead))
     whole = x.shape[-1] == 1 or strides[-1] == 1
-    if even and whole and x.data.ptr % alignment == 0 and distance * x.dtype.itemsize % alignment == 0:
+    if (
+        even
+        and whole
+        and x.data.ptr % alignment == 0
+        and distance * x.dtype.itemsize % alignment == 0
+    ):
         return x, distance
     return aligned(x, xp), x.shape[-1]
 

@@ -1,29 +1,33 @@
-// y[r, o] = sum_i x[r, i] * weight[o, i] + bias[o] for a few rows x: the products of a decode step, each weight read once.
-//     gain given:      x is normalised first: divided by root[r] = sqrt(mean_i x[r, i]**2 + eps), and scaled by gain
+// y[r, o] = sum_i x[r, i] * weight[o, i] + bias[o] for a few rows x, as in a decode step.
+//     gain given:      x[r] is divided by sqrt(mean_i x[r, i]**2 + eps) and scaled by gain first
 //     residual given:  y[r, o] is added to it
-//     half > 0:        rows o and o + half of the weight are gate and up, and y[r, o] = silu(gate) * up, o < half
+//     half > 0:        rows o and o + half of the weight are gate and up: y = silu(gate) * up
 //
-// A block has 4 warps, a warp OUTS outputs, and a lane one pack (16 bytes) of a row of the weight in every 32.  A pass over CHUNK
-// entries of a row begins with all of its loads, 8 packs of weights a lane, then puts x into shared memory, then multiplies.
-// Blocks with the same rows of the weight and other rows of x are neighbours, so that one of them fetches for all.
+// A block has 4 warps, a warp OUTS outputs, and a lane one pack (16 bytes) in every 32 of a row of
+// the weight.  A pass over CHUNK entries begins with all of its loads, 8 packs of the weight a
+// lane, then puts x into shared memory, then multiplies.  Blocks with the same rows of the weight
+// and other rows of x are neighbours, so that the weight comes from DRAM once.
 //
-// A sum has the same terms in the same order, and so the same bits, for every ROWS: a lane adds its entries in ascending order, one
-// fused multiply-add each, then lanes are added pairwise; and so for the squares, of which thread t adds entries 4t ... 4t + 3 of 512.
-// Built with ENTRY = float, bf16 or f16, the type of weight, gain and bias, and ROWS = 1, 2, 4 or 8 rows of x a block.
-// d_in is a multiple of a pack's entries, and all rows begin at multiples of 16 bytes.
+// A sum has the same terms in the same order, and so the same bits, for every ROWS: a lane adds its
+// entries in ascending order by fused multiply-adds, then lanes are added pairwise.  So it is for
+// the squares, of which thread t adds entries 4t ... 4t + 3 of every 512.
+//
+// Built with ENTRY = float, bf16 or f16, the type of weight, gain and bias, and ROWS = 1, 2, 4 or 8
+// rows of x a block.  d_in is a multiple of a pack's entries; rows begin at multiples of 16 bytes.
 
 #define THREADS 128
 #define WARPS 4
 
-// Where entry i of a chunk stands in shared memory: lanes that read 4 entries each then read 512 bytes in a row.
+// Where entry i of a chunk stands in shared memory: lanes that read 4 entries each read 512 bytes
+// in a row.
 template <int N>
 __device__ unsigned place(unsigned i) {
     return i / (32 * N) * (32 * N) + i % N / 4 * 128 + i % (32 * N) / N * 4;
 }
 
 template <typename T, int R, int CHUNK>
-__device__ void stage(float (*staged)[CHUNK], float* squares, const float* x, const T* gain, i64 x_row, unsigned n, unsigned first,
-                      unsigned d_in) {
+__device__ void stage(float (*staged)[CHUNK], float* squares, const float* x, const T* gain,
+                      i64 x_row, unsigned n, unsigned first, unsigned d_in) {
     for (unsigned part = (threadIdx.x - first / 4) % THREADS; part < CHUNK / 4; part += THREADS) {
         unsigned i = first + 4 * part;
         float scale[4] = {1.0f, 1.0f, 1.0f, 1.0f};
@@ -45,7 +49,8 @@ __device__ void stage(float (*staged)[CHUNK], float* squares, const float* x, co
 }
 
 template <typename T, int R, int OUTS, int STEPS>
-__device__ void multiply(float (*sum)[R], const Pack<T> (*w)[OUTS], const float (*staged)[STEPS * 32 * Pack<T>::N], unsigned lane) {
+__device__ void multiply(float (*sum)[R], const Pack<T> (*w)[OUTS],
+                         const float (*staged)[STEPS * 32 * Pack<T>::N], unsigned lane) {
     constexpr int N = Pack<T>::N;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
@@ -53,29 +58,34 @@ __device__ void multiply(float (*sum)[R], const Pack<T> (*w)[OUTS], const float 
         for (int part = 0; part < N; part += 4)
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-                Pack<float> v = *(const Pack<float>*)(staged[r] + (step * N + part) * 32 + lane * 4);
+                Pack<float> v =
+                    *(const Pack<float>*)(staged[r] + (step * N + part) * 32 + lane * 4);
 #pragma unroll
                 for (int j = 0; j < 4; ++j)
 #pragma unroll
-                    for (int k = 0; k < OUTS; ++k) sum[k][r] = fmaf(v.entry[j], widen(w[step][k].entry[part + j]), sum[k][r]);
+                    for (int k = 0; k < OUTS; ++k)
+                        sum[k][r] = fmaf(v.entry[j], widen(w[step][k].entry[part + j]), sum[k][r]);
             }
 }
 
 template <typename T, int R>
-__device__ void linear_rows(const float* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ gain,
-                            const T* __restrict__ bias, const float* __restrict__ residual, float* __restrict__ y, unsigned n_rows,
-                            unsigned d_in, unsigned d_out, unsigned half, i64 x_row, float eps) {
+__device__ void
+linear_rows(const float* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ gain,
+            const T* __restrict__ bias, const float* __restrict__ residual, float* __restrict__ y,
+            unsigned n_rows, unsigned d_in, unsigned d_out, unsigned half, i64 x_row, float eps) {
     constexpr int N = Pack<T>::N, OUTS = R >= 4 ? 4 : 2, STEPS = 8 / OUTS, CHUNK = STEPS * 32 * N;
     alignas(16) __shared__ float staged[R][CHUNK];
     __shared__ float partial[R][WARPS];
-    unsigned n_groups = (n_rows + R - 1) / R, group = blockIdx.x % n_groups, first_row = group * R, n = n_rows - first_row;
-    unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_out = (blockIdx.x / n_groups * WARPS + warp) * OUTS;
+    unsigned n_groups = (n_rows + R - 1) / R, group = blockIdx.x % n_groups, first_row = group * R,
+             n = n_rows - first_row;
+    unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+             first_out = (blockIdx.x / n_groups * WARPS + warp) * OUTS;
     x += first_row * x_row;
-    const T* row[OUTS];
+    const T* row[OUTS];  // a warp without an output of its own reads row 0, and stores nothing
 #pragma unroll
     for (unsigned k = 0; k < OUTS; ++k) {
         unsigned o = half ? (first_out + k) / 2 + k % 2 * half : first_out + k;
-        row[k] = weight + (i64)(first_out + k < d_out ? o : 0) * d_in;  // a warp without an output of its own works for nobody
+        row[k] = weight + (i64)(first_out + k < d_out ? o : 0) * d_in;
     }
     float sum[OUTS][R] = {}, squares[R] = {};
     for (unsigned first = 0; first < d_in; first += CHUNK) {
@@ -106,7 +116,8 @@ __device__ void linear_rows(const float* __restrict__ x, const T* __restrict__ w
         }
     }
     __syncthreads();
-    unsigned r = lane / OUTS, k = lane % OUTS, at = first_out + k, o = half ? at / 2 + k % 2 * half : at;
+    unsigned r = lane / OUTS, k = lane % OUTS, at = first_out + k,
+             o = half ? at / 2 + k % 2 * half : at;
     bool valid = r < R && r < n && at < d_out;
     if (valid && gain) {
         const float* p = partial[r];
@@ -116,11 +127,14 @@ __device__ void linear_rows(const float* __restrict__ x, const T* __restrict__ w
     float up = __shfl_xor_sync(ALL_LANES, mine, 1);
     i64 out_row = first_row + r;
     if (valid && half && k % 2 == 0) y[out_row * half + o] = swiglu_of(mine, up);
-    if (valid && !half) y[out_row * d_out + o] = residual ? residual[out_row * d_out + o] + mine : mine;
+    if (valid && !half)
+        y[out_row * d_out + o] = residual ? residual[out_row * d_out + o] + mine : mine;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-linear(const float* x, const ENTRY* weight, const ENTRY* gain, const ENTRY* bias, const float* residual, float* y, unsigned n_rows,
-       unsigned d_in, unsigned d_out, unsigned half, i64 x_row, float eps) {
-    linear_rows<ENTRY, ROWS>(x, weight, gain, bias, residual, y, n_rows, d_in, d_out, half, x_row, eps);
+    linear(const float* x, const ENTRY* weight, const ENTRY* gain, const ENTRY* bias,
+           const float* residual, float* y, unsigned n_rows, unsigned d_in, unsigned d_out,
+           unsigned half, i64 x_row, float eps) {
+    linear_rows<ENTRY, ROWS>(x, weight, gain, bias, residual, y, n_rows, d_in, d_out, half, x_row,
+                             eps);
 }

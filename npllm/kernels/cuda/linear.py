@@ -1,4 +1,4 @@
-"""Products with a weight matrix, and what is fused with them: the norm in front, the gate, the bias and the residual behind."""
+"""Products with a weight matrix, fused with the norm before and with what comes behind them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from npllm.arrays import array_namespace
 from npllm.kernels.cuda import launching
-from npllm.kernels.cuda.launching import aligned, entry, even_rows, pointer
+from npllm.kernels.cuda.launching import NULL, aligned, entry, even_rows
 from npllm.kernels.cuda.rows import MOST, rms_norm, swiglu
 from npllm.ops import add, blockwise
 
@@ -17,35 +17,43 @@ Array = Any
 THREADS, WARPS = 128, 4  # of linear.cu
 ROWS = (1, 2, 4, 8)  # rows of x that a block can take
 
-# Rows of x up to which linear.cu is used, by the bytes of an entry of the weight.  With more, the definition widens a 16-bit weight
-# in large blocks and multiplies by cuBLAS: of a weight of W bytes it moves 5 W (reads W, writes 2 W of float32, reads those), at any
-# number of rows.  The kernel moves W through DRAM, since blocks that share rows of the weight run side by side, and n / 8 * W through
-# the second-level cache, which is about twice as fast: n = 80 rows cost what the definition's 5 W do.  A float32 weight is not
-# widened and the definition moves W; 16 rows keep the promise that a row has the same bits in a batch of 1 to 16.
-# Both numbers are reckoned, not measured.
+# Rows of x up to which linear.cu is used, by the bytes of an entry of the weight.
+#
+# With more, the definition widens a 16-bit weight in large blocks and multiplies by cuBLAS: of a
+# weight of W bytes it moves 5 W (reads W, writes 2 W of float32, reads those), at any number of
+# rows.  The kernel moves W through DRAM, since blocks that share rows of the weight run side by
+# side, and n / 8 * W through the second-level cache, which is about twice as fast: at n = 80 rows
+# both cost the same.  64 is the last multiple of 8 rows a block that is well below.
+#
+# A float32 weight is not widened, and the definition moves W.  16 rows keep the promise that a row
+# has the same bits in a batch of 1 to 16.  Both numbers are reckoned, and not measured.
 MOST_ROWS = {2: 64, 4: 16}
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Multiply each row by the transposed weight matrix: the twin of `npllm.ops.linear`, for up to 64 rows.
+    """Multiply each row by the transposed weight matrix: the twin of `npllm.ops.linear`.
 
-    The weight is read once, as it is stored.  A float32 weight is taken up to 16 rows; more rows go to the definition.
+    The weight is read once, as it is stored.  Up to 64 rows, 16 with a float32 weight; more rows go
+    to the definition.
     """
     if not _fits(x, weight, bias):
         return blockwise.linear(x, weight, bias)
     return _launch(x, weight, bias=bias)
 
 
-def norm_linear(x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array | None = None) -> Array:
-    """Normalise each row and multiply it by a weight matrix: the twin of `npllm.ops.norm_linear`, one kernel for a few rows."""
+def norm_linear(x: Array, norm_weight: Array, eps: float, weight: Array,
+                bias: Array | None = None) -> Array:
+    """Normalise and multiply by a weight: the twin of `npllm.ops.norm_linear`, in one kernel."""
     if not (_fits(x, weight, bias) and _is_vector(norm_weight, weight, 1)):
         return linear(rms_norm(x, norm_weight, eps), weight, bias)
     return _launch(x, weight, gain=norm_weight, eps=eps, bias=bias)
 
 
-def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array | None = None) -> Array:
-    """Normalise, multiply by the weights of gate and up, and gate: the twin of `npllm.ops.norm_swiglu`, one kernel for a few rows."""
-    if not (_fits(x, weight, bias) and _is_vector(norm_weight, weight, 1) and weight.shape[0] % 2 == 0):
+def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array,
+                bias: Array | None = None) -> Array:
+    """Normalise, multiply and gate: the twin of `npllm.ops.norm_swiglu`, in one kernel."""
+    fits = _fits(x, weight, bias) and _is_vector(norm_weight, weight, 1)
+    if not fits or weight.shape[0] % 2:
         gate_up = norm_linear(x, norm_weight, eps, weight, bias)
         d_ff = gate_up.shape[-1] // 2
         return swiglu(gate_up[..., :d_ff], gate_up[..., d_ff:])
@@ -53,40 +61,43 @@ def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array, bias: A
 
 
 def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
-    """Multiply each row by a weight matrix and add it to the stream: the twin of `npllm.ops.linear_add`, one kernel for a few rows."""
-    fits = _fits(x, weight, bias) and entry(residual) == "float" and residual.shape == (*x.shape[:-1], weight.shape[0])
-    if not fits:
+    """Multiply by a weight and add to the stream: the twin of `npllm.ops.linear_add`."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    if not (_fits(x, weight, bias) and entry(residual) == "float" and residual.shape == shape):
         return add(residual, linear(x, weight, bias))
     return _launch(x, weight, bias=bias, residual=residual)
 
 
 def _fits(x: Array, weight: Array, bias: Array | None) -> bool:
-    """Tell whether linear.cu takes these: float32 rows, few of them, and a weight whose rows are whole packs of 16 bytes."""
+    """Tell whether linear.cu takes these: a few float32 rows, and a weight of whole packs."""
     name = entry(weight)
     if name is None or entry(x) != "float" or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
         return False
     itemsize, (d_out, d_in) = weight.dtype.itemsize, weight.shape
     fits = 0 < x.size < MOST and 0 < d_out < MOST and d_in * itemsize % launching.ALIGNMENT == 0
-    return fits and x.size // d_in <= MOST_ROWS[itemsize] and (bias is None or _is_vector(bias, weight, 0))
+    few = fits and x.size // d_in <= MOST_ROWS[itemsize]
+    return few and (bias is None or _is_vector(bias, weight, 0))
 
 
 def _is_vector(x: Array, weight: Array, axis: int) -> bool:
     """Tell whether `x` goes along an axis of the weight, in its type."""
-    return entry(x) is not None and x.dtype == weight.dtype and x.shape == weight.shape[axis : axis + 1]
+    if entry(x) is None:
+        return False
+    return x.dtype == weight.dtype and x.shape == weight.shape[axis : axis + 1]
 
 
-def _launch(x: Array, weight: Array, *, gain: Array | None = None, eps: float = 0.0, bias: Array | None = None,
-            residual: Array | None = None, gated: bool = False) -> Array:
-    """Run linear.cu on what fits it; returns y [..., d_out], of d_out / 2 channels where it is gated."""
-    xp, (d_out, d_in) = array_namespace(x, weight, gain, bias, residual), weight.shape
+def _launch(x: Array, weight: Array, *, gain: Array | None = None, eps: float = 0.0,
+            bias: Array | None = None, residual: Array | None = None, gated: bool = False) -> Array:
+    """Run linear.cu on what fits it; return y [..., d_out], d_out / 2 channels where gated."""
+    xp, (d_out, d_in) = array_namespace(x, weight), weight.shape
     half = d_out // 2 if gated else 0
     y, weight = xp.empty((*x.shape[:-1], half or d_out), dtype=xp.float32), aligned(weight, xp)
     x, x_row = even_rows(x, xp, launching.ALIGNMENT)
-    gain, bias, residual = (None if z is None else xp.ascontiguousarray(z) for z in (gain, bias, residual))
+    vectors = [NULL if z is None else xp.ascontiguousarray(z) for z in (gain, bias, residual)]
     n_rows = x.size // d_in
     rows = next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
     outs = WARPS * (4 if rows >= 4 else 2)  # of a block
-    launching.launch("linear", (("ENTRY", launching.entry(weight)), ("ROWS", rows)), -(-d_out // outs) * -(-n_rows // rows), THREADS,
-                     x, weight, pointer(gain), pointer(bias), pointer(residual), y, np.uint32(n_rows), np.uint32(d_in),
-                     np.uint32(d_out), np.uint32(half), np.int64(x_row), np.float32(eps))
+    launching.launch("linear", (("ENTRY", entry(weight)), ("ROWS", rows)),
+                     -(-d_out // outs) * -(-n_rows // rows), THREADS, x, weight, *vectors, y,
+                     *map(np.uint32, (n_rows, d_in, d_out, half)), np.int64(x_row), np.float32(eps))
     return y

@@ -18,20 +18,20 @@ MOST = 2**31  # entries that a kernel counts in 32 bits
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Divide each row by its root mean square, then scale it: the twin of `npllm.ops.rms_norm`, in one pass over the row."""
+    """Normalise and scale each row in one pass: the twin of `npllm.ops.rms_norm`."""
     name = entry(weight)
     if not (name and entry(x) == "float" and x.ndim and x.size and weight.shape == x.shape[-1:]):
         return blockwise.rms_norm(x, weight, eps)
     xp = array_namespace(x, weight)
-    x, weight, y = xp.ascontiguousarray(x), xp.ascontiguousarray(weight), xp.empty(x.shape, dtype=xp.float32)
-    d_model = x.shape[-1]
-    launching.launch("rms_norm", (("ENTRY", name),), x.size // d_model, THREADS, x, weight, y, np.int64(d_model),
-                     np.float32(eps))
+    x, weight = xp.ascontiguousarray(x), xp.ascontiguousarray(weight)
+    y, d_model = xp.empty(x.shape, dtype=xp.float32), x.shape[-1]
+    launching.launch("rms_norm", (("ENTRY", name),), x.size // d_model, THREADS, x, weight, y,
+                     np.int64(d_model), np.float32(eps))
     return y
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """Gate one projection by the SiLU of another: the twin of `npllm.ops.swiglu`, in one pass over both."""
+    """Gate one projection by the SiLU of another in one pass: the twin of `npllm.ops.swiglu`."""
     fits = entry(gate) == entry(up) == "float" and gate.shape == up.shape
     if not (fits and gate.ndim and 0 < gate.size < MOST):
         return blockwise.swiglu(gate, up)

@@ -21,4 +21,5 @@ from npllm.ops.mask.sparse import (
 )
 
 __all__ = ["ALL", "NONE", "SOME", "Rule", "band", "bidirectional", "block_local", "causal", "dilated_window", "documents", "fixed",
-           "global_tokens", "left_padding", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks", "sliding_window", "strided"]
+           "global_tokens", "left_padding", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks",
+           "sliding_window", "strided"]
