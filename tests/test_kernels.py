@@ -16,6 +16,7 @@ import numpy as np
 import oracles
 import pytest
 from close import close
+from composed import Composed, definitions
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import model, random_ids
@@ -29,7 +30,7 @@ from npllm.quantized.int8 import quantize
 
 STORED = (ml_dtypes.bfloat16, np.float16, np.float32)
 EPS = 1e-5
-SETS = {"tiled": kernels.tiled_ops(), "compiled": kernels.compiled_ops()}
+SETS = {name: set_ and Composed(set_) for name, set_ in (("tiled", kernels.tiled_ops()), ("compiled", kernels.compiled_ops()))}
 NAMES = [field.name for field in fields(ops.Ops) if field.name != "name"]
 
 needs_numba = pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
@@ -135,7 +136,7 @@ def test_swiglu_where_the_exponential_would_overflow(fast):
         small = x[:, :7] / 1e4
         both = np.concatenate([eye[:7, :7], eye[:7, :7] * 0 + 1], axis=0)
         close(fast.norm_swiglu(small, np.full(7, 1e4, np.float32), EPS, both),
-              ops.norm_swiglu(small.astype(np.float64), np.full(7, 1e4), EPS, both.astype(np.float64)), dtype="float32")
+              definitions.norm_swiglu(small.astype(np.float64), np.full(7, 1e4), EPS, both.astype(np.float64)), dtype="float32")
 
 
 @each_set
@@ -147,7 +148,7 @@ def test_mlp_block(fast, n, d_in, d_out, dtype, seed, biased):
     wide = [None if a is None else a.astype(np.float64) for a in (x, gain, both, down, *biases)]
     got = fast.mlp_block(x, gain, EPS, both.astype(dtype), down.astype(dtype), *biases)
     assert got.dtype == np.float32 and (x == before).all()
-    close(got, ops.mlp_block(wide[0], wide[1], EPS, *wide[2:]), times=4, dtype="float32")
+    close(got, definitions.mlp_block(wide[0], wide[1], EPS, *wide[2:]), times=4, dtype="float32")
 
 
 # --------------------------------------------------------------------------------------------------------------- attention
@@ -186,7 +187,7 @@ def test_rope_attention_and_the_cache_it_leaves(fast, n_kv, group, d_half, d_pas
         cos, sin = ops.rope_tables(positions, ops.rope_frequencies(2 * d_half), 1.2)
         rule = mask.causal() if window is None else mask.sliding_window(window)
         rule = rule & mask.padding(valid[:, : done + n]) if padded else rule
-        got, want = (o.rope_attention(qkv, cos, sin, n_head, n_kv, mask=rule, cache=c) for o, c in zip((fast, ops.reference), caches,
+        got, want = (o.rope_attention(qkv, cos, sin, n_head, n_kv, mask=rule, cache=c) for o, c in zip((fast, definitions), caches,
                                                                                                      strict=True))
         close(got, want)
         for c in caches:
@@ -216,7 +217,7 @@ def test_attention_block_and_the_cache_it_leaves(fast, n_kv, group, d_half, n_ba
         tables = ops.rope_tables(positions, ops.rope_frequencies(2 * d_half))
         seen = rule & mask.padding(valid[:, : done + n]) if padded else rule
         got, want = (o.attention_block(x, gain, EPS, qkv_weight, o_weight, *tables, n_head, n_kv, *biases, mask=seen, cache=c, layer=2)
-                     for o, c in zip((fast, ops.reference), caches, strict=True))
+                     for o, c in zip((fast, definitions), caches, strict=True))
         close(got, want, times=4)
         assert (x == before).all()
         for c in caches:
@@ -277,7 +278,7 @@ def test_decoder_layers_and_the_cache_they_leave(fast, n_layer, n_batch, steps, 
     masks = [mask.causal() if window is None else mask.sliding_window(window)] * n_layer
     caches = [KVCache(n_batch, 6, 400, window) for _ in range(2)]
     for n in steps:
-        got, want = (through(o, layers, c, n, seed + n, masks, place) for o, c in zip((fast, ops.reference), caches, strict=True))
+        got, want = (through(o, layers, c, n, seed + n, masks, place) for o, c in zip((fast, definitions), caches, strict=True))
         close(got, want, times=8)
     for mine, theirs in zip(*(cache._layers for cache in caches), strict=True):
         assert (mine is None) == (theirs is None)
@@ -302,7 +303,7 @@ def test_one_token_takes_one_kernel_where_the_layers_are_alike(steps_of_all_laye
         caches = KVCache(2, 3, 64), KVCache(2, 3, 64)
         for n_seq in (4, 1):
             steps_of_all_layers.clear()
-            got, want = (through(o, own, c, n_seq, masks=masks) for o, c in zip((fast, ops.reference), caches, strict=True))
+            got, want = (through(o, own, c, n_seq, masks=masks) for o, c in zip((fast, definitions), caches, strict=True))
             close(got, want, times=8)
         assert steps_of_all_layers == ([n] if n else [])
 
@@ -312,7 +313,7 @@ def test_a_cache_that_sees_other_layers_reads_their_weights(steps_of_all_layers)
     fast, cache, plain = SETS["compiled"], KVCache(1, 2, 64), KVCache(1, 2, 64)
     first = tuple(a_layer(10 * n) for n in range(2))
     for step, layers in enumerate((first, first, tuple(a_layer(10 * n + 1) for n in range(2)), first, (first[1], first[0]))):
-        close(through(fast, layers, cache, seed=step), through(ops.reference, layers, plain, seed=step), times=8)
+        close(through(fast, layers, cache, seed=step), through(definitions, layers, plain, seed=step), times=8)
     assert steps_of_all_layers == [2] * 5
 
 
@@ -321,10 +322,10 @@ def test_layers_whose_caches_have_grown_apart_go_one_by_one(steps_of_all_layers)
     fast, layers = SETS["compiled"], tuple(a_layer(10 * n) for n in range(2))
     cache, plain = KVCache(1, 2, 400), KVCache(1, 2, 400)
     for c in (cache, plain):
-        through(ops.reference, layers, c, 10)
+        through(definitions, layers, c, 10)
     room = np.empty((1, 2, 100, 8), np.float32)
     cache.extend(0, room, room)  # as a pass of a hundred tokens does that fails in its second layer
-    close(through(fast, layers, cache), through(ops.reference, layers, plain), times=8)
+    close(through(fast, layers, cache), through(definitions, layers, plain), times=8)
     assert steps_of_all_layers == []
 
 
@@ -333,7 +334,7 @@ def test_a_weight_that_was_taken_out_of_its_layer_is_not_read_any_more(steps_of_
     fast, cache, plain = SETS["compiled"], KVCache(1, 2, 64), KVCache(1, 2, 64)
     layers = tuple(SimpleNamespace(**a_layer(10 * n)._asdict()) for n in range(2))  # may change, unlike LayerParams
     for step in range(2):
-        close(through(fast, layers, cache, seed=step), through(ops.reference, layers, plain, seed=step), times=8)
+        close(through(fast, layers, cache, seed=step), through(definitions, layers, plain, seed=step), times=8)
         layers[1].down_proj = a_layer(50).down_proj
     assert steps_of_all_layers == []
 
@@ -348,10 +349,10 @@ def by_head(i, j):
 def test_rules_of_every_shape_while_decoding(fast, rule):
     layers, caches = tuple(a_layer(10 * n) for n in range(2)), (KVCache(3, 2, 64), KVCache(3, 2, 64))
     for n_seq in (4, 1, 1):
-        got, want = (through(o, layers, c, n_seq, masks=[rule] * 2) for o, c in zip((fast, ops.reference), caches, strict=True))
+        got, want = (through(o, layers, c, n_seq, masks=[rule] * 2) for o, c in zip((fast, definitions), caches, strict=True))
         close(got, want, times=8)
         got, want = (o.attention_block(normal((3, 1, 24), 1), *layers[0][:1], EPS, *layers[0][1:3], *np.ones((2, 1, 8), np.float32), *HEADS,
-                                       mask=rule, cache=c) for o, c in zip((fast, ops.reference), caches, strict=True))
+                                       mask=rule, cache=c) for o, c in zip((fast, definitions), caches, strict=True))
         close(got, want, times=8)
 
 
@@ -362,7 +363,7 @@ def test_a_cache_in_float64(fast):
         cache.append(0, past, past)
         cache.advance(np.zeros((1, 3), int), np.arange(3), np.ones((1, 3), bool), np.zeros(1, int))
     for n_seq in (1, 2):
-        got, want = (through(o, layers, c, n_seq) for o, c in zip((fast, ops.reference), caches, strict=True))
+        got, want = (through(o, layers, c, n_seq) for o, c in zip((fast, definitions), caches, strict=True))
         close(got, want, times=8)
 
 
@@ -382,7 +383,7 @@ def test_a_model_looks_at_all_of_its_weights_once_for_a_cache(steps_of_all_layer
 
     looks, arrays_of = [], compiled.arrays_of
     monkeypatch.setattr(compiled, "arrays_of", lambda layer: (looks.append(layer), arrays_of(layer))[1])
-    m, ids = model(ops=SETS["compiled"]), random_ids(1, 9)
+    m, ids = model(ops=SETS["compiled"].ops), random_ids(1, 9)
     cache = m.new_cache()
     for stop in range(5, 10):
         m(ids[:, stop - 1 if stop > 5 else 0 : stop], cache=cache)
@@ -396,7 +397,7 @@ def test_a_model_looks_at_all_of_its_weights_once_for_a_cache(steps_of_all_layer
 @pytest.mark.parametrize("dtype", STORED)
 def test_a_model_gives_the_logits_of_the_definitions(fast, changes, dtype):
     ids = random_ids(2, 23)
-    m, plain = (model(ops=o, dtype=dtype, **changes) for o in (fast, ops.reference))
+    m, plain = (model(ops=o.ops, dtype=dtype, **changes) for o in (fast, definitions))
     close(m(ids), plain(ids), times=4)
     cache, other = m.new_cache(2), plain.new_cache(2)
     for part in (ids[:, :1], ids[:, 1:19], ids[:, 19:20], ids[:, 20:]):
@@ -411,7 +412,7 @@ def test_on_a_processor_without_fma_many_rows_go_to_blas(monkeypatch, dtype):
     monkeypatch.setattr(gemm, "width", lambda: 0)
     monkeypatch.setattr(gemm, "product", lambda *_: pytest.fail("the panels were used"))
     monkeypatch.setattr(parts, "attend_many", lambda *_: pytest.fail("the panels were used"))
-    ids, m = random_ids(2, 23), model(ops=SETS["compiled"], dtype=dtype)
+    ids, m = random_ids(2, 23), model(ops=SETS["compiled"].ops, dtype=dtype)
     close(m(ids, cache=m.new_cache(2)), model(ops=ops.reference, dtype=dtype)(ids), times=4)
 
 
@@ -426,8 +427,8 @@ def test_the_product_of_many_rows_in_panels_of_either_width(monkeypatch, columns
     x, weight, gain, stream = normal((n, d_in), 0), normal((d_out, d_in), 1, dtype), normal((d_in,), 2, dtype), normal((n, d_out), 3)
     wide = [a.astype(np.float64) for a in (x, weight, gain, stream)]
     close(compiled.linear(x, weight), ops.linear(*wide[:2]), dtype="float32")
-    close(compiled.norm_linear(x, gain, EPS, weight), ops.norm_linear(wide[0], wide[2], EPS, wide[1]), dtype="float32")
-    close(compiled.linear_add(x, weight, stream), ops.linear_add(wide[0], wide[1], wide[3]), dtype="float32")
+    close(SETS["compiled"].norm_linear(x, gain, EPS, weight), definitions.norm_linear(wide[0], wide[2], EPS, wide[1]), dtype="float32")
+    close(SETS["compiled"].linear_add(x, weight, stream), definitions.linear_add(wide[0], wide[1], wide[3]), dtype="float32")
 
 
 @needs_numba
@@ -446,21 +447,21 @@ def test_attention_of_many_queries_in_panels_of_either_width(monkeypatch, column
         if start == stop:
             continue
         got, want = (o.rope_attention(qkv[:, start:stop], cos[start:stop], sin[start:stop], n_head, n_kv, mask=rule, cache=cache)
-                     for o, cache in zip((SETS["compiled"], ops.reference), caches, strict=True))
+                     for o, cache in zip((SETS["compiled"], definitions), caches, strict=True))
         close(got, want, times=2)
         for cache in caches:
             cache.advance(np.zeros((2, stop - start), int), np.arange(start, stop), np.ones((2, stop), bool), np.zeros(2, int))
-    plain = [o.rope_attention(qkv, cos, sin, n_head, n_kv, mask=rule) for o in (SETS["compiled"], ops.reference)]
+    plain = [o.rope_attention(qkv, cos, sin, n_head, n_kv, mask=rule) for o in (SETS["compiled"], definitions)]
     close(*plain, times=2)
 
 
 def test_float64_takes_the_definitions(fast):
     ids = random_ids(1, 20)
-    close(model(ops=fast, dtype=np.float64)(ids), model(ops=ops.blockwise, dtype=np.float64)(ids), times=0)
+    close(model(ops=fast.ops, dtype=np.float64)(ids), model(ops=ops.blockwise, dtype=np.float64)(ids), times=0)
 
 
 def test_a_batch_gives_each_row_what_it_gets_alone(fast):
-    m, ids = model(ops=fast), random_ids(5, 9)
+    m, ids = model(ops=fast.ops), random_ids(5, 9)
     cache = m.new_cache(5)
     m(ids[:, :8], cache=cache)
     together = m(ids[:, 8:], cache=cache)
@@ -469,7 +470,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(fast):
 
 
 def test_nan_in_a_weight_reaches_the_logits(fast):
-    m = model(ops=fast)
+    m = model(ops=fast.ops)
     m.params.layers[0].down_proj[3, 5] = np.nan
     for n in (1, 20):
         assert np.isnan(m(random_ids(1, n))).all()
@@ -529,7 +530,7 @@ def test_errors_are_those_of_the_definition(fast, call):
     with pytest.raises(NpllmError) as mine:
         call(fast)
     with pytest.raises(NpllmError) as theirs:
-        call(ops.reference)
+        call(definitions)
     assert (type(mine.value), str(mine.value)) == (type(theirs.value), str(theirs.value))
 
 
@@ -542,7 +543,7 @@ def test_a_tensor_of_no_tokens_is_left_to_the_definition(fast):
 
 
 def test_a_model_serves_several_threads_at_once(fast):
-    m, ids = model(ops=fast), [random_ids(1, n) for n in (3, 40, 1, 25)]
+    m, ids = model(ops=fast.ops), [random_ids(1, n) for n in (3, 40, 1, 25)]
     want, got = [m(x) for x in ids], {}
     workers = [threading.Thread(target=lambda n=n: got.update({n: [m(ids[n]) for _ in range(20)]})) for n in range(4)]
     for worker in workers:

@@ -93,13 +93,12 @@ class Counted:
 
     def __init__(self, ops=npllm.ops.blockwise):
         self.calls = {}
-        names = [name for name in ops.__dataclass_fields__ if name != "name"]
-        self.ops = ops.replace(**{name: self._counted(name, getattr(ops, name)) for name in names})
+        self.ops = ops.replace(**{name: self._counted(name, getattr(ops, name)) for name in ops.names()})
 
     def _counted(self, name, op):
         def counted(*args, **options):
             self.calls[name] = self.calls.get(name, 0) + 1
-            return op(*args, **options)
+            return NotImplemented if op is None else op(*args, **options)  # an empty slot declines
 
         return counted
 

@@ -9,6 +9,8 @@ import numpy as np
 from gpu.records import rehearsing
 from npllm import ops
 from npllm.kernels import cuda
+from npllm.models import phi3
+from npllm.ops import Step
 from npllm.ops.mask import causal
 
 WIDTHS = (64, 96, 128)  # of the heads of published models
@@ -87,10 +89,9 @@ def rope_append(_: dict[str, Any], rng: np.random.Generator) -> Case:
     qkv = normal(rng, 2, n_seq, (n_head + 2 * n_kv_head) * d_head)
     tables = np.cos(angles), np.sin(angles)
     return Case(
-        cuda.rope_attention,
-        ops.rope_attention,
+        lambda *args: phi3.rope_attention(args[0], Step(*args[1:], 0.0, [causal()]), cuda.CUDA),
+        lambda *args: phi3.rope_attention(args[0], Step(*args[1:], 0.0, [causal()]), ops.reference),
         (qkv, *tables, n_head, n_kv_head),
-        {"mask": causal()},
     )
 
 
