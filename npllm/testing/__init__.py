@@ -9,7 +9,11 @@ import importlib
 _WHERE = {
     "Budget": "budgets",
     "budget": "budgets",
-    "gold": "gold",
+    "gold": "exact",
+    "Verdict": "verdicts",
+    "verdict": "verdicts",
+    "where": "location",
+    "adapt": "adapters",
 }
 __all__ = sorted(_WHERE)
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from npllm.testing.arithmetic import LAMBDA, STEP, Arithmetic, dot_terms, gamma, repeats
 from npllm.testing.inputs import attention_inputs
+from npllm.threads import run_blocks
 
 __all__ = ["attention_budget"]
 
@@ -20,17 +21,22 @@ def attention_budget(a: Arithmetic, q: Array, k: Array, v: Array, causal: bool =
     """Bound the error of y = sum_j p_j v_j: an error d of a score moves y by p_j d (v_j - y)."""
     shape = (*q.shape[:-1], v.shape[-1])
     q, k, v, seen, bias = attention_inputs(q, k, v, causal, window, valid, bias, mask)
+    k, v = (np.where(np.isfinite(x), x, 0.0) for x in (k, v))  # a hidden key may hold anything
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group, rows = q.shape[1] // k.shape[1], max(1, BLOCK // max(1, k.shape[2]))
+    group, n_rows = q.shape[1] // k.shape[1], max(1, BLOCK // max(1, k.shape[2]))
     parts = [np.zeros((*q.shape[:3], v.shape[3])) for _ in range(3)]
-    for b, h in np.ndindex(q.shape[:2]):
-        keys, values = k[b, h // group], v[b, h // group]
-        for start in range(0, q.shape[2], rows):
-            at = slice(start, start + rows)
-            see = slice(*_span(seen[b, h, at]))
-            block = _rows(a, q[b, h, at], keys[see], values[see], seen[b, h, at, see], bias[b, h, at, see], scale, softcap)
-            for part, new in zip(parts, block, strict=True):
-                part[b, h, at] = new
+
+    def fill(at: tuple) -> None:
+        b, h, _ = at
+        see = slice(*_span(seen[at]))
+        kv = b, h // group, see
+        with np.errstate(all="ignore"):  # on a thread of its own
+            block = _rows(a, q[at], k[kv], v[kv], seen[at][:, see], bias[at][:, see], scale, softcap)
+        for part, new in zip(parts, block, strict=True):
+            part[at] = new
+
+    starts = range(0, q.shape[2], n_rows)
+    run_blocks(fill, [(b, h, slice(start, start + n_rows)) for b, h in np.ndindex(q.shape[:2]) for start in starts])
     return tuple(part.reshape(shape) for part in parts)
 
 

@@ -154,8 +154,9 @@ def _mean(m: Any, s: Array, v: Array, seen: Array) -> Array:
     s = np.where(seen, s, m.array(0))
     e = np.where(seen, m.exp(s - np.max(np.where(seen, s, m.array(-1e300)), axis=-1, keepdims=True)), m.array(0))
     total = np.sum(e, axis=-1, keepdims=True)
-    v = np.where(np.any(seen, axis=0)[:, None], v, m.array(0))
-    return (e / np.where(total == 0, m.array(1), total)) @ v
+    y = (e / np.where(total == 0, m.array(1), total)) @ np.where(v - v == 0, v, m.array(0))
+    unknown = seen.astype(np.float64) @ (v - v != 0).astype(np.float64) > 0  # a visible value that is not finite
+    return np.where(unknown, m.array(np.nan), y)
 
 
 def swiglu(m: Any, gate_up: Array = None, gate: Array = None, up: Array = None) -> Array:
