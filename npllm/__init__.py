@@ -20,16 +20,60 @@ The words for axes, the same in every docstring and error:
 positions.  Weights are [d_out, d_in], as in the checkpoint.
 """
 
-from npllm import beam, cost, ops, packing, score, steps
-from npllm.bert_config import BertConfig
-from npllm.config import Config
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+
+from npllm import ops
+from npllm.analysis import cost, packing, score, steps
+from npllm.config import BertConfig, Config
+from npllm.decoding import beam
+from npllm.decoding.loop import next_token_distribution
 from npllm.encoder import Encoder
 from npllm.errors import NpllmError
-from npllm.generate import next_token_distribution
 from npllm.model import Model, load, pipeline
-from npllm.tokenizer import Tokenizer
+from npllm.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = ["BertConfig", "Config", "Encoder", "Model", "NpllmError", "Tokenizer", "beam", "cost", "load", "next_token_distribution",
            "ops", "packing", "pipeline", "score", "steps"]
+
+# Modules that have moved: the old path, as it was imported, and where it is now.
+_MOVED = {
+    "bert_config": "config.bert_config", "int8": "quantized.int8", "checkpoint": "checkpoints.safetensors",
+    "upload": "checkpoints.upload", "fetch": "checkpoints.fetch", "convert": "checkpoints.gguf",
+    "tokenizer": "text.tokenizer", "template": "text.chat_template", "generate": "decoding.loop", "beam": "decoding.beam",
+    "score": "analysis.score", "packing": "analysis.packing", "steps": "analysis.steps", "cost": "analysis.cost",
+    "profile": "analysis.profiling", "plots": "analysis.plots", "report": "analysis.report",
+    **{f"kernels.{name}": f"kernels.cpu.{name}" for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd", "parts")},
+}
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import a module under its old path: the same module object, imported when it is asked for."""
+
+    def find_spec(self, fullname, path=None, target=None):  # noqa: ARG002 - the protocol's signature
+        """Claim the old paths."""
+        moved = fullname.removeprefix("npllm.") in _MOVED and fullname.startswith("npllm.")
+        return importlib.util.spec_from_loader(fullname, self) if moved else None
+
+    def create_module(self, spec):
+        """Return the module itself; its own spec is kept, since the import system overwrites it."""
+        module = importlib.import_module("npllm." + _MOVED[spec.name.removeprefix("npllm.")])
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module):
+        """Put the module's own spec back; it has run already."""
+        module.__spec__ = module.__spec__.loader_state
+
+
+def __getattr__(name):
+    if name in _MOVED:
+        return importlib.import_module(f"npllm.{name}")
+    raise AttributeError(f"module 'npllm' has no attribute {name!r}")
+
+
+sys.meta_path.append(_MovedModules())

@@ -6,12 +6,12 @@ import numpy as np
 
 from npllm import ops as _ops
 from npllm.arrays import array_namespace, asarray, is_integer, to_numpy
-from npllm.bert_config import BertConfig
-from npllm.config import quote, read_json
+from npllm.config.bert_config import BertConfig
+from npllm.config.config import quote, read_json
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.kernels import fastest_ops
 from npllm.models import bert
-from npllm.tokenizer import Tokenizer
+from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["Encoder", "cosine_similarities", "load_encoder", "mean_pool"]
 

@@ -7,17 +7,17 @@ import numpy as np
 
 from npllm import ops as _ops
 from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_array, is_integer, to_numpy, widen
-from npllm.beam import beam_search, beam_texts
 from npllm.cache import KVCache
-from npllm.checkpoint import load_params
-from npllm.config import Config, read_json
+from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
+from npllm.checkpoints.safetensors import load_params
+from npllm.config.config import Config, read_json
+from npllm.decoding.beam import beam_search, beam_texts
+from npllm.decoding.loop import GenerationConfig, is_chat, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.encoder import Encoder, load_encoder
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
-from npllm.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
-from npllm.generate import GenerationConfig, is_chat, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.kernels import fastest_ops
 from npllm.models import heads, phi3, rope
-from npllm.tokenizer import Tokenizer
+from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "load", "pipeline"]
 
@@ -372,7 +372,7 @@ class Model:
         prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
         **options
             num_beams=4, num_return_sequences=1, max_new_tokens=50, length_penalty=1.0, early_stopping=False, repetition_penalty,
-            attention_mask; see `npllm.beam.beam_search`, where the formula stands.
+            attention_mask; see `npllm.decoding.beam.beam_search`, where the formula stands.
 
         Returns
         -------
@@ -402,7 +402,7 @@ class Model:
         Returns
         -------
         p : array [n_batch, n_vocab]
-            NumPy float64; see `npllm.generate.next_token_distribution`.
+            NumPy float64; see `npllm.decoding.loop.next_token_distribution`.
         """
         ids, valid, _, _ = prepare(self, prompt, attention_mask)
         logits = to_numpy(self(ids, attention_mask=valid, logits_to_keep=1))[:, -1, :]

@@ -27,10 +27,12 @@ import contenders
 import numpy as np
 
 import npllm
-from npllm import ops, profile, report
+from npllm import ops
+from npllm.analysis import profiling as profile
+from npllm.analysis import report
 from npllm.arrays import backend_namespace, to_numpy
-from npllm.checkpoint import expected_shapes
-from npllm.fetch import weights_folder
+from npllm.checkpoints.fetch import weights_folder
+from npllm.checkpoints.safetensors import expected_shapes
 from npllm.model import checkpoint_folder
 
 MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}]
@@ -131,7 +133,7 @@ def installed(name):
 def machine():
     """Facts of the machine, as the children see them."""
     dropped = os.environ.pop("OPENBLAS_CORETYPE", None)
-    command = [sys.executable, "-m", "npllm.cli", "doctor", "--json"]
+    command = [sys.executable, "-m", "npllm", "doctor", "--json"]
     facts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     for place in ("weights_folder", "default_checkpoint"):  # of no interest to whoever reads the figures
         facts.pop(place)

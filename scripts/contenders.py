@@ -134,8 +134,8 @@ def write_gguf(folder, path, dtype):
     import gguf
     from gguf.quants import quantize
 
-    from npllm.checkpoint import load_params
-    from npllm.config import Config
+    from npllm.checkpoints.safetensors import load_params
+    from npllm.config.config import Config
     from npllm.models import rope
 
     config = Config.from_json(folder)

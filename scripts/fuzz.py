@@ -34,8 +34,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import npllm
-from npllm.checkpoint import expected_shapes, find_nonfinite, read_entries
-from npllm.generate import GenerationConfig
+from npllm.checkpoints.safetensors import expected_shapes, find_nonfinite, read_entries
+from npllm.decoding.loop import GenerationConfig
 
 LIMIT_SECONDS = 20.0  # a chat template alone may take five
 LIMIT_BYTES = 200 << 20

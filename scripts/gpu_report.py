@@ -8,7 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from npllm import report
+from npllm.analysis import report
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -164,7 +164,7 @@ def measure():
                 family.write(folder, content, family.tensors(content, seed, NUMPY[dtype]))
                 theirs = transformers_model(folder, dtype)
                 measure_one(name, folder, theirs, dtype, family.ids_of(theirs.config, (4, N_SEQ), seed))
-    folder = npllm.fetch.fetch(progress=False)
+    folder = npllm.checkpoints.fetch.fetch(progress=False)
     theirs = transformers_model(folder, "bfloat16")
     ids = np.array([npllm.Tokenizer.from_folder(folder).encode(SAMPLE)])
     measure_one(f"default checkpoint, {ids.size} tokens", folder, theirs, "bfloat16", ids)

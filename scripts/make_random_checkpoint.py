@@ -15,8 +15,8 @@ import click
 import ml_dtypes
 import numpy as np
 
-from npllm.checkpoint import expected_shapes
-from npllm.config import Config, read_json
+from npllm.checkpoints.safetensors import expected_shapes
+from npllm.config.config import Config, read_json
 
 BLOCK = 2**25  # random numbers drawn once
 

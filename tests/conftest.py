@@ -55,7 +55,7 @@ def _device_where_asked_for(request):
 @pytest.fixture(scope="session")
 def default_folder():
     """Folder of the default checkpoint, fetched on first use."""
-    from npllm.fetch import fetch
+    from npllm.checkpoints.fetch import fetch
 
     return fetch(progress=False)
 

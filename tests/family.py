@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 import npllm
-from npllm.checkpoint import expected_shapes
-from npllm.config import Config
+from npllm.checkpoints.safetensors import expected_shapes
+from npllm.config.config import Config
 
 SHARED = Path(__file__).parents[2] / "shared"
 SHRINK = 128  # of every length in tokens: a context of 4096 becomes 32

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented, documented_calls, normal
 
 from npllm import ops
-from npllm.checkpoint import LayerParams
+from npllm.checkpoints.safetensors import LayerParams
 from npllm.errors import NpllmTypeError
 from npllm.ops.mask import Rule, causal, documents, padding, sliding_window
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npllm
-from npllm.beam import Beams, beam_search, beam_texts
+from npllm.analysis.score import score
 from npllm.cache import KVCache
-from npllm.cli import main
-from npllm.generate import GenerationConfig
-from npllm.score import score
+from npllm.cli.commands import main
+from npllm.decoding.beam import Beams, beam_search, beam_texts
+from npllm.decoding.loop import GenerationConfig
 
 SMALL = tiny.config_dict(vocab_size=6, eos_token_id=2, num_hidden_layers=1)
 PENALTIES = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])
@@ -27,7 +27,7 @@ PENALTIES = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])
 
 def with_stops(model, *stops, pad=0, penalty=None):
     """The same model with other stop ids."""
-    settings = GenerationConfig(stops, pad, npllm.generate.Sampling(repetition_penalty=penalty))
+    settings = GenerationConfig(stops, pad, npllm.decoding.loop.Sampling(repetition_penalty=penalty))
     return npllm.Model(model.config, model.params, generation_config=settings, ops=model.ops, tokenizer=model.tokenizer)
 
 
@@ -116,7 +116,7 @@ def test_never_stops_only_where_going_on_would_change_nothing(seed, length_penal
     ids, options = family.ids_of(model.config, (2, 4), seed), options | {"num_beams": num_beams, "num_return_sequences": num_beams}
     found = beam_search(model, ids, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("npllm.beam._Search._no_better", lambda _: False)
+        patch.setattr("npllm.decoding.beam._Search._no_better", lambda _: False)
         expected = beam_search(model, ids, **options)
     assert found.sequences.tolist() == expected.sequences.tolist()
     close(found.scores, expected.scores, times=100)

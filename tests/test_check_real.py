@@ -10,7 +10,7 @@ import tiny
 from click.testing import CliRunner
 
 import npllm
-from npllm.config import Config
+from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_real_phi3.py"

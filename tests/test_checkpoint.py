@@ -1,4 +1,4 @@
-"""npllm.checkpoint: safetensors become views of the mapped file, or the error says everything that is wrong."""
+"""npllm.checkpoints.safetensors: safetensors become views of the mapped file, or the error says everything that is wrong."""
 
 import json
 import tracemalloc
@@ -11,7 +11,7 @@ from tiny import config_dict, model, random_ids, weights, write_folder, write_js
 
 import npllm
 from npllm import Config
-from npllm.checkpoint import expected_shapes, load_params, read_entries
+from npllm.checkpoints.safetensors import expected_shapes, load_params, read_entries
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
 LEAVES = {"input_layernorm": "input_layernorm", "qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj",

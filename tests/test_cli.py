@@ -16,8 +16,8 @@ import tiny
 from click.testing import CliRunner
 
 import npllm
-from npllm import cli
-from npllm.fetch import DEFAULT_MODEL
+from npllm.checkpoints.fetch import DEFAULT_MODEL
+from npllm.cli import commands as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = {"eos_token_id": [], "pad_token_id": 0}
@@ -51,7 +51,7 @@ def call(folder):
 def start(*arguments, env=None, **options):
     """A process of its own."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([sys.executable, "-m", "npllm.cli", *map(str, arguments)], cwd=ROOT, env=os.environ | (env or {}),
+    return subprocess.Popen([sys.executable, "-m", "npllm", *map(str, arguments)], cwd=ROOT, env=os.environ | (env or {}),
                             preexec_fn=_hear_ctrl_c, **pipes)
 
 
@@ -200,7 +200,7 @@ def test_bench_measures_with_cache_and_without(call):
 
 
 def test_bench_profiles_every_operation(call, monkeypatch):
-    monkeypatch.setattr("npllm.profile.machine_limits", lambda: {"read": 1e9, "flops": 1e10})
+    monkeypatch.setattr("npllm.analysis.profiling.machine_limits", lambda: {"read": 1e9, "flops": 1e10})
     sizes = ("--profile", "-p", 3, "-n", 2, "-r", 1)
     facts = json.loads(call("bench", *sizes, "--json").stdout)
     assert {"prefill", "decode", "limits", "machine"} <= set(facts)

@@ -1,11 +1,11 @@
-"""npllm.convert: a Llama GGUF file becomes a Phi-3 folder that computes the same function."""
+"""npllm.checkpoints.gguf: a Llama GGUF file becomes a Phi-3 folder that computes the same function."""
 
 import json
 
 import numpy as np
 import pytest
 
-from npllm import convert
+from npllm.checkpoints import gguf as convert
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
 gguf = pytest.importorskip("gguf")
@@ -425,7 +425,7 @@ def gguf_of(state):
 def test_transformers_answers_paris_from_the_default_checkpoint():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from npllm.fetch import fetch
+    from npllm.checkpoints.fetch import fetch
 
     model = transformers.AutoModelForCausalLM.from_pretrained(fetch(), dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(fetch())
@@ -459,6 +459,6 @@ def test_transformers_answers_paris_from_the_default_checkpoint():
 def test_tokenisation_of_the_default_checkpoint(text, ids):
     from tokenizers import Tokenizer
 
-    from npllm.fetch import fetch
+    from npllm.checkpoints.fetch import fetch
 
     assert Tokenizer.from_file(str(fetch() / "tokenizer.json")).encode(text).ids == ids

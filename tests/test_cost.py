@@ -1,4 +1,4 @@
-"""The formulas of npllm.cost against a run that counts, number by number, and against what is known of real checkpoints."""
+"""The formulas of npllm.analysis.cost against a run that counts, number by number, and against what is known of real checkpoints."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npllm
-from npllm import cost
-from npllm.checkpoint import expected_shapes
-from npllm.cli import main
+from npllm.analysis import cost
+from npllm.checkpoints.safetensors import expected_shapes
+from npllm.cli.commands import main
 
 WINDOWS = st.sampled_from([None, 1, 2, 3, 4, 6, 40])
 

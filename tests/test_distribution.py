@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import npllm
 from npllm import ops
-from npllm.cli import main
-from npllm.generate import FILTER_ORDERS, Sampling, choose, next_token_distribution
+from npllm.cli.commands import main
+from npllm.decoding.loop import FILTER_ORDERS, Sampling, choose, next_token_distribution
 
 seeds = st.integers(0, 2**32 - 1)
 compute_dtypes = st.sampled_from([np.dtype("float32"), np.dtype("float64")])

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import npllm
-from npllm import cli, encoder, ops
-from npllm.bert_config import BertConfig
+from npllm import encoder, ops
+from npllm.cli import commands as cli
+from npllm.config.bert_config import BertConfig
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models import bert
 
@@ -331,9 +332,9 @@ def test_ids_that_do_not_fit_are_refused(ids, options, words):
 @pytest.mark.parametrize("call", [
     lambda model: model.generate("cat"), lambda model: model.stream("cat"), lambda model: model.beam_search("cat"), lambda model: model.lm_head(np.ones(12)),
     lambda model: model.next_token_distribution("cat"), lambda model: model.new_cache(), lambda model: model.with_mask(None),
-    lambda model: npllm.score.score(model, "the cat sat"), lambda model: npllm.pipeline("text-generation", model)("cat"),
-    lambda model: npllm.packing.score_packed(model, ["the cat", "a b"]), lambda model: npllm.beam.beam_texts(model, "cat"),
-    lambda model: npllm.steps.attention_steps(model, "cat", layer=0, head=0),
+    lambda model: npllm.analysis.score.score(model, "the cat sat"), lambda model: npllm.pipeline("text-generation", model)("cat"),
+    lambda model: npllm.analysis.packing.score_packed(model, ["the cat", "a b"]), lambda model: npllm.decoding.beam.beam_texts(model, "cat"),
+    lambda model: npllm.analysis.steps.attention_steps(model, "cat", layer=0, head=0),
 ])
 def test_an_encoder_refuses_what_only_a_language_model_can_do(call):
     with pytest.raises(NpllmError, match=r"is an encoder: it sees both sides .* use embed"):

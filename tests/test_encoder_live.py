@@ -11,7 +11,7 @@ from test_encoder import CONFIG, tensors
 
 import npllm
 from npllm import ops
-from npllm.bert_config import BertConfig
+from npllm.config.bert_config import BertConfig
 from npllm.encoder import Encoder, cosine_similarities
 from npllm.models import bert
 
@@ -38,7 +38,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def folder():
-    from npllm.fetch import EMBEDDING_MODEL, fetch
+    from npllm.checkpoints.fetch import EMBEDDING_MODEL, fetch
 
     return fetch(EMBEDDING_MODEL, progress=False)
 

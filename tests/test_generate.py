@@ -1,4 +1,4 @@
-"""npllm.generate: which token comes next, when an answer ends, and what of it becomes text."""
+"""npllm.decoding.loop: which token comes next, when an answer ends, and what of it becomes text."""
 
 import dataclasses
 
@@ -11,9 +11,9 @@ from tiny import CONFIG, SETTINGS, Counted, Scripted, byte_level, model, random_
 
 import npllm
 from npllm import ops
+from npllm.decoding.loop import GenerationConfig, Sampling, TextStream, choose, resolve_sampling, uniforms
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
-from npllm.generate import GenerationConfig, Sampling, TextStream, choose, resolve_sampling, uniforms
-from npllm.tokenizer import Tokenizer
+from npllm.text.tokenizer import Tokenizer
 
 N_VOCAB = CONFIG["vocab_size"]
 SAMPLING = {"do_sample": True, "temperature": 1.5}

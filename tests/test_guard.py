@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented_calls, normal
 
 import npllm
-from npllm import arrays, cli, ops, packing, report
-from npllm import score as scoring
+from npllm import arrays, ops
+from npllm.analysis import packing, report
+from npllm.analysis import score as scoring
+from npllm.cli import commands as cli
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models import transformer
 from npllm.ops.mask import causal, documents, padding, sliding_window
@@ -407,7 +409,7 @@ def test_a_batched_16_bit_product_is_caught():
 @pytest.mark.parametrize("mistake", [lambda x: np.asarray(x), lambda x: float(x[0, 0, 0]), lambda x: x.tolist(), lambda x: list(x)])
 def test_a_mistake_in_the_loop_is_caught(mistake, monkeypatch):
     _, model = model_pair()
-    monkeypatch.setattr(npllm.generate, "to_numpy", mistake)
+    monkeypatch.setattr(npllm.decoding.loop, "to_numpy", mistake)
     with pytest.raises(Refused):
         model.generate(tiny.random_ids(1, 3), max_new_tokens=2)
 

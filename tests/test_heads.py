@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npllm
+from npllm.analysis.report import checkpoint_facts
 from npllm.models import heads
-from npllm.report import checkpoint_facts
 
 PAD = 60
 

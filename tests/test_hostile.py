@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import npllm
-from npllm import checkpoint, template
-from npllm.checkpoint import find_nonfinite, load_params, read_entries
-from npllm.config import Config, quote, read_json
-from npllm.generate import GenerationConfig
-from npllm.tokenizer import Tokenizer
+from npllm.checkpoints import safetensors as checkpoint
+from npllm.checkpoints.safetensors import find_nonfinite, load_params, read_entries
+from npllm.config.config import Config, quote, read_json
+from npllm.decoding.loop import GenerationConfig
+from npllm.text import chat_template as template
+from npllm.text.tokenizer import Tokenizer
 
 _SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).parents[1] / "scripts" / "fuzz.py")
 fuzz = importlib.util.module_from_spec(_SPEC)

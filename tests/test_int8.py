@@ -13,7 +13,7 @@ from tiny import CONFIG, random_ids, weights, write_folder
 import npllm
 from npllm import NpllmError, kernels, ops
 from npllm.errors import NpllmValueError
-from npllm.int8 import GROUP, Int8Weight, quantize
+from npllm.quantized.int8 import GROUP, Int8Weight, quantize
 
 SHAPES = {"d_out": st.integers(1, 40), "d_in": st.sampled_from([1, 5, 63, 64, 65, 128, 192]), "seed": st.integers(0, 99),
           "scale": st.sampled_from([1e-30, 1e-3, 1.0, 1e4])}

@@ -22,10 +22,10 @@ from tiny import model, random_ids
 
 from npllm import NpllmError, kernels, ops, threads
 from npllm.cache import KVCache
-from npllm.checkpoint import LayerParams
-from npllm.int8 import quantize
-from npllm.kernels import tiled
+from npllm.checkpoints.safetensors import LayerParams
+from npllm.kernels.cpu import tiled
 from npllm.ops import mask
+from npllm.quantized.int8 import quantize
 
 STORED = (ml_dtypes.bfloat16, np.float16, np.float32)
 EPS = 1e-5
@@ -261,7 +261,7 @@ def through(o, layers, cache, n_seq=1, seed=0, masks="causal", layer=0):
 @pytest.fixture
 def steps_of_all_layers(monkeypatch):
     """Calls of the one kernel for all layers: a list of their numbers of layers."""
-    from npllm.kernels import compiled
+    from npllm.kernels.cpu import compiled
 
     calls, kernel = [], compiled.layers_step
     monkeypatch.setattr(compiled, "layers_step", lambda x, first, table, *rest: (calls.append(len(table)), kernel(x, first, table, *rest)))
@@ -393,7 +393,7 @@ def test_a_model_gives_the_logits_of_the_definitions(fast, changes, dtype):
 @needs_numba
 @pytest.mark.parametrize("dtype", STORED)
 def test_on_a_processor_without_fma_many_rows_go_to_blas(monkeypatch, dtype):
-    from npllm.kernels import gemm, parts
+    from npllm.kernels.cpu import gemm, parts
 
     monkeypatch.setattr(gemm, "width", lambda: 0)
     monkeypatch.setattr(gemm, "product", lambda *_: pytest.fail("the panels were used"))
@@ -407,7 +407,7 @@ def test_on_a_processor_without_fma_many_rows_go_to_blas(monkeypatch, dtype):
 @pytest.mark.parametrize(("n", "d_in", "d_out"), [(17, 1, 1), (70, 600, 101), (130, 513, 200), (64, 256, 96)])
 @pytest.mark.parametrize("dtype", STORED)
 def test_the_product_of_many_rows_in_panels_of_either_width(monkeypatch, columns, n, d_in, d_out, dtype):
-    from npllm.kernels import compiled, gemm
+    from npllm.kernels.cpu import compiled, gemm
 
     monkeypatch.setattr(gemm, "width", lambda: columns)
     x, weight, gain, stream = normal((n, d_in), 0), normal((d_out, d_in), 1, dtype), normal((d_in,), 2, dtype), normal((n, d_out), 3)
@@ -422,7 +422,7 @@ def test_the_product_of_many_rows_in_panels_of_either_width(monkeypatch, columns
 @pytest.mark.parametrize("window", [None, 1, 50, 200])
 @pytest.mark.parametrize(("n_kv", "group", "n_seq", "n_past"), [(2, 1, 300, 0), (1, 3, 150, 130), (2, 2, 2, 97), (1, 1, 97, 700)])
 def test_attention_of_many_queries_in_panels_of_either_width(monkeypatch, columns, window, n_kv, group, n_seq, n_past):
-    from npllm.kernels import gemm
+    from npllm.kernels.cpu import gemm
 
     monkeypatch.setattr(gemm, "width", lambda: columns)
     n_head, n_all = n_kv * group, (n_kv * group + 2 * n_kv) * 10
@@ -578,7 +578,7 @@ def test_a_large_buffer_does_not_outlive_its_use(monkeypatch):
 
 @pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
 def test_the_exponential_is_exact_to_two_units_in_the_last_place():
-    from npllm.kernels.attention import exponentials
+    from npllm.kernels.cpu.attention import exponentials
 
     x = np.concatenate([np.linspace(-87.3, 88, 200003), np.geomspace(1e-30, 1, 1000), -np.geomspace(1e-30, 1, 1000)]).astype(np.float32)
     x = x[: len(x) // 16 * 16]
@@ -594,7 +594,7 @@ def test_the_exponential_is_exact_to_two_units_in_the_last_place():
 
 KERNELS = """
 from numba import prange
-from npllm.kernels.simd import kernel
+from npllm.kernels.cpu.simd import kernel
 
 @kernel(parallel=True)
 def inner(x):
@@ -622,7 +622,11 @@ import numpy as np
 from numba.core.dispatcher import Dispatcher
 from tiny import model, random_ids
 from npllm import kernels
-from npllm.kernels import attention, compiled, gemm, gemv, parts
+from npllm.kernels.cpu import attention
+from npllm.kernels.cpu import compiled
+from npllm.kernels.cpu import gemm
+from npllm.kernels.cpu import gemv
+from npllm.kernels.cpu import parts
 
 def compiled_so_far():
     return {name: len(x.signatures) for part in (attention, compiled, gemm, gemv, parts) for name, x in vars(part).items()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npllm
-from npllm.checkpoint import load_params
-from npllm.config import Config
+from npllm.checkpoints.safetensors import load_params
+from npllm.config.config import Config
 from npllm.models import rope
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40,

@@ -10,7 +10,7 @@ import pytest
 from close import close
 
 from npllm import ops
-from npllm.checkpoint import LayerParams
+from npllm.checkpoints.safetensors import LayerParams
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.ops import Ops, blockwise, reference
 

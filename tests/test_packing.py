@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from strategies import seeds
 from test_mask_rules import in_float32
 
+from npllm.analysis.packing import layout, pack, score_packed, utilisation
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.ops.mask import causal, documents, sliding_window, strided
-from npllm.packing import layout, pack, score_packed, utilisation
 
 jobs = st.integers(1, 30).flatmap(lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=30), st.just(capacity)))
 

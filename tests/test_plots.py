@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from npllm import plots
+from npllm.analysis import plots
 from npllm.errors import MissingExtraError
 from npllm.ops import mask
 

@@ -1,12 +1,12 @@
-"""The profile: what it counts is what the formulas of `npllm.cost` say, on fused and unfused sets."""
+"""The profile: what it counts is what the formulas of `npllm.analysis.cost` say, on fused and unfused sets."""
 
 import pytest
 from tiny import model, random_ids
 
 from npllm import kernels, ops
-from npllm.cost import forward_cost, total
+from npllm.analysis.cost import forward_cost, total
+from npllm.analysis.profiling import profile, timed_ops
 from npllm.errors import NpllmValueError
-from npllm.profile import profile, timed_ops
 
 LIMITS = {"read": 1e10, "flops": 1e11}
 SETS = [s for s in (ops.reference, ops.blockwise, kernels.tiled_ops(), kernels.compiled_ops()) if s]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from close import close
 
-from npllm import ops, report
-from npllm.checkpoint import expected_shapes, load_params
-from npllm.config import Config
+from npllm import ops
+from npllm.analysis import report
+from npllm.checkpoints.safetensors import expected_shapes, load_params
+from npllm.config.config import Config
 from npllm.models import rope
 
 MINI = ((3072, 32), (32, 32, 96), 8192, 32064, 10000.0)

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npllm
-from npllm.cli import main
-from npllm.packing import score_packed
-from npllm.score import perplexity, score, windows
+from npllm.analysis.packing import score_packed
+from npllm.analysis.score import perplexity, score, windows
+from npllm.cli.commands import main
 
 TEXT = Path(__file__).parent / "data" / "american-speeches.txt"
 
@@ -73,7 +73,7 @@ def test_logits_are_taken_in_blocks_of_rows_and_nothing_is_lost_between_them(mod
     ids = family.ids_of(model.config, (60,))
     whole = score(model, ids).log_probs
     for rows in (1, 7, 59, 60):
-        monkeypatch.setattr("npllm.score.ROWS", rows)
+        monkeypatch.setattr("npllm.analysis.score.ROWS", rows)
         close(score(model, ids).log_probs, whole)
 
 

@@ -9,9 +9,9 @@ from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npllm.analysis.steps import attention_steps
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.ops.mask import bidirectional, causal, documents, longformer_window
-from npllm.steps import attention_steps
 
 IDS = tiny.random_ids(1, 9)
 MODELS = {

@@ -1,4 +1,4 @@
-"""npllm.tokenizer: text to ids and back, streams of text, and chat templates in a sandbox; on tiny tokenizers of both forms."""
+"""npllm.text.tokenizer: text to ids and back, streams of text, and chat templates in a sandbox; on tiny tokenizers of both forms."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 import npllm
 from npllm import Tokenizer
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
-from npllm.tokenizer import Detokenizer
+from npllm.text.tokenizer import Detokenizer
 
 REAL = Path(os.environ.get("NPLLM_TOKENIZERS", Path(__file__).resolve().parents[2] / "shared" / "tokenizers"))
 BYTES, PIECES = Tokenizer(byte_level()), Tokenizer(sentencepiece())

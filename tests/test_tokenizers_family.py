@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nasty import FAMILY, MESSAGES, make_folder, strings
 
 from npllm.errors import NpllmValueError
-from npllm.tokenizer import Detokenizer, Tokenizer
+from npllm.text.tokenizer import Detokenizer, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = Path(os.environ.get("NPLLM_TOKENIZERS", ROOT.parent / "shared" / "tokenizers"))

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npllm
-from npllm import checkpoint, upload
-from npllm.config import Config
+from npllm.checkpoints import safetensors as checkpoint
+from npllm.checkpoints import upload
+from npllm.config.config import Config
 
 try:
     import cupy

@@ -34,13 +34,13 @@ def fastest_ops(backend="numpy"):
 @cache
 def tiled_ops():
     """Return the set in plain NumPy: blocks that fit a core's cache, on as many threads as BLAS would use."""
-    return importlib.import_module("npllm.kernels.tiled").TILED
+    return importlib.import_module("npllm.kernels.cpu.tiled").TILED
 
 
 @cache
 def compiled_ops():
     """Return the set compiled with Numba (`npllm[fast]`); None where Numba cannot be imported."""
-    return None if why_not_compiled() else importlib.import_module("npllm.kernels.compiled").COMPILED
+    return None if why_not_compiled() else importlib.import_module("npllm.kernels.cpu.compiled").COMPILED
 
 
 @cache
@@ -75,5 +75,5 @@ def seconds_to_prepare(dtype="bfloat16"):
     if compiled_ops() is None:
         return None
     start = time.perf_counter()
-    importlib.import_module("npllm.kernels.compiled").call_all(dtype)
+    importlib.import_module("npllm.kernels.cpu.compiled").call_all(dtype)
     return time.perf_counter() - start

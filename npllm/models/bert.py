@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import array_namespace
-from npllm.checkpoint import TensorReader, check_shapes, read_entries
+from npllm.checkpoints.safetensors import TensorReader, check_shapes, read_entries
 from npllm.models.transformer import AttentionParams, EncoderLayerParams, FeedForwardParams, NormParams, encoder_layer
 from npllm.ops import add_positions, silu
 
@@ -73,7 +73,7 @@ def load_params(folder, config, *, dtype=None, xp=np):
     folder : str or Path
     config : BertConfig
     dtype, xp
-        As in `npllm.checkpoint.load_params`.
+        As in `npllm.checkpoints.safetensors.load_params`.
 
     Returns
     -------

@@ -2,7 +2,7 @@
 
 from npllm.arrays import array_namespace, expect_shape, host_range, is_integer, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.int8 import Int8Weight
+from npllm.quantized.int8 import Int8Weight
 
 __all__ = ["add_positions", "embed", "sinusoidal_positions"]
 

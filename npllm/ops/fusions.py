@@ -247,7 +247,7 @@ def decoder_layers(x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, c
     x : array [..., n_seq, d_model]
         The residual stream.
     layers : tuple of LayerParams
-        The weights of each layer under the names of `npllm.checkpoint.LayerParams`, biases (where there are any) included.
+        The weights of each layer under the names of `LayerParams`, biases included.
     eps : float
     cos, sin, n_head, n_kv_head
         As in `rope_attention`.

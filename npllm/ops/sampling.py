@@ -1,7 +1,7 @@
 """From logits to the next token: filters that map logits to logits, and the draw.
 
 The filters follow Transformers: each excludes a token by giving it -inf, and softmax renormalises what is left.  The order in
-which they are applied matters, and engines differ in it: `npllm.generate.FILTER_ORDERS`.
+which they are applied matters, and engines differ in it: `npllm.decoding.loop.FILTER_ORDERS`.
 """
 
 from npllm.arrays import array_namespace, expect_shape, stable_argsort, to_numpy, widen

@@ -9,9 +9,9 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import array_namespace, is_array, to_numpy, widen
-from npllm.config import is_token, quote, read_json
+from npllm.config.config import is_token, quote, read_json
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.tokenizer import Detokenizer
+from npllm.text.tokenizer import Detokenizer
 
 __all__ = ["GenerationConfig", "Sampling", "TextStream", "choose", "filter_logits", "generate_tokens",
            "next_token_distribution", "prepare", "stream_batch"]

@@ -6,8 +6,8 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import to_numpy
+from npllm.decoding.loop import prepare
 from npllm.errors import NpllmValueError
-from npllm.generate import prepare
 
 __all__ = ["AttentionSteps", "attention_steps"]
 

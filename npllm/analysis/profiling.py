@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from npllm import kernels
+from npllm.analysis.cost import COUNTS, bytes_moved
 from npllm.arrays import array_namespace, to_numpy
-from npllm.cost import COUNTS, bytes_moved
 from npllm.errors import NpllmValueError
 from npllm.ops.fusions import COMPOSITIONS, cut_heads
 from npllm.threads import run_blocks
@@ -141,7 +141,7 @@ def timed_ops(ops, cuda=None):
 
 
 def count(name, args, options, y):
-    """Operations and bytes of a call, by the conventions of `npllm.cost`; what stands between a fusion's parts is not moved."""
+    """Operations and bytes of a call, as `npllm.analysis.cost` counts; values between a fusion's parts are not moved."""
     if name == "rope_attention":
         return _count_rope_attention(*args[:5], y=y, mask=options.get("mask"), cache=options.get("cache"))
     if name in ("norm_linear", "norm_swiglu"):

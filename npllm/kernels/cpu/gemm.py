@@ -13,8 +13,8 @@ import llvmlite.binding
 import numpy as np
 from numba import get_num_threads, prange
 
-from npllm.int8 import GROUP
-from npllm.kernels.simd import LANES, fma, is_int8, kernel, load, prefetch, single, splat, store, take, total
+from npllm.kernels.cpu.simd import LANES, fma, is_int8, kernel, load, prefetch, single, splat, store, take, total
+from npllm.quantized.int8 import GROUP
 from npllm.threads import scratch
 
 __all__ = ["add_unpacked", "packed", "product", "unpacked", "width"]

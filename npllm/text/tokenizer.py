@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
-from npllm import template
-from npllm.config import printable, quote, read_json
+from npllm.config.config import printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.text import chat_template as template
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -163,7 +163,8 @@ class Tokenizer:
 
         Notes
         -----
-        The template comes with the checkpoint and is not trusted: it runs in a sandbox, within the limits of `npllm.template`.
+        The template comes with the checkpoint and is not trusted: it runs in a sandbox, within the limits of
+        `npllm.text.chat_template`.
 
         Source: `apply_chat_template` in Transformers.
         """

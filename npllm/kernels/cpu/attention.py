@@ -10,8 +10,8 @@ Source: "FlashAttention-2" (Dao 2023), section 3.1: queries outside, keys inside
 import numpy as np
 from numba import prange
 
-from npllm.kernels.gemm import TALL, multiply
-from npllm.kernels.simd import LANES, exp, fma, kernel, load, maximum, splat, store, take, total
+from npllm.kernels.cpu.gemm import TALL, multiply
+from npllm.kernels.cpu.simd import LANES, exp, fma, kernel, load, maximum, splat, store, take, total
 
 __all__ = ["attend_many", "attend_step", "fold_scores", "rotate_all"]
 

@@ -12,15 +12,15 @@ from numba import get_num_threads, prange
 
 from npllm import ops
 from npllm.arrays import DTYPES
-from npllm.int8 import GROUP, Int8Weight
-from npllm.kernels import gemm, tiled
-from npllm.kernels.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
-from npllm.kernels.gemv import FEW_ROWS, add_product, gate_all, gated_product
-from npllm.kernels.simd import kernel
-from npllm.kernels.tiled import TILED
+from npllm.kernels.cpu import gemm, tiled
+from npllm.kernels.cpu.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
+from npllm.kernels.cpu.gemv import FEW_ROWS, add_product, gate_all, gated_product
+from npllm.kernels.cpu.simd import kernel
+from npllm.kernels.cpu.tiled import TILED
 from npllm.ops.attention import evaluate_mask
 from npllm.ops.fusions import compose_rope_attention, cut_heads
 from npllm.ops.mask.rule import ALL, FAR
+from npllm.quantized.int8 import GROUP, Int8Weight
 from npllm.threads import run_blocks, scratch
 
 __all__ = ["gelu", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]

@@ -12,16 +12,16 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from npllm import kernels, ops
+from npllm.analysis.profiling import seconds
+from npllm.analysis.score import score
 from npllm.arrays import backend_namespace, to_numpy
-from npllm.checkpoint import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
-from npllm.config import Config
+from npllm.checkpoints.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
+from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
+from npllm.config.config import Config
+from npllm.decoding.loop import next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.errors import NpllmError
-from npllm.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
-from npllm.generate import next_token_distribution, prepare, seen_tokens, stream_batch
-from npllm.int8 import quantize
 from npllm.models import phi3
-from npllm.profile import seconds
-from npllm.score import score
+from npllm.quantized.int8 import quantize
 from npllm.threads import n_threads
 
 __all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
@@ -140,7 +140,7 @@ def next_tokens(model, prompt, n, *, order="transformers", **filters):
     prompt : str or list of messages
     n : int
     order : str
-        See `npllm.generate.filter_logits`.
+        See `npllm.decoding.loop.filter_logits`.
     **filters
         temperature, top_k, top_p, min_p, repetition_penalty; None: off.
 
@@ -167,7 +167,7 @@ def score_facts(model, text, **options):
     model : Model
     text : str
     **options
-        As in `npllm.score.score`.
+        As in `npllm.analysis.score.score`.
 
     Returns
     -------
@@ -182,7 +182,7 @@ def score_facts(model, text, **options):
 
 
 def cost_lines(facts):
-    """Lay out what `npllm.cost.cost_facts` found: yield lines of text."""
+    """Lay out what `npllm.analysis.cost.cost_facts` found: yield lines of text."""
     yield f"parameters {facts['parameters']:>24,}   {facts['weight_bytes']:,} bytes in {facts['dtype']}"
     yield from (f"  {part:<12} {count:>20,}" for part, count in facts["parameters_by_part"].items())
     yield f"\n{facts['batch']} x {facts['context']} tokens {'FLOPs':>22} {'bytes':>20} {'FLOPs/byte':>11}"
@@ -204,7 +204,7 @@ def _cost_line(title, cost):
 
 
 def profile_lines(facts):
-    """Lay out what `npllm.profile.profile` found: yield lines of text."""
+    """Lay out what `npllm.analysis.profiling.profile` found: yield lines of text."""
     limits = facts["limits"]
     if limits:
         yield f"limits: {limits['read'] / 1e9:.1f} GB/s read, {limits['flops'] / 1e9:.0f} GFLOP/s float32 product"
@@ -227,7 +227,7 @@ def attention_rows(steps):
 
     Parameters
     ----------
-    steps : npllm.steps.AttentionSteps
+    steps : npllm.analysis.steps.AttentionSteps
 
     Returns
     -------

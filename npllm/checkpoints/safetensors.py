@@ -16,10 +16,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from npllm.arrays import DTYPES, asarray, dtype_named
-from npllm.config import no_duplicates, printable, quote, read_json
+from npllm.checkpoints.upload import Upload
+from npllm.config.config import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
-from npllm.int8 import quantize
-from npllm.upload import Upload
+from npllm.quantized.int8 import quantize
 
 __all__ = ["LayerParams", "Params", "TensorEntry", "TensorReader", "check_shapes", "expected_shapes", "find_nonfinite",
            "load_params", "read_entries"]
@@ -147,7 +147,7 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
     -------
     params : Params
         With NumPy and `dtype` as stored: read-only views of the mapped files.  With CuPy: copied straight from those, see
-        `npllm.upload`; the host never holds them a second time.
+        `npllm.checkpoints.upload`; the host never holds them a second time.
 
     Raises
     ------

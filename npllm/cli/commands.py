@@ -8,22 +8,23 @@ import warnings
 
 import click
 
-from npllm import __version__, report
+from npllm import __version__
+from npllm.analysis import report
+from npllm.analysis.cost import cost_facts
+from npllm.analysis.plots import draw_masks, draw_weights
+from npllm.analysis.profiling import profile
+from npllm.analysis.score import perplexity_facts
+from npllm.analysis.steps import attention_steps
 from npllm.arrays import BACKENDS, DTYPES
-from npllm.checkpoint import find_nonfinite
-from npllm.config import Config
-from npllm.cost import cost_facts
+from npllm.checkpoints.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch
+from npllm.checkpoints.safetensors import find_nonfinite
+from npllm.config.config import Config
+from npllm.decoding.loop import FILTER_ORDERS
 from npllm.encoder import Encoder, cosine_similarities
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
-from npllm.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch
-from npllm.generate import FILTER_ORDERS
 from npllm.model import checkpoint_folder, load
 from npllm.ops import reference
-from npllm.plots import draw_masks, draw_weights
-from npllm.profile import profile
-from npllm.score import perplexity_facts
-from npllm.steps import attention_steps
-from npllm.tokenizer import Tokenizer
+from npllm.text.tokenizer import Tokenizer
 
 
 class _Group(click.Group):
@@ -454,7 +455,3 @@ def doctor(as_json):
         click.echo(f"{name:<20} {value}")
     if "OPENBLAS_CORETYPE" in facts["environment"]:
         click.echo("npllm: warning: OPENBLAS_CORETYPE fixes the kernels of OpenBLAS; unset it for full speed", err=True)
-
-
-if __name__ == "__main__":
-    main()

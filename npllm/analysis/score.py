@@ -117,7 +117,7 @@ def score(model, text, *, max_length=None, stride=None, progress=False):
     Notes
     -----
     Logits and their log-softmax are in float32 (float64 when the weights are), the sums over tokens in float64.  Logits of 128
-    positions exist at a time.  `npllm.packing.score_packed` scores many short documents at once.
+    positions exist at a time.  `npllm.analysis.packing.score_packed` scores many short documents at once.
 
     Source: "A Neural Probabilistic Language Model" (Bengio et al. 2003), section 2; `ForCausalLMLoss` in Transformers.
     """

@@ -8,10 +8,9 @@ Python, for longer than it takes to read the weights of a small model.
 import numpy as np
 from numba import prange
 
-from npllm.int8 import GROUP
-from npllm.kernels.attention import attend_step
-from npllm.kernels.gemm import root_mean_square
-from npllm.kernels.simd import (
+from npllm.kernels.cpu.attention import attend_step
+from npllm.kernels.cpu.gemm import root_mean_square
+from npllm.kernels.cpu.simd import (
     LANES,
     divide,
     exp,
@@ -29,6 +28,7 @@ from npllm.kernels.simd import (
     store,
     total,
 )
+from npllm.quantized.int8 import GROUP
 
 __all__ = ["FEW_ROWS", "add_product", "attention_step", "gate_all", "gated_product", "layers_step", "mlp_step"]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from npllm.config import KEYS_WITHOUT_EFFECT, LARGEST_LAYER_COUNT, Reader, config_data, parse_dtype, quote
+from npllm.config.config import KEYS_WITHOUT_EFFECT, LARGEST_LAYER_COUNT, Reader, config_data, parse_dtype, quote
 from npllm.errors import NpllmValueError
 
 __all__ = ["ACTIVATIONS", "BertConfig"]

@@ -11,11 +11,10 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
-from npllm.checkpoint import LayerParams
-from npllm.int8 import Int8Weight, quantize
-from npllm.kernels import gemm
-from npllm.kernels.gemv import FEW_ROWS, attention_step, layers_step, mlp_step
-from npllm.kernels.parts import (
+from npllm.checkpoints.safetensors import LayerParams
+from npllm.kernels.cpu import gemm
+from npllm.kernels.cpu.gemv import FEW_ROWS, attention_step, layers_step, mlp_step
+from npllm.kernels.cpu.parts import (
     bias_or_nothing,
     biased,
     bits,
@@ -35,9 +34,10 @@ from npllm.kernels.parts import (
     rope_attention,
     stored,
 )
-from npllm.kernels.tiled import TILED
+from npllm.kernels.cpu.tiled import TILED
 from npllm.ops.fusions import COMPOSITIONS
 from npllm.ops.mask import causal
+from npllm.quantized.int8 import Int8Weight, quantize
 
 __all__ = ["COMPILED", "attention_block", "decoder_layers", "mlp_block"]
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import to_numpy
+from npllm.decoding.loop import fill_id, prepare, room_for, seen_tokens
 from npllm.errors import NpllmValueError
-from npllm.generate import fill_id, prepare, room_for, seen_tokens
 
 __all__ = ["Beams", "beam_search", "beam_texts"]
 
