@@ -181,7 +181,7 @@ def _wrong(message: str) -> Verdict:
 def _host(x: Array) -> Array:
     """Bring an array of any library to NumPy; bfloat16 of torch by its bits."""
     if type(x).__module__.partition(".")[0] == "torch":
-        from npllm.testing.adapters import torch_to_numpy
+        from npllm.testing.libraries import torch_to_numpy
 
         return torch_to_numpy(x)
     x = x.get() if hasattr(x, "get") and not isinstance(x, dict) else x
