@@ -122,11 +122,11 @@ def rms_norm_budget(a: Arithmetic, x: Array, weight: Array, eps: float) -> tuple
     y = f64(weight) * wide / np.sqrt(inside)
     share = np.where(inside > 0, total / n / inside, 0.0)
     underflow = np.where(inside > 0, a.tiny / inside, 0.0)  # of the squares, also where subnormals are flushed
-    last = a.roundings * a.u_out
-    det = np.abs(y) * (gamma(n + 1, a.u) / 2 * share + 4 * a.u + last + underflow) + a.step
+    last, floor = a.roundings * a.u_out, a.step * (2 + np.abs(f64(weight)))
+    det = np.abs(y) * (gamma(n + 1, a.u) / 2 * share + 4 * a.u + last + underflow) + floor
     det = np.where(total > a.largest, np.inf, det)
     walk = np.sqrt(n * repeats(wide * wide))[..., None]
-    stat = np.abs(y) * (LAMBDA * a.u / 3**0.5 * (walk / 2 * share + 1) + last + underflow) + a.step
+    stat = np.abs(y) * (LAMBDA * a.u / 3**0.5 * (walk / 2 * share + 1) + last + underflow) + floor
     return det, stat if a.independent(n) else det, np.ones_like(y)
 
 
@@ -138,7 +138,8 @@ def layer_norm_budget(a: Arithmetic, x: Array, weight: Array, bias: Array, eps: 
     square = np.mean(centred**2, axis=-1, keepdims=True)
     root = np.sqrt(square + eps)
     share, normal = np.where(root > 0, square / root**2, 0.0), w * centred / root
-    last = a.u_out * np.abs(normal + b) + (a.roundings - 1) * a.u_out * np.abs(normal) + a.step
+    last = a.u_out * np.abs(normal + b) + (a.roundings - 1) * a.u_out * np.abs(normal)
+    last = last + a.step * (2 + np.abs(w) * (1 + 2 / root))
     ends = a.u * (np.abs(normal) + np.abs(b))
 
     def bound(shift: Array, walk: Array, few: float) -> Array:
@@ -147,7 +148,7 @@ def layer_norm_budget(a: Arithmetic, x: Array, weight: Array, bias: Array, eps: 
 
     det = bound((gamma(n, a.u) * magnitude + a.u * np.abs(total)) / n, gamma(n + 3, a.u), 5)
     det = np.where(np.sum(wide**2, axis=-1, keepdims=True) > a.largest, np.inf, det)
-    walk = LAMBDA * a.u * np.sqrt(n * repeats(centred**2) / 3)[..., None]
+    walk = LAMBDA * a.u * np.sqrt(n * repeats(centred**2))[..., None]
     stat = bound(LAMBDA * a.u * np.sqrt(variance + total**2) / n, walk, LAMBDA / 3**0.5)
     terms = np.abs(w) * (np.abs(wide) + magnitude / n) / root + np.abs(b)
     return det, stat if a.independent(n) else det, condition_of(terms, normal + b)
@@ -177,8 +178,8 @@ def rope_budget(a: Arithmetic, x: Array, positions: Array = None, base: float = 
 
     halves = (side(first * cos, second * sin, first * cos - second * sin),
               side(second * cos, first * sin, second * cos + first * sin))
-    passed = wide[..., d_rope:]
-    rest = np.zeros_like(passed), np.zeros_like(passed), np.ones_like(passed)
+    passed = copy_error(a, x, wide[..., d_rope:])
+    rest = passed, passed, np.ones_like(passed)
     return tuple(np.concatenate(parts, axis=-1) for parts in zip(*halves, rest, strict=True))
 
 
@@ -225,9 +226,14 @@ def embed_budget(a: Arithmetic, ids: Array, weight: Array) -> tuple:
     """Bound the error of y = a row of the table: exact, or one rounding where the output has fewer bits."""
     table, _ = widened_weight(weight)
     y = table[np.asarray(ids)]
-    exact = np.isin(str(getattr(weight, "dtype", "")), _HELD[a.dtype])
-    error = np.zeros_like(y) if exact else a.u_out * np.abs(y) + a.step
+    error = copy_error(a, weight, y)
     return error, error, np.ones_like(y)
+
+
+def copy_error(a: Arithmetic, stored: Array, y: Array) -> Array:
+    """Bound the error of copied values: none, or one rounding where the output has fewer bits than what is stored."""
+    exact = str(getattr(stored, "dtype", "")) in _HELD[a.dtype]
+    return np.zeros_like(y) if exact else a.u_out * np.abs(y) + a.step
 
 
 _HELD = {"float64": ["float64", "float32", "float16", "bfloat16"], "float32": ["float32", "float16", "bfloat16"],
