@@ -182,10 +182,10 @@ def test_gamma_is_that_of_the_book():
 @pytest.mark.parametrize("n", [5, 300])
 def test_equal_entries_are_counted(n):
     rng = np.random.default_rng(0)
-    assert repeats(np.full((1, n), 0.1))[0] == n
+    assert 0.9 * n < repeats(np.full((1, n), 0.1))[0] <= n + 1
     assert repeats(rng.standard_normal((1, n)))[0] == 1
     assert repeats(np.zeros((1, n)))[0] == 1
-    assert repeats(np.tile([1.5, 2.5], n)[None])[0] >= n / 2
+    assert 0.3 * n < repeats(np.tile([1.5, 2.5], n)[None, :n])[0] < 0.6 * n
 
 
 def test_units_are_those_of_the_formats():

@@ -124,7 +124,9 @@ def gamma(n: Any, u: float) -> Any:
 
 
 def repeats(x: Array) -> Array:
-    """Estimate how many entries of each row share their value; 1 where most differ.
+    """Estimate how many entries share the value of an entry, on average over the entries of a row.
+
+        k = 1 + n * max(0, f - 0.02),   f = share of the pairs of entries that are equal and not zero
 
     Equal terms make equal rounding errors, which do not average out: k of them count k**2 where independent ones count k.
 
@@ -135,16 +137,20 @@ def repeats(x: Array) -> Array:
     Returns
     -------
     k : float64 array [...]
-        n where all entries are equal, 1 where at least half of them are different.  Zeros do not count.
+        About n where all entries are equal, 1 where few are.  Of a long row 128 entries are looked at.
     """
     n = x.shape[-1]
-    places = np.arange(n) if n <= N_SAMPLE else np.sort(np.random.default_rng(0).choice(n, N_SAMPLE, replace=False))
+    if n < 2:
+        return np.ones(x.shape[:-1])
+    places = np.arange(n)
+    if n > N_SAMPLE:
+        places = np.sort(np.random.default_rng(0).choice(n, N_SAMPLE, replace=False))
     sample = np.sort(x[..., places], axis=-1)
-    n_nonzero = np.count_nonzero(sample, axis=-1)
-    has_zero = n_nonzero < len(places)
-    n_distinct = np.maximum(1 + np.count_nonzero(np.diff(sample, axis=-1), axis=-1) - has_zero, 1)
-    many = n * n_nonzero / (max(len(places), 1) * n_distinct)
-    return np.where(2 * n_distinct >= n_nonzero, 1.0, np.maximum(many, 1.0))
+    index = np.arange(len(places))
+    new = np.concatenate([np.ones_like(sample[..., :1], dtype=bool), np.diff(sample, axis=-1) != 0], axis=-1)
+    start = np.maximum.accumulate(np.where(new, index, 0), axis=-1)
+    n_equal = np.sum(np.where(sample != 0, index - start, 0), axis=-1)  # pairs
+    return 1 + n * np.maximum(0.0, 2 * n_equal / (len(places) * (len(places) - 1)) - 0.02)
 
 
 def sum_terms(p: Array) -> tuple[Array, Array, Array]:
@@ -198,5 +204,5 @@ def dot_terms(x: Array, w: Array, n_chunk: int = N_CHUNK) -> tuple[Array, Array,
     backwards = n * total**2 - 2 * total * first + second
     at_random = n * total**2 / 3 + n * squares / 6
     walk = np.maximum(np.maximum(second, backwards), at_random)
-    equal = np.minimum(repeats(x)[..., :, None], repeats(w)[..., None, :])
+    equal = 1 + (repeats(x)[..., :, None] - 1) * (repeats(w)[..., None, :] - 1) / max(n, 1)
     return total, np.abs(x) @ np.abs(columns), equal * walk + squares
