@@ -104,7 +104,7 @@ def linear_budget(a: Arithmetic, x: Array, weight: Array, bias: Array = None) ->
     det = np.where(magnitude > a.largest, np.inf, det)
     squares = np.sqrt((rows**2) @ (w**2).T)
     stat = LAMBDA * a.u * np.sqrt(variance + y * y + weight_roundings * squares**2) + last
-    stat = stat + operand * (LAMBDA * squares + np.abs(product))
+    stat = stat + a.u_operand * (LAMBDA * (2 / 3) ** 0.5 * squares + np.abs(product))
     stat = stat if a.independent(n) else det
     return tuple(part.reshape(*x.shape[:-1], len(w)) for part in (det, stat, condition_of(magnitude, y)))
 
@@ -244,7 +244,9 @@ def add_budget(a: Arithmetic, x: Array, y: Array) -> tuple:
     """Bound the error of z = x + y: one rounding, two where the output has fewer bits than the accumulation."""
     p, q = f64(x), f64(y)
     z = p + q
-    error = np.abs(z) * (a.roundings * a.u_out + (a.u if a.u < a.u_out else 0.0)) + (a.step if a.u < a.u_out else 0.0)
+    error = a.roundings * a.u_out * np.abs(z)
+    if a.accumulate != a.dtype:
+        error = error + a.u * np.abs(z) + a.step
     return error, error, condition_of(np.abs(p) + np.abs(q), z)
 
 

@@ -1,6 +1,6 @@
 """The verdict: whether an output is right, how far inside its budget, and where it is not."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,22 +115,23 @@ def judge(error: Array, exact: Array, bound: Budget) -> tuple[str, Array]:
     """Say "within", "wrong" or "not decidable" of errors; and the share of the budget of each entry.
 
     An entry is wrong when its error exceeds the deterministic bound, or the statistical one where the value is determined: where
-    the deterministic bound is at most |exact|.  It is not decidable beyond that, and when most entries are not determined.
+    the deterministic bound is at most |exact|.  An error between the two on an undetermined entry is not decidable.  Nor is an
+    output of which the statistical budget of most entries exceeds their value: zeros would pass.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(error > 0, error / bound.statistical, 0.0)
         share = np.where(np.isnan(share), 0.0, share)  # infinity of infinity: nothing is promised there
-    vague = undetermined(exact, bound)
-    if ((error > bound.deterministic) | ((error > bound.statistical) & ~vague)).any():
+    over = error > bound.statistical
+    if ((error > bound.deterministic) | (over & ~undetermined(exact, bound.deterministic, bound))).any():
         return "wrong", share
-    if (error > bound.statistical).any() or vague.mean() > 0.5:
+    if over.any() or np.mean(undetermined(exact, bound.statistical, bound)) > 0.5:
         return "not decidable", share
     return "within", share
 
 
-def undetermined(exact: Array, bound: Budget) -> Array:
-    """Tell which entries rounding alone may change by all of their value."""
-    return ~np.isfinite(bound.deterministic) | ((bound.deterministic > np.abs(exact)) & (bound.condition > 1))
+def undetermined(exact: Array, limit: Array, bound: Budget) -> Array:
+    """Tell of which finite values an error of this size would be all."""
+    return np.isfinite(exact) & (~np.isfinite(bound.deterministic) | ((limit > np.abs(exact)) & (bound.condition > 1)))
 
 
 def describe(arithmetic: Arithmetic) -> str:
@@ -158,13 +159,13 @@ def _gold(op: str, inputs: Inputs, accumulate: str) -> Array | None:
 
 def _look(output: Array, exact: Array, dtype: str | None) -> tuple[Array, Verdict | None]:
     """Bring an output to the host; a verdict where it is not even an array of the right kind."""
-    if isinstance(output, tuple | list):
+    if isinstance(output, tuple):
         try:
             output = np.concatenate([_host(part) for part in output], axis=-3)
         except (ValueError, TypeError) as error:
             return None, Verdict("wrong", where="everywhere", message=f"the arrays of the output do not fit together ({error})")
     found = _host(output)
-    name = str(getattr(found, "dtype", type(output).__name__))
+    name = str(found.dtype) if hasattr(found, "dtype") else f"{type(output).__module__}.{type(output).__qualname__}"
     if name not in DTYPES:
         return None, _wrong(f"the output must be an array of {', '.join(DTYPES)}, got {name}")
     if dtype is not None and name != dtype:
@@ -184,8 +185,7 @@ def _host(x: Array) -> Array:
         from npllm.testing.libraries import torch_to_numpy
 
         return torch_to_numpy(x)
-    x = x.get() if hasattr(x, "get") and not isinstance(x, dict) else x
-    return np.asarray(x)
+    return np.asarray(x.get() if hasattr(x, "get") else x) if hasattr(x, "dtype") else x
 
 
 def _errors(found: Array, exact: Array, finite: Array) -> Array:
@@ -220,8 +220,8 @@ def _report(op: str, inputs: Inputs, found: Array, exact: Array, error: Array, b
     index = _worst(share, np.where(unknown, 0.0, exact), bound)
     if status != "wrong" and unknown.any():
         status = "no gold"
-    over = (error > bound.statistical) & ~(undetermined(exact, bound) & (error <= bound.deterministic))
-    model = _explain(op, inputs, exact, error, asked, status, bound)
+    over = (error > bound.statistical) & ~(undetermined(exact, bound.deterministic, bound) & (error <= bound.deterministic))
+    model = _explain(op, inputs, found, exact, error, asked, status, bound)
     used, condition = (float(share[index]), float(bound.condition[index])) if index is not None else (0.0, 1.0)
     return Verdict(status, used, index, where(over, op, features), model, condition,
                    _sentence(status, index, found, exact, error, bound, asked, model))
@@ -231,7 +231,7 @@ def _worst(share: Array, exact: Array, bound: Budget) -> tuple[int, ...] | None:
     """Index of the largest share, among the determined entries where there are any."""
     if share.size == 0:
         return None
-    vague = undetermined(exact, bound) & ~(share > 1)
+    vague = undetermined(exact, bound.statistical, bound) & ~(share > 1)
     share = share if vague.all() else np.where(vague, -1.0, share)
     return tuple(int(n) for n in np.unravel_index(int(np.argmax(share)), share.shape))
 
@@ -252,7 +252,7 @@ def _models(op: str, asked: Arithmetic) -> list[Arithmetic]:
     return models
 
 
-def _explain(op: str, inputs: Inputs, exact: Array, error: Array, asked: Arithmetic, status: str, bound: Budget) -> str | None:
+def _explain(op: str, inputs: Inputs, found: Array, exact: Array, error: Array, asked: Arithmetic, status: str, bound: Budget) -> str | None:
     """Name the strictest model that explains every error: the one with the smallest budget."""
     models = _models(op, asked)
     if status == "within" and asked == models[0]:
@@ -261,10 +261,38 @@ def _explain(op: str, inputs: Inputs, exact: Array, error: Array, asked: Arithme
         return None  # no rounding does that
     explaining = []
     for model in dict.fromkeys([asked, *models]):
-        tried = bound if model == asked else _budget(op, inputs, model)
-        if judge(error, exact, tried)[0] == "within":
-            explaining.append((float(np.median(tried.statistical)), describe(model)))
+        for tried, off in _attempts(op, inputs, model, error, found):
+            if judge(off, exact, tried)[0] == "within":
+                explaining.append((float(np.median(tried.statistical)), describe(model)))
     return min(explaining)[1] if explaining else None
+
+
+def _attempts(op: str, inputs: Inputs, model: Arithmetic, error: Array, found: Array) -> Iterator[tuple[Budget, Array]]:
+    """Budgets under a model, beside the errors to hold against them.
+
+    Where a model rounds its operands, they are rounded here: what is left of the error must then be within the budget of the
+    accumulation, which tells this model from others of the same size.
+    """
+    if not model.operands:
+        yield _budget(op, inputs, model), error
+        return
+    rest = replace(model, operands=None, probabilities=model.operands if op == "attention" else model.probabilities)
+    for cut in OPERANDS[model.operands]:
+        given = {name: cut(x) if str(getattr(x, "dtype", "")) in DTYPES else x for name, x in inputs.items()}
+        exact = gold(op, given)
+        yield _budget(op, given, rest), _errors(found, exact, exact)
+
+
+def _keep_bits(x: Array, half: int) -> Array:
+    """Keep 10 bits behind the leading one of float32: cut where half is 0, round where it is half a step."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64) + half
+    return (bits & 0xFFFFE000).astype(np.uint32).view(np.float32).reshape(x.shape)
+
+
+OPERANDS = {"tf32": (lambda x: _keep_bits(x, 0), lambda x: _keep_bits(x, 0x1000)),
+            "float16": (lambda x: x.astype(np.float16).astype(np.float32),),
+            "bfloat16": (lambda x: x.astype(DTYPES["bfloat16"]).astype(np.float32),)}
+"""How the factors of a product may have been rounded."""
 
 
 def _sentence(status: str, index: tuple | None, found: Array, exact: Array, error: Array, bound: Budget, asked: Arithmetic,
