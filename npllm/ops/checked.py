@@ -50,7 +50,8 @@ def check_result(op: str, result: Any, like: Array, dtype: Any, shape: tuple[int
         raise NpllmTypeError(f"{op} must return an array of {library}, the library of its input, "
                              f"got {array_namespace(result).__name__}")
     if result.dtype != dtype:
-        raise NpllmTypeError(f"{op} must return {dtype}, got {result.dtype}; round the result at the end")
+        wanted = getattr(dtype, "__name__", dtype)
+        raise NpllmTypeError(f"{op} must return {wanted}, got {result.dtype}; round the result at the end")
     if tuple(result.shape) != tuple(shape):
         raise NpllmValueError(f"{op} must return the shape {list(shape)}, got {list(result.shape)}")
 
