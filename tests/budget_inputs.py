@@ -31,7 +31,7 @@ KINDS = {
     "positive": lambda rng, shape: rng.random(shape),
     "sorted": lambda rng, shape: np.sort(rng.standard_normal(shape), axis=-1),
     "bfloat16": lambda rng, shape: rng.standard_normal(shape).astype(BFLOAT16),
-    "zeros": lambda rng, shape: np.zeros(shape),
+    "zeros": lambda _, shape: np.zeros(shape),
     "wide": lambda rng, shape: rng.standard_normal(shape) * 10.0 ** rng.uniform(-6, 6, shape),
 }
 MODERATE = ("normal", "equal", "few values", "cancelling", "sparse", "offset", "positive", "sorted", "bfloat16", "zeros")

@@ -321,9 +321,9 @@ def test_jax_makes_no_float32_of_float64_silently():
 def test_a_tensor_from_a_numpy_function_raises():
     torch = pytest.importorskip("torch", reason="live: needs torch")
     x = np.ones((2, 2), F)
-    with pytest.raises(NpllmTypeError, match="must return an array of numpy, got torch.Tensor"):
+    with pytest.raises(NpllmTypeError, match=r"must return an array of numpy, got torch\.Tensor"):
         testing.adapt(lambda x, y: torch.from_numpy(x + y), "add", library="numpy")(x, x)
-    with pytest.raises(NpllmTypeError, match="must return an array of torch, got numpy.ndarray"):
+    with pytest.raises(NpllmTypeError, match=r"must return an array of torch, got numpy\.ndarray"):
         testing.adapt(lambda x, y: (x + y).numpy(), "add", library="torch")(x, x)
 
 

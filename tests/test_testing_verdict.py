@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from npllm import ops
 from npllm.testing import verdict, where
 from npllm.testing.budgets import Budget
+from npllm.testing.judging import judge
 from npllm.testing.location import describe_indices
-from npllm.testing.verdicts import judge
 
 F, H, B = np.float32, np.float16, ml_dtypes.bfloat16
 every_op = pytest.mark.parametrize("op", INPUTS)
@@ -28,7 +28,7 @@ def case(op, seed=0):
 
 @every_op
 @pytest.mark.parametrize(("spoil", "text"), [
-    (lambda y: None, "got builtins.NoneType"), (lambda y: y.tolist(), "got builtins.list"), (lambda y: y[..., :-1], "must have shape"),
+    (lambda _: None, "got builtins.NoneType"), (lambda y: y.tolist(), "got builtins.list"), (lambda y: y[..., :-1], "must have shape"),
     (lambda y: y[None], "must have shape"), (lambda y: y.astype(np.int32), "got int32"),
 ])
 def test_what_is_no_such_array_is_wrong(op, spoil, text):

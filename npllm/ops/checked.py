@@ -17,7 +17,7 @@ SAME = ("add", "apply_rope", "gelu", "layer_norm", "relu", "rms_norm", "silu", "
 
 
 def expected_result(op: str, arguments: dict[str, Any]) -> tuple[Any, tuple[int, ...]] | None:
-    """Return the dtype and the shape that an operation must return for bound arguments; None where nothing is known."""
+    """Return the dtype and shape that an operation must return; None where none is known."""
     first = next(iter(arguments.values()))
     if op in SAME:
         return first.dtype, tuple(first.shape)
@@ -44,14 +44,20 @@ def check_result(op: str, result: Any, like: Array, dtype: Any, shape: tuple[int
     library = array_namespace(like).__name__
     if not is_array(result):
         kind = f"{type(result).__module__}.{type(result).__qualname__}"
-        raise NpllmTypeError(f"{op} must return an array of {library}, got {kind}; "
-                             "npllm.testing.adapt wraps a function of another library")
+        raise NpllmTypeError(
+            f"{op} must return an array of {library}, got {kind}; "
+            "npllm.testing.adapt wraps a function of another library"
+        )
     if array_namespace(result).__name__ != library:
-        raise NpllmTypeError(f"{op} must return an array of {library}, the library of its input, "
-                             f"got {array_namespace(result).__name__}")
+        raise NpllmTypeError(
+            f"{op} must return an array of {library}, the library of its input, "
+            f"got {array_namespace(result).__name__}"
+        )
     if result.dtype != dtype:
         wanted = getattr(dtype, "__name__", dtype)
-        raise NpllmTypeError(f"{op} must return {wanted}, got {result.dtype}; round the result at the end")
+        raise NpllmTypeError(
+            f"{op} must return {wanted}, got {result.dtype}; round the result at the end"
+        )
     if tuple(result.shape) != tuple(shape):
         raise NpllmValueError(f"{op} must return the shape {list(shape)}, got {list(result.shape)}")
 
@@ -70,7 +76,8 @@ def checked(op: str, fn: Callable, definition: Callable) -> Callable:
     Returns
     -------
     op : callable
-        With the signature of the definition.  Operations without a known shape are returned unchecked, as `fn` itself.
+        With the signature of the definition.  Operations without a known shape are returned
+        unchecked, as `fn` itself.
     """
     signature = inspect.signature(definition)
 
@@ -81,7 +88,8 @@ def checked(op: str, fn: Callable, definition: Callable) -> Callable:
         first = next(iter(bound.values()))
         like = bound["weight"] if op == "embed" else first
         array = result[0] if bound.get("return_lse") and isinstance(result, tuple) else result
-        check_result(op, array, like, *expected_result(op, bound))
+        dtype, shape = expected_result(op, bound) or (array.dtype, array.shape)
+        check_result(op, array, like, dtype, shape)
         return result
 
     return call if op in (*SAME, "linear", "attention", "embed") else fn
@@ -107,6 +115,10 @@ def replaced_ops(ops: Any, new: dict[str, Callable]) -> Any:
     """
     import npllm.ops
 
-    named = {name: checked(name, fn, getattr(npllm.ops, name)) if callable(fn) and hasattr(npllm.ops, name) else fn
-             for name, fn in new.items()}
+    named = {
+        name: checked(name, fn, getattr(npllm.ops, name))
+        if callable(fn) and hasattr(npllm.ops, name)
+        else fn
+        for name, fn in new.items()
+    }
     return ops.replace(**named)

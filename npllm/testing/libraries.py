@@ -21,12 +21,15 @@ def _import(library: str) -> Any:
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise MissingExtraError(f'library="{library}" needs {library}, which cannot be imported ({error}); install it, or '
-                                'adapt a function of another library') from error
+        raise MissingExtraError(
+            f'library="{library}" needs {library}, which cannot be imported ({error}); '
+            "install it, or "
+            "adapt a function of another library"
+        ) from error
 
 
 def _to_torch(x: Array) -> Array:
-    """A torch tensor on the same memory where torch takes it: not with negative strides, and not where it is read-only."""
+    """A torch tensor; a copy of read-only memory and of negative strides, else a view."""
     torch = _import("torch")
     x = x if x.flags.writeable and all(step >= 0 for step in x.strides) else x.copy()
     if x.dtype == BFLOAT16:
@@ -44,12 +47,15 @@ def torch_to_numpy(x: Array) -> Array:
 
 
 def _to_jax(x: Array) -> Array:
-    """A JAX array of a contiguous copy, since JAX refuses strided views; raises where JAX would make float32 of float64."""
+    """A JAX array of a contiguous copy; raises where JAX makes float32 of float64."""
     jax = _import("jax")
     y = jax.numpy.asarray(np.ascontiguousarray(x).reshape(x.shape))
     if str(y.dtype) != str(x.dtype):
-        raise NpllmTypeError(f'JAX made {y.dtype} of {x.dtype}; call jax.config.update("jax_enable_x64", True) first, or adapt '
-                             'with dtype="float32"')
+        raise NpllmTypeError(
+            f"JAX made {y.dtype} of {x.dtype}; call "
+            'jax.config.update("jax_enable_x64", True) first, or adapt '
+            'with dtype="float32"'
+        )
     return y
 
 
@@ -66,10 +72,13 @@ def _to_strict(x: Array) -> Array:
 
 
 def _to_dlpack(x: Array) -> Array:
-    """A writeable NumPy array, which every library reads through its `__dlpack__`; NumPy exports no bfloat16."""
+    """A writeable NumPy array, which exports DLPack; NumPy exports no bfloat16."""
     if x.dtype == BFLOAT16:
-        raise NpllmTypeError('NumPy exports no bfloat16 through DLPack; adapt with library="torch" or "jax", or with '
-                             'dtype="float32"')
+        raise NpllmTypeError(
+            'NumPy exports no bfloat16 through DLPack; adapt with library="torch" or "jax", '
+            "or with "
+            'dtype="float32"'
+        )
     return x if x.flags.writeable else x.copy()
 
 
@@ -83,12 +92,17 @@ def _strict_to_numpy(x: Array) -> Array:
 
 def _module(x: Any) -> str:
     """Name of the library that a value comes from; JAX's arrays are made by jaxlib."""
-    return "jax" if type(x).__module__.startswith("jaxlib") else type(x).__module__.partition(".")[0]
+    return (
+        "jax" if type(x).__module__.startswith("jaxlib") else type(x).__module__.partition(".")[0]
+    )
 
 
 LIBRARIES: dict[str, tuple[Callable, Callable]] = {
-    "numpy": (lambda x: x, np.asarray), "torch": (_to_torch, torch_to_numpy), "jax": (_to_jax, np.asarray),
-    "cupy": (_to_cupy, lambda x: x.get()), "dlpack": (_to_dlpack, _from_dlpack),
+    "numpy": (lambda x: x, np.asarray),
+    "torch": (_to_torch, torch_to_numpy),
+    "jax": (_to_jax, np.asarray),
+    "cupy": (_to_cupy, lambda x: x.get()),
+    "dlpack": (_to_dlpack, _from_dlpack),
     "array_api_strict": (_to_strict, _strict_to_numpy),
 }
 """Name -> (from NumPy, to NumPy)."""
@@ -144,8 +158,12 @@ def to_host(x: Any, library: str, what: str = "the function") -> Array:
         For a value of another library.
     """
     got = _module(x)
-    fits = hasattr(x, "__dlpack__") if library == "dlpack" else got == library and hasattr(x, "shape")
+    fits = (
+        hasattr(x, "__dlpack__") if library == "dlpack" else got == library and hasattr(x, "shape")
+    )
     if not fits:
         wanted = "an array that exports DLPack" if library == "dlpack" else f"an array of {library}"
-        raise NpllmTypeError(f"{what} must return {wanted}, got {type(x).__module__}.{type(x).__qualname__}")
+        raise NpllmTypeError(
+            f"{what} must return {wanted}, got {type(x).__module__}.{type(x).__qualname__}"
+        )
     return LIBRARIES[library][1](x)
