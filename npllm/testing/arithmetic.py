@@ -7,7 +7,7 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 
-__all__ = ["LAMBDA", "Arithmetic", "dot_terms", "gamma", "repeats", "sum_terms"]
+__all__ = ["LAMBDA", "Arithmetic", "dot_terms", "gamma", "lost_terms", "repeats", "sum_terms"]
 
 Array = Any
 
@@ -183,6 +183,26 @@ def repeats(x: Array) -> Array:
     start = np.maximum.accumulate(np.where(new, index, 0), axis=-1)
     n_equal = np.sum(np.where(sample != 0, index - start, 0), axis=-1)  # pairs
     return 1 + n * np.maximum(0.0, 2 * n_equal / (len(places) * (len(places) - 1)) - 0.02)
+
+
+def lost_terms(p: Array, total: Array, u: float) -> Array:
+    """Sum the positive terms that a running sum near `total` rounds away, all in one direction.
+
+        sum_k min(p_k, u total) over p_k < 2 u total
+
+    Parameters
+    ----------
+    p : float64 array [..., n]
+        Not negative.
+    total : float64 array [...]
+    u : float
+
+    Returns
+    -------
+    bias : float64 array [...]
+    """
+    step = u * total[..., None]
+    return np.sum(np.where(p < 2 * step, np.minimum(p, step), 0.0), axis=-1)
 
 
 def sum_terms(p: Array) -> tuple[Array, Array, Array]:

@@ -127,10 +127,10 @@ def _rows(
     spread = _deviation(p * p * sigma, v, y) ** 2
     _, _, walk = dot_terms(p, v.T)
     total = n * repeats(e)[:, None] * y**2
-    stat = (
-        LAMBDA * (a.u * np.sqrt(spread + total + walk + y**2) + u_p * np.sqrt((p * p) @ (v * v)))
-        + last
-    )
+    stat = a.u * np.sqrt(spread + total + walk + y**2) + u_p * np.sqrt((p * p) @ (v * v))
+    small = np.where(p < 2 * a.u, np.minimum(p, a.u), 0.0)  # what the sums lose in one direction
+    bias = small @ np.abs(v) + np.sum(small, axis=-1, keepdims=True) * np.abs(y)
+    stat = LAMBDA * stat + bias + last
     stat = np.where(n * a.u <= 0.125, stat, det)
     terms = size + (p * np.abs(np.where(seen, s, 0.0))) @ np.abs(v)
     return det, stat, np.where(terms == 0, 1.0, terms / np.abs(y))

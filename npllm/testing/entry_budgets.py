@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.testing.arithmetic import LAMBDA, Arithmetic, condition_of, gamma, repeats
+from npllm.testing.arithmetic import LAMBDA, Arithmetic, condition_of, gamma, lost_terms, repeats
 from npllm.testing.exact import gold
 from npllm.testing.inputs import f64, frequencies, gate_and_up, widened_weight
 
@@ -79,10 +79,10 @@ def softmax_budget(a: Arithmetic, x: Array, axis: int = -1) -> tuple:
     mean = np.sum(p * each, axis=-1, keepdims=True)
     last = a.roundings * a.u_out * p + np.where(s == -np.inf, 0.0, a.tiny + a.step)
     det = p * (each + mean + gamma(n, a.u) + 2 * a.u) + last
-    spread = (
-        np.sum((p * each) ** 2, axis=-1, keepdims=True) + (n * repeats(e)[..., None] + 2) * a.u**2
-    )
-    stat = p * LAMBDA / 3**0.5 * np.sqrt(each**2 + spread) + last
+    spread = np.sum((p * each) ** 2, axis=-1, keepdims=True)
+    spread = spread + (n * repeats(e)[..., None] + 2) * a.u**2
+    bias = lost_terms(p, np.ones(p.shape[:-1]), a.u)[..., None]
+    stat = p * (LAMBDA / 3**0.5 * np.sqrt(each**2 + spread) + bias) + last
     stat = stat if a.independent(n) else det
     return tuple(np.moveaxis(part, -1, axis) for part in (det, stat, 1 + distance))
 

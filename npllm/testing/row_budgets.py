@@ -10,6 +10,7 @@ from npllm.testing.arithmetic import (
     condition_of,
     dot_terms,
     gamma,
+    lost_terms,
     repeats,
     sum_terms,
 )
@@ -57,14 +58,13 @@ def rms_norm_budget(a: Arithmetic, x: Array, weight: Array, eps: float) -> tuple
     inside = total / n + eps
     y = f64(weight) * wide / np.sqrt(inside)
     share = np.where(inside > 0, total / n / inside, 0.0)
-    underflow = np.where(
-        inside > 0, a.tiny / inside, 0.0
-    )  # of the squares, also where subnormals are flushed
+    underflow = np.where(inside > 0, a.tiny / inside, 0.0)  # of squares, flushed ones included
     last, floor = a.roundings * a.u_out, a.step * (2 + np.abs(f64(weight)))
     det = np.abs(y) * (gamma(n + 1, a.u) / 2 * share + 4 * a.u + last + underflow) + floor
     det = np.where(total > a.largest, np.inf, det)
-    walk = np.sqrt(n * repeats(wide * wide))[..., None]
-    stat = np.abs(y) * (LAMBDA * a.u / 3**0.5 * (walk / 2 * share + 1) + last + underflow) + floor
+    walk, bias = _positive_sum(a, wide * wide)
+    few = LAMBDA / 3**0.5 * a.u
+    stat = np.abs(y) * ((walk / 3**0.5 + bias) / 2 * share + few + last + underflow) + floor
     return det, stat if a.independent(n) else det, np.ones_like(y)
 
 
@@ -86,7 +86,14 @@ def layer_norm_budget(a: Arithmetic, x: Array, weight: Array, bias: Array, eps: 
 
     det = bound((gamma(n, a.u) * magnitude + a.u * np.abs(total)) / n, gamma(n + 3, a.u), 5)
     det = np.where(np.sum(wide**2, axis=-1, keepdims=True) > a.largest, np.inf, det)
-    walk = LAMBDA * a.u * np.sqrt(n * repeats(centred**2))[..., None]
-    stat = bound(LAMBDA * a.u * np.sqrt(variance + total**2) / n, walk, LAMBDA / 3**0.5)
+    shift = LAMBDA * a.u * np.sqrt(variance + total**2) / n
+    stat = bound(shift, sum(_positive_sum(a, centred**2)), LAMBDA / 3**0.5)
     terms = np.abs(w) * (np.abs(wide) + magnitude / n) / root + np.abs(b)
     return det, stat if a.independent(n) else det, condition_of(terms, normal + b)
+
+
+def _positive_sum(a: Arithmetic, p: Array) -> tuple[Array, Array]:
+    """Relative error of a sum of positive terms in any order, and what it loses in one direction."""
+    total = np.sum(p, axis=-1)
+    walk = LAMBDA * a.u * np.sqrt(p.shape[-1] * repeats(p))
+    return walk[..., None], (lost_terms(p, total, a.u) / np.where(total > 0, total, 1.0))[..., None]
