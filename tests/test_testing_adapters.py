@@ -402,6 +402,18 @@ def test_each_replaced_operation_is_checked_for_its_dtype(model, op):
         other(tiny.random_ids(1, 5))
 
 
+def test_an_encoder_runs_the_operation_it_is_given():
+    import test_encoder
+
+    encoder, _ = test_encoder.make(dtype=np.float32)
+    calls = []
+    other = encoder.with_ops(gelu=lambda x, *rest, **options: calls.append(x.shape) or ops.gelu(x, *rest, **options))
+    close(other.embed(["the cats sat"]), encoder.embed(["the cats sat"]), times=20)
+    assert len(calls) == encoder.config.num_hidden_layers
+    with pytest.raises(NpllmTypeError, match="gelu must return float32, got float64"):
+        encoder.with_ops(gelu=lambda x, *_: x.astype(np.float64)).embed(["the cats sat"])
+
+
 def test_a_name_that_no_operation_has_raises(model):
     with pytest.raises(NpllmTypeError, match="no operation is called atention"):
         model.with_ops(atention=ops.attention)

@@ -55,6 +55,7 @@ def test_one_entry_that_is_not_finite_is_wrong_and_named(op, value):
     assert found.status == "wrong"
     assert found.index == tuple(int(n) for n in np.unravel_index(17, y.shape))
     assert "in 1 of" in found.message
+    assert str(list(found.index)) in found.message
 
 
 def test_nan_never_passes_even_where_the_exact_answer_has_none_to_give():
@@ -326,3 +327,31 @@ def test_two_thousand_tokens_are_judged_in_thirty_seconds():
     start = time.process_time()
     assert verdict("attention", inputs, y).status == "within"
     assert time.process_time() - start < 60  # of all cores
+
+
+def test_a_large_attention_is_explained_by_its_worst_heads(monkeypatch):
+    """The same model is named, whether all heads are looked at or four."""
+    from npllm.testing import models
+
+    op, inputs, _ = bfloat16_probabilities()
+    rng = np.random.default_rng(1)
+    inputs = {name: np.concatenate([x, rng.standard_normal((1, 4, 64, 16)).astype(F)], axis=1) for name, x in inputs.items()}
+    inputs |= {"valid": np.arange(64)[None] >= 3, "bias": rng.standard_normal((6, 64, 64)).astype(F)}
+    s = np.einsum("bhnd,bhmd->bhnm", inputs["q"], inputs["k"]) / F(4) + inputs["bias"]
+    s = np.where(np.tril(np.ones((64, 64), bool)) & inputs["valid"], s, F(-1e30))
+    e = np.exp(s - s.max(-1, keepdims=True)) * (s > F(-1e29))
+    y = (e / np.maximum(e.sum(-1, keepdims=True), F(1e-30))).astype(B).astype(F) @ inputs["v"]
+    whole = verdict(op, inputs, y)
+    monkeypatch.setattr(models, "LARGE", 0)
+    assert (verdict(op, inputs, y).model, whole.model) == ("float32 accumulation, bfloat16 probabilities",) * 2
+
+
+def test_factors_in_float64_do_not_make_a_rotation_float64():
+    inputs = {**plain("rope", np.random.default_rng(0)), "factors": 1 + np.random.default_rng(0).random(4)}
+    found = verdict("rope", inputs, naive("rope", inputs))
+    assert (found.status, found.model) == ("within", "float32 accumulation")
+
+
+def test_an_empty_output_is_within():
+    x = np.ones((0, 4), F)
+    assert verdict("add", {"x": x, "y": x}, x).status == "within"

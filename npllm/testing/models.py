@@ -1,8 +1,8 @@
 """Which arithmetic explains an error: models from float64 accumulation down to bfloat16."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,14 +12,13 @@ from npllm.testing.budgets import Budget, budget
 from npllm.testing.exact import gold
 from npllm.testing.judging import absolute_errors, judge
 
-__all__ = ["describe", "explain", "models", "model_budget"]
+__all__ = ["Evidence", "describe", "explain", "models", "model_budget"]
 
 Array = Any
 Inputs = Mapping[str, Any]
 
-MOST_ROUNDING = (
-    2.0**-3
-)  # error, as a share of the sum of the absolute terms, beyond which no arithmetic model is tried
+MOST_ROUNDING = 2.0**-3  # of the sum of absolute terms: no arithmetic model is off by more
+LARGE = 2**26  # products beyond which only some heads are looked at
 
 
 def describe(arithmetic: Arithmetic) -> str:
@@ -49,53 +48,97 @@ def models(op: str, asked: Arithmetic) -> list[Arithmetic]:
     return found
 
 
-def explain(
-    op: str,
-    inputs: Inputs,
-    found: Array,
-    exact: Array,
-    error: Array,
-    asked: Arithmetic,
-    status: str,
-    bound: Budget,
-) -> str | None:
-    """Name the strictest model that explains every error: the one with the smallest budget."""
-    candidates = models(op, asked)
+class Evidence(NamedTuple):
+    """What is known of one call: its inputs, what was found, the exact answer, the errors."""
+
+    op: str
+    inputs: Inputs
+    found: Array
+    exact: Array
+    error: Array
+
+
+def explain(evidence: Evidence, asked: Arithmetic, status: str, bound: Budget) -> str | None:
+    """Name the strictest model that explains every error: the one with the smallest budget.
+
+    Of a large attention the four heads with the largest errors are looked at.
+    """
+    candidates = models(evidence.op, asked)
     if status == "within" and asked == candidates[0]:
         return describe(asked)
-    if status == "wrong" and (error > MOST_ROUNDING * bound.condition * np.abs(exact)).any():
+    most = MOST_ROUNDING * bound.condition * np.abs(evidence.exact)
+    if status == "wrong" and (evidence.error > most).any():
         return None  # no rounding does that
-    explaining = []
-    for model in dict.fromkeys([asked, *candidates]):
-        for tried, off in _attempts(op, inputs, model, error, found):
-            if judge(off, exact, tried)[0] == "within":
-                explaining.append((float(np.median(tried.statistical)), describe(model)))
-    return min(explaining)[1] if explaining else None
+    parts = _worst_heads(evidence, bound)
+    sizes = [(_size_where_it_explains(parts, model), describe(model)) for model in candidates]
+    if status == "within":
+        sizes.append((float(np.median(bound.statistical)), describe(asked)))
+    elif asked not in candidates:
+        sizes.append((_size_where_it_explains(parts, asked), describe(asked)))
+    size, name = min(sizes)
+    return name if np.isfinite(size) else None
 
 
-def _attempts(
-    op: str, inputs: Inputs, model: Arithmetic, error: Array, found: Array
-) -> Iterator[tuple[Budget, Array]]:
+def _size_where_it_explains(parts: list[Evidence], model: Arithmetic) -> float:
+    """Median budget of a model that explains all parts; infinity of one that does not."""
+    sizes = []
+    for part in parts:
+        within = [
+            float(np.median(tried.statistical))
+            for tried, off in _attempts(part, model)
+            if judge(off, part.exact, tried)[0] == "within"
+        ]
+        if not within:
+            return np.inf
+        sizes.append(min(within))
+    return float(np.median(sizes))
+
+
+def _worst_heads(evidence: Evidence, bound: Budget) -> list[Evidence]:
+    """Cut a large attention down to the four heads with the largest share of the budget."""
+    inputs, found = evidence.inputs, evidence.found
+    large = evidence.op == "attention" and found.ndim == 4
+    if not large or found.size * inputs["k"].shape[2] < LARGE:
+        return [evidence]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.nan_to_num(evidence.error / bound.statistical, nan=0.0).max(axis=(2, 3))
+    shape = (*found.shape[:3], inputs["k"].shape[2])
+    group = found.shape[1] // inputs["k"].shape[1]
+    heads = []
+    for flat in np.argsort(share, axis=None)[-4:]:
+        b, h = (int(n) for n in np.unravel_index(flat, share.shape))
+        at, kv = np.s_[b : b + 1, h : h + 1], np.s_[b : b + 1, h // group : h // group + 1]
+        cut = {**inputs, "q": inputs["q"][at], "k": inputs["k"][kv], "v": inputs["v"][kv]}
+        for name in {"bias", "mask"} & {name for name, x in inputs.items() if x is not None}:
+            cut[name] = np.broadcast_to(inputs[name], shape)[at]
+        if inputs.get("valid") is not None:
+            cut["valid"] = np.broadcast_to(inputs["valid"], (shape[0], shape[3]))[b : b + 1]
+        arrays = (x[at] for x in (found, evidence.exact, evidence.error))
+        heads.append(Evidence(evidence.op, cut, *arrays))
+    return heads
+
+
+def _attempts(part: Evidence, model: Arithmetic) -> Iterator[tuple[Budget, Array]]:
     """Budgets under a model, beside the errors to hold against them.
 
     Where a model rounds its operands, they are rounded here: what is left of the error must then be
     within the budget of the accumulation, which tells this model from others of the same size.
     """
     if not model.operands:
-        yield model_budget(op, inputs, model), error
+        yield model_budget(part.op, part.inputs, model), part.error
         return
-    rest = replace(
-        model,
-        operands=None,
-        probabilities=model.operands if op == "attention" else model.probabilities,
-    )
+    kept = model.operands if part.op == "attention" else model.probabilities
+    rest = replace(model, operands=None, probabilities=kept)
     for cut in OPERANDS[model.operands]:
-        given = {
-            name: cut(x) if str(getattr(x, "dtype", "")) in DTYPES else x
-            for name, x in inputs.items()
-        }
-        exact = gold(op, given)
-        yield model_budget(op, given, rest), absolute_errors(found, exact, exact)
+        given = {name: _cut(cut, name, x) for name, x in part.inputs.items()}
+        exact = gold(part.op, given)
+        yield model_budget(part.op, given, rest), absolute_errors(part.found, exact, exact)
+
+
+def _cut(cut: Callable, name: str, x: Any) -> Any:
+    """Round an operand; sums, such as a bias, are none."""
+    is_operand = name in ("q", "k", "v", "x", "weight") and str(getattr(x, "dtype", "")) in DTYPES
+    return cut(x) if is_operand else x
 
 
 def _keep_bits(x: Array, half: int) -> Array:

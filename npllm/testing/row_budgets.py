@@ -93,7 +93,7 @@ def layer_norm_budget(a: Arithmetic, x: Array, weight: Array, bias: Array, eps: 
 
 
 def _positive_sum(a: Arithmetic, p: Array) -> tuple[Array, Array]:
-    """Relative error of a sum of positive terms in any order, and what it loses in one direction."""
+    """Relative error of a sum of positive terms in any order, and its loss in one direction."""
     total = np.sum(p, axis=-1)
     walk = LAMBDA * a.u * np.sqrt(p.shape[-1] * repeats(p))
     return walk[..., None], (lost_terms(p, total, a.u) / np.where(total > 0, total, 1.0))[..., None]

@@ -12,7 +12,7 @@ from npllm.testing.budgets import Budget
 from npllm.testing.exact import gold
 from npllm.testing.judging import absolute_errors, judge, on_host, undetermined
 from npllm.testing.location import features_of, where
-from npllm.testing.models import describe, explain, model_budget
+from npllm.testing.models import Evidence, describe, explain, model_budget
 
 __all__ = ["Verdict", "verdict"]
 
@@ -125,12 +125,14 @@ def verdict(
         return problem
     asked = Arithmetic(str(found.dtype), accumulate, roundings, operands, probabilities)
     error = absolute_errors(found, exact, finite)
-    bound = model_budget(op, inputs, asked)
-    return _report(op, inputs, found, finite, error, bound, asked)
+    evidence = Evidence(op, inputs, found, finite, error)
+    return _not_finite(evidence) or _report(evidence, model_budget(op, inputs, asked), asked)
 
 
 def _is_float64(inputs: Inputs) -> bool:
-    return any(str(getattr(x, "dtype", "")) == "float64" for x in inputs.values())
+    """Tell whether an operand is float64; frequencies of RoPE and their factors are constants."""
+    operands = (x for name, x in inputs.items() if name not in ("factors", "inv_freq"))
+    return any(str(getattr(x, "dtype", "")) == "float64" for x in operands)
 
 
 def _gold(op: str, inputs: Inputs, accumulate: str) -> Array | None:
@@ -175,54 +177,49 @@ def _wrong(message: str) -> Verdict:
     return Verdict("wrong", where="everywhere", message=message)
 
 
-def _report(
-    op: str,
-    inputs: Inputs,
-    found: Array,
-    exact: Array,
-    error: Array,
-    bound: Budget,
-    asked: Arithmetic,
-) -> Verdict:
-    """Put the verdict together."""
-    features = features_of(op, inputs)
+def _not_finite(evidence: Evidence) -> Verdict | None:
+    """The verdict of NaN and infinities that the exact answer does not have."""
+    found, exact, error = evidence.found, evidence.exact, evidence.error
     unknown, nan = np.isnan(exact), np.isnan(found.astype(np.float64))
     for bad, what in ((nan & ~unknown, "NaN"), (np.isinf(error) & ~unknown & ~nan, "an infinity")):
         if bad.any():
             first = tuple(int(n) for n in np.argwhere(bad)[0])
             text = (
-                f"the output holds {what} in {np.count_nonzero(bad)} of {bad.size} entries, "
-                "the exact answer does not: "
-                f"{found[first]} for {exact[first]:.9g} at {list(first)}"
+                f"the output holds {what} or misses it in {np.count_nonzero(bad)} of {bad.size} "
+                f"entries: {found[first]} for {exact[first]:.9g} at {list(first)}"
             )
-            return Verdict("wrong", index=first, where=where(bad, op, features), message=text)
-    error = np.where(unknown, 0.0, error)
-    status, share = judge(error, np.where(unknown, 0.0, exact), bound)
-    index = _worst(share, np.where(unknown, 0.0, exact), bound)
-    if status != "wrong" and unknown.any():
-        status = "no gold"
-    over = (error > bound.statistical) & ~(
-        undetermined(exact, bound.deterministic, bound) & (error <= bound.deterministic)
+            place = where(bad, evidence.op, _features(evidence))
+            return Verdict("wrong", index=first, where=place, message=text)
+    return None
+
+
+def _report(evidence: Evidence, bound: Budget, asked: Arithmetic) -> Verdict:
+    """Put the verdict together."""
+    unknown = np.isnan(evidence.exact)
+    evidence = evidence._replace(
+        exact=np.where(unknown, 0.0, evidence.exact), error=np.where(unknown, 0.0, evidence.error)
     )
-    model = explain(op, inputs, found, exact, error, asked, status, bound)
-    used, condition = (
-        (float(share[index]), float(bound.condition[index])) if index is not None else (0.0, 1.0)
-    )
+    exact, error = evidence.exact, evidence.error
+    if exact.size == 0:
+        return Verdict("within", 0.0, model=describe(asked), message="the output is empty")
+    status, share = judge(error, exact, bound)
+    status = "no gold" if status != "wrong" and unknown.any() else status
+    index = _worst(share, exact, bound)
+    vague = undetermined(exact, bound.deterministic, bound) & (error <= bound.deterministic)
+    over = where((error > bound.statistical) & ~vague, evidence.op, _features(evidence))
+    model = explain(evidence, asked, status, bound)
+    text = _sentence(status, index, evidence, bound, asked, model)
     return Verdict(
-        status,
-        used,
-        index,
-        where(over, op, features),
-        model,
-        condition,
-        _sentence(status, index, found, exact, error, bound, asked, model),
+        status, float(share[index]), index, over, model, float(bound.condition[index]), text
     )
 
 
-def _worst(share: Array, exact: Array, bound: Budget) -> tuple[int, ...] | None:
+def _features(evidence: Evidence) -> dict[str, Array]:
+    return features_of(evidence.op, evidence.inputs)
+
+
+def _worst(share: Array, exact: Array, bound: Budget) -> tuple[int, ...]:
     """Index of the largest share, among the determined entries where there are any."""
-    if share.size == 0:
-        return None
     vague = undetermined(exact, bound.statistical, bound) & ~(share > 1)
     share = share if vague.all() else np.where(vague, -1.0, share)
     return tuple(int(n) for n in np.unravel_index(int(np.argmax(share)), share.shape))
@@ -230,22 +227,16 @@ def _worst(share: Array, exact: Array, bound: Budget) -> tuple[int, ...] | None:
 
 def _sentence(
     status: str,
-    index: tuple | None,
-    found: Array,
-    exact: Array,
-    error: Array,
+    index: tuple[int, ...],
+    evidence: Evidence,
     bound: Budget,
     asked: Arithmetic,
     model: str | None,
 ) -> str:
     """Say in words what was found."""
-    if index is None:
-        return "the output is empty"
-    text = (
-        f"got {float(found[index]):.9g}, exact {float(exact[index]):.9g}, "
-        f"error {float(error[index]):.3g}, "
-        f"budget {float(bound.statistical[index]):.3g} ({describe(asked)})"
-    )
+    got, exact, error = (float(x[index]) for x in (evidence.found, evidence.exact, evidence.error))
+    text = f"got {got:.9g}, exact {exact:.9g}, error {error:.3g}, "
+    text += f"budget {float(bound.statistical[index]):.3g} ({describe(asked)})"
     if status == "wrong" and model is not None:
         return f"{text}; {model} explains it: ask for that model if it is what was meant"
     if status == "not decidable":
