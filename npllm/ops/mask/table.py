@@ -57,10 +57,11 @@ def to_bool(
             "rule must be a Rule of npllm.ops.mask or a function of slots, "
             f"got {type(rule).__name__}"
         )
-    i = _slots("q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq)
-    j = _slots("k_slots", k_slots, "n_ctx", n_ctx, 0)
-    given = [slots for slots in (i, j) if not isinstance(slots, range)]
+    given = [slots for slots in (q_slots, k_slots) if slots is not None]
+    given = [slots for slots in given if not isinstance(slots, range)]
     xp = array_namespace(*given) if given else np
+    i = _slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq)
+    j = _slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0)
     i, j = (xp.arange(s.start, s.stop, s.step) if isinstance(s, range) else s for s in (i, j))
     visible = rule(i[:, None], j[None, :])
     return xp.broadcast_to(visible, (*visible.shape[:-2], n_seq, n_ctx))
