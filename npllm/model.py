@@ -30,6 +30,7 @@ from npllm.encoder import Encoder, load_encoder
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.kernels import choose_ops
 from npllm.models import heads, module_tree, phi3, rope
+from npllm.ops.checked import replaced_ops
 from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "load", "pipeline"]
@@ -327,6 +328,34 @@ class Model:
             raise NpllmValueError(f"mask must hold one rule for each of {self.config.num_hidden_layers} layers, got {len(mask)}")
         return Model(self.config, self.params, ops=self.ops, tokenizer=self.tokenizer, folder=self.folder, mask=mask,
                      generation_config=self.generation_config)
+
+    def with_ops(self, **ops: Callable) -> "Model":
+        """Return the same model with some operations of its set replaced, on the same weights.
+
+        Parameters
+        ----------
+        **ops : callable
+            By name, with the signatures of `npllm.ops`.  A slot that contains a replaced part is emptied,
+            so that the new part runs; everything else stays as fast as it was.
+
+        Returns
+        -------
+        model : Model
+
+        Raises
+        ------
+        NpllmTypeError
+            For a name that no operation has.  While the model runs: when a replaced operation returns another library or dtype
+            than its definition.
+        NpllmValueError
+            While the model runs: when it returns another shape.
+
+        Notes
+        -----
+        `npllm.testing.adapt` makes such a function of one that takes torch or JAX arrays.
+        """
+        return Model(self.config, self.params, ops=replaced_ops(self.ops, ops), tokenizer=self.tokenizer, folder=self.folder,
+                     mask=self.mask, generation_config=self.generation_config)
 
     def mask_rule(self, layer=0):
         """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's sliding window."""
