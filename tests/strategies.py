@@ -193,7 +193,8 @@ def documented(op, section):
 
 
 OPS = {name: op for module in (ops, mask) for name, op in vars(module).items() if name in module.__all__ and inspect.isfunction(op)}
-ARRAY_OPS = {name: op for name, op in OPS.items() if any(entry.axes for entry in documented(op, "Parameters"))}
+# Those that follow the library of an array that they need; the others make arrays, or take them as an option.
+ARRAY_OPS = {name: op for name, op in OPS.items() if any(entry.axes and not entry.optional for entry in documented(op, "Parameters"))}
 
 SCALARS = {"eps": 1e-5, "scale": 0.5, "softcap": 5.0, "axis": -1, "t": 0.7, "k": 2, "p": 0.6, "penalty": 1.2, "base": 10000.0,
            "w": 2, "interleaved": True, "return_lse": True, "block_q": 2, "block_k": 3, "factor": 4.0, "n_original": 64, "dtype": "bfloat16",

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +30,7 @@ from npllm.quantized.int8 import quantize
 STORED = (ml_dtypes.bfloat16, np.float16, np.float32)
 EPS = 1e-5
 SETS = {name: set_ and Composed(set_) for name, set_ in (("tiled", kernels.tiled_ops()), ("compiled", kernels.compiled_ops()))}
-NAMES = [field.name for field in fields(ops.Ops) if field.name != "name"]
+NAMES = [name for name in ops.Ops.names() if name not in ops.SLOTS]
 
 needs_numba = pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
 

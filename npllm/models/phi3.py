@@ -7,7 +7,7 @@ stretch the set is asked for it; what follows is what the kernel has to compute.
 from collections.abc import Callable
 from typing import Any
 
-from npllm.errors import NpllmTypeError
+from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models.taps import UNTAPPED, NamedTap, Tap
 from npllm.ops import Ops, Step, merge_heads, split_qkv
 
@@ -62,6 +62,9 @@ def forward(params: Any, config: Any, ids: Array, cos: Array, sin: Array, masks:
 
 def decoder_layers(x: Array, layers: Any, step: Step, ops: Ops, tap: Tap | None = None) -> Array:
     """Send the residual stream through decoder layers, the first of which is layer `step.layer`."""
+    if step.masks is not None and len(step.masks) < step.layer + len(layers):
+        raise NpllmValueError(f"masks must hold one rule for each of {step.layer + len(layers)} layers, "
+                              f"got {len(step.masks)}")
     y = _kernel(ops.decoder_layers, x, layers, step)
     if y is not None:
         return y

@@ -25,8 +25,12 @@ from npllm.ops.frequencies import (
 )
 from npllm.ops.linear import linear, mean_pool_kv_heads, merge_heads, split_heads
 from npllm.ops.norm import layer_norm, rms_norm
-from npllm.ops.opset import SLOTS, Ops, Step, blockwise, parts_of, reference
-from npllm.ops.projections import lm_head, qkv_projection, split_qkv
+from npllm.ops.opset import SLOTS as SLOTS
+from npllm.ops.opset import Ops, blockwise, reference
+from npllm.ops.opset import Step as Step
+from npllm.ops.opset import parts_of as parts_of
+from npllm.ops.projections import lm_head, qkv_projection
+from npllm.ops.projections import split_qkv as split_qkv
 from npllm.ops.residual import add
 from npllm.ops.rope import apply_rope, apply_rope_complex, rope_tables, rotation_matrix
 from npllm.ops.sampling import greedy, log_softmax, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
@@ -37,9 +41,9 @@ __all__ = [
     "attention_weights", "blockwise", "blockwise_attention", "dynamic_base", "embed", "emulate",
     "erf", "erfc", "gelu", "greedy", "layer_norm", "linear", "linear_frequencies",
     "llama3_frequencies", "lm_head", "log_softmax", "longrope_scale", "mask",
-    "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "Ops", "parts_of",
-    "qkv_projection", "reference", "relu", "repetition_penalty", "rms_norm", "rope_frequencies",
-    "rope_tables", "rotation_matrix", "sample", "silu", "sinusoidal_positions", "SLOTS",
-    "softmax", "split_heads", "split_kv_attention", "split_qkv", "Step", "swiglu",
-    "temperature", "top_k", "top_p", "yarn_frequencies", "yarn_scale",
+    "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "Ops", "qkv_projection",
+    "reference", "relu", "repetition_penalty", "rms_norm", "rope_frequencies", "rope_tables",
+    "rotation_matrix", "sample", "silu", "sinusoidal_positions", "softmax", "split_heads",
+    "split_kv_attention", "swiglu", "temperature", "top_k", "top_p", "yarn_frequencies",
+    "yarn_scale",
 ]

@@ -21,12 +21,12 @@ def qkv_projection(x: Array, weight: Array, n_head: int, n_kv_head: int, bias: A
     Parameters
     ----------
     x : array [..., n_seq, d_model]
-    weight : array [d_qkv, d_model]
-        d_qkv = (n_head + 2*n_kv_head) * d_head rows: W_q of all heads, then W_k, then W_v, each head
+    weight : array [(n_head+2*n_kv_head)*d_head, d_model]
+        The rows of W_q of all heads, then W_k, then W_v, each head
         d_head rows.  In Phi-3 checkpoints `qkv_proj`; in Llama's `q_proj`, `k_proj` and `v_proj`
         below each other.
     n_head, n_kv_head : int
-    bias : array [d_qkv], optional
+    bias : array [(n_head+2*n_kv_head)*d_head], optional
 
     Returns
     -------
