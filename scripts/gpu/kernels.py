@@ -163,8 +163,8 @@ def launches(call: Any) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
 
 
 def largest_error(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest |got - want| over the largest |want|; infinite for another shape or a NaN."""
-    if got.shape != want.shape or not np.isfinite(got).all():
+    """The largest |got - want| over the largest |want|; infinite for another shape."""
+    if got.shape != want.shape:
         return float("inf")
     return float(np.abs(got - want).max() / np.abs(want).max())
 
