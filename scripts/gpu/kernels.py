@@ -96,11 +96,11 @@ def compile_facts(kernel: str, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def compile_variant(kernel: str, definitions: dict[str, Any]) -> Any:
-    """Return one variant, compiled: a RawKernel."""
+    """Return one variant, compiled and loaded: a RawKernel, which does both when it is asked."""
     module = launching()
     get = getattr(module, "compiled", None) or module._compiled
     compiled = get(kernel, tuple(sorted(definitions.items())))
-    compiled.compile()
+    _ = compiled.num_regs
     return compiled
 
 
