@@ -18,7 +18,7 @@ from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoints.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
 from npllm.config.config import Config
-from npllm.decoding.loop import next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.decoding.loop import last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.errors import NpllmError
 from npllm.models import phi3
 from npllm.quantized.int8 import quantize
@@ -151,7 +151,7 @@ def next_tokens(model, prompt, n, *, order="transformers", **filters):
         after the filters.  Tokens that a filter excludes are left out.
     """
     ids, valid, _, _ = prepare(model, prompt)
-    logits = to_numpy(model(ids, attention_mask=valid, logits_to_keep=1))[:, -1, :]
+    logits = last_logits(model, ids, attention_mask=valid)
     seen = seen_tokens(ids, valid, model.config.vocab_size)
     probabilities = next_token_distribution(logits, order=order, seen=seen, **filters)[0]
     best = [i for i in np.lexsort((-logits[0], -probabilities))[:n] if probabilities[i] > 0]
