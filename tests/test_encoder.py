@@ -58,7 +58,7 @@ def make(seed=0, dtype=np.float64, *, backend=None, max_length=None, ops=None, *
     """An encoder with random weights that came from no folder, and its weights by name."""
     config = BertConfig.from_json(CONFIG | changes)
     weights = tensors(config, seed, dtype)
-    params = bert._assemble(weights.get, config)
+    params = bert.assemble(weights.get, config)
     return encoder.Encoder(config, params, ops=ops, tokenizer=npllm.Tokenizer(backend or plain()), max_length=max_length), weights
 
 
@@ -248,7 +248,8 @@ def test_what_sentence_transformers_would_do_otherwise_is_refused(tmp_path, name
 
 def test_the_mean_may_be_asked_for(tmp_path):
     files = [("1_Pooling/config.json", {"word_embedding_dimension": 12, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True})]
-    npllm.load(write(tmp_path, files=files))
+    asked, unasked = npllm.load(write(tmp_path / "asked", files=files)), npllm.load(write(tmp_path / "unasked"))
+    close(asked.embed(["a b", "b"]), unasked.embed(["a b", "b"]), times=0)
 
 
 def test_one_error_lists_all_that_is_wrong_with_the_tensors(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import resource
+import sys
 import time
 import tracemalloc
 import warnings
@@ -295,8 +296,9 @@ def test_a_pickle_under_the_name_of_safetensors(valid, tmp_path):
 def test_remote_code_is_never_run(valid, tmp_path):
     config = json.loads(valid["config.json"]) | {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}
     folder = write(tmp_path / "m", valid, config=json.dumps(config).encode())
-    (folder / "modeling_phi3.py").write_text("raise SystemExit('this ran')")
-    npllm.load(folder)
+    (folder / "modeling_phi3.py").write_text("import sys; sys.this_ran = True; raise SystemExit('this ran')")
+    assert npllm.load(folder).config.architectures == ("Phi3ForCausalLM",)
+    assert not hasattr(sys, "this_ran") and "modeling_phi3" not in sys.modules
 
 
 # ------------------------------------------------------------------------------------------- config and other json

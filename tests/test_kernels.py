@@ -60,6 +60,17 @@ SIZES = {"n": st.sampled_from([1, 2, 4, 5, 16, 17, 40]), "d_in": st.integers(1, 
          "dtype": st.sampled_from(STORED), "seed": st.integers(0, 99)}
 
 
+def same_cache(n_layer, mine, theirs, times=1):
+    """Compare what two caches keep of every layer."""
+    for layer in range(n_layer):
+        (*held, slots), (*expected, their_slots) = mine.kept(layer), theirs.kept(layer)
+        assert slots == their_slots
+        for x, y in zip(held, expected, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                close(x, y, times=times)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kernel_has_the_signature_of_its_definition(fast, name):
     definition = ops.blockwise_attention if name == "attention" else getattr(ops, name)
@@ -192,9 +203,7 @@ def test_rope_attention_and_the_cache_it_leaves(fast, n_kv, group, d_half, d_pas
         for c in caches:
             c.advance(np.zeros((n_batch, n), int), positions, valid[:, : done + n], np.zeros(n_batch, int))
         done += n
-    for mine, theirs in zip(caches[0]._layers[0][:2], caches[1]._layers[0][:2], strict=True):
-        first = caches[0]._layers[0][2]
-        close(mine[:, :, : done - first], theirs[:, :, : done - first])
+    same_cache(1, *caches)
 
 
 @each_set
@@ -220,12 +229,10 @@ def test_attention_block_and_the_cache_it_leaves(fast, n_kv, group, d_half, n_ba
         close(got, want, times=4)
         assert (x == before).all()
         for c in caches:
-            assert [kept is None for kept in c._layers] == [True, True, False]
             c.advance(np.zeros((n_batch, n), int), positions, valid[:, : done + n], np.zeros(n_batch, int))
         done += n
-    for mine, theirs in zip(caches[0]._layers[2][:2], caches[1]._layers[2][:2], strict=True):
-        first = caches[0]._layers[2][2]
-        close(mine[:, :, : done - first], theirs[:, :, : done - first], times=4)
+    assert [caches[0].kept(layer)[0] is None for layer in range(3)] == [True, True, False]
+    same_cache(3, *caches, times=4)
 
 
 # ------------------------------------------------------------------------------------------------------------- all layers
@@ -279,11 +286,7 @@ def test_decoder_layers_and_the_cache_they_leave(fast, n_layer, n_batch, steps, 
     for n in steps:
         got, want = (through(o, layers, c, n, seed + n, masks, place) for o, c in zip((fast, ops.reference), caches, strict=True))
         close(got, want, times=8)
-    for mine, theirs in zip(*(cache._layers for cache in caches), strict=True):
-        assert (mine is None) == (theirs is None)
-        for x, y in zip(mine[:2], theirs[:2], strict=True) if mine else ():
-            used = sum(steps) - mine[2]
-            close(x[:, :, :used], y[:, :, :used], times=8)
+    same_cache(6, *caches, times=8)
 
 
 @needs_numba
