@@ -138,8 +138,9 @@ def result(op, arguments):
     y = list(y) if isinstance(y, tuple) else [y]
     cache = arguments.get("cache")
     if cache is not None:
-        n_ctx, n_layer = N_PAST + y[0].shape[1], len(arguments.get("layers", "1"))
-        y += [x[:, :, :n_ctx].copy() for layer in cache._layers[PLACE : PLACE + n_layer] for x in layer[:2]]
+        n_new, n_layer = y[0].shape[1], len(arguments.get("layers", "1"))
+        cache.advance(*np.zeros((2, cache.n_batch, n_new), np.int64), np.ones((cache.n_batch, N_PAST + n_new), bool), cache.choice)
+        y += [x.copy() for n in range(n_layer) for x in cache.kept(PLACE + n)[:2]]
     return y
 
 
