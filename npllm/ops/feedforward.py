@@ -71,6 +71,7 @@ def swiglu(gate, up):
     return y if y.dtype == gate.dtype else xp.astype(y, gate.dtype)
 
 
+@ieee_semantics
 def relu(x):
     """Keep what is positive.
 

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, widen
 from npllm.errors import NpllmValueError
 
 __all__ = ["linear", "mean_pool_kv_heads", "merge_heads", "split_heads"]
@@ -11,6 +11,7 @@ __all__ = ["linear", "mean_pool_kv_heads", "merge_heads", "split_heads"]
 BLOCK_ENTRIES = 2**19
 
 
+@ieee_semantics
 def linear(x, weight, bias=None):
     """Multiply each row by the transposed weight matrix, and add a bias.
 

@@ -21,6 +21,7 @@ BLOCK_ROWS = 2**16  # entries of an activation that one thread takes at a time
 BLOCK_Q, BLOCK_K = 256, 512  # a tile of scores is half a MiB
 
 
+@ieee_semantics
 def linear(x, weight, bias=None):
     """Compute `npllm.ops.linear`: blocks of rows of the weight are widened into a buffer and multiplied there."""
     if not fits_linear(x, weight, bias):
@@ -79,6 +80,7 @@ def widened(weight):
     return wide
 
 
+@ieee_semantics
 def _product_bf16(halves, weight, y):
     """One block of bfloat16, two neighbours at a time: a 32-bit word holds the even channel below and the odd one above."""
     pairs = weight.view(np.uint32)
@@ -237,6 +239,7 @@ def _ends(slots):
     return (min(slots[0], slots[-1]), max(slots[0], slots[-1])) if isinstance(slots, range) else (slots.min(), slots.max())
 
 
+@ieee_semantics
 def _attend(q, y, lse, k, v, scale, seen, fold):
     """One key/value head, one block of queries of its group: q [group, n_rows, d_head] -> y [group, n_rows, d_value]."""
     group, n_rows, d_head = q.shape
