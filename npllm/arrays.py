@@ -17,8 +17,9 @@ import numpy as np
 
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
-__all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
-           "host_range", "ieee_semantics", "is_array", "is_integer", "round_to", "stable_argsort", "to_numpy", "widen"]
+__all__ = ["BACKENDS", "array_namespace", "as_index", "asarray", "backend_name", "backend_namespace", "compute_dtype",
+           "dtype_named", "entries_at_once", "expect_shape", "host_range", "ieee_semantics", "is_array", "is_integer",
+           "largest", "native", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
 
 BACKENDS = ("numpy", "cupy", "auto")
 
@@ -29,6 +30,7 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+HOST_ENTRIES, DEVICE_ENTRIES = 2**19, 2**26
 _FLOATS = frozenset(DTYPES)
 _BYTES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
           "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
@@ -54,7 +56,8 @@ def array_namespace(*arrays):
     Raises
     ------
     NpllmTypeError
-        For a mixture of libraries, and for what is no array (a list, a number, a torch tensor).
+        For a mixture of libraries, for what is no array (a list, a number, a torch tensor), and for NumPy arrays in another byte
+        order than the machine's.
 
     Notes
     -----
@@ -69,6 +72,9 @@ def array_namespace(*arrays):
         if not is_array(x):
             raise NpllmTypeError(f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
                                  f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray")
+        if isinstance(x, np.ndarray) and not x.dtype.isnative:
+            raise NpllmTypeError(f"dtype {x.dtype} has another byte order than this machine; convert the array once, with "
+                                 "npllm.arrays.native(x)")
         xp = sys.modules["cupy"] if _is_cupy(x) else x.__array_namespace__()
         namespaces[xp.__name__] = xp
     if len(namespaces) != 1:
@@ -118,6 +124,11 @@ def backend_namespace(backend):
     return _cupy()
 
 
+def backend_name(xp):
+    """Name the backend of a library: "numpy", or "cupy" for every other."""
+    return "numpy" if xp is np else "cupy"
+
+
 def _cupy():
     """CuPy, or an error that says what was found and what to install."""
     try:
@@ -145,6 +156,31 @@ def dtype_named(name):
         raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}") from None
 
 
+def widest(dtypes):
+    """Find the narrowest float dtype that holds every value of all the given ones.
+
+        bfloat16 and float16 -> float32, which alone has the exponent of the one and the fraction of the other
+
+    Parameters
+    ----------
+    dtypes : iterable of NumPy dtypes
+        bfloat16, float16, float32 or float64, in any byte order.
+
+    Returns
+    -------
+    dtype : NumPy dtype
+        In the byte order of the machine.
+
+    Notes
+    -----
+    Source: `torch.promote_types`.
+    """
+    names = {dtype.name for dtype in dtypes}
+    if len(names) == 1:
+        return dtype_named(names.pop())
+    return DTYPES["float64" if "float64" in names else "float32"]
+
+
 def asarray(x, xp):
     """Move a host array to library `xp`; no copy where it is there already."""
     if hasattr(x, "to") and hasattr(x, "scales"):  # an Int8Weight
@@ -157,6 +193,11 @@ def to_numpy(x):
     if isinstance(x, np.ndarray):
         return x
     return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def native(x):
+    """Bring a NumPy array into the byte order of the machine: itself, or a copy with the same values."""
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def compute_dtype(*arrays):
@@ -238,9 +279,40 @@ def stable_argsort(x, xp):
     return xp.argsort(x, axis=-1, stable=True)
 
 
+def largest(x, n, xp):
+    """Find the n largest entries of the last axis.
+
+    Returns
+    -------
+    indices : integer array [..., n]
+        The largest first; equal entries in the order in which they stand, but for those that equal the n-th largest: which of
+        them are among the n is left open.
+    """
+    if xp is not np or n == x.shape[-1]:
+        return stable_argsort(-x, xp)[..., :n]
+    some = np.sort(np.argpartition(-x, n - 1, axis=-1)[..., :n], axis=-1)
+    return np.take_along_axis(some, stable_argsort(-np.take_along_axis(x, some, axis=-1), np), axis=-1)
+
+
+def entries_at_once(x):
+    """Say how many entries of a stored weight to widen to float32 at a time: what fits a fast memory, and is worth a call.
+
+    2**19 on the host, 2 MiB, which stays in a core's cache; 2**26 on a device, 256 MiB, so that the product of a block fills it.
+    """
+    return HOST_ENTRIES if array_namespace(x) is not sys.modules.get("cupy") else DEVICE_ENTRIES
+
+
 def is_integer(x):
     """Tell whether an array holds integers (bool is not one)."""
     return _dtype_name(x).startswith(("int", "uint"))
+
+
+def as_index(ids):
+    """Turn uint64, which NumPy does not take for an index, into int64; return other integers as they are."""
+    if _dtype_name(ids) != "uint64":
+        return ids
+    xp = array_namespace(ids)
+    return xp.astype(ids, xp.int64)
 
 
 def n_bytes(x):

@@ -1,5 +1,6 @@
 """What the commands report, as plain dicts: the machine, a checkpoint, the next tokens, the speed."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -9,23 +10,22 @@ import time
 from math import prod
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from npllm import kernels, ops
 from npllm.analysis.profiling import seconds
 from npllm.analysis.score import score
-from npllm.arrays import backend_namespace, to_numpy
+from npllm.arrays import array_namespace, backend_name, backend_namespace, to_numpy
 from npllm.checkpoints.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
 from npllm.config.config import Config
-from npllm.decoding.loop import next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.decoding.loop import last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.errors import NpllmError
 from npllm.models import phi3
 from npllm.quantized.int8 import quantize
-from npllm.threads import n_threads
+from npllm.threads import blas_facts, n_threads
 
-__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
-           "next_tokens", "peak_memory", "profile_lines", "score_facts", "speed"]
+__all__ = ["attention_rows", "checkpoint_facts", "compare_sets", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
+           "next_tokens", "peak_memory", "profile_lines", "score_facts", "set_lines", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
             "numba", "threadpoolctl", "cupy-cuda13x")
@@ -41,7 +41,7 @@ def machine_facts():
     facts : dict
     """
     return {
-        "npllm": importlib.metadata.version("npllm"),
+        "npllm": importlib.import_module("npllm").__version__,  # also of a folder that is not installed
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -151,7 +151,7 @@ def next_tokens(model, prompt, n, *, order="transformers", **filters):
         after the filters.  Tokens that a filter excludes are left out.
     """
     ids, valid, _, _ = prepare(model, prompt)
-    logits = to_numpy(model(ids, attention_mask=valid, logits_to_keep=1))[:, -1, :]
+    logits = last_logits(model, ids, attention_mask=valid)
     seen = seen_tokens(ids, valid, model.config.vocab_size)
     probabilities = next_token_distribution(logits, order=order, seen=seen, **filters)[0]
     best = [i for i in np.lexsort((-logits[0], -probabilities))[:n] if probabilities[i] > 0]
@@ -300,6 +300,41 @@ def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
             "cache_speedup": facts["decode_cached"] / facts["decode_uncached"], "peak_bytes": peak_memory()}
 
 
+def compare_sets(model, others, **sizes):
+    """Measure a model on its own set of operations and on others, one after another.
+
+    Parameters
+    ----------
+    model : Model
+    others : iterable of str
+        Names of sets, see `npllm.kernels.choose_ops`.
+    **sizes
+        As in `speed`.
+
+    Returns
+    -------
+    facts : dict
+        "sets": what `speed` found, in the order measured, the model's own set first; "speedup": the tokens per second of the
+        model's own set over those of each other, by the name of that set and of what was measured.
+    """
+    backend = backend_name(array_namespace(model.params.embed_tokens))
+    models = [model, *(model.on(kernels.choose_ops(name, backend)) for name in others)]
+    sets = [speed(one, **sizes) for one in models]
+    own = sets[0]["tokens_per_second"]
+    return {"sets": sets, "speedup": {facts["ops"]: {name: own[name] / value for name, value in facts["tokens_per_second"].items()}
+                                      for facts in sets[1:]}}
+
+
+def set_lines(facts):
+    """Lay out what `compare_sets` found: yield lines of text."""
+    for one in facts["sets"]:
+        for name, value in one["tokens_per_second"].items():
+            yield f"{one['ops']:<12} {name:<16} {value:9.1f} tokens/s"
+    own = facts["sets"][0]["ops"]
+    for other, ratios in facts["speedup"].items():
+        yield f"{own} over {other}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+
+
 def peak_memory():
     """Bytes of memory that this process held at most, mapped weights that were touched included; 0 where the system cannot tell."""
     try:
@@ -330,7 +365,7 @@ def _blas_facts():
     """Name and version of NumPy's BLAS; its kernel set and threads where threadpoolctl can ask it."""
     built = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     facts = {"name": built.get("name"), "version": built.get("version")}
-    pool = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
+    pool = blas_facts()
     return facts | {"kernels": pool.get("architecture"), "threads": pool.get("num_threads")}
 
 

@@ -165,7 +165,7 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     if mask is not None and not callable(mask) and mask.dtype != xp.bool:
         raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
                              "additive masks go to bias")
-    return _slots("q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq), _slots("k_slots", k_slots, "n_ctx", n_ctx, 0)
+    return _slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq), _slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0)
 
 
 def _check_broadcast(name, x, shape):
@@ -174,8 +174,8 @@ def _check_broadcast(name, x, shape):
         raise NpllmValueError(f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}")
 
 
-def _slots(name, slots, axis, n, first):
-    """Check given slots; without any, n of them from `first`."""
+def _slots(xp, name, slots, axis, n, first):
+    """Check given slots, and widen them to int64, in which a rule may subtract; without any, n of them from `first`."""
     if slots is None:
         return range(first, first + n)
     if not isinstance(slots, range) and not (is_integer(slots) and slots.ndim == 1):
@@ -183,4 +183,4 @@ def _slots(name, slots, axis, n, first):
     got = len(slots) if isinstance(slots, range) else slots.shape[0]
     if got != n:
         raise NpllmValueError(f"{name} must be [{axis}] = [{n}], got [{got}]")
-    return slots
+    return slots if isinstance(slots, range) or slots.dtype == xp.int64 else xp.astype(slots, xp.int64)

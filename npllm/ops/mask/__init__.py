@@ -7,7 +7,7 @@ drop the mask where everything is.
 """
 
 from npllm.ops.mask.dense import bidirectional, causal, lookback, prefix_lm, sliding_window
-from npllm.ops.mask.labels import documents, padding
+from npllm.ops.mask.labels import documents, left_padding, padding
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
 from npllm.ops.mask.sparse import (
     band,
@@ -21,4 +21,5 @@ from npllm.ops.mask.sparse import (
 )
 
 __all__ = ["ALL", "NONE", "SOME", "Rule", "band", "bidirectional", "block_local", "causal", "dilated_window", "documents", "fixed",
-           "global_tokens", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks", "sliding_window", "strided"]
+           "global_tokens", "left_padding", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks",
+           "sliding_window", "strided"]
