@@ -311,6 +311,16 @@ def test_a_sequence_has_the_same_bits_in_any_company(d_head, dtype, window):
         assert alone[0].tobytes() == together[row].tobytes()
 
 
+@pytest.mark.parametrize("n_ctx", [8 * 128, 8 * 128 + 1, 2 * 8 * 128 + 70, 32 * 128 + 1])
+def test_more_splits_than_warps_and_lanes(n_ctx):
+    """A warp of the merge takes every eighth split, and each lane every 32nd maximum."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1, n, 32), dtype=np.float32) for n in (1, n_ctx, n_ctx))
+    k[:, :, -1] = 9 * q[:, :, 0]  # the largest score stands in the last split
+    want = moved(ops.attention(q, k, v, scale=0.1))
+    close(decode(*moved((q, k, v)), scale=0.1), want, times=8)
+
+
 def test_keys_of_any_layout():
     """Columns of a longer array; rows that do not begin at multiples of 16 bytes are copied."""
     rng = np.random.default_rng(0)

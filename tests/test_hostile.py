@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import resource
+import sys
 import time
 import tracemalloc
 import warnings
@@ -296,8 +297,9 @@ def test_a_pickle_under_the_name_of_safetensors(valid, tmp_path):
 def test_remote_code_is_never_run(valid, tmp_path):
     config = json.loads(valid["config.json"]) | {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}
     folder = write(tmp_path / "m", valid, config=json.dumps(config).encode())
-    (folder / "modeling_phi3.py").write_text("raise SystemExit('this ran')")
-    npllm.load(folder)
+    (folder / "modeling_phi3.py").write_text("import sys; sys.this_ran = True; raise SystemExit('this ran')")
+    assert npllm.load(folder).config.architectures == ("Phi3ForCausalLM",)
+    assert not hasattr(sys, "this_ran") and "modeling_phi3" not in sys.modules
 
 
 # ------------------------------------------------------------------------------------------- config and other json
@@ -762,16 +764,17 @@ def check_case(worker, number):
 FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 
 
-@settings(max_examples=300, **FUZZ)
+@settings(max_examples=40, **FUZZ)
 @given(number=st.integers(0, 2**40))
 def test_mutated_folders(worker, number):
     check_case(worker, number)
 
 
 @pytest.mark.slow
-@settings(max_examples=20000, **FUZZ)
+@settings(max_examples=1000, **FUZZ)
 @given(number=st.integers(0, 2**40))
 def test_many_mutated_folders(worker, number):
+    """Two minutes of them; scripts/fuzz.py goes on for as long as it is asked to."""
     check_case(worker, number)
 
 

@@ -149,7 +149,7 @@ def test_a_kernel_that_spills_is_seen():
 
 def test_sources_are_part_of_the_package():
     for kernel in cuda.VARIANTS:
-        assert re.search(rf'extern "C" __global__ void (__launch_bounds__\(.*\))?\s*{kernel}\(', cuda.source(kernel))
+        assert re.search(rf'extern "C" __global__ void\s+(__launch_bounds__\(.*\))?\s*{kernel}\(', cuda.source(kernel))
 
 
 TWINS = ["linear", "rms_norm", "swiglu", "attention"]

@@ -295,7 +295,7 @@ def test_everything_is_computed_in_float32_or_float64(tmp_path, stored, computed
     cache = m.new_cache()
     m(random_ids(1, 4), cache=cache, tap=lambda name, x: seen.setdefault(name, x))
     assert {x.dtype.name for x in seen.values()} == {computed}
-    assert {x.dtype.name for layer in cache._layers for x in layer[:2]} == {computed}
+    assert {x.dtype.name for layer in range(m.config.num_hidden_layers) for x in cache.kept(layer)[:2]} == {computed}
 
 
 def test_float32_stays_close_to_float64():

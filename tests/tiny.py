@@ -70,10 +70,12 @@ def write_json(path, content):
 
 
 def model(*, ops=None, seed=0, dtype=np.float32, **changes):
-    """A model with random weights that came from no folder."""
+    """A model with random weights that came from no folder; as those of a checkpoint they are read-only."""
     content = config_dict(**changes)
     config = Config.from_json(content)
     w = weights(content, seed, dtype)
+    for x in w.values():
+        x.flags.writeable = False
     layers = tuple(npllm.checkpoints.safetensors.LayerParams(**{
         leaf: w[f"model.layers.{number}.{half}{leaf}.weight"]
         for half, leaves in (("", ("input_layernorm", "post_attention_layernorm")), ("self_attn.", ("qkv_proj", "o_proj")),

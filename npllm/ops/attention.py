@@ -4,12 +4,13 @@ The blockwise form (`npllm.ops.blockwise`) is derived independently and shares n
 arguments and the default slots.
 """
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, is_integer, widen
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, is_integer, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["attention", "attention_weights"]
 
 
+@ieee_semantics
 def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None):
     """Say how much each query attends to each key: the relevance of every position, as a distribution.
 
@@ -60,6 +61,7 @@ def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q
     return weights if weights.dtype == q.dtype else xp.astype(weights, q.dtype)
 
 
+@ieee_semantics
 def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False):
     """Replace each query by the mean of the values, weighted by the relevance of their keys: the definition.
 

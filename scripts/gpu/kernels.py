@@ -96,11 +96,11 @@ def compile_facts(kernel: str, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def compile_variant(kernel: str, definitions: dict[str, Any]) -> Any:
-    """Return one variant, compiled: a RawKernel."""
+    """Return one variant, compiled and loaded: a RawKernel, which does both when it is asked."""
     module = launching()
     get = getattr(module, "compiled", None) or module._compiled
     compiled = get(kernel, tuple(sorted(definitions.items())))
-    compiled.compile()
+    _ = compiled.num_regs
     return compiled
 
 
@@ -163,8 +163,8 @@ def launches(call: Any) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
 
 
 def largest_error(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest |got - want| over the largest |want|; infinite for another shape or a NaN."""
-    if got.shape != want.shape or not np.isfinite(got).all():
+    """The largest |got - want| over the largest |want|; infinite for another shape."""
+    if got.shape != want.shape:
         return float("inf")
     return float(np.abs(got - want).max() / np.abs(want).max())
 

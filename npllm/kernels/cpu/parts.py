@@ -11,11 +11,11 @@ import numpy as np
 from numba import get_num_threads, prange
 
 from npllm import ops
-from npllm.arrays import DTYPES
+from npllm.arrays import DTYPES, ieee_semantics
 from npllm.kernels.cpu import gemm, tiled
 from npllm.kernels.cpu.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
 from npllm.kernels.cpu.gemv import FEW_ROWS, add_product, gate_all, gated_product
-from npllm.kernels.cpu.layout import is_row_major, row_major, row_major_copy, rows_of
+from npllm.kernels.cpu.layout import frozen, is_row_major, row_major, row_major_copy, rows_of
 from npllm.kernels.cpu.simd import kernel
 from npllm.ops.attention import evaluate_mask
 from npllm.ops.mask.rule import ALL, FAR
@@ -24,7 +24,7 @@ from npllm.threads import run_blocks, scratch
 
 __all__ = ["gelu", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
 
-NOTHING, NO_SCALES = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+NOTHING, NO_SCALES = frozen(np.zeros(0, np.float32)), frozen(np.zeros((0, 0), np.float32))
 BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
 
 
@@ -45,6 +45,7 @@ def norm_linear(x, norm_weight, eps, weight, bias=None):
     return biased(multiplied(x, weight, norm_weight, eps), bias)
 
 
+@ieee_semantics
 def biased(y, bias):
     """Add a bias to new rows, in place."""
     if bias is not None:
@@ -86,6 +87,7 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
     return y.reshape(*x.shape[:-1], d_ff)
 
 
+@ieee_semantics
 def gated_panels(x, norm_weight, eps, weight, bias):
     """Compute `norm_swiglu` of many rows, as panels [n_panel, d_ff, columns] in a buffer."""
     both = many_rows(x, weight, norm_weight, eps)
@@ -131,12 +133,14 @@ def fits_gain(x, gain):
 
 def bits(x):
     """A stored array as Numba can take it."""
-    return x.view(BITS[x.dtype])
+    return frozen(x.view(BITS[x.dtype]))
 
 
 def stored(weight):
     """A weight as the kernels take it: its entries, and their scales where they are in 8 bits."""
-    return (weight.values, weight.scales) if isinstance(weight, Int8Weight) else (bits(weight), NO_SCALES)
+    if isinstance(weight, Int8Weight):
+        return row_major(weight.values), row_major(weight.scales)
+    return bits(weight), NO_SCALES
 
 
 def fits_product(x, weight, bias=None):

@@ -51,7 +51,8 @@ def run_once(command, **options):
 class RawKernel:
     """One variant of a kernel, as `cupy.RawKernel`."""
 
-    num_regs = local_size_bytes = shared_size_bytes = 0  # a CPU has none of these
+    local_size_bytes = shared_size_bytes = 0  # a CPU has none of these
+    num_regs = property(lambda self: 0 * bool(self.compile()))  # to ask for it compiles
 
     def __init__(self, name, definitions):
         self.name, self.definitions = name, definitions
