@@ -43,7 +43,10 @@ FIGURES = {
 def poisoned(where, **options):
     """A model with NaN among its weights, which every token meets."""
     m = tiny.model(**options)
-    WEIGHTS[where](m.params)[...] = np.nan
+    weight = WEIGHTS[where](m.params)
+    weight.flags.writeable = True
+    weight[...] = np.nan
+    weight.flags.writeable = False
     return m
 
 

@@ -36,8 +36,8 @@ def to_bool(
 
     Returns
     -------
-    visible : bool array [..., n_seq, n_ctx]
-        True where visible; further axes [n_batch, 1] in front for a rule that differs by
+    visible : bool array [n_seq, n_ctx]
+        True where visible; further axes n_batch, 1 in front for a rule that differs by
         sequence.  In the library of the slots; NumPy without any.
 
     Raises
