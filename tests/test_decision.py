@@ -43,10 +43,10 @@ FIGURES = {
 def poisoned(where, **options):
     """A model with NaN among its weights, which every token meets."""
     m = tiny.model(**options)
-    weight = WEIGHTS[where](m.params)
-    weight.flags.writeable = True
-    weight[...] = np.nan
-    weight.flags.writeable = False
+    top = (x for x in m.params if isinstance(x, np.ndarray))
+    for x in (*top, *(x for layer in m.params.layers for x in layer if x is not None)):
+        x.flags.writeable = True
+    WEIGHTS[where](m.params)[...] = np.nan
     return m
 
 

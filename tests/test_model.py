@@ -39,7 +39,7 @@ def named_values(cached):
 
 NAMES = list(named_values(False))
 
-OF_OTHER_BLOCKS = ("layer_norm", "relu", "gelu", "silu", "add_positions")  # operations that no Phi-3 layer calls
+OF_OTHER_BLOCKS = {"layer_norm", "relu", "gelu", "silu", "add_positions"}  # operations that no Phi-3 layer calls
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
