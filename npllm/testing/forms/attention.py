@@ -1,6 +1,6 @@
 """Attention with its forks: masks, scale, operands, cache rows, empty rows.
 
-    s = scale * q k^T;  s = softcap * tanh(s / softcap);  s += bias;  y = softmax(s, visible keys) v
+y = softmax(softcap * tanh(scale * q k^T / softcap) + bias, over the visible keys) v
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 from npllm.testing.forms.common import Answer, Array, Choice, NotApplicableError, Work, gamma
 
-__all__ = ["attention", "attention_lse"]
+__all__ = ["attention", "attention_lse", "operands", "visible_keys"]
 
 FILLS = {"-1e9": -1e9, "-1e4": -1e4}
 FRONTIER = {"one key late": 1, "one key early": -1}
@@ -51,6 +51,11 @@ def attention_lse(inputs: dict, choice: Choice, work: Work) -> Answer:
     """Evaluate the log-sum-exp of each row of scores under the options of `choice`.
 
         lse = m + log sum_j exp(s_j - m);   slack = sum_j p_j delta_j + gamma_(n+2) + 3 u |lse|
+
+    Returns
+    -------
+    answer : Answer
+        Arrays [n_batch, n_head, n_rows].
     """
     table = _table(inputs, choice, work)
     with np.errstate(divide="ignore"):
@@ -67,12 +72,12 @@ def attention_lse(inputs: dict, choice: Choice, work: Work) -> Answer:
 
 def _table(inputs: dict, choice: Choice, work: Work) -> dict[str, Any]:
     """Scores, probabilities and their errors, [n_batch, n_head, n_rows, n_ctx]."""
-    q, k, v = _operands(inputs, choice, work.dtype)
+    q, k, v = operands(inputs, choice, work.dtype)
     rows = np.arange(q.shape[-2]) if work.rows is None else np.asarray(work.rows)
     d_head = inputs["q"].shape[-1]
     scale = d_head**-0.5 if inputs["scale"] is None else inputs["scale"]
     scale = _scale(scale, d_head, inputs["d_rope"], choice)
-    keep = _visible(inputs, choice, q, k, rows)
+    keep = visible_keys(inputs, choice, q, k, rows)
     q = q[:, :, rows]
     raw = (q @ np.swapaxes(k, -1, -2)) * np.asarray(scale, dtype=work.dtype)
     size = abs(scale) * (np.abs(q) @ np.swapaxes(np.abs(k), -1, -2))
@@ -121,7 +126,7 @@ def _bias(inputs: dict, k: Array, rows: Array, dtype: Any) -> Array:
 # ------------------------------------------------------------------ operands
 
 
-def _operands(inputs: dict, choice: Choice, dtype: Any) -> tuple[Array, Array, Array]:
+def operands(inputs: dict, choice: Choice, dtype: Any) -> tuple[Array, Array, Array]:
     """Queries, keys and values [n_batch, n_head, n, d], the keys and values once a query head."""
     q, k, v = (_four(inputs[name]).astype(dtype) for name in "qkv")
     q, k, v = _swapped(q, k, v, choice.get("C22"))
@@ -181,7 +186,7 @@ def _cached(x: Array, n_seq: int, option: str | None) -> Array:
 # ------------------------------------------------------------------ what is visible
 
 
-def _visible(inputs: dict, choice: Choice, q: Array, k: Array, rows: Array) -> Array:
+def visible_keys(inputs: dict, choice: Choice, q: Array, k: Array, rows: Array) -> Array:
     """Which keys the rows see, bool [n_batch or 1, 1, n_rows, n_ctx]."""
     n_seq, n_ctx = q.shape[-2], k.shape[-2]
     shift = 0 if choice.get("C9") == "top-left" else n_ctx - n_seq
@@ -195,6 +200,10 @@ def _visible(inputs: dict, choice: Choice, q: Array, k: Array, rows: Array) -> A
     if is_symmetric:
         keep &= j < i + inputs["window"]
     keep = keep[None, None]
+    if inputs["mask"] is not None:
+        shape = (*inputs["q"].shape[:-1], n_ctx)
+        given = np.broadcast_to(inputs["mask"].astype(bool), shape)
+        keep = keep & given.reshape(-1, *shape[-3:])[:, :, rows]
     if inputs["valid"] is not None and choice.get("C23") != "padding enters":
         keep = keep & inputs["valid"].astype(bool)[:, None, None, :]
     if inputs["documents"] is not None and choice.get("C19") != "no document mask":

@@ -5,7 +5,7 @@ import numpy as np
 
 from npllm.testing.forms.common import Answer, Array, Choice, NotApplicableError, Work
 
-__all__ = ["rope"]
+__all__ = ["chosen_factors", "rope"]
 
 POSITION_DTYPES = {"bfloat16 positions": ml_dtypes.bfloat16, "float16 positions": np.float16}
 
@@ -77,7 +77,7 @@ def _phase(inputs: dict, choice: Choice, d_rope: int, d_head: int, work: Work) -
     base = 10000.0 if choice.get("C25") == "10000" else inputs["base"]
     exponent = (np.arange(0, d_rope, 2, dtype=np.float32) / np.float32(width)).astype(np.float64)
     power = np.power(float(base), exponent).astype(np.float32)
-    inv_freq = np.float32(1) / (_factors(inputs, positions, choice, d_rope // 2) * power)
+    inv_freq = np.float32(1) / (chosen_factors(inputs, positions, choice, d_rope // 2) * power)
     option = choice.get("C2")
     if option in POSITION_DTYPES:
         with np.errstate(over="ignore"):
@@ -106,7 +106,7 @@ def _positions(positions: Array, choice: Choice) -> Array:
     return p + 1 if choice.get("C32") == "position off by one" else p
 
 
-def _factors(inputs: dict, positions: Array, choice: Choice, n: int) -> Array:
+def chosen_factors(inputs: dict, positions: Array, choice: Choice, n: int) -> Array:
     """Factors of LongRoPE, float32 [n]; the long ones where the call reaches beyond the original."""
     factors, option = inputs["factors"], choice.get("C3")
     if factors is None or option == "ignored":

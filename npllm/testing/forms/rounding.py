@@ -9,8 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from npllm.testing.forms.attention import _operands, _visible
+from npllm.testing.forms.attention import operands, visible_keys
 from npllm.testing.forms.common import Array, rounded
+from npllm.testing.forms.rope import chosen_factors
 
 __all__ = ["EMULATORS", "NARROW", "emulations"]
 
@@ -98,8 +99,8 @@ def _sequential(terms: Array, narrow: Round) -> Array:
 
 def _softmax_place(inputs: dict, option: str, cast: Round) -> list[Array]:
     """C14: dtype of the softmax, and the place of the scale; eager (rounds each step) and fused."""
-    q, k, v = _operands(inputs, {}, F32)
-    keep = _visible(inputs, {}, q, k, np.arange(q.shape[-2]))
+    q, k, v = operands(inputs, {}, F32)
+    keep = visible_keys(inputs, {}, q, k, np.arange(q.shape[-2]))
     scale = F32(q.shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"])
     outputs = []
     for each in (cast, lambda x: x):  # eager, fused
@@ -122,9 +123,8 @@ def _phase_dtype(inputs: dict, option: str, _: Round) -> list[Array]:
     x, d_rope = inputs["x"].reshape(-1, *inputs["x"].shape[-3:]).astype(F32), inputs["d_rope"]
     half = d_rope // 2
     power = (float(inputs["base"]) ** (np.arange(0, d_rope, 2, dtype=F32) / F32(d_rope)).astype(np.float64))
-    factors = F32(1) if inputs["factors"] is None else inputs["factors"].astype(F32)
-    inv_freq = F32(1) / (factors * power.astype(F32))
     positions = inputs["positions"].reshape(-1, inputs["positions"].shape[-1])
+    inv_freq = F32(1) / (chosen_factors(inputs, positions, {}, half) * power.astype(F32))
     phase = positions.astype(wide)[:, None, :, None] * inv_freq.astype(wide)
     magnitude = F32(inputs["magnitude"])
     cos, sin = magnitude * np.cos(phase).astype(F32), magnitude * np.sin(phase).astype(F32)

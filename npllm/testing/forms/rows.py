@@ -16,6 +16,11 @@ def rms_norm(inputs: dict, choice: Choice, work: Work) -> Answer:
     """Normalise each row under the options of `choice`.
 
         y = w x / sqrt(mean x**2 + eps);   slack = |y| (gamma_(n+1) / 2 + 5 u)
+
+    Returns
+    -------
+    answer : Answer
+        Arrays [n_row, width].
     """
     x = _flat(inputs["x"]).astype(work.dtype)
     w = inputs["weight"].astype(work.dtype)
@@ -40,6 +45,11 @@ def swiglu(inputs: dict, choice: Choice, work: Work) -> Answer:
     """Gate the up projection under the options of `choice`.
 
         y = gate / (1 + exp(-gate)) * up;   slack = |y| 7 u + |gate up| 2**-126
+
+    Returns
+    -------
+    answer : Answer
+        Arrays [n_row, width].
     """
     x = _flat(inputs["gate_up"]).astype(work.dtype)
     half = x.shape[-1] // 2
@@ -59,6 +69,11 @@ def linear(inputs: dict, choice: Choice, work: Work) -> Answer:
     """Multiply rows by a matrix under the options of `choice`.
 
         y = x W^T + bias;   slack = gamma_(n+1) (|x||W|^T + |bias|)
+
+    Returns
+    -------
+    answer : Answer
+        Arrays [n_row, width].
     """
     x, w = _flat(inputs["x"]).astype(work.dtype), inputs["weight"].astype(work.dtype)
     if choice.get("C31") == "weight [d_in, d_out]":

@@ -43,7 +43,7 @@ class Op:
 _ATTENTION = {"q": "[..., n_head, n_seq, d_head]", "k": "[..., n_kv_head, n_ctx, d_head]",
               "v": "[..., n_kv_head, n_ctx, d_value]"}
 _MASKS = {"causal": True, "window": None, "valid": None, "scale": None, "bias": None,
-          "softcap": None, "documents": None, "d_rope": None}
+          "softcap": None, "documents": None, "mask": None, "d_rope": None}
 
 
 def _half(inputs: dict) -> tuple:
@@ -81,7 +81,7 @@ OPS: dict[str, Op] = {
 """Name -> Op.  "attention_lse" is the log-sum-exp of attention's rows.  "detokenize" works on strings and stands apart."""
 
 _INTEGERS = ("window", "d_rope", "n_head", "n_kv_head", "top_k", "n_original")
-_MAYBE_ARRAYS = ("valid", "bias", "documents", "factors", "seen", "embedding")
+_MAYBE_ARRAYS = ("valid", "mask", "bias", "documents", "factors", "seen", "embedding")
 
 
 def op_named(op: str) -> Op:

@@ -52,7 +52,7 @@ ENTRIES = [
     Convention("C26", "RoPE table layout", {
         "one layout": Option("The table and the rotation have one layout."),
         "interleaved table, half-split rotation": Option("Column c holds angle c // 2; channel i turns with i + d_rope/2.", ROPE),
-        "half-split table, interleaved rotation": Option("Column c holds angle c mod d_rope/2; channel 2i turns with 2i + 1.", ROPE),
+        "half-split table, interleaved rotation": Option("Column c holds angle c mod d_rope/2; 2i turns with 2i + 1.", ROPE),
     }, ROPE, "algebraic", "The table is laid out as the rotation reads it.", "how-to-train-your-gpt#7"),
     Convention("C27", "RoPE direction", {
         "+sin": Option("y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin."),

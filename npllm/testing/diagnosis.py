@@ -1,0 +1,274 @@
+"""Which convention an implementation got wrong: the smallest set of options that explains its output."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from npllm.errors import NpllmValueError
+from npllm.testing.forms import Array, op_named, prepare
+from npllm.testing.forms.common import host
+from npllm.testing.forms.text import detokenize
+from npllm.testing.rates import rounding_options
+from npllm.testing.registry import alternatives, conventions
+from npllm.testing.search import UNITS, Choices, Search, allowance, dtype_name, named
+
+__all__ = ["Diagnosis", "diagnose"]
+
+CLOSE = 0.5  # share of the entries whose budget may exceed their value before nothing can be said
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of an output.
+
+    Parameters
+    ----------
+    status : str
+        "right", "wrong" or "not decidable".
+    names : list of str
+        The smallest set of options that explains a wrong output, such as ["C9 top-left"]; options that this input cannot
+        tell apart stand in one name, joined by " or ".  Empty: right, or no listed option explains it.
+    runner_up : tuple of str and float, optional
+        The nearest other explanation, and its distance from the output in budgets.
+    undecided : list of list of str
+        Classes of options that give the same output on this input, within budget; "right" stands for the definition.
+    probe : str, optional
+        The built-in probe input that tells most of them apart; `npllm probes` writes it.
+    where : str
+        Where the error lives.
+    rounding : dict
+        Convention id -> option, where equal bits show it.
+    """
+
+    status: str
+    names: list[str] = field(default_factory=list)
+    runner_up: tuple[str, float] | None = None
+    undecided: list[list[str]] = field(default_factory=list)
+    probe: str | None = None
+    where: str = ""
+    rounding: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the fields as a dict of what JSON holds."""
+        facts = asdict(self)
+        if self.runner_up:
+            name, value = self.runner_up
+            facts["runner_up"] = {"name": name, "distance": value if np.isfinite(value) else None}
+        return facts
+
+
+def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
+    """Name the convention that an implementation got wrong.
+
+    Tries the definition, each wrong option alone, then pairs; the smallest set whose float64 answer lies within the error
+    budget of the output is the answer.
+
+    Parameters
+    ----------
+    op : str
+        A key of `npllm.testing.forms.OPS`: "attention", "rope", "rms_norm", "swiglu", "qkv_projection", "linear", "sampler",
+        ...; or "detokenize".
+    inputs : dict
+        By parameter name, arrays of any library and numbers.
+    output : array
+        What the implementation returned, in its own dtype; q, k, v for "qkv_projection" as a tuple, a dict or side by side;
+        the pieces of text for "detokenize".
+
+    Returns
+    -------
+    diagnosis : Diagnosis
+
+    Raises
+    ------
+    NpllmValueError
+        For an unknown operation or input, or an output of another shape.
+
+    Notes
+    -----
+    A name is given only where the option explains every entry.  Where rounding could explain any output, the status is
+    "not decidable".  Large inputs are searched on some rows and confirmed on all.
+    """
+    if op == "detokenize":
+        return _diagnose_text(inputs, output)
+    prepared = prepare(op, inputs)
+    output = _output(op, prepared, output)
+    rounding = {name: option for name, (option, _) in rounding_options(op, prepared, output).items()}
+    judged, search = _judge(op, prepared, output)
+    groups = search.classes()
+    undecided = _undecided(groups)
+    probe = _probe(op, undecided)
+    if judged == "right":
+        return Diagnosis("right", undecided=undecided, probe=probe, rounding=_surprising(rounding))
+    if judged == "not decidable":
+        return Diagnosis(judged, undecided=undecided, probe=probe, where=_where(op, prepared, output))
+    names, runner_up = _explain(search, groups)
+    names = names or [f"C30 {rounding['C30']}" for _ in range(rounding.get("C30", "float32") != "float32")]
+    return Diagnosis("wrong", names, runner_up, undecided, probe,
+                     _where(op, prepared, output), _surprising(rounding))
+
+
+def _surprising(rounding: dict[str, str]) -> dict[str, str]:
+    return {name: option for name, option in rounding.items() if option != conventions[name].ours}
+
+
+def _output(op: str, inputs: dict, output: Any) -> Array:
+    """Bring an output to the host and check its shape."""
+    if op == "qkv_projection" and isinstance(output, Mapping):
+        output = [output[name] for name in "qkv"]
+    if isinstance(output, (tuple, list)) and op == "qkv_projection":
+        output = np.concatenate([host(part) for part in output], axis=-3)
+    output, wanted = host(output), op_named(op).shape(inputs)
+    if tuple(output.shape) != tuple(wanted):
+        raise NpllmValueError(f"output of {op} must be {list(wanted)} for these inputs, got {list(output.shape)}; "
+                              "are axes exchanged?")
+    return output
+
+
+# ------------------------------------------------------------------ right or wrong
+
+
+def _judge(op: str, inputs: dict, output: Array) -> tuple[str, Search]:
+    """Say whether an output is right, and return the search at the precision that it was judged at."""
+    units = {"float64": [2.0**-53, 2.0**-24]}.get(dtype_name(output), [2.0**-24])
+    if dtype_name(output) in ("float16", "bfloat16"):
+        units.append(UNITS[dtype_name(output)])
+    searches = [Search(op, inputs, output, unit) for unit in units]
+    for search in searches:
+        if search.distance(()) <= 1 and search.explains_all(()):
+            return ("not decidable" if _is_vague(search) else "right"), search
+    for search in searches[1:]:
+        if not _is_vague(search) and any(value <= 1 for value in search.distances(search.singles()).values()):
+            return "wrong", search
+    return ("not decidable" if _is_vague(searches[0]) else "wrong"), searches[0]
+
+
+def _is_vague(search: Search) -> bool:
+    """Tell whether the budget exceeds the value in most entries: then anything would pass."""
+    answer = search.answer(())
+    counts = np.isfinite(answer.y) & (answer.y != 0)
+    if not counts.any():
+        return False
+    loose = allowance(answer, search.dtype) > np.abs(answer.y)
+    return float(np.mean(loose[counts])) > CLOSE
+
+
+# ------------------------------------------------------------------ explanations
+
+
+def _explain(search: Search, groups: list[list[Choices]]) -> tuple[list[str], tuple[str, float] | None]:
+    """Return the names of the smallest explanation, and the runner-up."""
+    hidden = [choices for choices in groups[0] if choices]
+    visible = [choices for group in groups[1:] for choices in group]
+    tried: dict[Choices, float] = {}
+    for candidates in (visible, search.pairs(visible), _mixed(visible, hidden)):
+        found = search.distances(candidates)
+        tried |= found
+        matches = [choices for choices, value in found.items() if value <= 1 and search.explains_all(choices)]
+        if matches:
+            matches.sort(key=lambda choices: found[choices])
+            rest = {choices: value for choices, value in tried.items() if choices not in matches}
+            return _names(matches), _nearest(rest)
+    return [], _nearest(tried)
+
+
+def _mixed(visible: list[Choices], hidden: list[Choices]) -> list[Choices]:
+    """Pairs of an option that shows and one that shows only beside another."""
+    pairs = [(*a, *b) for a in visible for b in hidden if a[0][0] != b[0][0]]
+    return [tuple(sorted(pair, key=lambda choice: int(choice[0][1:]))) for pair in pairs]
+
+
+def _names(matches: list[Choices]) -> list[str]:
+    if len(matches) == 1:
+        return [named((choice,)) for choice in matches[0]]
+    return [" or ".join(named(choices) for choices in matches)]
+
+
+def _nearest(distances: dict[Choices, float]) -> tuple[str, float] | None:
+    if not distances:
+        return None
+    choices = min(distances, key=lambda key: distances[key])
+    return named(choices), distances[choices]
+
+
+def _undecided(groups: list[list[Choices]]) -> list[list[str]]:
+    return [[named(choices) for choices in group] for group in groups if len(group) > 1]
+
+
+def _probe(op: str, undecided: list[list[str]]) -> str | None:
+    """The probe input that tells most of the undecided options apart."""
+    if not undecided:
+        return None
+    from npllm.testing.probes import settling_probe
+
+    return settling_probe(op, undecided)
+
+
+def _where(op: str, inputs: dict, output: Array) -> str:
+    """Describe which entries are wrong."""
+    search = Search(op, inputs, output, 2.0**-24)
+    answer = search.answer(())
+    with np.errstate(invalid="ignore"):
+        wrong = ~(np.abs(search.output - answer.y) <= allowance(answer, search.dtype))
+    wrong &= ~(np.isnan(search.output) & np.isnan(answer.y)) & ~(search.output == answer.y)
+    first = [int(n) for n in np.argwhere(wrong)[0]] if wrong.any() else []
+    return f"{wrong.sum()} of {wrong.size} entries, first at {first}"
+
+
+# ------------------------------------------------------------------ text
+
+
+def _diagnose_text(inputs: Mapping[str, Any], output: Any) -> Diagnosis:
+    """Compare the text of a stream, piece by piece where pieces are given."""
+    for name in ("prefixes", "tokens"):
+        if name not in inputs:
+            raise NpllmValueError(f"inputs of detokenize must be prefixes, tokens; got {', '.join(inputs)}")
+    got = "".join(map(str, np.asarray(output).ravel() if not isinstance(output, str) else [output]))
+    groups: dict[str, list[str]] = {"".join(detokenize(dict(inputs), {})): ["right"]}
+    for choice in alternatives("detokenize"):
+        groups.setdefault("".join(detokenize(dict(inputs), dict([choice]))), []).append(named((choice,)))
+    undecided = [group for group in groups.values() if len(group) > 1]
+    probe = _probe("detokenize", undecided)
+    matches = groups.get(got, [])
+    if "right" in matches:
+        return Diagnosis("right", undecided=undecided, probe=probe)
+    names = [" or ".join(matches)] if matches else []
+    right = next(iter(groups))
+    same = next((n for n, (a, b) in enumerate(zip(got, right, strict=False)) if a != b), min(len(got), len(right)))
+    return Diagnosis("wrong", names, undecided=undecided, probe=probe, where=f"text differs from character {same}")
+
+
+# ------------------------------------------------------------------ what is printed
+
+
+def _lines(diagnosis: Diagnosis) -> list[str]:
+    lines = [f"status      {diagnosis.status}"]
+    for name in diagnosis.names:
+        lines.append(f"convention  {name}")
+        lines += [f"            {says}" for says in _sentences(name)]
+    if diagnosis.status == "wrong" and not diagnosis.names:
+        lines.append("convention  none of the list explains this output")
+    if diagnosis.where:
+        lines.append(f"where       {diagnosis.where}")
+    if diagnosis.runner_up:
+        lines.append(f"runner-up   {diagnosis.runner_up[0]}, {diagnosis.runner_up[1]:.3g} budgets away")
+    lines += [f"rounding    {name} {option}" for name, option in diagnosis.rounding.items()]
+    lines += [f"undecided   {', '.join(group)}" for group in diagnosis.undecided]
+    if diagnosis.probe:
+        lines.append(f"probe       {diagnosis.probe} tells them apart: npllm probes DIR writes it")
+    return lines
+
+
+def _sentences(name: str) -> list[str]:
+    """What the options in a name do, and what is right."""
+    sentences = []
+    for part in name.replace(" or ", " & ").split(" & "):
+        convention = conventions.get(part.split(" ", 1)[0])
+        if convention and part.split(" ", 1)[1] in convention.options:
+            option = convention.options[part.split(" ", 1)[1]]
+            sentences.append(f"{option.says} Right: {convention.says}")
+    return sentences
