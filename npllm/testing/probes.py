@@ -78,9 +78,14 @@ def _attention_cached() -> dict[str, Any]:
             "causal": True, "window": 6, "scale": 0.4, "d_rope": 12}
 
 
+def _attention_unwindowed() -> dict[str, Any]:
+    valid = np.arange(14) >= np.array([[5], [0]])
+    return {"q": _normal(13, 2, 4, 6, 12), "k": _normal(14, 2, 2, 14, 12), "v": _normal(15, 2, 2, 14, 12), "valid": valid}
+
+
 def _attention_packed() -> dict[str, Any]:
     q, k, v = (_normal(seed, 1, 4, 9, 12) for seed in (7, 8, 9))
-    return {"q": q, "k": k, "v": v, "causal": True, "scale": 0.35, "window": 5,
+    return {"q": q, "k": k, "v": v, "causal": True, "scale": 0.35,
             "documents": np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1]])}
 
 
@@ -145,6 +150,10 @@ def _linear_rectangular() -> dict[str, Any]:
     return {"x": _normal(36, 5, 20), "weight": _normal(37, 12, 20)}
 
 
+def _linear_biased() -> dict[str, Any]:
+    return _linear_rectangular() | {"bias": _normal(45, 12)}
+
+
 def _swiglu_moderate() -> dict[str, Any]:
     return {"gate_up": _normal(38, 6, 32) + np.repeat(np.float32([0.5, -0.25]), 16)}
 
@@ -164,7 +173,8 @@ def _head_untied() -> dict[str, Any]:
 def _sampler_boundaries() -> dict[str, Any]:
     rows = [[3.0, 1.0, 0.0, -2.0, -1.5, -4.0, -3.5, -4.0], [1.5, 0.5, -2.0, -1.5, 2.0, 1.0, 0.0, -1.5],
             [-30.0, -30.0, 2.0, 3.0, 2.0, 3.0, 2.0, 2.0], [-2.5, 0.0, -1.5, -2.5, 3.5, 2.5, -3.0, 3.5],
-            [2.0, 2.0, 3.0, 2.0, 3.0, 3.0, 2.0, 3.0]]
+            [2.0, 2.0, 3.0, 2.0, 3.0, 3.0, 2.0, 3.0], [0.5, 4.0, 1.5, 1.0, 2.5, 0.0, 3.0, 2.0],
+            [2.0, 1.5, 2.5, 1.0, 1.5, 2.5, 0.5, 2.0], [1.0, 3.0, 1.0, 2.0, 1.0, 2.0, 3.0, 0.0]]
     return {"logits": np.array(rows, dtype=np.float32), "temperature": 2.0, "top_k": 4, "top_p": 0.75, "min_p": 0.3}
 
 
@@ -178,6 +188,7 @@ _ALL = [
     Probe("attention-padded", "attention", "Grouped heads, more keys than queries, window, left padding, rows without keys, "
           "one row of large q.", _attention_padded),
     Probe("attention-cached", "attention", "A cache, no padding; a last tile that is not full.", _attention_cached),
+    Probe("attention-unwindowed", "attention", "Left padding and a cache, no window.", _attention_unwindowed),
     Probe("attention-packed", "attention", "As many keys as queries, as many key heads as query heads, two documents.",
           _attention_packed),
     Probe("attention-lse-padded", "attention_lse", "The log-sum-exp of attention-padded.", _attention_padded),
@@ -196,6 +207,7 @@ _ALL = [
     Probe("rms-norm-bfloat16", "rms_norm", "Where the row is rounded.", _norm_bfloat16, "bfloat16", True),
     Probe("swiglu-moderate", "swiglu", "Gate and up different, and moderate.", _swiglu_moderate),
     Probe("linear-rectangular", "linear", "A weight that is not square.", _linear_rectangular),
+    Probe("linear-biased", "linear", "A bias.", _linear_biased),
     Probe("linear-bfloat16", "linear", "What the sums are rounded to.", _linear_bfloat16, "bfloat16", True),
     Probe("qkv-grouped", "qkv_projection", "Fewer key heads than query heads.", _qkv_grouped),
     Probe("embed-table", "embed", "A small table.", _embed_table),

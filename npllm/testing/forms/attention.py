@@ -169,15 +169,15 @@ def _cached(x: Array, n_seq: int, option: str | None) -> Array:
     if option is None or option == "position off by one":
         return x
     x = x.copy()
+    if n_old < 1:
+        raise NotApplicableError("a fault of cache rows shows where there is a cache")
     if option == "another request's rows":
-        if len(x) < 2 or n_old < 1:
-            raise NotApplicableError("the rows of another request need two of them and a cache")
+        if len(x) < 2:
+            raise NotApplicableError("the rows of another request need two of them")
         x[:, :, :n_old] = np.roll(x[:, :, :n_old], 1, axis=0)
     if option == "new row not written":
         x[:, :, n_old:] = 0
     if option == "one slot early":
-        if n_old < 1:
-            raise NotApplicableError("a slot too early needs a cache")
         x[:, :, n_old - 1 : -1] = x[:, :, n_old:].copy()
         x[:, :, -1] = 0
     return x
