@@ -8,8 +8,22 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "Convention": "registry", "conventions": "registry", "Diagnosis": "diagnosis", "diagnose": "diagnosis",
-    "Probe": "probes", "PROBES": "probes", "write_probes": "probes", "Bug": "planted", "bugs": "planted",
+    "Budget": "budgets",
+    "budget": "budgets",
+    "gold": "exact",
+    "Verdict": "verdicts",
+    "verdict": "verdicts",
+    "where": "location",
+    "adapt": "adapters",
+    "Convention": "registry",
+    "conventions": "registry",
+    "Diagnosis": "diagnosis",
+    "diagnose": "diagnosis",
+    "Probe": "probes",
+    "PROBES": "probes",
+    "write_probes": "probes",
+    "Bug": "planted",
+    "bugs": "planted",
 }
 __all__ = sorted(_WHERE)
 

@@ -19,6 +19,7 @@ from npllm.ops.mask.sparse import (
     random_blocks,
     strided,
 )
+from npllm.ops.mask.table import to_bool
 
 __all__ = ["ALL", "NONE", "SOME", "Rule", "band", "bidirectional", "block_local", "causal", "dilated_window", "documents", "fixed",
-           "global_tokens", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks", "sliding_window", "strided"]
+           "global_tokens", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks", "sliding_window", "strided", "to_bool"]
