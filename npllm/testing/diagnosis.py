@@ -10,14 +10,12 @@ from npllm.errors import NpllmValueError
 from npllm.testing.forms import Array, op_named, prepare
 from npllm.testing.forms.common import host
 from npllm.testing.forms.text import detokenize
+from npllm.testing.judgement import judge_output
 from npllm.testing.rates import rounding_options
 from npllm.testing.registry import alternatives, conventions
-from npllm.testing.search import UNITS, Choices, Search, allowance, dtype_name, named
+from npllm.testing.search import Choices, Search, named
 
 __all__ = ["Diagnosis", "diagnose"]
-
-CLOSE = 0.5  # share of the entries whose budget may exceed their value before nothing can be said
-
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -38,8 +36,10 @@ class Diagnosis:
         The built-in probe input that tells most of them apart; `npllm probes` writes it.
     where : str
         Where the error lives.
+    model : str, optional
+        The arithmetic that explains a wrong output, such as "bfloat16 accumulation".
     rounding : dict
-        Convention id -> option, where equal bits show it.
+        Convention id -> option, where equal bits show one that is not ours.
     """
 
     status: str
@@ -48,6 +48,7 @@ class Diagnosis:
     undecided: list[list[str]] = field(default_factory=list)
     probe: str | None = None
     where: str = ""
+    model: str | None = None
     rounding: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -98,21 +99,18 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     prepared = prepare(op, inputs)
     output = _output(op, prepared, output)
     rounding = {name: option for name, (option, _) in rounding_options(op, prepared, output).items()}
-    judged, search = _judge(op, prepared, output)
-    groups = search.classes()
+    found = judge_output(op, prepared, output)
+    groups = found.search.classes()
     undecided = _undecided(groups)
-    probe = _probe(op, undecided)
-    if judged == "right":
-        return Diagnosis("right", undecided=undecided, probe=probe, rounding=_surprising(rounding))
-    if judged == "not decidable":
-        return Diagnosis(judged, undecided=undecided, probe=probe, where=_where(op, prepared, output))
-    names, runner_up = _explain(search, groups)
-    names = names or [f"C30 {rounding['C30']}" for _ in range(rounding.get("C30", "float32") != "float32")]
-    return Diagnosis("wrong", names, runner_up, undecided, probe,
-                     _where(op, prepared, output), _surprising(rounding))
+    names, runner_up = _explain(found.search, groups) if found.status == "wrong" else ([], None)
+    if found.status == "wrong" and not names and rounding.get("C30", "float32") != "float32":
+        names = [f"C30 {rounding['C30']}"]
+    return Diagnosis(found.status, names, runner_up, undecided, _probe(op, undecided), found.where, found.model,
+                     _surprising(rounding))
 
 
 def _surprising(rounding: dict[str, str]) -> dict[str, str]:
+    """Options other than ours."""
     return {name: option for name, option in rounding.items() if option != conventions[name].ours}
 
 
@@ -127,34 +125,6 @@ def _output(op: str, inputs: dict, output: Any) -> Array:
         raise NpllmValueError(f"output of {op} must be {list(wanted)} for these inputs, got {list(output.shape)}; "
                               "are axes exchanged?")
     return output
-
-
-# ------------------------------------------------------------------ right or wrong
-
-
-def _judge(op: str, inputs: dict, output: Array) -> tuple[str, Search]:
-    """Say whether an output is right, and return the search at the precision that it was judged at."""
-    units = {"float64": [2.0**-53, 2.0**-24]}.get(dtype_name(output), [2.0**-24])
-    if dtype_name(output) in ("float16", "bfloat16"):
-        units.append(UNITS[dtype_name(output)])
-    searches = [Search(op, inputs, output, unit) for unit in units]
-    for search in searches:
-        if search.distance(()) <= 1 and search.explains_all(()):
-            return ("not decidable" if _is_vague(search) else "right"), search
-    for search in searches[1:]:
-        if not _is_vague(search) and any(value <= 1 for value in search.distances(search.singles()).values()):
-            return "wrong", search
-    return ("not decidable" if _is_vague(searches[0]) else "wrong"), searches[0]
-
-
-def _is_vague(search: Search) -> bool:
-    """Tell whether the budget exceeds the value in most entries: then anything would pass."""
-    answer = search.answer(())
-    counts = np.isfinite(answer.y) & (answer.y != 0)
-    if not counts.any():
-        return False
-    loose = allowance(answer, search.dtype) > np.abs(answer.y)
-    return float(np.mean(loose[counts])) > CLOSE
 
 
 # ------------------------------------------------------------------ explanations
@@ -208,17 +178,6 @@ def _probe(op: str, undecided: list[list[str]]) -> str | None:
     return settling_probe(op, undecided)
 
 
-def _where(op: str, inputs: dict, output: Array) -> str:
-    """Describe which entries are wrong."""
-    search = Search(op, inputs, output, 2.0**-24)
-    answer = search.answer(())
-    with np.errstate(invalid="ignore"):
-        wrong = ~(np.abs(search.output - answer.y) <= allowance(answer, search.dtype))
-    wrong &= ~(np.isnan(search.output) & np.isnan(answer.y)) & ~(search.output == answer.y)
-    first = [int(n) for n in np.argwhere(wrong)[0]] if wrong.any() else []
-    return f"{wrong.sum()} of {wrong.size} entries, first at {first}"
-
-
 # ------------------------------------------------------------------ text
 
 
@@ -254,6 +213,8 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
         lines.append("convention  none of the list explains this output")
     if diagnosis.where:
         lines.append(f"where       {diagnosis.where}")
+    if diagnosis.model:
+        lines.append(f"arithmetic  {diagnosis.model} explains it")
     if diagnosis.runner_up:
         lines.append(f"runner-up   {diagnosis.runner_up[0]}, {diagnosis.runner_up[1]:.3g} budgets away")
     lines += [f"rounding    {name} {option}" for name, option in diagnosis.rounding.items()]
