@@ -17,6 +17,9 @@ from npllm.testing.search import Choices, Search, named
 
 __all__ = ["Diagnosis", "diagnose"]
 
+REPEATED = 0.9  # share of equal bits above which an output follows a known order of roundings
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """What is known of an output.
@@ -92,14 +95,16 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     Notes
     -----
     A name is given only where the option explains every entry.  Where rounding could explain any output, the status is
-    "not decidable".  Large inputs are searched on some rows and confirmed on all.
+    "not decidable".  Large inputs are searched on some rows and confirmed on all; what they cannot decide is said of those rows.
     """
     if op == "detokenize":
         return _diagnose_text(inputs, output)
     prepared = prepare(op, inputs)
     output = _output(op, prepared, output)
-    rounding = {name: option for name, (option, _) in rounding_options(op, prepared, output).items()}
-    found = judge_output(op, prepared, output)
+    rates = rounding_options(op, prepared, output)
+    rounding = {name: option for name, (option, _) in rates.items()}
+    is_repeated = any(rate >= REPEATED and name != "C30" for name, (_, rate) in rates.items())
+    found = judge_output(op, prepared, output, is_repeated=is_repeated)
     groups = found.search.classes()
     undecided = _undecided(groups)
     names, runner_up = _explain(found.search, groups) if found.status == "wrong" else ([], None)
@@ -135,8 +140,10 @@ def _explain(search: Search, groups: list[list[Choices]]) -> tuple[list[str], tu
     hidden = [choices for choices in groups[0] if choices]
     visible = [choices for group in groups[1:] for choices in group]
     tried: dict[Choices, float] = {}
-    for candidates in (visible, search.pairs(visible), _mixed(visible, hidden)):
-        found = search.distances(candidates)
+    unsure = [choices for choices in hidden if np.isinf(search.answer(choices).slack).any()]
+    few = search.narrowed()
+    for looked, candidates in ((search, visible + unsure), (few, search.pairs(visible)), (few, _mixed(visible, hidden))):
+        found = looked.distances(candidates)
         tried |= found
         matches = [choices for choices, value in found.items() if value <= 1 and search.explains_all(choices)]
         if matches:

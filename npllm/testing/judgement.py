@@ -37,7 +37,7 @@ class Judgement(NamedTuple):
     search: Search
 
 
-def judge_output(op: str, inputs: dict[str, Any], output: Array) -> Judgement:
+def judge_output(op: str, inputs: dict[str, Any], output: Array, *, is_repeated: bool = False) -> Judgement:
     """Say whether an output is right.
 
     Parameters
@@ -47,6 +47,8 @@ def judge_output(op: str, inputs: dict[str, Any], output: Array) -> Judgement:
         As `prepare` returns them.
     output : array
         In the operation's shape.
+    is_repeated : bool
+        The bits are those of a known order of roundings.
 
     Returns
     -------
@@ -54,7 +56,8 @@ def judge_output(op: str, inputs: dict[str, Any], output: Array) -> Judgement:
 
     Notes
     -----
-    An output of 16 bits is right as well where the arithmetic of its own dtype explains it.  The verdict's statistical budget
+    An output of 16 bits is right as well where the arithmetic of its own dtype explains it, or where its bits are those of a known
+    order of roundings.  The verdict's statistical budget
     is stricter than the bound: what exceeds it is wrong, though no convention may explain it.
     """
     status, search = _by_bounds(op, inputs, output)
@@ -64,6 +67,7 @@ def judge_output(op: str, inputs: dict[str, Any], output: Array) -> Judgement:
         said = {"within": "right", "no gold": "not decidable"}.get(found.status, found.status)
         if not (said == "wrong" and status == "right" and short and found.model is not None):
             status = said
+    status = "right" if is_repeated else status
     if status == "right":
         return Judgement(status, "", None, search)
     place = found.where if found is not None and found.where != "nowhere" else _where(op, search, output)
@@ -103,11 +107,13 @@ def _verdict(op: str, inputs: dict, output: Array) -> Verdict | None:
         op, inputs = "linear", {"x": inputs["hidden"], "weight": inputs["weight"]}
     if op not in BUDGETS or is_wide or str(output.dtype) not in UNITS:
         return None
+    if op == "attention":
+        output = output.reshape(-1, *output.shape[-3:])
     return verdict(op, _plain_inputs(op, inputs), output)
 
 
 def _plain_inputs(op: str, inputs: dict) -> dict:
-    """Inputs under the names that the verdict knows: documents become a mask, two sets of factors the right one."""
+    """Inputs as the verdict knows them: one batch axis, documents as a mask, the right one of two sets of factors."""
     plain = {name: x for name, x in inputs.items() if name not in ("documents", "d_rope", "n_original")}
     if op == "rope":
         plain["d_rope"], factors = inputs["d_rope"], inputs["factors"]
@@ -117,6 +123,13 @@ def _plain_inputs(op: str, inputs: dict) -> dict:
         labels, n_seq = inputs["documents"], inputs["q"].shape[-2]
         same = (labels[:, -n_seq:, None] == labels[:, None, :])[:, None]
         plain["mask"] = same if inputs["mask"] is None else same & inputs["mask"]
+    if op == "attention":
+        scores = (*inputs["q"].shape[:-1], inputs["k"].shape[-2])
+        for name in ("q", "k", "v"):
+            plain[name] = inputs[name].reshape(-1, *inputs[name].shape[-3:])
+        for name in ("bias", "mask"):
+            if plain[name] is not None and plain["q"].shape != inputs["q"].shape:
+                plain[name] = np.broadcast_to(plain[name], scores).reshape(-1, *scores[-3:])
     return plain
 
 

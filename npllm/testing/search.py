@@ -1,6 +1,7 @@
 """The search for the smallest set of options that explains an output."""
 
 from collections.abc import Iterable
+from copy import copy
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +17,9 @@ Choices = tuple[tuple[str, str], ...]  # (convention id, option) of each convent
 
 UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 STEPS = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
-LIMIT = 2**20  # entries of the table of scores, or of the output, that one option may cost
+LIMIT = 2**17  # entries of the table of scores, or of the output, that one option may cost
+FEW = 4  # rows that a pair may cost
+WHOLE = 2**22  # the same where one option is confirmed on the whole input
 
 
 def named(choices: Choices) -> str:
@@ -97,6 +100,16 @@ class Search:
         answer = evaluate(self.op, self.inputs, dict(choices), self._work(self.rows))
         return distance(self.output, answer, self.dtype)
 
+    def narrowed(self) -> "Search":
+        """Return a search on fewer rows where the input was cut: pairs are many, and what explains one is confirmed on all."""
+        if self.rows is None or len(self.rows) <= FEW:
+            return self
+        few = copy(self)
+        at = np.linspace(0, len(self.rows) - 1, FEW).astype(int)
+        few.rows, few.answers = self.rows[at], {}
+        few.output = np.take(self.output, at, OPS[self.op].rows_axis * -1)
+        return few
+
     def explains_all(self, choices: Choices) -> bool:
         """Tell whether a set of options explains the whole output, not only the part that was cut."""
         inputs, output = self.whole
@@ -105,7 +118,7 @@ class Search:
         if self.rows is None:
             answer = evaluate(self.op, inputs, dict(choices), self._work(None))
             return distance(output, answer, self.dtype) <= 1
-        size = len(self.rows)
+        size = max(1, WHOLE // (output.shape[0] * output.shape[1] * inputs["k"].shape[-2]))
         for start in range(0, inputs["q"].shape[-2], size):
             rows = np.arange(start, min(start + size, inputs["q"].shape[-2]))
             answer = evaluate(self.op, inputs, dict(choices), self._work(rows))

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from npllm.arrays import dtype_named
 from npllm.errors import NpllmValueError
 from npllm.testing.forms import evaluate, op_named, prepare
 from npllm.testing.forms.rounding import EMULATORS, emulations
@@ -84,7 +83,7 @@ class Convention:
         """Kind of evidence that shows an option."""
         return self.options[option].evidence or self.evidence
 
-    def run(self, op: str, inputs: Mapping[str, Any], option: str, dtype: Any = np.float64) -> Any:
+    def run(self, op: str, inputs: Mapping[str, Any], option: str, dtype: str = "bfloat16") -> Any:
         """Run an operation with this convention chosen otherwise, in float64.
 
         Parameters
@@ -93,13 +92,14 @@ class Convention:
         inputs : dict
             By parameter name.
         option : str
-        dtype : dtype
-            For options whose evidence is rounding: the dtype that is rounded to.
+        dtype : str
+            For a convention of rounding: the dtype that is rounded to.
 
         Returns
         -------
         y : array
-            In the shape of the operation's output; a list of strings for "detokenize".
+            float64 in the shape of the operation's output; float32, of values that `dtype` holds, for a convention of rounding; a
+            list of strings for "detokenize".
 
         Raises
         ------
@@ -114,5 +114,5 @@ class Convention:
         prepared = prepare(op, inputs)
         shape = op_named(op).shape(prepared)
         if self.evidence_of(option) == "rounding" and (self.id, op) in EMULATORS:
-            return emulations(self.id, option, op, prepared, dtype)[0].reshape(shape)
+            return emulations(self.id, option, op, prepared, dtype_named(dtype))[0].reshape(shape)
         return evaluate(op, prepared, choice).y.reshape(shape)

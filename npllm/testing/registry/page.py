@@ -13,11 +13,12 @@ each: `npllm.testing.diagnose` tries the options one by one, then in pairs, unti
 This page is written from the registry by `python -m npllm.testing.registry docs/conventions.md`; a test compares the two.
 
 ```python
+import numpy as np
 from npllm import testing
 
-testing.conventions["C9"].options                      # names and sentences
-testing.conventions["C9"].run("attention", inputs, "top-left")   # that answer, in float64
-print(testing.diagnose("attention", inputs, output))   # which option explains this output
+inputs = testing.PROBES["attention-cached"].make()
+output = testing.conventions["C9"].run("attention", inputs, "top-left").astype(np.float32)
+print(testing.diagnose("attention", inputs, output).names)  # ['C9 top-left']
 ```
 
 ## Kinds of evidence

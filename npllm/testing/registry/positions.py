@@ -14,7 +14,7 @@ ENTRIES = [
     Convention("C2", "RoPE phase dtype", {
         "float32": Option("Positions, frequencies and phases are float32."),
         "float64": Option("Phases are float64; cos and sin are rounded afterwards.", ROPE, "rounding"),
-        "bfloat16 positions": Option("Positions are bfloat16: 15962 becomes 15936 or 15968.", ROPE),
+        "bfloat16 positions": Option("Positions are bfloat16: 15962 becomes 15936.", ROPE),
         "float16 positions": Option("Positions are float16: 15962 becomes 15960, and 65520 infinity.", ROPE),
         "bfloat16 throughout": Option("Positions, frequencies and phases are bfloat16.", ROPE),
     }, ROPE, "algebraic", "Phases are computed in float32, whatever the dtype of the model.", "candle#3520"),
