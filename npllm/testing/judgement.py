@@ -119,17 +119,20 @@ def _plain_inputs(op: str, inputs: dict) -> dict:
         plain["d_rope"], factors = inputs["d_rope"], inputs["factors"]
         if factors is not None:
             plain["factors"] = chosen_factors(inputs, inputs["positions"], {}, factors.shape[-1])
-    if op == "attention" and inputs["documents"] is not None:
-        labels, n_seq = inputs["documents"], inputs["q"].shape[-2]
-        same = (labels[:, -n_seq:, None] == labels[:, None, :])[:, None]
-        plain["mask"] = same if inputs["mask"] is None else same & inputs["mask"]
-    if op == "attention":
-        scores = (*inputs["q"].shape[:-1], inputs["k"].shape[-2])
-        for name in ("q", "k", "v"):
-            plain[name] = inputs[name].reshape(-1, *inputs[name].shape[-3:])
-        for name in ("bias", "mask"):
-            if plain[name] is not None and plain["q"].shape != inputs["q"].shape:
-                plain[name] = np.broadcast_to(plain[name], scores).reshape(-1, *scores[-3:])
+    return _attention_inputs(plain, inputs["documents"]) if op == "attention" else plain
+
+
+def _attention_inputs(plain: dict, documents: Array) -> dict:
+    """Inputs of attention with one batch axis; documents become a mask."""
+    scores = (*plain["q"].shape[:-1], plain["k"].shape[-2])
+    for name in ("bias", "mask"):
+        if plain[name] is not None:
+            plain[name] = np.broadcast_to(plain[name], scores).reshape(-1, *scores[-3:])
+    for name in ("q", "k", "v"):
+        plain[name] = plain[name].reshape(-1, *plain[name].shape[-3:])
+    if documents is not None:
+        same = (documents[:, -scores[-2] :, None] == documents[:, None, :])[:, None]
+        plain["mask"] = same if plain["mask"] is None else same & plain["mask"]
     return plain
 
 

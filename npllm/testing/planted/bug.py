@@ -162,7 +162,7 @@ RUNNERS: dict[str, Callable] = {
     "attention": _attention, "attention_lse": lambda inputs, replaced: _attention(inputs, replaced, return_lse=True),
     "rope": _rope, "swiglu": _swiglu, "qkv_projection": _qkv, "sampler": _sampler,
     "rms_norm": _plain("rms_norm", ops.rms_norm), "linear": _plain("linear", ops.linear),
-    "embed": _plain("embed", ops.embed),
+    "embed": _plain("embed", ops.embed), "detokenize": lambda inputs, _: [str(inputs["prefixes"][-1])],
     "lm_head": _plain("lm_head", lambda hidden, weight, embedding=None: ops.linear(hidden, weight)),  # noqa: ARG005
 }
 """Operation -> function (inputs, replaced) -> output."""
