@@ -1,4 +1,4 @@
-"""Planted bugs: each differs from the definition by more than the budget; those of a convention are diagnosed by its name."""
+"""Planted bugs: each is over budget, and diagnosed by its convention or its place."""
 
 import copy
 
@@ -9,19 +9,25 @@ from npllm import testing
 from npllm.errors import NpllmValueError
 from npllm.testing import diagnose
 from npllm.testing.planted import TESTED_AS, run
-from npllm.testing.probes import PROBES
+from npllm.testing.probe_inputs import PROBES
 from npllm.testing.registry import alternatives, conventions
 
 BUGS = testing.bugs
 each = pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 LSE = {"C24"}  # conventions that show in the log-sum-exp
-ROUNDED_FLOAT32 = {"C14"}  # shows in equal bits of 16-bit outputs; a float32 output is over budget and has no name
+ROUNDED_FLOAT32 = {
+    "C14"
+}  # shows in equal bits of 16-bit outputs; a float32 output is over budget and has no name
 
 
 def probes_of(bug):
     op = TESTED_AS.get(bug.op, bug.op)
     ops = [op, "attention_lse"] if bug.convention in LSE else [op]
-    return [probe for probe in PROBES.values() if probe.op in ops and not (probe.rounding and bug.convention != "C30")]
+    return [
+        probe
+        for probe in PROBES.values()
+        if probe.op in ops and not (probe.rounding and bug.convention != "C30")
+    ]
 
 
 def output_of(bug, op, inputs):
@@ -44,8 +50,11 @@ def test_every_option_that_can_be_run_has_a_bug():
     assert wanted <= planted, wanted - planted
 
 
-@pytest.mark.parametrize("probe", [probe for probe in PROBES.values() if not probe.rounding and probe.op != "detokenize"],
-                         ids=lambda probe: probe.name)
+@pytest.mark.parametrize(
+    "probe",
+    [probe for probe in PROBES.values() if not probe.rounding and probe.op != "detokenize"],
+    ids=lambda probe: probe.name,
+)
 def test_nothing_replaced_is_right(probe):
     found = diagnose(probe.op, probe.make(), run(probe.op, probe.make()))
     assert found.status == "right" and not found.names, str(found)
@@ -55,19 +64,40 @@ def changes(bug, op, make):
     """What a bug changes besides its result: an input, or an output that was returned before."""
     inputs = make()
     output = output_of(bug, op, inputs)
-    if any(not np.array_equal(x, make()[name]) for name, x in inputs.items() if isinstance(x, np.ndarray)):
+    if any(
+        not np.array_equal(x, make()[name])
+        for name, x in inputs.items()
+        if isinstance(x, np.ndarray)
+    ):
         return "input"
     kept = copy.deepcopy(output)
-    output_of(bug, op, {name: x * np.float32(0.5) if getattr(x, "dtype", None) == np.float32 else x for name, x in make().items()})
-    return "" if np.array_equal(np.asarray(kept), np.asarray(output), equal_nan=op != "detokenize") else "output"
+    output_of(
+        bug,
+        op,
+        {
+            name: x * np.float32(0.5) if getattr(x, "dtype", None) == np.float32 else x
+            for name, x in make().items()
+        },
+    )
+    return (
+        ""
+        if np.array_equal(np.asarray(kept), np.asarray(output), equal_nan=op != "detokenize")
+        else "output"
+    )
 
 
-HARMLESS = {"attention: input mutated": "input", "rms_norm: input mutated": "input", "attention: unsynchronised scratch": "output"}
+HARMLESS = {
+    "attention: input mutated": "input",
+    "rms_norm: input mutated": "input",
+    "attention: unsynchronised scratch": "output",
+}
 """Bugs whose first result is right."""
 
 
 @each
-def test_a_bug_is_over_budget_on_some_probe_and_diagnosed_by_its_convention_or_by_where_it_lives(bug):
+def test_a_bug_is_over_budget_on_some_probe_and_diagnosed_by_its_convention_or_by_where_it_lives(
+    bug,
+):
     wanted, seen = f"{bug.convention} {bug.option}", []
     for probe in probes_of(bug):
         found = diagnose(probe.op, probe.make(), output_of(bug, probe.op, probe.make()))
@@ -85,7 +115,9 @@ def test_a_bug_is_over_budget_on_some_probe_and_diagnosed_by_its_convention_or_b
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_changes_nothing_but_its_result_unless_that_is_the_bug(name):
     bug = BUGS[name]
-    assert {changes(bug, probe.op, probe.make) for probe in probes_of(bug)} == {HARMLESS.get(name, "")}
+    assert {changes(bug, probe.op, probe.make) for probe in probes_of(bug)} == {
+        HARMLESS.get(name, "")
+    }
 
 
 def test_a_bug_takes_a_mask_as_an_array_as_well():
@@ -94,14 +126,23 @@ def test_a_bug_takes_a_mask_as_an_array_as_well():
     inputs = PROBES["attention-cached"].make()
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     mask = ops.mask.to_bool(ops.mask.sliding_window(inputs["window"]), q.shape[-2], k.shape[-2])
-    for name in ("C9 one key late", "C8 tile", "C11 NaN", "C23 zero tail to 16", "last tile skipped"):
+    for name in (
+        "C9 one key late",
+        "C8 tile",
+        "C11 NaN",
+        "C23 zero tail to 16",
+        "last tile skipped",
+    ):
         y = BUGS[f"attention: {name}"].fn(q, k, v, mask=mask, scale=inputs["scale"])
         assert y.shape == q.shape
 
 
 def test_what_is_no_part_of_an_operation_cannot_replace_it():
     inputs = PROBES["rope-long"].make()
-    with pytest.raises(NpllmValueError, match="rope is made of rope, rope_frequencies, rope_tables, apply_rope, got attention"):
+    with pytest.raises(
+        NpllmValueError,
+        match="rope is made of rope, rope_frequencies, rope_tables, apply_rope, got attention",
+    ):
         run("rope", inputs, attention=lambda: None)
     with pytest.raises(NpllmValueError, match="op must be one of attention"):
         run("swish", {})

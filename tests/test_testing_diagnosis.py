@@ -1,4 +1,4 @@
-"""diagnose: names every convention that shows, alone and in pairs; no name on what is right, none on garbage."""
+"""diagnose: names every convention that shows; no name on what is right or garbage."""
 
 import collections
 
@@ -28,7 +28,7 @@ def kernel(op, raw, choices=()):
 
 
 class Truth:
-    """Which sets of options an input tells apart, by their float64 answers and both budgets: the criterion of these tests."""
+    """Which sets of options an input tells apart, by float64 answers and both budgets."""
 
     def __init__(self, op, raw):
         self.op, self.inputs = op, prepare(op, raw)
@@ -65,18 +65,24 @@ def choices_of(names):
 
 
 def check_named(op, raw, choices):
-    """Assert that a diagnosis is what float64 says it can be; True where it is exactly the options that were chosen."""
+    """Assert that a diagnosis is what float64 allows; True where it is exactly the options."""
     truth, wanted = Truth(op, raw), frozenset(" ".join(choice) for choice in choices)
     found = diagnose(op, raw, kernel(op, raw, choices))
     if found.status == "right":
         assert not truth.apart((), choices), f"{op} {wanted}: {found}"
-        assert len(choices) > 1 or any("right" in group and wanted <= set(group) for group in found.undecided)
+        assert len(choices) > 1 or any(
+            "right" in group and wanted <= set(group) for group in found.undecided
+        )
         return False
     named = sets_of(found.names)
     assert named, f"{op} {wanted} explained by nothing\n{found}"
     for other in named:
-        assert other == wanted or not truth.apart(choices_of(other), choices), f"{op} {wanted} called {set(other)}\n{found}"
-    assert wanted in named or all(len(other) < len(wanted) for other in named), f"{op} {wanted} not among {named}"
+        assert other == wanted or not truth.apart(choices_of(other), choices), (
+            f"{op} {wanted} called {set(other)}\n{found}"
+        )
+    assert wanted in named or all(len(other) < len(wanted) for other in named), (
+        f"{op} {wanted} not among {named}"
+    )
     assert found.runner_up is None or found.runner_up[1] > 1
     return named == [wanted]
 
@@ -84,7 +90,11 @@ def check_named(op, raw, choices):
 ALGEBRAIC = [(op, choice) for op in FRESH for choice in alternatives(op)]
 
 
-@pytest.mark.parametrize(("op", "choice"), ALGEBRAIC, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(
+    ("op", "choice"),
+    ALGEBRAIC,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
 def test_each_option_alone_is_named_on_fresh_inputs(op, choice):
     rng = np.random.default_rng(run_seed())
     exact = n_run = 0
@@ -99,8 +109,15 @@ def test_each_option_alone_is_named_on_fresh_inputs(op, choice):
 
 
 NEVER_ALONE = {
-    ("C3", "always long"), ("C3", "always short"), ("C3", "by cache offset"), ("C11", "mean of V"), ("C12", "finfo.min"),
-    ("C12", "-1e9"), ("C15", "top-p before top-k"), ("C17", "filters see the whole"), ("C23", "zero tail to 32"),
+    ("C3", "always long"),
+    ("C3", "always short"),
+    ("C3", "by cache offset"),
+    ("C11", "mean of V"),
+    ("C12", "finfo.min"),
+    ("C12", "-1e9"),
+    ("C15", "top-p before top-k"),
+    ("C17", "filters see the whole"),
+    ("C23", "zero tail to 32"),
     ("C23", "zero tail to 16"),
 }
 """Options that agree with another on every input of these shapes; they are named as a class."""
@@ -118,7 +135,9 @@ def random_pairs(count):
         if pair[0][0] != pair[1][0] and Truth(op, raw).runs(pair):
             n_run += 1
             n_exact += check_named(op, raw, pair)
-    print(f"{n_exact} of {count} pairs are named exactly, the others as a class that float64 cannot split")
+    print(
+        f"{n_exact} of {count} pairs named exactly, others as a class that float64 cannot split"
+    )
     assert n_exact > count / 3
 
 
@@ -136,14 +155,22 @@ def test_200_random_pairs_are_named():
 
 def in_dtype(raw, dtype):
     """Inputs as a kernel of a 16-bit dtype gets them."""
-    return {name: x.astype(dtype) if getattr(x, "dtype", None) == np.float32 and name != "factors" else x for name, x in raw.items()}
+    return {
+        name: x.astype(dtype)
+        if getattr(x, "dtype", None) == np.float32 and name != "factors"
+        else x
+        for name, x in raw.items()
+    }
 
 
 def correct_outputs(count):
     rng = np.random.default_rng(run_seed())
     statuses = collections.Counter()
     for n in range(count):
-        op, dtype = list(FRESH)[n % len(FRESH)], [np.float32, ml_dtypes.bfloat16, np.float16][n // len(FRESH) % 3]
+        op, dtype = (
+            list(FRESH)[n % len(FRESH)],
+            [np.float32, ml_dtypes.bfloat16, np.float16][n // len(FRESH) % 3],
+        )
         raw = in_dtype(FRESH[op](rng), dtype)
         found = diagnose(op, raw, kernel(op, raw).astype(dtype))
         assert not found.names, f"{op} {np.dtype(dtype)}: {found}"
@@ -153,9 +180,15 @@ def correct_outputs(count):
 
 
 def garbage(kind, y, rng):
-    return {"zeros": lambda: np.zeros_like(y), "NaN": lambda: np.full_like(y, np.nan), "random": lambda: normal(rng, *y.shape),
-            "shuffled": lambda: rng.permuted(y, axis=-1), "half": lambda: y / 2, "last row": lambda: np.concatenate([y[:-1] * 0, y[-1:]]),
-            "infinity": lambda: np.full_like(y, np.inf)}[kind]()
+    return {
+        "zeros": lambda: np.zeros_like(y),
+        "NaN": lambda: np.full_like(y, np.nan),
+        "random": lambda: normal(rng, *y.shape),
+        "shuffled": lambda: rng.permuted(y, axis=-1),
+        "half": lambda: y / 2,
+        "last row": lambda: np.concatenate([y[:-1] * 0, y[-1:]]),
+        "infinity": lambda: np.full_like(y, np.inf),
+    }[kind]()
 
 
 def garbage_outputs(count):
@@ -218,12 +251,20 @@ def test_the_input_that_cannot_decide_says_so_and_names_the_probe_that_does():
     raw = {"q": normal(rng, 1, 3, 6, 8), "k": normal(rng, 1, 3, 6, 8), "v": normal(rng, 1, 3, 6, 8)}
     found = diagnose("attention", raw, kernel("attention", raw))
     group = next(group for group in found.undecided if "right" in group)
-    assert found.status == "right" and {"C8 tile", "C9 top-left", "C10 ignored", "C11 NaN"} <= set(group)
+    assert found.status == "right" and {"C8 tile", "C9 top-left", "C10 ignored", "C11 NaN"} <= set(
+        group
+    )
     probe = PROBES[found.probe]
     assert probe.op == "attention"
     assert settling_probe("attention", found.undecided) == found.probe
-    told = [name for name in group[1:] if diagnose("attention", probe.make(), kernel("attention", probe.make(), choices_of([name])))
-            .status == "wrong"]
+    told = [
+        name
+        for name in group[1:]
+        if diagnose(
+            "attention", probe.make(), kernel("attention", probe.make(), choices_of([name]))
+        ).status
+        == "wrong"
+    ]
     assert len(told) > len(group) / 2
 
 
@@ -243,7 +284,12 @@ def test_the_runner_up_is_told_with_its_distance():
 
 def test_a_large_input_is_searched_on_some_rows_and_confirmed_on_all():
     rng = np.random.default_rng(run_seed())
-    raw = {"q": normal(rng, 1, 8, 120, 16), "k": normal(rng, 1, 4, 400, 16), "v": normal(rng, 1, 4, 400, 16), "window": 50}
+    raw = {
+        "q": normal(rng, 1, 8, 120, 16),
+        "k": normal(rng, 1, 4, 400, 16),
+        "v": normal(rng, 1, 4, 400, 16),
+        "window": 50,
+    }
     for choice in (("C9", "top-left"), ("C8", "tile")):
         y = kernel("attention", raw, [choice])
         assert diagnose("attention", raw, y).names == [" ".join(choice)]
@@ -256,15 +302,22 @@ def test_arrays_without_a_batch_axis_and_with_two_are_taken():
     raw = PROBES["attention-cached"].make()
     for shaped in (lambda x: x[0], lambda x: x[:, None]):
         other = {name: shaped(x) if getattr(x, "ndim", 0) > 3 else x for name, x in raw.items()}
-        assert diagnose("attention", other, kernel("attention", other, [("C9", "one key late")])).names == ["C9 one key late"]
+        assert diagnose(
+            "attention", other, kernel("attention", other, [("C9", "one key late")])
+        ).names == ["C9 one key late"]
 
 
 # ------------------------------------------------------------------ rounding, support, text
 
 
-ROUNDINGS = [("rms-norm-bfloat16", "C13", "cast after weight"), ("attention-bfloat16", "C14", "softmax in the model dtype"),
-             ("attention-bfloat16", "C14", "scale on q"), ("linear-bfloat16", "C30", "storage dtype"),
-             ("rms-norm-bfloat16", "C30", "storage dtype"), ("rope-bits", "C2", "float64")]
+ROUNDINGS = [
+    ("rms-norm-bfloat16", "C13", "cast after weight"),
+    ("attention-bfloat16", "C14", "softmax in the model dtype"),
+    ("attention-bfloat16", "C14", "scale on q"),
+    ("linear-bfloat16", "C30", "storage dtype"),
+    ("rms-norm-bfloat16", "C30", "storage dtype"),
+    ("rope-bits", "C2", "float64"),
+]
 
 
 @pytest.mark.parametrize(("probe", "name", "option"), ROUNDINGS)
@@ -272,15 +325,29 @@ def test_a_rounding_is_named_by_its_bits_and_ours_is_not(probe, name, option):
     probe = PROBES[probe]
     rng = np.random.default_rng(run_seed())
     raw = probe.make()
-    raw = {key: rng.permuted(x, axis=-1) if key in ("x", "q", "k", "v") else x for key, x in raw.items()}
-    inputs, dtype = prepare(probe.op, raw), ml_dtypes.bfloat16 if probe.dtype == "bfloat16" else np.float32
+    raw = {
+        key: rng.permuted(x, axis=-1) if key in ("x", "q", "k", "v") else x
+        for key, x in raw.items()
+    }
+    inputs, dtype = (
+        prepare(probe.op, raw),
+        ml_dtypes.bfloat16 if probe.dtype == "bfloat16" else np.float32,
+    )
     for style in range(len(emulations(name, option, probe.op, inputs, dtype))):
-        y = emulations(name, option, probe.op, inputs, dtype)[style].reshape(OPS[probe.op].shape(inputs)).astype(dtype)
+        y = (
+            emulations(name, option, probe.op, inputs, dtype)[style]
+            .reshape(OPS[probe.op].shape(inputs))
+            .astype(dtype)
+        )
         found = diagnose(probe.op, raw, y)
         assert found.rounding.get(name) == option, (style, str(found))
         assert found.status == "right" or found.names in ([], [f"C30 {option}"]), str(found)
     ours = testing.conventions[name].ours
-    y = emulations(name, ours, probe.op, inputs, dtype)[0].reshape(OPS[probe.op].shape(inputs)).astype(dtype)
+    y = (
+        emulations(name, ours, probe.op, inputs, dtype)[0]
+        .reshape(OPS[probe.op].shape(inputs))
+        .astype(dtype)
+    )
     found = diagnose(probe.op, raw, y)
     assert found.status == "right" and name not in found.rounding, str(found)
 
@@ -306,7 +373,10 @@ def test_a_support_that_rounding_decides_is_not_held_against_a_sampler():
     logits = np.log(np.array([[0.5 + 1e-9, 0.3, 0.2]])).astype(np.float32)
     raw = {"logits": logits, "top_p": 0.5 + 3e-8}
     one, two = np.array([[1.0, 0, 0]], np.float32), np.array([[0.625, 0.375, 0]], np.float32)
-    assert "wrong" not in (diagnose("sampler", raw, one).status, diagnose("sampler", raw, two).status)
+    assert "wrong" not in (
+        diagnose("sampler", raw, one).status,
+        diagnose("sampler", raw, two).status,
+    )
 
 
 def test_the_text_of_a_stream_is_compared_as_strings():
@@ -316,12 +386,20 @@ def test_the_text_of_a_stream_is_compared_as_strings():
     assert diagnose("detokenize", raw, whole).status == "right"
     assert diagnose("detokenize", raw, "".join(whole)).status == "right"
     for option in ("token by token", "incomplete shown"):
-        found = diagnose("detokenize", raw, testing.conventions["C20"].run("detokenize", raw, option))
+        found = diagnose(
+            "detokenize", raw, testing.conventions["C20"].run("detokenize", raw, option)
+        )
         assert (found.status, found.names) == ("wrong", [f"C20 {option}"])
     found = diagnose("detokenize", raw, "Hallo")
-    assert (found.status, found.names, found.where) == ("wrong", [], "text differs from character 1")
+    assert (found.status, found.names, found.where) == (
+        "wrong",
+        [],
+        "text differs from character 1",
+    )
     plain = {"prefixes": ["a", "ab"], "tokens": ["a", "b"]}
-    assert diagnose("detokenize", plain, "ab").undecided == [["right", "C20 token by token", "C20 incomplete shown"]]
+    assert diagnose("detokenize", plain, "ab").undecided == [
+        ["right", "C20 token by token", "C20 incomplete shown"]
+    ]
 
 
 def test_q_k_v_come_as_a_tuple_a_dict_or_side_by_side():
@@ -334,7 +412,9 @@ def test_q_k_v_come_as_a_tuple_a_dict_or_side_by_side():
 
 def test_what_cannot_be_diagnosed_is_an_error_that_says_so():
     raw = PROBES["swiglu-moderate"].make()
-    with pytest.raises(NpllmValueError, match=r"output of swiglu must be \[6, 16\] for these inputs, got \[16, 6\]"):
+    with pytest.raises(
+        NpllmValueError, match=r"output of swiglu must be \[6, 16\] for these inputs, got \[16, 6\]"
+    ):
         diagnose("swiglu", raw, np.zeros((16, 6), np.float32))
     with pytest.raises(NpllmValueError, match="op must be one of attention"):
         diagnose("swish", raw, np.zeros((6, 16), np.float32))

@@ -1,4 +1,4 @@
-"""Which convention an implementation got wrong: the smallest set of options that explains its output."""
+"""Which convention is wrong: the smallest set of options that explains an output."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from npllm.errors import NpllmValueError
+from npllm.testing.diagnosis_text import lines_of
 from npllm.testing.forms import Array, op_named, prepare
 from npllm.testing.forms.common import host
 from npllm.testing.forms.text import detokenize
@@ -29,12 +30,14 @@ class Diagnosis:
     status : str
         "right", "wrong" or "not decidable".
     names : list of str
-        The smallest set of options that explains a wrong output, such as ["C9 top-left"]; options that this input cannot
-        tell apart stand in one name, joined by " or ".  Empty: right, or no listed option explains it.
+        The smallest set of options that explains a wrong output, such as ["C9 top-left"]; options
+        that this input cannot tell apart stand in one name, joined by " or ".  Empty: right, or no
+        listed option explains it.
     runner_up : tuple of str and float, optional
         The nearest other explanation, and its distance from the output in budgets.
     undecided : list of list of str
-        Classes of options that give the same output on this input, within budget; "right" stands for the definition.
+        Classes of options that give the same output on this input, within budget; "right" stands
+        for the definition.
     probe : str, optional
         The built-in probe input that tells most of them apart; `npllm probes` writes it.
     where : str
@@ -55,7 +58,7 @@ class Diagnosis:
     rounding: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(lines_of(self))
 
     def facts(self) -> dict[str, Any]:
         """Return the fields as a dict of what JSON holds."""
@@ -69,19 +72,19 @@ class Diagnosis:
 def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     """Name the convention that an implementation got wrong.
 
-    Tries the definition, each wrong option alone, then pairs; the smallest set whose float64 answer lies within the error
-    budget of the output is the answer.
+    Tries the definition, each wrong option alone, then pairs; the smallest set whose float64 answer
+    lies within the error budget of the output is the answer.
 
     Parameters
     ----------
     op : str
-        A key of `npllm.testing.forms.OPS`: "attention", "rope", "rms_norm", "swiglu", "qkv_projection", "linear", "sampler",
-        ...; or "detokenize".
+        A key of `npllm.testing.forms.OPS`: "attention", "rope", "rms_norm", "swiglu",
+        "qkv_projection", "linear", "sampler", ...; or "detokenize".
     inputs : dict
         By parameter name, arrays of any library and numbers.
     output : array
-        What the implementation returned, in its own dtype; q, k, v for "qkv_projection" as a tuple, a dict or side by side;
-        the pieces of text for "detokenize".
+        What the implementation returned, in its own dtype; q, k, v for "qkv_projection" as a tuple,
+        a dict or side by side; the pieces of text for "detokenize".
 
     Returns
     -------
@@ -94,8 +97,9 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
 
     Notes
     -----
-    A name is given only where the option explains every entry.  Where rounding could explain any output, the status is
-    "not decidable".  Large inputs are searched on some rows and confirmed on all; what they cannot decide is said of those rows.
+    A name is given only where the option explains every entry.  Where rounding could explain any
+    output, the status is "not decidable".  Large inputs are searched on some rows and confirmed on
+    all; what they cannot decide is said of those rows.
     """
     if op == "detokenize":
         return _diagnose_text(inputs, output)
@@ -110,8 +114,16 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     names, runner_up = _explain(found.search, groups) if found.status == "wrong" else ([], None)
     if found.status == "wrong" and not names and rounding.get("C30", "float32") != "float32":
         names = [f"C30 {rounding['C30']}"]
-    return Diagnosis(found.status, names, runner_up, undecided, _probe(op, undecided), found.where, found.model,
-                     _surprising(rounding))
+    return Diagnosis(
+        found.status,
+        names,
+        runner_up,
+        undecided,
+        _probe(op, undecided),
+        found.where,
+        found.model,
+        _surprising(rounding),
+    )
 
 
 def _surprising(rounding: dict[str, str]) -> dict[str, str]:
@@ -127,25 +139,37 @@ def _output(op: str, inputs: dict, output: Any) -> Array:
         output = np.concatenate([host(part) for part in output], axis=-3)
     output, wanted = host(output), op_named(op).shape(inputs)
     if tuple(output.shape) != tuple(wanted):
-        raise NpllmValueError(f"output of {op} must be {list(wanted)} for these inputs, got {list(output.shape)}; "
-                              "are axes exchanged?")
+        raise NpllmValueError(
+            f"output of {op} must be {list(wanted)} for these inputs, got {list(output.shape)}; "
+            "are axes exchanged?"
+        )
     return output
 
 
 # ------------------------------------------------------------------ explanations
 
 
-def _explain(search: Search, groups: list[list[Choices]]) -> tuple[list[str], tuple[str, float] | None]:
+def _explain(
+    search: Search, groups: list[list[Choices]]
+) -> tuple[list[str], tuple[str, float] | None]:
     """Return the names of the smallest explanation, and the runner-up."""
     hidden = [choices for choices in groups[0] if choices]
     visible = [choices for group in groups[1:] for choices in group]
     tried: dict[Choices, float] = {}
     unsure = [choices for choices in hidden if np.isinf(search.answer(choices).slack).any()]
     few = search.narrowed()
-    for looked, candidates in ((search, visible + unsure), (few, search.pairs(visible)), (few, _mixed(visible, hidden))):
+    for looked, candidates in (
+        (search, visible + unsure),
+        (few, search.pairs(visible)),
+        (few, _mixed(visible, hidden)),
+    ):
         found = looked.distances(candidates)
         tried |= found
-        matches = [choices for choices, value in found.items() if value <= 1 and search.explains_all(choices)]
+        matches = [
+            choices
+            for choices, value in found.items()
+            if value <= 1 and search.explains_all(choices)
+        ]
         if matches:
             matches.sort(key=lambda choices: found[choices])
             rest = {choices: value for choices, value in tried.items() if choices not in matches}
@@ -192,11 +216,15 @@ def _diagnose_text(inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     """Compare the text of a stream, piece by piece where pieces are given."""
     for name in ("prefixes", "tokens"):
         if name not in inputs:
-            raise NpllmValueError(f"inputs of detokenize must be prefixes, tokens; got {', '.join(inputs)}")
+            raise NpllmValueError(
+                f"inputs of detokenize must be prefixes, tokens; got {', '.join(inputs)}"
+            )
     got = "".join(map(str, np.asarray(output).ravel() if not isinstance(output, str) else [output]))
     groups: dict[str, list[str]] = {"".join(detokenize(dict(inputs), {})): ["right"]}
     for choice in alternatives("detokenize"):
-        groups.setdefault("".join(detokenize(dict(inputs), dict([choice]))), []).append(named((choice,)))
+        groups.setdefault("".join(detokenize(dict(inputs), dict([choice]))), []).append(
+            named((choice,))
+        )
     undecided = [group for group in groups.values() if len(group) > 1]
     probe = _probe("detokenize", undecided)
     matches = groups.get(got, [])
@@ -204,39 +232,14 @@ def _diagnose_text(inputs: Mapping[str, Any], output: Any) -> Diagnosis:
         return Diagnosis("right", undecided=undecided, probe=probe)
     names = [" or ".join(matches)] if matches else []
     right = next(iter(groups))
-    same = next((n for n, (a, b) in enumerate(zip(got, right, strict=False)) if a != b), min(len(got), len(right)))
-    return Diagnosis("wrong", names, undecided=undecided, probe=probe, where=f"text differs from character {same}")
-
-
-# ------------------------------------------------------------------ what is printed
-
-
-def _lines(diagnosis: Diagnosis) -> list[str]:
-    lines = [f"status      {diagnosis.status}"]
-    for name in diagnosis.names:
-        lines.append(f"convention  {name}")
-        lines += [f"            {says}" for says in _sentences(name)]
-    if diagnosis.status == "wrong" and not diagnosis.names:
-        lines.append("convention  none of the list explains this output")
-    if diagnosis.where:
-        lines.append(f"where       {diagnosis.where}")
-    if diagnosis.model:
-        lines.append(f"arithmetic  {diagnosis.model} explains it")
-    if diagnosis.runner_up:
-        lines.append(f"runner-up   {diagnosis.runner_up[0]}, {diagnosis.runner_up[1]:.3g} budgets away")
-    lines += [f"rounding    {name} {option}" for name, option in diagnosis.rounding.items()]
-    lines += [f"undecided   {', '.join(group)}" for group in diagnosis.undecided]
-    if diagnosis.probe:
-        lines.append(f"probe       {diagnosis.probe} tells them apart: npllm probes DIR writes it")
-    return lines
-
-
-def _sentences(name: str) -> list[str]:
-    """What the options in a name do, and what is right."""
-    sentences = []
-    for part in name.replace(" or ", " & ").split(" & "):
-        convention = conventions.get(part.split(" ", 1)[0])
-        if convention and part.split(" ", 1)[1] in convention.options:
-            option = convention.options[part.split(" ", 1)[1]]
-            sentences.append(f"{option.says} Right: {convention.says}")
-    return sentences
+    same = next(
+        (n for n, (a, b) in enumerate(zip(got, right, strict=False)) if a != b),
+        min(len(got), len(right)),
+    )
+    return Diagnosis(
+        "wrong",
+        names,
+        undecided=undecided,
+        probe=probe,
+        where=f"text differs from character {same}",
+    )

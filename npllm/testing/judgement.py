@@ -1,4 +1,4 @@
-"""Right, wrong or not decidable: the verdict where an operation has one, else the bounds of its form."""
+"""Right, wrong or not decidable: by the verdict, else by the bounds of a form."""
 
 from typing import Any, NamedTuple
 
@@ -37,7 +37,9 @@ class Judgement(NamedTuple):
     search: Search
 
 
-def judge_output(op: str, inputs: dict[str, Any], output: Array, *, is_repeated: bool = False) -> Judgement:
+def judge_output(
+    op: str, inputs: dict[str, Any], output: Array, *, is_repeated: bool = False
+) -> Judgement:
     """Say whether an output is right.
 
     Parameters
@@ -56,9 +58,9 @@ def judge_output(op: str, inputs: dict[str, Any], output: Array, *, is_repeated:
 
     Notes
     -----
-    An output of 16 bits is right as well where the arithmetic of its own dtype explains it, or where its bits are those of a known
-    order of roundings.  The verdict's statistical budget
-    is stricter than the bound: what exceeds it is wrong, though no convention may explain it.
+    An output of 16 bits is right as well where the arithmetic of its own dtype explains it, or
+    where its bits are those of a known order of roundings.  The verdict's statistical budget is
+    stricter than the bound: what exceeds it is wrong, though no convention may explain it.
     """
     status, search = _by_bounds(op, inputs, output)
     found = _verdict(op, inputs, output)
@@ -70,12 +72,16 @@ def judge_output(op: str, inputs: dict[str, Any], output: Array, *, is_repeated:
     status = "right" if is_repeated else status
     if status == "right":
         return Judgement(status, "", None, search)
-    place = found.where if found is not None and found.where != "nowhere" else _where(op, search, output)
+    place = (
+        found.where
+        if found is not None and found.where != "nowhere"
+        else _where(op, search, output)
+    )
     return Judgement(status, place, None if found is None else found.model, search)
 
 
 def _by_bounds(op: str, inputs: dict, output: Array) -> tuple[str, Search]:
-    """Judge by the deterministic bounds of the form, at the precision of the output, then at a lower one."""
+    """Judge by the bounds of the form, in the precision of the output, then in a lower one."""
     units = {"float64": [2.0**-53, 2.0**-24]}.get(dtype_name(output), [2.0**-24])
     if dtype_name(output) in ("float16", "bfloat16"):
         units.append(UNITS[dtype_name(output)])
@@ -113,8 +119,10 @@ def _verdict(op: str, inputs: dict, output: Array) -> Verdict | None:
 
 
 def _plain_inputs(op: str, inputs: dict) -> dict:
-    """Inputs as the verdict knows them: one batch axis, documents as a mask, the right one of two sets of factors."""
-    plain = {name: x for name, x in inputs.items() if name not in ("documents", "d_rope", "n_original")}
+    """Inputs as the verdict knows them: one batch axis, one mask, one set of factors."""
+    plain = {
+        name: x for name, x in inputs.items() if name not in ("documents", "d_rope", "n_original")
+    }
     if op == "rope":
         plain["d_rope"], factors = inputs["d_rope"], inputs["factors"]
         if factors is not None:
@@ -137,7 +145,7 @@ def _attention_inputs(plain: dict, documents: Array) -> dict:
 
 
 def _where(op: str, search: Search, output: Array) -> str:
-    """Describe which entries are off by more than the bound, on the part that the search looks at."""
+    """Describe which entries are off by more than the bound."""
     answer = search.answer(())
     with np.errstate(invalid="ignore"):
         wrong = ~(np.abs(search.output - answer.y) <= allowance(answer, search.dtype))

@@ -1,4 +1,4 @@
-"""Evidence of rounding: of the entries on which two options differ, how many agree with each bit by bit."""
+"""Evidence of rounding: where two options differ, how many bits agree with each."""
 
 from itertools import combinations
 from typing import Any
@@ -16,7 +16,9 @@ SHARE = 0.8  # of them, how many must agree with the one that is named
 N_ROWS = 64
 
 
-def rounding_options(op: str, inputs: dict[str, Any], output: Array) -> dict[str, tuple[str, float]]:
+def rounding_options(
+    op: str, inputs: dict[str, Any], output: Array
+) -> dict[str, tuple[str, float]]:
     """Say how an output was rounded, where its bits show it.
 
     Parameters
@@ -30,7 +32,8 @@ def rounding_options(op: str, inputs: dict[str, Any], output: Array) -> dict[str
     Returns
     -------
     found : dict
-        Convention id -> (option, share of all entries with equal bits); only where the input tells the options apart.
+        Convention id -> (option, share of all entries with equal bits); only where the input tells
+        the options apart.
     """
     found = {}
     for name, options in rounding_choices(op, output.dtype).items():
@@ -41,18 +44,24 @@ def rounding_options(op: str, inputs: dict[str, Any], output: Array) -> dict[str
 
 
 def rounding_choices(op: str, dtype: Any) -> dict[str, list[str]]:
-    """List the options, ours first, of each convention that shows in the bits of an output of some dtype."""
+    """List the options, ours first, of each convention that shows in the bits of a dtype."""
     is_narrow, is_single = str(dtype) in ("bfloat16", "float16"), str(dtype) == "float32"
     shows = {"C2": is_single, "C13": is_narrow, "C14": is_narrow, "C30": is_narrow or is_single}
     found = {}
     for name in (name for name, other in EMULATORS if other == op and shows[name]):
         convention = conventions[name]
-        wrong = [option for option in convention.wrong(op) if convention.evidence_of(option) == "rounding"]
+        wrong = [
+            option
+            for option in convention.wrong(op)
+            if convention.evidence_of(option) == "rounding"
+        ]
         found[name] = [convention.ours, *wrong]
     return found
 
 
-def _winner(name: str, options: list[str], op: str, inputs: dict, output: Array) -> tuple[str, float] | None:
+def _winner(
+    name: str, options: list[str], op: str, inputs: dict, output: Array
+) -> tuple[str, float] | None:
     inputs, part = _few_rows(op, inputs, output)
     target = np.asarray(part).astype(np.float32)
     best = {}

@@ -70,7 +70,7 @@ def differ(a: Answer, b: Answer, dtype: str) -> bool:
 
 
 class Search:
-    """Answers of one operation on one input under sets of options, and their distances from an output.
+    """Answers of an operation under sets of options, and their distances from an output.
 
     Parameters
     ----------
@@ -92,7 +92,9 @@ class Search:
     def answer(self, choices: Choices) -> Answer:
         """Evaluate a set of options on the part of the input that the search looks at."""
         if choices not in self.answers:
-            self.answers[choices] = evaluate(self.op, self.inputs, dict(choices), self._work(self.rows))
+            self.answers[choices] = evaluate(
+                self.op, self.inputs, dict(choices), self._work(self.rows)
+            )
         return self.answers[choices]
 
     def distance(self, choices: Choices) -> float:
@@ -101,7 +103,7 @@ class Search:
         return distance(self.output, answer, self.dtype)
 
     def narrowed(self) -> "Search":
-        """Return a search on fewer rows where the input was cut: pairs are many, and what explains one is confirmed on all."""
+        """Return a search on fewer rows where the input was cut, since pairs are many."""
         if self.rows is None or len(self.rows) <= FEW:
             return self
         few = copy(self)
@@ -111,7 +113,7 @@ class Search:
         return few
 
     def explains_all(self, choices: Choices) -> bool:
-        """Tell whether a set of options explains the whole output, not only the part that was cut."""
+        """Tell whether a set of options explains the whole output, not only a part."""
         inputs, output = self.whole
         if self.output is output:
             return True
@@ -131,8 +133,11 @@ class Search:
 
     def singles(self) -> list[Choices]:
         """List the single options that can be run on this input."""
-        return [choices for choices in (((name, option),) for name, option in alternatives(self.op))
-                if self._runs(choices)]
+        return [
+            choices
+            for choices in (((name, option),) for name, option in alternatives(self.op))
+            if self._runs(choices)
+        ]
 
     def _runs(self, choices: Choices) -> bool:
         try:
@@ -142,11 +147,13 @@ class Search:
         return True
 
     def classes(self) -> list[list[Choices]]:
-        """Group the definition and all single options by what this input can tell apart; the definition's group comes first."""
+        """Group the definition, first, and all single options by what this input tells apart."""
         groups: list[list[Choices]] = []
         for choices in [(), *self.singles()]:
             for group in groups:
-                if not any(differ(self.answer(choices), self.answer(other), self.dtype) for other in group):
+                if not any(
+                    differ(self.answer(choices), self.answer(other), self.dtype) for other in group
+                ):
                     group.append(choices)
                     break
             else:
@@ -179,7 +186,7 @@ def _flat(op: str, inputs: dict, output: Array) -> Array:
 
 
 def _cut(op: str, inputs: dict, output: Array) -> tuple[dict, Array, Array]:
-    """Cut a large problem to a part that the options can be tried on: inputs, output and query rows."""
+    """Cut a large problem to a part: inputs, output and query rows."""
     if op in ("attention", "attention_lse"):
         return _cut_attention(op, inputs, output)
     if output.size <= LIMIT or op == "qkv_projection":
@@ -189,7 +196,9 @@ def _cut(op: str, inputs: dict, output: Array) -> tuple[dict, Array, Array]:
         return inputs | {"x": inputs["x"][..., heads, :, :]}, output[:, heads], None
     name = next(iter(OPS[op].arrays))
     rows = _spread(len(output), max(4, LIMIT // output.shape[-1]), output)
-    flat = inputs[name].reshape(len(output), *inputs[name].shape[inputs[name].ndim - (name != "ids") :])
+    flat = inputs[name].reshape(
+        len(output), *inputs[name].shape[inputs[name].ndim - (name != "ids") :]
+    )
     cut = inputs | {name: flat[rows]}
     if inputs.get("seen") is not None:
         cut["seen"] = np.broadcast_to(inputs["seen"], inputs[name].shape).reshape(flat.shape)[rows]
@@ -210,5 +219,3 @@ def _spread(n: int, count: int, rows: Array) -> Array:
     even = np.linspace(0, n - 1, min(n, count - count // 4)).astype(int)
     size = np.nan_to_num(np.abs(rows.reshape(n, -1)), nan=np.inf).max(axis=-1)
     return np.unique(np.concatenate([even, np.argsort(-size)[: count // 4]]))
-
-

@@ -13,8 +13,12 @@ __all__ = ["attention", "attention_lse", "operands", "visible_keys"]
 
 FILLS = {"-1e9": -1e9, "-1e4": -1e4}
 FRONTIER = {"one key late": 1, "one key early": -1}
-SCALES = {"twice": lambda scale, _: scale * scale, "1 / d_head": lambda _, d: 1 / d,
-          "omitted": lambda *_: 1.0, "constant 1/8": lambda *_: 0.125}
+SCALES = {
+    "twice": lambda scale, _: scale * scale,
+    "1 / d_head": lambda _, d: 1 / d,
+    "omitted": lambda *_: 1.0,
+    "constant 1/8": lambda *_: 0.125,
+}
 
 
 def attention(inputs: dict, choice: Choice, work: Work) -> Answer:
@@ -164,7 +168,7 @@ def _whole(y: Array, work: Work) -> Array:
 
 
 def _cached(x: Array, n_seq: int, option: str | None) -> Array:
-    """Keys or values as a cache with a fault holds them: the last n_seq rows are those of this call."""
+    """Keys or values as a faulty cache holds them; the last n_seq are of this call."""
     n_old = x.shape[-2] - n_seq
     if option is None or option == "position off by one":
         return x

@@ -8,8 +8,18 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 
-__all__ = ["EXACT", "U32", "Answer", "Array", "Choice", "NotApplicableError", "Work", "gamma",
-           "host", "rounded"]
+__all__ = [
+    "EXACT",
+    "U32",
+    "Answer",
+    "Array",
+    "Choice",
+    "NotApplicableError",
+    "Work",
+    "gamma",
+    "host",
+    "rounded",
+]
 
 Array = Any
 Choice = Mapping[str, str]  # convention id -> name of the option, for those that are not ours
@@ -66,7 +76,7 @@ def gamma(n: float, unit: float) -> float:
 
 
 def host(x: Array) -> Array:
-    """Bring an array of any library to NumPy; torch's bfloat16 is widened, NumPy has no such type."""
+    """Bring an array of any library to NumPy; torch's bfloat16 is widened."""
     if isinstance(x, np.ndarray):
         return x
     if hasattr(x, "detach"):

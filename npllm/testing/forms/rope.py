@@ -37,8 +37,16 @@ def rope(inputs: dict, choice: Choice, work: Work) -> Answer:
     return Answer(y, _slack(x * outside, channel, partner, cos, sin, phase, magnitude, work.unit))
 
 
-def _slack(x: Array, channel: Array, partner: Array, cos: Array, sin: Array, phase: Array,
-           magnitude: Array, unit: float) -> Array:
+def _slack(
+    x: Array,
+    channel: Array,
+    partner: Array,
+    cos: Array,
+    sin: Array,
+    phase: Array,
+    magnitude: Array,
+    unit: float,
+) -> Array:
     own, other = np.abs(x[..., channel]), np.abs(x[..., partner])
     table = np.abs(magnitude) * unit * (3 * np.abs(phase) + 1)
     slack = 4 * unit * np.abs(x)
@@ -83,8 +91,10 @@ def _phase(inputs: dict, choice: Choice, d_rope: int, d_head: int, work: Work) -
         with np.errstate(over="ignore"):
             positions = positions.astype(np.float32).astype(POSITION_DTYPES[option])
     if option == "bfloat16 throughout":
-        narrow = (x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
-                  for x in (positions, inv_freq))
+        narrow = (
+            x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+            for x in (positions, inv_freq)
+        )
         first, second = narrow
         phase = (first[:, None, :, None] * second).astype(ml_dtypes.bfloat16)
         return phase.astype(work.dtype)
@@ -107,7 +117,7 @@ def _positions(positions: Array, choice: Choice) -> Array:
 
 
 def chosen_factors(inputs: dict, positions: Array, choice: Choice, n: int) -> Array:
-    """Factors of LongRoPE, float32 [n]; the long ones where the call reaches beyond the original."""
+    """Factors of LongRoPE, float32 [n]: long where the call exceeds the original context."""
     factors, option = inputs["factors"], choice.get("C3")
     if factors is None or option == "ignored":
         return np.ones(n, dtype=np.float32)
@@ -118,7 +128,9 @@ def chosen_factors(inputs: dict, positions: Array, choice: Choice, n: int) -> Ar
     else:
         n_original = inputs["n_original"]
         reached = positions.min() if option == "by cache offset" else positions.max() + 1
-        is_long = {"always long": True, "always short": False}.get(option or "", reached > n_original)
+        is_long = {"always long": True, "always short": False}.get(
+            option or "", reached > n_original
+        )
         chosen = factors[1 if is_long else 0]
     ones = np.ones(max(n - len(chosen), 0), dtype=np.float32)
     return np.concatenate([chosen.astype(np.float32), ones])[:n]

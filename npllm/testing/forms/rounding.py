@@ -1,6 +1,7 @@
-"""Emulators of rounding: the same mathematics with the roundings of one option, to be compared bit by bit.
+"""Emulators of rounding: one option's roundings, to be compared bit by bit.
 
-An option has one or more styles (a fused kernel rounds once, an eager one after each step); the style that agrees best counts.
+An option has one or more styles (a fused kernel rounds once, an eager one after each step); the
+style that agrees best counts.
 """
 
 from collections.abc import Callable
@@ -61,7 +62,10 @@ def _norm_sum(inputs: dict, option: str, cast: Round) -> list[Array]:
     else:
         squares = np.moveaxis(x * x, -1, 0)
         narrow = _narrow(option, cast)
-        sums = [total[:, None] for total in (_sequential(squares, narrow), _sequential(narrow(squares), narrow))]
+        sums = [
+            total[:, None]
+            for total in (_sequential(squares, narrow), _sequential(narrow(squares), narrow))
+        ]
     roots = [np.sqrt(total / F32(n) + F32(inputs["eps"])) for total in sums]
     return [y for root in roots for y in (w * (x / root), w * cast(x / root))]
 
@@ -122,7 +126,9 @@ def _phase_dtype(inputs: dict, option: str, _: Round) -> list[Array]:
     wide = np.float64 if option == "float64" else F32
     x, d_rope = inputs["x"].reshape(-1, *inputs["x"].shape[-3:]).astype(F32), inputs["d_rope"]
     half = d_rope // 2
-    power = (float(inputs["base"]) ** (np.arange(0, d_rope, 2, dtype=F32) / F32(d_rope)).astype(np.float64))
+    power = float(inputs["base"]) ** (np.arange(0, d_rope, 2, dtype=F32) / F32(d_rope)).astype(
+        np.float64
+    )
     positions = inputs["positions"].reshape(-1, inputs["positions"].shape[-1])
     inv_freq = F32(1) / (chosen_factors(inputs, positions, {}, half) * power.astype(F32))
     phase = positions.astype(wide)[:, None, :, None] * inv_freq.astype(wide)
@@ -133,7 +139,10 @@ def _phase_dtype(inputs: dict, option: str, _: Round) -> list[Array]:
 
 
 EMULATORS: dict[tuple[str, str], Callable] = {
-    ("C13", "rms_norm"): _norm_cast, ("C30", "rms_norm"): _norm_sum, ("C30", "linear"): _linear_sum,
-    ("C14", "attention"): _softmax_place, ("C2", "rope"): _phase_dtype,
+    ("C13", "rms_norm"): _norm_cast,
+    ("C30", "rms_norm"): _norm_sum,
+    ("C30", "linear"): _linear_sum,
+    ("C14", "attention"): _softmax_place,
+    ("C2", "rope"): _phase_dtype,
 }
 """(convention, operation) -> function (inputs, option, cast) -> outputs, one a style."""

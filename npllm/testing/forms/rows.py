@@ -37,7 +37,9 @@ def rms_norm(inputs: dict, choice: Choice, work: Work) -> Answer:
     relative = np.abs(y) * (gamma(n + 1, work.unit) / 2 + 5 * work.unit)
     if option == "centred":
         size = np.abs(x).mean(axis=-1, keepdims=True) + np.abs(x)
-        relative = relative + np.abs(w) * gamma(n + 1, work.unit) * size / np.where(root == 0, 1, root)
+        relative = relative + np.abs(w) * gamma(n + 1, work.unit) * size / np.where(
+            root == 0, 1, root
+        )
     return Answer(y, relative)
 
 
@@ -97,8 +99,11 @@ def qkv_projection(inputs: dict, choice: Choice, work: Work) -> Answer:
     x, n_head, n_kv_head = inputs["x"], inputs["n_head"], inputs["n_kv_head"]
     answer = linear(inputs, choice, work)
     n_seq = x.shape[-2]
-    cut = [_heads(part, n_seq, n_head, n_kv_head, choice)
-           for part in (answer.y, answer.slack) if part is not None]
+    cut = [
+        _heads(part, n_seq, n_head, n_kv_head, choice)
+        for part in (answer.y, answer.slack)
+        if part is not None
+    ]
     return Answer(cut[0], cut[1] if len(cut) > 1 else None)
 
 

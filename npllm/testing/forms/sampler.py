@@ -1,4 +1,4 @@
-"""The distribution that a sampler draws from, with its forks: order, boundaries, renormalisation."""
+"""The distribution that a sampler draws from, with its forks."""
 
 import numpy as np
 
@@ -27,8 +27,14 @@ def sampler(inputs: dict, choice: Choice, work: Work) -> Answer:
     """
     logits = inputs["logits"].reshape(-1, inputs["logits"].shape[-1]).astype(np.float64)
     seen = inputs["seen"]
-    seen = None if seen is None else np.broadcast_to(seen, inputs["logits"].shape).reshape(logits.shape)
-    rows = [_row(row, inputs, None if seen is None else seen[n], choice) for n, row in enumerate(logits)]
+    seen = (
+        None
+        if seen is None
+        else np.broadcast_to(seen, inputs["logits"].shape).reshape(logits.shape)
+    )
+    rows = [
+        _row(row, inputs, None if seen is None else seen[n], choice) for n, row in enumerate(logits)
+    ]
     y = np.stack([row for row, _ in rows])
     finite = np.where(np.isfinite(logits), np.abs(logits), 0).max(axis=-1, keepdims=True)
     sharpness = max(1.0, 1 / (inputs["temperature"] or 1.0))

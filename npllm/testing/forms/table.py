@@ -1,4 +1,4 @@
-"""The operations that can be judged: names of their inputs, shape of their output, and the form to evaluate."""
+"""The operations: names of their inputs, shape of their output, form to evaluate."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,10 +40,22 @@ class Op:
     rows_axis: int = 0
 
 
-_ATTENTION = {"q": "[..., n_head, n_seq, d_head]", "k": "[..., n_kv_head, n_ctx, d_head]",
-              "v": "[..., n_kv_head, n_ctx, d_value]"}
-_MASKS = {"causal": True, "window": None, "valid": None, "scale": None, "bias": None,
-          "softcap": None, "documents": None, "mask": None, "d_rope": None}
+_ATTENTION = {
+    "q": "[..., n_head, n_seq, d_head]",
+    "k": "[..., n_kv_head, n_ctx, d_head]",
+    "v": "[..., n_kv_head, n_ctx, d_value]",
+}
+_MASKS = {
+    "causal": True,
+    "window": None,
+    "valid": None,
+    "scale": None,
+    "bias": None,
+    "softcap": None,
+    "documents": None,
+    "mask": None,
+    "d_rope": None,
+}
 
 
 def _half(inputs: dict) -> tuple:
@@ -58,27 +70,70 @@ def _qkv_shape(inputs: dict) -> tuple:
 
 
 OPS: dict[str, Op] = {
-    "attention": Op(attention.attention, _ATTENTION, defaults=_MASKS, rows_axis=2,
-                    shape=lambda a: (*a["q"].shape[:-1], a["v"].shape[-1])),
-    "attention_lse": Op(attention.attention_lse, _ATTENTION, defaults=_MASKS, rows_axis=1,
-                        shape=lambda a: a["q"].shape[:-1]),
-    "rope": Op(rope.rope, {"x": "[..., n_head, n_seq, d_head]", "positions": "[n_batch or 1, n_seq]"},
-               ("base", "d_rope"), {"magnitude": 1.0, "factors": None, "n_original": None}),
+    "attention": Op(
+        attention.attention,
+        _ATTENTION,
+        defaults=_MASKS,
+        rows_axis=2,
+        shape=lambda a: (*a["q"].shape[:-1], a["v"].shape[-1]),
+    ),
+    "attention_lse": Op(
+        attention.attention_lse,
+        _ATTENTION,
+        defaults=_MASKS,
+        rows_axis=1,
+        shape=lambda a: a["q"].shape[:-1],
+    ),
+    "rope": Op(
+        rope.rope,
+        {"x": "[..., n_head, n_seq, d_head]", "positions": "[n_batch or 1, n_seq]"},
+        ("base", "d_rope"),
+        {"magnitude": 1.0, "factors": None, "n_original": None},
+    ),
     "rms_norm": Op(rows.rms_norm, {"x": "[..., d_model]", "weight": "[d_model]"}, ("eps",)),
     "swiglu": Op(rows.swiglu, {"gate_up": "[..., 2*d_ff]"}, shape=_half),
-    "linear": Op(rows.linear, {"x": "[..., d_in]", "weight": "[d_out, d_in]"}, (), {"bias": None},
-                 lambda a: (*a["x"].shape[:-1], len(a["weight"]))),
-    "qkv_projection": Op(rows.qkv_projection, {"x": "[..., n_seq, d_model]", "weight": "[d_qkv, d_model]"},
-                         ("n_head", "n_kv_head"), {"bias": None}, _qkv_shape),
-    "embed": Op(rows.embed, {"ids": "[...]", "weight": "[n_vocab, d_model]"},
-                shape=lambda a: (*a["ids"].shape, a["weight"].shape[-1])),
-    "lm_head": Op(rows.lm_head, {"hidden": "[..., d_model]", "weight": "[n_vocab, d_model]"}, (),
-                  {"embedding": None}, lambda a: (*a["hidden"].shape[:-1], len(a["weight"]))),
-    "sampler": Op(sampler.sampler, {"logits": "[..., n_vocab]"}, (),
-                  {"temperature": None, "top_k": None, "top_p": None, "min_p": None, "seen": None,
-                   "repetition_penalty": None}, lambda a: a["logits"].shape),
+    "linear": Op(
+        rows.linear,
+        {"x": "[..., d_in]", "weight": "[d_out, d_in]"},
+        (),
+        {"bias": None},
+        lambda a: (*a["x"].shape[:-1], len(a["weight"])),
+    ),
+    "qkv_projection": Op(
+        rows.qkv_projection,
+        {"x": "[..., n_seq, d_model]", "weight": "[d_qkv, d_model]"},
+        ("n_head", "n_kv_head"),
+        {"bias": None},
+        _qkv_shape,
+    ),
+    "embed": Op(
+        rows.embed,
+        {"ids": "[...]", "weight": "[n_vocab, d_model]"},
+        shape=lambda a: (*a["ids"].shape, a["weight"].shape[-1]),
+    ),
+    "lm_head": Op(
+        rows.lm_head,
+        {"hidden": "[..., d_model]", "weight": "[n_vocab, d_model]"},
+        (),
+        {"embedding": None},
+        lambda a: (*a["hidden"].shape[:-1], len(a["weight"])),
+    ),
+    "sampler": Op(
+        sampler.sampler,
+        {"logits": "[..., n_vocab]"},
+        (),
+        {
+            "temperature": None,
+            "top_k": None,
+            "top_p": None,
+            "min_p": None,
+            "seen": None,
+            "repetition_penalty": None,
+        },
+        lambda a: a["logits"].shape,
+    ),
 }
-"""Name -> Op.  "attention_lse" is the log-sum-exp of attention's rows.  "detokenize" works on strings and stands apart."""
+"""Name -> Op.  "attention_lse": log-sum-exp of the rows.  "detokenize" works on strings."""
 
 _INTEGERS = ("window", "d_rope", "n_head", "n_kv_head", "top_k", "n_original")
 _MAYBE_ARRAYS = ("valid", "mask", "bias", "documents", "factors", "seen", "embedding")
@@ -105,8 +160,10 @@ def prepare(op: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in wanted if inputs.get(name) is None]
     if unknown or missing:
         raise NpllmValueError(
-            f"inputs of {op} must be {', '.join(wanted)}, and may be {', '.join(entry.defaults) or 'no other'}; "
-            f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}")
+            f"inputs of {op} must be {', '.join(wanted)}, "
+            f"and may be {', '.join(entry.defaults) or 'no other'}; "
+            f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+        )
     prepared = dict(entry.defaults)
     for name, value in inputs.items():
         prepared[name] = _converted(name, value, name in entry.arrays)
@@ -125,7 +182,9 @@ def _converted(name: str, value: Any, is_array: bool) -> Any:
 
 
 def _check_axes(name: str, x: Array, axes: str) -> None:
-    least = len([axis for axis in axes.strip("[]").split(", ") if axis not in ("...", "n_batch or 1")])
+    least = len(
+        [axis for axis in axes.strip("[]").split(", ") if axis not in ("...", "n_batch or 1")]
+    )
     if x.ndim < least:
         raise NpllmValueError(f"{name} must be {axes}, got {list(x.shape)}")
 

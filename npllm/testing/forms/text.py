@@ -1,4 +1,4 @@
-"""Turning a stream of ids into text, with its forks; on strings, so that any tokenizer can be asked."""
+"""A stream of ids as text, with its forks; on strings, whatever the tokenizer."""
 
 from npllm.testing.forms.common import Choice
 

@@ -1,4 +1,4 @@
-"""Attention with one convention chosen otherwise: the definition, given other arguments."""
+"""Attention with one convention chosen otherwise: heads, scale, fills, layout, cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,106 +8,11 @@ import numpy as np
 
 from npllm import ops
 from npllm.testing.planted.bug import Array, plant
+from npllm.testing.planted.masks import visible, without_slots
 
 __all__: list[str] = []
 
 C = "attention"
-
-
-def visible(mask: Any, q: Array, k: Array, shift: int = 0) -> Array:
-    """Evaluate a mask as bool [..., n_seq, n_ctx], each query standing `shift` slots further on; None: all."""
-    n_seq, n_ctx = q.shape[-2], k.shape[-2]
-    if mask is None:
-        return np.ones((n_seq, n_ctx), dtype=bool)
-    if callable(mask):
-        i = np.clip(np.arange(n_ctx - n_seq, n_ctx) + shift, 0, n_ctx - 1)
-        return np.asarray(mask(i[:, None], np.arange(n_ctx)[None, :]))
-    rows = np.clip(np.arange(mask.shape[-2]) + shift, 0, mask.shape[-2] - 1)
-    return mask[..., rows, :]
-
-
-def masked(name: str, convention: str, says: str) -> Callable:
-    """List a bug that is the definition under another mask, made by a function (mask, q, k) -> bool array."""
-    def listed(make: Callable) -> Callable:
-        def fn(q: Array, k: Array, v: Array, *, mask: Any = None, **options: Any) -> Array:
-            return ops.attention(q, k, v, mask=make(mask, q, k), **_without_slots(options))
-
-        fn.__doc__ = says
-        plant(C, name, convention)(fn)
-        return make
-
-    return listed
-
-
-def _without_slots(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in ("q_slots", "k_slots")}
-
-
-# ------------------------------------------------------------------ masks
-
-
-@masked("top-left", "C9", "The first query is aligned with the first key.")
-def _top_left(mask: Any, q: Array, k: Array) -> Array:
-    return visible(mask, q, k, q.shape[-2] - k.shape[-2])
-
-
-@masked("one key late", "C9", "Each query sees one key of the future.")
-def _late(mask: Any, q: Array, k: Array) -> Array:
-    now, later = visible(mask, q, k), visible(mask, q, k, 1)
-    j, i = np.arange(k.shape[-2]), np.arange(k.shape[-2] - q.shape[-2], k.shape[-2])[:, None]
-    return now | (later & (j == i + 1))
-
-
-@masked("one key early", "C9", "No query sees its own key.")
-def _early(mask: Any, q: Array, k: Array) -> Array:
-    j, i = np.arange(k.shape[-2]), np.arange(k.shape[-2] - q.shape[-2], k.shape[-2])[:, None]
-    return visible(mask, q, k) & (j != i)
-
-
-@masked("not causal", "C9", "Every query sees the future.")
-def _future(mask: Any, q: Array, k: Array) -> Array:
-    j, i = np.arange(k.shape[-2]), np.arange(k.shape[-2] - q.shape[-2], k.shape[-2])[:, None]
-    return visible(mask, q, k) | (visible(mask, q, k, k.shape[-2]) & (j > i))
-
-
-@masked("w + 1 keys", "C10", "A window of w is w + 1 keys.")
-def _wider(mask: Any, q: Array, k: Array) -> Array:
-    return visible(mask, q, k) | visible(mask, q, k, -1)
-
-
-@masked("symmetric", "C10", "The window looks as far ahead as back.")
-def _both_sides(mask: Any, q: Array, k: Array) -> Array:
-    n_seq, n_ctx = q.shape[-2], k.shape[-2]
-    if not callable(mask):
-        return visible(mask, q, k)
-    slot = np.arange(n_ctx)
-    back = np.asarray(mask(slot[None, :], slot[:, None]))[..., n_ctx - n_seq :, :]
-    keys = visible(mask, q, k).any(axis=-2, keepdims=True)
-    return visible(mask, q, k) | (back & keys)
-
-
-@masked("ignored", "C10", "There is no window.")
-def _no_window(mask: Any, q: Array, k: Array) -> Array:
-    n_ctx = k.shape[-2]
-    if not callable(mask):
-        return visible(mask, q, k)
-    slot = np.arange(n_ctx)
-    table = np.asarray(mask(slot[:, None], slot[None, :]))
-    return np.logical_or.accumulate(table, axis=-2)[..., n_ctx - q.shape[-2] :, :]
-
-
-@masked("no document mask", "C19", "A query sees the documents that are packed before its own.")
-def _no_documents(mask: Any, q: Array, k: Array) -> Array:
-    return _no_window(mask, q, k)
-
-
-@masked("padding enters", "C23", "Keys that are padding are seen.")
-def _padding(mask: Any, q: Array, k: Array) -> Array:
-    seen = visible(mask, q, k)
-    j, i = np.arange(k.shape[-2]), np.arange(k.shape[-2] - q.shape[-2], k.shape[-2])[:, None]
-    hidden = ~seen.any(axis=-2, keepdims=True) & (j <= i)
-    return seen | hidden
-
 
 # ------------------------------------------------------------------ heads, operands, scale
 
@@ -122,13 +27,21 @@ def _tile(q: Array, k: Array, v: Array, **options: Any) -> Array:
 @plant(C, "k and v swapped", "C22")
 def _swap_kv(q: Array, k: Array, v: Array, **options: Any) -> Array:
     """Keys and values are exchanged."""
-    return ops.attention(q, v, k, **options) if k.shape == v.shape else ops.attention(q, k, v, **options)
+    return (
+        ops.attention(q, v, k, **options)
+        if k.shape == v.shape
+        else ops.attention(q, k, v, **options)
+    )
 
 
 @plant(C, "q and k swapped", "C22")
 def _swap_qk(q: Array, k: Array, v: Array, **options: Any) -> Array:
     """Queries and keys are exchanged."""
-    return ops.attention(k, q, v, **options) if q.shape == k.shape else ops.attention(q, k, v, **options)
+    return (
+        ops.attention(k, q, v, **options)
+        if q.shape == k.shape
+        else ops.attention(q, k, v, **options)
+    )
 
 
 def _scaled(name: str, says: str, scale: Callable[[float, int], float]) -> None:
@@ -141,7 +54,9 @@ def _scaled(name: str, says: str, scale: Callable[[float, int], float]) -> None:
     plant(C, name, "C21")(fn)
 
 
-_scaled("rotated part", "The scale is that of 3/4 of the head.", lambda _, d: float(3 * d // 4) ** -0.5)
+_scaled(
+    "rotated part", "The scale is that of 3/4 of the head.", lambda _, d: float(3 * d // 4) ** -0.5
+)
 _scaled("1 / d_head", "The root of the scale is missing.", lambda _, d: 1 / d)
 _scaled("constant 1/8", "The scale is a hard-coded 1/8.", lambda *_: 0.125)
 _scaled("twice", "The scale is applied twice.", lambda scale, _: scale * scale)
@@ -174,13 +89,19 @@ def _filled(name: str, fill: float, says: str) -> None:
     def fn(q: Array, k: Array, v: Array, *, mask: Any = None, **options: Any) -> Array:
         hidden = np.where(visible(mask, q, k), np.float32(0), np.float32(fill))
         bias = options.pop("bias", None)
-        return ops.attention(q, k, v, bias=hidden if bias is None else bias + hidden, **_without_slots(options))
+        return ops.attention(
+            q, k, v, bias=hidden if bias is None else bias + hidden, **without_slots(options)
+        )
 
     fn.__doc__ = says
     plant(C, name, "C12")(fn)
 
 
-_filled("finfo.min", float(np.finfo(np.float32).min), "The lowest finite number is added where a key is hidden.")
+_filled(
+    "finfo.min",
+    float(np.finfo(np.float32).min),
+    "The lowest finite number is added where a key is hidden.",
+)
 _filled("-1e9", -1e9, "-1e9 is added where a key is hidden.")
 _filled("-1e4", -1e4, "-1e4 is added where a key is hidden.")
 
@@ -193,8 +114,12 @@ def _tail(n_tile: int) -> None:
         seen = np.concatenate([seen, np.ones((*seen.shape[:-1], n), dtype=bool)], axis=-1)
         if options.get("bias") is not None:
             bias = np.broadcast_to(options["bias"], (*q.shape[:-1], k.shape[-2]))
-            options["bias"] = np.concatenate([bias, np.zeros((*bias.shape[:-1], n), bias.dtype)], axis=-1)
-        return ops.attention(q, np.pad(k, widths), np.pad(v, widths), mask=seen, **_without_slots(options))
+            options["bias"] = np.concatenate(
+                [bias, np.zeros((*bias.shape[:-1], n), bias.dtype)], axis=-1
+            )
+        return ops.attention(
+            q, np.pad(k, widths), np.pad(v, widths), mask=seen, **without_slots(options)
+        )
 
     fn.__doc__ = f"Zeros fill the last tile of {n_tile} keys and enter the sum."
     plant(C, f"zero tail to {n_tile}", "C23")(fn)
@@ -215,7 +140,9 @@ def _base_2(q: Array, k: Array, v: Array, *, return_lse: bool = False, **options
 
 
 @plant(C, "without the maximum", "C24")
-def _no_maximum(q: Array, k: Array, v: Array, *, mask: Any = None, return_lse: bool = False, **options: Any) -> Any:
+def _no_maximum(
+    q: Array, k: Array, v: Array, *, mask: Any = None, return_lse: bool = False, **options: Any
+) -> Any:
     """The maximum is not added back to the log-sum-exp."""
     y, lse = ops.attention(q, k, v, mask=mask, return_lse=True, **options)
     weights = ops.attention_weights(q, k, mask=mask, **options)
@@ -289,7 +216,9 @@ def _narrow_softmax(q: Array, k: Array, v: Array, **options: Any) -> Array:
 
 
 @plant(C, "scale on q", "C14")
-def _scale_on_q(q: Array, k: Array, v: Array, *, scale: float | None = None, **options: Any) -> Array:
+def _scale_on_q(
+    q: Array, k: Array, v: Array, *, scale: float | None = None, **options: Any
+) -> Array:
     """The query is scaled and rounded to bfloat16 before the product."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return ops.attention(_bfloat16(q * np.float32(scale)), k, v, scale=1.0, **options)

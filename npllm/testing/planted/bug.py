@@ -1,4 +1,4 @@
-"""What a planted bug is, how it is listed, and how it is run on the inputs that `diagnose` takes."""
+"""What a planted bug is, and how it is run on the inputs of `diagnose`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class Bug:
     Parameters
     ----------
     op : str
-        An operation of `npllm.ops`; or "rope", "sampler", "detokenize", whose arguments are the inputs of `diagnose`.
+        An operation of `npllm.ops`; or "rope", "sampler", "detokenize", whose arguments are the
+        inputs of `diagnose`.
     fn : function
         Works on NumPy arrays.
     convention : str, optional
@@ -43,7 +44,7 @@ class Bug:
 
 
 BUGS: dict[str, Bug] = {}
-"""Name -> Bug.  The name is the operation and the option, "attention: C9 top-left", or the fault, "attention: zeros"."""
+"""Name -> Bug: "attention: C9 top-left" for an option, "attention: zeros" for a fault."""
 
 TESTED_AS = {"apply_rope": "rope", "rope_tables": "rope", "rope_frequencies": "rope"}
 """Operations of `npllm.ops` that `diagnose` knows as part of another."""
@@ -51,6 +52,7 @@ TESTED_AS = {"apply_rope": "rope", "rope_tables": "rope", "rope_frequencies": "r
 
 def plant(op: str, name: str, convention: str | None = None) -> Callable[[Callable], Callable]:
     """Put a function on the list of bugs; with a convention, `name` is its option."""
+
     def listed(fn: Callable) -> Callable:
         key = f"{op}: {convention} {name}" if convention else f"{op}: {name}"
         BUGS[key] = Bug(op, fn, convention, name if convention else None)
@@ -97,7 +99,7 @@ PARTS = {"rope": ("rope_frequencies", "rope_tables", "apply_rope"), "attention_l
 
 
 def mask_rule(inputs: dict[str, Any]) -> Any:
-    """Return the mask of attention's inputs as one rule of slots; None where every key is visible."""
+    """Return the mask of attention's inputs as one rule of slots; None: all visible."""
     parts = [rules.causal()] if inputs.get("causal", True) else []
     if inputs.get("window") is not None:
         window = inputs["window"]
@@ -112,7 +114,9 @@ def mask_rule(inputs: dict[str, Any]) -> Any:
     return rule
 
 
-def _attention(inputs: dict[str, Any], replaced: dict[str, Callable], return_lse: bool = False) -> Array:
+def _attention(
+    inputs: dict[str, Any], replaced: dict[str, Callable], return_lse: bool = False
+) -> Array:
     options = {name: inputs.get(name) for name in ("scale", "bias", "softcap")}
     fn = replaced.get("attention", ops.attention)
     extra = {"return_lse": True} if return_lse else {}
@@ -132,17 +136,25 @@ def _rope(inputs: dict[str, Any], replaced: dict[str, Callable]) -> Array:
 
 def _swiglu(inputs: dict[str, Any], replaced: dict[str, Callable]) -> Array:
     half = inputs["gate_up"].shape[-1] // 2
-    return replaced.get("swiglu", ops.swiglu)(inputs["gate_up"][..., :half], inputs["gate_up"][..., half:])
+    return replaced.get("swiglu", ops.swiglu)(
+        inputs["gate_up"][..., :half], inputs["gate_up"][..., half:]
+    )
 
 
 def _qkv(inputs: dict[str, Any], replaced: dict[str, Callable]) -> Array:
     return np.concatenate(replaced.get("qkv_projection", right_qkv)(**inputs), axis=-3)
 
 
-def right_qkv(x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array = None) -> tuple[Array, Array, Array]:
+def right_qkv(
+    x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array = None
+) -> tuple[Array, Array, Array]:
     """Project to query, key and value heads."""
     y = ops.split_heads(ops.linear(x, weight, bias), n_head + 2 * n_kv_head)
-    return y[..., :n_head, :, :], y[..., n_head : n_head + n_kv_head, :, :], y[..., n_head + n_kv_head :, :, :]
+    return (
+        y[..., :n_head, :, :],
+        y[..., n_head : n_head + n_kv_head, :, :],
+        y[..., n_head + n_kv_head :, :, :],
+    )
 
 
 def _sampler(inputs: dict[str, Any], _: dict[str, Callable]) -> Array:
@@ -154,15 +166,27 @@ def _sampler(inputs: dict[str, Any], _: dict[str, Callable]) -> Array:
     return ops.softmax(z)
 
 
+def _head(inputs: dict[str, Any], replaced: dict[str, Callable]) -> Array:
+    if "lm_head" in replaced:
+        return replaced["lm_head"](**inputs)
+    return ops.linear(inputs["hidden"], inputs["weight"])
+
+
 def _plain(name: str, right: Callable) -> Callable:
     return lambda inputs, replaced: replaced.get(name, right)(**inputs)
 
 
 RUNNERS: dict[str, Callable] = {
-    "attention": _attention, "attention_lse": lambda inputs, replaced: _attention(inputs, replaced, return_lse=True),
-    "rope": _rope, "swiglu": _swiglu, "qkv_projection": _qkv, "sampler": _sampler,
-    "rms_norm": _plain("rms_norm", ops.rms_norm), "linear": _plain("linear", ops.linear),
-    "embed": _plain("embed", ops.embed), "detokenize": lambda inputs, _: [str(inputs["prefixes"][-1])],
-    "lm_head": _plain("lm_head", lambda hidden, weight, embedding=None: ops.linear(hidden, weight)),  # noqa: ARG005
+    "attention": _attention,
+    "attention_lse": lambda inputs, replaced: _attention(inputs, replaced, return_lse=True),
+    "rope": _rope,
+    "swiglu": _swiglu,
+    "qkv_projection": _qkv,
+    "sampler": _sampler,
+    "rms_norm": _plain("rms_norm", ops.rms_norm),
+    "linear": _plain("linear", ops.linear),
+    "embed": _plain("embed", ops.embed),
+    "detokenize": lambda inputs, _: [str(inputs["prefixes"][-1])],
+    "lm_head": _head,
 }
 """Operation -> function (inputs, replaced) -> output."""

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from npllm import ops
-from npllm.testing.planted.attention import visible
 from npllm.testing.planted.bug import Array, plant
+from npllm.testing.planted.masks import visible, without_slots
 
 __all__: list[str] = []
 
@@ -33,7 +33,7 @@ def _last_tile(q: Array, k: Array, v: Array, *, mask: Any = None, **options: Any
     """Keys behind the last full tile of 8 are left out."""
     n = max(k.shape[-2] // TILE * TILE, 1)
     seen = visible(mask, q, k) & (np.arange(k.shape[-2]) < n)
-    return ops.attention(q, k, v, mask=seen, **_plain(options))
+    return ops.attention(q, k, v, mask=seen, **without_slots(options))
 
 
 @plant(C, "last rows skipped")
@@ -49,20 +49,26 @@ def _tile_edge(q: Array, k: Array, v: Array, *, mask: Any = None, **options: Any
     """The first key of every tile but the first is left out."""
     j = np.arange(k.shape[-2])
     seen = visible(mask, q, k) & ((j == 0) | (j % TILE != 0))
-    return ops.attention(q, k, v, mask=seen, **_plain(options))
+    return ops.attention(q, k, v, mask=seen, **without_slots(options))
 
 
 @plant(C, "missing rescale")
 def _no_rescale(q: Array, k: Array, v: Array, *, mask: Any = None, **options: Any) -> Array:
     """The running sums are not rescaled when a later tile has a larger maximum."""
     s, values = _scores(q, k, v, mask, options)
-    y, total = np.zeros((*q.shape[:-1], v.shape[-1]), np.float32), np.zeros((*q.shape[:-1], 1), np.float32)
+    y, total = (
+        np.zeros((*q.shape[:-1], v.shape[-1]), np.float32),
+        np.zeros((*q.shape[:-1], 1), np.float32),
+    )
     m = np.full_like(total, -np.inf)
     for start in range(0, k.shape[-2], TILE):
         part = s[..., start : start + TILE]
         m = np.maximum(m, part.max(axis=-1, keepdims=True))
         e = np.exp(part - np.where(m == -np.inf, 0, m))
-        y, total = y + e @ values[..., start : start + TILE, :], total + e.sum(axis=-1, keepdims=True)
+        y, total = (
+            y + e @ values[..., start : start + TILE, :],
+            total + e.sum(axis=-1, keepdims=True),
+        )
     return y / np.where(total == 0, 1, total)
 
 
@@ -113,15 +119,15 @@ def _wrong_axis(q: Array, k: Array, v: Array, *, mask: Any = None, **options: An
 
 
 @plant(C, "mask ignored")
-def _no_mask(q: Array, k: Array, v: Array, *, mask: Any = None, **options: Any) -> Array:  # noqa: ARG001
+def _no_mask(q: Array, k: Array, v: Array, **options: Any) -> Array:
     """Every key is visible."""
-    return ops.attention(q, k, v, **_plain(options))
+    return ops.attention(q, k, v, **options | {"mask": None})
 
 
 @plant(C, "scale argument ignored")
-def _own_scale(q: Array, k: Array, v: Array, *, scale: float | None = None, **options: Any) -> Array:  # noqa: ARG001
+def _own_scale(q: Array, k: Array, v: Array, **options: Any) -> Array:
     """The scale is d_head ** -0.5 whatever is asked for."""
-    return ops.attention(q, k, v, **options)
+    return ops.attention(q, k, v, **options | {"scale": None})
 
 
 @plant(C, "stale row")
@@ -148,15 +154,13 @@ def _shared(q: Array, k: Array, v: Array, **options: Any) -> Array:
     return buffer
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in ("q_slots", "k_slots")}
-
-
 def _weights_only(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "return_lse"}
 
 
-def _scores(q: Array, k: Array, v: Array, mask: Any, options: dict[str, Any]) -> tuple[Array, Array]:
+def _scores(
+    q: Array, k: Array, v: Array, mask: Any, options: dict[str, Any]
+) -> tuple[Array, Array]:
     """Masked scores in float32, and the values once a query head."""
     group, scale = q.shape[-3] // k.shape[-3], options.get("scale")
     scale = q.shape[-1] ** -0.5 if scale is None else scale

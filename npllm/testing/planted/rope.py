@@ -17,7 +17,7 @@ Tables = tuple[Array, Array]
 
 
 def _pair(x: Array, cos: Array, sin: Array, first: Array, second: Array) -> Array:
-    """Turn the pairs (first[n], second[n]) by the n-th columns of the tables, given for each of the two."""
+    """Turn the pairs (first[n], second[n]) by columns of the tables, n for each of the two."""
     cos, sin = (np.expand_dims(t, -3) if t.ndim > 2 else t for t in (cos, sin))
     y, n = x.copy(), len(first)
     a, b = x[..., first], x[..., second]
@@ -87,6 +87,7 @@ def _one_position(x: Array, cos: Array, sin: Array, *, interleaved: bool = False
 
 def _tabled(name: str, convention: str | None, says: str) -> Callable:
     """List a bug that changes positions, frequencies or scale before the tables are made."""
+
     def listed(change: Callable) -> Callable:
         def fn(positions: Array, inv_freq: Array, scale: float = 1.0) -> Tables:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -117,7 +118,9 @@ def _float16_positions(positions: Array, inv_freq: Array, scale: float) -> tuple
 @plant("rope_tables", "bfloat16 throughout", "C2")
 def _bfloat16_phase(positions: Array, inv_freq: Array, scale: float = 1.0) -> Tables:
     """Positions, frequencies and phases are bfloat16."""
-    narrow = _rounded(np.asarray(positions), ml_dtypes.bfloat16)[..., None] * _rounded(inv_freq, ml_dtypes.bfloat16)
+    narrow = _rounded(np.asarray(positions), ml_dtypes.bfloat16)[..., None] * _rounded(
+        inv_freq, ml_dtypes.bfloat16
+    )
     phase = np.concatenate([_rounded(narrow, ml_dtypes.bfloat16)] * 2, axis=-1)
     return scale * np.cos(phase), scale * np.sin(phase)
 
@@ -164,7 +167,9 @@ def _no_factors(d_rope: int, base: float = 10000.0, factors: Array = None) -> Ar
 @plant("rope_frequencies", "factors multiply")
 def _inverse_factors(d_rope: int, base: float = 10000.0, factors: Array = None) -> Array:
     """The factors of LongRoPE speed up the turns that they should slow."""
-    return ops.rope_frequencies(d_rope, base, None if factors is None else 1 / np.asarray(factors, dtype=np.float32))
+    return ops.rope_frequencies(
+        d_rope, base, None if factors is None else 1 / np.asarray(factors, dtype=np.float32)
+    )
 
 
 @plant("rope_frequencies", "exponent i / d_rope")
@@ -189,7 +194,11 @@ def _factored(name: str, says: str, choose: Callable[[Array, int], int]) -> None
 
 _factored("always long", "The long factors at every length.", lambda *_: 1)
 _factored("always short", "The short factors at every length.", lambda *_: 0)
-_factored("by cache offset", "The length is taken without the tokens of this call.", lambda p, n: int(p.min() > n))
+_factored(
+    "by cache offset",
+    "The length is taken without the tokens of this call.",
+    lambda p, n: int(p.min() > n),
+)
 
 
 @plant("rope", "on q and k", "C4")
@@ -205,7 +214,9 @@ def _full(**inputs: Any) -> Array:
     width = inputs["x"].shape[-1]
     factors = inputs.get("factors")
     if factors is not None:
-        more = np.ones((*factors.shape[:-1], max(width // 2 - factors.shape[-1], 0)), dtype=factors.dtype)
+        more = np.ones(
+            (*factors.shape[:-1], max(width // 2 - factors.shape[-1], 0)), dtype=factors.dtype
+        )
         inputs["factors"] = np.concatenate([factors, more], axis=-1)
     return run("rope", inputs | {"d_rope": width})
 

@@ -1,4 +1,4 @@
-"""Norm, gated product, linear maps and embedding with one convention chosen otherwise, and classic faults."""
+"""Norm, gated product, linear maps and embedding with one fault each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,9 @@ def _narrow_sums(name: str, dtype: Any) -> None:
     def norm(x: Array, weight: Array, eps: float) -> Array:
         total = np.zeros(x.shape[:-1], dtype=dtype)
         for column in range(x.shape[-1]):
-            total = (total.astype(np.float32) + x[..., column].astype(np.float32) ** 2).astype(dtype)
+            total = (total.astype(np.float32) + x[..., column].astype(np.float32) ** 2).astype(
+                dtype
+            )
         mean = total.astype(np.float32)[..., None] / np.float32(x.shape[-1])
         return (weight * (x / np.sqrt(mean + np.float32(eps)))).astype(x.dtype)
 
@@ -218,11 +220,17 @@ def _swap_kv(x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array =
 def _swap_qk(x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array = None) -> tuple:
     """The rows are read as keys, queries, values."""
     y = np.concatenate(right_qkv(x, weight, n_head, n_kv_head, bias), axis=-3)
-    return y[..., n_kv_head : n_kv_head + n_head, :, :], y[..., :n_kv_head, :, :], y[..., n_kv_head + n_head :, :, :]
+    return (
+        y[..., n_kv_head : n_kv_head + n_head, :, :],
+        y[..., :n_kv_head, :, :],
+        y[..., n_kv_head + n_head :, :, :],
+    )
 
 
 @plant("qkv_projection", "weight [d_in, d_out]", "C31")
-def _transposed_qkv(x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array = None) -> tuple:
+def _transposed_qkv(
+    x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array = None
+) -> tuple:
     """The weight's buffer is read as [d_in, d_out]."""
     other = np.ascontiguousarray(weight).reshape(weight.shape[::-1]).T
     return right_qkv(x, np.ascontiguousarray(other), n_head, n_kv_head, bias)

@@ -18,14 +18,22 @@ def _filtered(inputs: dict[str, Any], order: tuple[str, ...], **other: Callable)
     """Logits after the filters in some order, some of them replaced."""
     z = inputs["logits"]
     if inputs.get("repetition_penalty") is not None:
-        z = other.get("repetition_penalty", ops.repetition_penalty)(z, inputs["seen"], inputs["repetition_penalty"])
+        z = other.get("repetition_penalty", ops.repetition_penalty)(
+            z, inputs["seen"], inputs["repetition_penalty"]
+        )
     for name in order:
         if inputs.get(name) is not None:
             z = other.get(name, getattr(ops, name))(z, inputs[name])
     return z
 
 
-def _variant(name: str, convention: str | None, says: str, order: tuple[str, ...] = FILTERS, **other: Callable) -> None:
+def _variant(
+    name: str,
+    convention: str | None,
+    says: str,
+    order: tuple[str, ...] = FILTERS,
+    **other: Callable,
+) -> None:
     def fn(**inputs: Any) -> Array:
         return ops.softmax(_filtered(inputs, order, **other))
 
@@ -35,6 +43,7 @@ def _variant(name: str, convention: str | None, says: str, order: tuple[str, ...
 
 def _nucleus(keeps: Callable[[Array, Array, float], Array]) -> Callable:
     """A top-p whose set is kept where `keeps(mass before, mass with, p)`."""
+
     def top_p(z: Array, p: float) -> Array:
         order = np.argsort(-z, axis=-1, kind="stable")
         ranked = np.take_along_axis(ops.softmax(z.astype(np.float64)), order, axis=-1)
@@ -52,23 +61,56 @@ def _exactly_k(z: Array, k: int) -> Array:
     return np.where(rank < k, z, -np.inf).astype(z.dtype)
 
 
-_variant("temperature last", "C15", "The temperature comes after the filters.", (*FILTERS[1:], "temperature"))
-_variant("top-p before top-k", "C15", "Top-p comes before top-k.", ("temperature", "top_p", "top_k", "min_p"))
-_variant("min-p first", "C15", "Min-p comes before top-k.", ("temperature", "min_p", "top_k", "top_p"))
-_variant("at most p", "C16", "The largest set of at most p.", top_p=_nucleus(lambda _, mass, p: mass <= p))
-_variant("more than p", "C16", "The smallest set of more than p.", top_p=_nucleus(lambda before, _, p: before <= p))
+_variant(
+    "temperature last",
+    "C15",
+    "The temperature comes after the filters.",
+    (*FILTERS[1:], "temperature"),
+)
+_variant(
+    "top-p before top-k",
+    "C15",
+    "Top-p comes before top-k.",
+    ("temperature", "top_p", "top_k", "min_p"),
+)
+_variant(
+    "min-p first", "C15", "Min-p comes before top-k.", ("temperature", "min_p", "top_k", "top_p")
+)
+_variant(
+    "at most p",
+    "C16",
+    "The largest set of at most p.",
+    top_p=_nucleus(lambda _, mass, p: mass <= p),
+)
+_variant(
+    "more than p",
+    "C16",
+    "The smallest set of more than p.",
+    top_p=_nucleus(lambda before, _, p: before <= p),
+)
 _variant("ties in top-k cut", "C16", "Exactly k tokens are left.", top_k=_exactly_k)
-_variant("top-k off by one", None, "k - 1 tokens are left.", top_k=lambda z, k: ops.top_k(z, max(k - 1, 1)))
+_variant(
+    "top-k off by one",
+    None,
+    "k - 1 tokens are left.",
+    top_k=lambda z, k: ops.top_k(z, max(k - 1, 1)),
+)
 _variant("top-k ignored", None, "Top-k is left out.", top_k=lambda z, _: z)
-_variant("min-p absolute", None, "Min-p is a probability, not a share of the largest.",
-         min_p=lambda z, p: np.where(ops.softmax(z) >= p, z, -np.inf).astype(z.dtype))
+_variant(
+    "min-p absolute",
+    None,
+    "Min-p is a probability, not a share of the largest.",
+    min_p=lambda z, p: np.where(ops.softmax(z) >= p, z, -np.inf).astype(z.dtype),
+)
 
 
 @plant("sampler", "filters see the whole", "C17")
 def _whole(**inputs: Any) -> Array:
     """Each filter sees the probabilities before any filter."""
     z = _filtered(inputs, ("temperature",))
-    kept = [getattr(ops, name)(z, inputs[name]) for name in FILTERS[1:] if inputs.get(name) is not None]
+    kept = [
+        getattr(ops, name)(z, inputs[name]) for name in FILTERS[1:] if inputs.get(name) is not None
+    ]
     for other in kept:
         z = np.where(other > -np.inf, z, -np.inf).astype(z.dtype)
     return ops.softmax(z)

@@ -1,6 +1,7 @@
 """The list of conventions, as code: one entry a convention, with the options that are in use.
 
-Belongs here: entries and the page that is written from them.  Does not: the formulas of the options (forms/).
+Belongs here: entries and the page that is written from them.  Does not: the formulas of the options
+(forms/).
 """
 
 from collections.abc import Mapping
@@ -27,5 +28,9 @@ def alternatives(op: str, *, rounding: bool = False) -> list[tuple[str, str]]:
     rounding : bool
         Those whose evidence is a rate of equal bits; by default the others.
     """
-    return [(entry.id, option) for entry in conventions.values() for option in entry.wrong(op)
-            if (entry.evidence_of(option) == "rounding") is rounding]
+    return [
+        (entry.id, option)
+        for entry in conventions.values()
+        for option in entry.wrong(op)
+        if (entry.evidence_of(option) == "rounding") is rounding
+    ]

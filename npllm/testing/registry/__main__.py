@@ -1,4 +1,4 @@
-"""Write docs/conventions.md: `python -m npllm.testing.registry PATH`; without a path, to standard output."""
+"""Write docs/conventions.md: `python -m npllm.testing.registry [PATH]`."""
 
 import sys
 from pathlib import Path

@@ -31,7 +31,8 @@ class Option:
     says : str
         A sentence for the reader: what an implementation with this option does.
     ops : tuple of str
-        The operations on which it can be run.  Empty: it is listed, and no single operation shows it.
+        The operations on which it can be run.  Empty: it is listed, and no single operation shows
+        it.
     evidence : str, optional
         A key of `EVIDENCE`, where it is not that of the convention.
     """
@@ -77,7 +78,9 @@ class Convention:
 
     def wrong(self, op: str) -> list[str]:
         """Name the options other than ours that can be run on an operation."""
-        return [name for name, option in self.options.items() if op in option.ops and name != self.ours]
+        return [
+            name for name, option in self.options.items() if op in option.ops and name != self.ours
+        ]
 
     def evidence_of(self, option: str) -> str:
         """Kind of evidence that shows an option."""
@@ -98,8 +101,8 @@ class Convention:
         Returns
         -------
         y : array
-            float64 in the shape of the operation's output; float32, of values that `dtype` holds, for a convention of rounding; a
-            list of strings for "detokenize".
+            float64 in the shape of the operation's output; float32, of values that `dtype` holds,
+            for a convention of rounding; a list of strings for "detokenize".
 
         Raises
         ------
@@ -107,7 +110,9 @@ class Convention:
             For an option that the convention does not have, or that these inputs do not allow.
         """
         if option not in self.options:
-            raise NpllmValueError(f"{self.id} has the options {', '.join(self.options)}, got {option!r}")
+            raise NpllmValueError(
+                f"{self.id} has the options {', '.join(self.options)}, got {option!r}"
+            )
         choice = {} if option == self.ours else {self.id: option}
         if op == "detokenize":
             return detokenize(dict(inputs), choice)
