@@ -186,7 +186,7 @@ def garbage(kind, y, rng):
         "random": lambda: normal(rng, *y.shape),
         "shuffled": lambda: rng.permuted(y, axis=-1),
         "half": lambda: y / 2,
-        "last row": lambda: np.concatenate([y[:-1] * 0, y[-1:]]),
+        "last row": lambda: np.concatenate([np.zeros_like(y[:-1]), y[-1:]]),
         "infinity": lambda: np.full_like(y, np.inf),
     }[kind]()
 

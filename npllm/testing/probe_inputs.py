@@ -183,7 +183,7 @@ def _linear_biased() -> dict[str, Any]:
 
 
 def _swiglu_moderate() -> dict[str, Any]:
-    return {"gate_up": _normal(38, 6, 32) + np.repeat(np.float32([0.5, -0.25]), 16)}
+    return {"gate_up": _normal(38, 6, 32) + np.repeat(np.array([0.5, -0.25], dtype=np.float32), 16)}
 
 
 def _qkv_grouped() -> dict[str, Any]:

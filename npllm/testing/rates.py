@@ -64,7 +64,7 @@ def _winner(
 ) -> tuple[str, float] | None:
     inputs, part = _few_rows(op, inputs, output)
     target = np.asarray(part).astype(np.float32)
-    best = {}
+    best: dict[str, Array] = {}
     for option in options:
         found = emulations(name, option, op, inputs, output.dtype)
         found = [y.reshape(target.shape) for y in found]

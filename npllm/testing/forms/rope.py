@@ -26,8 +26,9 @@ def rope(inputs: dict, choice: Choice, work: Work) -> Answer:
     d_rope = d_head if choice.get("C5") == "full" else inputs["d_rope"]
     channel, partner, sign, angle = _layout(d_head, d_rope, choice)
     phase = _phase(inputs, choice, d_rope, d_head, work)[..., angle]
-    magnitude, outside = _magnitude(inputs["magnitude"], choice)
-    magnitude, outside = np.asarray(magnitude, work.dtype), np.asarray(outside, work.dtype)
+    magnitude, outside = (
+        np.asarray(factor, work.dtype) for factor in _magnitude(inputs["magnitude"], choice)
+    )
     with np.errstate(invalid="ignore"):  # float16 positions overflow: infinity turns by no angle
         cos, sin = magnitude * np.cos(phase), sign.astype(work.dtype) * magnitude * np.sin(phase)
     y = x * outside

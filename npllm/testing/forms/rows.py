@@ -1,5 +1,7 @@
 """Operations on rows with their forks: norm, gated product, linear maps, embedding."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from npllm.testing.forms.common import Answer, Array, Choice, NotApplicableError, Work, gamma
@@ -8,7 +10,11 @@ __all__ = ["embed", "linear", "lm_head", "qkv_projection", "rms_norm", "swiglu"]
 
 TINY = 2.0**-126
 
-GAINS = {"1 + w": lambda w: 1 + w, "twice": lambda w: w * w, "omitted": np.ones_like}
+GAINS: dict[str, Callable[[Array], Array]] = {
+    "1 + w": lambda w: 1 + w,
+    "twice": lambda w: w * w,
+    "omitted": np.ones_like,
+}
 EPS = {"eps 1e-6": 1e-6, "eps 1e-5": 1e-5, "eps omitted": 0.0}
 
 
