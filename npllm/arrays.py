@@ -17,8 +17,9 @@ import numpy as np
 
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
-__all__ = ["BACKENDS", "array_namespace", "asarray", "backend_namespace", "compute_dtype", "dtype_named", "expect_shape",
-           "host_range", "is_array", "is_integer", "round_to", "stable_argsort", "to_numpy", "widen"]
+__all__ = ["BACKENDS", "array_namespace", "as_index", "asarray", "backend_namespace", "compute_dtype", "dtype_named",
+           "expect_shape", "host_range", "ieee_semantics", "is_array", "is_integer", "native", "round_to",
+           "stable_argsort", "to_numpy", "widen", "widest"]
 
 BACKENDS = ("numpy", "cupy", "auto")
 
@@ -32,6 +33,10 @@ DTYPES = {
 _FLOATS = frozenset(DTYPES)
 _BYTES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
           "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
+
+
+ieee_semantics = np.errstate(all="ignore")
+"""Decorate a function with it, and 0 / 0 is NaN, 1 / 0 and overflow are infinity, without a warning or an error of NumPy."""
 
 
 def array_namespace(*arrays):
@@ -50,7 +55,8 @@ def array_namespace(*arrays):
     Raises
     ------
     NpllmTypeError
-        For a mixture of libraries, and for what is no array (a list, a number, a torch tensor).
+        For a mixture of libraries, for what is no array (a list, a number, a torch tensor), and for NumPy arrays in another byte
+        order than the machine's.
 
     Notes
     -----
@@ -65,6 +71,9 @@ def array_namespace(*arrays):
         if not is_array(x):
             raise NpllmTypeError(f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
                                  f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray")
+        if isinstance(x, np.ndarray) and not x.dtype.isnative:
+            raise NpllmTypeError(f"dtype {x.dtype} has another byte order than this machine; convert the array once, with "
+                                 "npllm.arrays.native(x)")
         xp = sys.modules["cupy"] if _is_cupy(x) else x.__array_namespace__()
         namespaces[xp.__name__] = xp
     if len(namespaces) != 1:
@@ -141,6 +150,31 @@ def dtype_named(name):
         raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}") from None
 
 
+def widest(dtypes):
+    """Find the narrowest float dtype that holds every value of all the given ones.
+
+        bfloat16 and float16 -> float32, which alone has the exponent of the one and the fraction of the other
+
+    Parameters
+    ----------
+    dtypes : iterable of NumPy dtypes
+        bfloat16, float16, float32 or float64, in any byte order.
+
+    Returns
+    -------
+    dtype : NumPy dtype
+        In the byte order of the machine.
+
+    Notes
+    -----
+    Source: `torch.promote_types`.
+    """
+    names = {dtype.name for dtype in dtypes}
+    if len(names) == 1:
+        return dtype_named(names.pop())
+    return DTYPES["float64" if "float64" in names else "float32"]
+
+
 def asarray(x, xp):
     """Move a host array to library `xp`; no copy where it is there already."""
     if hasattr(x, "to") and hasattr(x, "scales"):  # an Int8Weight
@@ -153,6 +187,11 @@ def to_numpy(x):
     if isinstance(x, np.ndarray):
         return x
     return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def native(x):
+    """Bring a NumPy array into the byte order of the machine: itself, or a copy with the same values."""
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def compute_dtype(*arrays):
@@ -237,6 +276,14 @@ def stable_argsort(x, xp):
 def is_integer(x):
     """Tell whether an array holds integers (bool is not one)."""
     return _dtype_name(x).startswith(("int", "uint"))
+
+
+def as_index(ids):
+    """Turn uint64, which NumPy does not take for an index, into int64; return other integers as they are."""
+    if _dtype_name(ids) != "uint64":
+        return ids
+    xp = array_namespace(ids)
+    return xp.astype(ids, xp.int64)
 
 
 def n_bytes(x):

@@ -1,14 +1,21 @@
 """The KV cache: keys and values of the tokens seen so far.  The only mutable object of a forward pass."""
 
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any
+
 import numpy as np
 
-from npllm.arrays import array_namespace, asarray, is_integer
-from npllm.errors import NpllmValueError
+from npllm.arguments import host_integers
+from npllm.arrays import is_integer
+from npllm.cache_owner import CacheOwner
+from npllm.cache_state import State, check_held, empty, moved, take_rows
+from npllm.errors import NpllmRuntimeError, NpllmValueError
 
 __all__ = ["KVCache"]
 
+Array = Any
 SMALLEST_CAPACITY = 64  # slots of the first allocation
-STALE = -1  # a row whose keys and values must be computed anew, whatever its frequencies
 
 
 class KVCache:
@@ -25,6 +32,8 @@ class KVCache:
         The context length; going beyond raises.
     window : int, optional
         Number of keys a query sees, its own included.
+    owner : CacheOwner, optional
+        The model that it belongs to; default: that of the first call.
 
     Attributes
     ----------
@@ -39,29 +48,95 @@ class KVCache:
 
     Notes
     -----
-    A forward pass appends layer by layer and then calls `advance`; one that fails before that leaves the cache as it was.
-    Keys are stored after RoPE.
+    A forward pass works on a draft (`transact`): it appends layer by layer and then calls `advance`.
+    One that fails, wherever it does, leaves the cache as it was.  Keys are stored after RoPE.
+    A cache keeps the weights of its owner alive.  `copy.copy` and `copy.deepcopy` are `copy`; a
+    cache that was pickled belongs to the model of its next call.
 
     Source: `DynamicCache` and `DynamicSlidingWindowLayer` in Transformers.
     """
 
-    def __init__(self, n_batch, n_layer, max_slots, window=None):
+    def __init__(self, n_batch: int, n_layer: int, max_slots: int, window: int | None = None, *,
+                 owner: CacheOwner | None = None):
         if n_batch < 1:
             raise NpllmValueError(f"n_batch must be at least 1, got {n_batch}")
-        self.n_batch, self.max_slots = n_batch, max_slots
+        self.max_slots = max_slots
         self.window = window if window is not None and window < max_slots else None
-        self.n_ctx = 0
-        self.ids = self.positions = np.zeros((n_batch, 0), dtype=np.int64)
-        self.valid = np.ones((n_batch, 0), dtype=bool)
-        self.choice = np.full(n_batch, STALE)
-        self._layers = [None] * n_layer  # each (keys, values, first slot), [n_batch, n_kv_head, capacity, d_head]
+        none = np.zeros((n_batch, 0), dtype=np.int64)
+        self._state = State(owner, 0, none, none, none.astype(bool), np.zeros(n_batch, np.int64),
+                            [None] * n_layer)
+        self._draft: KVCache | None = None  # kept between calls: kernels remember tables by it
+        self._lock = Lock()
+
+    owner = property(lambda self: self._state.owner)
+    n_ctx = property(lambda self: self._state.n_ctx)
+    ids = property(lambda self: self._state.ids)
+    positions = property(lambda self: self._state.positions)
+    valid = property(lambda self: self._state.valid)
+    choice = property(lambda self: self._state.choice)
+    n_batch = property(lambda self: len(self._state.ids))
+    n_layer = property(lambda self: len(self._state.layers))
+    _layers = property(lambda self: self._state.layers)
 
     @property
-    def n_bytes(self):
+    def n_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(x.nbytes for layer in self._layers if layer for x in layer[:2])
 
-    def append(self, layer, k, v):
+    def transact(self, call: Callable[["KVCache"], Any], owner: CacheOwner | None = None) -> Any:
+        """Run a call on a draft of this cache, and take over all that it did when it returns.
+
+        Parameters
+        ----------
+        call : function (draft) -> result
+            The draft is a KVCache; the cache itself does not change meanwhile.
+        owner : CacheOwner, optional
+            The model that calls.
+
+        Returns
+        -------
+        result
+            What the call returned.  Where it raised, for whatever reason, the cache is as it was.
+
+        Raises
+        ------
+        NpllmRuntimeError
+            When another call is using the cache, in another thread or this one.
+        NpllmValueError
+            When the cache belongs to another model.
+
+        Notes
+        -----
+        The whole change is one assignment.  The lock is taken by the interpreter in one step, so
+        that an interrupt cannot leave it locked; of two threads that come at the same moment the
+        second may wait for the first.
+        """
+        if self._lock.locked():
+            raise NpllmRuntimeError("the cache is in use by another call, and takes one at a time; give "
+                                    "each thread a cache of its own, or wait for the other call")
+        with self._lock:
+            return self._run_on_draft(call, owner)
+
+    def _run_on_draft(self, call: Callable[["KVCache"], Any], owner: CacheOwner | None) -> Any:
+        draft = self._new_draft(owner)
+        try:
+            result = call(draft)
+            self._state = draft._state
+        finally:
+            draft._state = self._state  # arrays of a call that failed are given up
+        return result
+
+    def _new_draft(self, owner: CacheOwner | None) -> "KVCache":
+        """Return a cache that holds the same and shares the arrays."""
+        if owner is not None:
+            owner.require(self)
+        if self._draft is None:
+            self._draft = KVCache(self.n_batch, self.n_layer, self.max_slots, self.window)
+        state = self._state
+        self._draft._state = state._replace(owner=state.owner or owner, layers=list(state.layers))
+        return self._draft
+
+    def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, range]:
         """Add keys and values of new tokens to one layer.
 
         Parameters
@@ -83,7 +158,7 @@ class KVCache:
             x[:, :, x.shape[-2] - n_seq :, :] = new
         return keys, values, slots
 
-    def extend(self, layer, k, v):
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, range]:
         """Make room for new tokens in one layer, for a kernel that writes their keys and values itself.
 
         Parameters
@@ -101,24 +176,25 @@ class KVCache:
         Raises
         ------
         NpllmValueError
-            When the cache is full, or was filled with another number of sequences or shape of heads.
+            When the cache is full, has no such layer, or was filled with another number of sequences or shape of heads,
+            or in float32 where these are float64.
         """
-        n_seq = k.shape[-2]
+        n_seq, n_ctx, layers = k.shape[-2], self.n_ctx, self._layers
         self.check_room(k.shape[0], n_seq)
-        oldest, stop = self._oldest(), self.n_ctx + n_seq
-        keys, values, first = self._layers[layer] or (*(_empty(x, self._capacity(n_seq)) for x in (k, v)), 0)
-        for name, held, new in (("keys", keys, k), ("values", values, v)):
-            sizes, got = ([x.shape[1], x.shape[3]] for x in (held, new))
-            if sizes != got:
-                raise NpllmValueError(f"layer {layer} of the cache holds {name} [n_kv_head, d_head] = {sizes}, got {got}; a cache "
-                                      "goes with the model that made it")
+        if not 0 <= layer < len(layers):
+            raise NpllmValueError(f"layer must lie in 0 ... n_layer - 1 = {len(layers) - 1}, got {layer}; "
+                                  "a cache goes with the model that made it")
+        oldest, stop = self._oldest(), n_ctx + n_seq
+        keys, values, first = layers[layer] or (*(empty(x, self._capacity(n_seq)) for x in (k, v)), 0)
+        check_held(layer, "keys", keys, k)
+        check_held(layer, "values", values, v)
         if stop - first > keys.shape[-2]:
-            keys, values = (_moved(x, oldest - first, self.n_ctx - first, self._capacity(stop - oldest)) for x in (keys, values))
+            keys, values = (moved(x, oldest - first, n_ctx - first, self._capacity(stop - oldest)) for x in (keys, values))
             first = oldest
-        self._layers[layer] = keys, values, first
+        layers[layer] = keys, values, first
         return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(oldest, stop)
 
-    def advance(self, ids, positions, valid, choice):
+    def advance(self, ids: Array, positions: Array, valid: Array, choice: Array) -> None:
         """Count the tokens that every layer has appended as seen.
 
         Parameters
@@ -128,11 +204,13 @@ class KVCache:
             Which slots hold tokens, the new ones included.
         choice : integer array [n_batch]
         """
-        self.ids = np.concatenate([self.ids, ids], axis=1)
-        self.positions = np.concatenate([self.positions, np.broadcast_to(positions, ids.shape)], axis=1)
-        self.n_ctx, self.valid, self.choice = self.n_ctx + ids.shape[1], valid, choice
+        state = self._state
+        positions = np.broadcast_to(positions, ids.shape)
+        self._state = state._replace(n_ctx=state.n_ctx + ids.shape[1], valid=valid, choice=choice,
+                                     ids=np.concatenate([state.ids, ids], axis=1),
+                                     positions=np.concatenate([state.positions, positions], axis=1))
 
-    def replace_rows(self, rows, other):
+    def replace_rows(self, rows: Sequence[int], other: "KVCache") -> None:
         """Take over keys and values of some rows from a cache that holds them, computed anew.
 
         Parameters
@@ -141,14 +219,18 @@ class KVCache:
         other : KVCache
             Of len(rows) sequences, with the same n_ctx and window.
         """
-        oldest = self._oldest()
-        for mine, theirs in zip(self._layers, other._layers, strict=True):
-            for x, new in zip(mine[:2], theirs[:2], strict=True):
+        oldest, n_ctx, layers = self._oldest(), self.n_ctx, []
+        for (*mine, first), (*theirs, start) in zip(self._layers, other._layers, strict=True):
+            new = [take_rows(x, range(self.n_batch), n_ctx - first) for x in mine]
+            for x, fresh in zip(new, theirs, strict=True):
                 for i, row in enumerate(rows):
-                    kept = new[i, :, oldest - theirs[2] : self.n_ctx - theirs[2], :]
-                    x[row, :, oldest - mine[2] : self.n_ctx - mine[2], :] = kept
+                    x[row, :, oldest - first : n_ctx - first, :] = fresh[i, :, oldest - start : n_ctx - start, :]
+            layers.append((*new, first))
+        choice = self.choice.copy()
+        choice[rows] = other.choice
+        self._state = self._state._replace(layers=layers, choice=choice)
 
-    def reorder(self, rows):
+    def reorder(self, rows: Sequence[int]) -> None:
         """Let row r of the cache hold what row rows[r] holds now, keys and values and all that is known of them.
 
         Parameters
@@ -160,32 +242,45 @@ class KVCache:
         ------
         NpllmValueError
             When no row is named, or one that does not exist.
+        NpllmRuntimeError
+            When another call is using the cache.
 
         Notes
         -----
         Source: `DynamicCache.reorder_cache` and `batch_repeat_interleave` in Transformers.
         """
-        rows = np.asarray(rows)
-        if rows.ndim != 1 or not is_integer(rows) or rows.size == 0 or rows.min() < 0 or rows.max() >= self.n_batch:
-            raise NpllmValueError(f"rows must be integers in 0 ... n_batch - 1 = {self.n_batch - 1}, at least one, got "
-                                  f"{rows.tolist()}")
-        self.ids, self.positions, self.valid, self.choice = (x[rows] for x in (self.ids, self.positions, self.valid, self.choice))
-        self.n_batch = len(rows)
-        self._layers = [layer and (*(_rows(x, rows, self.n_ctx - layer[2]) for x in layer[:2]), layer[2]) for layer in self._layers]
+        chosen, n = host_integers("rows", rows), self.n_batch
+        if chosen.ndim != 1 or not is_integer(chosen) or chosen.size == 0 or chosen.min() < 0 or chosen.max() >= n:
+            raise NpllmValueError(f"rows must be integers in 0 ... n_batch - 1 = {n - 1}, at least one, got {chosen.tolist()}")
+        self.transact(lambda draft: draft._take(chosen))
 
-    def state(self):
-        """What `restore` needs to go back to here."""
-        return self.n_ctx, self.ids, self.positions, self.valid
+    def _take(self, rows: Array) -> None:
+        state = self._state
+        layers = [layer and (*(take_rows(x, rows, state.n_ctx - layer[2]) for x in layer[:2]), layer[2])
+                  for layer in state.layers]
+        self._state = state._replace(layers=layers, ids=state.ids[rows], positions=state.positions[rows],
+                                     valid=state.valid[rows], choice=state.choice[rows])
 
-    def restore(self, state):
-        """Go back to an earlier state after a call that failed midway; keys dropped since then are computed anew when needed."""
-        if state[0] != self.n_ctx:
-            self.n_ctx, self.ids, self.positions, self.valid = state
-            self.choice = np.full(self.n_batch, STALE)
-            self._layers = [None if layer is None or self.n_ctx == 0 else (*layer[:2], min(layer[2], self._oldest()))
-                            for layer in self._layers]
+    def copy(self) -> "KVCache":
+        """Return a cache that holds the same, belongs to the same model and shares no array."""
+        other = KVCache(self.n_batch, self.n_layer, self.max_slots, self.window)
+        other._state = self._state
+        other._take(np.arange(self.n_batch))
+        return other
 
-    def check_room(self, n_batch, n_seq):
+    __copy__ = copy
+
+    def __deepcopy__(self, _: Any) -> "KVCache":
+        return self.copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._state._replace(owner=None)  # another process has other weights
+        return {"max_slots": self.max_slots, "window": self.window, "_state": state, "_draft": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
+
+    def check_room(self, n_batch: int, n_seq: int) -> None:
         """Raise unless n_seq more tokens of n_batch sequences fit."""
         if n_batch != self.n_batch:
             raise NpllmValueError(f"the cache was made for n_batch = {self.n_batch} sequences, got {n_batch}; make one with "
@@ -194,11 +289,11 @@ class KVCache:
             raise NpllmValueError(f"{self.n_ctx} cached + {n_seq} new tokens are {self.n_ctx + n_seq}, but the context length "
                                   f"(max_position_embeddings) is {self.max_slots}")
 
-    def _oldest(self):
+    def _oldest(self) -> int:
         """The first slot that a query in slot n_ctx can see."""
         return 0 if self.window is None else max(0, self.n_ctx - self.window + 1)
 
-    def _capacity(self, needed):
+    def _capacity(self, needed: int) -> int:
         """A power of two times SMALLEST_CAPACITY, at most the context length; with a window, room to spare before the next move."""
         if self.window is not None and needed >= self.window:
             needed += self.window // 2
@@ -206,23 +301,3 @@ class KVCache:
         while capacity < needed:
             capacity *= 2
         return min(capacity, self.max_slots)
-
-
-def _empty(x, capacity):
-    n_batch, n_kv_head, _, d_head = x.shape
-    return array_namespace(x).empty((n_batch, n_kv_head, capacity, d_head), dtype=x.dtype)
-
-
-def _rows(x, rows, used):
-    """A new array of some rows of `x`, of the same capacity, filled as far as it is used."""
-    xp = array_namespace(x)
-    new = xp.empty((len(rows), *x.shape[1:]), dtype=x.dtype)
-    new[:, :, :used, :] = xp.take(x[:, :, :used, :], asarray(rows, xp), axis=0)
-    return new
-
-
-def _moved(x, start, stop, capacity):
-    """An array of the given capacity that begins with columns start ... stop - 1 of `x`."""
-    new = _empty(x, capacity)
-    new[:, :, : stop - start, :] = x[:, :, start:stop, :]
-    return new

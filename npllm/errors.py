@@ -3,7 +3,8 @@
 A message names what was wrong in axis names, quotes both sides (wanted and got) and says what to do.
 """
 
-__all__ = ["MissingExtraError", "NpllmError", "NpllmOSError", "NpllmTypeError", "NpllmValueError"]
+__all__ = ["MissingExtraError", "NpllmError", "NpllmOSError", "NpllmRuntimeError", "NpllmTypeError",
+           "NpllmValueError"]
 
 
 class NpllmError(Exception):
@@ -20,6 +21,10 @@ class NpllmTypeError(NpllmError, TypeError):
 
 class NpllmOSError(NpllmError, OSError):
     """A file or folder that is missing, unreadable, truncated or not what its name says."""
+
+
+class NpllmRuntimeError(NpllmError, RuntimeError):
+    """What may not happen at this time: a second call on a cache that is in use."""
 
 
 class MissingExtraError(NpllmError, ImportError):

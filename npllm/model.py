@@ -1,22 +1,27 @@
 """The convenient front: `load` a folder, call the model, generate text."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from npllm import ops as _ops
-from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_array, is_integer, to_numpy, widen
+from npllm.arguments import host_array, host_integers, native_weights
+from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_array, is_integer, widen
 from npllm.cache import KVCache
+from npllm.cache_owner import CacheOwner
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
 from npllm.checkpoints.safetensors import load_params
 from npllm.config.config import Config, read_json
 from npllm.decoding.beam import beam_search, beam_texts
-from npllm.decoding.loop import GenerationConfig, is_chat, next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.decoding.loop import GenerationConfig, is_chat, last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.encoder import Encoder, load_encoder
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.kernels import fastest_ops
 from npllm.models import heads, phi3, rope
+from npllm.ops.checked import replaced_ops
 from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "load", "pipeline"]
@@ -96,6 +101,7 @@ class Model:
     """
 
     def __init__(self, config, params, *, ops=None, tokenizer=None, generation_config=None, folder=None, mask=None):
+        params = native_weights(params)
         self.config, self.params, self.tokenizer, self.folder, self.mask = config, params, tokenizer, folder, mask
         self.ops = fastest_ops("numpy" if array_namespace(params.embed_tokens) is np else "cupy") if ops is None else ops
         self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
@@ -116,7 +122,7 @@ class Model:
         position_ids : integer array [n_seq], optional
             Or [n_batch, n_seq].  Default: counted along the attention mask.
         cache : KVCache, optional
-            From `new_cache`; is appended to, and `input_ids` are then the new tokens only.
+            From `new_cache`; is appended to, and `input_ids` are then the new tokens only.  A call that raises leaves it as it was.
         logits_to_keep : int
             Only the last so many positions; 0: all.
         tap : function (name, array) -> array, optional
@@ -132,7 +138,10 @@ class Model:
         Raises
         ------
         NpllmTypeError, NpllmValueError
-            When ids are no integers or out of range, the context overflows, or shapes do not fit.
+            When ids are no integers or out of range, the context overflows, shapes do not fit, or the cache belongs to
+            another model: other weights, another mask.  A copy of this model with other ops may continue it.
+        NpllmRuntimeError
+            When another call is using the cache.
 
         Notes
         -----
@@ -140,14 +149,12 @@ class Model:
         """
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise NpllmValueError(f"logits_to_keep must be an integer of at least 0, got {logits_to_keep!r}")
-        hidden = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, tap=tap)
-        if self.config.head == "sequence":
-            last = asarray(self._last_tokens(input_ids, attention_mask), self._xp)
-            return heads.classify_sequence(hidden, last, self.params, self.ops)
-        kept = hidden[:, -logits_to_keep:, :]
-        if self.config.head == "token":
-            return heads.classify_tokens(kept, self.params, self.ops)
-        return phi3.lm_head(kept, self.params, self.ops, tap)
+
+        def call(draft: KVCache | None) -> Any:
+            hidden = self._hidden(input_ids, attention_mask, position_ids, draft, tap)
+            return self._head(hidden, input_ids, attention_mask, logits_to_keep, tap)
+
+        return self._transact(cache, call)
 
     def model(self, input_ids, *, attention_mask=None, position_ids=None, cache=None, tap=None):
         """Compute the hidden state after the final norm.
@@ -165,24 +172,46 @@ class Model:
         -----
         Source: `Phi3Model.forward` in Transformers.
         """
+        return self._transact(cache, lambda draft: self._hidden(input_ids, attention_mask, position_ids, draft, tap))
+
+    def _transact(self, cache: KVCache | None, call: Callable[[KVCache | None], Any]) -> Any:
+        """Run a forward pass: every one goes through here, so that a cache takes it over wholly or not at all."""
+        if cache is None:
+            return call(None)
+        if not isinstance(cache, KVCache):
+            raise NpllmTypeError(f"cache must be a KVCache, as model.new_cache() makes one, got {type(cache).__name__}")
+        return cache.transact(call, self._cache_owner())
+
+    def _cache_owner(self) -> CacheOwner:
+        """What cached keys and values depend on besides the tokens."""
+        return CacheOwner(self.params, self.config, None if self.mask is None else tuple(self._rules))
+
+    def _hidden(self, input_ids, attention_mask, position_ids, cache, tap):
+        """Check the arguments, and send the tokens through the layers, in chunks where a cache keeps what was computed."""
         ids = self.check_ids(input_ids)
         self._check_room(ids, cache)
-        valid = self.check_attention_mask(attention_mask, ids.shape, 0 if cache is None else cache.n_ctx, cache)
+        n_past = 0 if cache is None else cache.n_ctx
+        valid = self.check_attention_mask(attention_mask, ids.shape, n_past, cache)
         positions = self._positions(position_ids, valid, ids.shape)
         choice = self._frequency_choice(positions, ids.shape[0], cache)
         if cache is None:
             return self._run(ids, positions, valid, choice, None, tap)
         self._recompute_rows(cache, choice)
-        before = cache.state()
-        try:
-            chunk = PREFILL_CHUNK if tap is None else ids.shape[1]
-            parts = [self._run(ids[:, start : start + chunk], positions[..., start : start + chunk],
-                               valid[:, : before[0] + start + chunk], choice, cache, tap)
-                     for start in range(0, ids.shape[1], chunk)]
-        except BaseException:
-            cache.restore(before)
-            raise
+        chunk = PREFILL_CHUNK if tap is None else ids.shape[1]
+        parts = [self._run(ids[:, start : start + chunk], positions[..., start : start + chunk],
+                           valid[:, : n_past + start + chunk], choice, cache, tap)
+                 for start in range(0, ids.shape[1], chunk)]
         return parts[0] if len(parts) == 1 else self._xp.concat(parts, axis=1)
+
+    def _head(self, hidden, input_ids, attention_mask, logits_to_keep, tap):
+        """Turn hidden states into the logits of tokens or classes."""
+        if self.config.head == "sequence":
+            last = asarray(self._last_tokens(input_ids, attention_mask), self._xp)
+            return heads.classify_sequence(hidden, last, self.params, self.ops)
+        kept = hidden[:, -logits_to_keep:, :]
+        if self.config.head == "token":
+            return heads.classify_tokens(kept, self.params, self.ops)
+        return phi3.lm_head(kept, self.params, self.ops, tap)
 
     def _run(self, ids, positions, valid, choice, cache, tap):
         """Send tokens through all layers at once."""
@@ -226,7 +255,6 @@ class Model:
             self._run(cache.ids[rows, start:stop], cache.positions[rows, start:stop], cache.valid[rows, :stop], choice[rows],
                       fresh, None)
         cache.replace_rows(rows.tolist(), fresh)
-        cache.choice = np.where(np.isin(np.arange(cache.n_batch), rows), choice, cache.choice)
 
     def lm_head(self, hidden):
         """Score every token of the vocabulary for any hidden states [..., d_model]; returns logits [..., n_vocab]."""
@@ -236,8 +264,8 @@ class Model:
 
     def new_cache(self, n_batch=1):
         """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
-        window = self.config.sliding_window if self.mask is None else None  # another rule may look further back
-        return KVCache(n_batch, self.config.num_hidden_layers, self.config.context_length, window)
+        owner = self._cache_owner()
+        return KVCache(n_batch, self.config.num_hidden_layers, self.config.context_length, owner.window, owner=owner)
 
     def with_mask(self, mask):
         """Return the same model under another mask rule, on the same weights.
@@ -273,6 +301,34 @@ class Model:
             raise NpllmValueError(f"mask must hold one rule for each of {self.config.num_hidden_layers} layers, got {len(mask)}")
         return Model(self.config, self.params, ops=self.ops, tokenizer=self.tokenizer, folder=self.folder, mask=mask,
                      generation_config=self.generation_config)
+
+    def with_ops(self, **ops: Callable) -> "Model":
+        """Return the same model with some operations of its set replaced, on the same weights.
+
+        Parameters
+        ----------
+        **ops : callable
+            By name, with the signatures of `npllm.ops`.  A fusion that contains a replaced part falls back to its composition,
+            so that the new part runs; everything else stays as fast as it was.
+
+        Returns
+        -------
+        model : Model
+
+        Raises
+        ------
+        NpllmTypeError
+            For a name that no operation has.  While the model runs: when a replaced operation returns another library or dtype
+            than its definition.
+        NpllmValueError
+            While the model runs: when it returns another shape.
+
+        Notes
+        -----
+        `npllm.testing.adapt` makes such a function of one that takes torch or JAX arrays.
+        """
+        return Model(self.config, self.params, ops=replaced_ops(self.ops, ops), tokenizer=self.tokenizer, folder=self.folder,
+                     mask=self.mask, generation_config=self.generation_config)
 
     def mask_rule(self, layer=0):
         """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's sliding window."""
@@ -405,7 +461,7 @@ class Model:
             NumPy float64; see `npllm.decoding.loop.next_token_distribution`.
         """
         ids, valid, _, _ = prepare(self, prompt, attention_mask)
-        logits = to_numpy(self(ids, attention_mask=valid, logits_to_keep=1))[:, -1, :]
+        logits = last_logits(self, ids, attention_mask=valid)
         return next_token_distribution(logits, order=order, seen=seen_tokens(ids, valid, self.config.vocab_size), **filters)
 
     def embed(self, *_, **__):
@@ -425,7 +481,7 @@ class Model:
         if attention_mask is None:
             past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
             return np.concatenate([past, np.ones(shape, dtype=bool)], axis=1)
-        mask = _host_array("attention_mask", attention_mask)
+        mask = host_array("attention_mask", attention_mask)
         if mask.shape != (n_batch, n_past + n_seq):
             raise NpllmValueError(f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys "
                                   f"included), got {list(mask.shape)}")
@@ -443,8 +499,8 @@ class Model:
         return f"<npllm.Model {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"
 
     def check_ids(self, input_ids):
-        """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
-        ids = _host_array("input_ids", input_ids)
+        """Return ids as int64 NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
+        ids = host_integers("input_ids", input_ids)
         if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
             raise NpllmTypeError("input_ids must be integers [n_batch, n_seq], both at least 1, "
                                  f"got {ids.dtype} {list(ids.shape)}")
@@ -478,21 +534,11 @@ class Model:
             if valid.all():
                 return np.arange(valid.shape[1] - n_seq, valid.shape[1])
             return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]
-        positions = _host_array("position_ids", position_ids)
+        positions = host_integers("position_ids", position_ids)
         if not is_integer(positions) or positions.shape not in ((n_seq,), (1, n_seq), (n_batch, n_seq)) or positions.min() < 0:
             raise NpllmValueError(f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = [{n_batch}, "
                                   f"{n_seq}], got {positions.dtype} {list(positions.shape)}")
         return positions[0] if positions.shape[:-1] == (1,) else positions
-
-
-def _host_array(name, x):
-    """An argument as a NumPy array; nested lists are taken as well."""
-    if is_array(x):
-        return to_numpy(x)
-    try:
-        return np.asarray(x)
-    except ValueError as error:
-        raise NpllmTypeError(f"{name} must be an array, or lists of equal length ({error})") from None
 
 
 def pipeline(task, model=None):

@@ -11,7 +11,6 @@ from functools import cache
 from math import prod
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 __all__ = ["n_threads", "run_blocks", "scratch"]
 
@@ -23,9 +22,31 @@ _limit: contextlib.AbstractContextManager | None = None
 _local = threading.local()
 
 
+class _NoControl:
+    """What stands in for threadpoolctl where it is not installed: BLAS keeps its own threads."""
+
+    def info(self):
+        """No library is known."""
+        return []
+
+    def limit(self, *, limits):  # noqa: ARG002 - the name is threadpoolctl's
+        """Change nothing."""
+        return contextlib.nullcontext()
+
+
 @cache
 def _blas():
+    """The controller of BLAS's threads."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return _NoControl()
     return ThreadpoolController().select(user_api="blas")
+
+
+def blas_facts():
+    """Say what threadpoolctl knows of BLAS; an empty dict where it knows nothing or is missing."""
+    return next(iter(_blas().info()), {})
 
 
 def blas_threads():
@@ -35,7 +56,10 @@ def blas_threads():
 
 @cache
 def n_threads():
-    """Count the threads to use: as many as BLAS found cores for, which `OPENBLAS_NUM_THREADS` and the like limit."""
+    """Count the threads to use: as many as BLAS found cores for, which `OPENBLAS_NUM_THREADS` and the like limit.
+
+    Without threadpoolctl it is 1: BLAS cannot be kept to one thread, so the blocks of a product run one after the other.
+    """
     return blas_threads()
 
 

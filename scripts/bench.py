@@ -33,6 +33,7 @@ from npllm.analysis import report
 from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoints.fetch import weights_folder
 from npllm.checkpoints.safetensors import expected_shapes
+from npllm.config.config import read_json
 from npllm.model import checkpoint_folder
 
 MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}]
@@ -56,15 +57,15 @@ def npllm_contender(folder, dtype, ids=None, backend="numpy"):
     return run
 
 
-def transformers_contender(folder, dtype, ids=None):
+def transformers_contender(folder, dtype, ids=None, device="cpu"):
     """The same with Transformers' generate, on PyTorch."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    ids = torch.tensor([prompt_ids(npllm.load(folder)) if ids is None else ids])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    ids = torch.tensor([prompt_ids(npllm.load(folder)) if ids is None else ids], device=device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     model.generation_config.eos_token_id = None
 
     def run(n_new, use_cache):
@@ -76,11 +77,14 @@ def transformers_contender(folder, dtype, ids=None):
 
 
 CONTENDERS = {"npllm": npllm_contender, "npllm-cupy": functools.partial(npllm_contender, backend="cupy"),
-              "transformers": transformers_contender}
+              "transformers": transformers_contender,
+              "transformers-cuda": functools.partial(transformers_contender, device="cuda")}
 
 
 def prompt_ids(model):
-    """A chat prompt of N_PROMPT tokens."""
+    """A chat prompt of N_PROMPT tokens; random ids where the folder has no tokenizer."""
+    if model.tokenizer is None:
+        return np.random.default_rng(0).integers(0, model.config.vocab_size, N_PROMPT).tolist()
     ids = model.tokenizer.encode_chat(MESSAGES)
     return (ids * (N_PROMPT // len(ids) + 1))[-N_PROMPT:]
 
@@ -126,7 +130,8 @@ def installed(name):
     """Contenders of which every package can be imported, and that find a GPU if they need one."""
     if name.startswith("npllm"):
         return name == "npllm" or backend_namespace("auto").__name__ == "cupy"
-    probe = subprocess.run([sys.executable, "-c", "import torch, transformers"], capture_output=True, check=False)
+    device = "; assert torch.cuda.is_available()" if name.endswith("cuda") else ""
+    probe = subprocess.run([sys.executable, "-c", f"import torch, transformers{device}"], capture_output=True, check=False)
     return probe.returncode == 0
 
 
@@ -160,7 +165,7 @@ def main():
 def child(name, folder, dtype):
     """Serve measurements: a JSON task a line on standard input, a JSON answer a line on standard output."""
     run = CONTENDERS[name](folder, dtype or None)
-    version = npllm.__version__ if name.startswith("npllm") else __import__(name).__version__
+    version = npllm.__version__ if name.startswith("npllm") else __import__(name.partition("-")[0]).__version__
     print(json.dumps({"version": version}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
@@ -196,7 +201,7 @@ def first_token(path, n_prompt, n_new, repeat):
     """Time a cold process up to its first token, the weights as stored and in the page cache."""
     folder = checkpoint_folder(path)
     n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    dtypes = {"npllm": "", "npllm-cupy": "", "transformers": "bfloat16"}
+    dtypes = {"npllm": "", "npllm-cupy": "", "transformers": "bfloat16", "transformers-cuda": "bfloat16"}
     click.echo(f"{folder.name}: {n_bytes / 1e9:.2f} GB; {n_prompt} tokens of prompt; {cpu_name()}\n")
     click.echo("| | s to loaded | s to first token | s for prompt + "
                f"{n_new} tokens again | peak GB | of the weights |\n|---|---|---|---|---|---|")
@@ -215,12 +220,15 @@ def first_token(path, n_prompt, n_new, repeat):
 @click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]")
 @click.option("-n", "--n-new", default=100, show_default=True)
 @click.option("-r", "--repeat", default=3, show_default=True)
+@click.option("--engines", default=",".join(CONTENDERS), show_default=True, help="Of these, those that are installed run.")
 @click.option("--json", "as_json", is_flag=True)
-def generate(path, n_new, repeat, as_json):
+def generate(path, n_new, repeat, engines, as_json):
     """Time greedy generation from a 51-token chat prompt, with and without the KV cache."""
     folder = checkpoint_folder(path)
-    dtypes = {"npllm": None, "npllm-cupy": None, "transformers": "float32"}
-    children = {name: Child(name, folder, dtypes[name]) for name in CONTENDERS if installed(name)}
+    dtypes = {"npllm": None, "npllm-cupy": None, "transformers": "float32", "transformers-cuda": "bfloat16"}
+    children = {name: Child(name, folder, dtypes[name]) for name in engines.split(",") if installed(name)}
+    if not children:
+        raise SystemExit(f"none of {engines} is installed, or there is no device")
     seconds = {(name, cached): [] for name in children for cached in (True, False)}
     texts, peaks = {}, {}
     for contender in children.values():
@@ -312,9 +320,9 @@ def bench_folder(path, config, layers):
         return checkpoint_folder(path)
     folder = weights_folder() / f"bench-{os.path.basename(config).removesuffix('.json')}-{layers or 'all'}-layers"
     if not (folder / "config.json").exists():
-        from make_random_checkpoint import main as make
+        from make_random_checkpoint import write_checkpoint
 
-        make([config, str(folder), *(["--layers", str(layers)] if layers else [])], standalone_mode=False)
+        write_checkpoint(read_json(config), folder, layers=layers)
     return folder
 
 

@@ -1,16 +1,104 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the complete suite, NumPy beside CuPy, and the benchmarks; one JSON of every figure goes to docs/gpu/.
-#   scripts/check_gpu.sh [checkpoint folder or name]     (the default checkpoint where none is given)
-set -euo pipefail
+# Check and measure npllm on a machine with a GPU.  Every figure is on disk as soon as it is known; report.json holds them all.
+#
+#   scripts/check_gpu.sh                        kernels, tests, weights, timings: under ten minutes
+#   scripts/check_gpu.sh --all                  the tests that need no GPU as well
+#   scripts/check_gpu.sh --stages rest          some stages only, by name, separated by commas
+#   scripts/check_gpu.sh --rehearse             the same on the stand-in for CuPy, without a GPU, in small sizes
+#
+# OUT                    where the folder of this run is made [docs/gpu]
+# NPLLM_COMMIT           the commit, where the tree has no history
+# NPLLM_GPU_WEIGHTS      where the random checkpoints lie, 8 GB; they are kept for the next run [a folder in TMPDIR]
+# NPLLM_SECONDS_kernels  (and _tests, _weights, _timings, _rest) limits of the stages
+#
+# NPLLM_ONLY_kernels     words, separated by spaces: only variants whose name holds one; NPLLM_ONLY_timings the same of tasks
+# NPLLM_PYTEST_tests     more arguments of pytest; NPLLM_PYTEST_rest the same; NPLLM_EXAMPLES: of Hypothesis, per test [10]
+#
+# The exit code is 0 where everything that ran passed.
+set -u
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python -c 'from npllm.arrays import backend_namespace; backend_namespace("cupy")'  # no GPU: an error that says what is missing
-passed=true
-NPLLM_REQUIRE_CUDA_BUILD=1 NPLLM_GPU_FIGURES="$work/parity.json" pytest -m "gpu or not gpu" --junitxml="$work/tests.xml" || passed=false
-for backend in cupy numpy; do
-    npllm bench ${1:+-m "$1"} --backend "$backend" --json > "$work/bench-$backend.json"
+
+usage() { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+stages="kernels tests weights timings"
+device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
+temporary=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --all) stages="$stages rest" ;;
+        --stages) [ $# -gt 1 ] || usage; stages=${2//,/ }; shift ;;
+        --rehearse) export NPLLM_REHEARSE=1 device=stand-in ;;
+        *) usage ;;
+    esac
+    shift
 done
-python scripts/bench.py generate ${1:+-m "$1"} --json > "$work/generate.json"
-python scripts/gpu_report.py "$work"
-$passed
+for stage in $stages; do
+    case $stage in kernels | tests | weights | timings | rest) ;; *) usage ;; esac
+done
+
+export PYTHONPATH="$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}"
+: "${NPLLM_GPU_WEIGHTS:=${TMPDIR:-/tmp}/npllm-gpu-weights-$(id -u)}"
+if [ "${NPLLM_REHEARSE:-}" = 1 ]; then
+    export PYTHONPATH="$PWD/scripts/gpu/stand_in:$PYTHONPATH:$PWD/tests"
+    temporary=$(mktemp -d)
+    NPLLM_GPU_WEIGHTS="$temporary/weights"
+    : "${NPLLM_SHIM_CACHE:=$temporary/shim}"
+    : "${NPLLM_EXAMPLES:=2}"
+    : "${NPLLM_PYTEST_rest:=-k 'test_ops_norm or test_ops_residual'}"
+    export NPLLM_SHIM_CACHE NPLLM_EXAMPLES NPLLM_PYTEST_rest
+fi
+export NPLLM_GPU_WEIGHTS CUPY_CACHE_DIR="${CUPY_CACHE_DIR:-$NPLLM_GPU_WEIGHTS/cupy-cache}"
+mkdir -p "$NPLLM_GPU_WEIGHTS"
+
+folder="${OUT:-docs/gpu}/$(date -u +%Y-%m-%dT%H%M%SZ)-${device:-no-gpu}"
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+child=""
+result=1
+
+report() {
+    python3 -m gpu.report "$folder" > "$folder/report.log" 2>&1
+    result=$?
+}
+
+finish() {
+    trap '' INT TERM HUP
+    [ -n "$child" ] && kill "$child" 2>/dev/null
+    report
+    cat "$folder/report.log"
+    [ -n "$temporary" ] && rm -rf "$temporary"
+    exit "$result"
+}
+trap finish EXIT
+trap 'exit 143' INT TERM HUP
+
+# stage NAME SECONDS COMMAND...: run a command under a time limit, and note how it ended.
+stage() {
+    local name=$1 limit="NPLLM_SECONDS_$1" seconds=$2 start code
+    shift 2
+    seconds=${!limit:-$seconds}
+    printf '{"name": "%s", "status": "started"}\n' "$name" >> "$folder/stages.jsonl"
+    echo "== $name (at most $seconds s)"
+    start=$(date +%s)
+    NPLLM_STAGE_SECONDS=$seconds timeout -k 5 "$seconds" "$@" > "$folder/$name.log" 2>&1 &
+    child=$!
+    wait "$child"
+    code=$?
+    child=""
+    printf '{"name": "%s", "status": "ended", "exit_code": %d, "seconds": %d}\n' \
+        "$name" "$code" "$(($(date +%s) - start))" >> "$folder/stages.jsonl"
+    tail -n 5 "$folder/$name.log"
+    report
+    return "$code"
+}
+
+stage machine 60 python3 -m gpu.machine "$folder" || exit  # no device: the report says why
+for name in $stages; do
+    case $name in
+        kernels) stage kernels 60 python3 -m gpu.kernels "$folder" ;;
+        tests) stage tests 140 python3 -m gpu.tests "$folder" tests ;;
+        weights) stage weights 60 python3 -m gpu.weights "$folder" ;;
+        timings) stage timings 260 python3 -m gpu.timings "$folder" ;;
+        rest) stage rest 540 python3 -m gpu.tests "$folder" rest ;;
+    esac
+done

@@ -7,11 +7,11 @@ The weights are normal with standard deviation 0.02 (norms are 1), cut from one 
 7 GB take seconds and little memory.  There is no tokenizer: the model takes token ids.
 """
 
+import argparse
 import json
 from math import prod
 from pathlib import Path
 
-import click
 import ml_dtypes
 import numpy as np
 
@@ -42,37 +42,67 @@ def write_shard(path, shapes, rng, block):
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            for size in [BLOCK // 2] * (prod(shape) // (BLOCK // 2)) + [prod(shape) % (BLOCK // 2)]:
-                start = rng.integers(0, BLOCK // 2)
+            half = len(block) // 2
+            for size in [half] * (prod(shape) // half) + [prod(shape) % half]:
+                start = rng.integers(0, half)
                 file.write((np.ones(size, block.dtype) if "norm" in name else block[start : start + size]).tobytes())
 
 
-@click.command()
-@click.argument("config_file", type=click.Path(exists=True))
-@click.argument("folder", type=click.Path(file_okay=False))
-@click.option("--shards", default=1, show_default=True)
-@click.option("--layers", type=int, help="Fewer layers than the config says.")
-@click.option("--seed", default=0, show_default=True)
-def main(config_file, folder, shards, layers, seed):
-    """Write FOLDER with random weights in the shapes of CONFIG_FILE."""
-    data = read_json(config_file)
+def write_checkpoint(config, folder, *, shards=1, layers=None, seed=0):
+    """Write a folder with random weights in the shapes of a config.
+
+    config.json is written last, so that a folder with one is complete.
+
+    Parameters
+    ----------
+    config : dict
+        Content of config.json.
+    folder : str or Path
+    shards, seed : int
+    layers : int, optional
+        Fewer layers than the config says.
+    """
+    data = {key: value for key, value in config.items() if key != "auto_map"}
     data |= {"num_hidden_layers": layers} if layers else {}
-    data.pop("auto_map", None)
-    config = Config.from_json(data)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    block = (rng.standard_normal(BLOCK, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
-    parts = split_in_shards(expected_shapes(config), shards)
+    parts = split_in_shards(expected_shapes(Config.from_json(data)), shards)
     names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     names = ["model.safetensors"] if len(parts) == 1 else names
+    block = random_block(rng, max(prod(shape) for shapes in parts for shape in shapes.values()))
     for name, shapes in zip(names, parts, strict=True):
-        write_shard(Path(folder, name), shapes, rng, block)
+        write_shard(folder / name, shapes, rng, block)
     if len(parts) > 1:
-        weight_map = {tensor: name for name, shapes in zip(names, parts, strict=True) for tensor in shapes}
-        size = 2 * sum(prod(shape) for shapes in parts for shape in shapes.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        Path(folder, "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    Path(folder, "config.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
+        write_index(folder, names, parts)
+    (folder / "config.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
+
+
+def random_block(rng, largest):
+    """Draw the numbers that weights are cut from: BLOCK of them, fewer where the largest tensor is small."""
+    n = min(BLOCK, 2 * largest)
+    return (rng.standard_normal(n, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+
+
+def write_index(folder, names, parts):
+    """Write the table of tensors and files."""
+    weight_map = {tensor: name for name, shapes in zip(names, parts, strict=True) for tensor in shapes}
+    size = 2 * sum(prod(shape) for shapes in parts for shape in shapes.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def main():
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config_file")
+    parser.add_argument("folder")
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="Fewer layers than the config says.")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    write_checkpoint(read_json(options.config_file), options.folder, shards=options.shards,
+                     layers=options.layers, seed=options.seed)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import sys
 
 import numpy as np
+import optional
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -11,6 +12,10 @@ settings.register_profile("default", deadline=None, max_examples=50, derandomize
                           suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+if optional.REQUIRED:
+    pytest.importorskip = optional.import_or_fail
 
 
 def pytest_addoption(parser):
@@ -41,6 +46,18 @@ def pytest_collection_modifyitems(config, items):
     if on_gpu:
         config.hook.pytest_deselected(items=on_gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """A test that needs a package which this machine lacks is skipped, unless everything is required."""
+    try:
+        return (yield)
+    except ImportError as error:
+        name = optional.missing_package(error)
+        if (optional.REQUIRED and name not in optional.LIVE) or name is None:
+            raise
+        pytest.skip(f"{name} is not installed")
 
 
 @pytest.fixture(autouse=True)

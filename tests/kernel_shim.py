@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import hashlib
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,13 +20,24 @@ ENTRY = '\nextern "C" void shim_launch(unsigned n_blocks, unsigned n_threads, vo
 @functools.cache
 def compiled(kernel, definitions):
     """One variant as a shared library: a function (n_blocks, n_threads, pointers to the arguments)."""
-    folder = Path(tempfile.mkdtemp(prefix="npllm-shim-"))
     text = '#include "cuda_shim.h"\n' + cuda.source(kernel) + ENTRY.format(kernel)
-    (folder / "kernel.cpp").write_text(text, encoding="utf-8")
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", *(f"-D{name}={value}" for name, value in definitions),
-               str(folder / "kernel.cpp"), "-o", str(folder / "kernel.so")]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(folder / "kernel.so")).shim_launch
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", *(f"-D{name}={value}" for name, value in definitions)]
+    return ctypes.CDLL(str(_library(text, command))).shim_launch
+
+
+def _library(text, command):
+    """Compile a source; NPLLM_SHIM_CACHE names a folder where libraries are kept for other processes."""
+    said = repr((text, (HERE / "cuda_shim.h").read_text(encoding="utf-8"), command))
+    name = hashlib.sha256(said.encode()).hexdigest()[:32]
+    kept = os.environ.get("NPLLM_SHIM_CACHE")
+    folder = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="npllm-shim-"))
+    library, here = folder / f"{name}.so", folder / f"{name}-{os.getpid()}"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        here.with_suffix(".cpp").write_text(text, encoding="utf-8")
+        subprocess.run([*command, str(here.with_suffix(".cpp")), "-o", str(here.with_suffix(".so"))], check=True)
+        here.with_suffix(".so").rename(library)
+    return library
 
 
 def launch(kernel, definitions, n_blocks, n_threads, *arguments):

@@ -1,11 +1,13 @@
 """What the tests draw: arrays, mask rules beside what they should say, attention calls, and calls that docstrings describe."""
 
 import inspect
+import os
 import re
 from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from npllm import ops
@@ -19,6 +21,11 @@ compute_dtypes = st.sampled_from([np.dtype("float32"), np.dtype("float64")])
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(1, 5)
 batches = st.lists(st.integers(0, 3), max_size=2).map(tuple)
+
+
+def examples(n):
+    """Settings of a test that runs on a GPU: n examples, or as many as NPLLM_EXAMPLES allows."""
+    return settings(max_examples=min(n, int(os.environ.get("NPLLM_EXAMPLES", n))))
 
 
 def normal(shape, dtype=np.float32, scale=1.0):

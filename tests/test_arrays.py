@@ -2,9 +2,9 @@
 
 import sys
 
-import array_api_strict as strict
 import ml_dtypes
 import numpy as np
+import optional
 import pytest
 from close import close
 from hypothesis import given
@@ -13,6 +13,7 @@ from strategies import FLOATS, dtypes
 from npllm import arrays
 from npllm.errors import MissingExtraError, NpllmError, NpllmTypeError, NpllmValueError
 
+strict = optional.module("array_api_strict")
 EVERY_PATTERN = np.arange(2**16, dtype=np.uint16)
 
 

@@ -9,15 +9,14 @@ import family
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional import invoke
 
 import npllm
 from npllm.analysis.score import score
 from npllm.cache import KVCache
-from npllm.cli.commands import main
 from npllm.decoding.beam import Beams, beam_search, beam_texts
 from npllm.decoding.loop import GenerationConfig
 
@@ -270,12 +269,12 @@ def test_text_in_text_out(folder):
 
 def test_the_command_prints_answers_the_best_first(folder):
     command = ["beam", "-m", str(folder), "hello", "--num-beams", "3", "--num-return-sequences", "2", "-n", "5", "--early-stopping", "never"]
-    answers = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    answers = json.loads(invoke([*command, "--json"]).stdout)
     expected = npllm.load(folder).beam_search("hello", num_beams=3, num_return_sequences=2, max_new_tokens=5, early_stopping="never")
     assert [a["text"] for a in answers] == [a["text"] for a in expected]
-    lines = CliRunner().invoke(main, command).stdout.splitlines()
+    lines = invoke(command).stdout.splitlines()
     assert len(lines) == 2 and all(f"{a['score']:.4f}" in line and repr(a["text"]) in line for a, line in zip(answers, lines, strict=True))
-    result = CliRunner().invoke(main, [*command, "--num-return-sequences", "4"])
+    result = invoke([*command, "--num-return-sequences", "4"])
     assert result.exit_code == 1 and "(num_beams), got 4" in result.stderr
 
 

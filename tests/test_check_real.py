@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 
 import npllm
 from npllm.config.config import Config
@@ -15,6 +14,7 @@ from npllm.errors import NpllmValueError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_real_phi3.py"
 spec = importlib.util.spec_from_file_location("check_real_phi3", SCRIPT)
+testing = pytest.importorskip("click.testing")
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
@@ -51,7 +51,7 @@ def run(folder, expected, *options):
     """Result of the script and its exit code."""
     path = folder.parent / "expected.json"
     path.write_text(json.dumps(expected), encoding="utf-8")
-    return CliRunner().invoke(script.main, [str(folder), "--expected", str(path), *options])
+    return testing.CliRunner().invoke(script.main, [str(folder), "--expected", str(path), *options])
 
 
 def test_a_right_model_agrees(folder, expected):
@@ -150,7 +150,7 @@ def test_another_model_is_refused(changes):
 
 
 def test_another_folder_is_refused_in_one_line(folder):
-    result = CliRunner().invoke(script.main, [str(folder)])
+    result = testing.CliRunner().invoke(script.main, [str(folder)])
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("check_real_phi3: ")
     assert result.stderr.count("\n") == 1

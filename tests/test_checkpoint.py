@@ -129,21 +129,11 @@ def test_tensors_may_have_different_dtypes(tmp_path):
     assert (params.norm.dtype, params.embed_tokens.dtype) == (np.float16, np.float32)
 
 
-def test_old_rotary_buffers_are_ignored(tmp_path):
-    extra = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for n in range(2)}
-    assert len(load(write_folder(tmp_path, tensors=weights() | extra)).layers) == 2
-
-
 # ------------------------------------------------------------------------------------------------------------------- tied weights
 
 
 def test_a_tied_model_uses_the_embedding_twice(tmp_path):
     params = load(write_folder(tmp_path, tie_word_embeddings=True))
-    assert params.lm_head is params.embed_tokens
-
-
-def test_a_tied_model_ignores_an_lm_head_in_the_file(tmp_path):
-    params = load(write_folder(tmp_path, tensors=weights(), tie_word_embeddings=True))
     assert params.lm_head is params.embed_tokens
 
 

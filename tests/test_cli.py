@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 
 import npllm
 from npllm.checkpoints.fetch import DEFAULT_MODEL
-from npllm.cli import commands as cli
 
+CliRunner = pytest.importorskip("click.testing").CliRunner
+cli = pytest.importorskip("npllm.cli.commands")
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = {"eos_token_id": [], "pad_token_id": 0}
 

@@ -7,14 +7,13 @@ import family
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional import invoke
 
 import npllm
 from npllm.analysis import cost
 from npllm.checkpoints.safetensors import expected_shapes
-from npllm.cli.commands import main
 
 WINDOWS = st.sampled_from([None, 1, 2, 3, 4, 6, 40])
 
@@ -167,7 +166,7 @@ def test_a_classifier_is_refused_by_name():
 def test_the_command_works_from_config_json_alone(tmp_path):
     tiny.write_json(tmp_path / "config.json", tiny.config_dict(sliding_window=8))
     for path in (tmp_path, tmp_path / "config.json"):
-        result = CliRunner().invoke(main, ["cost", "-m", str(path), "--context", "20", "--batch", "2", "--json"])
+        result = invoke(["cost", "-m", str(path), "--context", "20", "--batch", "2", "--json"])
         assert result.exit_code == 0, result.output
         facts = json.loads(result.stdout)
         config = npllm.Config.from_json(tmp_path)
@@ -175,7 +174,7 @@ def test_the_command_works_from_config_json_alone(tmp_path):
         assert facts["decode_step"]["flops"] < facts["decode_step_uncached"]["flops"]
         assert facts["kv_cache_bytes"] == facts["kv_cache"]["gqa"]["window"] < facts["kv_cache"]["gqa"]["full"] < facts["kv_cache"]["mha"]["full"]
         assert facts["whole_run"]["ratio"] > 1
-    result = CliRunner().invoke(main, ["cost", "-m", str(tmp_path), "--context", "20"])
+    result = invoke(["cost", "-m", str(tmp_path), "--context", "20"])
     assert result.exit_code == 0
     for word in ("parameters", "embedding", "prefill", "decode", "KV cache", "MQA", "window", "FLOPs/byte", "uncached"):
         assert word in result.stdout
@@ -184,7 +183,7 @@ def test_the_command_works_from_config_json_alone(tmp_path):
 @pytest.mark.parametrize(("arguments", "code"), [(["--context", "64"], 1), (["--context", "0"], 2), (["--batch", "0"], 2), (["--dtype", "x"], 2)])
 def test_the_command_refuses_what_does_not_fit(tmp_path, arguments, code):
     tiny.write_json(tmp_path / "config.json", tiny.config_dict())
-    result = CliRunner().invoke(main, ["cost", "-m", str(tmp_path), *arguments])
+    result = invoke(["cost", "-m", str(tmp_path), *arguments])
     assert (result.exit_code, result.stdout) == (code, "")
     assert "Traceback" not in result.stderr
     assert code == 2 or "context length (max_position_embeddings) is 64" in result.stderr

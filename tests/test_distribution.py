@@ -7,14 +7,13 @@ import numpy as np
 import oracles
 import pytest
 import tiny
-from click.testing import CliRunner
 from close import close
 from hypothesis import given
 from hypothesis import strategies as st
+from optional import invoke
 
 import npllm
 from npllm import ops
-from npllm.cli.commands import main
 from npllm.decoding.loop import FILTER_ORDERS, Sampling, choose, next_token_distribution
 
 seeds = st.integers(0, 2**32 - 1)
@@ -165,7 +164,7 @@ def test_topk_shows_probabilities_after_the_filters(tmp_path):
     folder = tiny.write_folder(tmp_path / "tiny", tokenizer=backend, settings=tiny.SETTINGS, vocab_size=backend.get_vocab_size())
     model, options = npllm.load(folder), {"temperature": 2.0, "top_p": 0.1}
     for order in FILTER_ORDERS:
-        result = CliRunner().invoke(main, ["topk", "-m", str(folder), "hello", "-k", "300", "--temp", "2", "--top-p", "0.1", "--order", order])
+        result = invoke(["topk", "-m", str(folder), "hello", "-k", "300", "--temp", "2", "--top-p", "0.1", "--order", order])
         p = np.sort(model.next_token_distribution("hello", order=order, **options)[0])[::-1]
         assert [line.split()[-1 if "█" not in line else -2] for line in result.stdout.splitlines()] == [f"{x:.4f}" for x in p if x > 0]
 

@@ -8,11 +8,10 @@ import shlex
 import warnings
 from pathlib import Path
 
+import optional
 import pytest
-from click.testing import CliRunner
 
 from npllm import ops
-from npllm.cli import commands as cli
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
@@ -81,7 +80,7 @@ def test_commands_run(command, tmp_path, monkeypatch):
         pytest.importorskip("matplotlib", reason="pictures need matplotlib (npllm[plot])")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # the command sets its own
-    result = CliRunner().invoke(cli.main, [name, *arguments])
+    result = optional.invoke([name, *arguments])
     assert program == "npllm"
     assert result.exit_code == 0, result.output
     assert result.stdout.strip()

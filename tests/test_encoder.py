@@ -7,15 +7,14 @@ import guard
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional import invoke
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import npllm
 from npllm import encoder, ops
-from npllm.cli import commands as cli
 from npllm.config.bert_config import BertConfig
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models import bert
@@ -203,8 +202,10 @@ def test_the_set_of_ops_is_the_one_that_runs():
 @pytest.mark.parametrize("prefix", ["", "bert."])
 def test_a_folder_loads_with_the_prefix_and_without(tmp_path, prefix):
     w = tensors(BertConfig.from_json(CONFIG))
-    extra = {"embeddings.position_ids": np.zeros((1, 10)), "pooler.dense.weight": np.zeros((12, 12)), "pooler.dense.bias": np.zeros(12)}
-    model = npllm.load(write(tmp_path / "x", weights={prefix + name: x for name, x in (w | extra).items()}))
+    extra = {"embeddings.position_ids": np.arange(10)[None], "pooler.dense.weight": np.zeros((12, 12)), "pooler.dense.bias": np.zeros(12)}
+    write(tmp_path / "x", weights={prefix + name: x for name, x in (w | extra).items()})
+    with pytest.warns(UserWarning, match=r"not used: pooler\.dense\.bias, pooler\.dense\.weight; hidden states are combined"):
+        model = npllm.load(tmp_path / "x")
     assert isinstance(model, npllm.Encoder)
     assert repr(model).startswith("<npllm.Encoder x, ")
     close(model.embed(["the cat"])[0], embed_oracle(model, w, "the cat", 10), times=64)
@@ -236,19 +237,39 @@ def test_a_text_is_cut_where_the_folder_says(tmp_path, sentence, truncation, len
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("sentence_bert_config.json", {"max_seq_length": "9"}, "max_seq_length must be an integer of at least 1, got '9'"),
     ("sentence_bert_config.json", {"max_seq_length": 2}, r"texts must be cut at 3 \(2 special tokens and one more\) ... .*= 10 tokens, got 2"),
-    ("sentence_bert_config.json", {"max_seq_length": 9, "do_lower_case": True}, "do_lower_case must be false"),
-    ("1_Pooling/config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "must be pooling_mode_mean_tokens alone"),
-    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, "must be pooling_mode_mean_tokens alone"),
-    ("1_Pooling/config.json", {"pooling_mode": "cls"}, "must be pooling_mode_mean_tokens alone"),
 ])
-def test_what_sentence_transformers_would_do_otherwise_is_refused(tmp_path, name, content, words):
+def test_lengths_that_make_no_sense_are_refused(tmp_path, name, content, words):
     with pytest.raises(NpllmValueError, match=words):
         npllm.load(write(tmp_path, files=[(name, content)]))
 
 
-def test_the_mean_may_be_asked_for(tmp_path):
+def test_a_folder_that_states_its_pooling_does_not_name_the_pooler(tmp_path):
     files = [("1_Pooling/config.json", {"word_embedding_dimension": 12, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True})]
-    npllm.load(write(tmp_path, files=files))
+    w = tensors(BertConfig.from_json(CONFIG)) | {"pooler.dense.weight": np.zeros((12, 12)), "pooler.dense.bias": np.zeros(12)}
+    npllm.load(write(tmp_path, weights=w, files=files))
+
+
+@pytest.mark.parametrize("ids", [np.zeros((1, 10), np.int64), np.arange(9), np.arange(10.0), np.arange(10)[::-1].copy()], ids=str)
+def test_position_ids_that_do_not_count_up_are_named(tmp_path, ids):
+    w = tensors(BertConfig.from_json(CONFIG)) | {"embeddings.position_ids": ids}
+    with pytest.warns(UserWarning, match=r"not used: embeddings\.position_ids; it is not 0 \.\.\. 9, which is used"):
+        model = npllm.load(write(tmp_path, weights=w))
+    close(model.embed(["the cat"])[0], embed_oracle(model, w, "the cat", 10), times=64)
+
+
+@pytest.mark.parametrize(("name", "length"), [("model_max_length", 6), ("model_max_length", 1e30), ("model_max_length", None)])
+def test_the_tokenizers_own_length_counts(tmp_path, name, length):
+    backend = tokenizer()
+    backend.enable_truncation(5)
+    write(tmp_path, backend=backend)
+    tiny.write_json(tmp_path / "tokenizer_config.json", {name: length})
+    assert npllm.load(tmp_path).max_length == {6: 6, 1e30: 10, None: 5}[length]
+
+
+def test_a_sentence_transformers_folder_does_not_cut_where_tokenizer_json_does(tmp_path):
+    backend = tokenizer()
+    backend.enable_truncation(5)
+    assert npllm.load(write(tmp_path, backend=backend, files=[("1_Pooling/config.json", {})])).max_length == 10
 
 
 def test_one_error_lists_all_that_is_wrong_with_the_tensors(tmp_path):
@@ -350,13 +371,13 @@ def test_a_language_model_refuses_to_embed():
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    return invoke([str(argument) for argument in arguments])
 
 
 def test_the_command_prints_cosines(tmp_path, monkeypatch):
     folder = write(tmp_path / "x")
     e = npllm.load(folder).embed(["the cat", "a mat", "the cat"])
-    monkeypatch.setattr(cli, "fetch", lambda name: {"all-minilm-l6-v2": folder}[name])
+    monkeypatch.setattr(pytest.importorskip("npllm.cli.commands"), "fetch", lambda name: {"all-minilm-l6-v2": folder}[name])
     for chosen in ([], ["-m", folder]):
         result = run("embed", "the cat", "a mat", "the cat", *chosen, "--json")
         assert result.exit_code == 0, result.output

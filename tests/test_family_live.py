@@ -338,6 +338,7 @@ LLAMAS = {
     "plain": {}, "tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}, "no head_dim": {"head_dim": None},
     "llama3": {"rope_scaling": LLAMA3}, "llama3 tied": {"rope_scaling": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "a rotated part that has no effect": {"partial_rotary_factor": 0.5},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16, "rope_theta": 10000.0},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, "rope_theta": 10000.0},
     "yarn not truncated": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False,
@@ -365,6 +366,15 @@ def test_llama_folders(tmp_path, name):
     sequence, logits = _generated(theirs, ids[:, :10], 5)
     assert family.margin(logits) > 1e-4 * np.abs(logits).max() and str(ours) == str(theirs)
     close(ours.generate(ids[:, :10], max_new_tokens=5), sequence)
+
+
+@pytest.mark.parametrize("name", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+def test_a_rotated_part_of_llama_heads_fails_on_both_sides(name):
+    content = {key: value for key, value in (LLAMA | LLAMAS[name] | {"partial_rotary_factor": 0.5}).items() if value is not None}
+    with pytest.raises(npllm.NpllmError, match=f"partial_rotary_factor must be 1 for model_type llama and rope_type {name}, got 0.5"):
+        npllm.Config.from_json(content)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**content))(torch.tensor([[5, 6]]))
 
 
 @pytest.mark.parametrize(("original", "factor", "theta", "d_head"), [(8192, 8.0, 500000.0, 128), (8192, 32.0, 500000.0, 64)])

@@ -107,10 +107,12 @@ def test_a_score_of_another_number_of_labels_is_an_error_with_both_shapes():
         family.load(_content("SequenceClassification", num_labels=4), family.tensors(_content("SequenceClassification")))
 
 
-def test_an_output_matrix_left_in_the_file_is_not_read():
+def test_an_output_matrix_left_in_the_file_is_not_read_and_named():
     content = _content("SequenceClassification")
     weights, ids = family.tensors(content), np.array([[5, 6]])
-    close(family.load(content, weights | {"lm_head.weight": np.ones((61, 32), np.float32)})(ids), family.load(content, weights)(ids), times=0)
+    with pytest.warns(UserWarning, match=r"not used: lm_head\.weight; Phi3ForSequenceClassification scores classes"):
+        model = family.load(content, weights | {"lm_head.weight": np.ones((61, 32), np.float32)})
+    close(model(ids), family.load(content, weights)(ids), times=0)
 
 
 @pytest.mark.parametrize(("changes", "n"), [({"num_labels": ...}, 2), ({"num_labels": ..., "id2label": {"0": "a", "1": "b", "2": "c"}}, 3),

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import optional
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,13 +19,13 @@ from npllm.checkpoints import safetensors as checkpoint
 from npllm.checkpoints.safetensors import find_nonfinite, load_params, read_entries
 from npllm.config.config import Config, quote, read_json
 from npllm.decoding.loop import GenerationConfig
-from npllm.text import chat_template as template
 from npllm.text.tokenizer import Tokenizer
 
 _SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).parents[1] / "scripts" / "fuzz.py")
 fuzz = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(fuzz)
 
+template = optional.module("npllm.text.chat_template")
 MESSAGES = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hello"}]
 CONFIG = fuzz.phi3_config("Phi-3.5-mini")
 

@@ -376,6 +376,19 @@ def test_weights_are_given_up_with_the_cache():
     assert weight() is None
 
 
+@needs_numba
+def test_a_model_looks_at_all_of_its_weights_once_for_a_cache(steps_of_all_layers, monkeypatch):
+    from npllm.kernels.cpu import compiled
+
+    looks, arrays_of = [], compiled.arrays_of
+    monkeypatch.setattr(compiled, "arrays_of", lambda layer: (looks.append(layer), arrays_of(layer))[1])
+    m, ids = model(ops=SETS["compiled"]), random_ids(1, 9)
+    cache = m.new_cache()
+    for stop in range(5, 10):
+        m(ids[:, stop - 1 if stop > 5 else 0 : stop], cache=cache)
+    assert steps_of_all_layers == [2] * 4 and len(looks) == 2 + 4, "both layers once, and the first for each token"
+
+
 # -------------------------------------------------------------------------------------------------------------- whole models
 
 

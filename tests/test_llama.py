@@ -240,13 +240,25 @@ def test_a_llama_folder_has_no_window():
         assert Config.from_json(LLAMA | {"sliding_window": 8}).sliding_window is None
 
 
-def test_tied_llama_uses_the_embedding_even_where_an_output_matrix_lies_in_the_file():
-    """spec 8.11."""
-    content = LLAMA | {"tie_word_embeddings": True}
-    weights = family.tensors(content)
-    ids = np.array([[5, 6, 7]])
-    other = weights | {"lm_head.weight": np.ones((61, 32), np.float32)}
-    close(family.load(content, other)(ids), family.load(content, weights)(ids), times=0)
+@pytest.mark.parametrize("changes", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+                                     {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, {"partial_rotary_factor": 2.0}])
+def test_the_default_rope_of_llama_rotates_whole_heads_and_says_so(changes):
+    with pytest.warns(UserWarning, match=r"partial_rotary_factor = (0\.5|2\.0) has no effect with model_type llama and rope_type default"):
+        model = family.load(LLAMA | changes, family.tensors(LLAMA))
+    ids = family.ids_of(model.config, (1, 9))
+    assert model.config.d_rope == model.config.head_dim
+    close(model(ids), family.load(LLAMA)(ids), times=0)
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0},
+                                     {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2},
+                                     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}])
+def test_the_other_ropes_of_llama_refuse_a_part_of_a_head_by_name(scaling):
+    name = scaling.get("rope_type", scaling.get("type"))
+    with pytest.raises(npllm.NpllmError, match=f"partial_rotary_factor must be 1 for model_type llama and rope_type {name}, got 0.5"):
+        Config.from_json(LLAMA | {"rope_scaling": scaling, "partial_rotary_factor": 0.5})
+    whole = {key: [1.0] * 4 for key in scaling if key.endswith("_factor") and isinstance(scaling[key], list)}
+    Config.from_json(LLAMA | {"rope_scaling": scaling | whole, "partial_rotary_factor": 1})
 
 
 def test_the_tokens_of_tiny_llama_and_of_its_fused_twin_are_the_same():

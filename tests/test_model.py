@@ -30,7 +30,7 @@ TAPS = {  # name -> axes, beside n_batch and n_seq
 NAMES = ["model.embed_tokens", *(f"model.layers.{n}{tap}" for n in range(2) for tap in [*("." + name for name in TAPS), ""]),
          "model.norm", "lm_head"]
 
-OF_OTHER_BLOCKS = ("layer_norm", "relu", "gelu")  # operations that no Phi-3 layer calls
+OF_OTHER_BLOCKS = ("layer_norm", "relu", "gelu", "silu", "add_positions")  # operations that no Phi-3 layer calls
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import optional
 import pytest
 
 import npllm
-from npllm.cli import commands as cli
 
+cli = optional.module("npllm.cli.commands")
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -10,15 +10,14 @@ import family
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional import invoke
 
 import npllm
 from npllm.analysis.packing import score_packed
 from npllm.analysis.score import perplexity, score, windows
-from npllm.cli.commands import main
 
 TEXT = Path(__file__).parent / "data" / "american-speeches.txt"
 
@@ -116,12 +115,12 @@ def folder(tmp_path_factory):
 
 def test_score_prints_every_token_and_the_whole(folder):
     model = npllm.load(folder)
-    facts = json.loads(CliRunner().invoke(main, ["score", "-m", str(folder), "hello world", "--json"]).stdout)
+    facts = json.loads(invoke(["score", "-m", str(folder), "hello world", "--json"]).stdout)
     scored = score(model, "hello world")
     assert [row["id"] for row in facts["tokens"]] == model.tokenizer.encode("hello world") == list(scored.ids)
     assert [row["log_probability"] for row in facts["tokens"]] == [None, *scored.log_probs]
     assert (facts["log_probability"], facts["perplexity"]) == (scored.total, scored.perplexity)
-    result = CliRunner().invoke(main, ["score", "-m", str(folder), "hello world"])
+    result = invoke(["score", "-m", str(folder), "hello world"])
     assert len(result.stdout.splitlines()) == len(scored.ids) + 1
     assert f"{scored.log_probs[0]:.4f}" in result.stdout
 
@@ -129,13 +128,13 @@ def test_score_prints_every_token_and_the_whole(folder):
 def test_perplexity_reads_a_file_or_standard_input(folder, tmp_path):
     (tmp_path / "text.txt").write_text("hello world, hello " * 10, encoding="utf-8")
     command = ["perplexity", "-m", str(folder), "--max-length", "16", "--stride", "4"]
-    facts = json.loads(CliRunner().invoke(main, [*command, str(tmp_path / "text.txt"), "--json"]).stdout)
+    facts = json.loads(invoke([*command, str(tmp_path / "text.txt"), "--json"]).stdout)
     scored = score(npllm.load(folder), "hello world, hello " * 10, max_length=16, stride=4)
     assert facts["perplexity"] == scored.perplexity
     assert facts["scored_tokens"] == facts["tokens"] - 1 == len(scored.log_probs)
     assert facts["tokens_per_second"] == pytest.approx(facts["scored_tokens"] / facts["seconds"])
     assert facts["bits_per_byte"] == pytest.approx(-scored.total / math.log(2) / 190)
-    result = CliRunner().invoke(main, command, input="hello world, hello " * 10)
+    result = invoke(command, input="hello world, hello " * 10)
     assert result.exit_code == 0
     assert f"perplexity {scored.perplexity:.4f}" in result.stdout
     assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
@@ -144,7 +143,7 @@ def test_perplexity_reads_a_file_or_standard_input(folder, tmp_path):
 def test_a_file_that_is_no_text_is_named(folder, tmp_path):
     (tmp_path / "bytes").write_bytes(b"ab\xff")
     for name, message in (("bytes", "not UTF-8 text (invalid start byte at byte 2)"), ("none", "cannot be read (No such file or directory)")):
-        result = CliRunner().invoke(main, ["perplexity", "-m", str(folder), str(tmp_path / name)])
+        result = invoke(["perplexity", "-m", str(folder), str(tmp_path / name)])
         assert (result.exit_code, result.stdout) == (1, "")
         assert f"{name}: " in result.stderr and message in result.stderr
 

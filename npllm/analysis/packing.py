@@ -4,6 +4,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import to_numpy
+from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmValueError
 from npllm.models import rope
 
@@ -86,7 +87,7 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
     Raises
     ------
     NpllmValueError
-        When a document is empty or does not fit the context.
+        When a document is empty or does not fit the context, or a logit is NaN or +inf.
 
     Notes
     -----
@@ -147,6 +148,7 @@ def _score_rows(model, rules, rows, ids):
         for number in row:
             stop = start + len(ids[number])
             logits = to_numpy(model.lm_head(hidden[r, start : stop - 1, :])).astype(np.float64)
+            check_scores(logits, "the model's logits", FROM_MODEL)
             largest = logits.max(axis=-1, keepdims=True) if stop - start > 1 else 0.0
             log_sum = np.log(np.exp(logits - largest).sum(axis=-1)) + np.squeeze(largest)
             yield number, logits[np.arange(stop - start - 1), ids[number][1:]] - log_sum

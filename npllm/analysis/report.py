@@ -1,5 +1,6 @@
 """What the commands report, as plain dicts: the machine, a checkpoint, the next tokens, the speed."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -9,7 +10,6 @@ import time
 from math import prod
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from npllm import kernels, ops
 from npllm.analysis.profiling import seconds
@@ -18,11 +18,11 @@ from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoints.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
 from npllm.config.config import Config
-from npllm.decoding.loop import next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.decoding.loop import last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.errors import NpllmError
 from npllm.models import phi3
 from npllm.quantized.int8 import quantize
-from npllm.threads import n_threads
+from npllm.threads import blas_facts, n_threads
 
 __all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
            "next_tokens", "peak_memory", "profile_lines", "score_facts", "speed"]
@@ -41,7 +41,7 @@ def machine_facts():
     facts : dict
     """
     return {
-        "npllm": importlib.metadata.version("npllm"),
+        "npllm": importlib.import_module("npllm").__version__,  # also of a folder that is not installed
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -151,7 +151,7 @@ def next_tokens(model, prompt, n, *, order="transformers", **filters):
         after the filters.  Tokens that a filter excludes are left out.
     """
     ids, valid, _, _ = prepare(model, prompt)
-    logits = to_numpy(model(ids, attention_mask=valid, logits_to_keep=1))[:, -1, :]
+    logits = last_logits(model, ids, attention_mask=valid)
     seen = seen_tokens(ids, valid, model.config.vocab_size)
     probabilities = next_token_distribution(logits, order=order, seen=seen, **filters)[0]
     best = [i for i in np.lexsort((-logits[0], -probabilities))[:n] if probabilities[i] > 0]
@@ -330,7 +330,7 @@ def _blas_facts():
     """Name and version of NumPy's BLAS; its kernel set and threads where threadpoolctl can ask it."""
     built = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     facts = {"name": built.get("name"), "version": built.get("version")}
-    pool = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
+    pool = blas_facts()
     return facts | {"kernels": pool.get("architecture"), "threads": pool.get("num_threads")}
 
 

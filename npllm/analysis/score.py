@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm import ops
+from npllm.arguments import host_integers
 from npllm.arrays import is_integer, to_numpy
+from npllm.decision import FROM_MODEL, check_finite, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["Score", "Window", "perplexity", "score", "windows"]
@@ -112,7 +114,7 @@ def score(model, text, *, max_length=None, stride=None, progress=False):
     Raises
     ------
     NpllmTypeError, NpllmValueError
-        When the text has fewer than two tokens, or max_length does not fit the context.
+        When the text has fewer than two tokens, max_length does not fit the context, or a logit is NaN or +inf.
 
     Notes
     -----
@@ -153,7 +155,7 @@ def perplexity(log_probs):
     Raises
     ------
     NpllmValueError
-        When there is no token.
+        When there is no token, or a log-probability is NaN or +inf.
 
     Notes
     -----
@@ -163,6 +165,8 @@ def perplexity(log_probs):
     """
     if len(log_probs) == 0:
         raise NpllmValueError("perplexity needs the log-probability of at least one token, got none")
+    if not (np.asarray(log_probs) < np.inf).all():
+        check_finite(np.asarray(log_probs), "log_probs")
     mean = -float(np.mean(log_probs))
     return math.exp(mean) if mean < 709 else math.inf
 
@@ -192,7 +196,7 @@ def perplexity_facts(model, text, **options):
 
 def _ids(model, text):
     """Token ids [n] of a text or of ids."""
-    ids = np.asarray(model.require_tokenizer().encode(text) if isinstance(text, str) else text)
+    ids = host_integers("text", model.require_tokenizer().encode(text) if isinstance(text, str) else text)
     if ids.ndim != 1 or (ids.size and not is_integer(ids)):
         raise NpllmTypeError(f"text must be a str or integers [n], got {ids.dtype} {list(ids.shape)}")
     if len(ids) < 2:
@@ -206,6 +210,7 @@ def _score_window(model, ids, window):
     targets, parts = ids[window.first : window.stop], []
     for start in range(0, len(targets), ROWS):
         logits = to_numpy(model.lm_head(hidden[start : start + ROWS, :]))
+        check_scores(logits, "the model's logits", FROM_MODEL)
         wanted = targets[start : start + ROWS]
         parts.append(ops.log_softmax(logits)[np.arange(len(wanted)), wanted].astype(np.float64))
     return parts

@@ -6,6 +6,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import to_numpy
+from npllm.decision import FROM_MODEL, check_finite
 from npllm.decoding.loop import prepare
 from npllm.errors import NpllmValueError
 
@@ -45,7 +46,7 @@ def attention_steps(model, prompt, *, layer, head, position=-1):
     Raises
     ------
     NpllmValueError
-        When layer, head or position does not exist; names the range.  When there are several prompts.
+        When layer, head or position does not exist; names the range.  When there are several prompts, or q, k or v is not finite.
 
     Notes
     -----
@@ -81,4 +82,4 @@ def _queries_keys_values(model, ids, layer):
         return x
 
     model.model(ids, tap=tap)
-    return tuple(to_numpy(seen[name]) for name in ("q", "k", "v"))
+    return tuple(check_finite(to_numpy(seen[name]), f"{name} of layer {layer}", FROM_MODEL) for name in ("q", "k", "v"))

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os.path
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from npllm.arrays import DTYPES, asarray, dtype_named
+from npllm.arrays import DTYPES, asarray, dtype_named, native, widest
+from npllm.checkpoints.unused import are_rope_frequencies, same_values, warn_of_unused
 from npllm.checkpoints.upload import Upload
 from npllm.config.config import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
@@ -25,7 +27,9 @@ __all__ = ["LayerParams", "Params", "TensorEntry", "TensorReader", "check_shapes
            "load_params", "read_entries"]
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+INTEGER_DTYPES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of old buffers
 LARGEST_HEADER = 2**25  # bytes; that of the largest published file has some hundred thousand
+EMBEDDING, OUTPUT, ROPE_BUFFER = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
 BLOCK = 2**22  # numbers to look at together
 EXPONENT = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0000000000000)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -52,6 +56,8 @@ class LayerParams(NamedTuple):
 
 class Params(NamedTuple):
     """Weights of a model.  Immutable; `lm_head` is `embed_tokens` itself where the checkpoint ties them.
+
+    A checkpoint ties them where config.json says tie_word_embeddings and the file does not hold two different matrices.
 
     A classifier has `score` in place of `lm_head`.
     """
@@ -155,22 +161,68 @@ def load_params(folder, config, *, dtype=None, xp=np, progress=False):
         When a file is missing, truncated, or not safetensors.
     NpllmValueError
         One error that lists every missing, unknown and misshapen tensor and every unusable dtype.
+
+    Warns
+    -----
+    UserWarning
+        Where config.json ties two matrices that differ (both are used), and for tensors that hold something and are not used.
+
+    Notes
+    -----
+    Where config.json ties embedding and output and the file holds only one of the two, that one is used for both.
+
+    Source: `PreTrainedModel.tie_weights` in Transformers 5.23.
     """
     if dtype is not None and (not isinstance(dtype, str) or dtype not in (*DTYPES, "int8")):
         raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, int8, got {dtype!r}")
     entries = read_entries(folder)
     check_entries(folder, entries, config)
-    total = sum(entry.stop - entry.start for entry in entries.values())
+    _warn_of_ignored(folder, entries, config)
+    top_sources = _top_sources_in(folder, entries, config)
+    layer_sources = [dict(_layer_sources(config, number)) for number in range(config.num_hidden_layers)]
+    used = [entries[name] for fields in (top_sources, *layer_sources) for names in fields.values() for name in names]
+    total = sum(entry.stop - entry.start for entry in used)
     bar = progress_bar(total, "loading") if progress else contextlib.nullcontext()
     with bar as advance:
         reader = TensorReader(entries, dtype, xp, advance)
-        layers = tuple(LayerParams(**{field: reader.read(sources) for field, sources in _layer_sources(config, number)})
-                       for number in range(config.num_hidden_layers))
-        top = {field: reader.read(sources) for field, sources in _top_sources(config)}
+        layers = tuple(LayerParams(**{field: reader.read(names) for field, names in fields.items()}) for fields in layer_sources)
+        top = {field: reader.read(names) for field, names in top_sources.items()}
         reader.finish()
-    if config.head == "lm" and config.tie_word_embeddings:
-        top["lm_head"] = top["embed_tokens"]
+    if _is_tied(config):
+        top.setdefault("lm_head", top.get("embed_tokens"))
+        top.setdefault("embed_tokens", top["lm_head"])
     return Params(layers=layers, **top)
+
+
+def _is_tied(config):
+    """Whether config.json says that embedding and output are one matrix."""
+    return config.head == "lm" and config.tie_word_embeddings
+
+
+def _top_sources_in(folder, entries, config):
+    """Like `_top_sources`, of what the file holds: of two tied matrices the one that is there, or both where they differ."""
+    sources = dict(_top_sources(config))
+    if not _is_tied(config) or OUTPUT not in entries:
+        return sources
+    output = {"lm_head": {OUTPUT: entries[OUTPUT].shape}}
+    if EMBEDDING not in entries:
+        del sources["embed_tokens"]
+        return sources | output
+    if same_values(view_of(entries[EMBEDDING]), view_of(entries[OUTPUT])):
+        return sources
+    warnings.warn(f"{folder}: config.json says tie_word_embeddings: true, but {OUTPUT} and {EMBEDDING} differ, so both are used; "
+                  "tie_word_embeddings: false would say so", stacklevel=4)
+    return sources | output
+
+
+def _warn_of_ignored(folder, entries, config):
+    """Warn of tensors that hold something and are not used."""
+    buffers = [name for name in entries if name.endswith(ROPE_BUFFER)]
+    strange = [name for name in buffers if entries[name].dtype not in SAFETENSORS_DTYPES
+               or not are_rope_frequencies(view_of(entries[name]), config)]
+    warn_of_unused(folder, strange, "they are not the RoPE frequencies of config.json, which are used")
+    if config.head != "lm":
+        warn_of_unused(folder, [name for name in entries if name == OUTPUT], f"{config.architectures[0]} scores classes")
 
 
 class TensorReader:
@@ -182,7 +234,7 @@ class TensorReader:
 
     def read(self, names):
         """One tensor as it stands in the file, or several as one, their rows below each other."""
-        views = [self._view(name) for name in names]
+        views = [view_of(self.entries[name]) for name in names]
         if self.upload and self.dtype != "int8":  # quantised on the host, one tensor at a time
             return self._send(views, names)
         x = views[0] if len(views) == 1 else self._stack(views)
@@ -203,27 +255,17 @@ class TensorReader:
 
     def _send(self, views, names):
         """Copy tensors straight from the mapped file to the device."""
-        dtype = views[0].dtype.newbyteorder("=") if self.dtype is None else dtype_named(self.dtype)
+        dtype = self._common_dtype(views)
         file = self.entries[next(iter(names))].file.name
         return self.upload.stack(views, dtype, self.advance and (lambda n_bytes: self.advance(n_bytes, file)))
 
-    def _view(self, name):
-        """View a tensor in the mapped file; copy it where it is not aligned to its item size."""
-        entry = self.entries[name]
-        dtype = DTYPES[SAFETENSORS_DTYPES[entry.dtype]].newbyteorder("<")
-        if entry.stop == entry.start:
-            return np.zeros(entry.shape, dtype)
-        try:
-            raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.stop - entry.start,))
-        except (OSError, ValueError) as error:
-            raise NpllmOSError(f"{entry.file}: cannot be mapped into memory ({error}); did it change meanwhile?") from None
-        if raw.ctypes.data % dtype.itemsize:
-            raw = raw.copy()
-        return np.asarray(raw).view(dtype).reshape(entry.shape)
+    def _common_dtype(self, views):
+        """The dtype that was asked for; else the widest that is stored, so that no tensor is rounded beside a narrower one."""
+        return widest(view.dtype for view in views) if self.dtype in (None, "int8") else dtype_named(self.dtype)
 
     def _stack(self, views):
         """Copy tensors into one, and let go of each mapping once it is copied, so that the file's pages are not held as well."""
-        dtype = views[0].dtype if self.dtype in (None, "int8") else dtype_named(self.dtype)
+        dtype = self._common_dtype(views)
         n_rows = sum(view.shape[0] for view in views)
         x = np.empty((n_rows, *views[0].shape[1:]), dtype)
         start = 0
@@ -233,6 +275,21 @@ class TensorReader:
             start += view.shape[0]
             del view
         return x
+
+
+def view_of(entry):
+    """View a tensor of numbers in the mapped file; copy it where it is not aligned to its item size."""
+    name = SAFETENSORS_DTYPES.get(entry.dtype) or INTEGER_DTYPES[entry.dtype]
+    dtype = (DTYPES[name] if name in DTYPES else np.dtype(name)).newbyteorder("<")
+    if entry.stop == entry.start:
+        return np.zeros(entry.shape, dtype)
+    try:
+        raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.stop - entry.start,))
+    except (OSError, ValueError) as error:
+        raise NpllmOSError(f"{entry.file}: cannot be mapped into memory ({error}); did it change meanwhile?") from None
+    if raw.ctypes.data % dtype.itemsize:
+        raw = raw.copy()
+    return np.asarray(raw).view(dtype).reshape(entry.shape)
 
 
 def read_entries(folder):
@@ -315,9 +372,10 @@ def _found_instead(folder):
 def check_entries(folder, entries, config):
     """Raise one error that lists everything wrong with the tensors of a checkpoint."""
     expected = expected_shapes(config)
-    ignored = {name for name in entries if name.endswith("rotary_emb.inv_freq")}
-    ignored |= {"lm_head.weight"} if config.tie_word_embeddings or config.head != "lm" else set()
-    untied = "lm_head.weight" in expected.keys() - entries.keys()
+    if _is_tied(config) and OUTPUT in entries:
+        expected[OUTPUT] = expected[EMBEDDING] if EMBEDDING in entries else expected.pop(EMBEDDING)
+    ignored = {name for name in entries if name.endswith(ROPE_BUFFER)} | ({OUTPUT} if config.head != "lm" else set())
+    untied = OUTPUT in expected.keys() - entries.keys()
     check_shapes(folder, entries, expected, ignored,
                  ["lm_head.weight may be absent only where config.json says tie_word_embeddings: true"] if untied else [])
 
@@ -408,7 +466,7 @@ def _count_nonfinite(entry):
 def _convert(x, dtype):
     if dtype == "int8":
         return quantize(x) if x.ndim == 2 else x
-    return x if dtype is None else x.astype(dtype_named(dtype), copy=False)
+    return native(x) if dtype is None else x.astype(dtype_named(dtype), copy=False)
 
 
 @contextlib.contextmanager

@@ -185,15 +185,15 @@ def config_data(path_or_dict):
     return read_json(path), str(path)
 
 
-def read_json(path):
-    """Read a JSON object from a UTF-8 file.
+def read_json(path, kind=dict):
+    """Read a JSON object from a UTF-8 file, or a list where `kind` is list.
 
     Raises
     ------
     NpllmOSError
         When the file is missing or cannot be read.
     NpllmValueError
-        When it is too large, not UTF-8, not JSON, nested too deeply, says a key twice, or is no object.
+        When it is too large, not UTF-8, not JSON, nested too deeply, says a key twice, or is not of that kind.
     """
     try:
         n_bytes = os.path.getsize(path)
@@ -212,8 +212,9 @@ def read_json(path):
         raise NpllmValueError(f"{path}: is nested too deeply to be a configuration") from None
     except ValueError as error:
         raise NpllmValueError(f"{path}: is not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise NpllmValueError(f"{path}: must hold a JSON object {{...}}, got {type(data).__name__}")
+    if not isinstance(data, kind):
+        wanted = {dict: "object {...}", list: "list [...]"}[kind]
+        raise NpllmValueError(f"{path}: must hold a JSON {wanted}, got {type(data).__name__}")
     return data
 
 
@@ -302,7 +303,7 @@ def _parse_rope(read, model_type):
     parameters = RopeParameters(
         rope_type=ROPE_ALIASES.get(rope_type, rope_type) if model_type == "phi3" else rope_type,
         rope_theta=rope.number("rope_theta", default=theta),
-        partial_rotary_factor=rope.number("partial_rotary_factor", default=fraction),
+        partial_rotary_factor=_rotated_part(rope, rope_type, fraction, model_type),
         short_factor=rope.numbers("short_factor"),
         long_factor=rope.numbers("long_factor"),
         truncate=rope.flag("truncate", default=True),
@@ -313,6 +314,16 @@ def _parse_rope(read, model_type):
         rope.get(ignored)
     rope.finish()
     return parameters, n_original or nested_original
+
+
+def _rotated_part(rope, rope_type, fraction, model_type):
+    """Read partial_rotary_factor; Llama's default RoPE rotates whole heads, as in Transformers."""
+    fraction = rope.number("partial_rotary_factor", default=fraction)
+    if model_type == "llama" and rope_type == "default" and fraction != 1:
+        warnings.warn(f"{rope.where}: partial_rotary_factor = {fraction} has no effect with model_type llama and rope_type "
+                      "default: whole heads are rotated, as in Transformers", stacklevel=6)
+        return 1.0
+    return fraction
 
 
 def _parse_architectures(read, model_type):
@@ -365,6 +376,9 @@ def _validate_rope(config, require):
     types = ROPE_TYPES[config.model_type]
     require(rope.rope_type in types,
             f"rope_type must be one of {', '.join(types)}, got {rope.rope_type!r}, which is not implemented")
+    require(config.model_type != "llama" or d_rope == config.head_dim,
+            f"partial_rotary_factor must be 1 for model_type llama and rope_type {rope.rope_type}, got "
+            f"{rope.partial_rotary_factor}; Transformers cannot compute it either")
     require(1 < rope.rope_theta < 1e30, f"rope_theta must be above 1 and below 1e30, got {rope.rope_theta}")
     require(2 <= d_rope <= config.head_dim and d_rope % 2 == 0,
             f"head_dim * partial_rotary_factor must be even and in 2 ... head_dim = {config.head_dim}, "

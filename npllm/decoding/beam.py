@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm import ops
-from npllm.arrays import to_numpy
-from npllm.decoding.loop import fill_id, prepare, room_for, seen_tokens
+from npllm.decision import check_scores
+from npllm.decoding.loop import fill_id, last_logits, prepare, room_for, seen_tokens
 from npllm.errors import NpllmValueError
 
 __all__ = ["Beams", "beam_search", "beam_texts"]
@@ -137,7 +137,8 @@ class _Search:
             return log_probs
         seen = np.repeat(self.seen[None, :], len(self.tokens), axis=0)
         seen[np.arange(len(seen))[:, None], self.tokens] = True
-        return ops.repetition_penalty(log_probs, seen, self.penalty)
+        name = f"log-probabilities after repetition_penalty = {self.penalty}"
+        return check_scores(ops.repetition_penalty(log_probs, seen, self.penalty), name)
 
     def _candidates(self, log_probs):
         """The best continuations: so many that num_beams are left even where each beam's best tokens are all stop ids."""
@@ -163,7 +164,7 @@ def _run(model, ids, valid, searches):
     owners = list(range(len(ids)))  # which search each row of the cache belongs to
     options = {"attention_mask": valid}
     while owners:
-        logits = to_numpy(model(ids, cache=cache, logits_to_keep=1, **options))[:, -1, :]
+        logits = last_logits(model, ids, cache=cache, **options)
         log_probs = ops.log_softmax(logits.astype(np.float64))
         rows, tokens, next_owners = [], [], []
         for owner in dict.fromkeys(owners):

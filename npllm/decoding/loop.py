@@ -10,6 +10,7 @@ import numpy as np
 from npllm import ops
 from npllm.arrays import array_namespace, is_array, to_numpy, widen
 from npllm.config.config import is_token, quote, read_json
+from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.text.tokenizer import Detokenizer
 
@@ -178,7 +179,8 @@ def filter_logits(logits, sampling, seen=None, order="transformers"):
     Raises
     ------
     NpllmValueError
-        For another order, and for a repetition penalty without `seen`.
+        For another order, for a repetition penalty without `seen`, and where a filter leaves a row on the host that is no
+        distribution: names the filter.
 
     Notes
     -----
@@ -192,6 +194,7 @@ def filter_logits(logits, sampling, seen=None, order="transformers"):
     """
     if order not in FILTER_ORDERS:
         raise NpllmValueError(f"order must be one of {', '.join(FILTER_ORDERS)}, got {order!r}")
+    check_scores(logits, "logits")
     for name in FILTER_ORDERS[order]:
         value = getattr(sampling, name)
         if value is None or value == NO_FILTER[name]:
@@ -199,7 +202,9 @@ def filter_logits(logits, sampling, seen=None, order="transformers"):
         if name == "repetition_penalty" and seen is None:
             raise NpllmValueError(f"repetition_penalty = {value} needs `seen`, the tokens so far as a bool array of the shape "
                                   f"{list(logits.shape)} of the logits; got None")
-        logits = getattr(ops, name)(logits, *([seen] if name == "repetition_penalty" else []), value)
+        with np.errstate(over="ignore", invalid="ignore"):  # the check says what became of it
+            logits = getattr(ops, name)(logits, *([seen] if name == "repetition_penalty" else []), value)
+        check_scores(logits, f"logits after {name} = {value}", f"give another {name}")
     return logits
 
 
@@ -227,7 +232,8 @@ def next_token_distribution(logits, *, order="transformers", seen=None, temperat
     Raises
     ------
     NpllmValueError
-        For values out of range, another order, and for a repetition penalty without `seen`.
+        For values out of range, another order, for a repetition penalty without `seen`, and for logits of which a row is no
+        distribution (NaN, +inf, nothing but -inf), before the filters or after one.
 
     Notes
     -----
@@ -238,9 +244,12 @@ def next_token_distribution(logits, *, order="transformers", seen=None, temperat
     xp = array_namespace(logits)
     sampling = Sampling(True, temperature, top_k, top_p, min_p, repetition_penalty)
     check_sampling(sampling)
+    check_scores(logits, "logits", wait=True)
     if temperature != 0:
-        return ops.softmax(widen(filter_logits(logits, sampling, seen, order), xp.float64))
-    chosen = ops.greedy(filter_logits(logits, Sampling(repetition_penalty=repetition_penalty), seen, order))
+        filtered = check_scores(filter_logits(logits, sampling, seen, order), "logits after the filters", wait=True)
+        return ops.softmax(widen(filtered, xp.float64))
+    penalised = filter_logits(logits, Sampling(repetition_penalty=repetition_penalty), seen, order)
+    chosen = ops.greedy(check_scores(penalised, "logits after the filters", wait=True))
     return xp.astype(xp.arange(logits.shape[-1]) == chosen[..., None], xp.float64)
 
 
@@ -291,7 +300,7 @@ def generate_tokens(model, input_ids, valid=None, *, max_new_tokens=50, sampling
     seen = seen_tokens(ids, valid, model.config.vocab_size)
     for step in range(n_new):
         new = ids if step == 0 or not use_cache else ids[:, -1:]
-        logits = _last_logits(model, new, valid, cache)
+        logits = last_logits(model, new, attention_mask=valid, cache=cache)
         u = uniforms(seed, n_batch, step) if sampling.do_sample else None
         token = choose(logits, sampling, seen, u)
         yield token
@@ -300,9 +309,16 @@ def generate_tokens(model, input_ids, valid=None, *, max_new_tokens=50, sampling
         valid = np.concatenate([valid, np.ones((n_batch, 1), dtype=bool)], axis=1)
 
 
-def _last_logits(model, ids, valid, cache):
-    """Send new tokens through the model; NumPy logits of the last one."""
-    return to_numpy(model(ids, attention_mask=valid, cache=cache, logits_to_keep=1))[:, -1, :]
+def last_logits(model, ids, **options):
+    """Send new tokens through the model; NumPy logits [n_batch, n_vocab] after the last one, of which each row is a distribution.
+
+    Raises
+    ------
+    NpllmValueError
+        When a row is none: NaN, +inf, or nothing but -inf.
+    """
+    logits = to_numpy(model(ids, logits_to_keep=1, **options))[:, -1, :]
+    return check_scores(logits, "the model's logits", FROM_MODEL)
 
 
 class TextStream:

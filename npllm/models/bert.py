@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import array_namespace
-from npllm.checkpoints.safetensors import TensorReader, check_shapes, read_entries
+from npllm.checkpoints.safetensors import INTEGER_DTYPES, TensorReader, check_shapes, read_entries, view_of
+from npllm.checkpoints.unused import warn_of_unused
 from npllm.models.transformer import AttentionParams, EncoderLayerParams, FeedForwardParams, NormParams, encoder_layer
-from npllm.ops import add_positions, silu
 
 __all__ = ["BertParams", "expected_shapes", "forward", "load_params"]
 
 Array = Any
-IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")  # 0 ... n_pos - 1; a head that nothing here uses
+POSITION_IDS, POOLER = "embeddings.position_ids", ("pooler.dense.weight", "pooler.dense.bias")
 
 
 class BertParams(NamedTuple):
@@ -57,15 +57,15 @@ def forward(params, config, ids, token_types, mask, ops):
     """
     xp = array_namespace(ids)
     x = ops.add(ops.embed(ids, params.word_embeddings), ops.embed(token_types, params.token_type_embeddings))
-    x = add_positions(x, xp.arange(ids.shape[1]), params.position_embeddings)
+    x = ops.add_positions(x, xp.arange(ids.shape[1]), params.position_embeddings)
     x = ops.layer_norm(x, params.norm.weight, params.norm.bias, config.layer_norm_eps)
-    activation = {"gelu": ops.gelu, "relu": ops.relu, "silu": silu}[config.hidden_act]
+    activation = {"gelu": ops.gelu, "relu": ops.relu, "silu": ops.silu}[config.hidden_act]
     for layer in params.layers:
         x = encoder_layer(x, layer, config.num_attention_heads, ops, mask=mask, activation=activation, eps=config.layer_norm_eps)
     return x
 
 
-def load_params(folder, config, *, dtype=None, xp=np):
+def load_params(folder, config, *, dtype=None, xp=np, is_pooled=False):
     """Load the weights of a BERT folder.
 
     Parameters
@@ -74,6 +74,8 @@ def load_params(folder, config, *, dtype=None, xp=np):
     config : BertConfig
     dtype, xp
         As in `npllm.checkpoints.safetensors.load_params`.
+    is_pooled : bool
+        The folder says how vectors are made of hidden states, so that nobody expects the pooler.
 
     Returns
     -------
@@ -86,16 +88,37 @@ def load_params(folder, config, *, dtype=None, xp=np):
     NpllmValueError
         One error that lists every missing, unknown and misshapen tensor and every unusable dtype.
 
+    Warns
+    -----
+    UserWarning
+        For position ids that do not count up, and for a pooler, which is not used, unless `is_pooled`.
+
     Notes
     -----
-    Names may begin with "bert.", as they do where a head was trained on top.  The pooler is left out.
+    Names may begin with "bert.", as they do where a head was trained on top.
     """
     entries = _without_prefix(read_entries(folder))
-    check_shapes(folder, entries, expected_shapes(config), frozenset(IGNORED))
+    check_shapes(folder, entries, expected_shapes(config), frozenset((POSITION_IDS, *POOLER)))
+    _warn_of_ignored(folder, entries, config, is_pooled)
     reader = TensorReader(entries, dtype, xp, None)
     params = _assemble(lambda name: reader.read([name]), config)
     reader.finish()
     return params
+
+
+def _warn_of_ignored(folder, entries, config, is_pooled):
+    """Warn of tensors that hold something and are not used."""
+    ids, n_pos = entries.get(POSITION_IDS), config.max_position_embeddings
+    if ids is not None and not _counts_up(ids, n_pos):
+        warn_of_unused(folder, [POSITION_IDS], f"it is not 0 ... {n_pos - 1}, which is used")
+    if not is_pooled:
+        warn_of_unused(folder, [name for name in POOLER if name in entries],
+                       "hidden states are combined as 1_Pooling/config.json says, else by their mean", stacklevel=5)
+
+
+def _counts_up(entry, n):
+    """Whether a tensor of the file holds the integers 0 ... n - 1."""
+    return entry.dtype in INTEGER_DTYPES and np.array_equal(view_of(entry).reshape(-1), np.arange(n))
 
 
 def expected_shapes(config):

@@ -129,7 +129,7 @@ def feed_forward(x, params, ops, activation):
 def sublayer(x, function, norm, ops, norm_first, eps):
     """Add what a sublayer computes to the residual stream, and normalise.
 
-        post-norm: y = layer_norm(x + function(x));   pre-norm: y = x + function(layer_norm(x))
+        post-norm: y = layer_norm(add(x, function(x)));   pre-norm: y = add(x, function(layer_norm(x)))
 
     Parameters
     ----------
@@ -149,8 +149,8 @@ def sublayer(x, function, norm, ops, norm_first, eps):
     Source: "On Layer Normalization in the Transformer Architecture" (Xiong et al. 2020), figure 1.
     """
     if norm_first:
-        return x + function(ops.layer_norm(x, norm.weight, norm.bias, eps))
-    return ops.layer_norm(x + function(x), norm.weight, norm.bias, eps)
+        return ops.add(x, function(ops.layer_norm(x, norm.weight, norm.bias, eps)))
+    return ops.layer_norm(ops.add(x, function(x)), norm.weight, norm.bias, eps)
 
 
 def encoder_layer(x, params, n_head, ops, *, mask=None, activation=None, norm_first=False, eps=1e-5):

@@ -45,11 +45,11 @@ from npllm.ops.norm import layer_norm, rms_norm
 from npllm.ops.residual import add
 from npllm.ops.rope import apply_rope, apply_rope_complex, rope_tables, rotation_matrix
 from npllm.ops.sampling import greedy, log_softmax, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
-from npllm.ops.special import erf
+from npllm.ops.special import erf, erfc
 
 __all__ = [
     "Ops", "add", "add_positions", "apply_rope", "apply_rope_complex", "attention", "attention_block", "attention_io",
-    "attention_weights", "blockwise", "blockwise_attention", "decoder_layers", "dynamic_base", "embed", "emulate", "erf",
+    "attention_weights", "blockwise", "blockwise_attention", "decoder_layers", "dynamic_base", "embed", "emulate", "erf", "erfc",
     "gelu", "greedy", "layer_norm", "linear", "linear_add", "linear_frequencies", "llama3_frequencies", "log_softmax",
     "longrope_scale", "mask", "mean_pool_kv_heads", "merge_attention", "merge_heads", "min_p", "mlp_block", "norm_linear",
     "norm_swiglu", "reference", "relu", "repetition_penalty", "rms_norm", "rope_attention", "rope_frequencies",
@@ -76,6 +76,8 @@ class Ops:
     layer_norm: Callable = layer_norm
     relu: Callable = relu
     gelu: Callable = gelu
+    silu: Callable = silu
+    add_positions: Callable = add_positions
     norm_linear: Callable | None = None
     norm_swiglu: Callable | None = None
     linear_add: Callable | None = None

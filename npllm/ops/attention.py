@@ -150,6 +150,8 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     if any(x.shape[:-3] != q.shape[:-3] for x in (k, v) if x is not None):
         raise NpllmValueError(f"q, k and v must have the same axes in front of the heads, got q {list(q.shape)}, k {list(k.shape)}"
                               + (f", v {list(v.shape)}" if v is not None else ""))
+    if q.shape[-1] < 1:
+        raise NpllmValueError("a head must have at least one channel, got d_head = 0")
     if n_ctx < 1:
         raise NpllmValueError("k must hold at least one key, got n_ctx = 0")
     if n_kv_head == 0 or n_head % n_kv_head:
@@ -161,7 +163,7 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     if mask is not None and not callable(mask) and mask.dtype != xp.bool:
         raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
                              "additive masks go to bias")
-    return _slots("q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq), _slots("k_slots", k_slots, "n_ctx", n_ctx, 0)
+    return _slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq), _slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0)
 
 
 def _check_broadcast(name, x, shape):
@@ -170,8 +172,8 @@ def _check_broadcast(name, x, shape):
         raise NpllmValueError(f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}")
 
 
-def _slots(name, slots, axis, n, first):
-    """Check given slots; without any, n of them from `first`."""
+def _slots(xp, name, slots, axis, n, first):
+    """Check given slots, and widen them to int64, in which a rule may subtract; without any, n of them from `first`."""
     if slots is None:
         return range(first, first + n)
     if not isinstance(slots, range) and not (is_integer(slots) and slots.ndim == 1):
@@ -179,4 +181,4 @@ def _slots(name, slots, axis, n, first):
     got = len(slots) if isinstance(slots, range) else slots.shape[0]
     if got != n:
         raise NpllmValueError(f"{name} must be [{axis}] = [{n}], got [{got}]")
-    return slots
+    return slots if isinstance(slots, range) or slots.dtype == xp.int64 else xp.astype(slots, xp.int64)

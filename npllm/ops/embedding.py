@@ -1,6 +1,6 @@
 """Embedding lookup: from token ids to vectors; and absolute positions, which are added to them."""
 
-from npllm.arrays import array_namespace, expect_shape, host_range, is_integer, widen
+from npllm.arrays import array_namespace, as_index, expect_shape, host_range, is_integer, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.quantized.int8 import Int8Weight
 
@@ -49,7 +49,7 @@ def embed(ids, weight):
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < n_vocab):
         raise NpllmValueError(f"token ids must lie in 0 ... n_vocab - 1 = {n_vocab - 1}, got {lowest_highest[0]} ... "
                               f"{lowest_highest[1]}; is this the tokenizer of another model?")
-    flat = xp.reshape(ids, (-1,))
+    flat = xp.reshape(as_index(ids), (-1,))
     rows = weight.take(flat) if isinstance(weight, Int8Weight) else xp.take(weight, flat, axis=0)
     return xp.reshape(widen(rows), (*ids.shape, d_model))
 

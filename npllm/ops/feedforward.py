@@ -1,12 +1,13 @@
 """The feed-forward half of a block: activation functions and the gated product."""
 
-from npllm.arrays import array_namespace, compute_dtype, widen
+from npllm.arrays import array_namespace, compute_dtype, ieee_semantics, widen
 from npllm.errors import NpllmValueError
-from npllm.ops.special import erf
+from npllm.ops.special import erfc
 
 __all__ = ["gelu", "relu", "silu", "swiglu"]
 
 
+@ieee_semantics
 def silu(x):
     """Multiply each entry by its logistic sigmoid.
 
@@ -24,7 +25,7 @@ def silu(x):
     Notes
     -----
     Computes in float32 (float64 when `x` is).  The exponential is taken of -|x| only, so that it cannot overflow:
-    sigmoid(x) = 1 / (1 + exp(-x)) for x >= 0, and exp(x) / (1 + exp(x)) below.
+    sigmoid(x) = 1 / (1 + exp(-x)) for x >= 0, and exp(x) / (1 + exp(x)) below.  Of -inf the formula, and so the result, is NaN.
 
     Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 4.3; `torch.nn.functional.silu`.
     """
@@ -35,6 +36,7 @@ def silu(x):
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
+@ieee_semantics
 def swiglu(gate, up):
     """Gate one projection of the hidden state by the SiLU of another.
 
@@ -94,6 +96,7 @@ def relu(x):
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
+@ieee_semantics
 def gelu(x, approximate="none"):
     """Multiply each entry by the probability that a normal variable lies below it.
 
@@ -118,7 +121,8 @@ def gelu(x, approximate="none"):
 
     Notes
     -----
-    The exact form computes in float64 and rounds once; the other in float32 (float64 when `x` is).
+    The exact form computes in float64 and rounds once; the other in float32 (float64 when `x` is).  The exact form computes
+    1 + erf(t) as erfc(-t), in which nothing cancels far below 0.
 
     Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2; `torch.nn.functional.gelu`.
     """
@@ -127,7 +131,7 @@ def gelu(x, approximate="none"):
         raise NpllmValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
     if approximate == "none":
         wide = widen(x, xp.float64)
-        y = wide * (1 + erf(wide * 0.5**0.5)) / 2
+        y = wide * erfc(wide * -(0.5**0.5)) / 2
     else:
         wide = widen(x)
         y = wide * (1 + xp.tanh((2 / 3.141592653589793) ** 0.5 * (wide + 0.044715 * wide * wide * wide))) / 2

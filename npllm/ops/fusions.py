@@ -280,6 +280,8 @@ def decoder_layers(x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, c
 def cut_heads(qkv, n_head, n_kv_head):
     """Views of a projected row: q [..., n_head, n_seq, d_head], k and v [..., n_kv_head, n_seq, d_head]."""
     array_namespace(qkv)
+    if min(n_head, n_kv_head) < 1:
+        raise NpllmValueError(f"n_head and n_kv_head must be at least 1, got {n_head} and {n_kv_head}")
     d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)
     q_end, k_end = n_head * d_head, (n_head + n_kv_head) * d_head
     q, k, v = qkv[..., :q_end], qkv[..., q_end:k_end], qkv[..., k_end:]

@@ -1,5 +1,7 @@
 """Linear maps, and the moves between one wide vector and its heads."""
 
+from math import prod
+
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
 from npllm.errors import NpllmValueError
 
@@ -43,7 +45,7 @@ def linear(x, weight, bias=None):
     d_out, d_in = weight.shape
     expect_shape("x", x, dots=None, d_in=d_in)
     dtype = compute_dtype(x, weight)
-    rows = xp.reshape(widen(x, dtype), (-1, d_in))  # [..., d_in] -> [n, d_in]
+    rows = xp.reshape(widen(x, dtype), (prod(x.shape[:-1]), d_in))  # [..., d_in] -> [n, d_in]
     blocks = [rows @ xp.matrix_transpose(widen(block, dtype)) for block in _row_blocks(weight, dtype)]
     y = blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1)
     if bias is not None:

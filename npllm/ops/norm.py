@@ -1,10 +1,11 @@
 """Normalisation of the vector at each position."""
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, widen
 
 __all__ = ["layer_norm", "rms_norm"]
 
 
+@ieee_semantics
 def rms_norm(x, weight, eps):
     """Divide each row by its root mean square, then scale it.
 
@@ -16,7 +17,7 @@ def rms_norm(x, weight, eps):
     weight : array [d_model]
         One gain for each channel.
     eps : float
-        Keeps a row of zeros finite; stands inside the root.  Phi-3 uses 1e-5.
+        Keeps a row of zeros finite; stands inside the root.  Phi-3 uses 1e-5.  With 0, a row of zeros gives NaN.
 
     Returns
     -------
@@ -40,11 +41,12 @@ def rms_norm(x, weight, eps):
     expect_shape("weight", weight, d_model=x.shape[-1])
     dtype = compute_dtype(x, weight)
     wide = widen(x, dtype)
-    mean_square = xp.mean(wide * wide, axis=-1, keepdims=True)
+    mean_square = _mean(wide * wide, xp)
     y = widen(weight, dtype) * (wide / xp.sqrt(mean_square + eps))
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
+@ieee_semantics
 def layer_norm(x, weight, bias, eps):
     """Shift each row to mean 0 and scale it to variance 1, then scale and shift every channel.
 
@@ -57,7 +59,7 @@ def layer_norm(x, weight, bias, eps):
     weight : array [d_model]
     bias : array [d_model]
     eps : float
-        Stands inside the root.
+        Stands inside the root.  With 0, a row of equal entries gives NaN.
 
     Returns
     -------
@@ -81,7 +83,14 @@ def layer_norm(x, weight, bias, eps):
     expect_shape("bias", bias, d_model=x.shape[-1])
     dtype = compute_dtype(x, weight, bias)
     wide = widen(x, dtype)
-    centred = wide - xp.mean(wide, axis=-1, keepdims=True)
-    variance = xp.mean(centred * centred, axis=-1, keepdims=True)
+    centred = wide - _mean(wide, xp)
+    variance = _mean(centred * centred, xp)
     y = widen(weight, dtype) * (centred / xp.sqrt(variance + eps)) + widen(bias, dtype)
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
+
+
+def _mean(x, xp):
+    """Mean of each row, [..., 1]; 0 for a row without entries, of which libraries warn or raise."""
+    if x.shape[-1] == 0:
+        return xp.zeros((*x.shape[:-1], 1), dtype=x.dtype)
+    return xp.mean(x, axis=-1, keepdims=True)

@@ -5,9 +5,13 @@ which they are applied matters, and engines differ in it: `npllm.decoding.loop.F
 """
 
 from npllm.arrays import array_namespace, expect_shape, stable_argsort, to_numpy, widen
+from npllm.decision import check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["greedy", "log_softmax", "min_p", "repetition_penalty", "sample", "softmax", "temperature", "top_k", "top_p"]
+
+COLD = 1e-6  # below this temperature logits are shifted first
+LOWEST = -1e30  # to which they are cut there: a number of float32 whose exp is 0
 
 
 def softmax(x, axis=-1):
@@ -115,6 +119,7 @@ def temperature(logits, t):
     """Flatten (t > 1) or sharpen (t < 1) the distribution.
 
         y = logits / t
+        t < 1e-6:  y = max((logits - m) / t, -1e30),   m = max_i logits[..., i]
 
     Parameters
     ----------
@@ -125,6 +130,7 @@ def temperature(logits, t):
     Returns
     -------
     y : array [..., n_vocab]
+        In the dtype of `logits`.  -inf where `logits` is.
 
     Raises
     ------
@@ -133,12 +139,20 @@ def temperature(logits, t):
 
     Notes
     -----
+    The shift by m changes no distribution, and makes logits / t finite for every t.  It computes in float64, since in float32 a
+    t below 1e-45 is 0.
+
     Source: "Distilling the Knowledge in a Neural Network" (Hinton et al. 2015), equation 1; `TemperatureLogitsWarper`.
     """
-    array_namespace(logits)
+    xp = array_namespace(logits)
     if not t > 0:
         raise NpllmValueError(f"temperature must be above 0, got {t}; use greedy for 0")
-    return logits / t
+    if t >= COLD:
+        return logits / t
+    wide = widen(logits, xp.float64)
+    below = wide - xp.max(wide, axis=-1, keepdims=True)
+    cut = xp.where(below < LOWEST * t, xp.asarray(LOWEST * t, dtype=xp.float64), below) / t
+    return _keep(xp, xp.astype(cut, logits.dtype), below > -xp.inf)
 
 
 def top_k(logits, k):
@@ -259,12 +273,19 @@ def greedy(logits):
     token : integer array [...]
         The lowest id among equals.
 
+    Raises
+    ------
+    NpllmValueError
+        When a row on the host holds NaN or +inf or excludes every token.
+
     Notes
     -----
+    Logits on a device are not looked at, since that would wait for it.
+
     Source: `GenerationMixin._sample` in Transformers with `do_sample=False`.
     """
     xp = array_namespace(logits)
-    return xp.argmax(widen(logits), axis=-1)
+    return xp.argmax(widen(check_scores(logits, "logits")), axis=-1)
 
 
 def sample(logits, u):
@@ -300,12 +321,7 @@ def sample(logits, u):
     expect_shape("u", u, **{f"axis_{n}": size for n, size in enumerate(logits.shape[:-1])})
     if not to_numpy(xp.all((u >= 0) & (u < 1))):
         raise NpllmValueError("u must lie in 0 <= u < 1")
-    wide = widen(logits, xp.float64)
-    largest = xp.max(wide, axis=-1)
-    if not to_numpy(xp.all((largest > -xp.inf) & (largest < xp.inf))):
-        raise NpllmValueError("every row of logits must leave at least one token and hold no NaN and no inf, got a row that is no "
-                              "distribution; are the weights finite?")
-    probabilities = softmax(wide)
+    probabilities = softmax(widen(check_scores(logits, "logits", wait=True), xp.float64))
     sums = xp.cumulative_sum(probabilities, axis=-1)
     possible = xp.where(probabilities > 0, xp.arange(logits.shape[-1]), -1)
     crossed = xp.sum(xp.astype(sums <= xp.expand_dims(u, axis=-1), xp.int64), axis=-1)

@@ -53,7 +53,7 @@ class Int8Weight:
 
     def __array_namespace__(self, *, api_version=None):
         """The library that the values belong to."""
-        return array_namespace(self.values)
+        return array_namespace(self.values, self.scales)
 
     def __len__(self):
         return self.shape[0]
@@ -72,7 +72,7 @@ class Int8Weight:
 
     def widened(self):
         """The float32 values; whole, so ask a block of rows for them."""
-        xp = array_namespace(self.values)
+        xp = array_namespace(self.values, self.scales)
         return xp.astype(self.values, xp.float32) * xp.repeat(self.scales, GROUP, axis=-1)[:, : self.shape[1]]
 
     def to(self, xp):

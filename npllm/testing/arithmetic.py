@@ -7,7 +7,7 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 
-__all__ = ["LAMBDA", "Arithmetic", "dot_terms", "gamma", "repeats", "sum_terms"]
+__all__ = ["LAMBDA", "Arithmetic", "dot_terms", "gamma", "lost_terms", "repeats", "sum_terms"]
 
 Array = Any
 
@@ -15,17 +15,40 @@ LAMBDA = 5.0  # standard deviations that the statistical budget allows
 N_CHUNK = 16  # places at which the partial sums of a product are looked at
 N_SAMPLE = 128  # entries of a row among which equal ones are counted
 
-UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "tf32": 2.0**-10, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-"""Unit roundoff.  tf32 is given the unit of truncation: some hardware cuts the operands instead of rounding them."""
+UNITS = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "tf32": 2.0**-10,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+}
+"""Unit roundoff.  tf32 has that of truncation: some hardware cuts the operands."""
 
-TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "tf32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+TINY = {
+    "float64": 2.0**-1022,
+    "float32": 2.0**-126,
+    "tf32": 2.0**-126,
+    "float16": 2.0**-14,
+    "bfloat16": 2.0**-126,
+}
 """Smallest normal number."""
 
-STEP = {"float64": 2.0**-1074, "float32": 2.0**-149, "tf32": 2.0**-136, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+STEP = {
+    "float64": 2.0**-1074,
+    "float32": 2.0**-149,
+    "tf32": 2.0**-136,
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-133,
+}
 """Smallest subnormal number: the step of the numbers below TINY."""
 
-LARGEST = {"float64": float(np.finfo(np.float64).max), "float32": (2 - 2.0**-23) * 2.0**127, "tf32": (2 - 2.0**-10) * 2.0**127,
-           "float16": 65504.0, "bfloat16": (2 - 2.0**-7) * 2.0**127}
+LARGEST = {
+    "float64": float(np.finfo(np.float64).max),
+    "float32": (2 - 2.0**-23) * 2.0**127,
+    "tf32": (2 - 2.0**-10) * 2.0**127,
+    "float16": 65504.0,
+    "bfloat16": (2 - 2.0**-7) * 2.0**127,
+}
 """Largest finite number."""
 
 
@@ -38,12 +61,14 @@ class Arithmetic:
     dtype : str
         Of the output.
     accumulate : str
-        In which sums and elementary functions are evaluated: "float64", "float32", "float16" or "bfloat16".
+        In which sums and elementary functions are evaluated: "float64", "float32", "float16" or
+        "bfloat16".
     roundings : int
-        How often a value is rounded to `dtype` on its way to the output.  1: at the end only; 2: Transformers' 16-bit RMSNorm,
-        which rounds the normalised row as well.
+        How often a value is rounded to `dtype` on its way to the output.  1: at the end only; 2:
+        Transformers' 16-bit RMSNorm, which rounds the normalised row as well.
     operands : str, optional
-        To which the factors of a matrix product are rounded before: "tf32", "bfloat16" or "float16".
+        To which the factors of a matrix product are rounded before: "tf32", "bfloat16" or
+        "float16".
     probabilities : str, optional
         To which attention rounds its probabilities before it multiplies the values.
 
@@ -66,7 +91,9 @@ class Arithmetic:
             if value not in UNITS and not (optional and value is None):
                 raise NpllmValueError(f"{name} must be one of {', '.join(UNITS)}, got {value!r}")
         if not isinstance(self.roundings, int) or self.roundings < 1:
-            raise NpllmValueError(f"roundings must be an integer of at least 1, got {self.roundings!r}")
+            raise NpllmValueError(
+                f"roundings must be an integer of at least 1, got {self.roundings!r}"
+            )
 
     @property
     def u(self) -> float:
@@ -96,12 +123,12 @@ class Arithmetic:
 
     @property
     def step(self) -> float:
-        """Error of one operation that underflows gradually, in the accumulation or in the output."""
+        """Largest error of an operation that underflows gradually."""
         return max(STEP[self.accumulate], STEP[self.dtype])
 
     @property
     def lost(self) -> float:
-        """Largest exponential that may come out as 0: float16 has subnormals everywhere, the wider types are often flushed."""
+        """Largest exponential that may come out as 0: wide types are often flushed."""
         return STEP["float16"] if self.accumulate == "float16" else self.tiny
 
     @property
@@ -110,7 +137,7 @@ class Arithmetic:
         return LARGEST[self.accumulate]
 
     def independent(self, n: int) -> bool:
-        """Tell whether n roundings may be taken as independent: a long sum of few bits stands still instead."""
+        """Tell whether n roundings are independent: a long sum of few bits stands still."""
         return n * self.u <= 0.125
 
 
@@ -124,9 +151,13 @@ def gamma(n: Any, u: float) -> Any:
 
 
 def repeats(x: Array) -> Array:
-    """Estimate how many entries of each row share their value; 1 where most differ.
+    """Estimate how many entries share the value of an entry, on average over the entries of a row.
 
-    Equal terms make equal rounding errors, which do not average out: k of them count k**2 where independent ones count k.
+        k = 1 + n * max(0, f - 0.02),   f = share of the pairs of entries that are equal and not
+        zero
+
+    Equal terms make equal rounding errors, which do not average out: k of them count k**2 where
+    independent ones count k.
 
     Parameters
     ----------
@@ -135,23 +166,50 @@ def repeats(x: Array) -> Array:
     Returns
     -------
     k : float64 array [...]
-        n where all entries are equal, 1 where at least half of them are different.  Zeros do not count.
+        About n where all entries are equal, 1 where few are.  Of a long row 128 entries are looked
+        at.
     """
     n = x.shape[-1]
-    places = np.arange(n) if n <= N_SAMPLE else np.sort(np.random.default_rng(0).choice(n, N_SAMPLE, replace=False))
+    if n < 2:
+        return np.ones(x.shape[:-1])
+    places = np.arange(n)
+    if n > N_SAMPLE:
+        places = np.sort(np.random.default_rng(0).choice(n, N_SAMPLE, replace=False))
     sample = np.sort(x[..., places], axis=-1)
-    n_nonzero = np.count_nonzero(sample, axis=-1)
-    has_zero = n_nonzero < len(places)
-    n_distinct = np.maximum(1 + np.count_nonzero(np.diff(sample, axis=-1), axis=-1) - has_zero, 1)
-    many = n * n_nonzero / (max(len(places), 1) * n_distinct)
-    return np.where(2 * n_distinct >= n_nonzero, 1.0, np.maximum(many, 1.0))
+    index = np.arange(len(places))
+    new = np.concatenate(
+        [np.ones_like(sample[..., :1], dtype=bool), np.diff(sample, axis=-1) != 0], axis=-1
+    )
+    start = np.maximum.accumulate(np.where(new, index, 0), axis=-1)
+    n_equal = np.sum(np.where(sample != 0, index - start, 0), axis=-1)  # pairs
+    return 1 + n * np.maximum(0.0, 2 * n_equal / (len(places) * (len(places) - 1)) - 0.02)
+
+
+def lost_terms(p: Array, total: Array, u: float) -> Array:
+    """Sum the positive terms that a running sum near `total` rounds away, all in one direction.
+
+        sum_k min(p_k, u total) over p_k < 2 u total
+
+    Parameters
+    ----------
+    p : float64 array [..., n]
+        Not negative.
+    total : float64 array [...]
+    u : float
+
+    Returns
+    -------
+    bias : float64 array [...]
+    """
+    step = u * total[..., None]
+    return np.sum(np.where(p < 2 * step, np.minimum(p, step), 0.0), axis=-1)
 
 
 def sum_terms(p: Array) -> tuple[Array, Array, Array]:
-    """Describe the sum of each row for its error: the sum, the sum of absolute values, and the variance of the error.
+    """Describe the sum of each row: value, sum of absolute values, variance of the error.
 
-    The variance, in units of u**2, is sum_k s_k**2 + sum_k p_k**2 of the partial sums s_k and the terms p_k, for the worst of
-    three orders: as the terms stand, backwards, and at random.
+    The variance, in units of u**2, is sum_k s_k**2 + sum_k p_k**2 of the partial sums s_k and the
+    terms p_k, for the worst of three orders: as the terms stand, backwards, and at random.
 
     Parameters
     ----------
@@ -198,5 +256,10 @@ def dot_terms(x: Array, w: Array, n_chunk: int = N_CHUNK) -> tuple[Array, Array,
     backwards = n * total**2 - 2 * total * first + second
     at_random = n * total**2 / 3 + n * squares / 6
     walk = np.maximum(np.maximum(second, backwards), at_random)
-    equal = np.minimum(repeats(x)[..., :, None], repeats(w)[..., None, :])
+    equal = 1 + (repeats(x)[..., :, None] - 1) * (repeats(w)[..., None, :] - 1) / max(n, 1)
     return total, np.abs(x) @ np.abs(columns), equal * walk + squares
+
+
+def condition_of(magnitude: Array, y: Array) -> Array:
+    """Divide the sum of the absolute terms by the absolute value; 1 where both are zero."""
+    return np.where(magnitude == 0, 1.0, magnitude / np.abs(y))

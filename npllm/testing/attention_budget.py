@@ -15,9 +15,19 @@ Array = Any
 BLOCK = 2**16  # entries of the table of scores that exist at a time
 
 
-def attention_budget(a: Arithmetic, q: Array, k: Array, v: Array, causal: bool = True, window: int | None = None,
-                     valid: Array = None, scale: float | None = None, bias: Array = None, softcap: float | None = None,
-                     mask: Array = None) -> tuple:
+def attention_budget(
+    a: Arithmetic,
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = True,
+    window: int | None = None,
+    valid: Array = None,
+    scale: float | None = None,
+    bias: Array = None,
+    softcap: float | None = None,
+    mask: Array = None,
+) -> tuple:
     """Bound the error of y = sum_j p_j v_j: an error d of a score moves y by p_j d (v_j - y)."""
     shape = (*q.shape[:-1], v.shape[-1])
     q, k, v, seen, bias = attention_inputs(q, k, v, causal, window, valid, bias, mask)
@@ -31,12 +41,21 @@ def attention_budget(a: Arithmetic, q: Array, k: Array, v: Array, causal: bool =
         see = slice(*_span(seen[at]))
         kv = b, h // group, see
         with np.errstate(all="ignore"):  # on a thread of its own
-            block = _rows(a, q[at], k[kv], v[kv], seen[at][:, see], bias[at][:, see], scale, softcap)
+            block = _rows(
+                a, q[at], k[kv], v[kv], seen[at][:, see], bias[at][:, see], scale, softcap
+            )
         for part, new in zip(parts, block, strict=True):
             part[at] = new
 
     starts = range(0, q.shape[2], n_rows)
-    run_blocks(fill, [(b, h, slice(start, start + n_rows)) for b, h in np.ndindex(q.shape[:2]) for start in starts])
+    run_blocks(
+        fill,
+        [
+            (b, h, slice(start, start + n_rows))
+            for b, h in np.ndindex(q.shape[:2])
+            for start in starts
+        ],
+    )
     return tuple(part.reshape(shape) for part in parts)
 
 
@@ -46,13 +65,19 @@ def _span(seen: Array) -> tuple[int, int]:
     return (int(keys[0]), int(keys[-1]) + 1) if len(keys) else (0, 1)
 
 
-def _scores(a: Arithmetic, q: Array, k: Array, seen: Array, bias: Array, scale: float, softcap: float | None) -> tuple:
+def _scores(
+    a: Arithmetic, q: Array, k: Array, seen: Array, bias: Array, scale: float, softcap: float | None
+) -> tuple:
     """Return scores, the deterministic error of each, and the variance of it in units of u**2."""
     raw, size, variance = dot_terms(q, k, 4)
     raw, size, variance = scale * raw, abs(scale) * size, scale**2 * variance
-    det = gamma(q.shape[-1] + 2, a.u) * size + np.where(size > a.largest * min(1.0, abs(scale)), np.inf, 0.0)
+    det = gamma(q.shape[-1] + 2, a.u) * size + np.where(
+        size > a.largest * min(1.0, abs(scale)), np.inf, 0.0
+    )
     operand = 2 * a.u_operand * (1 + a.u_operand) * size
-    rounded = (a.roundings - 1) * 2 * a.u_out * np.abs(raw)  # the scores, before and after the scale
+    rounded = (
+        (a.roundings - 1) * 2 * a.u_out * np.abs(raw)
+    )  # the scores, before and after the scale
     s, slope, ends = raw, 1.0, np.abs(raw)
     if softcap is not None:
         t = np.tanh(raw / softcap)
@@ -63,7 +88,16 @@ def _scores(a: Arithmetic, q: Array, k: Array, seen: Array, bias: Array, scale: 
     return s, slope * det + a.u * ends + off, slope**2 * variance + ends**2 + (off / a.u) ** 2
 
 
-def _rows(a: Arithmetic, q: Array, k: Array, v: Array, seen: Array, bias: Array, scale: float, softcap: float | None) -> tuple:
+def _rows(
+    a: Arithmetic,
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Array,
+    bias: Array,
+    scale: float,
+    softcap: float | None,
+) -> tuple:
     """Deterministic and statistical budget and condition of some rows of one head."""
     s, det_s, variance_s = _scores(a, q, k, seen, bias, scale, softcap)
     s = np.where(seen, s, -np.inf)
@@ -75,10 +109,14 @@ def _rows(a: Arithmetic, q: Array, k: Array, v: Array, seen: Array, bias: Array,
     n = np.count_nonzero(seen, axis=-1)[:, None]  # keys that enter the sums
 
     delta = np.where(seen, det_s + a.u * (distance + 2), 0.0)
-    weights = np.where(seen & (delta > 0), np.exp(-distance) * np.expm1(np.minimum(delta, 700.0)), 0.0)
+    weights = np.where(
+        seen & (delta > 0), np.exp(-distance) * np.expm1(np.minimum(delta, 700.0)), 0.0
+    )
     weights = weights / np.maximum(np.sum(e, axis=-1, keepdims=True), 1e-300)
     u_p = max(a.u_probability, a.u_out if a.roundings > 1 else 0.0)
-    lost = n * max(a.lost, STEP[a.probabilities or "float64"]) * np.max(np.abs(v), axis=0, initial=0.0)
+    lost = (
+        n * max(a.lost, STEP[a.probabilities or "float64"]) * np.max(np.abs(v), axis=0, initial=0.0)
+    )
     last = a.u_out * np.abs(y) + np.where(n > 0, a.step * (n + 1) + lost, 0.0)
     moved = np.sum(weights, axis=-1, keepdims=True)
     det = np.sqrt(moved) * _deviation(weights, v, y) / np.maximum(1 - moved, 1e-300)
@@ -89,7 +127,10 @@ def _rows(a: Arithmetic, q: Array, k: Array, v: Array, seen: Array, bias: Array,
     spread = _deviation(p * p * sigma, v, y) ** 2
     _, _, walk = dot_terms(p, v.T)
     total = n * repeats(e)[:, None] * y**2
-    stat = LAMBDA * (a.u * np.sqrt(spread + total + walk + y**2) + u_p * np.sqrt((p * p) @ (v * v))) + last
+    stat = a.u * np.sqrt(spread + total + walk + y**2) + u_p * np.sqrt((p * p) @ (v * v))
+    small = np.where(p < 2 * a.u, np.minimum(p, a.u), 0.0)  # what the sums lose in one direction
+    bias = small @ np.abs(v) + np.sum(small, axis=-1, keepdims=True) * np.abs(y)
+    stat = LAMBDA * stat + bias + last
     stat = np.where(n * a.u <= 0.125, stat, det)
     terms = size + (p * np.abs(np.where(seen, s, 0.0))) @ np.abs(v)
     return det, stat, np.where(terms == 0, 1.0, terms / np.abs(y))

@@ -1,4 +1,4 @@
-"""The answer of each operation in float64, or with any number of digits: naive formulas that share no code with npllm.ops."""
+"""The answer of each operation in float64 or more: naive formulas, no code of npllm.ops."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +26,7 @@ class _Float64:
 
     @staticmethod
     def normal(x: Array) -> Array:
-        """Probability that a normal variable lies below x, from the complementary error function: no cancellation."""
+        """Probability that a normal variable lies below x, without cancellation."""
         import math
 
         return np.vectorize(lambda n: math.erfc(-n / math.sqrt(2)) / 2, otypes=[np.float64])(x)
@@ -39,12 +39,16 @@ class _Digits:
         try:
             import mpmath
         except ImportError as error:
-            raise MissingExtraError(f'more digits than float64 need mpmath ({error}); pip install "npllm[test]"') from error
+            raise MissingExtraError(
+                f'more digits than float64 need mpmath ({error}); pip install "npllm[test]"'
+            ) from error
         self.context = mpmath.mp.clone()
         self.context.dps = digits
         for name in ("exp", "tanh", "sqrt", "cos", "sin"):
             setattr(self, name, np.frompyfunc(getattr(self.context, name), 1, 1))
-        self.normal = np.frompyfunc(lambda n: self.context.erfc(-n / self.context.sqrt(2)) / 2, 1, 1)
+        self.normal = np.frompyfunc(
+            lambda n: self.context.erfc(-n / self.context.sqrt(2)) / 2, 1, 1
+        )
 
     def array(self, x: Array) -> Array:
         """Any numbers as mpmath numbers, exactly."""
@@ -61,12 +65,14 @@ def gold(op: str, inputs: Mapping[str, Any], *, digits: int | None = None) -> Ar
     inputs : dict
         The arguments by parameter name.
     digits : int, optional
-        Decimal digits, with mpmath: where the inputs are float64, so that float64 is what is judged.  Slow.
+        Decimal digits, with mpmath: where the inputs are float64, so that float64 is what is
+        judged.  Slow.
 
     Returns
     -------
     y : float64 array
-        With `digits` an array of mpmath numbers.  The heads of "qkv_projection" stand behind each other: q, k, v.
+        With `digits` an array of mpmath numbers.  The heads of "qkv_projection" stand behind each
+        other: q, k, v.
 
     Raises
     ------
@@ -87,7 +93,9 @@ def linear(m: Any, x: Array, weight: Array, bias: Array = None) -> Array:
     return y if bias is None else y + m.array(bias)
 
 
-def qkv_projection(m: Any, x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array = None) -> Array:
+def qkv_projection(
+    m: Any, x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array = None
+) -> Array:
     """Cut the product into heads: q, k and v behind each other."""
     return np.concatenate(split_qkv(linear(m, x, weight, bias), n_head, n_kv_head), axis=-3)
 
@@ -103,11 +111,23 @@ def layer_norm(m: Any, x: Array, weight: Array, bias: Array, eps: float) -> Arra
     """Centre, then divide by the root of variance + eps."""
     x = m.array(x)
     x = x - np.sum(x, axis=-1, keepdims=True) / x.shape[-1]
-    return m.array(weight) * x / m.sqrt(np.sum(x * x, axis=-1, keepdims=True) / x.shape[-1] + m.array(eps)) + m.array(bias)
+    return m.array(weight) * x / m.sqrt(
+        np.sum(x * x, axis=-1, keepdims=True) / x.shape[-1] + m.array(eps)
+    ) + m.array(bias)
 
 
-def rope(m: Any, x: Array, positions: Array = None, base: float = 10000.0, d_rope: int | None = None, magnitude: float = 1.0,
-         factors: Array = None, inv_freq: Array = None, cos: Array = None, sin: Array = None) -> Array:
+def rope(
+    m: Any,
+    x: Array,
+    positions: Array = None,
+    base: float = 10000.0,
+    d_rope: int | None = None,
+    magnitude: float = 1.0,
+    factors: Array = None,
+    inv_freq: Array = None,
+    cos: Array = None,
+    sin: Array = None,
+) -> Array:
     """Turn the pairs (i, i + d_rope/2); exact frequencies where a base is given."""
     x = m.array(x)
     if cos is None:
@@ -131,8 +151,19 @@ def softmax(m: Any, x: Array, axis: int = -1) -> Array:
     return e / np.sum(e, axis=axis, keepdims=True)
 
 
-def attention(m: Any, q: Array, k: Array, v: Array, causal: bool = True, window: int | None = None, valid: Array = None,
-              scale: float | None = None, bias: Array = None, softcap: float | None = None, mask: Array = None) -> Array:
+def attention(
+    m: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = True,
+    window: int | None = None,
+    valid: Array = None,
+    scale: float | None = None,
+    bias: Array = None,
+    softcap: float | None = None,
+    mask: Array = None,
+) -> Array:
     """Mean of the visible values, head by head; zeros where nothing is visible."""
     q, k, v = m.array(q), m.array(k), m.array(v)
     seen = visible_keys((q.shape[-2], k.shape[-2]), causal, window, valid, mask)
@@ -149,13 +180,19 @@ def attention(m: Any, q: Array, k: Array, v: Array, causal: bool = True, window:
 
 
 def _mean(m: Any, s: Array, v: Array, seen: Array) -> Array:
-    """Weighted mean of values over the visible keys of each row; hidden keys and values are never read."""
+    """Mean of the values of visible keys; hidden keys and values change nothing."""
     seen = seen & (s > -np.inf)
     s = np.where(seen, s, m.array(0))
-    e = np.where(seen, m.exp(s - np.max(np.where(seen, s, m.array(-1e300)), axis=-1, keepdims=True)), m.array(0))
+    e = np.where(
+        seen,
+        m.exp(s - np.max(np.where(seen, s, m.array(-1e300)), axis=-1, keepdims=True)),
+        m.array(0),
+    )
     total = np.sum(e, axis=-1, keepdims=True)
     y = (e / np.where(total == 0, m.array(1), total)) @ np.where(v - v == 0, v, m.array(0))
-    unknown = seen.astype(np.float64) @ (v - v != 0).astype(np.float64) > 0  # a visible value that is not finite
+    unknown = (
+        seen.astype(np.float64) @ (v - v != 0).astype(np.float64) > 0
+    )  # a visible value that is not finite
     return np.where(unknown, m.array(np.nan), y)
 
 
@@ -196,7 +233,16 @@ def add(m: Any, x: Array, y: Array) -> Array:
 
 
 GOLD: dict[str, Callable] = {
-    "linear": linear, "qkv_projection": qkv_projection, "rms_norm": rms_norm, "layer_norm": layer_norm, "rope": rope,
-    "softmax": softmax, "attention": attention, "swiglu": swiglu, "gelu": gelu, "embed": embed, "add": add,
+    "linear": linear,
+    "qkv_projection": qkv_projection,
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "rope": rope,
+    "softmax": softmax,
+    "attention": attention,
+    "swiglu": swiglu,
+    "gelu": gelu,
+    "embed": embed,
+    "add": add,
 }
 """One formula an operation: (elementary functions, **inputs) -> y."""

@@ -1,4 +1,4 @@
-"""Inputs of an operation as float64 arrays: widening, cuts, masks and angles, written out for judging and for nothing else."""
+"""Inputs of an operation as float64 arrays: widening, cuts, masks and angles."""
 
 from typing import Any
 
@@ -6,7 +6,15 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 
-__all__ = ["attention_inputs", "f64", "frequencies", "gate_and_up", "split_qkv", "visible_keys", "widened_weight"]
+__all__ = [
+    "attention_inputs",
+    "f64",
+    "frequencies",
+    "gate_and_up",
+    "split_qkv",
+    "visible_keys",
+    "widened_weight",
+]
 
 Array = Any
 
@@ -20,7 +28,7 @@ def f64(x: Array) -> Array:
 
 
 def widened_weight(weight: Array) -> tuple[Array, int]:
-    """Return a weight matrix in float64, and how often a kernel rounds to make an entry of it from what is stored."""
+    """Return a weight matrix in float64, and the roundings that widening it may take."""
     if not hasattr(weight, "scales"):
         return f64(weight), 0
     group = getattr(weight, "group", GROUP)
@@ -40,17 +48,26 @@ def split_qkv(y: Array, n_head: int, n_kv_head: int) -> tuple[Array, Array, Arra
     """Cut rows [..., n_seq, width] into query, key and value heads, heads before positions."""
     n_all = n_head + 2 * n_kv_head
     if y.shape[-1] % n_all:
-        raise NpllmValueError(f"the rows of weight must be (n_head + 2 * n_kv_head) * d_head, a multiple of {n_all}, "
-                              f"got {y.shape[-1]}")
+        raise NpllmValueError(
+            f"the rows of weight must be (n_head + 2 * n_kv_head) * d_head, a multiple of {n_all}, "
+            f"got {y.shape[-1]}"
+        )
     heads = np.swapaxes(y.reshape(*y.shape[:-1], n_all, -1), -2, -3)
-    return heads[..., :n_head, :, :], heads[..., n_head : n_head + n_kv_head, :, :], heads[..., n_head + n_kv_head :, :, :]
+    return (
+        heads[..., :n_head, :, :],
+        heads[..., n_head : n_head + n_kv_head, :, :],
+        heads[..., n_head + n_kv_head :, :, :],
+    )
 
 
-def frequencies(positions: Array, base: float, d_rope: int, factors: Array, inv_freq: Array) -> tuple[Array, Array]:
-    """Return phases [..., 1, n_seq, d_rope/2] in float64, and the relative error that their frequencies may have.
+def frequencies(
+    positions: Array, base: float, d_rope: int, factors: Array, inv_freq: Array
+) -> tuple[Array, Array]:
+    """Return phases [..., 1, n_seq, d_rope/2], and the relative error of their frequencies.
 
-    A base leaves open how the frequencies are rounded.  In float32 the exponent e = 2 i / d_rope is off by u e, so that the power
-    is off by u e log(base); the power, its inverse and the factor add a unit each.  Given frequencies are exact.
+    A base leaves open how the frequencies are rounded.  In float32 the exponent e = 2 i / d_rope is
+    off by u e, so that the power is off by u e log(base); the power, its inverse and the factor add
+    a unit each.  Given frequencies are exact.
     """
     if inv_freq is None:
         exponent = np.arange(0, d_rope, 2) / d_rope
@@ -62,8 +79,10 @@ def frequencies(positions: Array, base: float, d_rope: int, factors: Array, inv_
     return f64(positions)[..., None, :, None] * inv_freq, unsure
 
 
-def visible_keys(shape: tuple, causal: bool, window: int | None, valid: Array, mask: Array) -> Array:
-    """Return which keys each query sees, bool [n_batch or 1, n_head or 1, n_seq, n_ctx]; queries are the last n_seq slots."""
+def visible_keys(
+    shape: tuple, causal: bool, window: int | None, valid: Array, mask: Array
+) -> Array:
+    """Return which keys each query sees, bool [n_batch or 1, n_head or 1, n_seq, n_ctx]."""
     n_seq, n_ctx = shape
     i, j = np.arange(n_ctx - n_seq, n_ctx)[:, None], np.arange(n_ctx)[None, :]
     seen = np.ones((n_seq, n_ctx), dtype=bool)
@@ -77,9 +96,17 @@ def visible_keys(shape: tuple, causal: bool, window: int | None, valid: Array, m
     return seen if mask is None else seen & np.asarray(mask)
 
 
-def attention_inputs(q: Array, k: Array, v: Array, causal: bool, window: int | None, valid: Array, bias: Array,
-                     mask: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """Return q, k, v [n_batch, heads, n, d], what is visible and the bias, both [n_batch, n_head, n_seq, n_ctx] (broadcast)."""
+def attention_inputs(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool,
+    window: int | None,
+    valid: Array,
+    bias: Array,
+    mask: Array,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Return q, k, v with one batch axis; visible keys and bias [n_batch, n_head, n_seq, n_ctx]."""
     q, k, v = (f64(x).reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     shape = (len(q), q.shape[1], q.shape[2], k.shape[2])
     seen = np.broadcast_to(visible_keys(shape[2:], causal, window, valid, mask), shape)

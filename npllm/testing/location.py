@@ -12,11 +12,17 @@ Array = Any
 TILES = (512, 256, 128, 64, 32, 16, 8)
 
 AXES = {
-    "linear": ("n_batch", "n_seq", "d_out"), "qkv_projection": ("n_batch", "n_head", "n_seq", "d_head"),
-    "rms_norm": ("n_batch", "n_seq", "d_model"), "layer_norm": ("n_batch", "n_seq", "d_model"),
-    "rope": ("n_batch", "n_head", "n_seq", "d_head"), "softmax": ("n_batch", "n_seq", "n"),
-    "attention": ("n_batch", "n_head", "n_seq", "d_value"), "swiglu": ("n_batch", "n_seq", "d_ff"),
-    "gelu": ("n_batch", "n_seq", "d_ff"), "embed": ("n_batch", "n_seq", "d_model"), "add": ("n_batch", "n_seq", "d_model"),
+    "linear": ("n_batch", "n_seq", "d_out"),
+    "qkv_projection": ("n_batch", "n_head", "n_seq", "d_head"),
+    "rms_norm": ("n_batch", "n_seq", "d_model"),
+    "layer_norm": ("n_batch", "n_seq", "d_model"),
+    "rope": ("n_batch", "n_head", "n_seq", "d_head"),
+    "softmax": ("n_batch", "n_seq", "n"),
+    "attention": ("n_batch", "n_head", "n_seq", "d_value"),
+    "swiglu": ("n_batch", "n_seq", "d_ff"),
+    "gelu": ("n_batch", "n_seq", "d_ff"),
+    "embed": ("n_batch", "n_seq", "d_model"),
+    "add": ("n_batch", "n_seq", "d_model"),
 }
 """Names of the last axes of an operation's output."""
 
@@ -31,12 +37,14 @@ def where(wrong: Array, op: str, features: Mapping[str, Array] | None = None) ->
     op : str
         The operation, for the names of the axes.
     features : dict, optional
-        Sentence -> bool array that broadcasts to `wrong`: rows that have something in common, such as a cache.
+        Sentence -> bool array that broadcasts to `wrong`: rows that have something in common, such
+        as a cache.
 
     Returns
     -------
     text : str
-        "nowhere"; "everywhere"; or the indices axis by axis: "n_head 3; n_seq 96 ... 99: the last, incomplete tile of 32".
+        "nowhere"; "everywhere"; or the indices axis by axis: "n_head 3; n_seq 96 ... 99: the last,
+        incomplete tile of 32".
     """
     wrong = np.asarray(wrong)
     if not wrong.any():
@@ -52,27 +60,38 @@ def where(wrong: Array, op: str, features: Mapping[str, Array] | None = None) ->
     n = int(np.count_nonzero(wrong))
     if parts:
         return f"{'; '.join(parts)} ({n} of {wrong.size} entries)"
-    return "everywhere" if wrong.mean() > 0.5 else f"scattered over all axes ({n} of {wrong.size} entries)"
+    return (
+        "everywhere"
+        if wrong.mean() > 0.5
+        else f"scattered over all axes ({n} of {wrong.size} entries)"
+    )
 
 
 def _axis_names(op: str, ndim: int) -> list[str]:
     known = AXES.get(op, ())
-    return [f"axis {n}" for n in range(ndim - len(known))] + list(known[max(0, len(known) - ndim):])
+    return [f"axis {n}" for n in range(ndim - len(known))] + list(
+        known[max(0, len(known) - ndim) :]
+    )
 
 
 def _feature(wrong: Array, features: Mapping[str, Array]) -> str:
-    """The sentence of the smallest group of rows that holds every wrong entry, and in each row of which one is wrong."""
+    """The sentence of the smallest group of rows that holds all wrong entries."""
     rows = wrong.any(axis=-1)
     found = []
     for text, has in features.items():
         has = np.broadcast_to(has, wrong.shape).any(axis=-1)
-        if has.any() and not has.all() and not (rows & ~has).any() and (rows & has).sum() * 2 > has.sum():
+        if (
+            has.any()
+            and not has.all()
+            and not (rows & ~has).any()
+            and (rows & has).sum() * 2 > has.sum()
+        ):
             found.append((int(has.sum()), text))
     return min(found)[1] if found else ""
 
 
 def describe_indices(indices: Array, n: int) -> str:
-    """Describe some of the indices 0 ... n - 1: one, a run, the tail of a tile, every k-th, or a list."""
+    """Describe some of the indices 0 ... n - 1: one, a run, a tail, every k-th, or a list."""
     first, last, count = int(indices[0]), int(indices[-1]), len(indices)
     if count == 1:
         return f"{first}" + _tail(first, last, n)

@@ -1,24 +1,26 @@
 """The verdict: whether an output is right, how far inside its budget, and where it is not."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.testing.arithmetic import LARGEST, Arithmetic
-from npllm.testing.budgets import Budget, budget
+from npllm.testing.arithmetic import Arithmetic
+from npllm.testing.budgets import Budget
 from npllm.testing.exact import gold
+from npllm.testing.judging import absolute_errors, judge, on_host, undetermined
 from npllm.testing.location import features_of, where
+from npllm.testing.models import Evidence, describe, explain, model_budget
 
-__all__ = ["Verdict", "judge", "verdict"]
+__all__ = ["Verdict", "verdict"]
 
 Array = Any
 Inputs = Mapping[str, Any]
 
+
 DIGITS = 40  # of the answer for float64 inputs
-MOST_ROUNDING = 2.0**-3  # error, as a share of the sum of the absolute terms, beyond which no arithmetic model is tried
 MOST_MPMATH = 2**21  # multiplications that mpmath is asked for
 
 
@@ -29,8 +31,8 @@ class Verdict:
     Parameters
     ----------
     status : str
-        "within", "wrong", "not decidable" (the deterministic budget exceeds the value, so that nothing would be proven) or
-        "no gold" (the exact answer is not finite).
+        "within", "wrong", "not decidable" (the deterministic budget exceeds the value, so that
+        nothing would be proven) or "no gold" (the exact answer is not finite).
     used : float
         Largest share of the statistical budget; 1 is all of it, which one rounding uses rightly.
     index : tuple of int, optional
@@ -56,15 +58,27 @@ class Verdict:
     def __str__(self) -> str:
         lines = [f"{self.status}: {self.message}"]
         if self.index is not None:
-            lines.append(f"share of the budget {self.used:.3g} at {list(self.index)}, condition {self.condition:.3g}")
+            lines.append(
+                f"share of the budget {self.used:.3g} at {list(self.index)}, "
+                f"condition {self.condition:.3g}"
+            )
         if self.where != "nowhere":
             lines.append(f"over budget: {self.where}")
         lines.append(f"explained by: {self.model or 'no arithmetic model'}")
         return "\n".join(lines)
 
 
-def verdict(op: str, inputs: Inputs, output: Array, *, dtype: str | None = None, accumulate: str | None = None,
-            roundings: int = 1, operands: str | None = None, probabilities: str | None = None) -> Verdict:
+def verdict(
+    op: str,
+    inputs: Inputs,
+    output: Array,
+    *,
+    dtype: str | None = None,
+    accumulate: str | None = None,
+    roundings: int = 1,
+    operands: str | None = None,
+    probabilities: str | None = None,
+) -> Verdict:
     """Judge the output of an operation.
 
     Parameters
@@ -93,57 +107,32 @@ def verdict(op: str, inputs: Inputs, output: Array, *, dtype: str | None = None,
 
     Notes
     -----
-    What the output is comes first: library, dtype, shape, NaN, infinities; none of these ever passes.  An entry is over budget
-    when its error is larger than the budget, not when it is equal.  Infinities that the exact answer has too are right.
+    What the output is comes first: library, dtype, shape, NaN, infinities; none of these ever
+    passes.  An entry is over budget when its error is larger than the budget, not when it is
+    equal.  Infinities that the exact answer has too are right.
     """
     accumulate = accumulate or ("float64" if _is_float64(inputs) else "float32")
     exact = _gold(op, inputs, accumulate)
     if exact is None:
-        return Verdict("no gold", message=f"float64 inputs of this size are too many for mpmath (at most {MOST_MPMATH} products); "
-                                          "judge a smaller problem")
+        return Verdict(
+            "no gold",
+            message="float64 inputs of this size are too many for mpmath (at most "
+            f"{MOST_MPMATH} products); judge a smaller problem",
+        )
     finite = exact.astype(np.float64)
     found, problem = _look(output, finite, dtype)
     if problem is not None:
         return problem
     asked = Arithmetic(str(found.dtype), accumulate, roundings, operands, probabilities)
-    error = _errors(found, exact, finite)
-    bound = _budget(op, inputs, asked)
-    return _report(op, inputs, found, finite, error, bound, asked)
-
-
-def judge(error: Array, exact: Array, bound: Budget) -> tuple[str, Array]:
-    """Say "within", "wrong" or "not decidable" of errors; and the share of the budget of each entry.
-
-    An entry is wrong when its error exceeds the deterministic bound, or the statistical one where the value is determined: where
-    the deterministic bound is at most |exact|.  It is not decidable beyond that, and when most entries are not determined.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(error > 0, error / bound.statistical, 0.0)
-        share = np.where(np.isnan(share), 0.0, share)  # infinity of infinity: nothing is promised there
-    vague = undetermined(exact, bound)
-    if ((error > bound.deterministic) | ((error > bound.statistical) & ~vague)).any():
-        return "wrong", share
-    if (error > bound.statistical).any() or vague.mean() > 0.5:
-        return "not decidable", share
-    return "within", share
-
-
-def undetermined(exact: Array, bound: Budget) -> Array:
-    """Tell which entries rounding alone may change by all of their value."""
-    return ~np.isfinite(bound.deterministic) | ((bound.deterministic > np.abs(exact)) & (bound.condition > 1))
-
-
-def describe(arithmetic: Arithmetic) -> str:
-    """Name an arithmetic model."""
-    words = {1: "", 2: ", two roundings", 3: ", three roundings"}
-    text = f"{arithmetic.accumulate} accumulation" + words.get(arithmetic.roundings, f", {arithmetic.roundings} roundings")
-    text += f", {arithmetic.probabilities} probabilities" if arithmetic.probabilities else ""
-    operands = "TF32" if arithmetic.operands == "tf32" else arithmetic.operands
-    return text + (f", {operands} products" if operands else "")
+    error = absolute_errors(found, exact, finite)
+    evidence = Evidence(op, inputs, found, finite, error)
+    return _not_finite(evidence) or _report(evidence, model_budget(op, inputs, asked), asked)
 
 
 def _is_float64(inputs: Inputs) -> bool:
-    return any(str(getattr(x, "dtype", "")) == "float64" for x in inputs.values())
+    """Tell whether an operand is float64; frequencies of RoPE and their factors are constants."""
+    operands = (x for name, x in inputs.items() if name not in ("factors", "inv_freq"))
+    return any(str(getattr(x, "dtype", "")) == "float64" for x in operands)
 
 
 def _gold(op: str, inputs: Inputs, accumulate: str) -> Array | None:
@@ -158,19 +147,29 @@ def _gold(op: str, inputs: Inputs, accumulate: str) -> Array | None:
 
 def _look(output: Array, exact: Array, dtype: str | None) -> tuple[Array, Verdict | None]:
     """Bring an output to the host; a verdict where it is not even an array of the right kind."""
-    if isinstance(output, tuple | list):
+    if isinstance(output, tuple):
         try:
-            output = np.concatenate([_host(part) for part in output], axis=-3)
+            output = np.concatenate([on_host(part) for part in output], axis=-3)
         except (ValueError, TypeError) as error:
-            return None, Verdict("wrong", where="everywhere", message=f"the arrays of the output do not fit together ({error})")
-    found = _host(output)
-    name = str(getattr(found, "dtype", type(output).__name__))
+            return None, Verdict(
+                "wrong",
+                where="everywhere",
+                message=f"the arrays of the output do not fit together ({error})",
+            )
+    found = on_host(output)
+    name = (
+        str(found.dtype)
+        if hasattr(found, "dtype")
+        else f"{type(output).__module__}.{type(output).__qualname__}"
+    )
     if name not in DTYPES:
         return None, _wrong(f"the output must be an array of {', '.join(DTYPES)}, got {name}")
     if dtype is not None and name != dtype:
         return None, _wrong(f"the output must have dtype {dtype}, got {name}")
     if found.shape != exact.shape:
-        return None, _wrong(f"the output must have shape {list(exact.shape)}, got {list(found.shape)}")
+        return None, _wrong(
+            f"the output must have shape {list(exact.shape)}, got {list(found.shape)}"
+        )
     return found, None
 
 
@@ -178,106 +177,71 @@ def _wrong(message: str) -> Verdict:
     return Verdict("wrong", where="everywhere", message=message)
 
 
-def _host(x: Array) -> Array:
-    """Bring an array of any library to NumPy; bfloat16 of torch by its bits."""
-    if type(x).__module__.partition(".")[0] == "torch":
-        from npllm.testing.adapters import torch_to_numpy
-
-        return torch_to_numpy(x)
-    x = x.get() if hasattr(x, "get") and not isinstance(x, dict) else x
-    return np.asarray(x)
-
-
-def _errors(found: Array, exact: Array, finite: Array) -> Array:
-    """Absolute errors; 0 where both are the same infinity, or where rounding to the output's dtype overflows rightly."""
-    got = found.astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        usable = np.isfinite(got) & np.isfinite(finite)
-        difference = got - exact if exact.dtype != object else (np.where(usable, got, 0.0) - np.where(usable, exact, 0))
-        error = np.abs(difference).astype(np.float64)
-        same = np.isinf(got) & (np.isinf(finite) | (np.abs(finite) >= LARGEST[str(found.dtype)])) & (got * finite > 0)
-    error = np.where(usable, error, np.inf)
-    return np.where(same, 0.0, error)
-
-
-def _budget(op: str, inputs: Inputs, a: Arithmetic) -> Budget:
-    return budget(op, inputs, dtype=a.dtype, accumulate=a.accumulate, roundings=a.roundings, operands=a.operands,
-                  probabilities=a.probabilities)
-
-
-def _report(op: str, inputs: Inputs, found: Array, exact: Array, error: Array, bound: Budget, asked: Arithmetic) -> Verdict:
-    """Put the verdict together."""
-    features = features_of(op, inputs)
+def _not_finite(evidence: Evidence) -> Verdict | None:
+    """The verdict of NaN and infinities that the exact answer does not have."""
+    found, exact, error = evidence.found, evidence.exact, evidence.error
     unknown, nan = np.isnan(exact), np.isnan(found.astype(np.float64))
     for bad, what in ((nan & ~unknown, "NaN"), (np.isinf(error) & ~unknown & ~nan, "an infinity")):
         if bad.any():
             first = tuple(int(n) for n in np.argwhere(bad)[0])
-            text = f"the output holds {what} in {np.count_nonzero(bad)} of {bad.size} entries, the exact answer does not: " \
-                   f"{found[first]} for {exact[first]:.9g} at {list(first)}"
-            return Verdict("wrong", index=first, where=where(bad, op, features), message=text)
-    error = np.where(unknown, 0.0, error)
-    status, share = judge(error, np.where(unknown, 0.0, exact), bound)
-    index = _worst(share, np.where(unknown, 0.0, exact), bound)
-    if status != "wrong" and unknown.any():
-        status = "no gold"
-    over = (error > bound.statistical) & ~(undetermined(exact, bound) & (error <= bound.deterministic))
-    model = _explain(op, inputs, exact, error, asked, status, bound)
-    used, condition = (float(share[index]), float(bound.condition[index])) if index is not None else (0.0, 1.0)
-    return Verdict(status, used, index, where(over, op, features), model, condition,
-                   _sentence(status, index, found, exact, error, bound, asked, model))
+            text = (
+                f"the output holds {what} or misses it in {np.count_nonzero(bad)} of {bad.size} "
+                f"entries: {found[first]} for {exact[first]:.9g} at {list(first)}"
+            )
+            place = where(bad, evidence.op, _features(evidence))
+            return Verdict("wrong", index=first, where=place, message=text)
+    return None
 
 
-def _worst(share: Array, exact: Array, bound: Budget) -> tuple[int, ...] | None:
+def _report(evidence: Evidence, bound: Budget, asked: Arithmetic) -> Verdict:
+    """Put the verdict together."""
+    unknown = np.isnan(evidence.exact)
+    evidence = evidence._replace(
+        exact=np.where(unknown, 0.0, evidence.exact), error=np.where(unknown, 0.0, evidence.error)
+    )
+    exact, error = evidence.exact, evidence.error
+    if exact.size == 0:
+        return Verdict("within", 0.0, model=describe(asked), message="the output is empty")
+    status, share = judge(error, exact, bound)
+    status = "no gold" if status != "wrong" and unknown.any() else status
+    index = _worst(share, exact, bound)
+    vague = undetermined(exact, bound.deterministic, bound) & (error <= bound.deterministic)
+    over = where((error > bound.statistical) & ~vague, evidence.op, _features(evidence))
+    model = explain(evidence, asked, status, bound)
+    text = _sentence(status, index, evidence, bound, asked, model)
+    return Verdict(
+        status, float(share[index]), index, over, model, float(bound.condition[index]), text
+    )
+
+
+def _features(evidence: Evidence) -> dict[str, Array]:
+    return features_of(evidence.op, evidence.inputs)
+
+
+def _worst(share: Array, exact: Array, bound: Budget) -> tuple[int, ...]:
     """Index of the largest share, among the determined entries where there are any."""
-    if share.size == 0:
-        return None
-    vague = undetermined(exact, bound) & ~(share > 1)
+    vague = undetermined(exact, bound.statistical, bound) & ~(share > 1)
     share = share if vague.all() else np.where(vague, -1.0, share)
     return tuple(int(n) for n in np.unravel_index(int(np.argmax(share)), share.shape))
 
 
-def _models(op: str, asked: Arithmetic) -> list[Arithmetic]:
-    """Arithmetic models that an implementation may follow, the strictest first."""
-    base = Arithmetic(asked.dtype, "float64" if asked.accumulate == "float64" else "float32")
-    short = asked.dtype in ("float16", "bfloat16")
-    models = [base] + [replace(base, roundings=n) for n in (2, 3) if short]
-    if base.accumulate == "float64":
-        models.append(replace(base, accumulate="float32"))
-    plain = replace(base, accumulate="float32")
-    if op == "attention":
-        models += [replace(plain, probabilities=name) for name in ("float16", "bfloat16")]
-    if op in ("attention", "linear", "qkv_projection"):
-        models += [replace(plain, operands=name) for name in ("tf32", "bfloat16")]
-    models += [replace(plain, accumulate=name) for name in ("float16", "bfloat16")]
-    return models
-
-
-def _explain(op: str, inputs: Inputs, exact: Array, error: Array, asked: Arithmetic, status: str, bound: Budget) -> str | None:
-    """Name the strictest model that explains every error: the one with the smallest budget."""
-    models = _models(op, asked)
-    if status == "within" and asked == models[0]:
-        return describe(asked)
-    if (error > MOST_ROUNDING * bound.condition * np.abs(exact)).any() and status == "wrong":
-        return None  # no rounding does that
-    explaining = []
-    for model in dict.fromkeys([asked, *models]):
-        tried = bound if model == asked else _budget(op, inputs, model)
-        if judge(error, exact, tried)[0] == "within":
-            explaining.append((float(np.median(tried.statistical)), describe(model)))
-    return min(explaining)[1] if explaining else None
-
-
-def _sentence(status: str, index: tuple | None, found: Array, exact: Array, error: Array, bound: Budget, asked: Arithmetic,
-              model: str | None) -> str:
+def _sentence(
+    status: str,
+    index: tuple[int, ...],
+    evidence: Evidence,
+    bound: Budget,
+    asked: Arithmetic,
+    model: str | None,
+) -> str:
     """Say in words what was found."""
-    if index is None:
-        return "the output is empty"
-    text = f"got {float(found[index]):.9g}, exact {float(exact[index]):.9g}, error {float(error[index]):.3g}, " \
-           f"budget {float(bound.statistical[index]):.3g} ({describe(asked)})"
+    got, exact, error = (float(x[index]) for x in (evidence.found, evidence.exact, evidence.error))
+    text = f"got {got:.9g}, exact {exact:.9g}, error {error:.3g}, "
+    text += f"budget {float(bound.statistical[index]):.3g} ({describe(asked)})"
     if status == "wrong" and model is not None:
         return f"{text}; {model} explains it: ask for that model if it is what was meant"
     if status == "not decidable":
-        return f"{text}; rounding alone may change this value by {float(bound.deterministic[index]):.3g}: try inputs that cancel less"
+        off = float(bound.deterministic[index])
+        return f"{text}; rounding alone may move it by {off:.3g}: try inputs that cancel less"
     if status == "no gold":
         return f"{text}; the exact answer is not finite everywhere"
     return text

@@ -1,23 +1,20 @@
 """Text to token ids and back: a thin wrapper of the `tokenizers` library, the chat template, and a detokeniser for streams."""
 
 import contextlib
+import importlib
 import re
 import warnings
 from pathlib import Path
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
 from npllm.config.config import printable, quote, read_json
-from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
-from npllm.text import chat_template as template
+from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.text.special_tokens import add_tokens, read_special_tokens
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # in Transformers' order, in which unknown ones are added
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-
-TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # the library prints others to stdout
 
 
 class Tokenizer:
@@ -29,7 +26,9 @@ class Tokenizer:
     chat_template : str or None
         Jinja source.
     special_tokens : dict of str to str
-        Text of bos_token, eos_token, pad_token and unk_token, as far as the folder names them.
+        Text of bos_token, eos_token, unk_token, sep_token, pad_token, cls_token and mask_token, as far as
+        the folder names them, and of those that it alone has (`image_token`).  The chat template sees them
+        under these names.
     add_bos_token : bool, optional
         Whether `encode` begins with bos_token.  None: as the post-processor in tokenizer.json does.
 
@@ -55,7 +54,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path, *, add_bos_token=None):
-        """Read tokenizer.json, and tokenizer_config.json and chat_template.jinja where they are present.
+        """Read tokenizer.json, and where they are present tokenizer_config.json, chat_template.jinja and older files.
 
         Parameters
         ----------
@@ -76,13 +75,13 @@ class Tokenizer:
             raise NpllmOSError(f"{file}: no such file; without it only token ids can be used, not text")
         with _library_errors(NpllmValueError, f"{file}: is not a tokenizer that the tokenizers library can read"):
             backend = _Tokenizer.from_file(str(file))
+        file = folder / "tokenizer_config.json"
+        settings = read_json(file) if file.is_file() else {}
+        tokens = read_special_tokens(folder, settings, backend)
+        add_tokens(backend, tokens, file)
         backend.no_truncation()
         backend.no_padding()
-        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        tokens = {name: _content(settings.get(name)) for name in SPECIAL_TOKENS}
-        tokens = {name: token for name, token in tokens.items() if token}
-        _add_tokens(backend, settings.get("added_tokens_decoder"), tokens, folder / "tokenizer_config.json")
-        return cls(backend, _chat_template(folder, settings), tokens, add_bos_token)
+        return cls(backend, _chat_template(folder, settings), tokens.named, add_bos_token)
 
     def encode(self, text, *, add_special_tokens=True):
         """Turn text into token ids.
@@ -177,8 +176,9 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
                 raise NpllmValueError(f'a message must be {{"role": ..., "content": ...}}, got {quote(message)}')
-        names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
-        text = template.render(self.chat_template, messages, names)
+        names = {**self.special_tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        names.pop("messages", None)  # no name for a token
+        text = _template().render(self.chat_template, messages, names)
         _warn_of_left_out(messages, text)
         return text
 
@@ -241,28 +241,13 @@ def _library_errors(kind, message):
         raise kind(f"{message} ({printable(str(error)[:300])})") from None
 
 
-def _content(token):
-    """Text of a special token, written as a string or as {"content": ...}."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
-
-
-def _add_tokens(backend, listed, special_tokens, file):
-    """Add what tokenizer_config.json says of added tokens beyond tokenizer.json; on their flags it has the last word."""
-    known = backend.get_added_tokens_decoder().values()
+def _template():
+    """Import what renders chat templates: nothing else needs Jinja."""
     try:
-        listed = sorted((int(i), flags) for i, flags in (listed or {}).items())
-        tokens = [AddedToken(**{name: flags[name] for name in TOKEN_FLAGS if name in flags}) for _, flags in listed]
-        names, flags = {token.content for token in [*known, *tokens]}, {repr(token) for token in known}
-        tokens = [token for token in tokens if repr(token) not in flags]
-        for token in tokens:
-            token.special = token.special or token.content in special_tokens.values()
-        unlisted = [AddedToken(text, special=True) for text in dict.fromkeys(special_tokens.values()) if text not in names]
-    except (TypeError, ValueError, AttributeError) as error:
-        raise NpllmValueError(f"{file}: added_tokens_decoder must be {{id: {{content, lstrip, ...}}}}, and special tokens Unicode "
-                              f"text ({printable(str(error)[:300])})") from None
-    with _library_errors(NpllmValueError, f"{file}: its added tokens do not fit tokenizer.json"):
-        backend.add_tokens(tokens + unlisted)
+        return importlib.import_module("npllm.text.chat_template")
+    except ImportError as error:
+        raise MissingExtraError(f"a chat template needs Jinja, which cannot be imported ({error}); pip install jinja2, "
+                                "or give the prompt as plain text or token ids") from error
 
 
 def _warn_of_left_out(messages, text):

@@ -11,7 +11,7 @@ import numpy as np
 from numba import prange
 
 from npllm.kernels.cpu.gemm import TALL, multiply
-from npllm.kernels.cpu.simd import LANES, exp, fma, kernel, load, maximum, splat, store, take, total
+from npllm.kernels.cpu.simd import LANES, exp, fma, kernel, load, maximum, memory, splat, store, take, total
 
 __all__ = ["attend_many", "attend_step", "fold_scores", "rotate_all"]
 
@@ -83,12 +83,12 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
             n_key = min(KEYS, last - j, (seen + TALL - 1) // TALL * TALL)
             if n_key <= 0:
                 continue
-            multiply(keys, j * (keys.strides[0] // 4), keys.strides[0] // 4, 1, n_key, q, p * d_head * columns, d_head, scores, 0,
-                     False, p * d_head * columns)
+            at, step = p * d_head * columns, keys.strides[0] // 4
+            multiply(memory(keys), j * step, step, 1, n_key, q, at, d_head, scores, 0, False, at)
             hide(scores, n_key, start + p * columns, group, n_past - j, band)
             fold(scores, n_key, largest[p], sums[p], weighted[p])
-            multiply(values, j * (values.strides[0] // 4), 1, values.strides[0] // 4, d_head, scores, 0, n_key, weighted,
-                     p * d_head * columns, True, 0)
+            step = values.strides[0] // 4
+            multiply(memory(values), j * step, 1, step, d_head, scores, 0, n_key, weighted, at, True, 0)
     for c in range(start, stop):
         p, k = (c - start) // columns, (c - start) % columns
         to = (h * group + c % group) * d_head
@@ -202,7 +202,7 @@ def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
 def weights_of(q, keys, seen, b):
     """softmax(scale * keys @ q) over the keys that are seen; zeros where none is."""
     n_ctx, d = keys.shape
-    stride, whole, scale = keys.strides[0] // 4, d // LANES * LANES, np.float32(1 / np.sqrt(d))
+    kept, stride, whole, scale = memory(keys), keys.strides[0] // 4, d // LANES * LANES, np.float32(1 / np.sqrt(d))
     p, largest = np.empty(n_ctx, np.float32), np.float32(-np.inf)
     row = b if len(seen) > 1 else 0
     for j in range(n_ctx):
@@ -211,7 +211,7 @@ def weights_of(q, keys, seen, b):
             continue
         s = splat(np.float32(0))
         for i in range(0, whole, LANES):
-            s = fma(load(q, i), load(keys, j * stride + i), s)
+            s = fma(load(q, i), load(kept, j * stride + i), s)
         score = total(s)
         for i in range(whole, d):
             score += q[i] * keys[j, i]
@@ -244,14 +244,14 @@ def exponentials(p, largest):
 def weighted_sum(p, values, y):
     """Compute y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
     n_ctx, d = values.shape
-    stride, whole = values.strides[0] // 4, d // LANES * LANES
+    kept, stride, whole = memory(values), values.strides[0] // 4, d // LANES * LANES
     y[:] = 0
     for start in range(0, n_ctx, 64):  # keys whose values stay in the nearest cache
         stop = min(start + 64, n_ctx)
         for i in range(0, whole, LANES):
             a = load(y, i)
             for j in range(start, stop):
-                a = fma(splat(p[j]), load(values, j * stride + i), a)
+                a = fma(splat(p[j]), load(kept, j * stride + i), a)
             store(y, i, a)
         for i in range(whole, d):
             for j in range(start, stop):

@@ -14,6 +14,7 @@ from npllm.cache import KVCache
 from npllm.checkpoints.safetensors import LayerParams
 from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.gemv import FEW_ROWS, attention_step, layers_step, mlp_step
+from npllm.kernels.cpu.layout import row_major_copy, rows_of
 from npllm.kernels.cpu.parts import (
     bias_or_nothing,
     biased,
@@ -52,7 +53,7 @@ def attention_block(x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head,
     if token is None:
         return COMPOSITIONS["attention_block"](COMPILED, x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head,
                                                qkv_bias, o_bias, mask=mask, cache=cache, layer=layer)
-    y = x[:, 0].copy()
+    y = row_major_copy(x[:, 0])
     attention_step(y, bits(norm_weight), np.float32(eps), *stored(qkv_weight), bias_or_nothing(qkv_bias), *token, n_head,
                    *stored(o_weight))
     return biased(y, o_bias).reshape(x.shape)
@@ -62,10 +63,10 @@ def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=Non
     """Compute `npllm.ops.mlp_block`: one kernel for a few rows; panels from the norm to the sum for many."""
     if not fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias, down_bias):
         return COMPOSITIONS["mlp_block"](COMPILED, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     if len(rows) > FEW_ROWS and not gemm.width():
         return TILED.mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
-    y = rows.copy()
+    y = row_major_copy(rows)
     if len(rows) > FEW_ROWS:
         gated = gated_panels(rows, norm_weight, eps, gate_up_weight, gate_up_bias)
         gemm.add_unpacked(gemm.product(gated, *stored(down_weight)), y)
@@ -103,7 +104,7 @@ def step(x, layers, eps, cos, sin, n_head, n_kv_head, mask, cache, layer):
     if not all(alike(k, keys) and alike(v, values) for k, v in rooms):
         return None
     first, table = (*arrays_of(layers[0]), keys, values), np.hstack((table, [(address(k), address(v)) for k, v in rooms]))
-    y = x[:, 0].copy()
+    y = row_major_copy(x[:, 0])
     layers_step(y, first, table, np.float32(eps), cos, sin, seen, n_head)
     return y.reshape(x.shape)
 
@@ -159,7 +160,8 @@ def alike(a, b):
     """Tell whether two weights, or two caches, differ in their numbers and their place only."""
     if isinstance(a, Int8Weight) and isinstance(b, Int8Weight):
         return alike(a.values, b.values) and alike(a.scales, b.scales)
-    return type(a) is type(b) is np.ndarray and (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+    return (type(a) is type(b) is np.ndarray and (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+            and a.flags.aligned == b.flags.aligned)
 
 
 def address(x):

@@ -12,8 +12,6 @@ from npllm.kernels.cpu.attention import attend_step
 from npllm.kernels.cpu.gemm import root_mean_square
 from npllm.kernels.cpu.simd import (
     LANES,
-    divide,
-    exp,
     fma,
     is_int8,
     kernel,
@@ -23,6 +21,7 @@ from npllm.kernels.cpu.simd import (
     pairs,
     prefetch,
     prefetch_pairs,
+    silu,
     single,
     splat,
     store,
@@ -212,13 +211,12 @@ def gated_product(weight, scales, x, gain, eps, bias, y):
 def gate(g, u, y):
     """Compute y = silu(g) * u on one run of channels."""
     whole = len(g) // LANES * LANES
-    one, minus, zero = splat(np.float32(1)), splat(np.float32(-1)), splat(np.float32(0))
+    zero = splat(np.float32(-0.0))  # which leaves the sign of a product that is 0
     for i in range(0, whole, LANES):
-        x = load(g, i)
-        silu = divide(x, fma(one, one, exp(fma(minus, x, zero))))
-        store(y, i, fma(silu, load(u, i), zero))
+        store(y, i, fma(silu(load(g, i)), load(u, i), zero))
     for i in range(whole, len(g)):
-        y[i] = g[i] / (np.float32(1) + np.exp(-g[i])) * u[i]
+        x = np.float64(g[i])
+        y[i] = np.float32(x / (1 + np.exp(-x))) * u[i]
 
 
 @kernel(parallel=True)

@@ -15,6 +15,7 @@ from npllm.arrays import DTYPES
 from npllm.kernels.cpu import gemm, tiled
 from npllm.kernels.cpu.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
 from npllm.kernels.cpu.gemv import FEW_ROWS, add_product, gate_all, gated_product
+from npllm.kernels.cpu.layout import is_row_major, row_major, row_major_copy, rows_of
 from npllm.kernels.cpu.simd import kernel
 from npllm.kernels.cpu.tiled import TILED
 from npllm.ops.attention import evaluate_mask
@@ -62,13 +63,13 @@ def multiplied(x, weight, gain, eps):
             return tiled.linear(tiled.rms_norm(x, gain, eps) if len(gain) else x, weight)
         return gemm.unpacked(many_rows(x, weight, gain, eps), np.empty((n, d_out), np.float32)).reshape(*x.shape[:-1], d_out)
     y = np.zeros((n, d_out), np.float32)
-    add_product(*stored(weight), x.reshape(n, d_in), bits(gain), np.float32(eps), y)
+    add_product(*stored(weight), rows_of(x), bits(gain), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_out)
 
 
 def many_rows(x, weight, gain=NOTHING, eps=0.0):
     """The product of many rows, normalised where there is a gain, as panels in a buffer."""
-    return gemm.product(gemm.packed(x.reshape(-1, x.shape[-1]), bits(gain), eps), *stored(weight))
+    return gemm.product(gemm.packed(rows_of(x), bits(gain), eps), *stored(weight))
 
 
 def norm_swiglu(x, norm_weight, eps, weight, bias=None):
@@ -83,7 +84,7 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
         y = gemm.unpacked(gated_panels(x, norm_weight, eps, weight, bias), np.empty((n, d_ff), np.float32))
     else:
         y = np.empty((n, d_ff), np.float32)
-        gated_product(*stored(weight), x.reshape(n, d_in), bits(norm_weight), np.float32(eps), bias_or_nothing(bias), y)
+        gated_product(*stored(weight), rows_of(x), bits(norm_weight), np.float32(eps), bias_or_nothing(bias), y)
     return y.reshape(*x.shape[:-1], d_ff)
 
 
@@ -108,16 +109,16 @@ def linear_add(x, weight, residual, bias=None):
     if n > FEW_ROWS:
         if not gemm.width():
             return TILED.linear_add(x, weight, residual, bias)
-        y = gemm.add_unpacked(many_rows(x, weight), residual.reshape(n, d_out).copy())
+        y = gemm.add_unpacked(many_rows(x, weight), row_major_copy(residual.reshape(n, d_out)))
     else:
-        y = residual.reshape(n, d_out).copy()
-        add_product(*stored(weight), x.reshape(n, d_in), NOTHING, np.float32(0), y)
+        y = row_major_copy(residual.reshape(n, d_out))
+        add_product(*stored(weight), rows_of(x), NOTHING, np.float32(0), y)
     return biased(y, bias).reshape(residual.shape)
 
 
 def bias_or_nothing(bias):
     """A bias as kernels take it."""
-    return NOTHING if bias is None else bias.astype(np.float32, copy=False)
+    return NOTHING if bias is None else row_major(bias.astype(np.float32, copy=False))
 
 
 def fits_gated(x, gain, weight, bias):
@@ -127,7 +128,7 @@ def fits_gated(x, gain, weight, bias):
 
 def fits_gain(x, gain):
     """Tell whether a gain is one that the kernels are made for."""
-    return type(gain) is np.ndarray and gain.shape == x.shape[-1:] and gain.dtype in BITS and gain.flags.c_contiguous
+    return type(gain) is np.ndarray and gain.shape == x.shape[-1:] and gain.dtype in BITS and is_row_major(gain)
 
 
 def bits(x):
@@ -149,8 +150,8 @@ def fits_weight(weight, d_in, bias=None):
     """Tell whether a weight is one that the kernels are made for."""
     if isinstance(weight, Int8Weight):
         return (type(weight.values) is np.ndarray and (weight.values.dtype, weight.scales.dtype) == (np.int8, np.float32)
-                and weight.shape[1] == d_in and d_in % GROUP == 0 and len(weight) > 0
-                and weight.values.flags.c_contiguous and weight.scales.flags.c_contiguous and tiled.fits_bias(bias, weight))
+                and weight.shape[1] == d_in > 0 and d_in % GROUP == 0 and len(weight) > 0
+                and is_row_major(weight.values) and is_row_major(weight.scales) and tiled.fits_bias(bias, weight))
     return tiled.fits_weight(weight, d_in, bias)
 
 
@@ -162,16 +163,16 @@ def gelu(x, approximate="none"):
     if not (tiled.is_float32(x) and approximate == "none" and x.size > 0):
         return ops.gelu(x, approximate)
     y = np.empty(x.shape, np.float32)
-    gelu_all(np.ascontiguousarray(x).reshape(-1), y.reshape(-1))
+    gelu_all(row_major(x).reshape(-1), y.reshape(-1))
     return y
 
 
 @kernel(parallel=True)
 def gelu_all(x, y):
-    """Compute y = x * (1 + erf(x / sqrt(2))) / 2."""
+    """Compute y = x * erfc(-x / sqrt(2)) / 2."""
     for i in prange(len(x)):
         wide = np.float64(x[i])
-        y[i] = wide * (1 + math.erf(wide * 0.5**0.5)) / 2
+        y[i] = wide * math.erfc(wide * -(0.5**0.5)) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------- attention
@@ -189,7 +190,7 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, l
     if token is None:
         return compose_rope_attention(TILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
     y = np.empty((n_batch, 1, n_head * d_head), np.float32)
-    attend_step(np.ascontiguousarray(qkv), *token, n_head, y)
+    attend_step(row_major(qkv), *token, n_head, y)
     return y
 
 
@@ -200,12 +201,12 @@ def one_token(cos, sin, n_batch, n_head, n_kv_head, d_head, mask, cache, layer):
     """
     keys, values, slots = room(cache, layer, n_batch, n_kv_head, d_head)
     seen = visible(mask, slots, n_batch, n_head)
-    return (*flat(cos, sin), keys, values, seen) if tiled.is_float32(keys, values) and seen is not None else None
+    return (*flat(cos, sin), keys, values, seen) if fits_kept(keys, values) and seen is not None else None
 
 
 def flat(*tables):
     """Tables of one token as kernels take them: [n_batch or 1, d_rope]."""
-    return (x.reshape(-1, x.shape[-1]) for x in tables)
+    return (rows_of(x) for x in tables)
 
 
 def room(cache, layer, n_batch, n_kv_head, d_head):
@@ -213,6 +214,11 @@ def room(cache, layer, n_batch, n_kv_head, d_head):
     k = np.empty((n_batch, n_kv_head, 1, d_head), np.float32)  # its shape is asked for
     keys, values, slots = cache.extend(layer, k, k)
     return slots_first(keys), slots_first(values), slots
+
+
+def fits_kept(*arrays):
+    """Tell whether cached keys and values are what the kernels are made for: float32, the channels of a head side by side."""
+    return tiled.is_float32(*arrays) and all(x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable for x in arrays)
 
 
 def slots_first(x):
@@ -226,8 +232,9 @@ def slots_first(x):
 def fits_rope(shape, cos, sin, n_head, n_kv_head):
     """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq, (n_head+2*n_kv_head)*d_head]."""
     n_all = n_head + 2 * n_kv_head
-    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0 and n_kv_head > 0 and shape[-1] % n_all == 0
-            and n_head % n_kv_head == 0 and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == shape[1]
+    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0
+            and min(n_head, n_kv_head) > 0 and shape[-1] % n_all == 0 and n_head % n_kv_head == 0
+            and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == shape[1]
             and cos.shape[-1] % 2 == 0 and 0 < cos.shape[-1] <= shape[-1] // n_all
             and (cos.ndim == 2 or cos.shape[0] in (1, shape[0])))
 
@@ -240,15 +247,15 @@ def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
         keys, values, slots = np.empty(k.shape, np.float32), np.empty(k.shape, np.float32), range(n_seq)
     else:
         keys, values, slots = cache.extend(layer, k, k)
-    if not tiled.is_float32(keys, values):
+    if not fits_kept(keys, values):
         return compose_rope_attention(TILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
-    cos, sin = (np.broadcast_to(x, (n_batch, n_seq, x.shape[-1])) for x in (cos, sin))
+    qkv, *tables = map(row_major, (qkv, *(np.broadcast_to(x, (n_batch, *x.shape[-2:])) for x in (cos, sin))))
     band = (-FAR, FAR) if mask is None else getattr(mask, "band", None)
     if band is None or not gemm.width():
-        return attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots)
+        return attend_by_blocks(qkv, *tables, n_head, n_kv_head, mask, keys, values, slots)
     y = np.empty((n_batch, n_seq, n_head * k.shape[-1]), np.float32)
     panels = scratch("queries", (get_num_threads(), PANELS, k.shape[-1], gemm.width()), np.float32)
-    attend_many(qkv, cos, sin, slots_first(keys), slots_first(values), n_head, band, panels, y, np.zeros(1, np.int64))
+    attend_many(qkv, *tables, slots_first(keys), slots_first(values), n_head, band, panels, y, np.zeros(1, np.int64))
     return y
 
 

@@ -18,10 +18,12 @@ from llvmlite import ir
 from numba import get_num_threads, njit, types
 from numba.core import cgutils
 from numba.core.datamodel import models
+from numba.core.errors import TypingError
 from numba.extending import intrinsic, register_model
+from numba.np.arrayobj import populate_array
 
-__all__ = ["LANES", "divide", "exp", "fma", "is_int8", "kernel", "like", "load", "load_pairs",
-           "maximum", "pairs", "prefetch", "prefetch_pairs", "single", "splat", "store", "take", "total"]
+__all__ = ["LANES", "exp", "fma", "is_int8", "kernel", "like", "load", "load_pairs",
+           "maximum", "memory", "pairs", "prefetch", "prefetch_pairs", "silu", "single", "splat", "store", "take", "total"]
 
 SPINS = "30000"  # about a tenth of a millisecond: longer than the Python between two kernels takes
 
@@ -57,7 +59,7 @@ def kernel(**options):
     code of different argument types under one name, and a third would run the wrong one.  Here every process has names of its own.
     """
     def decorate(function):
-        compiled = njit(cache=True, **options)(function)
+        compiled = njit(cache=True, error_model="numpy", **options)(function)  # x / 0 is no exception
         file = getattr(compiled._cache, "_cache_file", None)
         if file is not None:
             own = f"{os.getpid()}-{time.time_ns()}-{{number:d}}"
@@ -82,6 +84,12 @@ vector = _Vector()
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
         super().__init__(manager, kind, _FLOATS)
+
+
+def _row_major(array):
+    """Raise, while compiling, unless entry i of an array is entry i of its memory."""
+    if not (isinstance(array, types.Array) and array.layout == "C" and array.aligned):
+        raise TypingError(f"a kernel counts the entries of an array in row-major order, got {array}; use row_major or memory")
 
 
 def _address(context, builder, kind, array, index):
@@ -112,6 +120,8 @@ def _widen(builder, value, stored, floats):
 @intrinsic
 def load(_typing, array, index):
     """Sixteen neighbouring entries, in float32."""
+    _row_major(array)
+
     def generate(context, builder, signature, arguments):
         stored = signature.args[0].dtype
         pointer = _address(context, builder, signature.args[0], *arguments)
@@ -123,6 +133,8 @@ def load(_typing, array, index):
 @intrinsic
 def single(_typing, array, index):
     """One entry, in float32."""
+    _row_major(array)
+
     def generate(context, builder, signature, arguments):
         stored = signature.args[0].dtype
         pointer = _address(context, builder, signature.args[0], *arguments)
@@ -138,6 +150,8 @@ def load_pairs(_typing, array, index):
     Of bfloat16 the even entries are the lower halves of 32-bit words and the odd ones the upper halves: a shift and a mask
     widen them in place.  Of other types the first sixteen come first.
     """
+    _row_major(array)
+
     def generate(context, builder, signature, arguments):
         stored = signature.args[0].dtype
         if stored == types.uint16:
@@ -188,6 +202,8 @@ def is_int8(_typing, array):
 @intrinsic
 def store(_typing, array, index, value):
     """Write a vector to sixteen neighbouring entries of a float32 array."""
+    _row_major(array)
+
     def generate(context, builder, signature, arguments):
         pointer = _address(context, builder, signature.args[0], *arguments[:2])
         builder.store(arguments[2], builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
@@ -230,12 +246,6 @@ def total(_typing, a):
 
 
 @intrinsic
-def divide(_typing, a, b):
-    """A / b, lane by lane."""
-    return vector(vector, vector), lambda _context, builder, _signature, arguments: builder.fdiv(*arguments)
-
-
-@intrinsic
 def like(_typing, array, address):
     """The array of the same type, shape and strides that lies at an address; who calls keeps it alive."""
     def generate(context, builder, signature, arguments):
@@ -245,6 +255,19 @@ def like(_typing, array, address):
         new.data = builder.inttoptr(address, new.data.type)
         return new._getvalue()
     return array(array, types.int64), generate
+
+
+@intrinsic
+def memory(_typing, array):
+    """The memory of a strided array, from its first entry on, for a kernel that counts its strides; its length says nothing."""
+    row = types.Array(array.dtype, 1, "C", readonly=not array.mutable, aligned=array.aligned)
+
+    def generate(context, builder, signature, arguments):
+        old = context.make_array(signature.args[0])(context, builder, arguments[0])
+        new = context.make_array(row)(context, builder)
+        populate_array(new, old.data, [old.nitems], [old.itemsize], old.itemsize, None)
+        return new._getvalue()
+    return row(array), generate
 
 
 def _prefetch(context, builder, kind, array, index):
@@ -284,26 +307,67 @@ def take(_typing, counter):
 
 LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
 TAYLOR = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)  # of exp on +-ln(2)/2: the next term is below 6e-9
+EXP_LOWEST, EXP_HIGHEST = -87.33654, 88.72283  # between them e**x is a normal float32
+SILU_LOWEST = -110.0  # below it x * e**x rounds to -0
+
+
+def _fma(builder, a, b, c):
+    return _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [a, b, c])
+
+
+def _exp_parts(builder, x, lowest, highest):
+    """Return y in 0.7 ... 1.42 and the integer n of e**x = y * 2**n, for x cut to lowest ... highest; y is NaN where x is, and n 0.
+
+    n = round(x / ln 2),   y = e**r,   r = x - n * ln 2
+    """
+    x = builder.select(builder.fcmp_ordered("<", x, _all(lowest)), _all(lowest), x)
+    x = builder.select(builder.fcmp_ordered(">", x, _all(highest)), _all(highest), x)
+    n = _call(builder, f"llvm.nearbyint.v{LANES}f32", _FLOATS, [builder.fmul(x, _all(LOG2_E))])
+    r = x
+    for part in (LN2_HIGH, LN2_LOW):
+        r = _fma(builder, n, _all(-part), r)
+    y = _all(TAYLOR[0])
+    for coefficient in TAYLOR[1:]:
+        y = _fma(builder, y, r, _all(coefficient))
+    n = builder.select(builder.fcmp_ordered("==", n, n), n, _all(0.0))  # no integer stands for NaN
+    return y, builder.fptosi(n, _INTS)
+
+
+def _times_power(builder, y, n):
+    """Compute y * 2**n of normal numbers whose product is normal: n is added to the exponent."""
+    exponent = builder.shl(n, _all(23, _INTS))
+    return builder.bitcast(builder.add(builder.bitcast(y, _INTS), exponent), _FLOATS)
 
 
 @intrinsic
 def exp(_typing, x):
-    """e**x, lane by lane, to 2 units in the last place; 0 below -87.3, the largest finite power above 88; NaN stays NaN.
+    """e**x, lane by lane, to 2 units in the last place; below -87.33654, where it is no normal number, 0; NaN stays NaN."""
+    def generate(_context, builder, _signature, arguments):
+        (x,) = arguments
+        y = _times_power(builder, *_exp_parts(builder, x, EXP_LOWEST, EXP_HIGHEST))
+        y = builder.select(builder.fcmp_ordered(">", x, _all(EXP_HIGHEST)), _all(float("inf")), y)
+        return builder.select(builder.fcmp_ordered("<", x, _all(EXP_LOWEST)), _all(0.0), y)
+    return vector(vector), generate
 
-    e**x = 2**n * e**r,   n = round(x / ln 2),   r = x - n * ln 2
+
+@intrinsic
+def silu(_typing, x):
+    """Compute x / (1 + e**-x), lane by lane, to 4 units in the last place; -inf gives NaN, as the formula does.
+
+    Below 0: x * e**x / (1 + e**x).  Far below, e**x is no normal number, while its product with x is: the power of two comes in two
+    factors, the second of them last.
     """
     def generate(_context, builder, _signature, arguments):
         (x,) = arguments
-        dead = builder.fcmp_ordered("<", x, _all(-87.33654))
-        x = builder.select(dead, _all(-87.33654), x)
-        x = builder.select(builder.fcmp_ordered(">", x, _all(88.0)), _all(88.0), x)
-        n = _call(builder, f"llvm.nearbyint.v{LANES}f32", _FLOATS, [builder.fmul(x, _all(LOG2_E))])
-        r = x
-        for part in (LN2_HIGH, LN2_LOW):
-            r = _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [n, _all(-part), r])
-        y = _all(TAYLOR[0])
-        for coefficient in TAYLOR[1:]:
-            y = _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [y, r, _all(coefficient)])
-        power = builder.shl(builder.add(builder.fptosi(n, _INTS), _all(127, _INTS)), _all(23, _INTS))
-        return builder.select(dead, _all(0.0), builder.fmul(y, builder.bitcast(power, _FLOATS)))
+        minus = _call(builder, f"llvm.fabs.v{LANES}f32", _FLOATS, [x])
+        minus = builder.fsub(_all(-0.0), minus)
+        y, n = _exp_parts(builder, minus, SILU_LOWEST, 0.0)
+        half = builder.ashr(n, _all(1, _INTS))
+        first = _times_power(builder, y, half)
+        first = builder.select(builder.fcmp_ordered("<", minus, _all(SILU_LOWEST)), _all(0.0), first)
+        second = _times_power(builder, _all(1.0), builder.sub(n, half))
+        below = builder.fcmp_ordered("<", x, _all(0.0))
+        top = builder.fmul(x, builder.select(below, first, _all(1.0)))
+        ratio = builder.fdiv(top, builder.fadd(_all(1.0), builder.fmul(first, second)))
+        return builder.select(below, builder.fmul(ratio, second), ratio)
     return vector(vector), generate

@@ -7,7 +7,8 @@ from math import prod
 import numpy as np
 
 from npllm import ops
-from npllm.arrays import DTYPES
+from npllm.arrays import DTYPES, ieee_semantics
+from npllm.kernels.cpu.layout import is_row_major
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
 from npllm.threads import n_threads, run_blocks, scratch
@@ -100,8 +101,8 @@ def fits_linear(x, weight, bias=None):
 
 def fits_weight(weight, d_in, bias=None):
     """Tell whether a weight is one that the kernels are made for."""
-    return (type(weight) is np.ndarray and weight.ndim == 2 and weight.flags.c_contiguous and weight.dtype in STORED
-            and weight.shape[1] == d_in and d_in % 2 == 0 and len(weight) > 0 and fits_bias(bias, weight))
+    return (type(weight) is np.ndarray and weight.ndim == 2 and is_row_major(weight) and weight.dtype in STORED
+            and weight.shape[1] == d_in > 0 and d_in % 2 == 0 and len(weight) > 0 and fits_bias(bias, weight))
 
 
 def fits_bias(bias, weight):
@@ -165,6 +166,7 @@ def swiglu(gate, up):
 def over_rows(function, rows):
     """Call a function on slices of rows; a few rows are not worth a thread."""
     blocks = spans(len(rows), max(1, BLOCK_ROWS // max(1, rows.shape[-1])))
+    function = ieee_semantics(function)  # of each thread
     if len(blocks) == 1:
         function(blocks[0])
     else:

@@ -14,7 +14,9 @@ __all__ = ["to_bool"]
 Array = Any
 
 
-def to_bool(rule: Callable, n_seq: int, n_ctx: int, q_slots: Array = None, k_slots: Array = None) -> Array:
+def to_bool(
+    rule: Callable, n_seq: int, n_ctx: int, q_slots: Array = None, k_slots: Array = None
+) -> Array:
     """Evaluate a rule on all slots: the table that a library without rules takes.
 
         visible[..., i, j] = rule(q_slots[i], k_slots[j])
@@ -35,8 +37,8 @@ def to_bool(rule: Callable, n_seq: int, n_ctx: int, q_slots: Array = None, k_slo
     Returns
     -------
     visible : bool array [..., n_seq, n_ctx]
-        True where visible; further axes [n_batch, 1] in front for a rule that differs by sequence.  In the library of the
-        slots; NumPy without any.
+        True where visible; further axes [n_batch, 1] in front for a rule that differs by
+        sequence.  In the library of the slots; NumPy without any.
 
     Raises
     ------
@@ -47,14 +49,19 @@ def to_bool(rule: Callable, n_seq: int, n_ctx: int, q_slots: Array = None, k_slo
 
     Notes
     -----
-    Source: the boolean `attn_mask` of `torch.nn.functional.scaled_dot_product_attention`, True = takes part.
+    Source: the boolean `attn_mask` of `torch.nn.functional.scaled_dot_product_attention`, True =
+    takes part.
     """
     if not callable(rule):
-        raise NpllmTypeError(f"rule must be a Rule of npllm.ops.mask or a function of slots, got {type(rule).__name__}")
-    i = _slots("q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq)
-    j = _slots("k_slots", k_slots, "n_ctx", n_ctx, 0)
-    given = [slots for slots in (i, j) if not isinstance(slots, range)]
+        raise NpllmTypeError(
+            "rule must be a Rule of npllm.ops.mask or a function of slots, "
+            f"got {type(rule).__name__}"
+        )
+    given = [slots for slots in (q_slots, k_slots) if slots is not None]
+    given = [slots for slots in given if not isinstance(slots, range)]
     xp = array_namespace(*given) if given else np
+    i = _slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq)
+    j = _slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0)
     i, j = (xp.arange(s.start, s.stop, s.step) if isinstance(s, range) else s for s in (i, j))
     visible = rule(i[:, None], j[None, :])
     return xp.broadcast_to(visible, (*visible.shape[:-2], n_seq, n_ctx))

@@ -1,0 +1,87 @@
+"""Whose cache it is: what cached keys and values depend on besides the tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from npllm.errors import NpllmValueError
+
+__all__ = ["CacheOwner"]
+
+# Entries of config.json that change keys and values; the others name tokens, heads and files.
+DECISIVE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+            "max_position_embeddings", "original_max_position_embeddings", "rms_norm_eps",
+            "rope_parameters", "sliding_window")
+REMEDY = "a cache goes with the model that made it: make one with model.new_cache(n_batch)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CacheOwner:
+    """The model that a cache belongs to.
+
+    Parameters
+    ----------
+    params : Params
+        The weights.  Compared by identity: two arrays of equal numbers are not looked at.
+    config : Config
+    mask : tuple of Rule or None
+        One rule for each layer, compared by `==`; None: the checkpoint's own.
+
+    Notes
+    -----
+    The set of operations is no part of it: the same weights under the same mask give the same keys
+    but for rounding, so that a model and its copy with other ops may continue one cache.
+    """
+
+    params: Any
+    config: Any
+    mask: tuple[Any, ...] | None = None
+
+    @property
+    def window(self) -> int | None:
+        """How many keys a query sees; None where the rules may look further back."""
+        return self.config.sliding_window if self.mask is None else None
+
+    def require(self, cache: Any) -> None:
+        """Raise unless a cache belongs to this model, or to none yet and is of its sizes.
+
+        Raises
+        ------
+        NpllmValueError
+            Naming what differs.
+        """
+        if cache.owner is None:
+            self._require_sizes(cache)
+        else:
+            self._require_same(cache.owner)
+
+    def _require_sizes(self, cache: Any) -> None:
+        """Raise where a cache that was made by hand is of other sizes than this model's."""
+        n_layer, n_ctx = self.config.num_hidden_layers, self.config.context_length
+        if cache.n_layer != n_layer:
+            raise NpllmValueError(f"the cache has n_layer = {cache.n_layer}, the model {n_layer}; {REMEDY}")
+        if cache.max_slots > n_ctx:
+            raise NpllmValueError(f"the cache has room for {cache.max_slots} tokens, but the context "
+                                  f"length (max_position_embeddings) of the model is {n_ctx}; {REMEDY}")
+        if cache.window not in (None, self.window):
+            raise NpllmValueError(f"the cache keeps a window of {cache.window} keys, the model sees "
+                                  f"{self.window or 'all'}; {REMEDY}")
+
+    def _require_same(self, other: "CacheOwner") -> None:
+        """Raise where a cache belongs to another model than this one."""
+        if other.config is not self.config:
+            for name in DECISIVE:
+                theirs, mine = getattr(other.config, name), getattr(self.config, name)
+                if theirs != mine:
+                    raise NpllmValueError(f"the cache belongs to a model with {name} = {theirs}, this "
+                                          f"model has {mine}; {REMEDY}")
+        if other.params is not self.params:
+            raise NpllmValueError("the cache belongs to a model with other weights (of the same "
+                                  f"shapes), whose keys are not those of this model; {REMEDY}")
+        if other.mask != self.mask:
+            raise NpllmValueError(f"the cache was filled under another mask, {_named(other.mask)}, this "
+                                  f"model has {_named(self.mask)}; {REMEDY}")
+
+
+def _named(mask: tuple[Any, ...] | None) -> str:
+    """Say what a mask is, in few words."""
+    return "the checkpoint's own" if mask is None else ", ".join(map(str, dict.fromkeys(map(str, mask))))[:200]

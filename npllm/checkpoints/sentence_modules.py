@@ -1,0 +1,200 @@
+"""Modules of a sentence-transformers folder: Transformer, Pooling, then Dense and Normalize.
+
+Any other module, and any setting that is not implemented, is refused by name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import DTYPES
+from npllm.checkpoints.safetensors import TensorReader, check_shapes, read_entries
+from npllm.config.config import Reader, quote, read_json
+from npllm.errors import NpllmValueError
+from npllm.models.sentence import ACTIVATIONS, POOLINGS, Dense, Head, Normalize
+
+__all__ = ["read_head", "refuse_others"]
+
+MODULES = "modules.json"
+Neutral = dict[str, tuple[Any, ...]]
+LEGACY_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+NAMES = ("Transformer", "Pooling", "Dense", "Normalize")
+INPUT_NAMES = {
+    "module_input_name": (None, "sentence_embedding"),
+    "module_output_name": (None, "sentence_embedding"),
+}
+
+
+def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Head, bool]:
+    """Read modules.json and the modules that it lists.
+
+    Parameters
+    ----------
+    folder : Path
+    d_model : int
+        Width of the encoder.
+    dtype : str, optional
+        Of the weights of dense modules, as in `npllm.load`.
+
+    Returns
+    -------
+    head : Head
+        Without modules.json the pooling of 1_Pooling/config.json, else the mean.
+    is_stated : bool
+        Whether any of these files is there.
+
+    Raises
+    ------
+    NpllmOSError
+        When a file is missing or unreadable.
+    NpllmValueError
+        When a module or setting is not implemented, or contradicts another; names file and entry.
+
+    Notes
+    -----
+    Source: `Pooling`, `Dense` and `Normalize` in sentence-transformers 6.2.
+    """
+    paths = _module_paths(folder)
+    pooling = folder / paths[0][1] / "config.json"
+    head, width = _read_pooling(pooling, d_model)
+    modules = []
+    for name, path in paths[1:]:
+        if name == "Normalize":
+            modules.append(_read_normalize(folder / path))
+        else:
+            modules.append(_read_dense(folder / path, width, dtype))
+            width = len(modules[-1].weight)
+    return head._replace(modules=tuple(modules)), pooling.is_file() or (folder / MODULES).is_file()
+
+
+def _module_paths(folder):
+    """The modules after the Transformer, as (name, folder), the pooling first."""
+    file = folder / MODULES
+    if not file.is_file():
+        return [("Pooling", "1_Pooling")]
+    modules = [_module(file, entry) for entry in read_json(file, list)]
+    names = [name for name, _ in modules]
+    if names[:2] != ["Transformer", "Pooling"] or not set(names[2:]) <= {"Dense", "Normalize"}:
+        raise NpllmValueError(
+            f"{file}: must list Transformer, Pooling, and then Dense and Normalize modules only, "
+            f"got {', '.join(names) or 'none'}"
+        )
+    if modules[0][1]:
+        raise NpllmValueError(
+            f'{file}: the Transformer must stand in the folder itself, path "", got '
+            f"{quote(modules[0][1])}, which is not implemented"
+        )
+    return modules[1:]
+
+
+def _module(file, entry):
+    """Name and path of one module."""
+    read = Reader(entry if isinstance(entry, dict) else {}, file)
+    kind, path = read.text("type", ""), read.text("path", "")
+    library, _, name = kind.rpartition(".")
+    if library.partition(".")[0] != "sentence_transformers" or name not in NAMES:
+        raise NpllmValueError(
+            f"{file}: modules must be {', '.join(NAMES)} of sentence_transformers, "
+            f"got {quote(kind)}, which is not implemented"
+        )
+    if path in (".", "..") or path != Path(path).name or "\\" in path or not path.isprintable():
+        raise NpllmValueError(
+            f"{file}: a module's path must be the name of a folder inside, got {quote(path)}"
+        )
+    read.get("idx"), read.get("name")
+    refuse_others(read, {"kwargs": (None, [], {})})
+    return name, path
+
+
+def _read_pooling(file, d_model):
+    """The head as 1_Pooling/config.json describes it, and the width of what it gives."""
+    if not file.is_file():
+        return Head(), d_model
+    read = Reader(read_json(file), file)
+    width = read.size(
+        "embedding_dimension", default=read.size("word_embedding_dimension", default=d_model)
+    )
+    if width != d_model:
+        raise NpllmValueError(
+            f"{file}: the pooling is for vectors of {width} entries, but the encoder gives "
+            f"{d_model}"
+        )
+    legacy = [name for key, name in LEGACY_POOLINGS.items() if read.flag(key, False)]
+    names = read.get("pooling_mode", legacy or ["mean"])
+    names = [names] if isinstance(names, str) else names
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(x, str) and x in POOLINGS for x in names)
+    ):
+        raise NpllmValueError(
+            f"{file}: pooling_mode must be one or several of {', '.join(POOLINGS)}, "
+            f"got {quote(names)}, which is not implemented"
+        )
+    include_prompt = read.flag("include_prompt", True)
+    refuse_others(read)
+    return Head(tuple(names), include_prompt), len(names) * d_model
+
+
+def _read_dense(folder, width, dtype):
+    """A dense module: config.json and model.safetensors of its folder."""
+    file = folder / "config.json"
+    read = Reader(read_json(file), file)
+    d_in, d_out = read.size("in_features"), read.size("out_features")
+    has_bias = read.flag("bias", True)
+    activation = read.text("activation_function", "torch.nn.modules.activation.Tanh")
+    library, _, name = activation.rpartition(".")
+    if library.split(".")[:2] != ["torch", "nn"] or name not in ACTIVATIONS:
+        raise NpllmValueError(
+            f"{file}: activation_function must be one of {', '.join(ACTIVATIONS)} of torch.nn, got "
+            f"{quote(activation)}, which is not implemented"
+        )
+    refuse_others(read, {**INPUT_NAMES, "use_residual": (None, False)})
+    if d_in != width:
+        raise NpllmValueError(
+            f"{file}: in_features must be {width}, as the module before gives, got {d_in}"
+        )
+    shapes = {"linear.weight": (d_out, d_in)} | ({"linear.bias": (d_out,)} if has_bias else {})
+    entries = read_entries(folder)
+    check_shapes(folder, entries, shapes)
+    reader = TensorReader(entries, dtype if dtype in DTYPES else None, np, None)
+    return Dense(
+        reader.read(["linear.weight"]), reader.read(["linear.bias"]) if has_bias else None, name
+    )
+
+
+def _read_normalize(folder):
+    """A Normalize module; one of tokens is refused."""
+    file = folder / "config.json"
+    if file.is_file():
+        refuse_others(Reader(read_json(file), file), INPUT_NAMES)
+    return Normalize()
+
+
+def refuse_others(read: Reader, neutral: Neutral | None = None) -> None:
+    """Refuse every entry that was not asked for, unless its value changes nothing.
+
+    Parameters
+    ----------
+    read : Reader
+    neutral : dict of str to tuple, optional
+        Entry -> values that change nothing.
+
+    Raises
+    ------
+    NpllmValueError
+        Naming file, entry and value.
+    """
+    harmless = neutral or {}
+    for key in read.data.keys() - read.asked:
+        value = read.data[key]
+        if not any(type(value) is type(x) and value == x for x in harmless.get(key, ())):
+            raise NpllmValueError(f"{read.where}: {key} = {quote(value)} is not implemented")

@@ -1,0 +1,32 @@
+"""How an array lies in memory: what a kernel that counts entries itself may be given.
+
+Every array that such a kernel reads passes through here once, where the kernel is entered; `simd` refuses others while it compiles.
+"""
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["is_row_major", "row_major", "row_major_copy", "rows_of"]
+
+Array = Any
+
+
+def is_row_major(x: Array) -> bool:
+    """Tell whether entry i of an array, counted row by row, is entry i of its memory, and each at a multiple of its size."""
+    return x.flags.c_contiguous and x.flags.aligned
+
+
+def row_major(x: Array) -> Array:
+    """The array itself where it `is_row_major`, else a copy that is."""
+    return x if is_row_major(x) else row_major_copy(x)
+
+
+def row_major_copy(x: Array) -> Array:
+    """A copy that `is_row_major`, for a kernel that adds to it in place."""
+    return np.array(x, order="C")
+
+
+def rows_of(x: Array) -> Array:
+    """An array [..., d] as rows [n, d] in row-major order."""
+    return row_major(x.reshape(-1, x.shape[-1]))

@@ -1,0 +1,106 @@
+"""For every variant of every CUDA kernel, a call that launches it, beside its definition."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from gpu.records import rehearsing
+from npllm import ops
+from npllm.kernels import cuda
+from npllm.ops.mask import causal
+
+FLOATS = {
+    "float": np.float32,
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+}  # as the sources name them
+
+
+class Case(NamedTuple):
+    """A twin and its definition, which take the same arguments."""
+
+    twin: Callable[..., Any]
+    definition: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+def variants() -> list[tuple[str, dict[str, Any]]]:
+    """Every (kernel, definitions), the kernel with the shortest source first."""
+    kernels: list[str] = sorted(cuda.VARIANTS, key=lambda kernel: len(cuda.source(kernel)))
+    return [(kernel, definitions) for kernel in kernels for definitions in cuda.VARIANTS[kernel]]
+
+
+def case(kernel: str, definitions: dict[str, Any]) -> Case:
+    """The call that launches one variant; a KeyError for a kernel that has no case here yet."""
+    return CASES[kernel](definitions, np.random.default_rng(0))
+
+
+def size(real: int, small: int) -> int:
+    """A size as models have it, or a small one for a rehearsal."""
+    return small if rehearsing() else real
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> np.ndarray:
+    """Normally distributed values of a dtype."""
+    return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+
+def linear(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """One row, or as many as the variant takes."""
+    n_rows, d_in, d_out = int(definitions["ROWS"]), size(3072, 64), size(3072, 24)
+    weight = normal(rng, d_out, d_in, dtype=FLOATS[definitions["ENTRY"]])
+    return Case(cuda.linear, ops.linear, (normal(rng, n_rows, d_in), weight))
+
+
+def rms_norm(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """A few rows of the residual stream."""
+    d_model = size(3072, 100)
+    weight = normal(rng, d_model, dtype=FLOATS[definitions["WEIGHT"]])
+    return Case(cuda.rms_norm, ops.rms_norm, (normal(rng, 5, d_model), weight, 1e-5))
+
+
+def swiglu(_: dict[str, Any], rng: np.random.Generator) -> Case:
+    """Gate and up of a few rows."""
+    d_ff = size(8192, 100)
+    return Case(cuda.swiglu, ops.swiglu, (normal(rng, 5, d_ff), normal(rng, 5, d_ff)))
+
+
+def rope_append(_: dict[str, Any], rng: np.random.Generator) -> Case:
+    """The kernel in front of the attention, whose result shows what it wrote."""
+    n_head, n_kv_head, n_seq, d_head = (
+        4,
+        2,
+        size(64, 5),
+        48,
+    )  # a width that no attention kernel takes
+    angles = normal(rng, n_seq, d_head)
+    qkv = normal(rng, 2, n_seq, (n_head + 2 * n_kv_head) * d_head)
+    tables = np.cos(angles), np.sin(angles)
+    return Case(
+        cuda.rope_attention,
+        ops.rope_attention,
+        (qkv, *tables, n_head, n_kv_head),
+        {"mask": causal()},
+    )
+
+
+def attention(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """Causal attention with grouped queries, more keys than queries."""
+    n_seq, n_ctx, d_head = size(512, 17), size(700, 33), int(definitions["HEAD"])
+    dtype = FLOATS[definitions["ENTRY"]]
+    k, v = (normal(rng, 1, 2, n_ctx, d_head, dtype=dtype) for _ in range(2))
+    return Case(
+        cuda.attention, ops.attention, (normal(rng, 1, 4, n_seq, d_head), k, v), {"mask": causal()}
+    )
+
+
+CASES = {
+    "linear": linear,
+    "rms_norm": rms_norm,
+    "swiglu": swiglu,
+    "rope_append": rope_append,
+    "attention": attention,
+}

@@ -1,0 +1,253 @@
+"""The parts of scripts/check_gpu.sh: what a record survives, how a run is judged, and the weights that are made for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import optional
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import npllm
+from npllm.kernels import cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+from gpu import cases, kernels, measure, records, report, weights  # noqa: E402
+
+PATHS = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
+
+
+def python(*arguments, **environment):
+    """Run Python on the checkout, as scripts/check_gpu.sh does."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": PATHS} | environment)
+
+
+# ---------------------------------------------------------------------------------------- records
+
+
+def test_a_record_that_was_cut_off_costs_no_other(tmp_path):
+    log = records.Records(tmp_path, "kernels")
+    log.add("a", "passed", figure=1.5)
+    log.add("b", records.STARTED)
+    with open(log.path, "a", encoding="utf-8") as file:
+        file.write('{"name": "b", "status": "pas')
+    assert log.latest()["a"] == {"name": "a", "status": "passed", "figure": 1.5}
+    assert log.done() == {"a"}
+    assert log.close_started("killed") == ["b"]
+
+
+def test_work_that_raises_is_recorded_as_failed(tmp_path):
+    log = records.Records(tmp_path, "kernels")
+    assert records.run_recorded(log, "good", lambda: {"figure": 2})
+    assert not records.run_recorded(log, "bad", lambda: {"status": "failed", "why": "wrong"})
+    assert not records.run_recorded(log, "ugly", lambda: 1 / 0)
+    found = log.latest()
+    assert found["good"]["figure"] == 2 and found["good"]["total_seconds"] >= 0
+    assert found["ugly"]["why"].startswith("ZeroDivisionError")
+    assert [record["status"] for record in found.values()] == ["passed", "failed", "failed"]
+
+
+WORKER = """
+import os, signal, sys
+from gpu.records import Records
+log = Records(sys.argv[1], "work")
+for name in "abcd":
+    if name not in log.done():
+        log.add(name, "started")
+        if name in "bc":
+            os.kill(os.getpid(), signal.SIGKILL)
+        log.add(name, "passed")
+"""
+
+
+def test_a_worker_that_dies_is_followed_by_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", PATHS)
+    log = records.Records(tmp_path, "work")
+    assert records.supervise(log, [sys.executable, "-c", WORKER, str(tmp_path)]) == 0
+    assert [record["status"] for record in log.latest().values()] == ["passed", "failed", "failed", "passed"]
+    assert "SIGKILL" in log.latest()["b"]["why"]
+
+
+def test_a_worker_that_dies_before_its_first_record_ends_the_stage(tmp_path):
+    log = records.Records(tmp_path, "work")
+    assert records.supervise(log, [sys.executable, "-c", "raise SystemExit(7)"]) == 7
+
+
+# ---------------------------------------------------------------------------------------- pytest
+
+
+TESTS = """
+import os, signal
+import pytest
+
+def test_before(): pass
+def test_wrong(): assert 1 == 2
+def test_fatal():
+    os.kill(os.getpid(), signal.SIGKILL)
+def test_lost(): raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access")
+def test_skipped(): pytest.importorskip("no_such_package")
+@pytest.mark.weights
+def test_of_the_checkpoint(): pass
+@pytest.mark.live
+def test_of_another_version(): pass
+def test_after(): pass
+"""
+
+
+def test_every_outcome_is_recorded_and_a_dead_process_costs_one_test(tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text(TESTS, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  weights: w\n  live: l\n  gpu: g\n", encoding="utf-8")
+    log = records.Records(tmp_path, "rest")
+    for name, value in {"PYTHONPATH": PATHS, "NPLLM_RECORDS": str(log.path), "NPLLM_STAGE": "rest"}.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "pytest", "-p", "gpu.outcomes", "-m", "not weights and not live", "--rootdir", str(tmp_path)]
+    records.supervise(log, [*command, "-q", str(tmp_path)])
+    found = {name.rpartition("::")[2]: record for name, record in log.latest().items()}
+    assert {name: record["status"] for name, record in found.items() if name != "collected"} == {
+        "test_before": "passed", "test_wrong": "failed", "test_fatal": "failed", "test_lost": "failed", "test_skipped": "skipped",
+        "test_of_the_checkpoint": "not run", "test_of_another_version": "not run", "test_after": "passed"}
+    assert "assert 1 == 2" in found["test_wrong"]["why"]
+    assert "default checkpoint" in found["test_of_the_checkpoint"]["why"]
+
+
+# ---------------------------------------------------------------------------------------- judging
+
+
+def run_folder(folder, *, device=True, exit_code=0, status="passed"):
+    """What a run with one stage leaves."""
+    (folder / "machine.json").write_text(json.dumps({"device": {"found": device}, "commit": "c"}), encoding="utf-8")
+    stages = records.Records(folder, "stages")
+    stages.add("kernels", records.STARTED)
+    if exit_code is not None:
+        stages.add("kernels", "ended", exit_code=exit_code, seconds=2)
+    log = records.Records(folder, "kernels")
+    log.add("first", "passed", max_error=1e-7)
+    log.add("second", status)
+    return folder
+
+
+def test_a_report_of_what_passed(tmp_path):
+    assert report.main(run_folder(tmp_path)) == 0
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert found["passed"] and found["commit"] == "c"
+    assert found["stages"]["kernels"]["counts"] == {"passed": 2, "failed": 0, "skipped": 0, "not run": 0}
+    assert found["stages"]["tests"]["ended"] == "not run"
+
+
+@pytest.mark.parametrize("changes", [
+    {"device": False}, {"exit_code": 1}, {"exit_code": 124}, {"exit_code": 137}, {"exit_code": None},
+    {"status": "failed"}, {"status": records.STARTED}], ids=str)
+def test_what_did_not_pass_keeps_its_figures(tmp_path, changes):
+    assert report.main(run_folder(tmp_path, **changes)) == 1
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert found["stages"]["kernels"]["records"][0]["max_error"] == 1e-7
+
+
+def test_a_run_of_nothing_did_not_pass(tmp_path):
+    assert report.main(tmp_path) == 1
+
+
+@pytest.mark.parametrize("got", [[[1.0, np.nan]], [[1.0, np.inf]], [[1.0]], [[1.0, 2.1]]])
+def test_a_wrong_result_fails(got):
+    want = np.array([[1.0, 2.0]])
+    assert kernels.largest_error(want, want) == 0
+    assert not kernels.largest_error(np.array(got), want) <= kernels.TOLERANCE
+    assert "status" not in measure.judged(want, want)
+    assert measure.judged(np.array(got), want)["status"] == "failed"
+
+
+def test_every_kernel_has_a_case():
+    assert set(cases.CASES) == set(cuda.VARIANTS)
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+@given(st.sampled_from(weights.MODELS), st.floats(1e8, 2e10))
+def test_layers_fit_and_one_more_would_not(name, free):
+    data = weights.config(name)
+    try:
+        n_layers = weights.layers_that_fit(data, free)
+    except RuntimeError:
+        n_layers = 0
+    allowed = weights.SHARE * free
+    for n, fits in ((n_layers, True), (n_layers + 1, False)):
+        if 0 < n <= data["num_hidden_layers"]:
+            assert (weights.weight_bytes(data | {"num_hidden_layers": n}) <= allowed) == fits
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_random_checkpoint_loads(tmp_path, shards):
+    from make_random_checkpoint import write_checkpoint
+
+    data = weights.config("smollm2") | weights.SMALL
+    write_checkpoint(data, tmp_path, shards=shards, layers=1)
+    model = npllm.load(tmp_path)
+    logits = model(np.array([[3, 4, 5]]))
+    assert model.config.num_hidden_layers == 1 and np.isfinite(logits).all()
+    assert 0.015 < np.asarray(model.params.layers[0].qkv_proj).astype(np.float32).std() < 0.025
+
+
+# ------------------------------------------------------------------------------ missing packages
+
+
+def test_the_package_runs_as_a_module():
+    pytest.importorskip("click")
+    ended = python("-m", "npllm", "--version")
+    assert ended.returncode == 0 and npllm.__version__ in ended.stdout
+
+
+WITHOUT = """
+import sys
+for name in ("click", "jinja2", "threadpoolctl", "numba", "gguf", "huggingface_hub", "tqdm", "matplotlib"):
+    sys.modules[name] = None
+sys.path.insert(0, "tests")
+import numpy as np
+import tiny, npllm
+from npllm import kernels, threads
+model = tiny.model(ops=kernels.fastest_ops("numpy"))
+assert np.isfinite(model(tiny.random_ids(2, 40))).all()
+done = []
+threads.run_blocks(done.append, range(5))
+assert sorted(done) == [0, 1, 2, 3, 4] and threads.n_threads() == 1
+tokenizer = npllm.Tokenizer(tiny.byte_level(), "{{ messages }}", {})
+try:
+    tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+except npllm.NpllmError as error:
+    print(error)
+"""
+
+
+def test_a_model_runs_where_packages_are_missing():
+    """The command needs click, a chat template Jinja; nothing else does."""
+    ended = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False, cwd=ROOT,
+                           env=os.environ | {"PYTHONPATH": PATHS})
+    assert ended.returncode == 0, ended.stderr
+    assert "a chat template needs Jinja" in ended.stdout
+
+
+def test_a_missing_package_is_named_and_another_error_is_not():
+    error = ImportError("no module", name="no_such_package")
+    assert optional.missing_package(error) is None
+    assert optional.missing_package(ValueError("x")) is None
+    assert optional.missing_package(ImportError("broken", name="numpy")) is None
+    for name in optional.PACKAGES:
+        found = npllm.NpllmError("needs it")
+        found.__cause__ = ImportError(name=f"{name}.part")
+        there = optional.importlib.util.find_spec(name) is not None
+        assert optional.missing_package(found) == (None if there else name)
+
+
+def test_where_everything_is_required_a_missing_package_is_an_error(monkeypatch):
+    monkeypatch.setattr(optional, "REQUIRED", True)
+    with pytest.raises(ImportError):
+        optional.module("no_such_package")
+    with pytest.raises(ImportError):
+        optional.import_or_fail("no_such_package")
