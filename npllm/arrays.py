@@ -17,9 +17,9 @@ import numpy as np
 
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
-__all__ = ["BACKENDS", "array_namespace", "as_index", "asarray", "backend_namespace", "compute_dtype", "dtype_named",
-           "expect_shape", "host_range", "ieee_semantics", "is_array", "is_integer", "native", "round_to",
-           "stable_argsort", "to_numpy", "widen", "widest"]
+__all__ = ["BACKENDS", "array_namespace", "as_index", "asarray", "backend_name", "backend_namespace", "compute_dtype",
+           "dtype_named", "entries_at_once", "expect_shape", "host_range", "ieee_semantics", "is_array", "is_integer",
+           "largest", "native", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
 
 BACKENDS = ("numpy", "cupy", "auto")
 
@@ -30,6 +30,7 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+HOST_ENTRIES, DEVICE_ENTRIES = 2**19, 2**26
 _FLOATS = frozenset(DTYPES)
 _BYTES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
           "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
@@ -121,6 +122,11 @@ def backend_namespace(backend):
     if backend != "cupy":
         raise NpllmValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return _cupy()
+
+
+def backend_name(xp):
+    """Name the backend of a library: "numpy", or "cupy" for every other."""
+    return "numpy" if xp is np else "cupy"
 
 
 def _cupy():
@@ -271,6 +277,29 @@ def stable_argsort(x, xp):
     if xp.__name__ == "cupy":  # has no other sort, and does not know the word of the standard
         return xp.argsort(x, axis=-1)
     return xp.argsort(x, axis=-1, stable=True)
+
+
+def largest(x, n, xp):
+    """Find the n largest entries of the last axis.
+
+    Returns
+    -------
+    indices : integer array [..., n]
+        The largest first; equal entries in the order in which they stand, but for those that equal the n-th largest: which of
+        them are among the n is left open.
+    """
+    if xp is not np or n == x.shape[-1]:
+        return stable_argsort(-x, xp)[..., :n]
+    some = np.sort(np.argpartition(-x, n - 1, axis=-1)[..., :n], axis=-1)
+    return np.take_along_axis(some, stable_argsort(-np.take_along_axis(x, some, axis=-1), np), axis=-1)
+
+
+def entries_at_once(x):
+    """Say how many entries of a stored weight to widen to float32 at a time: what fits a fast memory, and is worth a call.
+
+    2**19 on the host, 2 MiB, which stays in a core's cache; 2**26 on a device, 256 MiB, so that the product of a block fills it.
+    """
+    return HOST_ENTRIES if array_namespace(x) is not sys.modules.get("cupy") else DEVICE_ENTRIES
 
 
 def is_integer(x):

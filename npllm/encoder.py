@@ -8,13 +8,13 @@ from tokenizers import normalizers
 
 from npllm import ops as _ops
 from npllm.arguments import host_array, host_integers, native_weights
-from npllm.arrays import array_namespace, asarray, is_integer, to_numpy
+from npllm.arrays import array_namespace, asarray, backend_name, is_integer, to_numpy
 from npllm.checkpoints.sentence_transformers import SentenceSettings, read_sentence_settings, token_count
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import quote, read_json
 from npllm.decision import FROM_MODEL, check_finite
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.kernels import fastest_ops
+from npllm.kernels import choose_ops
 from npllm.models import bert
 from npllm.models.sentence import mean_pool
 from npllm.models.sentence import normalize as unit_length
@@ -96,7 +96,7 @@ class Encoder:
         self.settings = SentenceSettings() if settings is None else settings
         self.config, self.params, self.tokenizer, self.folder = config, native_weights(params), tokenizer, folder
         self._xp = array_namespace(self.params.word_embeddings)
-        self.ops = fastest_ops("numpy" if self._xp is np else "cupy") if ops is None else ops
+        self.ops = choose_ops(ops, backend_name(self._xp))
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         if tokenizer is not None:
             n_special = tokenizer.backend.num_special_tokens_to_add(False)

@@ -9,7 +9,16 @@ import numpy as np
 
 from npllm import ops as _ops
 from npllm.arguments import host_array, host_integers, native_weights
-from npllm.arrays import array_namespace, asarray, backend_namespace, compute_dtype, is_array, is_integer, widen
+from npllm.arrays import (
+    array_namespace,
+    asarray,
+    backend_name,
+    backend_namespace,
+    compute_dtype,
+    is_array,
+    is_integer,
+    widen,
+)
 from npllm.cache import KVCache
 from npllm.cache_owner import CacheOwner
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
@@ -19,7 +28,7 @@ from npllm.decoding.beam import beam_search, beam_texts
 from npllm.decoding.loop import GenerationConfig, is_chat, last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.encoder import Encoder, load_encoder
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
-from npllm.kernels import fastest_ops
+from npllm.kernels import choose_ops
 from npllm.models import heads, phi3, rope
 from npllm.ops.checked import replaced_ops
 from npllm.text.tokenizer import Tokenizer
@@ -42,8 +51,9 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     dtype : str, optional
         Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8" (matrices in 8 bits with a scale for
         every 64 entries); None: as stored.  With "float64" everything is computed in float64.
-    ops : Ops, optional
-        None: the fastest proven set; `npllm.ops.reference`: the definitions; or your own.
+    ops : Ops or str, optional
+        None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the definitions; "blockwise": the definitions
+        with blockwise attention; "cuda": the CUDA kernels, which are the fastest set on CuPy; or your own.
 
     Returns
     -------
@@ -60,6 +70,7 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
         When `backend="cupy"` and CuPy is not installed.
     """
     xp = backend_namespace(backend)
+    ops = choose_ops(ops, backend_name(xp))
     folder = checkpoint_folder(path)
     if read_json(folder / "config.json").get("model_type") == "bert":
         return load_encoder(folder, dtype=dtype, ops=ops, xp=xp)
@@ -103,7 +114,7 @@ class Model:
     def __init__(self, config, params, *, ops=None, tokenizer=None, generation_config=None, folder=None, mask=None):
         params = native_weights(params)
         self.config, self.params, self.tokenizer, self.folder, self.mask = config, params, tokenizer, folder, mask
-        self.ops = fastest_ops("numpy" if array_namespace(params.embed_tokens) is np else "cupy") if ops is None else ops
+        self.ops = choose_ops(ops, backend_name(array_namespace(params.embed_tokens)))
         self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
         self._xp = array_namespace(params.embed_tokens)
         self._frequencies = lru_cache(maxsize=4)(self._compute_frequencies)
@@ -218,13 +229,21 @@ class Model:
         cos, sin = self._rope_tables(positions, choice)
         rules = self._rules
         if not valid.all():
-            padding = _ops.mask.padding(asarray(valid, self._xp))
+            padding = self._padding(valid)
             both = {id(rule): rule & padding for rule in rules}  # layers that share a rule go on sharing one
             rules = [both[id(rule)] for rule in rules]
         hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rules, self.ops, cache, tap)
         if cache is not None:
             cache.advance(ids, positions, valid, choice)
         return hidden
+
+    def _padding(self, valid):
+        """The rule that hides padding; padding on the left, which a kernel can evaluate, is told by the first slot of each row."""
+        n_ctx = valid.shape[1]
+        start = np.where(valid.any(axis=1), valid.argmax(axis=1), n_ctx)
+        if (valid == (np.arange(n_ctx) >= start[:, None])).all():
+            return _ops.mask.left_padding(asarray(start, self._xp))
+        return _ops.mask.padding(asarray(valid, self._xp))
 
     def _rope_tables(self, positions, choice):
         """Cosines and sines [n_seq, d_rope]; [n_batch, n_seq, d_rope] where positions or frequencies differ by row."""
@@ -266,6 +285,11 @@ class Model:
         """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
         owner = self._cache_owner()
         return KVCache(n_batch, self.config.num_hidden_layers, self.config.context_length, owner.window, owner=owner)
+
+    def on(self, ops):
+        """Return the same model on another set of operations, with the same weights."""
+        return Model(self.config, self.params, ops=ops, tokenizer=self.tokenizer, folder=self.folder, mask=self.mask,
+                     generation_config=self.generation_config)
 
     def with_mask(self, mask):
         """Return the same model under another mask rule, on the same weights.

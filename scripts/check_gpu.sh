@@ -80,7 +80,7 @@ stage() {
     printf '{"name": "%s", "status": "started"}\n' "$name" >> "$folder/stages.jsonl"
     echo "== $name (at most $seconds s)"
     start=$(date +%s)
-    NPLLM_STAGE_SECONDS=$seconds timeout -k 5 "$seconds" "$@" > "$folder/$name.log" 2>&1 &
+    NPLLM_STAGE_SECONDS=$seconds NPLLM_STAGE_STARTED=$start timeout -k 5 "$seconds" "$@" > "$folder/$name.log" 2>&1 &
     child=$!
     wait "$child"
     code=$?

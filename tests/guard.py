@@ -9,12 +9,17 @@ Refused although CuPy would do it, since it waits for the device or gives anothe
 iteration, `item`, `tolist` outside an explicit `get`; indexing with a bool array; NumPy scalars, whose float64 widens float32; arithmetic
 on bfloat16, which is for storage.
 Copied although it is a trap: an index out of range wraps around instead of raising; a reduction gives a 0-d array.
+
+`OPERATIONS` counts what a device would have to do, by name: every launch of a kernel, function, operator, `astype`, assignment, and
+copy to or from the host.  Views (slices, `permute_dims`, `reshape` of what is contiguous) and `empty`, which hand out memory, are
+none.  `empty` is full of NaN, so that nobody gets by with what a kernel forgot to write.
 """
 
 import ctypes
 import sys
 import types
 import weakref
+from collections import Counter
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +36,22 @@ class Gets:
     """Counts the explicit crossings to the host."""
 
     n = 0
+
+
+OPERATIONS = Counter()
+
+
+def operation(name):
+    """Count one operation of the device."""
+    OPERATIONS[name] += 1
+
+
+def _made(name, x, *operands):
+    """What an operation gives, counted unless it is a view of an operand."""
+    x = np.asarray(x)
+    if not any(isinstance(operand, np.ndarray) and np.may_share_memory(x, operand) for operand in operands):
+        operation(name)
+    return Array(x)
 
 
 class Array:
@@ -54,15 +75,17 @@ class Array:
     def get(self):
         """Copy to the host: the one crossing."""
         Gets.n += 1
+        operation("get")
         return self._x.copy()
 
     def __len__(self):
         return len(self._x)
 
     def __getitem__(self, index):
-        return Array(self._x[_index(index, self._x.shape)])
+        return _made("index", self._x[_index(index, self._x.shape)], self._x)
 
     def __setitem__(self, index, value):
+        operation("assign")
         self._x[_index(index, self._x.shape)] = _in(value)
 
     def __matmul__(self, other):
@@ -70,8 +93,8 @@ class Array:
         if any(x.dtype in SIXTEEN for x in (a, b)) and max(a.ndim, b.ndim) > 2:
             raise Refused(f"matmul of {a.dtype} and {b.dtype} with {max(a.ndim, b.ndim)} dimensions: 16-bit products are 2-D only")
         if a.dtype in SIXTEEN and a.dtype == b.dtype:  # accumulates in float32, rounds the result
-            return Array((a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype))
-        return Array(_no_bfloat16("matmul", a, b, call=np.matmul))
+            return _made("matmul", (a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype))
+        return _made("matmul", _no_bfloat16("matmul", a, b, call=np.matmul))
 
     def __repr__(self):
         return f"guard.Array({self.dtype}, {list(self.shape)})"
@@ -133,11 +156,11 @@ def _operators():
               "floordiv": np.floor_divide, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
     compare = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
     for name, call in (binary | compare).items():
-        setattr(Array, f"__{name}__", lambda a, b, name=name, call=call: Array(_no_bfloat16(name, _in(a), _in(b), call=call)))
+        setattr(Array, f"__{name}__", lambda a, b, name=name, call=call: _made(name, _no_bfloat16(name, _in(a), _in(b), call=call)))
         if name in binary:
-            setattr(Array, f"__r{name}__", lambda a, b, name=name, call=call: Array(_no_bfloat16(name, _in(b), _in(a), call=call)))
+            setattr(Array, f"__r{name}__", lambda a, b, name=name, call=call: _made(name, _no_bfloat16(name, _in(b), _in(a), call=call)))
     for name, call in {"neg": np.negative, "abs": np.abs, "invert": np.invert}.items():
-        setattr(Array, f"__{name}__", lambda a, name=name, call=call: Array(_no_bfloat16(name, a._x, call=call)))
+        setattr(Array, f"__{name}__", lambda a, name=name, call=call: _made(name, _no_bfloat16(name, a._x, call=call)))
 
 
 _operators()
@@ -178,8 +201,8 @@ def _ufunc(name, n):
         if not any(isinstance(x, np.ndarray) for x in operands):
             raise Refused(f"{name} needs a device array")
         if name == "where":
-            return Array(np.where(*operands))
-        return Array(_no_bfloat16(name, *operands, call=getattr(np, name)))
+            return _made(name, np.where(*operands))
+        return _made(name, _no_bfloat16(name, *operands, call=getattr(np, name)))
 
     return call
 
@@ -196,7 +219,7 @@ def _function(name, parameters):
             _no_bfloat16(name, first, call=lambda _: None)
         if name in ("sort", "argsort"):
             options["kind"] = "stable"  # the only one that CuPy has
-        return Array(getattr(np, name)(first, *rest, **options))
+        return _made(name, getattr(np, name)(first, *rest, **options), first)
 
     return call
 
@@ -206,7 +229,12 @@ def _birth(name, parameters):
         unknown = set(options) - set(parameters)
         if unknown:
             raise Refused(f"{name}() got unexpected arguments {sorted(unknown)}")
-        return Array(getattr(np, name)(*(_plain(name, x) for x in args), **{k: _plain(name, x) for k, x in options.items()}))
+        x = getattr(np, name)(*(_plain(name, x) for x in args), **{k: _plain(name, x) for k, x in options.items()})
+        if name != "empty":
+            return _made(name, x)
+        if x.dtype.kind not in "biu":
+            x[...] = np.nan
+        return Array(x)
 
     return call
 
@@ -215,18 +243,18 @@ def _asarray(a, dtype=None):
     """A copy on the device: from the host only this, on purpose."""
     if isinstance(a, list | tuple):
         raise Refused("asarray of a list: make a NumPy array of it first")
-    return a if type(a) is Array and dtype in (None, a.dtype) else Array(np.array(a._x if type(a) is Array else a, dtype=dtype))
+    return a if type(a) is Array and dtype in (None, a.dtype) else _made("asarray", np.array(a._x if type(a) is Array else a, dtype=dtype))
 
 
 def _take(a, indices, axis=None):
     a, indices = _in(a, True), _in(indices, True)
     n = a.size if axis is None else a.shape[axis]
-    return Array(np.take(a, indices % n, axis=axis))
+    return _made("take", np.take(a, indices % n, axis=axis))
 
 
 def _take_along_axis(a, indices, axis):
     a, indices = _in(a, True), _in(indices, True)
-    return Array(np.take_along_axis(a, indices % a.shape[axis], axis=axis))
+    return _made("take_along_axis", np.take_along_axis(a, indices % a.shape[axis], axis=axis))
 
 
 class Runtime:
@@ -313,7 +341,7 @@ def _library():
     for name, parameters in BIRTHS.items():
         setattr(xp, name, _birth(name, parameters))
     xp.asarray, xp.take, xp.take_along_axis = _asarray, _take, _take_along_axis
-    xp.astype = lambda x, dtype: Array(_in(x, True).astype(dtype))
+    xp.astype = lambda x, dtype: _made("astype", _in(x, True).astype(dtype))
     xp.ndarray, xp.inf, xp.newaxis, xp.__version__ = Array, np.inf, None, "guard"
     for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64", "complex64", "complex128"):
         setattr(xp, name, getattr(np, name))

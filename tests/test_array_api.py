@@ -47,7 +47,7 @@ def array_names(arguments):
 @every_op
 @given(st.data())
 def test_an_op_uses_nothing_but_the_array_api_standard(name, data):
-    if name in ("padding", "documents"):
+    if name in ("padding", "left_padding", "documents"):
         return
     arguments, _ = data.draw(documented_calls(ARRAY_OPS[name]))
     same(ARRAY_OPS[name](**moved(arguments)), ARRAY_OPS[name](**arguments))

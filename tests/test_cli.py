@@ -16,6 +16,7 @@ import tiny
 
 import npllm
 from npllm.checkpoints.fetch import DEFAULT_MODEL
+from npllm.kernels import fastest_ops
 
 CliRunner = pytest.importorskip("click.testing").CliRunner
 cli = pytest.importorskip("npllm.cli.commands")
@@ -206,6 +207,32 @@ def test_bench_profiles_every_operation(call, monkeypatch):
     assert {"prefill", "decode", "limits", "machine"} <= set(facts)
     lines = call("bench", *sizes).stdout
     assert "limits: 1.0 GB/s read, 10 GFLOP/s" in lines and "prefill of 3 tokens" in lines and lines.count("between the ops") == 2
+
+
+def test_bench_compares_sets_of_operations(call):
+    sizes = ("-p", 3, "-n", 2, "-r", 1, "--against", "blockwise", "--against", "reference")
+    facts = json.loads(call("bench", *sizes, "--json").stdout)
+    names = [one["ops"] for one in facts["sets"]]
+    assert names == [fastest_ops().name, "blockwise", "reference"] and list(facts["speedup"]) == names[1:]
+    for one in facts["sets"][1:]:
+        for what, ratio in facts["speedup"][one["ops"]].items():
+            own = facts["sets"][0]["tokens_per_second"][what]
+            assert ratio == own / one["tokens_per_second"][what]
+    lines = call("bench", *sizes).stdout
+    assert lines.count("tokens/s") == 9 and f"{names[0]} over reference: prefill" in lines
+    assert call("bench", *sizes, "--profile").exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["blockwise", "reference", "fast"])
+def test_a_set_of_operations_is_chosen_by_name(call, name):
+    facts = json.loads(call("bench", "-p", 2, "-n", 1, "-r", 1, "--ops", name, "--json").stdout)
+    assert facts["ops"] == (fastest_ops().name if name == "fast" else name)
+
+
+def test_the_cuda_kernels_need_cupy(call):
+    result = call("bench", "-p", 2, "-n", 1, "-r", 1, "--ops", "cuda")
+    assert result.exit_code == 1
+    assert 'ops="cuda" runs on CuPy arrays and needs backend="cupy", got backend="numpy"' in result.stderr
 
 
 def test_doctor_describes_the_machine(call):

@@ -17,6 +17,8 @@ from close import close
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, documented_calls, examples, normal
+from test_cuda_decode import VARIANTS, one_query, products
+from test_cuda_special import CALLS, NAMES, SPECIAL, alike, check_widened, finite_weight, patterns, widened_text
 from test_guard import KINDS
 from test_kernels_cuda import FLOATS, long_calls, projected, stored
 
@@ -24,7 +26,8 @@ import npllm
 from npllm import ops
 from npllm.arrays import to_numpy
 from npllm.kernels import cuda
-from npllm.ops.mask import causal
+from npllm.kernels.cuda import launching
+from npllm.ops.mask import causal, left_padding, sliding_window
 
 pytestmark = pytest.mark.gpu
 FIGURES = {}
@@ -78,7 +81,7 @@ def same(name, actual, desired, times=8.0):
 def test_every_op(name, data):
     arguments, _ = data.draw(documented_calls(ARRAY_OPS[name]))
     result = ARRAY_OPS[name](**moved(arguments))
-    if name not in ("padding", "documents"):
+    if name not in ("padding", "left_padding", "documents"):
         same(f"op {name}", result, ARRAY_OPS[name](**arguments))
 
 
@@ -109,13 +112,61 @@ def test_rms_norm_kernel(data, d_model, dtype):
     same("kernel rms_norm", cuda.rms_norm(*moved((x, weight)), 1e-5), ops.rms_norm(x, weight, 1e-5))
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("n_rows", [1, 2, 8, 9, 100])
-def test_linear_kernel(n_rows, dtype):
-    rng = np.random.default_rng(0)
-    d_out = 13 if REHEARSAL else 1003
-    x, w = rng.standard_normal((n_rows, 3072), dtype=np.float32), rng.standard_normal((d_out, 3072), dtype=np.float32).astype(dtype)
+@pytest.mark.parametrize("dtype", FLOATS.values())
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 8, 9, 16, 64, 65])
+def test_product_kernels(n_rows, dtype):
+    rng, d_in, d_out = np.random.default_rng(0), *((264, 12) if REHEARSAL else (3072, 1004))
+    x, w = rng.standard_normal((n_rows, d_in), dtype=np.float32), rng.standard_normal((d_out, d_in), dtype=np.float32).astype(dtype)
+    gain, residual = rng.standard_normal((d_in,), dtype=np.float32).astype(dtype), rng.standard_normal((n_rows, d_out), dtype=np.float32)
     same("kernel linear", cuda.linear(*moved((x, w))), ops.linear(x, w))
+    same("kernel linear, norm", cuda.norm_linear(*moved((x, gain)), 1e-5, moved(w)), ops.norm_linear(x, gain, 1e-5, w))
+    same("kernel linear, gate", cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(w)), ops.norm_swiglu(x, gain, 1e-5, w), times=20)
+    same("kernel linear, residual", cuda.linear_add(*moved((x, w, residual))), ops.linear_add(x, w, residual))
+
+
+@given(products())
+@examples(60)
+def test_products_of_all_sizes(call):
+    x, weight, bias, gain = call
+    same("kernel linear, small", cuda.norm_linear(*moved((x, gain)), 1e-5, *moved((weight, bias))), ops.norm_linear(x, gain, 1e-5, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values())
+def test_a_row_has_the_same_bits_in_any_company(dtype):
+    rng, d_in, d_out = np.random.default_rng(0), *((264, 12) if REHEARSAL else (3072, 100))
+    x, w = rng.standard_normal((16, d_in), dtype=np.float32), rng.standard_normal((d_out, d_in), dtype=np.float32).astype(dtype)
+    gain = rng.standard_normal((d_in,), dtype=np.float32).astype(dtype)
+    alone = [to_numpy(cuda.norm_linear(*moved((x[n : n + 1], gain)), 1e-5, moved(w)))[0].tobytes() for n in range(16)]
+    for n_rows in range(2, 17):
+        assert [row.tobytes() for row in to_numpy(cuda.norm_linear(*moved((x[:n_rows], gain)), 1e-5, moved(w)))] == alone[:n_rows]
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+def test_every_16_bit_pattern_is_widened_exactly(dtype):
+    """Compiled by CuPy with its own options; float16 is exact in a product as well."""
+    import cupy
+
+    options = (*launching.OPTIONS, f"-DENTRY={NAMES[dtype]}")
+    kernel = cupy.RawModule(code=widened_text(), options=options).get_function("widened")
+    x, want = patterns(dtype)
+    y = cupy.empty(2**16, dtype=cupy.float32)
+    kernel((256,), (256,), (moved(x), y, np.uint32(2**16)))
+    check_widened(to_numpy(y), want)
+    weight, want = finite_weight(dtype)
+    close(to_numpy(cuda.linear(*moved((np.eye(8, dtype=np.float32), weight)))), np.ascontiguousarray(want.T), times=0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", FLOATS.values())
+def test_nan_and_infinities(name, dtype):
+    draw, call = CALLS[name]
+    for full in draw(np.random.default_rng(0), dtype):
+        for special in SPECIAL:
+            for place in (0, -1, ...):
+                inputs = draw(np.random.default_rng(0), dtype)
+                inputs[full].reshape(-1)[place] = special
+                with np.errstate(all="ignore"):
+                    alike(to_numpy(call(cuda.CUDA, moved(inputs))), call(ops.reference, inputs))
 
 
 @given(st.data(), st.integers(1, 3000))
@@ -141,6 +192,30 @@ def test_attention_kernel_over_a_thousand_keys(d_head, dtype):
     q = rng.standard_normal((2, 8, n_seq, d_head), dtype=np.float32)
     k, v = (rng.standard_normal((2, 2, n_ctx, d_head), dtype=np.float32).astype(dtype) for _ in range(2))
     same(f"kernel attention, {n_ctx} keys", cuda.attention(*moved((q, k, v)), mask=causal()), ops.attention(q, k, v, mask=causal()))
+
+
+@given(one_query())
+@examples(100)
+def test_attention_kernel_of_one_query(call):
+    q, k, v, columns, options = call
+    same("kernel attend_one", cuda.attention(moved(q), moved(k)[..., columns, :], moved(v)[..., columns, :], **options),
+         ops.attention(q, k[..., columns, :], v[..., columns, :], **options))
+
+
+@pytest.mark.parametrize("window", [None, 2047])
+@pytest.mark.parametrize(("d_head", "dtype"), VARIANTS)
+def test_attention_kernel_of_one_query_over_thousands_of_keys(d_head, dtype, window):
+    """Padded on the left; each sequence has the bits that it has alone."""
+    n_ctx = 300 if REHEARSAL else 3500
+    rng, lengths = np.random.default_rng(0), [n_ctx, n_ctx * 3 // 5, 129, 1]
+    q = rng.standard_normal((4, 8, 1, d_head), dtype=np.float32)
+    k, v = (rng.standard_normal((4, 2, n_ctx, d_head), dtype=np.float32).astype(dtype) for _ in range(2))
+    start, mask = np.array([n_ctx - n for n in lengths]), causal() if window is None else sliding_window(window)
+    there = cuda.attention(*moved((q, k, v)), mask=mask & left_padding(moved(start)))
+    same(f"kernel attend_one, {n_ctx} keys", there, ops.attention(q, k, v, mask=mask & left_padding(start)))
+    for row, first in enumerate(start):
+        alone = cuda.attention(*moved((q[row : row + 1], k[row : row + 1, :, first:], v[row : row + 1, :, first:])), mask=mask)
+        assert to_numpy(alone)[0].tobytes() == to_numpy(there)[row].tobytes()
 
 
 @given(projected())

@@ -146,7 +146,7 @@ def test_the_stand_in_offers_nothing_that_cupy_has_not():
 def test_every_op_runs_and_agrees(name, data):
     arguments, _ = data.draw(documented_calls(ARRAY_OPS[name]))
     result = ARRAY_OPS[name](**moved(arguments))
-    if name not in ("padding", "documents"):
+    if name not in ("padding", "left_padding", "documents"):
         same(result, ARRAY_OPS[name](**arguments))
 
 

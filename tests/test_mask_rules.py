@@ -76,6 +76,8 @@ CASES = {
         lambda slots: (mask.global_tokens(slots), lambda _, i, j: i in slots or j in slots)),
     "random_blocks": _random_blocks(),
     "documents": _labels(3).map(lambda x: (mask.documents(x), lambda b, i, j: x[b, i] == x[b, j])),
+    "left_padding": st.lists(st.integers(0, N), min_size=N_BATCH, max_size=N_BATCH).map(
+        lambda start: (mask.left_padding(np.array(start)), lambda b, _, j: j >= start[b])),
     "padding": _labels(1).map(lambda x: (mask.padding(x > 0), lambda b, _, j: x[b, j] > 0)),
 }
 
@@ -111,6 +113,28 @@ def test_every_rule_is_tested():
 
 
 # ------------------------------------------------------------------------------------------------------------------ what they show
+
+
+banded = st.sampled_from(["bidirectional", "causal", "sliding_window", "lookback", "left_padding"]).flatmap(CASES.get)
+
+
+@given(st.lists(banded, min_size=1, max_size=4))
+def test_the_band_of_a_rule_says_all_that_the_rule_shows(pairs):
+    """What a kernel evaluates in the rule's place: a band of distances, from a first slot on where rows are padded."""
+    rule = pairs[0][0]
+    for other, _ in pairs[1:]:
+        rule = rule & other
+    low, high, start = rule.left_band
+    first = np.zeros(N_BATCH, int) if start is None else start
+    distance = np.arange(N)[:, None] - np.arange(N)[None, :]
+    inside = (low <= distance) & (distance < high)
+    close(table(rule, np.arange(N), np.arange(N)), inside & (np.arange(N) >= first[:, None, None]))
+    assert (rule.band is None) == (start is not None)
+
+
+@pytest.mark.parametrize("rule", [~causal(), causal() | causal(), causal() & mask.padding(np.ones((2, N), bool))])
+def test_a_rule_that_is_no_band_has_none(rule):
+    assert rule.band is None and rule.left_band is None
 
 
 @every_rule
@@ -175,6 +199,8 @@ def test_a_rule_speaks_the_strict_array_api(name, data):
         x = np.random.default_rng(0).integers(0, 2, (N_BATCH, N))
         x = x > 0 if name == "padding" else x
         rule, says = getattr(mask, name)(strict.asarray(x)), lambda b, i, j: x[b, j] if name == "padding" else x[b, i] == x[b, j]
+    if name == "left_padding":
+        rule, says = mask.left_padding(strict.asarray([3, 0])), lambda b, _, j: j >= (3, 0)[b]
     slots = strict.arange(N)
     shown = np.asarray(rule(slots[:, None], slots[None, :]))
     close(np.broadcast_to(shown, (N_BATCH, 1, N, N))[:, 0], said(says, range(N), range(N)))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FLOATS, batches, compute_dtypes, dtypes, normal, sizes
 
+from npllm import arrays
 from npllm.errors import NpllmValueError
 from npllm.ops import linear, merge_heads, split_heads
 
@@ -29,14 +30,14 @@ def test_linear_equals_the_sum_over_channels(data, x_dtype, w_dtype, batch, d_in
 def test_blocks_of_rows_change_nothing(data, x_dtype, w_dtype, d_in, d_out, entries):
     x, weight = data.draw(normal((3, d_in), x_dtype)), data.draw(normal((d_out, d_in), w_dtype))
     whole = linear(x, weight)
-    with mock.patch.object(MODULE, "BLOCK_ENTRIES", entries):
+    with mock.patch.object(arrays, "HOST_ENTRIES", entries):
         close(linear(x, weight), whole)
 
 
 @pytest.mark.parametrize("dtype", [name for name in FLOATS if name != "float32"])
 def test_a_weight_is_widened_block_by_block_and_never_whole(dtype, monkeypatch):
     seen, widen = [], MODULE.widen
-    monkeypatch.setattr(MODULE, "BLOCK_ENTRIES", 64)
+    monkeypatch.setattr(arrays, "HOST_ENTRIES", 64)
     monkeypatch.setattr(MODULE, "widen", lambda x, to=None: (seen.append(x), widen(x, to))[1])
     weight = np.ones((40, 8), FLOATS[dtype])
     x = np.ones((2, 8), np.float32)
@@ -47,7 +48,7 @@ def test_a_weight_is_widened_block_by_block_and_never_whole(dtype, monkeypatch):
 
 def test_memory_holds_one_widened_block_at_a_time(traced_peak):
     weight, x = np.ones((4096, 1024), FLOATS["bfloat16"]), np.ones((1, 1024), np.float32)
-    block = 4 * MODULE.BLOCK_ENTRIES
+    block = 4 * arrays.HOST_ENTRIES
     assert traced_peak(lambda: linear(x, weight)) < 2.5 * block < 4 * weight.size / 3
 
 

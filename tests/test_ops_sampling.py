@@ -1,6 +1,7 @@
 """softmax, the filters from logits to logits, greedy, and the draw."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import oracles
@@ -10,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import FLOATS, batches, compute_dtypes, dtypes, normal
 
+from npllm import arrays
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.ops import greedy, min_p, repetition_penalty, sample, softmax, temperature, top_k, top_p
 
@@ -90,6 +92,28 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
                                            (ABOVE(0.75, 1), 4), (1.0, 4)])
 def test_top_p_keeps_the_token_that_reaches_p_and_none_after_it_and_low_ids_first(p, n_kept):
     close(np.isfinite(top_p(QUARTERS, p)), np.arange(4) < n_kept)
+
+
+def top_p_of_all(logits, p):
+    """The same by a sort of the whole vocabulary."""
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    ranked = np.take_along_axis(softmax(logits.astype(F64)), order, axis=-1)
+    before = np.cumsum(ranked, axis=-1) - ranked
+    before[..., 1:] = np.cumsum(ranked, axis=-1)[..., :-1]
+    kept = np.take_along_axis((before < p) | (np.arange(logits.shape[-1]) == 0), np.argsort(order, axis=-1), axis=-1)
+    return np.where(kept, logits, np.asarray(-np.inf, logits.dtype))
+
+
+@given(st.data(), compute_dtypes, st.integers(1, 3), st.integers(1, 200), st.integers(1, 40), st.booleans(),
+       st.floats(0, 1, exclude_max=True))
+def test_top_p_behind_top_k_sorts_what_is_left_and_gives_the_same(data, dtype, n_batch, n_vocab, k, ties, p):
+    """Rows of which top_k leaves more and fewer; the result bit for bit that of a sort of all."""
+    logits = data.draw(normal((n_batch, n_vocab), dtype, 3.0))
+    logits = top_k(np.round(logits) if ties else logits, k)
+    sorted_sizes, sort = [], arrays.stable_argsort
+    with mock.patch.object(arrays, "stable_argsort", lambda x, xp: (sorted_sizes.append(x.shape[-1]), sort(x, xp))[1]):
+        close(top_p(logits, p), top_p_of_all(logits, p), times=0)
+    assert sorted_sizes == [np.isfinite(logits).sum(axis=-1).max()]
 
 
 @given(logit_rows(), probabilities)

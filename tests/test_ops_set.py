@@ -1,15 +1,18 @@
 """Ops: a set of operations, the replacing of one, and what becomes of the fusions that contain it."""
 
 import inspect
+import re
 import sys
 from collections import Counter
 from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
 import pytest
+import tiny
 from close import close
 
-from npllm import ops
+import npllm
+from npllm import kernels, ops
 from npllm.checkpoints.safetensors import LayerParams
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.ops import Ops, blockwise, reference
@@ -206,3 +209,20 @@ def test_the_fusions_of_the_blockwise_set_hold_its_own_attention():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["npllm.ops.attention"], "evaluate_mask", lambda *_: pytest.fail("the definition ran"))
         blockwise.rope_attention(qkv, cos, sin, *heads)
+
+
+@pytest.mark.parametrize(("name", "backend", "wanted"), [
+    ("blockwise", "numpy", ops.blockwise), ("reference", "cupy", ops.reference), ("fast", "numpy", kernels.fastest_ops()),
+    (None, "numpy", kernels.fastest_ops()), ("fast", "cupy", kernels.cuda_ops()), (None, "cupy", kernels.cuda_ops()),
+    ("cuda", "cupy", kernels.cuda_ops()), (ops.reference, "cupy", ops.reference)])
+def test_a_set_is_chosen_by_name(name, backend, wanted):
+    """The CUDA kernels are what runs on CuPy unless something else is asked for."""
+    assert kernels.choose_ops(name, backend) is wanted
+
+
+@pytest.mark.parametrize(("name", "said"), [("cuda", 'needs backend="cupy", got backend="numpy"'),
+                                            ("quick", "one of fast, cuda, blockwise, reference, got 'quick'")])
+def test_a_set_that_does_not_fit_is_named(name, said, tmp_path):
+    for call in (lambda: kernels.choose_ops(name), lambda: npllm.load(tiny.write_folder(tmp_path / "a"), ops=name)):
+        with pytest.raises(NpllmValueError, match=re.escape(said)):
+            call()

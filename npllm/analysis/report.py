@@ -14,7 +14,7 @@ import numpy as np
 from npllm import kernels, ops
 from npllm.analysis.profiling import seconds
 from npllm.analysis.score import score
-from npllm.arrays import backend_namespace, to_numpy
+from npllm.arrays import array_namespace, backend_name, backend_namespace, to_numpy
 from npllm.checkpoints.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
 from npllm.config.config import Config
@@ -24,8 +24,8 @@ from npllm.models import phi3
 from npllm.quantized.int8 import quantize
 from npllm.threads import blas_facts, n_threads
 
-__all__ = ["attention_rows", "checkpoint_facts", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
-           "next_tokens", "peak_memory", "profile_lines", "score_facts", "speed"]
+__all__ = ["attention_rows", "checkpoint_facts", "compare_sets", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
+           "next_tokens", "peak_memory", "profile_lines", "score_facts", "set_lines", "speed"]
 
 PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
             "numba", "threadpoolctl", "cupy-cuda13x")
@@ -298,6 +298,41 @@ def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
     facts = {name: counts[name] / statistics.median(seconds(run) for _ in range(repeat)) for name, run in runs.items()}
     return {"n_prompt": n_prompt, "n_new": n_new, "repeat": repeat, "ops": model.ops.name, "tokens_per_second": facts,
             "cache_speedup": facts["decode_cached"] / facts["decode_uncached"], "peak_bytes": peak_memory()}
+
+
+def compare_sets(model, others, **sizes):
+    """Measure a model on its own set of operations and on others, one after another.
+
+    Parameters
+    ----------
+    model : Model
+    others : iterable of str
+        Names of sets, see `npllm.kernels.choose_ops`.
+    **sizes
+        As in `speed`.
+
+    Returns
+    -------
+    facts : dict
+        "sets": what `speed` found, in the order measured, the model's own set first; "speedup": the tokens per second of the
+        model's own set over those of each other, by the name of that set and of what was measured.
+    """
+    backend = backend_name(array_namespace(model.params.embed_tokens))
+    models = [model, *(model.on(kernels.choose_ops(name, backend)) for name in others)]
+    sets = [speed(one, **sizes) for one in models]
+    own = sets[0]["tokens_per_second"]
+    return {"sets": sets, "speedup": {facts["ops"]: {name: own[name] / value for name, value in facts["tokens_per_second"].items()}
+                                      for facts in sets[1:]}}
+
+
+def set_lines(facts):
+    """Lay out what `compare_sets` found: yield lines of text."""
+    for one in facts["sets"]:
+        for name, value in one["tokens_per_second"].items():
+            yield f"{one['ops']:<12} {name:<16} {value:9.1f} tokens/s"
+    own = facts["sets"][0]["ops"]
+    for other, ratios in facts["speedup"].items():
+        yield f"{own} over {other}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
 
 
 def peak_memory():

@@ -22,8 +22,8 @@ from npllm.config.config import Config
 from npllm.decoding.loop import FILTER_ORDERS
 from npllm.encoder import Encoder, cosine_similarities
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
+from npllm.kernels import SETS
 from npllm.model import checkpoint_folder, load
-from npllm.ops import reference
 from npllm.text.tokenizer import Tokenizer
 
 
@@ -60,12 +60,11 @@ def _model_options(command):
     @_path_option
     @click.option("--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True)
     @click.option("--dtype", type=click.Choice((*DTYPES, "int8")), help="Of the weights. [as stored]")
-    @click.option("--ops", "ops_name", type=click.Choice(("fast", "reference")), default="fast", show_default=True,
-                  help="The fastest proven operations, or the definitions.")
+    @click.option("--ops", "ops_name", type=click.Choice(SETS), default="fast", show_default=True,
+                  help="The fastest proven operations; the CUDA kernels; the definitions, with blockwise attention or without.")
     @functools.wraps(command)
     def wrapped(*args, path, backend, dtype, ops_name, **kwargs):
-        ops = reference if ops_name == "reference" else None
-        return command(*args, model=lambda: _load_causal(path, backend=backend, dtype=dtype, ops=ops), **kwargs)
+        return command(*args, model=lambda: _load_causal(path, backend=backend, dtype=dtype, ops=ops_name), **kwargs)
 
     return wrapped
 
@@ -391,9 +390,16 @@ def fetch_command(name, revision, token):
 @click.option("-n", "--n-new", type=click.IntRange(min=1), default=32, show_default=True, help="New tokens.")
 @click.option("-r", "--repeat", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--profile", "by_op", is_flag=True, help="Time every operation, against the limits of the machine.")
+@click.option("--against", type=click.Choice(SETS), multiple=True,
+              help="Measure the same model on another set of operations as well; may be given again.")
 @_json_option
-def bench(model, as_json, by_op, **sizes):
+def bench(model, as_json, by_op, against, **sizes):
     """Measure prefill and decode tokens/s, with the cache and without."""
+    if by_op and against:
+        raise click.UsageError("--profile measures one set of operations: leave out --against, and choose the set with --ops")
+    if against:
+        facts = report.compare_sets(model(), against, **sizes) | {"machine": report.machine_facts()}
+        return _print_json(facts) if as_json else click.echo("\n".join(report.set_lines(facts)))
     if by_op:
         facts = profile(model(), **sizes) | {"machine": report.machine_facts()}
         return _print_json(facts) if as_json else click.echo("\n".join(report.profile_lines(facts)))

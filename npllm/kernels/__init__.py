@@ -9,8 +9,42 @@ import time
 from functools import cache
 
 from npllm import ops as _ops
+from npllm.errors import NpllmValueError
 
-__all__ = ["compiled_ops", "cuda_ops", "fastest_ops", "seconds_to_prepare", "tiled_ops", "why_not_compiled"]
+__all__ = ["SETS", "choose_ops", "compiled_ops", "cuda_ops", "fastest_ops", "seconds_to_prepare", "tiled_ops", "why_not_compiled"]
+
+SETS = ("fast", "cuda", "blockwise", "reference")  # sets of operations that have a name
+
+
+def choose_ops(ops, backend="numpy"):
+    """Return the set of operations that a caller means.
+
+    Parameters
+    ----------
+    ops : Ops, str or None
+        A set; or its name: "fast" (None as well) for the fastest of the backend, "cuda" for the CUDA kernels, "blockwise" for the
+        definitions with blockwise attention, "reference" for the definitions.
+    backend : str
+        "numpy" or "cupy": where the arrays live.
+
+    Returns
+    -------
+    ops : Ops
+
+    Raises
+    ------
+    NpllmValueError
+        For another name, and for the CUDA kernels where the arrays are NumPy's.
+    """
+    if ops is not None and not isinstance(ops, str):
+        return ops
+    if ops not in (None, *SETS):
+        raise NpllmValueError(f"ops must be an Ops or one of {', '.join(SETS)}, got {ops!r}")
+    if ops == "cuda" and backend == "numpy":
+        raise NpllmValueError('ops="cuda" runs on CuPy arrays and needs backend="cupy", got backend="numpy"')
+    if ops in ("blockwise", "reference"):
+        return getattr(_ops, ops)
+    return fastest_ops(backend)
 
 
 def fastest_ops(backend="numpy"):
@@ -19,15 +53,14 @@ def fastest_ops(backend="numpy"):
     Parameters
     ----------
     backend : str
-        "numpy": the compiled set where Numba can be imported, else the tiled one.  "cupy": the blockwise definitions, until the
-        set of CUDA kernels (`cuda_ops`) has been measured on a GPU.
+        "numpy": the compiled set where Numba can be imported, else the tiled one.  "cupy": the CUDA kernels.
 
     Returns
     -------
     ops : Ops
     """
     if backend != "numpy":
-        return _ops.blockwise
+        return cuda_ops()
     return compiled_ops() or tiled_ops()
 
 
@@ -45,7 +78,7 @@ def compiled_ops():
 
 @cache
 def cuda_ops():
-    """Return the set of CUDA kernels for CuPy arrays: `npllm.load(backend="cupy", ops=npllm.kernels.cuda_ops())`."""
+    """Return the set of CUDA kernels for CuPy arrays: what `npllm.load(backend="cupy")` runs on."""
     return importlib.import_module("npllm.kernels.cuda").cuda_ops()
 
 

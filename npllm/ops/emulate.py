@@ -8,12 +8,11 @@ type holds.
 from functools import partial
 from typing import NamedTuple
 
-from npllm.arrays import array_namespace, expect_shape, round_to, widen
+from npllm.arrays import array_namespace, entries_at_once, expect_shape, round_to, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.embedding import embed
 from npllm.ops.feedforward import silu
-from npllm.ops.linear import BLOCK_ENTRIES
 from npllm.ops.residual import add
 from npllm.ops.rope import _halves_to_pairs, _pairs_to_halves, _rotate_half, rope_tables
 
@@ -145,7 +144,7 @@ def _linear(rounded, x, weight, bias=None):
     expect_shape("weight", weight, d_out=None, d_in=x.shape[-1])
     d_out, d_in = weight.shape
     rows = xp.reshape(x, (-1, d_in))  # [..., d_in] -> [n, d_in]
-    n_rows = max(1, BLOCK_ENTRIES // max(1, d_in))
+    n_rows = max(1, entries_at_once(weight) // max(1, d_in))
     y = xp.concat([_product(rows, xp.matrix_transpose(rounded.weight(weight[start : start + n_rows, :])), xp)
                    for start in range(0, d_out, n_rows)], axis=-1)
     y = y if bias is None else y + rounded.weight(bias)

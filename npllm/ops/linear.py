@@ -2,13 +2,10 @@
 
 from math import prod
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
+from npllm.arrays import array_namespace, compute_dtype, entries_at_once, expect_shape, widen
 from npllm.errors import NpllmValueError
 
 __all__ = ["linear", "mean_pool_kv_heads", "merge_heads", "split_heads"]
-
-# Entries of a 16-bit weight that are widened at a time: 2**19 float32 are 2 MiB, which stays in a core's cache.
-BLOCK_ENTRIES = 2**19
 
 
 def linear(x, weight, bias=None):
@@ -36,7 +33,7 @@ def linear(x, weight, bias=None):
     Notes
     -----
     Computes and accumulates in float32, in float64 when `x` or `weight` is; rounds once, at the end.  A 16-bit weight is widened
-    block of rows by block of rows, never as a whole.
+    block of rows by block of rows, never as a whole (`npllm.arrays.entries_at_once`).
 
     Source: `torch.nn.Linear`.
     """
@@ -163,7 +160,7 @@ def _row_blocks(weight, dtype):
     d_out, d_in = weight.shape
     if weight.dtype == dtype or d_out == 0:
         return [weight]
-    n_rows = max(1, BLOCK_ENTRIES // max(1, d_in))
+    n_rows = max(1, entries_at_once(weight) // max(1, d_in))
     return [weight[start : start + n_rows, :] for start in range(0, d_out, n_rows)]
 
 

@@ -4,7 +4,7 @@ The filters follow Transformers: each excludes a token by giving it -inf, and so
 which they are applied matters, and engines differ in it: `npllm.decoding.loop.FILTER_ORDERS`.
 """
 
-from npllm.arrays import array_namespace, expect_shape, stable_argsort, to_numpy, widen
+from npllm.arrays import array_namespace, expect_shape, largest, to_numpy, widen
 from npllm.decision import check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 
@@ -212,6 +212,8 @@ def top_p(logits, p):
     Notes
     -----
     The token that crosses p is kept.  Equal logits rank by their id, lower first.  Probabilities are summed in float64.
+    Looks at one number on the host: how many tokens are not excluded yet.  Only those are sorted, so that `top_k` in front of it
+    saves the sort of the vocabulary.
 
     Source: "The Curious Case of Neural Text Degeneration" (Holtzman et al. 2019), section 3.1; `TopPLogitsWarper`.
     """
@@ -220,12 +222,15 @@ def top_p(logits, p):
         raise NpllmValueError(f"top_p must lie in 0 ... 1, got {p}")
     if p == 1:
         return logits
-    order = stable_argsort(-logits, xp)  # most likely first
+    n = int(to_numpy(xp.max(xp.sum(xp.astype(logits != -xp.inf, xp.int64), axis=-1)))) if logits.size else 0
+    order = largest(widen(logits), max(n, 1), xp)  # the most likely first; no other token has a probability
     ranked = xp.take_along_axis(softmax(widen(logits, xp.float64)), order, axis=-1)
-    before = xp.cumulative_sum(ranked, axis=-1) - ranked
-    first = xp.arange(logits.shape[-1]) == 0
-    rank = xp.argsort(order, axis=-1)  # the inverse permutation: where each token stands in the ranking
-    return _keep(xp, logits, xp.take_along_axis((before < p) | first, rank, axis=-1))
+    before = xp.cumulative_sum(ranked[..., :-1], axis=-1)  # of the probabilities that rank before the second, the third ...
+    last = xp.sum(xp.astype(before < p, xp.int64), axis=-1, keepdims=True)  # the rank of the last token that is kept
+    last_id = xp.take_along_axis(order, last, axis=-1)
+    least = xp.take_along_axis(logits, last_id, axis=-1)
+    ids = xp.arange(logits.shape[-1])
+    return _keep(xp, logits, (logits > least) | ((logits == least) & (ids <= last_id)))
 
 
 def min_p(logits, p):

@@ -11,6 +11,7 @@ from npllm import ops
 from npllm.kernels import cuda
 from npllm.ops.mask import causal
 
+WIDTHS = (64, 96, 128)  # of the heads of published models
 FLOATS = {
     "float": np.float32,
     "bf16": ml_dtypes.bfloat16,
@@ -27,10 +28,16 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
-def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Every (kernel, definitions), the kernel with the shortest source first."""
+def variants(common: bool = False) -> list[tuple[str, dict[str, Any]]]:
+    """Every (kernel, definitions), the kernel with the shortest source first, rare widths last.
+
+    `common` leaves out the widths of heads that no published model has.
+    """
     kernels: list[str] = sorted(cuda.VARIANTS, key=lambda kernel: len(cuda.source(kernel)))
-    return [(kernel, definitions) for kernel in kernels for definitions in cuda.VARIANTS[kernel]]
+    known: Any = cuda.VARIANTS
+    found = [(kernel, dict(definitions)) for kernel in kernels for definitions in known[kernel]]
+    usual = [variant for variant in found if variant[1].get("HEAD", WIDTHS[0]) in WIDTHS]
+    return usual if common else usual + [variant for variant in found if variant not in usual]
 
 
 def case(kernel: str, definitions: dict[str, Any]) -> Case:
@@ -58,7 +65,7 @@ def linear(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
 def rms_norm(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     """A few rows of the residual stream."""
     d_model = size(3072, 100)
-    weight = normal(rng, d_model, dtype=FLOATS[definitions["WEIGHT"]])
+    weight = normal(rng, d_model, dtype=FLOATS[definitions.get("ENTRY") or definitions["WEIGHT"]])
     return Case(cuda.rms_norm, ops.rms_norm, (normal(rng, 5, d_model), weight, 1e-5))
 
 
@@ -97,10 +104,25 @@ def attention(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     )
 
 
-CASES = {
+def attend_one(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """One query of every head over so many keys that they are split; a head of keys for one or more.
+
+    The kernel that merges the splits has no type and no group: it takes the plainest.
+    """
+    n_head = {1: 2, 4: 8}[int(definitions.get("GROUP", 1))]
+    n_ctx, d_head = size(700, 300), int(definitions["HEAD"])
+    dtype = FLOATS[definitions.get("ENTRY", "float")]
+    k, v = (normal(rng, 1, 2, n_ctx, d_head, dtype=dtype) for _ in range(2))
+    q = normal(rng, 1, n_head, 1, d_head)
+    return Case(cuda.attention, ops.attention, (q, k, v), {"mask": causal()})
+
+
+CASES: dict[str, Callable[[dict[str, Any], np.random.Generator], Case]] = {
     "linear": linear,
     "rms_norm": rms_norm,
     "swiglu": swiglu,
     "rope_append": rope_append,
     "attention": attention,
+    "attend_one": attend_one,
+    "attend_merge": attend_one,
 }

@@ -4,15 +4,26 @@ The smallest come first, and pytest is not needed.  A worker process runs the va
 dies, or the device no longer answers, the next worker continues after that variant.
 """
 
+import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from gpu.cases import case, variants
-from gpu.records import UNUSABLE, Records, plant, rehearsing, run_recorded, selected, supervise
+from gpu.records import (
+    UNUSABLE,
+    Records,
+    plant,
+    rehearsing,
+    run_recorded,
+    selected,
+    stage_seconds,
+    supervise,
+)
 
 TOLERANCE = 2e-5  # of the largest entry: sums of 8192 float32 numbers in any order stay below
 REPEAT = 1 if rehearsing() else 10
@@ -24,15 +35,20 @@ def main(folder: str, worker: bool = False) -> int:
     if worker:
         return work(records)
     code = supervise(records, [sys.executable, "-m", "gpu.kernels", folder, "--worker"])
-    passed = {name for name, record in records.latest().items() if record["status"] == "passed"}
-    return code or int(not passed or set(to_run()) - passed != set())
+    statuses = [records.latest().get(name, {}).get("status") for name in to_run()]
+    return code or int("passed" not in statuses or not set(statuses) <= {"passed", "not run"})
 
 
 def work(records: Records) -> int:
     """Run the variants in order, in this process."""
-    done = records.done()
+    done, stop = records.done(), time.monotonic() + stage_seconds()
+    if rehearsing():
+        compile_side_by_side(to_run())
     for number, (name, (kernel, definitions)) in enumerate(to_run().items()):
         if name in done:
+            continue
+        if time.monotonic() > stop:
+            records.add(name, "not run", why="the seconds of this stage are used up")
             continue
         passed = run_recorded(
             records, name, lambda n=number, k=kernel, d=definitions: measure(n, k, d)
@@ -45,7 +61,7 @@ def work(records: Records) -> int:
 
 def to_run() -> dict[str, tuple[str, dict[str, Any]]]:
     """The variants that are asked for, by name."""
-    named = {name_of(*variant): variant for variant in variants()}
+    named = {name_of(*variant): variant for variant in variants(common=rehearsing())}
     return {name: named[name] for name in selected("kernels", named)}
 
 
@@ -68,19 +84,38 @@ def measure(number: int, kernel: str, definitions: dict[str, Any]) -> dict[str, 
 
 def compile_facts(kernel: str, definitions: dict[str, Any]) -> dict[str, Any]:
     """Compile one variant with CuPy's own options; what the compiler says of it."""
-    from npllm.kernels import cuda
-
     start = time.perf_counter()
-    compiled = cuda._compiled(kernel, tuple(sorted(definitions.items())))
-    registers = compiled.num_regs  # asking for it compiles
-    compiled.compile()
+    compiled = compile_variant(kernel, definitions)
     return {
         "compiled": True,
         "compile_seconds": time.perf_counter() - start,
-        "registers": registers,
+        "registers": compiled.num_regs,
         "shared_bytes": compiled.shared_size_bytes,
         "spilled_bytes": compiled.local_size_bytes,
     }
+
+
+def compile_variant(kernel: str, definitions: dict[str, Any]) -> Any:
+    """Return one variant, compiled: a RawKernel."""
+    module = launching()
+    get = getattr(module, "compiled", None) or module._compiled
+    compiled = get(kernel, tuple(sorted(definitions.items())))
+    compiled.compile()
+    return compiled
+
+
+def compile_side_by_side(named: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """In a rehearsal: compile on all cores, since g++ takes a second or two for each variant."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for future in [pool.submit(compile_variant, *variant) for variant in named.values()]:
+            future.exception()  # comes again, and is recorded, where the variant has its turn
+
+
+def launching() -> Any:
+    """The module whose function launches every kernel."""
+    from npllm.kernels import cuda
+
+    return getattr(cuda, "launching", cuda)
 
 
 def compared(kernel: str, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -112,19 +147,19 @@ def compared(kernel: str, definitions: dict[str, Any]) -> dict[str, Any]:
 
 def launches(call: Any) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
     """Call a twin; return which variants it launched, and its result."""
-    from npllm.kernels import cuda
-
-    launched, launch = [], cuda._launch
+    module, launched = launching(), []
+    name = "launch" if hasattr(module, "launch") else "_launch"
+    launch = getattr(module, name)
 
     def noted(kernel, definitions, *arguments):
-        launched.append((kernel, definitions))
+        launched.append((kernel, dict(definitions)))
         return launch(kernel, definitions, *arguments)
 
-    cuda._launch = noted
+    setattr(module, name, noted)
     try:
         return launched, call()
     finally:
-        cuda._launch = launch
+        setattr(module, name, launch)
 
 
 def largest_error(got: np.ndarray, want: np.ndarray) -> float:

@@ -14,6 +14,7 @@ The tasks:
 
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -213,9 +214,15 @@ def need(*packages: str) -> None:
 
 
 def child(*arguments: str) -> dict[str, Any]:
-    """Run a Python program that prints JSON; a RuntimeError where it fails."""
+    """Run a Python program that prints JSON; an error where it fails, or takes too long."""
+    limit = float(os.environ.get("NPLLM_TASK_SECONDS", "inf"))  # ends before this process does
     ended = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=limit,
+        cwd=ROOT,
     )
     if ended.returncode:
         raise RuntimeError(

@@ -121,6 +121,13 @@ def selected(stage: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if not words or any(word in name for word in words)]
 
 
+def stage_seconds() -> float:
+    """The seconds that this stage has left, less some for its last record."""
+    started = float(os.environ.get("NPLLM_STAGE_STARTED", time.time()))
+    limit = float(os.environ.get("NPLLM_STAGE_SECONDS", "inf"))
+    return limit - 5 - (time.time() - started)
+
+
 def rehearsing() -> bool:
     """Whether the stand-in takes CuPy's place, and sizes are small."""
     return os.environ.get("NPLLM_REHEARSE") == "1"

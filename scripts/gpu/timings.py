@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.measure import NOT_RUN, TASKS
-from gpu.records import Records, ending, plant, rehearsing, run_recorded, selected
+from gpu.records import Records, ending, plant, rehearsing, run_recorded, selected, stage_seconds
 
 LEAST = 5.0  # seconds that a task needs at least
 
@@ -27,11 +27,6 @@ def main(folder: str) -> int:
             run_recorded(records, name, lambda n=number, name=name: run(n, name, stop))
             print(records.latest()[name], flush=True)
     return int(any(record["status"] == "failed" for record in records.latest().values()))
-
-
-def stage_seconds() -> float:
-    """The seconds that this stage has, less some for its last record."""
-    return float(os.environ.get("NPLLM_STAGE_SECONDS", "inf")) - 5
 
 
 def run(number: int, name: str, stop: float) -> dict[str, Any]:
@@ -48,6 +43,7 @@ def run(number: int, name: str, stop: float) -> dict[str, Any]:
             text=True,
             check=False,
             timeout=limit,
+            env=os.environ | {"NPLLM_TASK_SECONDS": str(limit - 2)},
         )
     except subprocess.TimeoutExpired:
         return {"status": "failed", "why": f"took more than {limit:g} s"}

@@ -1,13 +1,20 @@
-// Attention block by block with an online softmax, for many queries at a time (FlashAttention-2, algorithm 1).
-//     m' = max(m, max_j s_j),   l' = l * exp(m - m') + sum_j exp(s_j - m'),   a' = a * exp(m - m') + sum_j exp(s_j - m') * v_j
-// A block has 4 warps, and each warp ROWS queries of one head.  Lane j of a warp holds the score of key j of the tile, and
-// channels j, j + 32, ... of the sums.  Query slot i sees key slot j where low <= i - j < high; tiles outside are skipped.
-// Built with HEAD = 64, 96 or 128, and ENTRY = float, bf16 or f16, the type of k and v.  Sums are float32.
+// Attention block by block with an online softmax, for many queries (FlashAttention-2,
+// algorithm 1).
+//     m' = max(m, max_j s_j),   l' = l * exp(m - m') + sum_j exp(s_j - m')
+//     a' = a * exp(m - m') + sum_j exp(s_j - m') * v_j;   at the end  y = a / l
+// A block has 4 warps, and each warp ROWS queries of one head.  Lane j of a warp holds the score of
+// key j of the tile, and channels j, j + 32, ... of the sums.
+//
+// Query slot i sees key slot j where low <= i - j < high, and j is not before start[b], where the
+// padding of row b ends; tiles outside are skipped.  A key that is not seen counts for nothing,
+// whatever it holds.
+//
+// Built with HEAD = 64, 96 or 128, and ENTRY = float, bf16 or f16, the type of k and v.
 
 #define WARPS 4
 #define ROWS 4
 #define KEYS 32
-#define NOTHING (-1e38f)
+#define HIDDEN (-1.0f)  // in the place of exp(s - m), which is never negative
 
 template <typename T, int D>
 __device__ void load_tile(float* tile, const T* x, i64 row_stride, i64 first, i64 n, int pitch) {
@@ -18,24 +25,29 @@ __device__ void load_tile(float* tile, const T* x, i64 row_stride, i64 first, i6
 }
 
 template <typename T, int D>
-__device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i64 k_row, i64 v_row, i64 first_row,
-                       i64 shift, i64 low, i64 high, float scale) {
-    __shared__ float queries[WARPS * ROWS][D], keys[KEYS * (D + 1)], values[KEYS * D];  // keys: pitch D + 1 spares bank conflicts
+__device__ void
+attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i64 k_row, i64 v_row,
+       i64 y_row, i64 first_row, i64 shift, i64 low, i64 high, i64 unpadded, float scale) {
+    __shared__ float queries[WARPS * ROWS][D], values[KEYS * D];
+    __shared__ float keys[KEYS * (D + 1)];  // the pitch D + 1 spares bank conflicts
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int at = threadIdx.x; at < WARPS * ROWS * D; at += WARPS * 32) {
         i64 row = first_row + at / D;
-        queries[at / D][at % D] = row < n_seq ? q[row * D + at % D] * scale : 0.0f;
+        queries[at / D][at % D] = row < n_seq ? q[row * D + at % D] : 0.0f;
     }
     float m[ROWS], l[ROWS], a[ROWS][D / 32];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        m[r] = NOTHING;
+        m[r] = minus_infinity();
         l[r] = 0.0f;
 #pragma unroll
         for (int c = 0; c < D / 32; ++c) a[r][c] = 0.0f;
     }
-    i64 last_row = first_row + WARPS * ROWS - 1 < n_seq - 1 ? first_row + WARPS * ROWS - 1 : n_seq - 1;
-    i64 start = first_row + shift - high + 1, stop = last_row + shift - low + 1;  // keys that any query of the block sees
+    i64 last_row =
+        first_row + WARPS * ROWS - 1 < n_seq - 1 ? first_row + WARPS * ROWS - 1 : n_seq - 1;
+    // Keys that any query of the block sees.
+    i64 start = first_row + shift - high + 1, stop = last_row + shift - low + 1;
+    start = start > unpadded ? start : unpadded;
     start = start > 0 ? start / KEYS * KEYS : 0;
     stop = stop < n_ctx ? stop : n_ctx;
     for (i64 first = start; first < stop; first += KEYS) {
@@ -50,16 +62,18 @@ __device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_s
         for (int c = 0; c < D; ++c) {
             float key = keys[lane * (D + 1) + c];
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) s[r] += queries[warp * ROWS + r][c] * key;
+            for (int r = 0; r < ROWS; ++r) s[r] = fmaf(queries[warp * ROWS + r][c], key, s[r]);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            i64 distance = first_row + warp * ROWS + r + shift - (first + lane);
-            bool visible = first + lane < n_ctx && low <= distance && distance < high;
-            float m_new = fmaxf(m[r], warp_max(visible ? s[r] : NOTHING)), decay = expf(m[r] - m_new);
-            s[r] = visible ? expf(s[r] - m_new) : 0.0f;
-            l[r] = l[r] * decay + warp_sum(s[r]);
+            i64 key = first + lane, distance = first_row + warp * ROWS + r + shift - key;
+            bool visible = key < n_ctx && key >= unpadded && low <= distance && distance < high;
+            float score = visible ? s[r] * scale : minus_infinity();
+            float m_new = fmaxf(m[r], warp_max(score)), p = expf(score - shift_of(m_new)),
+                  decay = expf(m[r] - shift_of(m_new));
+            l[r] = l[r] * decay + warp_sum(visible ? p : 0.0f);
             m[r] = m_new;
+            s[r] = visible ? p : HIDDEN;
 #pragma unroll
             for (int c = 0; c < D / 32; ++c) a[r][c] *= decay;
         }
@@ -68,8 +82,10 @@ __device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_s
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
                 float p = __shfl_sync(ALL_LANES, s[r], j);
+                if (p == HIDDEN) continue;  // the same for the whole warp
 #pragma unroll
-                for (int c = 0; c < D / 32; ++c) a[r][c] += p * values[j * D + lane + 32 * c];
+                for (int c = 0; c < D / 32; ++c)
+                    a[r][c] = fmaf(p, values[j * D + lane + 32 * c], a[r][c]);
             }
         }
     }
@@ -78,14 +94,19 @@ __device__ void attend(const float* q, const T* k, const T* v, float* y, i64 n_s
         i64 row = first_row + warp * ROWS + r;
 #pragma unroll
         for (int c = 0; c < D / 32; ++c)
-            if (row < n_seq) y[row * D + lane + 32 * c] = l[r] > 0.0f ? a[r][c] / l[r] : 0.0f;  // a row that sees no key is zero
+            if (row < n_seq) y[row * y_row + lane + 32 * c] = mean_of(a[r][c], l[r]);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-attention(const float* q, const ENTRY* k, const ENTRY* v, float* y, i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq, i64 n_ctx,
-          i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 shift, i64 low, i64 high, float scale) {
-    i64 head = blockIdx.x / n_tiles, b = head / n_head, kv = head % n_head / (n_head / n_kv_head);
-    attend<ENTRY, HEAD>(q + head * n_seq * HEAD, k + b * k_batch + kv * k_head, v + b * v_batch + kv * v_head, y + head * n_seq * HEAD,
-                        n_seq, n_ctx, k_row, v_row, blockIdx.x % n_tiles * (WARPS * ROWS), shift, low, high, scale);
+    attention(const float* q, const ENTRY* k, const ENTRY* v, const i64* start, float* y,
+              i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq, i64 n_ctx, i64 k_batch, i64 k_head,
+              i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 y_batch, i64 y_head, i64 y_row,
+              i64 q_slot, i64 k_slot, i64 low, i64 high, float scale) {
+    i64 head = blockIdx.x / n_tiles, b = head / n_head, h = head % n_head,
+        kv = h / (n_head / n_kv_head);
+    attend<ENTRY, HEAD>(q + head * n_seq * HEAD, k + b * k_batch + kv * k_head,
+                        v + b * v_batch + kv * v_head, y + b * y_batch + h * y_head, n_seq, n_ctx,
+                        k_row, v_row, y_row, blockIdx.x % n_tiles * (WARPS * ROWS), q_slot - k_slot,
+                        low, high, start ? start[b] - k_slot : 0, scale);
 }

@@ -1,12 +1,28 @@
-// What every kernel here uses.  Prepended to each source; no header is included, so that NVRTC needs none.
-// The subset is small on purpose (static __shared__, full-mask shuffles, 1-D blocks, no return before a barrier):
-// tests/cuda_shim.h runs the same text on a CPU.
+// What every kernel here uses.  Prepended to each source; no header is included: NVRTC needs none.
+// The subset is small on purpose (static __shared__, full-mask shuffles, 1-D blocks, no return
+// before a barrier): tests/cuda_shim.h runs the same text on a CPU.
+//
+// CuPy compiles with -ftz=true: arithmetic takes a subnormal float32 (below 2**-126) for zero, and
+// gives zero in the place of a subnormal result.  Widening is exact for every pattern all the same;
+// bfloat16's subnormals are subnormal float32 numbers, of which the next operation makes zero.
 
 #define ALL_LANES 0xffffffffu
 typedef long long i64;
 
-struct f16 { unsigned short bits; };   // storage types: widened by hand, since sm_75 has no bfloat16 arithmetic
-struct bf16 { unsigned short bits; };
+// Storage types.  They are widened by hand, since sm_75 has no bfloat16 arithmetic.
+struct f16 {
+    unsigned short bits;
+};
+struct bf16 {
+    unsigned short bits;
+};
+
+// 16 bytes, which one load fetches: 8 entries of a 16-bit type, 4 of float.
+template <typename T>
+struct alignas(16) Pack {
+    static constexpr int N = 16 / sizeof(T);
+    T entry[N];
+};
 
 __device__ inline float widen(float x) { return x; }
 
@@ -14,9 +30,24 @@ __device__ inline float widen(bf16 x) { return __uint_as_float((unsigned)x.bits 
 
 __device__ inline float widen(f16 x) {
     unsigned sign = (unsigned)(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-    float magnitude = rest >= 0x7c00u ? __uint_as_float(0x7f800000u | (rest << 13))           // inf and NaN
-                                      : __uint_as_float(rest << 13) * 5.192296858534828e33f;  // times 2**112: exponent bias 15 to 127
-    return __uint_as_float(__float_as_uint(magnitude) | sign);
+    // The exponent's bias goes from 15 to 127; that of infinity and NaN stays all ones.
+    unsigned bits = (rest << 13) + ((rest < 0x7c00u ? 112u : 224u) << 23);
+    // Subnormal: 2**-14 * (1 + m / 1024) - 2**-14 is exact, and no number in it is subnormal here.
+    float subnormal = __uint_as_float(bits + (1u << 23)) - 6.103515625e-5f;
+    return __uint_as_float((rest < 0x400u ? __float_as_uint(subnormal) : bits) | sign);
+}
+
+__device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
+
+// A maximum that may be subtracted: -infinity means that nothing was seen, and any number will do.
+__device__ inline float shift_of(float m) { return m == minus_infinity() ? 0.0f : m; }
+
+// A weighted sum over the sum of its weights; a query that saw no key has 0 / 0, and gives 0.
+__device__ inline float mean_of(float a, float l) { return a / (l == 0.0f ? 1.0f : l); }
+
+__device__ inline float swiglu_of(float gate, float up) {
+    float decay = expf(-fabsf(gate));  // of -|gate| only, so that it cannot overflow
+    return gate * (gate >= 0.0f ? 1.0f : decay) / (1.0f + decay) * up;
 }
 
 __device__ inline float warp_sum(float x) {

@@ -1,5 +1,5 @@
-// y[row, i] = weight[i] * x[row, i] / sqrt(mean_j x[row, j]**2 + eps): a block a row, float32 throughout.
-// Built with WEIGHT = float, bf16 or f16.
+// y[row, i] = weight[i] * x[row, i] / sqrt(mean_j x[row, j]**2 + eps): a block a row, in float32.
+// Built with ENTRY = float, bf16 or f16, the type of weight.
 
 template <typename W>
 __device__ void rms_norm_row(const float* x, const W* weight, float* y, i64 d_model, float eps) {
@@ -13,9 +13,11 @@ __device__ void rms_norm_row(const float* x, const W* weight, float* y, i64 d_mo
     float total = 0.0f;
     for (int warp = 0; warp < blockDim.x / 32; ++warp) total += partial[warp];
     float root = sqrtf(total / (float)d_model + eps);
-    for (i64 i = threadIdx.x; i < d_model; i += blockDim.x) y[blockIdx.x * d_model + i] = widen(weight[i]) * (row[i] / root);
+    for (i64 i = threadIdx.x; i < d_model; i += blockDim.x)
+        y[blockIdx.x * d_model + i] = widen(weight[i]) * (row[i] / root);
 }
 
-extern "C" __global__ void rms_norm(const float* x, const WEIGHT* weight, float* y, i64 d_model, float eps) {
-    rms_norm_row<WEIGHT>(x, weight, y, d_model, eps);
+extern "C" __global__ void
+rms_norm(const float* x, const ENTRY* weight, float* y, i64 d_model, float eps) {
+    rms_norm_row<ENTRY>(x, weight, y, d_model, eps);
 }

@@ -1,29 +1,34 @@
-// Cut projected rows into heads, rotate q and k, and write k and v where the cache has made room: a thread an entry.
-//     y[i] = x[i] * cos[i] - x[i + half] * sin[i],   y[i + half] = x[i + half] * cos[i] + x[i] * sin[i],   half = d_rope / 2
-// Rows of qkv are q | k | v.  q is [n_batch, n_head, n_seq, d_head] in one piece; k and v have strides, counted in entries.
-// Built with ENTRY, the type of all of them.
+// Cut projected rows into heads, rotate q and k, and write k and v where the cache has made room.
+//     y[i] = x[i] * cos[i] - x[i + half] * sin[i],   half = d_rope / 2
+//     y[i + half] = x[i + half] * cos[i] + x[i] * sin[i]
+// A thread an entry.  Rows of qkv are q | k | v.  q is [n_batch, n_head, n_seq, d_head] in one
+// piece; k and v have strides, counted in entries.
 
-template <typename T>
-__device__ T rotated(const T* head, unsigned i, const T* cos, const T* sin, unsigned d_rope) {
+__device__ float
+rotated(const float* head, unsigned i, const float* cos, const float* sin, unsigned d_rope) {
     if (i >= d_rope) return head[i];
     unsigned half = d_rope / 2;
-    T turned = i < half ? -head[i + half] : head[i - half];
+    float turned = i < half ? -head[i + half] : head[i - half];
     return head[i] * cos[i] + turned * sin[i];
 }
 
-extern "C" __global__ void rope_append(const ENTRY* qkv, const ENTRY* cos, const ENTRY* sin, ENTRY* q, ENTRY* k, ENTRY* v, unsigned n,
-                                       unsigned n_seq, unsigned n_head, unsigned n_kv_head, unsigned d_head, unsigned d_rope,
-                                       i64 table_batch, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row) {
+extern "C" __global__ void
+rope_append(const float* qkv, const float* cos, const float* sin, float* q, float* k, float* v,
+            unsigned n, unsigned n_seq, unsigned n_head, unsigned n_kv_head, unsigned d_head,
+            unsigned d_rope, i64 table_batch, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch,
+            i64 v_head, i64 v_row) {
     unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= n) return;
     unsigned i = at % d_head, n_all = n_head + 2 * n_kv_head;
     unsigned h = at / d_head % n_all, row = at / d_head / n_all, b = row / n_seq, s = row % n_seq;
-    const ENTRY* head = qkv + (at - i);
+    const float* head = qkv + (at - i);
     i64 table = b * table_batch + s * d_rope;
     if (h < n_head) {
-        q[((b * n_head + h) * n_seq + s) * d_head + i] = rotated(head, i, cos + table, sin + table, d_rope);
+        q[((b * n_head + h) * n_seq + s) * d_head + i] =
+            rotated(head, i, cos + table, sin + table, d_rope);
     } else if (h < n_head + n_kv_head) {
-        k[b * k_batch + (h - n_head) * k_head + s * k_row + i] = rotated(head, i, cos + table, sin + table, d_rope);
+        k[b * k_batch + (h - n_head) * k_head + s * k_row + i] =
+            rotated(head, i, cos + table, sin + table, d_rope);
     } else {
         v[b * v_batch + (h - n_head - n_kv_head) * v_head + s * v_row + i] = head[i];
     }

@@ -7,7 +7,7 @@ drop the mask where everything is.
 """
 
 from npllm.ops.mask.dense import bidirectional, causal, lookback, prefix_lm, sliding_window
-from npllm.ops.mask.labels import documents, padding
+from npllm.ops.mask.labels import documents, left_padding, padding
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
 from npllm.ops.mask.sparse import (
     band,
@@ -22,5 +22,5 @@ from npllm.ops.mask.sparse import (
 from npllm.ops.mask.table import to_bool
 
 __all__ = ["ALL", "NONE", "SOME", "Rule", "band", "bidirectional", "block_local", "causal", "dilated_window", "documents", "fixed",
-           "global_tokens", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks", "sliding_window", "strided",
-           "to_bool"]
+           "global_tokens", "left_padding", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks",
+           "sliding_window", "strided", "to_bool"]

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from npllm.arrays import array_namespace, expect_shape, is_integer
+from npllm.arrays import array_namespace, expect_shape, host_range, is_integer
 from npllm.errors import NpllmTypeError
 from npllm.ops.mask.dense import check_slots
-from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
+from npllm.ops.mask.rule import ALL, FAR, NONE, SOME, Rule
 
-__all__ = ["documents", "padding"]
+__all__ = ["documents", "left_padding", "padding"]
 
 
 def padding(valid):
@@ -46,6 +46,48 @@ def padding(valid):
         return SOME if block is None else ALL if block.all() else SOME if block.any() else NONE
 
     return Rule(lambda _, j: _labels_at(xp, valid, j), bound)
+
+
+def left_padding(start):
+    """Hide the keys before each row's first token: padding that stands on the left.
+
+        visible(i, j) = j >= start[batch]
+
+    Parameters
+    ----------
+    start : integer array [n_batch]
+        The slot of the first token of each row.
+
+    Returns
+    -------
+    rule : Rule
+        Its array has the axes [n_batch, 1, ...]: the same for every head.  Equals `padding` of what is padded on the left, and is a
+        form that a kernel can evaluate (`Rule.left_band`).
+
+    Raises
+    ------
+    NpllmTypeError
+        When `start` holds no integers.
+
+    Notes
+    -----
+    Source: `attention_mask` in Transformers with `padding_side="left"`, as generation needs it.
+    """
+    xp = array_namespace(start)
+    expect_shape("start", start, n_batch=None)
+    if not is_integer(start):
+        raise NpllmTypeError(f"start must be integers, got dtype {start.dtype}")
+
+    def visible(i, j):
+        return (xp.reshape(start, (-1, 1, *(1 for _ in j.shape))) <= j) & (i == i)
+
+    def bound(_, __, j_low, j_high):
+        first_last = host_range(start)
+        if first_last is None:
+            return SOME
+        return ALL if j_low >= first_last[1] else NONE if j_high < first_last[0] else SOME
+
+    return Rule(visible, bound, left_band=(-FAR, FAR, start))
 
 
 def documents(labels):

@@ -7,7 +7,10 @@ drop the mask where everything is.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from npllm.arrays import array_namespace
 
 __all__ = ["ALL", "FAR", "NONE", "SOME", "Rule"]
 
@@ -36,24 +39,39 @@ class Rule:
         SOME is always a correct answer, NONE and ALL are promises.
     band : tuple (low, high), optional
         What a kernel may evaluate instead: the rule is exactly low <= i - j < high.  None: it is no such band.
+    left_band : tuple (low, high, start), optional
+        The same for rows that are padded on the left: the rule is exactly low <= i - j < high and j >= start[batch].  `start` is an
+        integer array [n_batch], or None where nothing is padded, which is what a `band` implies.
     """
 
     visible: Callable
     bound: Callable = _unknown
     band: tuple[int, int] | None = None
+    left_band: tuple[int, int, Any] | None = field(default=None, compare=False)
+
+    def __post_init__(self):
+        if self.band and self.left_band is None:
+            object.__setattr__(self, "left_band", (*self.band, None))
 
     def __call__(self, i, j):
         """Evaluate the rule on slots."""
         return self.visible(i, j)
 
     def __and__(self, other):
-        band = None
-        if self.band and other.band:
-            band = max(self.band[0], other.band[0]), min(self.band[1], other.band[1])
-        return Rule(lambda i, j: self(i, j) & other(i, j), lambda *block: min(self.bound(*block), other.bound(*block)), band)
+        left_band = _both(self.left_band, other.left_band) if self.left_band and other.left_band else None
+        band = left_band[:2] if self.band and other.band else None
+        return Rule(lambda i, j: self(i, j) & other(i, j), lambda *block: min(self.bound(*block), other.bound(*block)), band,
+                    left_band)
 
     def __or__(self, other):
         return Rule(lambda i, j: self(i, j) | other(i, j), lambda *block: max(self.bound(*block), other.bound(*block)))
 
     def __invert__(self):
         return Rule(lambda i, j: ~self(i, j), lambda *block: ALL - self.bound(*block))
+
+
+def _both(one, other):
+    """Intersect two bands behind padding."""
+    starts = [band[2] for band in (one, other) if band[2] is not None]
+    start = array_namespace(*starts).maximum(*starts) if len(starts) == 2 else (*starts, None)[0]
+    return max(one[0], other[0]), min(one[1], other[1]), start

@@ -1,0 +1,103 @@
+"""Products with a weight matrix, fused with the norm before and with what comes behind them."""
+
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import array_namespace
+from npllm.kernels.cuda import launching
+from npllm.kernels.cuda.launching import NULL, aligned, entry, even_rows
+from npllm.kernels.cuda.rows import MOST, rms_norm, swiglu
+from npllm.ops import add, blockwise
+
+__all__ = ["MOST_ROWS", "ROWS", "linear", "linear_add", "norm_linear", "norm_swiglu"]
+
+Array = Any
+
+THREADS, WARPS = 128, 4  # of linear.cu
+ROWS = (1, 2, 4, 8)  # rows of x that a block can take
+
+# Rows of x up to which linear.cu is used, by the bytes of an entry of the weight.
+#
+# With more, the definition widens a 16-bit weight in large blocks and multiplies by cuBLAS: of a
+# weight of W bytes it moves 5 W (reads W, writes 2 W of float32, reads those), at any number of
+# rows.  The kernel moves W through DRAM, since blocks that share rows of the weight run side by
+# side, and n / 8 * W through the second-level cache, which is about twice as fast: at n = 80 rows
+# both cost the same.  64 is the last multiple of 8 rows a block that is well below.
+#
+# A float32 weight is not widened, and the definition moves W.  16 rows keep the promise that a row
+# has the same bits in a batch of 1 to 16.  Both numbers are reckoned, and not measured.
+MOST_ROWS = {2: 64, 4: 16}
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Multiply each row by the transposed weight matrix: the twin of `npllm.ops.linear`.
+
+    The weight is read once, as it is stored.  Up to 64 rows, 16 with a float32 weight; more rows go
+    to the definition.
+    """
+    if not _fits(x, weight, bias):
+        return blockwise.linear(x, weight, bias)
+    return _launch(x, weight, bias=bias)
+
+
+def norm_linear(x: Array, norm_weight: Array, eps: float, weight: Array,
+                bias: Array | None = None) -> Array:
+    """Normalise and multiply by a weight: the twin of `npllm.ops.norm_linear`, in one kernel."""
+    if not (_fits(x, weight, bias) and _is_vector(norm_weight, weight, 1)):
+        return linear(rms_norm(x, norm_weight, eps), weight, bias)
+    return _launch(x, weight, gain=norm_weight, eps=eps, bias=bias)
+
+
+def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array,
+                bias: Array | None = None) -> Array:
+    """Normalise, multiply and gate: the twin of `npllm.ops.norm_swiglu`, in one kernel."""
+    fits = _fits(x, weight, bias) and _is_vector(norm_weight, weight, 1)
+    if not fits or weight.shape[0] % 2:
+        gate_up = norm_linear(x, norm_weight, eps, weight, bias)
+        d_ff = gate_up.shape[-1] // 2
+        return swiglu(gate_up[..., :d_ff], gate_up[..., d_ff:])
+    return _launch(x, weight, gain=norm_weight, eps=eps, bias=bias, gated=True)
+
+
+def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
+    """Multiply by a weight and add to the stream: the twin of `npllm.ops.linear_add`."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    if not (_fits(x, weight, bias) and entry(residual) == "float" and residual.shape == shape):
+        return add(residual, linear(x, weight, bias))
+    return _launch(x, weight, bias=bias, residual=residual)
+
+
+def _fits(x: Array, weight: Array, bias: Array | None) -> bool:
+    """Tell whether linear.cu takes these: a few float32 rows, and a weight of whole packs."""
+    name = entry(weight)
+    if name is None or entry(x) != "float" or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    itemsize, (d_out, d_in) = weight.dtype.itemsize, weight.shape
+    fits = 0 < x.size < MOST and 0 < d_out < MOST and d_in * itemsize % launching.ALIGNMENT == 0
+    few = fits and x.size // d_in <= MOST_ROWS[itemsize]
+    return few and (bias is None or _is_vector(bias, weight, 0))
+
+
+def _is_vector(x: Array, weight: Array, axis: int) -> bool:
+    """Tell whether `x` goes along an axis of the weight, in its type."""
+    if entry(x) is None:
+        return False
+    return x.dtype == weight.dtype and x.shape == weight.shape[axis : axis + 1]
+
+
+def _launch(x: Array, weight: Array, *, gain: Array | None = None, eps: float = 0.0,
+            bias: Array | None = None, residual: Array | None = None, gated: bool = False) -> Array:
+    """Run linear.cu on what fits it; return y [..., d_out], d_out / 2 channels where gated."""
+    xp, (d_out, d_in) = array_namespace(x, weight), weight.shape
+    half = d_out // 2 if gated else 0
+    y, weight = xp.empty((*x.shape[:-1], half or d_out), dtype=xp.float32), aligned(weight, xp)
+    x, x_row = even_rows(x, xp, launching.ALIGNMENT)
+    vectors = [NULL if z is None else xp.ascontiguousarray(z) for z in (gain, bias, residual)]
+    n_rows = x.size // d_in
+    rows = next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
+    outs = WARPS * (4 if rows >= 4 else 2)  # of a block
+    launching.launch("linear", (("ENTRY", entry(weight)), ("ROWS", rows)),
+                     -(-d_out // outs) * -(-n_rows // rows), THREADS, x, weight, *vectors, y,
+                     *map(np.uint32, (n_rows, d_in, d_out, half)), np.int64(x_row), np.float32(eps))
+    return y

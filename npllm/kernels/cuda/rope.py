@@ -1,0 +1,67 @@
+"""Between the first projection and attention: heads, rotation, and the append to the cache."""
+
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import array_namespace
+from npllm.kernels.cuda import launching
+from npllm.kernels.cuda.attention import attention, head_steps
+from npllm.kernels.cuda.launching import entry
+from npllm.kernels.cuda.rows import MOST
+from npllm.ops import blockwise
+from npllm.ops.fusions import compose_rope_attention
+from npllm.ops.linear import merge_heads
+
+__all__ = ["rope_attention"]
+
+Array = Any
+
+THREADS = 256
+
+
+def rope_attention(qkv: Array, cos: Array, sin: Array, n_head: int, n_kv_head: int, *,
+                   mask: Any = None, cache: Any = None, layer: int = 0) -> Array:
+    """Cut into heads, rotate, append to the cache, attend: the twin of `npllm.ops.rope_attention`.
+
+    Everything before the attention is one kernel, which writes keys and values into the cache.
+    """
+    fits = entry(qkv) == entry(cos) == entry(sin) == "float" and cos.shape == sin.shape
+    fits = fits and qkv.ndim == 3 and 0 < qkv.size < MOST
+    if not (fits and _tables_fit(qkv, cos, n_head + 2 * n_kv_head)):
+        parts = blockwise.replace(attention=attention)
+        return compose_rope_attention(parts, qkv, cos, sin, n_head, n_kv_head, mask=mask,
+                                      cache=cache, layer=layer)
+    xp = array_namespace(qkv, cos, sin)
+    n_batch, n_seq, width = qkv.shape
+    d_head = width // (n_head + 2 * n_kv_head)
+    q = xp.empty((n_batch, n_head, n_seq, d_head), dtype=xp.float32)
+    slots = {}
+    if cache is None:
+        k, v = (xp.empty((n_batch, n_kv_head, n_seq, d_head), dtype=xp.float32) for _ in range(2))
+    else:
+        like = q[:, :n_kv_head]  # of the shape, dtype and library of new keys and values
+        k, v, k_slots = cache.extend(layer, like, like)
+        slots = {"q_slots": range(k_slots.stop - n_seq, k_slots.stop), "k_slots": k_slots}
+    _rope_append(xp, qkv, cos, sin, q, k[..., -n_seq:, :], v[..., -n_seq:, :])
+    return merge_heads(attention(q, k, v, mask=mask, **slots))
+
+
+def _rope_append(xp: Any, qkv: Array, cos: Array, sin: Array, q: Array, k: Array, v: Array) -> None:
+    """Launch the kernel that fills q, k and v."""
+    qkv, cos, sin = (xp.ascontiguousarray(x) for x in (qkv, cos, sin))
+    n_batch, n_head, n_seq, d_head = q.shape
+    d_rope = cos.shape[-1]
+    table_batch = n_seq * d_rope if cos.ndim == 3 and cos.shape[0] == n_batch > 1 else 0
+    sizes = qkv.size, n_seq, n_head, k.shape[1], d_head, d_rope
+    launching.launch("rope_append", (), -(-qkv.size // THREADS), THREADS, qkv, cos, sin, q, k, v,
+                     *map(np.uint32, sizes),
+                     *map(np.int64, (table_batch, *head_steps(k), *head_steps(v))))
+
+
+def _tables_fit(qkv: Array, cos: Array, n_heads: int) -> bool:
+    """Tell whether the tables are [n_seq, d_rope] or [n_batch, n_seq, d_rope], and fit a head."""
+    d_head, d_rope = qkv.shape[-1] // n_heads, cos.shape[-1]
+    even = qkv.shape[-1] % n_heads == 0 and d_rope % 2 == 0 and 0 < d_rope <= d_head
+    shape = (qkv.shape[-2], d_rope)
+    return even and cos.shape in (shape, (1, *shape), (qkv.shape[0], *shape))
