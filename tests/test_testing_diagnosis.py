@@ -135,9 +135,7 @@ def random_pairs(count):
         if pair[0][0] != pair[1][0] and Truth(op, raw).runs(pair):
             n_run += 1
             n_exact += check_named(op, raw, pair)
-    print(
-        f"{n_exact} of {count} pairs named exactly, others as a class that float64 cannot split"
-    )
+    print(f"{n_exact} of {count} pairs named exactly, others as a class that float64 cannot split")
     assert n_exact > count / 3
 
 
@@ -420,3 +418,18 @@ def test_what_cannot_be_diagnosed_is_an_error_that_says_so():
         diagnose("swish", raw, np.zeros((6, 16), np.float32))
     with pytest.raises(NpllmValueError, match="inputs of detokenize must be prefixes, tokens"):
         diagnose("detokenize", {"tokens": []}, "")
+
+
+def test_arrays_of_torch_are_taken_bfloat16_by_its_bits():
+    torch = pytest.importorskip("torch")
+    raw = PROBES["rms-norm-bfloat16"].make()
+    narrow = {
+        key: torch.from_numpy(x).to(torch.bfloat16) if key != "eps" else x for key, x in raw.items()
+    }
+    wide, weight = narrow["x"].float(), narrow["weight"]
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + raw["eps"])
+    ours, after = weight * normal.to(torch.bfloat16), (weight.float() * normal).to(torch.bfloat16)
+    assert diagnose("rms_norm", narrow, ours).rounding == {}
+    found = diagnose("rms_norm", narrow, after)
+    assert (found.status, found.rounding) == ("right", {"C13": "cast after weight"}), str(found)
+    assert diagnose("rms_norm", narrow, (after.float() * 2).to(torch.bfloat16)).status == "wrong"

@@ -11,7 +11,7 @@ from npllm.testing.diagnosis_text import lines_of
 from npllm.testing.forms import Array, op_named, prepare
 from npllm.testing.forms.text import detokenize
 from npllm.testing.judgement import judge_output
-from npllm.testing.libraries import to_host
+from npllm.testing.judging import on_host
 from npllm.testing.rates import rounding_options
 from npllm.testing.registry import alternatives, conventions
 from npllm.testing.search import Choices, Search, named
@@ -103,7 +103,7 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     """
     if op == "detokenize":
         return _diagnose_text(inputs, output)
-    prepared = prepare(op, inputs)
+    prepared = prepare(op, {name: on_host(value) for name, value in inputs.items()})
     output = _output(op, prepared, output)
     rates = rounding_options(op, prepared, output)
     rounding = {name: option for name, (option, _) in rates.items()}
@@ -136,8 +136,8 @@ def _output(op: str, inputs: dict, output: Any) -> Array:
     if op == "qkv_projection" and isinstance(output, Mapping):
         output = [output[name] for name in "qkv"]
     if isinstance(output, (tuple, list)) and op == "qkv_projection":
-        output = np.concatenate([to_host(part) for part in output], axis=-3)
-    output, wanted = to_host(output), op_named(op).shape(inputs)
+        output = np.concatenate([np.asarray(on_host(part)) for part in output], axis=-3)
+    output, wanted = np.asarray(on_host(output)), op_named(op).shape(inputs)
     if tuple(output.shape) != tuple(wanted):
         raise NpllmValueError(
             f"output of {op} must be {list(wanted)} for these inputs, got {list(output.shape)}; "

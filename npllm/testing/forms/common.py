@@ -17,7 +17,6 @@ __all__ = [
     "NotApplicableError",
     "Work",
     "gamma",
-    "host",
     "rounded",
 ]
 
@@ -73,16 +72,6 @@ EXACT = Work()
 def gamma(n: float, unit: float) -> float:
     """Bound the relative error of n operations: n u / (1 - n u), infinity where n u >= 1."""
     return n * unit / (1 - n * unit) if n * unit < 1 else np.inf
-
-
-def host(x: Array) -> Array:
-    """Bring an array of any library to NumPy; torch's bfloat16 is widened."""
-    if isinstance(x, np.ndarray):
-        return x
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        x = x.float() if "bfloat16" in str(x.dtype) else x
-    return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
 def rounded(x: Array, dtype: Any) -> Array:

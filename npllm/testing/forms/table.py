@@ -8,7 +8,7 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 from npllm.testing.forms import attention, rope, rows, sampler
-from npllm.testing.forms.common import EXACT, Answer, Array, Choice, Work, host
+from npllm.testing.forms.common import EXACT, Answer, Array, Choice, Work
 
 __all__ = ["OPS", "Op", "evaluate", "op_named", "prepare"]
 
@@ -147,7 +147,7 @@ def op_named(op: str) -> Op:
 
 
 def prepare(op: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the names of an operation's inputs, fill in the defaults and bring arrays to the host.
+    """Check the names of an operation's inputs, and fill in the defaults.
 
     Raises
     ------
@@ -176,7 +176,7 @@ def _converted(name: str, value: Any, is_array: bool) -> Any:
     if value is None:
         return None
     if is_array or name in _MAYBE_ARRAYS or (name == "weight"):
-        return host(value)
+        return np.asarray(value)
     number = np.asarray(value).item()
     return int(number) if name in _INTEGERS else number
 
