@@ -241,6 +241,31 @@ def test_what_cancels_is_not_decidable():
     assert found.status == "not decidable" and not found.names
 
 
+def test_a_log_sum_exp_that_cancels_is_not_decidable():
+    q = np.array([[[1e7, -1e7]]], dtype=np.float32)
+    k = v = np.ones((1, 3, 2), dtype=np.float32)
+    raw = {"q": q, "k": k, "v": v, "causal": False}
+    found = diagnose("attention_lse", raw, np.array([[1.6]], dtype=np.float32))
+    assert found.status == "not decidable" and not found.names
+    found = diagnose("attention_lse", raw, np.array([[100.0]], dtype=np.float32))
+    assert found.status == "wrong" and not found.names, "no order of summation gives that, and no name explains it"
+
+
+def test_an_output_just_inside_the_bound_is_right_and_one_outside_is_wrong():
+    raw = FRESH["attention_lse"](np.random.default_rng(run_seed()))
+    inputs = prepare("attention_lse", raw)
+    answer = evaluate("attention_lse", inputs)
+    inside, outside = (
+        np.where(np.isfinite(answer.y), answer.y + share * answer.slack, answer.y).astype(
+            np.float32
+        )
+        for share in (0.9, 1.5)
+    )
+    assert diagnose("attention_lse", raw, inside).status == "right"
+    found = diagnose("attention_lse", raw, outside)
+    assert found.status == "wrong" and not found.names
+
+
 # ------------------------------------------------------------------ what an input cannot decide
 
 

@@ -10,7 +10,7 @@ from npllm.errors import NpllmValueError
 from npllm.testing.diagnosis_text import lines_of
 from npllm.testing.forms import Array, op_named, prepare
 from npllm.testing.forms.text import detokenize
-from npllm.testing.judgement import judge_output
+from npllm.testing.judgement import is_vague, judge_output
 from npllm.testing.judging import on_host
 from npllm.testing.rates import rounding_options
 from npllm.testing.registry import alternatives, conventions
@@ -111,7 +111,9 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     found = judge_output(op, prepared, output, is_repeated=is_repeated)
     groups = found.search.classes()
     undecided = _undecided(groups)
-    names, runner_up = _explain(found.search, groups) if found.status == "wrong" else ([], None)
+    names, runner_up = [], None
+    if found.status == "wrong" and not is_vague(found.search):  # else anything would explain it
+        names, runner_up = _explain(found.search, groups)
     if found.status == "wrong" and not names and rounding.get("C30", "float32") != "float32":
         names = [f"C30 {rounding['C30']}"]
     return Diagnosis(

@@ -11,7 +11,7 @@ from npllm.testing.location import where
 from npllm.testing.search import UNITS, Search, allowance, dtype_name
 from npllm.testing.verdicts import Verdict, verdict
 
-__all__ = ["Judgement", "judge_output"]
+__all__ = ["Judgement", "is_vague", "judge_output"]
 
 CLOSE = 0.5  # share of the entries whose bound may exceed their value before nothing can be said
 
@@ -88,15 +88,15 @@ def _by_bounds(op: str, inputs: dict, output: Array) -> tuple[str, Search]:
     searches = [Search(op, inputs, output, unit) for unit in units]
     for search in searches:
         if search.distance(()) <= 1 and search.explains_all(()):
-            return ("not decidable" if _is_vague(search) else "right"), search
+            return ("not decidable" if is_vague(search) else "right"), search
     for search in searches[1:]:
         singles = search.distances(search.singles()).values()
-        if not _is_vague(search) and any(value <= 1 for value in singles):
+        if not is_vague(search) and any(value <= 1 for value in singles):
             return "wrong", search
-    return ("not decidable" if _is_vague(searches[0]) else "wrong"), searches[0]
+    return "wrong", searches[0]
 
 
-def _is_vague(search: Search) -> bool:
+def is_vague(search: Search) -> bool:
     """Tell whether the bound exceeds the value in most entries: then anything would pass."""
     answer = search.answer(())
     counts = np.isfinite(answer.y) & (answer.y != 0)
