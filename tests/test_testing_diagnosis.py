@@ -136,7 +136,7 @@ def random_pairs(count):
             n_run += 1
             n_exact += check_named(op, raw, pair)
     print(f"{n_exact} of {count} pairs named exactly, others as a class that float64 cannot split")
-    assert n_exact > count / 3
+    assert n_exact > count / 3 - 5  # a few pairs may all be of the kind that no input tells apart
 
 
 def test_random_pairs_are_named():
