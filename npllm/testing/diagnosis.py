@@ -111,7 +111,8 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     found = judge_output(op, prepared, output, is_repeated=is_repeated)
     groups = found.search.classes()
     undecided = _undecided(groups)
-    names, runner_up = [], None
+    names: list[Any] = []
+    runner_up = None
     if found.status == "wrong" and not is_vague(found.search):  # else anything would explain it
         names, runner_up = _explain(found.search, groups)
     if found.status == "wrong" and not names and rounding.get("C30", "float32") != "float32":

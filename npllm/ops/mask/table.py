@@ -7,7 +7,7 @@ import numpy as np
 
 from npllm.arrays import array_namespace
 from npllm.errors import NpllmTypeError
-from npllm.ops.attention import _slots
+from npllm.ops.attention import resolve_slots
 
 __all__ = ["to_bool"]
 
@@ -60,8 +60,8 @@ def to_bool(
     given = [slots for slots in (q_slots, k_slots) if slots is not None]
     given = [slots for slots in given if not isinstance(slots, range)]
     xp = array_namespace(*given) if given else np
-    i = _slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq)
-    j = _slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0)
+    i = resolve_slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq)
+    j = resolve_slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0)
     i, j = (xp.arange(s.start, s.stop, s.step) if isinstance(s, range) else s for s in (i, j))
     visible = rule(i[:, None], j[None, :])
     return xp.broadcast_to(visible, (*visible.shape[:-2], n_seq, n_ctx))
