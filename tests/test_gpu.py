@@ -39,10 +39,20 @@ TEXT = ("The capital of France is Paris. Water boils at a hundred degrees, and a
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _figures_of_an_earlier_process():
+    path = Path(os.environ.get("NPLLM_GPU_FIGURES", os.devnull))
+    if path.is_file():
+        FIGURES.update(json.loads(path.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(autouse=True)
 def _figures():
+    """Written after every test: whatever ends the process, the figures up to there are on disk."""
     yield
     if "NPLLM_GPU_FIGURES" in os.environ:
-        Path(os.environ["NPLLM_GPU_FIGURES"]).write_text(json.dumps(FIGURES, indent=1), encoding="utf-8")
+        path = Path(os.environ["NPLLM_GPU_FIGURES"])
+        path.with_suffix(".partial").write_text(json.dumps(FIGURES, indent=1), encoding="utf-8")
+        path.with_suffix(".partial").rename(path)
 
 
 def figure(name, got, want):

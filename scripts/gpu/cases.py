@@ -36,8 +36,7 @@ def variants(common: bool = False) -> list[tuple[str, dict[str, Any]]]:
     `common` leaves out the widths of heads that no published model has.
     """
     kernels: list[str] = sorted(cuda.VARIANTS, key=lambda kernel: len(cuda.source(kernel)))
-    known: Any = cuda.VARIANTS
-    found = [(kernel, dict(definitions)) for kernel in kernels for definitions in known[kernel]]
+    found = [(kernel, dict(pairs)) for kernel in kernels for pairs in cuda.VARIANTS[kernel]]
     usual = [variant for variant in found if variant[1].get("HEAD", WIDTHS[0]) in WIDTHS]
     return usual if common else usual + [variant for variant in found if variant not in usual]
 
@@ -67,7 +66,7 @@ def linear(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
 def rms_norm(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     """A few rows of the residual stream."""
     d_model = size(3072, 100)
-    weight = normal(rng, d_model, dtype=FLOATS[definitions.get("ENTRY") or definitions["WEIGHT"]])
+    weight = normal(rng, d_model, dtype=FLOATS[definitions["ENTRY"]])
     return Case(cuda.rms_norm, ops.rms_norm, (normal(rng, 5, d_model), weight, 1e-5))
 
 
