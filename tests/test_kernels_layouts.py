@@ -197,7 +197,7 @@ def test_a_kernel_writes_into_its_output_and_its_buffers_only(tested, name, dtyp
     for module in modules:
         monkeypatch.setattr(module, "np", memory, raising=False)
         monkeypatch.setattr(module, "scratch", memory.scratch, raising=False)
-    monkeypatch.setattr(kv, "_empty", lambda x, n: memory.empty((*x.shape[:2], n, x.shape[3]), x.dtype))
+    monkeypatch.setattr(kv, "empty", lambda x, n: memory.empty((*x.shape[:2], n, x.shape[3]), x.dtype))
     for arguments in calls:
         agree(getattr(tested, name), getattr(ops.reference, name), arguments)
     memory.check()
