@@ -137,7 +137,8 @@ def test_the_tanh_form_of_gelu_over_all_exponents(tested):
     x = sweep(20)
     turn = in_float64(lambda x: math.sqrt(2 / math.pi) * (x + 0.044715 * x**3), x)
     want = in_float64(lambda x: x / (1 + np.exp(-2 * turn)), x)
-    assert units(tested.gelu(x, "tanh"), want).max() <= 5 * 104  # exp of an argument up to 104 that was rounded five times, 2^-24 each
+    # float32 rounds the argument of exp, up to 104, seven times: it is off by up to 104 * 7 / 2 units
+    assert units(tested.gelu(x, "tanh"), want).max() <= 364
 
 
 def test_erfc_is_that_of_the_c_library():
