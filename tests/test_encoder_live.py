@@ -98,5 +98,5 @@ def test_tiny_berts_are_those_of_transformers(seed, act, lengths):
     with torch.no_grad():
         want = other(input_ids=torch.as_tensor(ids), attention_mask=torch.as_tensor(valid.astype(int)),
                      token_type_ids=torch.as_tensor(types)).last_hidden_state.numpy()
-    got = Encoder(config, bert._assemble(w.get, config))(ids, attention_mask=valid, token_type_ids=types)
+    got = Encoder(config, bert.assemble(w.get, config))(ids, attention_mask=valid, token_type_ids=types)
     close(got[valid], want[valid], times=64)

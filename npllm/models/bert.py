@@ -101,7 +101,7 @@ def load_params(folder, config, *, dtype=None, xp=np, is_pooled=False):
     check_shapes(folder, entries, expected_shapes(config), frozenset((POSITION_IDS, *POOLER)))
     _warn_of_ignored(folder, entries, config, is_pooled)
     reader = TensorReader(entries, dtype, xp, None)
-    params = _assemble(lambda name: reader.read([name]), config)
+    params = assemble(lambda name: reader.read([name]), config)
     reader.finish()
     return params
 
@@ -147,8 +147,19 @@ def expected_shapes(config):
     return shapes | {f"{norm}.{leaf}": (d_model,) for norm in norms for leaf in ("weight", "bias")}
 
 
-def _assemble(get, config):
-    """Put the tensors that `get(name)` gives into their places."""
+def assemble(get, config):
+    """Put the tensors that `get(name)` gives into their places.
+
+    Parameters
+    ----------
+    get : function (name) -> array
+        The names are those of `expected_shapes`.
+    config : BertConfig
+
+    Returns
+    -------
+    params : BertParams
+    """
 
     def norm(name):
         return NormParams(get(name + ".weight"), get(name + ".bias"))

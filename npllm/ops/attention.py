@@ -165,7 +165,8 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     if mask is not None and not callable(mask) and mask.dtype != xp.bool:
         raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
                              "additive masks go to bias")
-    return _slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq), _slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0)
+    return (resolve_slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq),
+            resolve_slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0))
 
 
 def _check_broadcast(name, x, shape):
@@ -174,7 +175,7 @@ def _check_broadcast(name, x, shape):
         raise NpllmValueError(f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}")
 
 
-def _slots(xp, name, slots, axis, n, first):
+def resolve_slots(xp, name, slots, axis, n, first):
     """Check given slots, and widen them to int64, in which a rule may subtract; without any, n of them from `first`."""
     if slots is None:
         return range(first, first + n)

@@ -272,4 +272,4 @@ def fold_scores(s, m, total, a):
 
 
 TILED = replace(ops.reference, name="tiled",
-                linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=blockwise_attention).unfused()
+                linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=blockwise_attention)
