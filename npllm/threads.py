@@ -19,7 +19,7 @@ __all__ = ["n_threads", "run_blocks", "scratch"]
 KEPT = 2**26  # bytes of the largest buffer that outlives its use
 
 _lock = threading.Lock()
-_users = 0
+_users: set[object] = set()  # one mark for each caller inside `_one_blas_thread`
 _limit: contextlib.AbstractContextManager | None = None
 _local = threading.local()
 
@@ -72,19 +72,24 @@ def _pool():
 
 @contextlib.contextmanager
 def _one_blas_thread():
-    """Keep BLAS to one thread while anybody is inside: the first to come sets the limit, the last to go lifts it."""
-    global _users, _limit
-    with _lock:
-        _users += 1
-        if _users == 1:
-            n_threads()  # as it was before the limit
-            _limit = _blas().limit(limits=1)
+    """Keep BLAS to one thread while anybody is inside: the first to come sets the limit, the last to go lifts it.
+
+    Ctrl-C can raise at any line.  A caller is therefore a mark in a set, not a step of a counter: removing it is right whether it
+    was added or not, and a limit that is missing is set by the next caller.
+    """
+    global _limit
+    caller = object()
     try:
+        with _lock:
+            _users.add(caller)
+            if _limit is None:
+                n_threads()  # as it was before the limit
+                _limit = _blas().limit(limits=1)
         yield
     finally:
         with _lock:
-            _users -= 1
-            if _users == 0 and _limit is not None:
+            _users.discard(caller)
+            if not _users and _limit is not None:
                 _limit.__exit__(None, None, None)
                 _limit = None
 

@@ -1,7 +1,7 @@
 """Packages that a machine may lack: each costs only the tests that use it.
 
-NPLLM_REQUIRE_ALL=1, as in CI, makes a missing one an error.  PyTorch and Transformers have
-NPLLM_REQUIRE_LIVE instead: CI installs them last.
+NPLLM_REQUIRE_ALL=1, as in CI, makes a missing one an error.  Those of LIVE, which CI installs last,
+have NPLLM_REQUIRE_LIVE instead.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import os
 import pytest
 
 REQUIRED = os.environ.get("NPLLM_REQUIRE_ALL") == "1"
-LIVE = ("torch", "transformers")
+LIVE = ("torch", "transformers", "jax")
 PACKAGES = (
     "array_api_strict",
     "click",

@@ -1,5 +1,6 @@
 """Every kernel against the definition whose place it takes, in both sets: values, signatures, errors, and what it hands back."""
 
+import contextlib
 import gc
 import inspect
 import os
@@ -586,6 +587,30 @@ def test_blocks_all_run_and_blas_has_its_threads_back():
     threads.run_blocks(lambda block: seen.append((block, threads.blas_threads())), range(100))
     assert sorted(block for block, _ in seen) == list(range(100))
     assert {n for _, n in seen} == {1} and threads.blas_threads() == before
+
+
+def test_an_interrupt_on_the_way_in_leaves_the_limit_usable():
+    """A counter of callers stayed too high, and BLAS had all its threads under every block from then on."""
+    code = threads._one_blas_thread.__wrapped__.__code__
+    source, first = inspect.getsourcelines(code)
+    on_the_way_in = [first + at for at, text in enumerate(source) if text.startswith(" " * 12)]
+    assert len(on_the_way_in) >= 4
+    before, tracing = threads.blas_threads(), sys.gettrace()
+    for line in on_the_way_in[:4]:  # the mark, the question, the limit
+
+        def trace(frame, event, _, line=line):
+            if frame.f_code is code and event == "line" and frame.f_lineno == line:
+                raise KeyboardInterrupt
+            return trace
+
+        with pytest.raises(KeyboardInterrupt):
+            sys.settrace(trace)
+            try:
+                threads.run_blocks(lambda block: None, range(4))
+            finally:
+                sys.settrace(tracing)
+        test_blocks_all_run_and_blas_has_its_threads_back()
+        assert threads.blas_threads() == before
 
 
 def test_an_error_in_a_block_is_raised_and_leaves_nothing_behind():
