@@ -6,6 +6,7 @@
     python scripts/bench.py speed -m DIR        prefill and decoding of every engine installed, and the machine's limits
     python scripts/bench.py context -m DIR      one token more at 128, 1k and 4k tokens of context, against the bytes that it reads
     python scripts/bench.py batch -m DIR        tokens/s of decoding 1 ... 16 sequences at once
+    python scripts/bench.py checkouts A B       prefill and decoding of two checkouts of npllm, alternating
     python scripts/bench.py attention           the definition, both schedules, a window, and torch, by length of the sequence
 
 Every contender is a process of its own; they take turns (A B A B ...), so that a machine that slows down slows all of them.
@@ -214,6 +215,54 @@ def first_token(path, n_prompt, n_new, repeat):
         loaded, first, again = clock["loaded"] - start, clock["first"] - start, clock["last"] - clock["first"]
         click.echo(f"| {name} | {loaded:.2f} | {first:.2f} | {again:.2f} | {clock['peak_bytes'] / 1e9:.2f} "
                    f"| {clock['peak_bytes'] / n_bytes:.2f} |")
+
+
+CHECKOUT = """
+import json, sys, time
+import numpy as np
+import npllm
+model, n_prompt, n_new = npllm.load(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+ids = np.random.default_rng(0).integers(0, 1000, (1, n_prompt))
+model(ids[:, :8], cache=model.new_cache(), logits_to_keep=1)
+print(npllm.__file__, flush=True)
+for _ in sys.stdin:
+    cache, clock = model.new_cache(), [time.perf_counter()]
+    model(ids, cache=cache, logits_to_keep=1)
+    clock.append(time.perf_counter())
+    for step in range(n_new):
+        model(ids[:, step : step + 1], cache=cache)
+        clock.append(time.perf_counter())
+    steps = np.diff(clock)
+    print(json.dumps({"prefill": steps[0], "decode": float(np.median(steps[1:]))}), flush=True)
+"""
+
+
+@main.command()
+@click.argument("checkouts", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
+@click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]")
+@click.option("-p", "--n-prompt", default=256, show_default=True)
+@click.option("-n", "--n-new", default=64, show_default=True)
+@click.option("-r", "--repeat", default=9, show_default=True)
+def checkouts(checkouts, path, n_prompt, n_new, repeat):
+    """Time prefill and decoding of several checkouts of npllm, which take turns; only functions of `npllm` are used."""
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
+    command = [sys.executable, "-c", CHECKOUT, str(checkpoint_folder(path)), str(n_prompt), str(n_new)]
+    children = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 env=environment, cwd=place) for place in checkouts]  # -c imports from the current folder first
+    for place, contender in zip(checkouts, children, strict=True):
+        if not contender.stdout.readline().startswith(os.path.abspath(place)):
+            raise SystemExit(f"{place}: another npllm was imported")
+    runs = [[] for _ in children]
+    for _ in range(repeat + 1):
+        for seconds, contender in zip(runs, children, strict=True):
+            contender.stdin.write("\n")
+            contender.stdin.flush()
+            seconds.append(json.loads(contender.stdout.readline()))
+    click.echo(f"| {n_prompt} tokens, then {n_new}; medians of {repeat} | prefill ms | ratio | decode ms | ratio |\n|---|---|---|---|---|")
+    medians = [{key: statistics.median(run[key] for run in seconds[1:]) for key in ("prefill", "decode")} for seconds in runs]
+    for place, median in zip(checkouts, medians, strict=True):
+        cells = [f"{median[key] * 1e3:.2f} | {median[key] / medians[0][key]:.3f}" for key in ("prefill", "decode")]
+        click.echo(f"| {place} | {' | '.join(cells)} |")
 
 
 @main.command()
