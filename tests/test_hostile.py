@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import npllm
 from npllm.checkpoints import safetensors as checkpoint
 from npllm.checkpoints.safetensors import find_nonfinite, load_params, read_entries
-from npllm.config.config import Config, quote, read_json
+from npllm.config.config import Config
+from npllm.config.strict_json import quote, read_json
 from npllm.decoding.loop import GenerationConfig
 from npllm.text.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from npllm.arrays import DTYPES, asarray, dtype_named, native, widest
 from npllm.checkpoints.unused import are_rope_frequencies, same_values, warn_of_unused
 from npllm.checkpoints.upload import Upload
-from npllm.config.config import no_duplicates, printable, quote, read_json
+from npllm.config.strict_json import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.quantized.int8 import quantize
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 from npllm.checkpoints.safetensors import TensorReader, check_shapes, read_entries
-from npllm.config.config import Reader, quote, read_json
+from npllm.config.strict_json import Reader, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import ACTIVATIONS, POOLINGS, Dense, Head, Normalize
 

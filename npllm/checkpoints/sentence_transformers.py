@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllm.checkpoints.sentence_modules import read_head, refuse_others
-from npllm.config.config import LARGEST_SIZE, Reader, quote, read_json
+from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import Head
 
@@ -120,7 +120,7 @@ def _read_settings(folder):
         raise NpllmValueError(
             f"{file}: default_prompt_name must be one of {', '.join(prompts)}, got {quote(default)}"
         )
-    dimension = read.size("truncate_dim", default=None)
+    dimension = read.optional_size("truncate_dim")
     if read.get("similarity_fn_name", "cosine") != "cosine":
         warnings.warn(
             f"{file}: similarity_fn_name = {quote(read.data['similarity_fn_name'])} is not used: "

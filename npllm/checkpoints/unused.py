@@ -11,7 +11,8 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import DTYPES, widen
-from npllm.config.config import Config, printable
+from npllm.config.config import Config
+from npllm.config.strict_json import printable
 from npllm.models import rope
 
 __all__ = ["are_rope_frequencies", "same_values", "warn_of_unused"]
