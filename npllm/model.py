@@ -22,7 +22,7 @@ from npllm.arrays import (
 from npllm.cache import KVCache
 from npllm.cache_owner import CacheOwner
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
-from npllm.checkpoints.safetensors import load_params
+from npllm.checkpoints.phi3_layout import load_params
 from npllm.config.config import Config
 from npllm.config.strict_json import read_json
 from npllm.decoding.beam import beam_search, beam_texts

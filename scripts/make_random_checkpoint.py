@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from npllm.checkpoints.safetensors import expected_shapes
+from npllm.checkpoints.phi3_layout import expected_shapes
 from npllm.config.config import Config
 from npllm.config.strict_json import read_json
 

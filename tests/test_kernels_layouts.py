@@ -10,7 +10,7 @@ from layouts import LAYOUTS, Allocator, contiguous, memory_of, read_only, stride
 
 from npllm import cache as kv
 from npllm import kernels, ops
-from npllm.checkpoints.safetensors import LayerParams
+from npllm.models.params import LayerParams
 from npllm.ops import mask
 from npllm.quantized.int8 import Int8Weight, quantize
 

@@ -13,8 +13,8 @@ from close import close
 
 import npllm
 from npllm import kernels, ops
-from npllm.checkpoints.safetensors import LayerParams
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.models.params import LayerParams
 from npllm.ops import Ops, blockwise, reference
 
 NAMES = [field.name for field in fields(Ops) if field.name != "name"]

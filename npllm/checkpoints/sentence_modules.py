@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.checkpoints.safetensors import TensorReader, check_shapes, read_entries
+from npllm.checkpoints.safetensors import check_shapes, read_entries
+from npllm.checkpoints.tensor_reader import TensorReader
 from npllm.config.strict_json import Reader, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import ACTIVATIONS, POOLINGS, Dense, Head, Normalize
