@@ -9,7 +9,7 @@ from npllm import ops as _ops
 from npllm.arguments import host_array, host_integers, native_weights
 from npllm.arrays import array_namespace, asarray, backend_name, is_integer, to_numpy
 from npllm.checkpoints import bert_layout
-from npllm.checkpoints.sentence_transformers import SentenceSettings, read_sentence_settings, token_count
+from npllm.checkpoints.sentence_settings import SentenceSettings, read_sentence_settings, token_count
 from npllm.config.bert_config import BertConfig
 from npllm.config.strict_json import quote, read_json
 from npllm.decision import FROM_MODEL, check_finite
