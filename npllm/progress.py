@@ -1,11 +1,11 @@
-"""A progress bar on stderr, by tqdm, that never breaks the work it reports on."""
+"""Progress on stderr: a bar by tqdm, and single lines.  Whatever stderr is, neither raises."""
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ["progress_bar", "stderr_is_terminal"]
+__all__ = ["progress_bar", "report", "stderr_is_terminal"]
 
 
 @contextmanager
@@ -70,3 +70,10 @@ def stderr_is_terminal() -> bool:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):
         return False
+
+
+def report(text: str) -> None:
+    """Write a line to stderr, where that is possible."""
+    with suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(f"npllm: {text}\n")
+        sys.stderr.flush()
