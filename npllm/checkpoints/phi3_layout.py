@@ -1,6 +1,7 @@
 """The tensors of a Phi-3 or Llama checkpoint, and how they become `Params`.
 
-Tensor names are those of Transformers.  Llama's separate projections are concatenated to Phi-3's fused ones.
+Tensor names are those of Transformers.  Llama's separate projections are concatenated to the fused
+ones of Phi-3.
 """
 
 import warnings

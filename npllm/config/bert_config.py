@@ -1,4 +1,4 @@
-"""BertConfig: sizes and choices of a BERT encoder, read from config.json as strictly as `Config`."""
+"""BertConfig: sizes and choices of a BERT encoder, read from config.json."""
 
 from dataclasses import dataclass
 from os import PathLike
