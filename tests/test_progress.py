@@ -93,3 +93,14 @@ def test_no_stream_breaks_the_work(monkeypatch, stderr, only_terminal):
 def test_an_error_of_the_work_passes_through():
     with pytest.raises(KeyError, match="mine"), progress_bar(10, "loading"):
         raise KeyError("mine")
+
+
+def test_a_report_is_one_line_on_stderr(capsys):
+    progress.report("waiting")
+    assert capsys.readouterr() == ("", "npllm: waiting\n")
+
+
+@pytest.mark.parametrize("stderr", [None, Closed(), Bare()], ids=["None", "closed", "no isatty"])
+def test_no_stream_breaks_a_report(monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    progress.report("waiting")

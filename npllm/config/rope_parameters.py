@@ -181,7 +181,7 @@ def _validate_numbers(rope: RopeParameters, where: str, d_rope: int) -> None:
     for name in POSITIVE:
         value = getattr(rope, name)
         require(where, value is None or _is_factor(value),
-                f"{name} must be above {SMALLEST} and below 1e9, got {value}")
+                f"{name} must be above 1e-9 and below 1e9, got {value}")
     for name in NOT_NEGATIVE:
         value = getattr(rope, name)
         require(where, value is None or 0 <= value < LARGEST,
