@@ -194,6 +194,26 @@ class KVCache:
         layers[layer] = keys, values, first
         return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(oldest, stop)
 
+    def kept(self, layer: int) -> tuple[Array, Array, range]:
+        """Return what a coming query can see of one layer.
+
+        Parameters
+        ----------
+        layer : int
+
+        Returns
+        -------
+        k, v : array [n_batch, n_kv_head, n_kept, d_head]
+            Views, valid until the next call.
+        slots : range
+            Where they stand in the sequence; empty, and both arrays None, where the layer was never filled.
+        """
+        if self._layers[layer] is None:
+            return None, None, range(0)
+        keys, values, first = self._layers[layer]
+        oldest, stop = self._oldest(), self.n_ctx
+        return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(oldest, stop)
+
     def advance(self, ids: Array, positions: Array, valid: Array, choice: Array) -> None:
         """Count the tokens that every layer has appended as seen.
 

@@ -1,5 +1,6 @@
 """The front of an encoder: texts to vectors."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from npllm.kernels import choose_ops
 from npllm.models import bert
 from npllm.models.sentence import mean_pool
 from npllm.models.sentence import normalize as unit_length
+from npllm.ops.checked import replaced_ops
 from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["Encoder", "cosine_similarities", "load_encoder", "mean_pool"]
@@ -141,6 +143,11 @@ class Encoder:
             raise NpllmValueError(f"{ids.shape[1]} tokens do not fit: max_position_embeddings is {config.max_position_embeddings}")
         mask = None if valid.all() else _ops.mask.padding(asarray(valid.astype(bool), self._xp))
         return bert.forward(self.params, config, asarray(ids, self._xp), asarray(types, self._xp), mask, self.ops)
+
+    def with_ops(self, **ops: Callable) -> "Encoder":
+        """Return the same encoder with some operations of its set replaced; see `npllm.Model.with_ops`."""
+        return Encoder(self.config, self.params, ops=replaced_ops(self.ops, ops), tokenizer=self.tokenizer,
+                       max_length=self.max_length, folder=self.folder, settings=self.settings)
 
     def embed(self, texts, *, normalize=True, prompt=None, prompt_name=None):
         """Turn each text into one vector, by default the mean over its tokens, the special ones included.

@@ -30,7 +30,8 @@ from npllm.decoding.loop import GenerationConfig, is_chat, last_logits, next_tok
 from npllm.encoder import Encoder, load_encoder
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.kernels import choose_ops
-from npllm.models import heads, phi3, rope
+from npllm.models import heads, module_tree, phi3, rope
+from npllm.ops.checked import replaced_ops
 from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "load", "pipeline"]
@@ -137,7 +138,7 @@ class Model:
         logits_to_keep : int
             Only the last so many positions; 0: all.
         tap : function (name, array) -> array, optional
-            Sees, and may replace, every named value (see `npllm.models.phi3.forward`); the model then runs unfused.
+            Sees, and may replace, every named value listed in `npllm.models.taps`; the model then runs operation by operation.
 
         Returns
         -------
@@ -275,11 +276,14 @@ class Model:
                       fresh, None)
         cache.replace_rows(rows.tolist(), fresh)
 
-    def lm_head(self, hidden):
-        """Score every token of the vocabulary for any hidden states [..., d_model]; returns logits [..., n_vocab]."""
+    def lm_head(self, hidden, *, tap=None):
+        """Score every token of the vocabulary for any hidden states [..., d_model]; returns logits [..., n_vocab].
+
+        `tap` sees `lm_head.input` and `lm_head`, as in `__call__`.
+        """
         if self.config.head != "lm":
             raise NpllmValueError(f"{self.config.architectures[0]} has no lm_head: it scores {self.config.num_labels} classes")
-        return phi3.lm_head(hidden, self.params, self.ops)
+        return phi3.lm_head(hidden, self.params, self.ops, tap)
 
     def new_cache(self, n_batch=1):
         """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
@@ -325,6 +329,34 @@ class Model:
             raise NpllmValueError(f"mask must hold one rule for each of {self.config.num_hidden_layers} layers, got {len(mask)}")
         return Model(self.config, self.params, ops=self.ops, tokenizer=self.tokenizer, folder=self.folder, mask=mask,
                      generation_config=self.generation_config)
+
+    def with_ops(self, **ops: Callable) -> "Model":
+        """Return the same model with some operations of its set replaced, on the same weights.
+
+        Parameters
+        ----------
+        **ops : callable
+            By name, with the signatures of `npllm.ops`.  A slot that contains a replaced part is emptied,
+            so that the new part runs; everything else stays as fast as it was.
+
+        Returns
+        -------
+        model : Model
+
+        Raises
+        ------
+        NpllmTypeError
+            For a name that no operation has.  While the model runs: when a replaced operation returns another library or dtype
+            than its definition.
+        NpllmValueError
+            While the model runs: when it returns another shape.
+
+        Notes
+        -----
+        `npllm.testing.adapt` makes such a function of one that takes torch or JAX arrays.
+        """
+        return Model(self.config, self.params, ops=replaced_ops(self.ops, ops), tokenizer=self.tokenizer, folder=self.folder,
+                     mask=self.mask, generation_config=self.generation_config)
 
     def mask_rule(self, layer=0):
         """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's sliding window."""
@@ -489,7 +521,7 @@ class Model:
         return mask.astype(bool)
 
     def __str__(self):
-        return phi3.describe(self.config)
+        return module_tree.describe(self.config)
 
     def __repr__(self):
         return f"<npllm.Model {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"

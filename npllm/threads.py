@@ -12,6 +12,8 @@ from math import prod
 
 import numpy as np
 
+from npllm.arrays import ieee_semantics
+
 __all__ = ["n_threads", "run_blocks", "scratch"]
 
 KEPT = 2**26  # bytes of the largest buffer that outlives its use
@@ -103,6 +105,7 @@ def run_blocks(function, blocks):
     """
     todo, turn = iter(blocks), threading.Lock()
 
+    @ieee_semantics  # NumPy keeps them for each thread
     def work():
         while True:
             with turn:

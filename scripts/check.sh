@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 ruff check .
 mypy
 [ "${1:-}" = --style ] && exit 0
-exec pytest "$@"
+exec pytest -n 2 --dist worksteal "$@"

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Check and measure npllm on a machine with a GPU.  Every figure is on disk as soon as it is known; report.json holds them all.
+# Check and measure npllm on a machine with a GPU.  Every figure is on disk as soon as it is known.
 #
-#   scripts/check_gpu.sh                        kernels, tests, weights, timings: under ten minutes
-#   scripts/check_gpu.sh --all                  the tests that need no GPU as well
-#   scripts/check_gpu.sh --stages rest          some stages only, by name, separated by commas
-#   scripts/check_gpu.sh --rehearse             the same on the stand-in for CuPy, without a GPU, in small sizes
+#   scripts/check_gpu.sh                   kernels, tests, weights, timings: under ten minutes
+#   scripts/check_gpu.sh --all             the tests that need no GPU as well
+#   scripts/check_gpu.sh --stages rest     some stages only, by name, separated by commas
+#   scripts/check_gpu.sh --rehearse        the same without a GPU, on the stand-in, in small sizes
 #
-# OUT                    where the folder of this run is made [docs/gpu]
-# NPLLM_COMMIT           the commit, where the tree has no history
-# NPLLM_GPU_WEIGHTS      where the random checkpoints lie, 8 GB; they are kept for the next run [a folder in TMPDIR]
-# NPLLM_SECONDS_kernels  (and _tests, _weights, _timings, _rest) limits of the stages
+# OUT                   where the folder of this run is made [docs/gpu]
+# NPLLM_COMMIT          the commit, where the tree has no history
+# NPLLM_GPU_WEIGHTS     where the random checkpoints lie, 8 GB; kept for the next run [in TMPDIR]
+# NPLLM_SECONDS_STAGE   the limit of a stage, as in NPLLM_SECONDS_timings=900
+# NPLLM_ONLY_kernels    words: only variants whose name holds one; NPLLM_ONLY_timings: of tasks
+# NPLLM_PYTEST_tests    more arguments of pytest; NPLLM_PYTEST_rest: of the other stage
+# NPLLM_EXAMPLES        of Hypothesis, for each test on the GPU [10]
 #
-# NPLLM_ONLY_kernels     words, separated by spaces: only variants whose name holds one; NPLLM_ONLY_timings the same of tasks
-# NPLLM_PYTEST_tests     more arguments of pytest; NPLLM_PYTEST_rest the same; NPLLM_EXAMPLES: of Hypothesis, per test [10]
-#
-# The exit code is 0 where everything that ran passed.
+# The exit code is 0 where everything that ran passed; report.json holds all that was found.
 set -u
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 stages="kernels tests weights timings"
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
@@ -80,7 +80,8 @@ stage() {
     printf '{"name": "%s", "status": "started"}\n' "$name" >> "$folder/stages.jsonl"
     echo "== $name (at most $seconds s)"
     start=$(date +%s)
-    NPLLM_STAGE_SECONDS=$seconds NPLLM_STAGE_STARTED=$start timeout -k 5 "$seconds" "$@" > "$folder/$name.log" 2>&1 &
+    NPLLM_STAGE_SECONDS=$seconds NPLLM_STAGE_STARTED=$start \
+        timeout -k 5 "$seconds" "$@" > "$folder/$name.log" 2>&1 &
     child=$!
     wait "$child"
     code=$?

@@ -530,14 +530,14 @@ def use(model, kind):
     return [error for error in errors if error is not None]
 
 
-def run_case(folder, kind=""):
+def run_case(folder, kind="", ops=None):
     """Load and use a folder; return (whether the headers were read, the first error or None).
 
-    kind says what was mutated, and leaves out what does not depend on it; "": everything.
+    kind says what was mutated, and leaves out what does not depend on it; "": everything.  ops: the set that the model runs on.
     """
     headers = attempt(lambda: read_entries(folder)) is None
     found = []
-    error = attempt(lambda: found.append(npllm.load(folder)))
+    error = attempt(lambda: found.append(npllm.load(folder, ops=ops)))
     if error is None:
         errors = use(found[0], kind)
         if kind in ("", "layout", "weights"):

@@ -1,7 +1,7 @@
 """Packages that a machine may lack: each costs only the tests that use it.
 
-NPLLM_REQUIRE_ALL=1, as in CI, makes a missing one an error.  PyTorch and Transformers have NPLLM_REQUIRE_LIVE instead: CI installs
-them last.
+NPLLM_REQUIRE_ALL=1, as in CI, makes a missing one an error.  PyTorch and Transformers have
+NPLLM_REQUIRE_LIVE instead: CI installs them last.
 """
 
 import importlib
@@ -11,8 +11,20 @@ import pytest
 
 REQUIRED = os.environ.get("NPLLM_REQUIRE_ALL") == "1"
 LIVE = ("torch", "transformers")
-PACKAGES = ("array_api_strict", "click", "filelock", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numba", "platformdirs",
-            "threadpoolctl", "tqdm", *LIVE)
+PACKAGES = (
+    "array_api_strict",
+    "click",
+    "filelock",
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "numba",
+    "platformdirs",
+    "threadpoolctl",
+    "tqdm",
+    *LIVE,
+)
 import_or_skip = pytest.importorskip
 
 
@@ -46,10 +58,14 @@ def module(name):
 
 
 def missing_package(error):
-    """Name the package of this list that is missing, where an error says so; None for any other error."""
+    """Name the package of PACKAGES whose absence caused an error; None for any other."""
     while error is not None:
         name = (getattr(error, "name", None) or "").partition(".")[0]
-        if isinstance(error, ImportError) and name in PACKAGES and importlib.util.find_spec(name) is None:
+        if (
+            isinstance(error, ImportError)
+            and name in PACKAGES
+            and importlib.util.find_spec(name) is None
+        ):
             return name
         error = error.__cause__
     return None

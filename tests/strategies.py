@@ -193,13 +193,15 @@ def documented(op, section):
 
 
 OPS = {name: op for module in (ops, mask) for name, op in vars(module).items() if name in module.__all__ and inspect.isfunction(op)}
-ARRAY_OPS = {name: op for name, op in OPS.items() if any(entry.axes for entry in documented(op, "Parameters"))}
+# Those that follow the library of an array that they need; the others make arrays, or take them as an option.
+ARRAY_OPS = {name: op for name, op in OPS.items() if any(entry.axes and not entry.optional for entry in documented(op, "Parameters"))}
 
 SCALARS = {"eps": 1e-5, "scale": 0.5, "softcap": 5.0, "axis": -1, "t": 0.7, "k": 2, "p": 0.6, "penalty": 1.2, "base": 10000.0,
            "w": 2, "interleaved": True, "return_lse": True, "block_q": 2, "block_k": 3, "factor": 4.0, "n_original": 64, "dtype": "bfloat16",
            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.0,
            "truncate": False, "outer": "keys", "before": 1, "after": 2, "dilation": 2, "stride": 3, "c": 2, "block": 2, "n_blocks": 3, "n_random": 1,
-           "seed": 0, "n": 8, "d": 4, "sram": 256, "itemsize": 4, "n_prefix": 2, "slots": [0, 2]}
+           "seed": 0, "n": 8, "d": 4, "sram": 256, "itemsize": 4, "n_prefix": 2, "slots": [0, 2],
+           "rule": mask.causal()}
 
 
 @st.composite

@@ -114,8 +114,10 @@ def test_a_round_trip_through_another_library_keeps_the_values():
 
 @pytest.mark.parametrize(("shape", "axes"), [((2, 3), {"n": 2, "d": 3}), ((2, 3), {"n": None, "d": 3}), ((3,), {"dots": None, "d": 3}),
                                              ((5, 2, 3), {"dots": None, "d": 3})])
-def test_expect_shape_accepts(shape, axes):
-    arrays.expect_shape("x", np.ones(shape), **axes)
+def test_expect_shape_accepts_these_sizes_and_no_other_last_one(shape, axes):
+    assert arrays.expect_shape("x", np.ones(shape), **axes) is None
+    with pytest.raises(NpllmValueError):
+        arrays.expect_shape("x", np.ones((*shape[:-1], 4)), **axes)
 
 
 @pytest.mark.parametrize(("shape", "axes", "message"), [

@@ -84,6 +84,22 @@ def _moved(x, start, stop, capacity):
     return new
 
 
+@given(chunks, windows)
+def test_kept_returns_what_the_next_query_sees(sizes, window):
+    cache = KVCache(N_BATCH, 3, 200, window)
+    for n in sizes:
+        if cache.n_ctx + n > 200:
+            break
+        append(cache, n)
+    oldest = 0 if window is None or window >= 200 else max(0, cache.n_ctx - window + 1)
+    for layer in (0, 1):
+        k, v, slots = cache.kept(layer)
+        assert slots == range(oldest, cache.n_ctx)
+        close(k, keys(len(slots), oldest, 1 + layer), times=0)
+        close(v, keys(len(slots), oldest, -1 - layer), times=0)
+    assert cache.kept(2) == (None, None, range(0)), "nothing was appended to this layer"
+
+
 def test_what_was_given_is_copied():
     cache, k = KVCache(N_BATCH, 1, 64), keys(3)
     stored, _, _ = cache.append(0, k, k)

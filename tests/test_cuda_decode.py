@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from close import close
+from composed import Composed, definitions
 from guard import moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from npllm import ops
 from npllm.kernels import cuda
 from npllm.ops.mask import bidirectional, causal, left_padding, lookback, sliding_window
 
+on_cuda = Composed(cuda.CUDA)
 pytestmark = needs_gxx
 FLOATS = [np.float32, ml_dtypes.bfloat16, np.float16]
 stored = st.sampled_from(FLOATS)
@@ -56,8 +58,8 @@ def test_linear(call):
 def test_norm_linear(call):
     x, weight, bias, gain = call
     close(
-        ran(lambda: cuda.norm_linear(*moved((x, gain)), 1e-5, *moved((weight, bias))), "linear"),
-        moved(ops.norm_linear(x, gain, 1e-5, weight, bias)),
+        ran(lambda: on_cuda.norm_linear(*moved((x, gain)), 1e-5, *moved((weight, bias))), "linear"),
+        moved(definitions.norm_linear(x, gain, 1e-5, weight, bias)),
         times=8,
     )
 
@@ -67,8 +69,8 @@ def test_norm_linear(call):
 def test_norm_swiglu(call):
     x, weight, bias, gain = call
     close(
-        ran(lambda: cuda.norm_swiglu(*moved((x, gain)), 1e-5, *moved((weight, bias))), "linear"),
-        moved(ops.norm_swiglu(x, gain, 1e-5, weight, bias)),
+        ran(lambda: on_cuda.norm_swiglu(*moved((x, gain)), 1e-5, *moved((weight, bias))), "linear"),
+        moved(definitions.norm_swiglu(x, gain, 1e-5, weight, bias)),
         times=20,
     )
 
@@ -79,8 +81,8 @@ def test_linear_add(call, seed):
     x, weight, bias, _ = call
     residual = np.random.default_rng(seed).standard_normal((len(x), len(weight)), dtype=np.float32)
     close(
-        ran(lambda: cuda.linear_add(*moved((x, weight, residual, bias))), "linear"),
-        moved(ops.linear_add(x, weight, residual, bias)),
+        ran(lambda: on_cuda.linear_add(*moved((x, weight, residual, bias))), "linear"),
+        moved(definitions.linear_add(x, weight, residual, bias)),
         times=4,
     )
 
@@ -118,9 +120,9 @@ def test_a_row_has_the_same_bits_in_any_company(dtype):
     )
     calls = [
         lambda x, _: cuda.linear(moved(x), moved(weight)),
-        lambda x, _: cuda.norm_linear(*moved((x, gain)), 1e-5, moved(weight)),
-        lambda x, _: cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(weight)),
-        lambda x, r: cuda.linear_add(*moved((x, weight, r))),
+        lambda x, _: on_cuda.norm_linear(*moved((x, gain)), 1e-5, moved(weight)),
+        lambda x, _: on_cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(weight)),
+        lambda x, r: on_cuda.linear_add(*moved((x, weight, r))),
     ]
     for call in calls:
         alone = [call(x[n : n + 1], residual[n : n + 1]).get()[0].tobytes() for n in range(16)]
@@ -153,18 +155,18 @@ def test_a_gain_or_bias_of_another_type_takes_the_parts():
         rng.standard_normal((6,), dtype=np.float32),
     )
     close(
-        ran(lambda: cuda.norm_linear(*moved((x, gain)), 1e-5, moved(weight)), "rms_norm", "linear"),
-        moved(ops.norm_linear(x, gain, 1e-5, weight)),
+        ran(lambda: on_cuda.norm_linear(*moved((x, gain)), 1e-5, moved(weight)), "rms_norm", "linear"),
+        moved(definitions.norm_linear(x, gain, 1e-5, weight)),
         times=4,
     )
     close(
         ran(
-            lambda: cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(weight)),
+            lambda: on_cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(weight)),
             "rms_norm",
             "linear",
             "swiglu",
         ),
-        moved(ops.norm_swiglu(x, gain, 1e-5, weight)),
+        moved(definitions.norm_swiglu(x, gain, 1e-5, weight)),
         times=8,
     )
     close(
@@ -307,6 +309,16 @@ def test_a_sequence_has_the_same_bits_in_any_company(d_head, dtype, window):
             mask=mask,
         ).get()
         assert alone[0].tobytes() == together[row].tobytes()
+
+
+@pytest.mark.parametrize("n_ctx", [8 * 128, 8 * 128 + 1, 2 * 8 * 128 + 70, 32 * 128 + 1])
+def test_more_splits_than_warps_and_lanes(n_ctx):
+    """A warp of the merge takes every eighth split, and each lane every 32nd maximum."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1, n, 32), dtype=np.float32) for n in (1, n_ctx, n_ctx))
+    k[:, :, -1] = 9 * q[:, :, 0]  # the largest score stands in the last split
+    want = moved(ops.attention(q, k, v, scale=0.1))
+    close(decode(*moved((q, k, v)), scale=0.1), want, times=8)
 
 
 def test_keys_of_any_layout():

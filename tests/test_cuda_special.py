@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from close import close
+from composed import Composed, definitions
 from guard import moved, xp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from npllm import ops
 from npllm.kernels import cuda
 from npllm.ops.mask import causal, left_padding, sliding_window
 
+on_cuda = Composed(cuda.CUDA)
 pytestmark = needs_gxx
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 NAMES = {BF16: "bf16", F16: "f16"}
@@ -200,7 +202,7 @@ def test_nan_and_infinities_give_what_the_definition_gives(name, dtype, data):
             st.sampled_from(SPECIAL)
         )
     with np.errstate(all="ignore"):
-        alike(call(cuda.CUDA, moved(inputs)).get(), call(ops.reference, inputs))
+        alike(call(on_cuda, moved(inputs)).get(), call(definitions, inputs))
 
 
 @every_call
@@ -211,14 +213,14 @@ def test_each_input_full_of_them(name, special):
         inputs = draw(np.random.default_rng(0), BF16)
         inputs[full][...] = special
         with np.errstate(all="ignore"):
-            alike(call(cuda.CUDA, moved(inputs)).get(), call(ops.reference, inputs))
+            alike(call(on_cuda, moved(inputs)).get(), call(definitions, inputs))
 
 
 @pytest.mark.parametrize("n_seq", [1, 18])
 def test_a_nan_key_gives_nan_and_a_row_without_keys_gives_zero(n_seq):
     inputs = _heads(np.random.default_rng(0), np.float32, n_seq)
     inputs["k"][0, 1, 149, 3] = np.nan
-    y = CALLS["attention"][1](cuda.CUDA, moved(inputs)).get()
+    y = CALLS["attention"][1](on_cuda, moved(inputs)).get()
     assert np.isnan(y[0, 2:]).all() and np.isfinite(y[0, :2]).all() and np.isfinite(y[1]).all()
     nothing = cuda.attention(
         *moved(tuple(inputs.values())), mask=causal(), q_slots=range(-n_seq, 0), k_slots=range(150)
@@ -295,14 +297,14 @@ def without_barrier(kernel, n):
 @pytest.mark.parametrize(("kernel", "n"), barriers())
 def test_each_barrier_is_needed(kernel, n, monkeypatch):
     """Without it the same call gives something else, in one of the orders of the shim."""
-    want = BARRIERS[kernel](cuda.CUDA, np.random.default_rng(0)).get()
+    want = BARRIERS[kernel](on_cuda, np.random.default_rng(0)).get()
     broken = without_barrier(kernel, n)
 
     def launch(name, *arguments):
         kernel_shim.launch(name, *arguments, text=broken if name == kernel else None)
 
     monkeypatch.setattr(cuda.launching, "launch", launch)
-    got = BARRIERS[kernel](cuda.CUDA, np.random.default_rng(0)).get()
+    got = BARRIERS[kernel](on_cuda, np.random.default_rng(0)).get()
     assert not np.array_equal(got, want)
 
 

@@ -246,7 +246,8 @@ def test_lengths_that_make_no_sense_are_refused(tmp_path, name, content, words):
 def test_a_folder_that_states_its_pooling_does_not_name_the_pooler(tmp_path):
     files = [("1_Pooling/config.json", {"word_embedding_dimension": 12, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True})]
     w = tensors(BertConfig.from_json(CONFIG)) | {"pooler.dense.weight": np.zeros((12, 12)), "pooler.dense.bias": np.zeros(12)}
-    npllm.load(write(tmp_path, weights=w, files=files))
+    stated, unstated = npllm.load(write(tmp_path / "a", weights=w, files=files)), npllm.load(write(tmp_path / "b"))
+    close(stated.embed(["the cat"]), unstated.embed(["the cat"]), times=0)
 
 
 @pytest.mark.parametrize("ids", [np.zeros((1, 10), np.int64), np.arange(9), np.arange(10.0), np.arange(10)[::-1].copy()], ids=str)

@@ -3,6 +3,7 @@
 NPLLM_REQUIRE_LIVE=1 makes it an error that torch or Transformers is missing.
 """
 
+import copy
 import os
 
 import family
@@ -373,8 +374,8 @@ def test_a_rotated_part_of_llama_heads_fails_on_both_sides(name):
     content = {key: value for key, value in (LLAMA | LLAMAS[name] | {"partial_rotary_factor": 0.5}).items() if value is not None}
     with pytest.raises(npllm.NpllmError, match=f"partial_rotary_factor must be 1 for model_type llama and rope_type {name}, got 0.5"):
         npllm.Config.from_json(content)
-    with pytest.raises(RuntimeError, match="must match the size"):
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**content))(torch.tensor([[5, 6]]))
+    with pytest.raises(RuntimeError, match="must match the size"):  # a copy: Transformers writes into rope_scaling
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy(content)))(torch.tensor([[5, 6]]))
 
 
 @pytest.mark.parametrize(("original", "factor", "theta", "d_head"), [(8192, 8.0, 500000.0, 128), (8192, 32.0, 500000.0, 64)])

@@ -83,7 +83,10 @@ def test_a_seed_replays_and_another_does_not():
 
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1, np.int64(5)])
 def test_any_seed_of_64_bits_will_do(seed):
-    without_stop().generate(random_ids(1, 3), max_new_tokens=2, seed=seed, **SAMPLING)
+    m, ids = without_stop(), random_ids(1, 3)
+    answer = m.generate(ids, max_new_tokens=20, seed=seed, **SAMPLING)
+    close(m.generate(ids, max_new_tokens=20, seed=int(seed), **SAMPLING), answer)
+    assert (m.generate(ids, max_new_tokens=20, seed=int(seed) ^ 2**32, **SAMPLING) != answer).any(), "every bit counts"
 
 
 def test_row_0_of_a_batch_draws_what_it_draws_alone():
@@ -259,7 +262,7 @@ def test_ids_work_without_a_tokenizer_and_text_says_why_not(tmp_path):
 def test_the_prompt_is_not_written_to():
     ids = random_ids(2, 5)
     ids.flags.writeable = False
-    without_stop().generate(ids, max_new_tokens=3)
+    close(without_stop().generate(ids, max_new_tokens=3)[:, :5], random_ids(2, 5))
 
 
 # --------------------------------------------------------------------------------------------------------------------- stop strings
@@ -487,7 +490,8 @@ def test_an_entry_that_would_change_the_text_is_refused_when_text_is_asked_for(t
 
 def test_entries_that_change_nothing_are_accepted(tmp_path):
     generation = {"num_beams": 1, "typical_p": 1.0, "guidance_scale": None, "max_length": 20, "transformers_version": "5", "num_beam_groups": None}
-    npllm.load(write_folder(tmp_path, generation=generation)).generate(random_ids(1, 3), max_new_tokens=2)
+    with_entries, without = (npllm.load(write_folder(tmp_path / name, generation=entries)) for name, entries in (("with", generation), ("without", {})))
+    close(with_entries.generate(random_ids(1, 3), max_new_tokens=9), without.generate(random_ids(1, 3), max_new_tokens=9))
 
 
 def test_sampling_options_of_the_checkpoint_are_used(tmp_path):

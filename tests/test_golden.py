@@ -102,7 +102,7 @@ def test_greedy_generation(golden):
 def test_every_named_value(golden):
     seen, want = {}, golden.under("float32/tap/")
     golden.model("float32")(golden.arrays["ids"], tap=lambda name, x: seen.setdefault(name, x))
-    assert want.keys() == seen.keys() - {"lm_head"} and len(want) > 20
+    assert want.keys() <= seen.keys() and len(want) > 20
     for name, x in want.items():
         close(seen[name], x, times=2)
 

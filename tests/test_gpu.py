@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from close import close
+from composed import Composed, definitions
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, documented_calls, examples, normal
@@ -29,6 +30,7 @@ from npllm.kernels import cuda
 from npllm.kernels.cuda import launching
 from npllm.ops.mask import causal, left_padding, sliding_window
 
+on_cuda = Composed(cuda.CUDA)
 pytestmark = pytest.mark.gpu
 FIGURES = {}
 REHEARSAL = os.environ.get("NPLLM_REHEARSE") == "1"  # the stand-in runs a kernel on the CPU, thread by thread
@@ -37,10 +39,20 @@ TEXT = ("The capital of France is Paris. Water boils at a hundred degrees, and a
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _figures_of_an_earlier_process():
+    path = Path(os.environ.get("NPLLM_GPU_FIGURES", os.devnull))
+    if path.is_file():
+        FIGURES.update(json.loads(path.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(autouse=True)
 def _figures():
+    """Written after every test: whatever ends the process, the figures up to there are on disk."""
     yield
     if "NPLLM_GPU_FIGURES" in os.environ:
-        Path(os.environ["NPLLM_GPU_FIGURES"]).write_text(json.dumps(FIGURES, indent=1), encoding="utf-8")
+        path = Path(os.environ["NPLLM_GPU_FIGURES"])
+        path.with_suffix(".partial").write_text(json.dumps(FIGURES, indent=1), encoding="utf-8")
+        path.with_suffix(".partial").rename(path)
 
 
 def figure(name, got, want):
@@ -119,16 +131,16 @@ def test_product_kernels(n_rows, dtype):
     x, w = rng.standard_normal((n_rows, d_in), dtype=np.float32), rng.standard_normal((d_out, d_in), dtype=np.float32).astype(dtype)
     gain, residual = rng.standard_normal((d_in,), dtype=np.float32).astype(dtype), rng.standard_normal((n_rows, d_out), dtype=np.float32)
     same("kernel linear", cuda.linear(*moved((x, w))), ops.linear(x, w))
-    same("kernel linear, norm", cuda.norm_linear(*moved((x, gain)), 1e-5, moved(w)), ops.norm_linear(x, gain, 1e-5, w))
-    same("kernel linear, gate", cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(w)), ops.norm_swiglu(x, gain, 1e-5, w), times=20)
-    same("kernel linear, residual", cuda.linear_add(*moved((x, w, residual))), ops.linear_add(x, w, residual))
+    same("kernel linear, norm", on_cuda.norm_linear(*moved((x, gain)), 1e-5, moved(w)), definitions.norm_linear(x, gain, 1e-5, w))
+    same("kernel linear, gate", on_cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(w)), definitions.norm_swiglu(x, gain, 1e-5, w), times=20)
+    same("kernel linear, residual", on_cuda.linear_add(*moved((x, w, residual))), definitions.linear_add(x, w, residual))
 
 
 @given(products())
 @examples(60)
 def test_products_of_all_sizes(call):
     x, weight, bias, gain = call
-    same("kernel linear, small", cuda.norm_linear(*moved((x, gain)), 1e-5, *moved((weight, bias))), ops.norm_linear(x, gain, 1e-5, weight, bias))
+    same("kernel linear, small", on_cuda.norm_linear(*moved((x, gain)), 1e-5, *moved((weight, bias))), definitions.norm_linear(x, gain, 1e-5, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values())
@@ -136,9 +148,9 @@ def test_a_row_has_the_same_bits_in_any_company(dtype):
     rng, d_in, d_out = np.random.default_rng(0), *((264, 12) if REHEARSAL else (3072, 100))
     x, w = rng.standard_normal((16, d_in), dtype=np.float32), rng.standard_normal((d_out, d_in), dtype=np.float32).astype(dtype)
     gain = rng.standard_normal((d_in,), dtype=np.float32).astype(dtype)
-    alone = [to_numpy(cuda.norm_linear(*moved((x[n : n + 1], gain)), 1e-5, moved(w)))[0].tobytes() for n in range(16)]
+    alone = [to_numpy(on_cuda.norm_linear(*moved((x[n : n + 1], gain)), 1e-5, moved(w)))[0].tobytes() for n in range(16)]
     for n_rows in range(2, 17):
-        assert [row.tobytes() for row in to_numpy(cuda.norm_linear(*moved((x[:n_rows], gain)), 1e-5, moved(w)))] == alone[:n_rows]
+        assert [row.tobytes() for row in to_numpy(on_cuda.norm_linear(*moved((x[:n_rows], gain)), 1e-5, moved(w)))] == alone[:n_rows]
 
 
 @pytest.mark.parametrize("dtype", NAMES)
@@ -166,7 +178,7 @@ def test_nan_and_infinities(name, dtype):
                 inputs = draw(np.random.default_rng(0), dtype)
                 inputs[full].reshape(-1)[place] = special
                 with np.errstate(all="ignore"):
-                    alike(to_numpy(call(cuda.CUDA, moved(inputs))), call(ops.reference, inputs))
+                    alike(to_numpy(call(on_cuda, moved(inputs))), call(definitions, inputs))
 
 
 @given(st.data(), st.integers(1, 3000))
@@ -224,8 +236,8 @@ def test_rope_append_kernel(call):
     qkv, cos, sin, n_head, n_kv_head = call
     n_batch, n_seq, width = qkv.shape
     caches = [npllm.cache.KVCache(n_batch, 1, 64) for _ in range(2)]
-    same("kernel rope_append", cuda.rope_attention(*moved((qkv, cos, sin)), n_head, n_kv_head, mask=causal(), cache=caches[0]),
-         ops.rope_attention(qkv, cos, sin, n_head, n_kv_head, mask=causal(), cache=caches[1]))
+    same("kernel rope_append", on_cuda.rope_attention(*moved((qkv, cos, sin)), n_head, n_kv_head, mask=causal(), cache=caches[0]),
+         definitions.rope_attention(qkv, cos, sin, n_head, n_kv_head, mask=causal(), cache=caches[1]))
     for there, here in zip(caches[0]._layers[0][:2], caches[1]._layers[0][:2], strict=True):
         same("kernel rope_append, cache", there[:, :, :n_seq, :], here[:, :, :n_seq, :])
     assert width % (n_head + 2 * n_kv_head) == 0

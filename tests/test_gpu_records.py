@@ -1,13 +1,11 @@
-"""The parts of scripts/check_gpu.sh: what a record survives, how a run is judged, and the weights that are made for it."""
+"""The parts of scripts/check_gpu.sh: records, the judgement of a run, and its weights."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import optional
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,13 +20,6 @@ from gpu import cases, kernels, measure, records, report, weights  # noqa: E402
 PATHS = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
 
 
-def python(*arguments, **environment):
-    """Run Python on the checkout, as scripts/check_gpu.sh does."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": PATHS} | environment)
-
-
 # ---------------------------------------------------------------------------------------- records
 
 
@@ -41,6 +32,17 @@ def test_a_record_that_was_cut_off_costs_no_other(tmp_path):
     assert log.latest()["a"] == {"name": "a", "status": "passed", "figure": 1.5}
     assert log.done() == {"a"}
     assert log.close_started("killed") == ["b"]
+
+
+def test_a_record_is_json_whatever_was_measured(tmp_path):
+    log = records.Records(tmp_path, "kernels")
+    log.add("a", "failed", max_error=float("nan"), rates={"x": [float("inf"), 1.0]})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    found = json.loads(log.path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert found["max_error"] == "nan" and found["rates"] == {"x": ["inf", 1.0]}
 
 
 def test_work_that_raises_is_recorded_as_failed(tmp_path):
@@ -71,7 +73,8 @@ def test_a_worker_that_dies_is_followed_by_another(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", PATHS)
     log = records.Records(tmp_path, "work")
     assert records.supervise(log, [sys.executable, "-c", WORKER, str(tmp_path)]) == 0
-    assert [record["status"] for record in log.latest().values()] == ["passed", "failed", "failed", "passed"]
+    statuses = [record["status"] for record in log.latest().values()]
+    assert statuses == ["passed", "failed", "failed", "passed"]
     assert "SIGKILL" in log.latest()["b"]["why"]
 
 
@@ -103,16 +106,35 @@ def test_after(): pass
 
 def test_every_outcome_is_recorded_and_a_dead_process_costs_one_test(tmp_path, monkeypatch):
     (tmp_path / "test_it.py").write_text(TESTS, encoding="utf-8")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  weights: w\n  live: l\n  gpu: g\n", encoding="utf-8")
+    markers = "[pytest]\nmarkers =\n  weights: w\n  live: l\n  gpu: g\n"
+    (tmp_path / "pytest.ini").write_text(markers, encoding="utf-8")
     log = records.Records(tmp_path, "rest")
-    for name, value in {"PYTHONPATH": PATHS, "NPLLM_RECORDS": str(log.path), "NPLLM_STAGE": "rest"}.items():
-        monkeypatch.setenv(name, value)
-    command = [sys.executable, "-m", "pytest", "-p", "gpu.outcomes", "-m", "not weights and not live", "--rootdir", str(tmp_path)]
-    records.supervise(log, [*command, "-q", str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", PATHS)
+    monkeypatch.setenv("NPLLM_RECORDS", str(log.path))
+    monkeypatch.setenv("NPLLM_STAGE", "rest")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "gpu.outcomes",
+        "-m",
+        "not weights and not live",
+    ]
+    records.supervise(log, [*command, "--rootdir", str(tmp_path), "-q", str(tmp_path)])
     found = {name.rpartition("::")[2]: record for name, record in log.latest().items()}
     assert {name: record["status"] for name, record in found.items() if name != "collected"} == {
-        "test_before": "passed", "test_wrong": "failed", "test_fatal": "failed", "test_lost": "failed", "test_skipped": "skipped",
-        "test_of_the_checkpoint": "not run", "test_of_another_version": "not run", "test_after": "passed"}
+        "test_before": "passed",
+        "test_wrong": "failed",
+        "test_fatal": "failed",
+        "test_lost": "failed",
+        "test_skipped": "skipped",
+        "test_of_the_checkpoint": "not run",
+        "test_of_another_version": "not run",
+        "test_after": "passed",
+    }
+    n_processes = log.path.read_text(encoding="utf-8").count('"name": "collected"')
+    assert n_processes == 3  # one after the death, one after the lost device
     assert "assert 1 == 2" in found["test_wrong"]["why"]
     assert "default checkpoint" in found["test_of_the_checkpoint"]["why"]
 
@@ -122,7 +144,8 @@ def test_every_outcome_is_recorded_and_a_dead_process_costs_one_test(tmp_path, m
 
 def run_folder(folder, *, device=True, exit_code=0, status="passed"):
     """What a run with one stage leaves."""
-    (folder / "machine.json").write_text(json.dumps({"device": {"found": device}, "commit": "c"}), encoding="utf-8")
+    machine = json.dumps({"device": {"found": device}, "commit": "c"})
+    (folder / "machine.json").write_text(machine, encoding="utf-8")
     stages = records.Records(folder, "stages")
     stages.add("kernels", records.STARTED)
     if exit_code is not None:
@@ -137,13 +160,28 @@ def test_a_report_of_what_passed(tmp_path):
     assert report.main(run_folder(tmp_path)) == 0
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert found["passed"] and found["commit"] == "c"
-    assert found["stages"]["kernels"]["counts"] == {"passed": 2, "failed": 0, "skipped": 0, "not run": 0}
+    assert found["stages"]["kernels"]["counts"] == {
+        "passed": 2,
+        "failed": 0,
+        "skipped": 0,
+        "not run": 0,
+    }
     assert found["stages"]["tests"]["ended"] == "not run"
 
 
-@pytest.mark.parametrize("changes", [
-    {"device": False}, {"exit_code": 1}, {"exit_code": 124}, {"exit_code": 137}, {"exit_code": None},
-    {"status": "failed"}, {"status": records.STARTED}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": False},
+        {"exit_code": 1},
+        {"exit_code": 124},
+        {"exit_code": 137},
+        {"exit_code": None},
+        {"status": "failed"},
+        {"status": records.STARTED},
+    ],
+    ids=str,
+)
 def test_what_did_not_pass_keeps_its_figures(tmp_path, changes):
     assert report.main(run_folder(tmp_path, **changes)) == 1
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -195,61 +233,3 @@ def test_a_random_checkpoint_loads(tmp_path, shards):
     logits = model(np.array([[3, 4, 5]]))
     assert model.config.num_hidden_layers == 1 and np.isfinite(logits).all()
     assert 0.015 < np.asarray(model.params.layers[0].qkv_proj).astype(np.float32).std() < 0.025
-
-
-# ------------------------------------------------------------------------------ missing packages
-
-
-def test_the_package_runs_as_a_module():
-    pytest.importorskip("click")
-    ended = python("-m", "npllm", "--version")
-    assert ended.returncode == 0 and npllm.__version__ in ended.stdout
-
-
-WITHOUT = """
-import sys
-for name in ("click", "jinja2", "threadpoolctl", "numba", "gguf", "huggingface_hub", "tqdm", "matplotlib"):
-    sys.modules[name] = None
-sys.path.insert(0, "tests")
-import numpy as np
-import tiny, npllm
-from npllm import kernels, threads
-model = tiny.model(ops=kernels.fastest_ops("numpy"))
-assert np.isfinite(model(tiny.random_ids(2, 40))).all()
-done = []
-threads.run_blocks(done.append, range(5))
-assert sorted(done) == [0, 1, 2, 3, 4] and threads.n_threads() == 1
-tokenizer = npllm.Tokenizer(tiny.byte_level(), "{{ messages }}", {})
-try:
-    tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
-except npllm.NpllmError as error:
-    print(error)
-"""
-
-
-def test_a_model_runs_where_packages_are_missing():
-    """The command needs click, a chat template Jinja; nothing else does."""
-    ended = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False, cwd=ROOT,
-                           env=os.environ | {"PYTHONPATH": PATHS})
-    assert ended.returncode == 0, ended.stderr
-    assert "a chat template needs Jinja" in ended.stdout
-
-
-def test_a_missing_package_is_named_and_another_error_is_not():
-    error = ImportError("no module", name="no_such_package")
-    assert optional.missing_package(error) is None
-    assert optional.missing_package(ValueError("x")) is None
-    assert optional.missing_package(ImportError("broken", name="numpy")) is None
-    for name in optional.PACKAGES:
-        found = npllm.NpllmError("needs it")
-        found.__cause__ = ImportError(name=f"{name}.part")
-        there = optional.importlib.util.find_spec(name) is not None
-        assert optional.missing_package(found) == (None if there else name)
-
-
-def test_where_everything_is_required_a_missing_package_is_an_error(monkeypatch):
-    monkeypatch.setattr(optional, "REQUIRED", True)
-    with pytest.raises(ImportError):
-        optional.module("no_such_package")
-    with pytest.raises(ImportError):
-        optional.import_or_fail("no_such_package")

@@ -134,7 +134,7 @@ def test_the_stand_in_offers_nothing_that_cupy_has_not():
         assert set(parameters) <= set(known), (name, known)
     assert not hasattr(cupy.ndarray, "__array_namespace__") and not hasattr(guard.Array, "__array_namespace__")
     assert (cupy.ndarray.__module__, cupy.ndarray.__name__) == ("cupy", "ndarray")
-    assert arrays._is_cupy(device([1.0]))
+    assert arrays.is_array(device([1.0])), "known by its type, as CuPy's arrays are"
 
 
 # ---------------------------------------------------------------------------------------------------------------- every op on it
@@ -227,6 +227,9 @@ def test_cached_logits_agree_in_pieces(kind):
 
 def test_a_cache_that_grows_agrees(monkeypatch):
     monkeypatch.setattr(npllm.cache, "SMALLEST_CAPACITY", 2)
+    cache = model_pair()[1].new_cache(2)
+    cache.append(0, *(device(np.zeros((2, 1, 3, 4))) for _ in range(2)))
+    assert cache.n_bytes == 2 * 2 * 4 * 4 * np.float32().nbytes, "room for 4 slots: from 2, doubled"
     test_cached_logits_agree_in_pieces("window")
     test_cached_logits_agree_in_pieces("plain")
 

@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import pytest
 from close import close
+from composed import Composed, definitions
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CONFIG, random_ids, weights, write_folder
@@ -17,7 +18,7 @@ from npllm.quantized.int8 import GROUP, Int8Weight, quantize
 
 SHAPES = {"d_out": st.integers(1, 40), "d_in": st.sampled_from([1, 5, 63, 64, 65, 128, 192]), "seed": st.integers(0, 99),
           "scale": st.sampled_from([1e-30, 1e-3, 1.0, 1e4])}
-SETS = [s for s in (ops.reference, kernels.tiled_ops(), kernels.compiled_ops()) if s]
+SETS = [Composed(s) for s in (ops.reference, kernels.tiled_ops(), kernels.compiled_ops()) if s]
 every_set = pytest.mark.parametrize("fast", SETS, ids=lambda s: s.name)
 
 
@@ -81,7 +82,7 @@ def test_linear_takes_it(fast, n, d_out, d_in, seed, scale):
 @given(n=st.sampled_from([1, 3, 17, 70]), d_out=st.integers(1, 20), d_in=SHAPES["d_in"], seed=SHAPES["seed"])
 def test_the_gated_product_takes_it(fast, n, d_out, d_in, seed):
     x, gain, q = matrix(n, d_in, seed + 1), matrix(1, d_in, seed + 2)[0], quantize(matrix(2 * d_out, d_in, seed))
-    want = ops.norm_swiglu(x.astype(np.float64), gain.astype(np.float64), 1e-5, expanded(q))
+    want = definitions.norm_swiglu(x.astype(np.float64), gain.astype(np.float64), 1e-5, expanded(q))
     y = fast.norm_swiglu(x, gain, 1e-5, q)
     assert y.dtype == np.float32 and (np.abs(y - want) <= oracles.gated_bound(oracles.rms_norm(x, gain, 1e-5), expanded(q))).all()
 
@@ -117,7 +118,7 @@ def test_a_loaded_model_computes_with_the_rounded_matrices(tmp_path):
     ids = random_ids(2, 20)
     want = npllm.load(write_folder(tmp_path / "rounded", tensors=rounded), dtype="float64")(ids)
     for fast in SETS:
-        m = npllm.load(folder, dtype="int8", ops=fast)
+        m = npllm.load(folder, dtype="int8", ops=fast.ops)
         close(m(ids), want, dtype="float32", times=4)
         cache = m.new_cache(2)
         for n in range(20):

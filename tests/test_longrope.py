@@ -108,16 +108,9 @@ def test_channels_that_do_not_turn_are_not_scaled():
 
 
 def _computed_anew(model):
-    """A list that gains, for each call that computes rows anew, how many."""
-    counts, before = [], model._recompute_rows
-
-    def recompute(cache, choice):
-        with pytest.MonkeyPatch.context() as patch:
-            new_cache = model.new_cache
-            patch.setattr(model, "new_cache", lambda n_batch: counts.append(n_batch) or new_cache(n_batch))
-            before(cache, choice)
-
-    model._recompute_rows = recompute
+    """A list that gains, for each call that computes rows anew, how many: the model makes a cache for them."""
+    counts, new_cache = [], model.new_cache
+    model.new_cache = lambda n_batch: counts.append(n_batch) or new_cache(n_batch)
     return counts
 
 
@@ -129,9 +122,9 @@ def _fresh(kind="longrope"):
 def test_a_row_is_computed_anew_once_and_at_its_own_length():
     """spec 8.16: first the longer row, later the shorter one, never again."""
     model = _fresh()
-    counts = _computed_anew(model)
     ids, mask = family.padded([[5] * 6, [7] * 3])
     cache, after = model.new_cache(2), []
+    counts = _computed_anew(model)
     for _ in range(9):
         model(ids, attention_mask=mask, cache=cache)
         after.append((sum(counts), *cache.choice.tolist()))
@@ -142,8 +135,8 @@ def test_a_row_is_computed_anew_once_and_at_its_own_length():
 def test_a_prompt_that_is_long_from_the_start_is_never_computed_anew():
     """spec 8.17."""
     model = _fresh()
-    counts = _computed_anew(model)
     cache = model.new_cache()
+    counts = _computed_anew(model)
     for ids in ([[4] * 9], [[5]], [[6]]):
         model(np.array(ids), cache=cache)
     assert counts == [] and cache.choice.tolist() == [1]
@@ -173,11 +166,11 @@ def test_a_call_that_is_long_in_the_middle_of_its_chunks_is_long_for_all_of_them
 
 def _raw(model, ids):
     """Last logits with a cache whose keys keep the rotation of their own call."""
-    raw = npllm.Model(model.config, model.params)
-    raw._recompute_rows = lambda *_: None
-    cache = raw.new_cache()
+    cache = model.new_cache()
     for i in range(ids.shape[1]):
-        last = raw(ids[:, i : i + 1], cache=cache)
+        if i == model.config.original_max_position_embeddings:
+            cache.choice[:] = 1  # as if the keys had been rotated with the long factors
+        last = model(ids[:, i : i + 1], cache=cache)
     return last[0, -1]
 
 
@@ -198,7 +191,7 @@ def test_keys_rotated_again_would_be_wrong_beyond_the_first_layer():
         old, new = (rope.frequencies(model.config, choice).astype(np.float64) for choice in (0, 1))
         scale = rope.attention_factor(model.config)
         turn_back, turn_on = (npllm.ops.rope_tables(np.arange(8), x, 1.0) for x in (-old, new))
-        for keys, _, _ in cache._layers:
+        for keys, _, _ in map(cache.kept, range(n_layer)):
             plain = npllm.ops.apply_rope(keys[:, :, :8] / scale, *turn_back)
             keys[:, :, :8] = npllm.ops.apply_rope(plain, *turn_on) * scale
         cache.choice[:] = 1

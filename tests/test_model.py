@@ -2,12 +2,12 @@
 
 import gc
 import weakref
-from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from close import close
+from composed import Composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, Counted, model, random_ids, write_folder
@@ -16,6 +16,7 @@ import npllm
 from npllm import ops
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
 from npllm.kernels import fastest_ops
+from npllm.models import phi3, taps
 
 N_VOCAB = CONFIG["vocab_size"]
 LONGROPE = {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
@@ -23,14 +24,22 @@ LONGROPE = {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2,
 VARIANTS = {"gqa": {}, "mha": {"num_key_value_heads": 4}, "mqa": {"num_key_value_heads": 1}, "tied": {"tie_word_embeddings": True},
             "window": {"sliding_window": 5}, "wide head": {"head_dim": 14}, "partial rope": {"partial_rotary_factor": 0.5},
             "one layer": {"num_hidden_layers": 1}, "longrope": LONGROPE, "longrope, window": LONGROPE | {"sliding_window": 5}}
-TAPS = {  # name -> axes, beside n_batch and n_seq
-    "input_layernorm": (32,), "self_attn.qkv_proj": (64,), "self_attn.q": (4, "n_seq", 8), "self_attn.k": (2, "n_seq", 8),
-    "self_attn.v": (2, "n_seq", 8), "self_attn.attention": (32,), "self_attn.o_proj": (32,), "post_attention_layernorm": (32,),
-    "mlp.gate_up_proj": (80,), "mlp.swiglu": (40,), "mlp.down_proj": (32,)}
-NAMES = ["model.embed_tokens", *(f"model.layers.{n}{tap}" for n in range(2) for tap in [*("." + name for name in TAPS), ""]),
-         "model.norm", "lm_head"]
+SIZES = {"n_batch": 3, "n_seq": 5, "n_kept": 5, "n_ctx": 5, "d_model": 32, "d_qkv": 64, "n_head": 4, "n_kv_head": 2, "d_head": 8,
+         "n_head*d_head": 32, "2*d_ff": 80, "d_ff": 40, "d_rope": 8, "n_vocab": N_VOCAB}
 
-OF_OTHER_BLOCKS = ("layer_norm", "relu", "gelu", "silu", "add_positions")  # operations that no Phi-3 layer calls
+
+def named_values(cached):
+    """Every name that a tap of the two-layer model sees, in order, with its axes as `npllm.models.taps` lists them."""
+    rows = [(name, axes.strip("[]").split(", ")) for name, (axes, _) in taps.NAMES.items() if cached or ".cached_" not in name]
+    layer = [row for row in rows if ".N" in row[0]]
+    first, last = rows.index(layer[0]), rows.index(layer[-1]) + 1
+    layers = [(name.replace(".N", f".{n}"), axes) for n in range(2) for name, axes in layer]
+    return dict(rows[:first] + layers + rows[last:])
+
+
+NAMES = list(named_values(False))
+
+OF_OTHER_BLOCKS = {"layer_norm", "relu", "gelu", "silu", "add_positions"}  # operations that no Phi-3 layer calls
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -286,7 +295,7 @@ def test_everything_is_computed_in_float32_or_float64(tmp_path, stored, computed
     cache = m.new_cache()
     m(random_ids(1, 4), cache=cache, tap=lambda name, x: seen.setdefault(name, x))
     assert {x.dtype.name for x in seen.values()} == {computed}
-    assert {x.dtype.name for layer in cache._layers for x in layer[:2]} == {computed}
+    assert {x.dtype.name for layer in range(m.config.num_hidden_layers) for x in cache.kept(layer)[:2]} == {computed}
 
 
 def test_float32_stays_close_to_float64():
@@ -332,9 +341,7 @@ def test_every_name_is_tapped_once_with_its_shape():
     model()(random_ids(3, 5), tap=lambda name, x: (seen.append((name, x.shape)), x)[1])
     assert [name for name, _ in seen] == NAMES
     for name, shape in seen:
-        leaf = name.split(".", 3)[-1]
-        axes = TAPS.get(leaf, (N_VOCAB,) if name == "lm_head" else (32,))
-        assert shape == ((3, *(5 if n == "n_seq" else n for n in axes)) if "n_seq" in axes else (3, 5, *axes)), name
+        assert shape == tuple(SIZES[axis] for axis in named_values(False)[name]), name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -357,7 +364,78 @@ def test_a_tap_sees_a_cached_run_as_well():
     cache = m.new_cache()
     m(ids[:, :6], cache=cache)
     close(m(ids[:, 6:], cache=cache, tap=lambda name, x: seen.setdefault(name, x)), m(ids)[:, 6:], times=2)
-    assert list(seen) == NAMES and seen["model.layers.1.self_attn.k"].shape == (1, 2, 2, 8)
+    assert list(seen) == list(named_values(True)) and seen["model.layers.1.self_attn.k"].shape == (1, 2, 2, 8)
+
+
+class Spy:
+    """A tap that asks for the tables of n_seq x n_ctx as well."""
+
+    pairs = True
+
+    def __init__(self):
+        self.seen = {}
+
+    def __call__(self, name, x):
+        return self.seen.setdefault(name, x)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_mask_and_weights_are_shown_on_request(cached):
+    m, spy, ids = model(sliding_window=3), Spy(), random_ids(1, 6)
+    cache = m.new_cache() if cached else None
+    m(ids[:, :4], cache=cache)
+    m(ids[:, 4:] if cached else ids, cache=cache, tap=spy)
+    at = "model.layers.1.self_attn."
+    weights, visible = spy.seen[at + "weights"], spy.seen[at + "mask"]
+    assert not weights[..., ~np.broadcast_to(visible, weights.shape[-2:])].any()
+    values = np.repeat(spy.seen[at + ("cached_v" if cached else "v")], 2, axis=1)  # 4 query heads, 2 of values
+    close(weights @ values, spy.seen[at + "heads"], times=4)
+
+
+def test_a_tap_cannot_change_a_value_in_place():
+    with pytest.raises(ValueError, match="read-only"):
+        model()(random_ids(1, 3), tap=lambda _, x: x.__setitem__(..., 0))
+
+
+@pytest.mark.parametrize(("returned", "said"), [
+    (lambda _: None, "must return an array of numpy, got builtins.NoneType"),
+    (lambda x: x.astype(np.float64), "must return an array of numpy, float32, got numpy, float64"),
+    (lambda x: x[..., :1], r"must return the shape \[1, 3, 32\], got \[1, 3, 1\]")])
+def test_what_a_tap_returns_is_checked(returned, said):
+    with pytest.raises(NpllmError, match="the tap of model.layers.1.residual " + said):
+        model()(random_ids(1, 3), tap=lambda name, x: returned(x) if name == "model.layers.1.residual" else x)
+
+
+def test_model_and_lm_head_take_a_tap():
+    m, seen = model(), {}
+    hidden = m.model(random_ids(1, 3), tap=lambda name, x: seen.setdefault(name, x))
+    assert list(seen) == NAMES[:-2]
+    logits = m.lm_head(hidden, tap=lambda name, x: seen.setdefault(name, x))
+    assert list(seen) == NAMES
+    close(seen["lm_head"], logits, times=0)
+
+
+@pytest.mark.parametrize("slot", ops.SLOTS)
+@pytest.mark.parametrize("tap", [None, lambda _, x: x], ids=["plain", "tapped"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_slot_of_the_callers_runs_with_and_without_a_tap(slot, tap, cached):
+    calls, definition = [], Composed(ops.reference)
+
+    def mine(*args):
+        calls.append(1)
+        return NotImplemented if slot not in COMPUTED else COMPUTED[slot](definition, *args)
+
+    m, ids = model(), random_ids(1, 4)
+    got = npllm.Model(m.config, m.params, ops=ops.blockwise.replace(**{slot: mine}))
+    close(got(ids, cache=got.new_cache() if cached else None, tap=tap), m(ids), times=4)
+    assert calls
+
+
+COMPUTED = {"norm_linear": Composed.norm_linear, "norm_swiglu": Composed.norm_swiglu, "linear_add": Composed.linear_add,
+            "rope_attention": lambda o, qkv, step: phi3.rope_attention(qkv, step, o.ops),
+            "attention_block": lambda o, x, layer, step: phi3.attention_block(x, layer, step, o.ops),
+            "mlp_block": lambda o, x, layer, step: phi3.mlp_block(x, layer, step, o.ops),
+            "decoder_layers": lambda o, x, layers, step: phi3.decoder_layers(x, layers, step, o.ops)}
 
 
 def test_taps_name_the_residual_stream_and_what_is_added_to_it():
@@ -380,7 +458,7 @@ CALLS_A_RUN = {"embed": 1, "rope_tables": 1, "rms_norm": 1, "linear": 1, "decode
 @pytest.mark.parametrize("name", sorted(CALLS_A_LAYER | CALLS_A_RUN))
 def test_a_replaced_op_runs_in_prefill_and_in_decode(base, name):
     calls = []
-    op = getattr(base, name)
+    op = getattr(base, name) or (lambda *_: NotImplemented)  # an empty slot declines
     m = model(ops=base.replace(**{name: lambda *args, **kwargs: (calls.append(1), op(*args, **kwargs))[1]}))
     cache = m.new_cache()
     for n_seq in (5, 1):
@@ -390,17 +468,17 @@ def test_a_replaced_op_runs_in_prefill_and_in_decode(base, name):
 
 
 def test_the_counts_name_every_op_a_decoder_has():
-    assert (CALLS_A_LAYER | CALLS_A_RUN).keys() == {field.name for field in fields(ops.Ops)} - {"name", *OF_OTHER_BLOCKS}
+    assert (CALLS_A_LAYER | CALLS_A_RUN).keys() == set(ops.Ops.names()) - OF_OTHER_BLOCKS
 
 
 def test_under_a_tap_a_replaced_op_is_still_the_one_that_runs():
     counted = Counted()
     model(ops=counted.ops)(random_ids(1, 5), tap=lambda _, x: x)
-    assert counted.calls.keys() == {field.name for field in fields(counted.ops)} - {"name", *ops.FUSIONS, *OF_OTHER_BLOCKS}
+    assert counted.calls.keys() == set(ops.Ops.names()) - OF_OTHER_BLOCKS
     assert counted.calls | {"rms_norm": 5, "linear": 9, "apply_rope": 4, "attention": 2, "swiglu": 2} == counted.calls
 
 
-def test_replacing_a_part_of_a_fusion_breaks_the_fusion():
+def test_replacing_a_part_of_a_slot_empties_the_slot():
     calls = []
     m = model(ops=ops.blockwise.replace(rms_norm=lambda *args: (calls.append(1), ops.rms_norm(*args))[1]))
     m(random_ids(1, 5))

@@ -1,7 +1,6 @@
 """Every op that a model calls goes through its set: a replaced one fires, in every architecture that has it."""
 
 from collections import Counter
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from npllm.ops import Ops
 
 SETS = {"reference": ops.reference, "blockwise": ops.blockwise, "tiled": kernels.tiled_ops(),
         "compiled": kernels.compiled_ops()}
-NAMES = [field.name for field in fields(Ops) if field.name != "name"]
+NAMES = Ops.names()
 BLOCK = {"linear", "attention", "add", "layer_norm"}  # parts of the blocks of 2017
 DECODER = set(NAMES) - {"layer_norm", "relu", "gelu", "silu", "add_positions"}
-CALLED = {"phi3": DECODER, "phi3 traced": DECODER - set(ops.FUSIONS), "encoder": BLOCK | {"relu"},
+CALLED = {"phi3": DECODER, "phi3 traced": DECODER, "encoder": BLOCK | {"relu"},
           "decoder": BLOCK | {"relu"}, "gelu encoder": BLOCK | {"gelu"},
           **{f"bert {name}": BLOCK | {"embed", "add_positions", name} for name in ("gelu", "relu", "silu")}}
 
@@ -85,7 +84,7 @@ def test_a_replaced_op_fires_in_every_pass_that_has_it(kind, base):
     calls = Counter()
 
     def counted(name):
-        op = getattr(SETS[base], name)
+        op = getattr(SETS[base], name) or (lambda *_: NotImplemented)  # an empty slot declines
         return lambda *args, **options: (calls.update([name]), op(*args, **options))[1]
 
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""The profile: what it counts is what the formulas of `npllm.analysis.cost` say, on fused and unfused sets."""
+"""The profile: what it counts is what the formulas of `npllm.analysis.cost` say, on sets with kernels in their slots and without."""
 
 import pytest
 from tiny import model, random_ids
@@ -57,7 +57,7 @@ def test_shares_and_limits_follow_from_what_was_measured(kind):
             assert row["of_limit"] == pytest.approx(max(row["flops"] / 1e11, row["bytes"] / 1e10) / row["seconds"])
 
 
-def test_fusions_of_one_kernel_stay_whole_and_compositions_show_their_parts():
+def test_a_slot_with_a_kernel_stays_whole_and_an_empty_one_shows_its_parts():
     names = {}
     for kind in SETS:
         timed, calls = timed_ops(kind)

@@ -71,10 +71,12 @@ def write_json(path, content):
 
 
 def model(*, ops=None, seed=0, dtype=np.float32, **changes):
-    """A model with random weights that came from no folder."""
+    """A model with random weights that came from no folder; as those of a checkpoint they are read-only."""
     content = config_dict(**changes)
     config = Config.from_json(content)
     w = weights(content, seed, dtype)
+    for x in w.values():
+        x.flags.writeable = False
     layers = tuple(LayerParams(**{
         leaf: w[f"model.layers.{number}.{half}{leaf}.weight"]
         for half, leaves in (("", ("input_layernorm", "post_attention_layernorm")), ("self_attn.", ("qkv_proj", "o_proj")),
@@ -94,13 +96,12 @@ class Counted:
 
     def __init__(self, ops=npllm.ops.blockwise):
         self.calls = {}
-        names = [name for name in ops.__dataclass_fields__ if name != "name"]
-        self.ops = ops.replace(**{name: self._counted(name, getattr(ops, name)) for name in names})
+        self.ops = ops.replace(**{name: self._counted(name, getattr(ops, name)) for name in ops.names()})
 
     def _counted(self, name, op):
         def counted(*args, **options):
             self.calls[name] = self.calls.get(name, 0) + 1
-            return op(*args, **options)
+            return NotImplemented if op is None else op(*args, **options)  # an empty slot declines
 
         return counted
 

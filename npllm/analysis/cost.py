@@ -420,7 +420,7 @@ def counting_ops(ops=reference):
     Returns
     -------
     counted : Ops
-        Without fusions, so that every op is called under its own name.
+        With empty slots, so that every op is called under its own name.
     costs : dict of str to Cost
         Op name -> what was counted so far; empty at first.
 

@@ -38,6 +38,7 @@ def example_rules(n):
         f"prefix_lm({n // 3})": mask.prefix_lm(n // 3),
         "causal & documents": causal & mask.documents(labels),
         "causal & padding": causal & mask.padding(np.arange(n)[None, :] >= w),
+        "causal & left_padding": causal & mask.left_padding(np.array([w])),
         "Big Bird": mask.longformer_window(w) | mask.global_tokens([0]) | mask.random_blocks(w, -(-n // w), 1, 0),
     }
 

@@ -9,7 +9,7 @@ Source: "Roofline: An Insightful Visual Performance Model for Multicore Architec
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import fields, replace
+from dataclasses import replace
 from math import prod
 
 import ml_dtypes
@@ -19,7 +19,7 @@ from npllm import kernels
 from npllm.analysis.cost import COUNTS, bytes_moved
 from npllm.arrays import array_namespace, to_numpy
 from npllm.errors import NpllmValueError
-from npllm.ops.fusions import COMPOSITIONS, cut_heads
+from npllm.ops import Ops, split_qkv
 from npllm.threads import run_blocks
 
 __all__ = ["machine_limits", "profile", "timed_ops"]
@@ -101,7 +101,7 @@ def _summary(runs, n_step, limits):
 
 
 def timed_ops(ops, cuda=None):
-    """Wrap a set of ops so that it times and counts each call; layers and their halves are taken apart, other fusions stay whole.
+    """Wrap a set of ops so that it times and counts each call; layers and their halves are taken apart, other slots stay whole.
 
     Parameters
     ----------
@@ -123,6 +123,8 @@ def timed_ops(ops, cuda=None):
                 cuda.Device().synchronize()
             start = time.perf_counter()
             y = op(*args, **options)
+            if y is NotImplemented:
+                return y
             if cuda is not None:
                 cuda.Device().synchronize()
             took = time.perf_counter() - start
@@ -133,17 +135,17 @@ def timed_ops(ops, cuda=None):
 
         return timed
 
-    names = [field.name for field in fields(ops) if field.name != "name"]
-    composed = {name for name in COMPOSITIONS if getattr(getattr(ops, name), "func", None) is COMPOSITIONS[name]}
-    composed |= {"attention_block", "mlp_block", "decoder_layers"}  # each product is to have a row of its own
-    wrapped = {name: None if name in composed else wrap(name, getattr(ops, name)) for name in names}
+    apart = {"attention_block", "mlp_block", "decoder_layers"}  # each product is to have a row of its own
+    kept = {name: None if name in apart else getattr(ops, name) for name in Ops.names()}
+    wrapped = {name: op and wrap(name, op) for name, op in kept.items()}
     return replace(ops, **wrapped), calls
 
 
 def count(name, args, options, y):
-    """Operations and bytes of a call, as `npllm.analysis.cost` counts; values between a fusion's parts are not moved."""
+    """Operations and bytes of a call, as `npllm.analysis.cost` counts; values inside a slot are not moved."""
     if name == "rope_attention":
-        return _count_rope_attention(*args[:5], y=y, mask=options.get("mask"), cache=options.get("cache"))
+        qkv, step = args
+        return _count_rope_attention(qkv, *step[:4], y=y, mask=step.mask, cache=step.cache)
     if name in ("norm_linear", "norm_swiglu"):
         x, _gain, _eps, *rest = args
         flops = COUNTS["rms_norm"](x) + COUNTS["linear"](x, *rest) + (5 * y.size if name == "norm_swiglu" else 0)
@@ -157,7 +159,7 @@ def count(name, args, options, y):
 
 def _count_rope_attention(qkv, cos, sin, n_head, n_kv_head, *, y, mask, cache):
     """The rotation of queries and keys, and the pairs that the mask lets through; the keys and values of all slots are read."""
-    q, k, _ = cut_heads(qkv, n_head, n_kv_head)
+    q, k, _ = split_qkv(qkv, n_head, n_kv_head)
     n_past = 0 if cache is None else cache.n_ctx
     shape = (*k.shape[:-2], n_past + k.shape[-2], k.shape[-1])
     keys = np.broadcast_to(np.float32(0), shape)

@@ -21,7 +21,7 @@ from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries
 from npllm.config.config import Config
 from npllm.decoding.loop import last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.errors import NpllmError
-from npllm.models import phi3
+from npllm.models import module_tree
 from npllm.quantized.int8 import quantize
 from npllm.threads import blas_facts, n_threads
 
@@ -121,7 +121,7 @@ def checkpoint_facts(folder):
         parts[part] += prod(entry.shape)
     return {
         "folder": str(folder),
-        "tree": phi3.describe(config),
+        "tree": module_tree.describe(config),
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
         "bytes": sum(entry.stop - entry.start for entry in entries.values()),

@@ -1,12 +1,23 @@
-"""Phi-3: the decoder layer, and the stack of them.  Composition only; the mathematics is in `npllm.ops`."""
+"""Phi-3: the decoder layer, and the stack of them.  Composition only; the mathematics is in `npllm.ops`.
 
-from npllm.ops import merge_heads
-from npllm.ops.fusions import cut_heads
+A set of operations may hold a kernel for a stretch of this file (`npllm.ops.SLOTS`).  Before each
+stretch the set is asked for it; what follows is what the kernel has to compute.
+"""
 
-__all__ = ["decoder_layer", "forward", "lm_head"]
+from collections.abc import Callable
+from typing import Any
+
+from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.models.taps import UNTAPPED, NamedTap, Tap
+from npllm.ops import Ops, Step, merge_heads, split_qkv
+
+__all__ = ["attention_block", "decoder_layer", "decoder_layers", "forward", "lm_head", "mlp_block"]
+
+Array = Any
 
 
-def forward(params, config, ids, cos, sin, masks, ops, cache=None, tap=None):
+def forward(params: Any, config: Any, ids: Array, cos: Array, sin: Array, masks: Any, ops: Ops,
+            cache: Any = None, tap: Tap | None = None) -> Array:
     """Turn token ids into the hidden state after the final norm.
 
         x = embed(ids);   x = decoder_layer_l(x) for each layer l;   hidden = rms_norm(x)
@@ -21,33 +32,48 @@ def forward(params, config, ids, cos, sin, masks, ops, cache=None, tap=None):
     masks : list of Rule
         One for each layer.
     ops : Ops
+        Under a tap its own slots are not used, so that every named value exists.
     cache : KVCache, optional
         Is appended to; the caller advances it.
     tap : function (name, array) -> array, optional
-        Sees, and may replace, every named value.  The names are Transformers' module names, and `...self_attn.q`, `.k`, `.v`
-        (after RoPE), `...self_attn.attention` and `...mlp.swiglu` for what is no module there.
+        Sees, and may replace, every value that `npllm.models.taps` lists.
 
     Returns
     -------
     hidden : array [n_batch, n_seq, d_model]
 
+    Raises
+    ------
+    NpllmTypeError, NpllmValueError
+        When a tap returns an array of another library, dtype or shape.
+
     Notes
     -----
     Source: `Phi3Model` in Transformers.
     """
-    if tap is None:
-        x = ops.embed(ids, params.embed_tokens)
-        x = ops.decoder_layers(x, params.layers, config.rms_norm_eps, cos, sin, config.num_attention_heads,
-                               config.num_key_value_heads, masks=masks, cache=cache)
-        return ops.rms_norm(x, params.norm, config.rms_norm_eps)
-    ops = ops.unfused()
-    x = tap("model.embed_tokens", ops.embed(ids, params.embed_tokens))
-    for number, layer in enumerate(params.layers):
-        x = decoder_layer(x, layer, config, cos, sin, masks[number], ops, cache, number, tap)
-    return tap("model.norm", ops.rms_norm(x, params.norm, config.rms_norm_eps))
+    ops, named = ops if tap is None else ops.without_slots(), NamedTap(tap, "model.")
+    cos, sin = named("rotary_emb.cos", cos), named("rotary_emb.sin", sin)
+    step = Step(cos, sin, config.num_attention_heads, config.num_key_value_heads,
+                config.rms_norm_eps, masks, cache)
+    x = named("embed_tokens", ops.embed(ids, params.embed_tokens))
+    x = decoder_layers(x, params.layers, step, ops, tap)
+    return named("norm", ops.rms_norm(x, params.norm, config.rms_norm_eps))
 
 
-def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, tap=None):
+def decoder_layers(x: Array, layers: Any, step: Step, ops: Ops, tap: Tap | None = None) -> Array:
+    """Send the residual stream through decoder layers, the first of which is layer `step.layer`."""
+    if step.masks is not None and len(step.masks) < step.layer + len(layers):
+        raise NpllmValueError(f"masks must hold one rule for each of {step.layer + len(layers)} layers, "
+                              f"got {len(step.masks)}")
+    y = _kernel(ops.decoder_layers, x, layers, step)
+    if y is not None:
+        return y
+    for number, layer in enumerate(layers, step.layer):
+        x = decoder_layer(x, layer, step.at(number), ops, tap)
+    return x
+
+
+def decoder_layer(x: Array, layer: Any, step: Step, ops: Ops, tap: Tap | None = None) -> Array:
     """Add attention and then the feed-forward network to the residual stream, each after its own norm.
 
         x = x + self_attention(rms_norm(x));   x = x + mlp(rms_norm(x))
@@ -55,13 +81,10 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
     Parameters
     ----------
     x : array [n_batch, n_seq, d_model]
-    params : LayerParams
-    config : Config
-    cos, sin, ops, cache, tap
+    layer : LayerParams
+    step : Step
+    ops, tap
         As in `forward`.
-    mask : Rule
-    number : int
-        Which layer this is: its place in the cache and in the names that the tap sees.
 
     Returns
     -------
@@ -69,54 +92,91 @@ def decoder_layer(x, params, config, cos, sin, mask, ops, cache=None, number=0, 
 
     Notes
     -----
-    Source: `Phi3DecoderLayer` in Transformers; pre-norm: "On Layer Normalization in the Transformer Architecture"
-    (Xiong et al. 2020).
+    Source: `Phi3DecoderLayer` in Transformers; pre-norm: "On Layer Normalization in the Transformer
+    Architecture" (Xiong et al. 2020).
     """
-    if tap is not None:
-        return _traced_layer(x, params, config, cos, sin, mask, ops, cache, number, tap)
-    return ops.decoder_layers(x, (params,), config.rms_norm_eps, cos, sin, config.num_attention_heads, config.num_key_value_heads,
-                              masks=[mask], cache=cache, layer=number)
+    named = NamedTap(tap, f"model.layers.{step.layer}.")
+    x = named("residual", attention_block(x, layer, step, ops, named))
+    return NamedTap(tap, "")(f"model.layers.{step.layer}", mlp_block(x, layer, step, ops, named))
 
 
-def _traced_layer(x, params, config, cos, sin, mask, ops, cache, number, tap):
-    """The same layer step by step: every value under Transformers' name of the module that gives it."""
-    def named(name, value):
-        return tap(f"model.layers.{number}.{name}", value)
+def attention_block(x: Array, layer: Any, step: Step, ops: Ops, named: NamedTap = UNTAPPED) -> Array:
+    """Compute the first half of a layer: every position gathers from the positions that it sees.
 
-    y = named("input_layernorm", ops.rms_norm(x, params.input_layernorm, config.rms_norm_eps))
-    x = ops.add(x, _traced_attention(y, params, config, cos, sin, mask, ops, cache, number, named))
-    y = named("post_attention_layernorm", ops.rms_norm(x, params.post_attention_layernorm, config.rms_norm_eps))
-    x = ops.add(x, _traced_mlp(y, params, ops, named))
-    return tap(f"model.layers.{number}", x)
+        q, k, v = W_qkv rms_norm(x);   y = x + W_o attention(rope(q), rope(k), v)
+
+    Notes
+    -----
+    Source: `Phi3Attention` in Transformers.
+    """
+    y = _kernel(ops.attention_block, x, layer, step)
+    if y is not None:
+        return y
+    qkv = _kernel(ops.norm_linear, x, layer.input_layernorm, step.eps, layer.qkv_proj, layer.qkv_bias)
+    if qkv is None:
+        h = named("input_layernorm", ops.rms_norm(x, layer.input_layernorm, step.eps))
+        qkv = ops.linear(h, layer.qkv_proj, layer.qkv_bias)
+    y = rope_attention(named("self_attn.qkv_proj", qkv), step, ops, named)
+    y = named("self_attn.attention", y)
+    total = _kernel(ops.linear_add, y, layer.o_proj, x, layer.o_bias)
+    if total is not None:
+        return total
+    return ops.add(x, named("self_attn.o_proj", ops.linear(y, layer.o_proj, layer.o_bias)))
 
 
-def _traced_attention(x, params, config, cos, sin, mask, ops, cache, number, named):
-    """Let every position gather from the positions it sees: q, k, v, RoPE, attention, output projection."""
-    qkv = named("self_attn.qkv_proj", ops.linear(x, params.qkv_proj, params.qkv_bias))
-    q, k, v = cut_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
-    q = named("self_attn.q", ops.apply_rope(q, cos, sin))
-    k = named("self_attn.k", ops.apply_rope(k, cos, sin))
-    v = named("self_attn.v", v)
+def rope_attention(qkv: Array, step: Step, ops: Ops, named: NamedTap = UNTAPPED) -> Array:
+    """Cut into heads, rotate, append to the cache, attend, and put the heads side by side.
+
+    [..., n_seq, (n_head+2*n_kv_head)*d_head] -> [..., n_seq, n_head*d_head]
+    """
+    y = _kernel(ops.rope_attention, qkv, step)
+    if y is not None:
+        return y
+    q, k, v = split_qkv(qkv, step.n_head, step.n_kv_head)
+    q, k, v = named("self_attn.q_proj", q), named("self_attn.k_proj", k), named("self_attn.v", v)
+    q = named("self_attn.q", ops.apply_rope(q, step.cos, step.sin))
+    k = named("self_attn.k", ops.apply_rope(k, step.cos, step.sin))
     slots = {}
-    if cache is not None:
-        k, v, k_slots = cache.append(number, k, v)
+    if step.cache is not None:
+        k, v, k_slots = step.cache.append(step.layer, k, v)
         slots = {"q_slots": range(k_slots.stop - q.shape[-2], k_slots.stop), "k_slots": k_slots}
-    y = merge_heads(ops.attention(q, k, v, mask=mask, **slots))  # [..., n_head, n_seq, d_head] -> [..., n_seq, n_head*d_head]
-    return named("self_attn.o_proj", ops.linear(named("self_attn.attention", y), params.o_proj, params.o_bias))
+        k, v = named("self_attn.cached_k", k), named("self_attn.cached_v", v)
+    named.pairs(q, k, step.mask, slots)
+    return merge_heads(named("self_attn.heads", ops.attention(q, k, v, mask=step.mask, **slots)))
 
 
-def _traced_mlp(x, params, ops, named):
-    """Transform every position by itself: the gated feed-forward network."""
-    gate_up = named("mlp.gate_up_proj", ops.linear(x, params.gate_up_proj, params.gate_up_bias))
-    d_ff = gate_up.shape[-1] // 2
-    y = named("mlp.swiglu", ops.swiglu(gate_up[..., :d_ff], gate_up[..., d_ff:]))
-    return named("mlp.down_proj", ops.linear(y, params.down_proj, params.down_bias))
+def mlp_block(x: Array, layer: Any, step: Step, ops: Ops, named: NamedTap = UNTAPPED) -> Array:
+    """Compute the second half of a layer: every position is transformed by itself.
+
+        gate | up = W_gate_up rms_norm(x);   y = x + W_down (silu(gate) * up)
+
+    Notes
+    -----
+    Source: `Phi3MLP` in Transformers; "GLU Variants Improve Transformer" (Shazeer 2020), equation 6.
+    """
+    y = _kernel(ops.mlp_block, x, layer, step)
+    if y is not None:
+        return y
+    gain, weight, bias = layer.post_attention_layernorm, layer.gate_up_proj, layer.gate_up_bias
+    y = _kernel(ops.norm_swiglu, x, gain, step.eps, weight, bias)
+    if y is None:
+        gate_up = _kernel(ops.norm_linear, x, gain, step.eps, weight, bias)
+        if gate_up is None:
+            h = named("post_attention_layernorm", ops.rms_norm(x, gain, step.eps))
+            gate_up = ops.linear(h, weight, bias)
+        gate_up = named("mlp.gate_up_proj", gate_up)
+        d_ff = gate_up.shape[-1] // 2
+        gate, up = named("mlp.gate", gate_up[..., :d_ff]), named("mlp.up", gate_up[..., d_ff:])
+        y = ops.swiglu(gate, up)
+    y = named("mlp.swiglu", y)
+    total = _kernel(ops.linear_add, y, layer.down_proj, x, layer.down_bias)
+    if total is not None:
+        return total
+    return ops.add(x, named("mlp.down_proj", ops.linear(y, layer.down_proj, layer.down_bias)))
 
 
-def lm_head(hidden, params, ops, tap=None):
-    """Score every token of the vocabulary by its product with the hidden state.
-
-        logits[..., t] = sum_i hidden[..., i] * lm_head[t, i]
+def lm_head(hidden: Array, params: Any, ops: Ops, tap: Tap | None = None) -> Array:
+    """Score every token of the vocabulary: `npllm.ops.lm_head` with the set's own product.
 
     Parameters
     ----------
@@ -133,68 +193,15 @@ def lm_head(hidden, params, ops, tap=None):
     -----
     Source: `Phi3ForCausalLM.lm_head` in Transformers.
     """
-    logits = ops.linear(hidden, params.lm_head)
-    return logits if tap is None else tap("lm_head", logits)
+    named = NamedTap(tap, "")
+    return named("lm_head", ops.linear(named("lm_head.input", hidden), params.lm_head))
 
 
-def describe(config):
-    """Draw the tree of modules that Transformers prints for the same folder: `str(model) == str(hf_model)`.
-
-    Parameters
-    ----------
-    config : Config
-
-    Returns
-    -------
-    tree : str
-
-    Notes
-    -----
-    Source: `torch.nn.Module.__repr__` of `Phi3ForCausalLM`, Transformers 5.23.
-    """
-    d_model, eps, n_layer = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
-    family = {"phi3": "Phi3", "llama": "Llama"}[config.model_type]
-    padding = "" if config.pad_token_id is None else f", padding_idx={config.pad_token_id}"
-    norm = f"{family}RMSNorm(({d_model},), eps={eps})"
-    layers = f"(0): {family}DecoderLayer(" if n_layer == 1 else f"(0-{n_layer - 1}): {n_layer} x {family}DecoderLayer("
-    attention, mlp, dropouts = _describe_phi3(config) if family == "Phi3" else _describe_llama(config)
-    lines = [
-        f"{config.architectures[0]}(", f"  (model): {family}Model(",
-        f"    (embed_tokens): Embedding({config.vocab_size}, {d_model}{padding})",
-        "    (layers): ModuleList(", f"      {layers}",
-        f"        (self_attn): {family}Attention(", *("          " + line for line in attention), "        )",
-        f"        (mlp): {family}MLP(", *("          " + line for line in mlp), "        )",
-        f"        (input_layernorm): {norm}", f"        (post_attention_layernorm): {norm}",
-        *("        " + line for line in dropouts),
-        "      )", "    )", f"    (norm): {norm}", f"    (rotary_emb): {family}RotaryEmbedding()", "  )",
-    ]
-    heads = {"lm": [_linear_line("lm_head", d_model, config.vocab_size)],
-             "sequence": [_linear_line("score", d_model, config.num_labels)],
-             "token": ["(dropout): Dropout(p=0.1, inplace=False)", _linear_line("score", d_model, config.num_labels, True)]}
-    return "\n".join([*lines, *("  " + line for line in heads[config.head]), ")"])
-
-
-def _describe_phi3(config):
-    """Lines of attention, feed-forward network and dropouts of a Phi-3 layer."""
-    d_model, d_ff = config.hidden_size, config.intermediate_size
-    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = [_linear_line("o_proj", d_q, d_model), _linear_line("qkv_proj", d_model, d_q + 2 * d_kv)]
-    mlp = [_linear_line("gate_up_proj", d_model, 2 * d_ff), _linear_line("down_proj", d_ff, d_model),
-           "(activation_fn): SiLUActivation()"]
-    return attention, mlp, [f"({name}): Dropout(p={config.resid_pdrop}, inplace=False)"
-                            for name in ("resid_attn_dropout", "resid_mlp_dropout")]
-
-
-def _describe_llama(config):
-    """Lines of attention and feed-forward network of a Llama layer, split as Transformers keeps them."""
-    d_model, d_ff = config.hidden_size, config.intermediate_size
-    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = [_linear_line(name, *size, config.attention_bias) for name, size in (
-        ("q_proj", (d_model, d_q)), ("k_proj", (d_model, d_kv)), ("v_proj", (d_model, d_kv)), ("o_proj", (d_q, d_model)))]
-    mlp = [_linear_line(name, *size, config.mlp_bias) for name, size in (
-        ("gate_proj", (d_model, d_ff)), ("up_proj", (d_model, d_ff)), ("down_proj", (d_ff, d_model)))]
-    return attention, [*mlp, "(act_fn): SiLUActivation()"], []
-
-
-def _linear_line(name, n_in, n_out, bias=False):
-    return f"({name}): Linear(in_features={n_in}, out_features={n_out}, bias={bias})"
+def _kernel(kernel: Callable | None, *arguments: Any) -> Array | None:
+    """Return what a slot's kernel gives; None where there is no kernel for this call."""
+    if kernel is None:
+        return None
+    y = kernel(*arguments)
+    if y is None:
+        raise NpllmTypeError(f"the kernel {kernel!r} returned None; it must return an array, or NotImplemented")
+    return None if y is NotImplemented else y

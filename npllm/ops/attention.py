@@ -4,12 +4,13 @@ The blockwise form (`npllm.ops.blockwise`) is derived independently and shares n
 arguments and the default slots.
 """
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, is_integer, widen
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, is_integer, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["attention", "attention_weights"]
 
 
+@ieee_semantics
 def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None):
     """Say how much each query attends to each key: the relevance of every position, as a distribution.
 
@@ -60,6 +61,7 @@ def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q
     return weights if weights.dtype == q.dtype else xp.astype(weights, q.dtype)
 
 
+@ieee_semantics
 def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False):
     """Replace each query by the mean of the values, weighted by the relevance of their keys: the definition.
 
@@ -163,7 +165,8 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     if mask is not None and not callable(mask) and mask.dtype != xp.bool:
         raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
                              "additive masks go to bias")
-    return _slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq), _slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0)
+    return (resolve_slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq),
+            resolve_slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0))
 
 
 def _check_broadcast(name, x, shape):
@@ -172,7 +175,7 @@ def _check_broadcast(name, x, shape):
         raise NpllmValueError(f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}")
 
 
-def _slots(xp, name, slots, axis, n, first):
+def resolve_slots(xp, name, slots, axis, n, first):
     """Check given slots, and widen them to int64, in which a rule may subtract; without any, n of them from `first`."""
     if slots is None:
         return range(first, first + n)

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, n_bytes, to_numpy, widen
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, n_bytes, to_numpy, widen
 from npllm.errors import NpllmValueError
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
@@ -11,6 +11,7 @@ from npllm.ops.mask.rule import ALL, NONE, SOME
 __all__ = ["blockwise_attention", "merge_attention", "split_kv_attention"]
 
 
+@ieee_semantics
 def blockwise_attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False,
                         block_q=256, block_k=512, outer="queries", moved=None):
     """Compute `attention` block by block, in memory that does not grow with n_seq x n_ctx.
@@ -71,6 +72,7 @@ def blockwise_attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=No
     return (y, lse[..., 0]) if return_lse else y
 
 
+@ieee_semantics
 def merge_attention(y, lse):
     """Merge attention over disjoint sets of keys into attention over all of them.
 

@@ -1,12 +1,13 @@
 """Embedding lookup: from token ids to vectors; and absolute positions, which are added to them."""
 
-from npllm.arrays import array_namespace, as_index, expect_shape, host_range, is_integer, widen
+from npllm.arrays import array_namespace, as_index, expect_shape, host_range, ieee_semantics, is_integer, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.quantized.int8 import Int8Weight
 
 __all__ = ["add_positions", "embed", "sinusoidal_positions"]
 
 
+@ieee_semantics
 def embed(ids, weight):
     """Look up the row of the embedding matrix that belongs to each token id.
 
@@ -89,6 +90,7 @@ def sinusoidal_positions(positions, d_model, base=10000.0):
     return xp.astype(xp.reshape(pairs, (*angle.shape[:-1], d_model)), xp.float32)
 
 
+@ieee_semantics
 def add_positions(x, positions, weight):
     """Add to each token's vector the learned vector of its position.
 

@@ -13,6 +13,7 @@ from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.embedding import embed
 from npllm.ops.feedforward import silu
+from npllm.ops.opset import Ops
 from npllm.ops.residual import add
 from npllm.ops.rope import _halves_to_pairs, _pairs_to_halves, _rotate_half, rope_tables
 
@@ -101,8 +102,6 @@ def emulate(dtype, points=tuple(POINTS)):
     unknown = sorted(set(points) - set(POINTS))
     if unknown:
         raise NpllmValueError(f"no rounding point is called {', '.join(unknown)}; there are {', '.join(POINTS)}")
-    from npllm.ops import Ops  # the package that imports this file defines it
-
     rounded = _Rounding(dtype, frozenset(points))
     named = {"embed": _embed, "linear": _linear, "rms_norm": _rms_norm, "rope_tables": _rope_tables, "apply_rope": _apply_rope,
              "attention": _attention, "swiglu": _swiglu, "add": _add}

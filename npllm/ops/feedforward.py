@@ -31,8 +31,7 @@ def silu(x):
     """
     xp = array_namespace(x)
     wide = widen(x)
-    decay = xp.exp(-xp.abs(wide))
-    y = wide * xp.where(wide >= 0, xp.ones_like(decay), decay) / (1 + decay)
+    y = _times_sigmoid(wide, wide, xp)
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
@@ -71,6 +70,7 @@ def swiglu(gate, up):
     return y if y.dtype == gate.dtype else xp.astype(y, gate.dtype)
 
 
+@ieee_semantics
 def relu(x):
     """Keep what is positive.
 
@@ -121,8 +121,8 @@ def gelu(x, approximate="none"):
 
     Notes
     -----
-    The exact form computes in float64 and rounds once; the other in float32 (float64 when `x` is).  The exact form computes
-    1 + erf(t) as erfc(-t), in which nothing cancels far below 0.
+    The exact form computes in float64 and rounds once; the other in float32 (float64 when `x` is).  Far below 0, where
+    the sums in the formulas cancel, 1 + erf(t) is computed as erfc(-t) and (1 + tanh(t)) / 2 as sigmoid(2 * t).
 
     Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2; `torch.nn.functional.gelu`.
     """
@@ -134,5 +134,12 @@ def gelu(x, approximate="none"):
         y = wide * erfc(wide * -(0.5**0.5)) / 2
     else:
         wide = widen(x)
-        y = wide * (1 + xp.tanh((2 / 3.141592653589793) ** 0.5 * (wide + 0.044715 * wide * wide * wide))) / 2
+        t = (2 / 3.141592653589793) ** 0.5 * (wide + 0.044715 * wide * wide * wide)
+        y = _times_sigmoid(wide, 2 * t, xp)
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
+
+
+def _times_sigmoid(x, t, xp):
+    """Compute x / (1 + exp(-t)); the exponential is of -|t|, which cannot overflow."""
+    decay = xp.exp(-xp.abs(t))
+    return x * xp.where(t >= 0, xp.ones_like(decay), decay) / (1 + decay)

@@ -2,12 +2,13 @@
 
 from math import prod
 
-from npllm.arrays import array_namespace, compute_dtype, entries_at_once, expect_shape, widen
+from npllm.arrays import array_namespace, compute_dtype, entries_at_once, expect_shape, ieee_semantics, widen
 from npllm.errors import NpllmValueError
 
 __all__ = ["linear", "mean_pool_kv_heads", "merge_heads", "split_heads"]
 
 
+@ieee_semantics
 def linear(x, weight, bias=None):
     """Multiply each row by the transposed weight matrix, and add a bias.
 

@@ -1,11 +1,12 @@
 """The residual stream: every half of a block adds to it, nothing replaces it."""
 
-from npllm.arrays import array_namespace, compute_dtype, widen
+from npllm.arrays import array_namespace, compute_dtype, ieee_semantics, widen
 from npllm.errors import NpllmValueError
 
 __all__ = ["add"]
 
 
+@ieee_semantics
 def add(x, y):
     """Add the output of a half block to the residual stream.
 

@@ -1,11 +1,12 @@
 """Rotary position embedding (RoPE): each pair of channels is turned by an angle proportional to the position."""
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, widen
+from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, widen
 from npllm.errors import NpllmValueError
 
 __all__ = ["apply_rope", "apply_rope_complex", "rope_tables", "rotation_matrix"]
 
 
+@ieee_semantics
 def rope_tables(positions, inv_freq, scale=1.0):
     """Tabulate the cosine and sine of every angle, once for all layers.
 
@@ -38,6 +39,7 @@ def rope_tables(positions, inv_freq, scale=1.0):
     return scale * xp.cos(phase), scale * xp.sin(phase)
 
 
+@ieee_semantics
 def apply_rope(x, cos, sin, *, interleaved=False):
     """Rotate the first d_rope channels of every head, pair by pair, and pass the others through.
 

@@ -9,6 +9,8 @@ import numpy as np
 from gpu.records import rehearsing
 from npllm import ops
 from npllm.kernels import cuda
+from npllm.models import phi3
+from npllm.ops import Step
 from npllm.ops.mask import causal
 
 WIDTHS = (64, 96, 128)  # of the heads of published models
@@ -34,8 +36,7 @@ def variants(common: bool = False) -> list[tuple[str, dict[str, Any]]]:
     `common` leaves out the widths of heads that no published model has.
     """
     kernels: list[str] = sorted(cuda.VARIANTS, key=lambda kernel: len(cuda.source(kernel)))
-    known: Any = cuda.VARIANTS
-    found = [(kernel, dict(definitions)) for kernel in kernels for definitions in known[kernel]]
+    found = [(kernel, dict(pairs)) for kernel in kernels for pairs in cuda.VARIANTS[kernel]]
     usual = [variant for variant in found if variant[1].get("HEAD", WIDTHS[0]) in WIDTHS]
     return usual if common else usual + [variant for variant in found if variant not in usual]
 
@@ -65,7 +66,7 @@ def linear(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
 def rms_norm(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     """A few rows of the residual stream."""
     d_model = size(3072, 100)
-    weight = normal(rng, d_model, dtype=FLOATS[definitions.get("ENTRY") or definitions["WEIGHT"]])
+    weight = normal(rng, d_model, dtype=FLOATS[definitions["ENTRY"]])
     return Case(cuda.rms_norm, ops.rms_norm, (normal(rng, 5, d_model), weight, 1e-5))
 
 
@@ -87,10 +88,9 @@ def rope_append(_: dict[str, Any], rng: np.random.Generator) -> Case:
     qkv = normal(rng, 2, n_seq, (n_head + 2 * n_kv_head) * d_head)
     tables = np.cos(angles), np.sin(angles)
     return Case(
-        cuda.rope_attention,
-        ops.rope_attention,
+        lambda *args: phi3.rope_attention(args[0], Step(*args[1:], 0.0, [causal()]), cuda.CUDA),
+        lambda *args: phi3.rope_attention(args[0], Step(*args[1:], 0.0, [causal()]), ops.reference),
         (qkv, *tables, n_head, n_kv_head),
-        {"mask": causal()},
     )
 
 

@@ -1,6 +1,7 @@
 """What a stage found, one JSON object a line, on disk at once: a stage that is killed keeps it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ class Records:
 
     def add(self, name: str, status: str, **facts: Any) -> None:
         """Append one record, and see that it is on disk."""
-        line = json.dumps({"name": name, "status": status, **facts}, default=str)
+        line = json.dumps(in_json({"name": name, "status": status, **facts}), default=str)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -59,6 +60,15 @@ class Records:
         for name in begun:
             self.add(name, "failed", why=why)
         return begun
+
+
+def in_json(value: Any) -> Any:
+    """The same value with NaN and infinities as texts: JSON has no numbers for them."""
+    if isinstance(value, dict):
+        return {str(key): in_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_recorded(records: Records, name: str, work: Callable[[], dict[str, Any]]) -> bool:

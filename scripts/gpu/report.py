@@ -49,6 +49,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "commit": machine.get("commit"),
         "rehearsal": machine.get("rehearsal"),
         "machine": machine,
+        "figures": read_json(folder / "figures.json"),
         "stages": stages,
     }
 

@@ -25,6 +25,7 @@ def main(folder: str, stage: str) -> int:
     """Run the tests of a stage; return 0 where at least one passed and none failed."""
     records = Records(folder, stage)
     os.environ |= {"NPLLM_RECORDS": str(records.path), "NPLLM_STAGE": stage}
+    os.environ["NPLLM_GPU_FIGURES"] = str(Path(folder) / "figures.json")
     os.environ.setdefault("NPLLM_EXAMPLES", "10")
     files = files_on_gpu() if stage == "tests" else []
     extra = shlex.split(os.environ.get(f"NPLLM_PYTEST_{stage}", ""))

@@ -30,95 +30,94 @@ from npllm.kernels.cpu.parts import (
     norm_linear,
     norm_swiglu,
     one_token,
-    room,
+    reserve_slots,
     rope_attention,
     stored,
 )
 from npllm.kernels.cpu.tiled import TILED
 from npllm.models.params import LayerParams
-from npllm.ops.fusions import COMPOSITIONS
+from npllm.ops import Step
 from npllm.ops.mask import causal
 from npllm.quantized.int8 import Int8Weight, quantize
 
 __all__ = ["COMPILED", "attention_block", "decoder_layers", "mlp_block"]
 
 
-def attention_block(x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias=None, o_bias=None, *,
-                    mask=None, cache=None, layer=0):
-    """Compute `npllm.ops.attention_block`: one kernel for one token of a few sequences, else the compiled parts."""
-    token = None
-    if cache is not None and fits_step(x, norm_weight, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias, o_bias):
-        d_head = len(qkv_weight) // (n_head + 2 * n_kv_head)
-        token = one_token(cos, sin, len(x), n_head, n_kv_head, d_head, mask, cache, layer)
+def attention_block(x, layer, step):
+    """Compute the first half of a layer: one kernel for one token of a few sequences."""
+    weights = layer.input_layernorm, layer.qkv_proj, layer.o_proj
+    if step.cache is None or not fits_step(x, *weights, step, layer.qkv_bias, layer.o_bias):
+        return NotImplemented
+    d_head = len(layer.qkv_proj) // (step.n_head + 2 * step.n_kv_head)
+    token = one_token(step, len(x), d_head)
     if token is None:
-        return COMPOSITIONS["attention_block"](COMPILED, x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head,
-                                               qkv_bias, o_bias, mask=mask, cache=cache, layer=layer)
+        return NotImplemented
     y = row_major_copy(x[:, 0])
-    attention_step(y, bits(norm_weight), np.float32(eps), *stored(qkv_weight), bias_or_nothing(qkv_bias), *token, n_head,
-                   *stored(o_weight))
-    return biased(y, o_bias).reshape(x.shape)
+    attention_step(y, bits(layer.input_layernorm), np.float32(step.eps), *stored(layer.qkv_proj),
+                   bias_or_nothing(layer.qkv_bias), *token, step.n_head, *stored(layer.o_proj))
+    return biased(y, layer.o_bias).reshape(x.shape)
 
 
-def mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
-    """Compute `npllm.ops.mlp_block`: one kernel for a few rows; panels from the norm to the sum for many."""
-    if not fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias, down_bias):
-        return COMPOSITIONS["mlp_block"](COMPILED, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
+def mlp_block(x, layer, step):
+    """Compute the second half of a layer: one kernel for a few rows; panels from the norm to the sum for many."""
+    gain, gate_up, down = layer.post_attention_layernorm, layer.gate_up_proj, layer.down_proj
+    gate_up_bias, down_bias = layer.gate_up_bias, layer.down_bias
+    if not fits_mlp(x, gain, gate_up, down, gate_up_bias, down_bias):
+        return NotImplemented
     rows = rows_of(x)
     if len(rows) > FEW_ROWS and not gemm.width():
-        return TILED.mlp_block(x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias, down_bias)
+        return NotImplemented
     y = row_major_copy(rows)
     if len(rows) > FEW_ROWS:
-        gated = gated_panels(rows, norm_weight, eps, gate_up_weight, gate_up_bias)
-        gemm.add_unpacked(gemm.product(gated, *stored(down_weight)), y)
+        gated = gated_panels(rows, gain, step.eps, gate_up, gate_up_bias)
+        gemm.add_unpacked(gemm.product(gated, *stored(down)), y)
     else:
-        mlp_step(y, bits(norm_weight), np.float32(eps), *stored(gate_up_weight), bias_or_nothing(gate_up_bias),
-                 *stored(down_weight))
+        mlp_step(y, bits(gain), np.float32(step.eps), *stored(gate_up), bias_or_nothing(gate_up_bias), *stored(down))
     return biased(y, down_bias).reshape(x.shape)
 
 
-def decoder_layers(x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, cache=None, layer=0):
-    """Compute `npllm.ops.decoder_layers`: one kernel for one token of a few sequences where the layers are alike."""
-    one_mask = masks is None or (len(masks) == len(layers) and all(mask is masks[0] for mask in masks))
-    if one_mask and type(layers) is tuple and layers and type(cache) is KVCache and all(type(x) is LayerParams for x in layers):
-        y = step(x, layers, eps, cos, sin, n_head, n_kv_head, None if masks is None else masks[0], cache, layer)
-        if y is not None:
-            return y
-    return COMPOSITIONS["decoder_layers"](COMPILED, x, layers, eps, cos, sin, n_head, n_kv_head, masks=masks, cache=cache,
-                                          layer=layer)
+def decoder_layers(x, layers, step):
+    """Compute all layers: one kernel for one token of a few sequences where the layers are alike."""
+    masks = step.masks
+    one_mask = masks is None or all(mask is step.mask for mask in masks)
+    known = type(layers) is tuple and layers and type(step.cache) is KVCache and all(type(x) is LayerParams for x in layers)
+    y = one_step(x, layers, step) if one_mask and known else None
+    return NotImplemented if y is None else y
 
 
-def step(x, layers, eps, cos, sin, n_head, n_kv_head, mask, cache, layer):
+def one_step(x, layers, step):
     """One token of a few sequences through all layers; None where they are not what `layers_step` is made for."""
     gain, qkv_proj, o_proj, *mlp = weights_of(layers[0])
-    if not (fits_step(x, gain, qkv_proj, o_proj, cos, sin, n_head, n_kv_head) and fits_mlp(x, *mlp)):
+    if not (fits_step(x, gain, qkv_proj, o_proj, step) and fits_mlp(x, *mlp)):
         return None
-    table = known_table(layers, cache)
+    table = known_table(layers, step.cache)
     if table is None:
         return None
-    d_head = len(qkv_proj) // (n_head + 2 * n_kv_head)
-    token = one_token(cos, sin, len(x), n_head, n_kv_head, d_head, mask, cache, layer)
+    d_head = len(qkv_proj) // (step.n_head + 2 * step.n_kv_head)
+    token = one_token(step, len(x), d_head)
     if token is None:
         return None
     cos, sin, keys, values, seen = token
-    rooms = [(keys, values), *(room(cache, layer + n, len(x), n_kv_head, d_head)[:2] for n in range(1, len(layers)))]
-    if not all(alike(k, keys) and alike(v, values) for k, v in rooms):
+    others = (reserve_slots(step.cache, step.layer + n, len(x), step.n_kv_head, d_head)[:2] for n in range(1, len(layers)))
+    kept = [(keys, values), *others]
+    if not all(alike(k, keys) and alike(v, values) for k, v in kept):
         return None
-    first, table = (*arrays_of(layers[0]), keys, values), np.hstack((table, [(address(k), address(v)) for k, v in rooms]))
+    first, table = (*arrays_of(layers[0]), keys, values), np.hstack((table, [(address(k), address(v)) for k, v in kept]))
     y = row_major_copy(x[:, 0])
-    layers_step(y, first, table, np.float32(eps), cos, sin, seen, n_head)
+    layers_step(y, first, table, np.float32(step.eps), cos, sin, seen, step.n_head)
     return y.reshape(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- what the kernels are made for
 
 
-def fits_step(x, norm_weight, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias=None, o_bias=None):
+def fits_step(x, norm_weight, qkv_weight, o_weight, step, qkv_bias=None, o_bias=None):
     """Tell whether the attention of one token of a few sequences is what `attention_step` is made for."""
     if not (fits_product(x, qkv_weight, qkv_bias) and fits_gain(x, norm_weight) and len(x) <= FEW_ROWS
-            and fits_rope((*x.shape[:-1], len(qkv_weight)), cos, sin, n_head, n_kv_head) and x.shape[1] == 1):
+            and fits_rope((*x.shape[:-1], len(qkv_weight)), *step[:4]) and x.shape[1] == 1):
         return False
-    d_head = len(qkv_weight) // (n_head + 2 * n_kv_head)
-    return fits_weight(o_weight, n_head * d_head, o_bias) and len(o_weight) == x.shape[-1]
+    d_head = len(qkv_weight) // (step.n_head + 2 * step.n_kv_head)
+    return fits_weight(o_weight, step.n_head * d_head, o_bias) and len(o_weight) == x.shape[-1]
 
 
 def fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
@@ -188,8 +187,8 @@ def call_all(dtype):
         linear(x, square)
         linear_add(x, square, x)
         norm_swiglu(x, gain, 0.0, gate_up_proj)
-        mlp_block(x, gain, 0.0, gate_up_proj, square)
-        cos, sin = np.ones((2, n, 16), np.float32)
-        rope_attention(norm_linear(x, gain, 0.0, qkv_proj), cos, sin, 2, 2, mask=causal(), cache=KVCache(1, 1, 64))
-        attention_block(x, gain, 0.0, qkv_proj, square, cos, sin, 2, 2, mask=causal(), cache=KVCache(1, 1, 64))
-        decoder_layers(x, (layer,), 0.0, cos, sin, 2, 2, masks=[causal()], cache=KVCache(1, 1, 64))
+        step = Step(*np.ones((2, n, 16), np.float32), 2, 2, 0.0, [causal()])
+        mlp_block(x, layer, step)
+        rope_attention(norm_linear(x, gain, 0.0, qkv_proj), step._replace(cache=KVCache(1, 1, 64)))
+        attention_block(x, layer, step._replace(cache=KVCache(1, 1, 64)))
+        decoder_layers(x, (layer,), step._replace(cache=KVCache(1, 1, 64)))

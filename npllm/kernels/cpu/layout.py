@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["is_row_major", "row_major", "row_major_copy", "rows_of"]
+__all__ = ["frozen", "is_row_major", "row_major", "row_major_copy", "rows_of"]
 
 Array = Any
 
@@ -18,8 +18,17 @@ def is_row_major(x: Array) -> bool:
 
 
 def row_major(x: Array) -> Array:
-    """The array itself where it `is_row_major`, else a copy that is."""
-    return x if is_row_major(x) else row_major_copy(x)
+    """A view of the array where it `is_row_major`, else a copy that is.
+
+    Read-only in any case: Numba would compile every kernel once more for arrays that are not.
+    """
+    return frozen(x.view() if is_row_major(x) else row_major_copy(x))
+
+
+def frozen(x: Array) -> Array:
+    """The same array object, read-only from now on."""
+    x.flags.writeable = False
+    return x
 
 
 def row_major_copy(x: Array) -> Array:

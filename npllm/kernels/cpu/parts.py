@@ -11,22 +11,20 @@ import numpy as np
 from numba import get_num_threads, prange
 
 from npllm import ops
-from npllm.arrays import DTYPES
+from npllm.arrays import DTYPES, ieee_semantics
 from npllm.kernels.cpu import gemm, tiled
 from npllm.kernels.cpu.attention import PANELS, attend_many, attend_step, fold_scores, rotate_all
 from npllm.kernels.cpu.gemv import FEW_ROWS, add_product, gate_all, gated_product
-from npllm.kernels.cpu.layout import is_row_major, row_major, row_major_copy, rows_of
+from npllm.kernels.cpu.layout import frozen, is_row_major, row_major, row_major_copy, rows_of
 from npllm.kernels.cpu.simd import kernel
-from npllm.kernels.cpu.tiled import TILED
 from npllm.ops.attention import evaluate_mask
-from npllm.ops.fusions import compose_rope_attention, cut_heads
 from npllm.ops.mask.rule import ALL, FAR
 from npllm.quantized.int8 import GROUP, Int8Weight
 from npllm.threads import run_blocks, scratch
 
 __all__ = ["gelu", "linear", "linear_add", "norm_linear", "norm_swiglu", "rope_attention"]
 
-NOTHING, NO_SCALES = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+NOTHING, NO_SCALES = frozen(np.zeros(0, np.float32)), frozen(np.zeros((0, 0), np.float32))
 BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
 
 
@@ -41,12 +39,13 @@ def linear(x, weight, bias=None):
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None):
-    """Compute `npllm.ops.norm_linear`."""
+    """Compute rms_norm, then linear."""
     if not (fits_product(x, weight, bias) and fits_gain(x, norm_weight)):
-        return ops.norm_linear(x, norm_weight, eps, weight, bias)
+        return NotImplemented
     return biased(multiplied(x, weight, norm_weight, eps), bias)
 
 
+@ieee_semantics
 def biased(y, bias):
     """Add a bias to new rows, in place."""
     if bias is not None:
@@ -73,14 +72,14 @@ def many_rows(x, weight, gain=NOTHING, eps=0.0):
 
 
 def norm_swiglu(x, norm_weight, eps, weight, bias=None):
-    """Compute `npllm.ops.norm_swiglu`."""
+    """Compute rms_norm, linear, and swiglu of the two halves."""
     if not fits_gated(x, norm_weight, weight, bias):
-        return ops.norm_swiglu(x, norm_weight, eps, weight, bias)
+        return NotImplemented
     d_in, d_ff = weight.shape[1], len(weight) // 2
     n = x.size // d_in
     if n > FEW_ROWS:
         if not gemm.width():
-            return TILED.norm_swiglu(x, norm_weight, eps, weight, bias)
+            return NotImplemented
         y = gemm.unpacked(gated_panels(x, norm_weight, eps, weight, bias), np.empty((n, d_ff), np.float32))
     else:
         y = np.empty((n, d_ff), np.float32)
@@ -88,6 +87,7 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
     return y.reshape(*x.shape[:-1], d_ff)
 
 
+@ieee_semantics
 def gated_panels(x, norm_weight, eps, weight, bias):
     """Compute `norm_swiglu` of many rows, as panels [n_panel, d_ff, columns] in a buffer."""
     both = many_rows(x, weight, norm_weight, eps)
@@ -100,15 +100,15 @@ def gated_panels(x, norm_weight, eps, weight, bias):
 
 
 def linear_add(x, weight, residual, bias=None):
-    """Compute `npllm.ops.linear_add`."""
+    """Compute linear, then add."""
     fits = fits_product(x, weight, bias) and tiled.is_float32(residual) and residual.shape == (*x.shape[:-1], len(weight))
     if not fits:
-        return ops.linear_add(x, weight, residual, bias)
+        return NotImplemented
     d_out, d_in = weight.shape
     n = x.size // d_in
     if n > FEW_ROWS:
         if not gemm.width():
-            return TILED.linear_add(x, weight, residual, bias)
+            return NotImplemented
         y = gemm.add_unpacked(many_rows(x, weight), row_major_copy(residual.reshape(n, d_out)))
     else:
         y = row_major_copy(residual.reshape(n, d_out))
@@ -133,12 +133,14 @@ def fits_gain(x, gain):
 
 def bits(x):
     """A stored array as Numba can take it."""
-    return x.view(BITS[x.dtype])
+    return frozen(x.view(BITS[x.dtype]))
 
 
 def stored(weight):
     """A weight as the kernels take it: its entries, and their scales where they are in 8 bits."""
-    return (weight.values, weight.scales) if isinstance(weight, Int8Weight) else (bits(weight), NO_SCALES)
+    if isinstance(weight, Int8Weight):
+        return row_major(weight.values), row_major(weight.scales)
+    return bits(weight), NO_SCALES
 
 
 def fits_product(x, weight, bias=None):
@@ -178,30 +180,31 @@ def gelu_all(x, y):
 # ---------------------------------------------------------------------------------------------------------------- attention
 
 
-def rope_attention(qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
-    """Compute `npllm.ops.rope_attention`; one token a sequence goes through one kernel, which writes into the cache itself."""
+def rope_attention(qkv, step):
+    """Compute rotation, append and attention; one token a sequence takes one kernel, which writes into the cache itself."""
+    cos, sin, n_head, n_kv_head = step[:4]
     if not (tiled.is_float32(qkv) and fits_rope(qkv.shape, cos, sin, n_head, n_kv_head)):
-        return compose_rope_attention(TILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
+        return NotImplemented
     n_batch, n_seq, d_qkv = qkv.shape
-    if n_seq > 1 or cache is None:
-        return rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer)
+    if n_seq > 1 or step.cache is None:
+        return rope_attention_many(qkv, step)
     d_head = d_qkv // (n_head + 2 * n_kv_head)
-    token = one_token(cos, sin, n_batch, n_head, n_kv_head, d_head, mask, cache, layer)
+    token = one_token(step, n_batch, d_head)
     if token is None:
-        return compose_rope_attention(TILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
+        return NotImplemented
     y = np.empty((n_batch, 1, n_head * d_head), np.float32)
     attend_step(row_major(qkv), *token, n_head, y)
     return y
 
 
-def one_token(cos, sin, n_batch, n_head, n_kv_head, d_head, mask, cache, layer):
+def one_token(step, n_batch, d_head):
     """What attention of one new token a sequence needs: its rotation, keys and values with room for its own, and which it sees.
 
     None where keys are not float32, or heads see different ones.
     """
-    keys, values, slots = room(cache, layer, n_batch, n_kv_head, d_head)
-    seen = visible(mask, slots, n_batch, n_head)
-    return (*flat(cos, sin), keys, values, seen) if fits_kept(keys, values) and seen is not None else None
+    keys, values, slots = reserve_slots(step.cache, step.layer, n_batch, step.n_kv_head, d_head)
+    seen = visible(step.mask, slots, n_batch, step.n_head)
+    return (*flat(step.cos, step.sin), keys, values, seen) if fits_kept(keys, values) and seen is not None else None
 
 
 def flat(*tables):
@@ -209,7 +212,7 @@ def flat(*tables):
     return (rows_of(x) for x in tables)
 
 
-def room(cache, layer, n_batch, n_kv_head, d_head):
+def reserve_slots(cache, layer, n_batch, n_kv_head, d_head):
     """Keys and values of a layer with room for one token of each sequence, and their slots."""
     k = np.empty((n_batch, n_kv_head, 1, d_head), np.float32)  # its shape is asked for
     keys, values, slots = cache.extend(layer, k, k)
@@ -239,16 +242,18 @@ def fits_rope(shape, cos, sin, n_head, n_kv_head):
             and (cos.ndim == 2 or cos.shape[0] in (1, shape[0])))
 
 
-def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
+def rope_attention_many(qkv, step):
     """Many tokens: one kernel where the mask is a band of distances, else the blocks of the tiled set."""
+    cos, sin, n_head, n_kv_head = step[:4]
+    mask, cache = step.mask, step.cache
     n_batch, n_seq, _ = qkv.shape
-    k = cut_heads(qkv, n_head, n_kv_head)[1]
+    k = ops.split_qkv(qkv, n_head, n_kv_head)[1]
     if cache is None:
         keys, values, slots = np.empty(k.shape, np.float32), np.empty(k.shape, np.float32), range(n_seq)
     else:
-        keys, values, slots = cache.extend(layer, k, k)
+        keys, values, slots = cache.extend(step.layer, k, k)
     if not fits_kept(keys, values):
-        return compose_rope_attention(TILED, qkv, cos, sin, n_head, n_kv_head, mask=mask, cache=cache, layer=layer)
+        return NotImplemented
     qkv, *tables = map(row_major, (qkv, *(np.broadcast_to(x, (n_batch, *x.shape[-2:])) for x in (cos, sin))))
     band = (-FAR, FAR) if mask is None else getattr(mask, "band", None)
     if band is None or not gemm.width():
@@ -261,7 +266,7 @@ def rope_attention_many(qkv, cos, sin, n_head, n_kv_head, mask, cache, layer):
 
 def attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots):
     """Rotate queries into an array of their own, write keys and values into the last columns, and attend."""
-    heads = cut_heads(qkv, n_head, n_kv_head)
+    heads = ops.split_qkv(qkv, n_head, n_kv_head)
     n_batch, _, n_seq, _ = heads[0].shape
     q = np.empty(heads[0].shape, np.float32)
     parts = [(x[b, h], cos[b], sin[b], y[b, h, y.shape[-2] - n_seq :], y is not values)

@@ -21,6 +21,7 @@ BLOCK_ROWS = 2**16  # entries of an activation that one thread takes at a time
 BLOCK_Q, BLOCK_K = 256, 512  # a tile of scores is half a MiB
 
 
+@ieee_semantics
 def linear(x, weight, bias=None):
     """Compute `npllm.ops.linear`: blocks of rows of the weight are widened into a buffer and multiplied there."""
     if not fits_linear(x, weight, bias):
@@ -125,6 +126,7 @@ def is_float32(*arrays):
 # -------------------------------------------------------------------------------------------------------------- row by row
 
 
+@ieee_semantics
 def rms_norm(x, weight, eps):
     """Compute `npllm.ops.rms_norm` in blocks of rows."""
     if not (is_float32(x) and x.size and type(weight) is np.ndarray and weight.shape == x.shape[-1:] and weight.dtype in STORED):
@@ -141,6 +143,7 @@ def rms_norm(x, weight, eps):
     return y.reshape(x.shape)
 
 
+@ieee_semantics
 def swiglu(gate, up):
     """Compute `npllm.ops.swiglu` in blocks of rows."""
     if not is_float32(gate, up) or gate.shape != up.shape or gate.size == 0:
@@ -166,7 +169,6 @@ def swiglu(gate, up):
 def over_rows(function, rows):
     """Call a function on slices of rows; a few rows are not worth a thread."""
     blocks = spans(len(rows), max(1, BLOCK_ROWS // max(1, rows.shape[-1])))
-    function = ieee_semantics(function)  # of each thread
     if len(blocks) == 1:
         function(blocks[0])
     else:
@@ -190,6 +192,7 @@ def fits_attention(q, k, v, mask, bias, softcap):
     return bias is None and softcap is None and is_float32(q, k, v) and q.size > 0 and (mask is None or callable(mask))
 
 
+@ieee_semantics
 def attend(q, k, v, mask, scale, q_slots, k_slots, fold=None):
     """Attention over blocks of queries and keys; `fold` replaces `fold_scores`."""
     q_slots, k_slots = check_attention(np, q, k, v, mask, None, q_slots, k_slots)
@@ -269,4 +272,4 @@ def fold_scores(s, m, total, a):
 
 
 TILED = replace(ops.reference, name="tiled",
-                linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=blockwise_attention).unfused()
+                linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=blockwise_attention)

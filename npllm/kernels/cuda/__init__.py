@@ -9,6 +9,8 @@ Subnormal float32 numbers (below 2**-126) count as zero, as operands and as resu
 with -ftz=true.  NaN, infinities and rows without a key give what the definition gives.
 """
 
+from dataclasses import replace
+
 from npllm.kernels.cuda.attention import GROUPS, HEADS, WIDEST, attention
 from npllm.kernels.cuda.launching import ENTRIES, OPTIONS, source
 from npllm.kernels.cuda.linear import MOST_ROWS, ROWS, linear, linear_add, norm_linear, norm_swiglu
@@ -20,9 +22,9 @@ __all__ = ["CUDA", "HEADS", "MOST_ROWS", "OPTIONS", "VARIANTS", "WIDEST", "atten
            "linear", "linear_add", "norm_linear", "norm_swiglu", "rms_norm", "rope_attention",
            "source", "swiglu"]
 
-CUDA = blockwise.replace(linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=attention,
-                         rope_attention=rope_attention, norm_linear=norm_linear,
-                         norm_swiglu=norm_swiglu, linear_add=linear_add, name="cuda")
+CUDA = replace(blockwise, linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=attention,
+               rope_attention=rope_attention, norm_linear=norm_linear, norm_swiglu=norm_swiglu,
+               linear_add=linear_add, name="cuda")
 
 _TYPES = tuple(ENTRIES.values())
 _WIDTHS = tuple(range(32, WIDEST + 1, 32))

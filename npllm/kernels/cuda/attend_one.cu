@@ -131,7 +131,7 @@ attend_split(const float* q, const T* k, const T* v, float* y, float* parts, i64
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend_one(const float* q, const ENTRY* k, const ENTRY* v, const i64* start, float* y,
                float* parts, i64 n_batch, i64 n_head, i64 n_kv_head, i64 n_ctx, i64 n_split,
                i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 q_slot,

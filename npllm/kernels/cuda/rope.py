@@ -9,9 +9,7 @@ from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.attention import attention, head_steps
 from npllm.kernels.cuda.launching import entry
 from npllm.kernels.cuda.rows import MOST
-from npllm.ops import blockwise
-from npllm.ops.fusions import compose_rope_attention
-from npllm.ops.linear import merge_heads
+from npllm.ops import Step, merge_heads
 
 __all__ = ["rope_attention"]
 
@@ -20,31 +18,29 @@ Array = Any
 THREADS = 256
 
 
-def rope_attention(qkv: Array, cos: Array, sin: Array, n_head: int, n_kv_head: int, *,
-                   mask: Any = None, cache: Any = None, layer: int = 0) -> Array:
-    """Cut into heads, rotate, append to the cache, attend: the twin of `npllm.ops.rope_attention`.
+def rope_attention(qkv: Array, step: Step) -> Array:
+    """Cut into heads, rotate, append to the cache, and attend.
 
     Everything before the attention is one kernel, which writes keys and values into the cache.
     """
+    cos, sin, n_head, n_kv_head = step[:4]
     fits = entry(qkv) == entry(cos) == entry(sin) == "float" and cos.shape == sin.shape
     fits = fits and qkv.ndim == 3 and 0 < qkv.size < MOST
     if not (fits and _tables_fit(qkv, cos, n_head + 2 * n_kv_head)):
-        parts = blockwise.replace(attention=attention)
-        return compose_rope_attention(parts, qkv, cos, sin, n_head, n_kv_head, mask=mask,
-                                      cache=cache, layer=layer)
+        return NotImplemented
     xp = array_namespace(qkv, cos, sin)
     n_batch, n_seq, width = qkv.shape
     d_head = width // (n_head + 2 * n_kv_head)
     q = xp.empty((n_batch, n_head, n_seq, d_head), dtype=xp.float32)
     slots = {}
-    if cache is None:
+    if step.cache is None:
         k, v = (xp.empty((n_batch, n_kv_head, n_seq, d_head), dtype=xp.float32) for _ in range(2))
     else:
         like = q[:, :n_kv_head]  # of the shape, dtype and library of new keys and values
-        k, v, k_slots = cache.extend(layer, like, like)
+        k, v, k_slots = step.cache.extend(step.layer, like, like)
         slots = {"q_slots": range(k_slots.stop - n_seq, k_slots.stop), "k_slots": k_slots}
     _rope_append(xp, qkv, cos, sin, q, k[..., -n_seq:, :], v[..., -n_seq:, :])
-    return merge_heads(attention(q, k, v, mask=mask, **slots))
+    return merge_heads(attention(q, k, v, mask=step.mask, **slots))
 
 
 def _rope_append(xp: Any, qkv: Array, cos: Array, sin: Array, q: Array, k: Array, v: Array) -> None:

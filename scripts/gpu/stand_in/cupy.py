@@ -51,13 +51,14 @@ def run_once(command, **options):
 class RawKernel:
     """One variant of a kernel, as `cupy.RawKernel`."""
 
-    num_regs = local_size_bytes = shared_size_bytes = 0  # a CPU has none of these
+    local_size_bytes = shared_size_bytes = 0  # a CPU has none of these
+    num_regs = property(lambda self: 0 * bool(self.compile()))  # to ask for it compiles
 
-    def __init__(self, name, definitions):
-        self.name, self.definitions = name, definitions
+    def __init__(self, name, definitions, text):
+        self.name, self.definitions, self.text = name, definitions, text
 
     def compile(self):
-        return shim().compiled(self.name, self.definitions)
+        return shim().compiled(self.name, self.definitions, self.text)
 
     def __call__(self, grid, block, args, **_):
         plant(f"kernel/{self.name}")
@@ -74,7 +75,7 @@ class RawModule:
         self.code, self.definitions = code, tuple(sorted(map(tuple, pairs)))
 
     def get_function(self, name):
-        return RawKernel(name, self.definitions)
+        return RawKernel(name, self.definitions, self.code)
 
 
 class Runtime(guard.Runtime):
