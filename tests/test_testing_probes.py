@@ -4,16 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from npllm import testing
-from npllm.cli import main
-from npllm.cli.testing import OPS as NAMED
 from npllm.testing.forms.table import OPS
 from npllm.testing.planted import run
 from npllm.testing.probes import PROBES, write_probes
 from npllm.testing.registry import alternatives
+
+CliRunner = pytest.importorskip("click.testing").CliRunner
+cli = pytest.importorskip("npllm.cli.testing")
+main = pytest.importorskip("npllm.cli").main
+NAMED = cli.OPS
 
 
 @pytest.fixture(scope="module")
