@@ -114,9 +114,11 @@ def expected_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         _table(name): (n, d_model) for name, n in zip(TABLES, n_rows, strict=True)
     }
-    shapes |= _norm_shapes("embeddings", d_model)
-    for number in range(config.num_hidden_layers):
-        shapes |= _layer_shapes(config, f"encoder.layer.{number}")
+    layers = [f"encoder.layer.{number}" for number in range(config.num_hidden_layers)]
+    for layer in layers:
+        shapes |= _linear_shapes(config, layer)
+    for module in ("embeddings", *(module for layer in layers for module in _norms(layer))):
+        shapes |= {f"{module}.LayerNorm.{leaf}": (d_model,) for leaf in ("weight", "bias")}
     return shapes
 
 
@@ -125,13 +127,13 @@ def _table(name: str) -> str:
     return f"embeddings.{name}_embeddings.weight"
 
 
-def _norm_shapes(module: str, d_model: int) -> dict[str, tuple[int, ...]]:
-    """List the tensors of the LayerNorm of a module."""
-    return {f"{module}.LayerNorm.{leaf}": (d_model,) for leaf in ("weight", "bias")}
+def _norms(layer: str) -> tuple[str, str]:
+    """Return the modules of a layer that have a LayerNorm."""
+    return f"{layer}.attention.output", f"{layer}.output"
 
 
-def _layer_shapes(config: BertConfig, layer: str) -> dict[str, tuple[int, ...]]:
-    """List the tensors of one layer."""
+def _linear_shapes(config: BertConfig, layer: str) -> dict[str, tuple[int, ...]]:
+    """List weights and biases of the linear maps of one layer."""
     d_model, d_ff = config.hidden_size, config.intermediate_size
     linears = {f"{layer}.attention.{linear}": (d_model, d_model) for linear in ATTENTION}
     linears[f"{layer}.intermediate.dense"] = (d_ff, d_model)
@@ -139,8 +141,6 @@ def _layer_shapes(config: BertConfig, layer: str) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (d_out, d_in) in linears.items():
         shapes |= {f"{name}.weight": (d_out, d_in), f"{name}.bias": (d_out,)}
-    for module in (f"{layer}.attention.output", f"{layer}.output"):
-        shapes |= _norm_shapes(module, d_model)
     return shapes
 
 
@@ -179,12 +179,9 @@ def _layer(get: Callable[[str], Array], layer: str) -> EncoderLayerParams:
         get(f"{layer}.output.dense.weight"),
         get(f"{layer}.output.dense.bias"),
     )
-    return EncoderLayerParams(
-        AttentionParams(*weights, *biases),
-        _norm(get, f"{layer}.attention.output"),
-        network,
-        _norm(get, f"{layer}.output"),
-    )
+    attention_norm, network_norm = (_norm(get, module) for module in _norms(layer))
+    attention = AttentionParams(*weights, *biases)
+    return EncoderLayerParams(attention, attention_norm, network, network_norm)
 
 
 def _without_prefix(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
