@@ -272,7 +272,7 @@ def test_a_tensor_in_two_files(sharded, tmp_path):
     tensors = {n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for n, e in header.items() if n != "__metadata__"}
     tensors[name] = other[name]["dtype"], other[name]["shape"], bytes(64)
     (folder / "model-00001-of-00002.safetensors").write_bytes(fuzz.write_safetensors(tensors))
-    assert message(ValueError, read_entries, folder).endswith(f"tensors that stand in more than one file: {name}")
+    assert message(ValueError, read_entries, folder).endswith(f"tensors that are in more than one file: {name}")
 
 
 def test_links_inside_a_folder_may_lead_elsewhere(sharded, tmp_path):
