@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from close import close
 from composed import Composed, definitions
-from layouts import LAYOUTS, Allocator, contiguous, memory_of, strided
+from layouts import BAND, LAYOUTS, Allocator, contiguous, memory_of, strided
 
 from npllm import cache as kv
 from npllm import kernels, ops
@@ -204,6 +204,16 @@ def test_a_kernel_writes_into_its_output_and_its_buffers_only(tested, name, dtyp
         agree(getattr(tested, name), getattr(definitions, name), arguments)
     memory.check()
     assert memory.lent or getattr(tested.ops, name) in (None, getattr(ops, name, None))
+
+
+@pytest.mark.parametrize("at", [-1, 6])
+def test_a_write_beside_an_array_is_found(at):
+    memory = Allocator()
+    x = memory.zeros((2, 3), np.float32)
+    memory.check()
+    memory_of(x).view(np.float32)[BAND + at] = 0
+    with pytest.raises(AssertionError):
+        memory.check()
 
 
 def test_every_op_is_tried():

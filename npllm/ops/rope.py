@@ -28,7 +28,7 @@ def rope_tables(positions, inv_freq, scale=1.0):
 
     Notes
     -----
-    The phase is never below float32: bfloat16 would round position 15962 to 15968.
+    The phase is never below float32: bfloat16 would round position 15962 to 15936.
 
     Source: "RoFormer" (Su et al. 2021), equation 34; `Phi3RotaryEmbedding.forward`.
     """
