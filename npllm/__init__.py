@@ -42,8 +42,8 @@ __all__ = ["BertConfig", "Config", "Encoder", "Model", "NpllmError", "Tokenizer"
 
 # Modules that have moved: the old path, as it was imported, and where it is now.
 _MOVED = {
-    "bert_config": "config.bert_config", "int8": "quantized.int8", "checkpoint": "checkpoints.safetensors",
-    "upload": "checkpoints.upload", "fetch": "checkpoints.fetch", "convert": "checkpoints.gguf",
+    "bert_config": "config.bert_config", "int8": "quantized.int8", "checkpoint": "checkpoints",
+    "upload": "checkpoints.upload", "fetch": "checkpoints.fetch", "convert": "checkpoints.convert_gguf",
     "tokenizer": "text.tokenizer", "template": "text.chat_template", "generate": "decoding.loop", "beam": "decoding.beam",
     "score": "analysis.score", "packing": "analysis.packing", "steps": "analysis.steps", "cost": "analysis.cost",
     "profile": "analysis.profiling", "plots": "analysis.plots", "report": "analysis.report",

@@ -9,9 +9,10 @@ from tokenizers import normalizers
 from npllm import ops as _ops
 from npllm.arguments import host_array, host_integers, native_weights
 from npllm.arrays import array_namespace, asarray, backend_name, is_integer, to_numpy
-from npllm.checkpoints.sentence_transformers import SentenceSettings, read_sentence_settings, token_count
+from npllm.checkpoints import bert_layout
+from npllm.checkpoints.sentence_settings import SentenceSettings, read_sentence_settings, token_count
 from npllm.config.bert_config import BertConfig
-from npllm.config.config import quote, read_json
+from npllm.config.strict_json import quote, read_json
 from npllm.decision import FROM_MODEL, check_finite
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.kernels import choose_ops
@@ -60,7 +61,7 @@ def load_encoder(folder, *, dtype=None, ops=None, xp=np):
     folder = Path(folder)
     config = BertConfig.from_json(folder)
     settings = read_sentence_settings(folder, config.hidden_size, dtype)
-    params = bert.load_params(folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated)
+    params = bert_layout.load_params(folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
     if tokenizer is not None and settings.do_lower_case:

@@ -22,8 +22,9 @@ from npllm.arrays import (
 from npllm.cache import KVCache
 from npllm.cache_owner import CacheOwner
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
-from npllm.checkpoints.safetensors import load_params
-from npllm.config.config import Config, read_json
+from npllm.checkpoints.phi3_layout import load_params
+from npllm.config.config import Config
+from npllm.config.strict_json import read_json
 from npllm.decoding.beam import beam_search, beam_texts
 from npllm.decoding.loop import GenerationConfig, is_chat, last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.encoder import Encoder, load_encoder

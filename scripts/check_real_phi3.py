@@ -16,7 +16,8 @@ import numpy as np
 
 import npllm
 from npllm.arrays import BACKENDS, to_numpy
-from npllm.config.config import Config, read_json
+from npllm.config.config import Config
+from npllm.config.strict_json import read_json
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.model import checkpoint_folder
 

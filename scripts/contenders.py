@@ -134,7 +134,7 @@ def write_gguf(folder, path, dtype):
     import gguf
     from gguf.quants import quantize
 
-    from npllm.checkpoints.safetensors import load_params
+    from npllm.checkpoints.phi3_layout import load_params
     from npllm.config.config import Config
     from npllm.models import rope
 

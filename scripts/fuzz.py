@@ -34,7 +34,9 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import npllm
-from npllm.checkpoints.safetensors import expected_shapes, find_nonfinite, read_entries
+from npllm.checkpoints.finite import find_nonfinite
+from npllm.checkpoints.phi3_layout import expected_shapes
+from npllm.checkpoints.safetensors import read_entries
 from npllm.decoding.loop import GenerationConfig
 
 LIMIT_SECONDS = 20.0  # a chat template alone may take five

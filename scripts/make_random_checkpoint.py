@@ -15,8 +15,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from npllm.checkpoints.safetensors import expected_shapes
-from npllm.config.config import Config, read_json
+from npllm.checkpoints.phi3_layout import expected_shapes
+from npllm.config.config import Config
+from npllm.config.strict_json import read_json
 
 BLOCK = 2**25  # random numbers drawn once
 

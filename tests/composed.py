@@ -1,8 +1,8 @@
 """The slots of a set called with plain arguments: its kernel, else the composition that npllm/models/phi3.py spells out."""
 
 from npllm import ops
-from npllm.checkpoints.safetensors import LayerParams
 from npllm.models import phi3
+from npllm.models.params import LayerParams
 from npllm.ops import Step
 
 

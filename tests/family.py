@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import npllm
-from npllm.checkpoints.safetensors import expected_shapes
+from npllm.checkpoints.phi3_layout import expected_shapes
 from npllm.config.config import Config
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -7,8 +7,8 @@ import numpy as np
 import tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from npllm.checkpoints import bert_layout
 from npllm.config.bert_config import BertConfig
-from npllm.models import bert
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", "##s", "##ting", "a", "b", "c", "d", "e",
          "query", "The", ":"]
@@ -78,7 +78,7 @@ def drawn(shape, source):
 def weights():
     """Tensors of the encoder."""
     source = np.random.PCG64(0)
-    shapes = bert.expected_shapes(BertConfig.from_json(CONFIG))
+    shapes = bert_layout.expected_shapes(BertConfig.from_json(CONFIG))
     return {name: drawn(shape, source) * (3 if "embeddings.weight" in name else 1) + np.float32("LayerNorm.weight" in name)
             for name, shape in shapes.items()}
 

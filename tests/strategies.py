@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from npllm import ops
-from npllm.checkpoints.safetensors import LayerParams
+from npllm.models.params import LayerParams
 from npllm.ops import mask
 
 FLOATS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16"), "float32": np.dtype("float32"),

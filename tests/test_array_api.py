@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented, documented_calls, normal
 
 from npllm import ops
-from npllm.checkpoints.safetensors import LayerParams
 from npllm.errors import NpllmTypeError
+from npllm.models.params import LayerParams
 from npllm.ops.mask import Rule, causal, documents, padding, sliding_window
 
 strict = optional.module("array_api_strict")

@@ -11,7 +11,8 @@ from tiny import config_dict, model, random_ids, weights, write_folder, write_js
 
 import npllm
 from npllm import Config
-from npllm.checkpoints.safetensors import expected_shapes, load_params, read_entries
+from npllm.checkpoints.phi3_layout import expected_shapes, load_params
+from npllm.checkpoints.safetensors import read_entries
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
 LEAVES = {"input_layernorm": "input_layernorm", "qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj",
@@ -377,3 +378,16 @@ def test_the_headers_say_where_each_tensor_stands(tmp_path):
     for name, entry in read_entries(tmp_path).items():
         assert data[entry.start : entry.stop] == tensors[name].tobytes()
         assert list(entry.shape) == header[name]["shape"]
+
+
+def test_names_from_before_the_folders_can_still_be_imported():
+    import npllm.checkpoint as old
+
+    from npllm.checkpoints import finite, phi3_layout, safetensors
+    from npllm.models import params
+
+    assert safetensors.Params is old.Params is params.Params
+    assert safetensors.LayerParams is old.LayerParams is params.LayerParams
+    assert old.load_params is phi3_layout.load_params
+    assert old.expected_shapes is phi3_layout.expected_shapes
+    assert old.find_nonfinite is finite.find_nonfinite

@@ -16,7 +16,7 @@ from test_llama import LLAMA
 from npllm import Config
 from npllm.arrays import widest
 from npllm.checkpoints import upload
-from npllm.checkpoints.safetensors import load_params
+from npllm.checkpoints.phi3_layout import load_params
 from npllm.quantized.int8 import quantize
 
 FLOATS = [np.dtype(name) for name in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)]

@@ -15,8 +15,8 @@ from test_llama import LLAMA
 
 import npllm
 from npllm import Config
-from npllm.checkpoints import safetensors, unused
-from npllm.checkpoints.safetensors import load_params
+from npllm.checkpoints import phi3_layout, unused
+from npllm.checkpoints.phi3_layout import load_params
 from npllm.models import rope
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -157,7 +157,7 @@ def test_the_bar_counts_what_is_read(tmp_path, monkeypatch):
     import contextlib
 
     seen = []
-    monkeypatch.setattr(safetensors, "progress_bar", lambda total, _: contextlib.nullcontext(lambda n, _: seen.append((n, total))))
+    monkeypatch.setattr(phi3_layout, "progress_bar", lambda total, _, **__: contextlib.nullcontext(lambda n, _: seen.append((n, total))))
     tensors = family.tensors(TIED["llama"])
     load(tmp_path, TIED["llama"], tensors | {OUTPUT: tensors[EMBEDDING].copy()}, progress=True)
     assert sum(n for n, _ in seen) == seen[0][1]

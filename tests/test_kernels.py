@@ -23,8 +23,8 @@ from tiny import model, random_ids
 
 from npllm import NpllmError, kernels, ops, threads
 from npllm.cache import KVCache
-from npllm.checkpoints.safetensors import LayerParams
 from npllm.kernels.cpu import tiled
+from npllm.models.params import LayerParams
 from npllm.ops import mask
 from npllm.quantized.int8 import quantize
 

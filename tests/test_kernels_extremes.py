@@ -12,7 +12,7 @@ from composed import Composed, definitions
 
 from npllm import NpllmError, kernels, ops
 from npllm.cache import KVCache
-from npllm.checkpoints.safetensors import LayerParams
+from npllm.models.params import LayerParams
 from npllm.ops import mask
 from npllm.quantized.int8 import quantize
 

@@ -11,7 +11,7 @@ from layouts import BAND, LAYOUTS, Allocator, contiguous, memory_of, strided
 
 from npllm import cache as kv
 from npllm import kernels, ops
-from npllm.checkpoints.safetensors import LayerParams
+from npllm.models.params import LayerParams
 from npllm.ops import mask
 from npllm.quantized.int8 import Int8Weight, quantize
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npllm
-from npllm.checkpoints.safetensors import load_params
+from npllm.checkpoints.phi3_layout import load_params
 from npllm.config.config import Config
 from npllm.models import rope
 

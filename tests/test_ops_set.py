@@ -13,8 +13,8 @@ from composed import Composed, definitions
 
 import npllm
 from npllm import kernels, ops
-from npllm.checkpoints.safetensors import LayerParams
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.models.params import LayerParams
 from npllm.ops import Ops, blockwise, reference
 
 NAMES, SLOTS = Ops.names(), ops.SLOTS

@@ -10,7 +10,7 @@ from close import close
 
 from npllm import ops
 from npllm.analysis import report
-from npllm.checkpoints.safetensors import expected_shapes, load_params
+from npllm.checkpoints.phi3_layout import expected_shapes, load_params
 from npllm.config.config import Config
 from npllm.models import rope
 

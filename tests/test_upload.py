@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npllm
-from npllm.checkpoints import safetensors as checkpoint
-from npllm.checkpoints import upload
+from npllm.checkpoints import phi3_layout, upload
 from npllm.config.config import Config
 
 try:
@@ -61,7 +60,7 @@ def test_a_checkpoint_arrives_as_numpy_would_have_loaded_it(tmp_path, family, dt
     folder = tiny.write_folder(tmp_path, dtype=ml_dtypes.bfloat16, **family)
     config = Config.from_json(folder)
     alive, PinnedMemory.most = PinnedMemory.alive, 0
-    there, here = checkpoint.load_params(folder, config, dtype=dtype, xp=guard.xp), checkpoint.load_params(folder, config, dtype=dtype)
+    there, here = phi3_layout.load_params(folder, config, dtype=dtype, xp=guard.xp), phi3_layout.load_params(folder, config, dtype=dtype)
     assert PinnedMemory.most - alive <= 2 * upload.BUFFER_BYTES
     assert guard.STREAM.queue == []
     for one, other in zip((there.embed_tokens, there.norm, there.lm_head, *[x for layer in there.layers for x in layer]),
@@ -87,9 +86,9 @@ def test_the_bar_moves_by_every_byte(tmp_path, monkeypatch):
     import contextlib
 
     seen = []
-    monkeypatch.setattr(checkpoint, "progress_bar", lambda total, _: contextlib.nullcontext(lambda n, file: seen.append((n, file, total))))
+    monkeypatch.setattr(phi3_layout, "progress_bar", lambda total, _, **__: contextlib.nullcontext(lambda n, file: seen.append((n, file, total))))
     folder = tiny.write_folder(tmp_path, dtype=ml_dtypes.bfloat16)
-    checkpoint.load_params(folder, Config.from_json(folder), dtype="float32", xp=guard.xp, progress=True)
+    phi3_layout.load_params(folder, Config.from_json(folder), dtype="float32", xp=guard.xp, progress=True)
     assert sum(n for n, _, _ in seen) == seen[0][2]
     assert {file for _, file, _ in seen} == {"model.safetensors"}
     assert len(seen) > 100  # piece by piece

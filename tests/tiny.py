@@ -8,9 +8,10 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import npllm
-from npllm.checkpoints.safetensors import expected_shapes
+from npllm.checkpoints.phi3_layout import expected_shapes
 from npllm.config.config import Config
 from npllm.decoding.loop import GenerationConfig
+from npllm.models.params import LayerParams, Params
 from npllm.text.tokenizer import Tokenizer as OurTokenizer
 
 CONFIG = {
@@ -76,13 +77,13 @@ def model(*, ops=None, seed=0, dtype=np.float32, **changes):
     w = weights(content, seed, dtype)
     for x in w.values():
         x.flags.writeable = False
-    layers = tuple(npllm.checkpoints.safetensors.LayerParams(**{
+    layers = tuple(LayerParams(**{
         leaf: w[f"model.layers.{number}.{half}{leaf}.weight"]
         for half, leaves in (("", ("input_layernorm", "post_attention_layernorm")), ("self_attn.", ("qkv_proj", "o_proj")),
                              ("mlp.", ("gate_up_proj", "down_proj"))) for leaf in leaves})
         for number in range(config.num_hidden_layers))
     embed = w["model.embed_tokens.weight"]
-    params = npllm.checkpoints.safetensors.Params(embed, layers, w["model.norm.weight"], w.get("lm_head.weight", embed))
+    params = Params(embed, layers, w["model.norm.weight"], w.get("lm_head.weight", embed))
     return npllm.Model(config, params, ops=ops)
 
 

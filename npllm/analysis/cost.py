@@ -68,7 +68,7 @@ def parameter_counts(config):
 
     Notes
     -----
-    Source: the shapes of `Phi3ForCausalLM` in Transformers; `npllm.checkpoints.safetensors.expected_shapes` lists them one by one.
+    Source: the shapes of `Phi3ForCausalLM` in Transformers; `npllm.checkpoints.phi3_layout.expected_shapes` lists them one by one.
     """
     _require_lm(config)
     d, n_layer = config.hidden_size, config.num_hidden_layers

@@ -16,7 +16,8 @@ from npllm.analysis.profiling import seconds
 from npllm.analysis.score import score
 from npllm.arrays import array_namespace, backend_name, backend_namespace, to_numpy
 from npllm.checkpoints.fetch import DEFAULT_MODEL, find_checkpoint, weights_folder
-from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, check_entries, load_params, read_entries
+from npllm.checkpoints.phi3_layout import check_entries, load_params
+from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries
 from npllm.config.config import Config
 from npllm.decoding.loop import last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
 from npllm.errors import NpllmError

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.checkpoints.safetensors import TensorReader, check_shapes, read_entries
-from npllm.config.config import Reader, quote, read_json
+from npllm.checkpoints.safetensors import check_shapes, read_entries
+from npllm.checkpoints.tensor_reader import TensorReader
+from npllm.config.strict_json import Reader, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import ACTIVATIONS, POOLINGS, Dense, Head, Normalize
 
@@ -49,7 +50,7 @@ def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Hea
     head : Head
         Without modules.json the pooling of 1_Pooling/config.json, else the mean.
     is_stated : bool
-        Whether any of these files is there.
+        Whether any of these files exists.
 
     Raises
     ------
@@ -65,18 +66,20 @@ def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Hea
     paths = _module_paths(folder)
     pooling = folder / paths[0][1] / "config.json"
     head, width = _read_pooling(pooling, d_model)
-    modules = []
+    modules: list[Dense | Normalize] = []
     for name, path in paths[1:]:
         if name == "Normalize":
             modules.append(_read_normalize(folder / path))
         else:
-            modules.append(_read_dense(folder / path, width, dtype))
-            width = len(modules[-1].weight)
-    return head._replace(modules=tuple(modules)), pooling.is_file() or (folder / MODULES).is_file()
+            dense = _read_dense(folder / path, width, dtype)
+            modules.append(dense)
+            width = len(dense.weight)
+    is_stated = pooling.is_file() or (folder / MODULES).is_file()
+    return head._replace(modules=tuple(modules)), is_stated
 
 
-def _module_paths(folder):
-    """The modules after the Transformer, as (name, folder), the pooling first."""
+def _module_paths(folder: Path) -> list[tuple[str, str]]:
+    """Return the modules after the Transformer, as (name, folder), the pooling first."""
     file = folder / MODULES
     if not file.is_file():
         return [("Pooling", "1_Pooling")]
@@ -89,14 +92,14 @@ def _module_paths(folder):
         )
     if modules[0][1]:
         raise NpllmValueError(
-            f'{file}: the Transformer must stand in the folder itself, path "", got '
+            f'{file}: the Transformer must be in the folder itself, path "", got '
             f"{quote(modules[0][1])}, which is not implemented"
         )
     return modules[1:]
 
 
-def _module(file, entry):
-    """Name and path of one module."""
+def _module(file: Path, entry: Any) -> tuple[str, str]:
+    """Read name and path of one module."""
     read = Reader(entry if isinstance(entry, dict) else {}, file)
     kind, path = read.text("type", ""), read.text("path", "")
     library, _, name = kind.rpartition(".")
@@ -109,43 +112,45 @@ def _module(file, entry):
         raise NpllmValueError(
             f"{file}: a module's path must be the name of a folder inside, got {quote(path)}"
         )
-    read.get("idx"), read.get("name")
+    for without_effect in ("idx", "name"):
+        read.get(without_effect)
     refuse_others(read, {"kwargs": (None, [], {})})
     return name, path
 
 
-def _read_pooling(file, d_model):
-    """The head as 1_Pooling/config.json describes it, and the width of what it gives."""
+def _read_pooling(file: Path, d_model: int) -> tuple[Head, int]:
+    """Read 1_Pooling/config.json to a head, and return the width of its result as well."""
     if not file.is_file():
         return Head(), d_model
     read = Reader(read_json(file), file)
-    width = read.size(
-        "embedding_dimension", default=read.size("word_embedding_dimension", default=d_model)
-    )
+    width = read.size("embedding_dimension", read.size("word_embedding_dimension", d_model))
     if width != d_model:
         raise NpllmValueError(
             f"{file}: the pooling is for vectors of {width} entries, but the encoder gives "
             f"{d_model}"
         )
-    legacy = [name for key, name in LEGACY_POOLINGS.items() if read.flag(key, False)]
-    names = read.get("pooling_mode", legacy or ["mean"])
-    names = [names] if isinstance(names, str) else names
-    if (
-        not isinstance(names, list)
-        or not names
-        or not all(isinstance(x, str) and x in POOLINGS for x in names)
-    ):
-        raise NpllmValueError(
-            f"{file}: pooling_mode must be one or several of {', '.join(POOLINGS)}, "
-            f"got {quote(names)}, which is not implemented"
-        )
+    names = _read_pooling_modes(read)
     include_prompt = read.flag("include_prompt", True)
     refuse_others(read)
     return Head(tuple(names), include_prompt), len(names) * d_model
 
 
-def _read_dense(folder, width, dtype):
-    """A dense module: config.json and model.safetensors of its folder."""
+def _read_pooling_modes(read: Reader) -> list[str]:
+    """Read the names of the poolings, in either spelling."""
+    legacy = [name for key, name in LEGACY_POOLINGS.items() if read.flag(key, False)]
+    names = read.get("pooling_mode", legacy or ["mean"])
+    names = [names] if isinstance(names, str) else names
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not are_names or not names or not set(names) <= POOLINGS.keys():
+        raise NpllmValueError(
+            f"{read.where}: pooling_mode must be one or several of {', '.join(POOLINGS)}, "
+            f"got {quote(names)}, which is not implemented"
+        )
+    return names
+
+
+def _read_dense(folder: Path, width: int, dtype: str | None) -> Dense:
+    """Read a dense module: config.json and model.safetensors of its folder."""
     file = folder / "config.json"
     read = Reader(read_json(file), file)
     d_in, d_out = read.size("in_features"), read.size("out_features")
@@ -160,19 +165,21 @@ def _read_dense(folder, width, dtype):
     refuse_others(read, {**INPUT_NAMES, "use_residual": (None, False)})
     if d_in != width:
         raise NpllmValueError(
-            f"{file}: in_features must be {width}, as the module before gives, got {d_in}"
+            f"{file}: in_features must be {width}, the width of the module before, got {d_in}"
         )
-    shapes = {"linear.weight": (d_out, d_in)} | ({"linear.bias": (d_out,)} if has_bias else {})
+    shapes: dict[str, tuple[int, ...]] = {"linear.weight": (d_out, d_in)}
+    if has_bias:
+        shapes["linear.bias"] = (d_out,)
     entries = read_entries(folder)
     check_shapes(folder, entries, shapes)
-    reader = TensorReader(entries, dtype if dtype in DTYPES else None, np, None)
-    return Dense(
-        reader.read(["linear.weight"]), reader.read(["linear.bias"]) if has_bias else None, name
-    )
+    reader = TensorReader(entries, dtype if dtype in DTYPES else None, np)
+    weight = reader.read(["linear.weight"])
+    bias = reader.read(["linear.bias"]) if has_bias else None
+    return Dense(weight, bias, name)
 
 
-def _read_normalize(folder):
-    """A Normalize module; one of tokens is refused."""
+def _read_normalize(folder: Path) -> Normalize:
+    """Read a Normalize module; one that normalizes tokens is refused."""
     file = folder / "config.json"
     if file.is_file():
         refuse_others(Reader(read_json(file), file), INPUT_NAMES)
@@ -180,7 +187,7 @@ def _read_normalize(folder):
 
 
 def refuse_others(read: Reader, neutral: Neutral | None = None) -> None:
-    """Refuse every entry that was not asked for, unless its value changes nothing.
+    """Refuse every entry that was not read, unless its value changes nothing.
 
     Parameters
     ----------
@@ -191,7 +198,7 @@ def refuse_others(read: Reader, neutral: Neutral | None = None) -> None:
     Raises
     ------
     NpllmValueError
-        Naming file, entry and value.
+        Names file, entry and value.
     """
     harmless = neutral or {}
     for key in read.data.keys() - read.asked:

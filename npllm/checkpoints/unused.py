@@ -1,29 +1,29 @@
-"""Tensors that a file holds and a model does not use.
-
-They are compared with what is used in their place, or named in a warning.
-"""
+"""Tensors that a file holds and a model does not use: compare them with the used ones, or warn."""
 
 import warnings
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from npllm import ops
 from npllm.arrays import DTYPES, widen
-from npllm.config.config import Config, printable
+from npllm.config.config import Config
+from npllm.config.strict_json import printable
 from npllm.models import rope
 
 __all__ = ["are_rope_frequencies", "same_values", "warn_of_unused"]
 
 BLOCK = 2**20  # entries to compare at a time
 ROUNDING = {"bfloat16": 2**-7, "float16": 2**-9}  # twice the largest relative rounding error
-AS_COMPUTED = 1e-5  # by which float32 formulas of other libraries differ: relative
+AS_COMPUTED = 1e-5  # relative difference between the float32 formulas of libraries
 
 Array = Any
 
 
-def warn_of_unused(folder: Path | str, names: list[str], reason: str, stacklevel: int = 4) -> None:
+def warn_of_unused(
+    folder: str | PathLike[str], names: list[str], reason: str, stacklevel: int = 4
+) -> None:
     """Warn, in one line, that tensors of a file are not used."""
     if names:
         shown = ", ".join(printable(name[:200]) for name in sorted(names)[:3])
@@ -32,13 +32,13 @@ def warn_of_unused(folder: Path | str, names: list[str], reason: str, stacklevel
 
 
 def same_values(one: Array, other: Array) -> bool:
-    """Tell whether two stored matrices hold the same numbers; stop at the first block that differs.
+    """Return whether two stored matrices hold the same numbers; stop at the first difference.
 
     Parameters
     ----------
     one, other : NumPy array [n, d]
-        Contiguous, of any float types: one type is compared by its bits, two by their values in
-        float64.
+        Contiguous, of float types.  Equal types are compared by their bits, different ones by
+        their values in float64.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def same_values(one: Array, other: Array) -> bool:
 
 
 def are_rope_frequencies(stored: Array, config: Config) -> bool:
-    """Tell whether a stored buffer `inv_freq` holds frequencies that follow from config.json.
+    """Return whether a stored buffer `inv_freq` holds frequencies that follow from config.json.
 
     Parameters
     ----------

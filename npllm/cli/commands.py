@@ -17,7 +17,7 @@ from npllm.analysis.score import perplexity_facts
 from npllm.analysis.steps import attention_steps
 from npllm.arrays import BACKENDS, DTYPES
 from npllm.checkpoints.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch
-from npllm.checkpoints.safetensors import find_nonfinite
+from npllm.checkpoints.finite import find_nonfinite
 from npllm.config.config import Config
 from npllm.decoding.loop import FILTER_ORDERS
 from npllm.encoder import Encoder, cosine_similarities

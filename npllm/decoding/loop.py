@@ -9,7 +9,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import array_namespace, is_array, to_numpy, widen
-from npllm.config.config import is_token, quote, read_json
+from npllm.config.strict_json import is_token, quote, read_json
 from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.text.tokenizer import Detokenizer

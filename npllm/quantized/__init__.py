@@ -1,4 +1,5 @@
-"""Weights that are not arrays of floats: the formula, the rows, the widening.
+"""Weights that are not arrays of floats: formula, rows, widening to float32.
 
-Belongs here: one file a format.  Does not: reading a file of that format (checkpoints/), a fast product (kernels/).
+Belongs here: one file a format.
+Does not belong here: reading a file of that format (checkpoints/), a fast product (kernels/).
 """

@@ -26,7 +26,7 @@ from jinja2.nodes import Slice
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-from npllm.config.config import printable
+from npllm.config.strict_json import printable
 from npllm.errors import NpllmValueError
 
 __all__ = ["LARGEST_TEMPLATE", "render"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from npllm.config.config import is_token, printable, quote, read_json
+from npllm.config.strict_json import is_token, printable, quote, read_json
 from npllm.errors import NpllmValueError
 
 __all__ = ["SpecialTokens", "add_tokens", "read_special_tokens"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from npllm.config.config import printable, quote, read_json
+from npllm.config.strict_json import printable, quote, read_json
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.text.special_tokens import add_tokens, read_special_tokens
 

@@ -71,7 +71,7 @@ def config(name: str) -> dict[str, Any]:
 
 def weight_bytes(data: dict[str, Any]) -> int:
     """Bytes of all weights in bfloat16."""
-    from npllm.checkpoints.safetensors import expected_shapes
+    from npllm.checkpoints.phi3_layout import expected_shapes
     from npllm.config.config import Config
 
     return 2 * sum(map(prod, expected_shapes(Config.from_json(data)).values()))

@@ -11,7 +11,6 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
-from npllm.checkpoints.safetensors import LayerParams
 from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.gemv import FEW_ROWS, attention_step, layers_step, mlp_step
 from npllm.kernels.cpu.layout import row_major_copy, rows_of
@@ -36,6 +35,7 @@ from npllm.kernels.cpu.parts import (
     stored,
 )
 from npllm.kernels.cpu.tiled import TILED
+from npllm.models.params import LayerParams
 from npllm.ops import Step
 from npllm.ops.mask import causal
 from npllm.quantized.int8 import Int8Weight, quantize

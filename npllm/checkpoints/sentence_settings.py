@@ -1,11 +1,11 @@
-"""Folders of the library sentence-transformers: what stands beside the encoder."""
+"""Settings of a sentence-transformers folder: pooling, prompts, lengths."""
 
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllm.checkpoints.sentence_modules import read_head, refuse_others
-from npllm.config.config import LARGEST_SIZE, Reader, quote, read_json
+from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import Head
 
@@ -34,20 +34,20 @@ NEUTRAL = {
 
 
 class SentenceSettings(NamedTuple):
-    """What a folder says beside the encoder."""
+    """The settings that a folder holds beside those of the encoder."""
 
     head: Head = Head()
     prompts: dict[str, str] = {}  # noqa: RUF012 - never changed
     default_prompt_name: str | None = None
-    max_length: int | None = None  # tokens of a text; None: the folder does not say
+    max_length: int | None = None  # tokens of a text; None: not in the folder
     do_lower_case: bool = False
-    is_stated: bool = False  # whether a file says how vectors are made
+    is_stated: bool = False  # whether a file states how hidden states become vectors
 
 
 def read_sentence_settings(
     folder: Path, d_model: int, dtype: str | None = None
 ) -> SentenceSettings:
-    """Read everything that sentence-transformers would, beside the encoder.
+    """Read every file that sentence-transformers reads beside those of the encoder.
 
     Parameters
     ----------
@@ -79,51 +79,63 @@ def read_sentence_settings(
     return SentenceSettings(head, prompts, default, max_length, do_lower_case, is_stated)
 
 
-def _read_sentence_config(folder):
-    """Most tokens of a text, or None; and whether to write it in lower case first."""
+def _read_sentence_config(folder: Path) -> tuple[int | None, bool]:
+    """Read the most tokens of a text, or None, and whether texts are put in lower case."""
     file = folder / SENTENCE
     if not file.is_file():
         return None, False
     read = Reader(read_json(file), file)
     length, do_lower_case = read.get("max_seq_length"), read.flag("do_lower_case", False)
     refuse_others(read, NEUTRAL)
-    return length if length is None else token_count(file, "max_seq_length", length), do_lower_case
+    max_length = None if length is None else token_count(file, "max_seq_length", length)
+    return max_length, do_lower_case
 
 
 def token_count(file: Path, key: str, length: Any) -> int:
-    """Check a number of tokens; one beyond any model counts as the largest."""
-    if (
-        isinstance(length, bool)
-        or not isinstance(length, int | float)
-        or not 1 <= length
-        or length % 1
-    ):
+    """Check a number of tokens; at most `LARGEST_SIZE` is returned.
+
+    Parameters
+    ----------
+    file : Path
+    key : str
+        For the message.
+    length : object
+        As read from JSON; an integral float is accepted.
+
+    Returns
+    -------
+    n : int
+
+    Raises
+    ------
+    NpllmValueError
+        When it is no integer of at least 1.
+    """
+    is_number = isinstance(length, int | float) and not isinstance(length, bool)
+    if not is_number or not length >= 1 or length % 1:
         raise NpllmValueError(
             f"{file}: {key} must be an integer of at least 1, got {quote(length)}"
         )
     return int(min(length, LARGEST_SIZE))
 
 
-def _read_settings(folder):
-    """Prompts by name, the name of the default one, and the number of entries to keep."""
+def _read_settings(folder: Path) -> tuple[dict[str, str], str | None, int | None]:
+    """Read prompts by name, the name of the default one, and the number of entries to keep."""
     file = folder / SETTINGS
     if not file.is_file():
         return {}, None, None
     read = Reader(read_json(file), file)
-    prompts, default = read.get("prompts", {}), read.get("default_prompt_name")
-    if not isinstance(prompts, dict) or not all(
-        isinstance(text, str | None) for text in prompts.values()
-    ):
-        raise NpllmValueError(f"{file}: prompts must be {{name: text}}, got {quote(prompts)}")
-    prompts = {"query": "", "document": ""} | {name: text or "" for name, text in prompts.items()}
-    if default is not None and default not in prompts:
+    prompts = _read_prompts(read)
+    default = read.get("default_prompt_name")
+    if default is not None and default not in [*prompts]:  # of any type, hashable or not
         raise NpllmValueError(
             f"{file}: default_prompt_name must be one of {', '.join(prompts)}, got {quote(default)}"
         )
-    dimension = read.size("truncate_dim", default=None)
-    if read.get("similarity_fn_name", "cosine") != "cosine":
+    dimension = read.optional_size("truncate_dim")
+    similarity = read.get("similarity_fn_name", "cosine")
+    if similarity != "cosine":
         warnings.warn(
-            f"{file}: similarity_fn_name = {quote(read.data['similarity_fn_name'])} is not used: "
+            f"{file}: similarity_fn_name = {quote(similarity)} is not used: "
             "vectors are as the folder says, but cosine_similarities compares them by the cosine",
             stacklevel=5,
         )
@@ -131,3 +143,14 @@ def _read_settings(folder):
         read.get(without_effect)
     refuse_others(read, {"model_type": (None, "SentenceTransformer")})
     return prompts, default, dimension
+
+
+def _read_prompts(read: Reader) -> dict[str, str]:
+    """Read the prompts by name; query and document are always among them."""
+    prompts = read.get("prompts", {})
+    is_object = isinstance(prompts, dict)
+    if not is_object or not all(isinstance(text, str | None) for text in prompts.values()):
+        raise NpllmValueError(
+            f"{read.where}: prompts must be {{name: text}}, got {quote(prompts)}"
+        )
+    return {"query": "", "document": ""} | {name: text or "" for name, text in prompts.items()}

@@ -1,0 +1,138 @@
+"""Writing checkpoint folders: lock, free space, hashes, and one rename when all is complete."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from npllm.checkpoints.extras import import_extra
+from npllm.errors import NpllmError, NpllmOSError
+from npllm.progress import report
+
+__all__ = ["check_hash", "folder_lock", "is_checkpoint", "os_errors", "publish",
+           "remove_leftovers", "require_space", "sha256"]
+
+ADVICE = {
+    errno.ENOSPC: "the disk is full: make room, or name another folder with NPLLM_WEIGHTS",
+    errno.EACCES: "not allowed to write there: name another folder with NPLLM_WEIGHTS",
+    errno.EROFS: "the disk is read-only: name another folder with NPLLM_WEIGHTS",
+}
+OTHER_ADVICE = "name another folder with NPLLM_WEIGHTS if this one cannot be used"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder, under its final name, holds a checkpoint."""
+    return (folder / "config.json").is_file()
+
+
+@contextlib.contextmanager
+def os_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of the operating system into one that says what to do.
+
+    Raises
+    ------
+    NpllmOSError
+        In place of an OSError; an `NpllmError` is raised as it is.
+    """
+    try:
+        yield
+    except NpllmError:
+        raise
+    except OSError as error:
+        advice = ADVICE.get(error.errno or 0, OTHER_ADVICE)
+        place, reason = error.filename or folder, error.strerror or error
+        raise NpllmOSError(f"cannot write {place} ({reason}): {advice}") from error
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, progress: bool) -> Iterator[None]:
+    """Hold the lock of a checkpoint folder, so that one process at a time writes it.
+
+    The operating system releases the lock of a killed process.
+
+    Parameters
+    ----------
+    folder : Path
+        Need not exist; the lock file is beside it.
+    progress : bool
+        Report on stderr that another process holds the lock.
+
+    Raises
+    ------
+    MissingExtraError
+        When the package `filelock` is not installed.
+    """
+    filelock = import_extra("filelock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if progress:
+            report(f"another process is fetching {folder.name}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise `NpllmOSError` unless the disk of a folder has that many bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NpllmOSError(
+            f"{folder} needs {_format_bytes(needed)} free, but has {_format_bytes(free)}: "
+            "make room, or name another folder with NPLLM_WEIGHTS"
+        )
+
+
+def _format_bytes(n: int) -> str:
+    """Format a number of bytes: `1,234 MB`, or `1,234 bytes` below 10 MB."""
+    return f"{n / 1e6:,.0f} MB" if n >= 10_000_000 else f"{n:,} bytes"
+
+
+def remove_leftovers(folder: Path, keep: Path | None = None) -> None:
+    """Remove the partial folders of interrupted downloads of this folder, except `keep`."""
+    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
+        if leftover != keep:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Flush a complete folder to the disk, then give it its final name in one step.
+
+    Raises
+    ------
+    OSError
+        When the folder cannot be renamed and no other process has published it.
+    """
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if not is_checkpoint(folder):  # on disks without locks, another process may be first
+            raise
+
+
+def check_hash(path: Path, wanted: str, got: str) -> None:
+    """Remove a file and raise `NpllmOSError` unless its hash is the published one."""
+    if got != wanted:
+        path.unlink(missing_ok=True)
+        raise NpllmOSError(
+            f"{path.name} is not the published file: its hash must be {wanted}, got {got}. "
+            "It was removed; try again. If the hash differs again, a proxy or the network "
+            "changes downloads"
+        )
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

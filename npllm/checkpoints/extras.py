@@ -1,0 +1,32 @@
+"""Import of optional packages, with an error that says how to install them."""
+
+import importlib
+from typing import Any
+
+from npllm.errors import MissingExtraError
+
+__all__ = ["import_extra"]
+
+
+def import_extra(module: str, purpose: str = "fetching") -> Any:
+    """Import a module of the packages in `npllm[fetch]`.
+
+    Parameters
+    ----------
+    module : str
+        With dots, as in an import statement.
+    purpose : str
+        What needs it, for the message.
+
+    Raises
+    ------
+    MissingExtraError
+        When it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingExtraError(
+            f'{purpose} needs the package {package}: pip install "npllm[fetch]"'
+        ) from error

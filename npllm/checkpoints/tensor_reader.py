@@ -1,0 +1,98 @@
+"""Tensors of a safetensors checkpoint as arrays of the wanted dtype, on the host or on a GPU."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import asarray, dtype_named, native, widest
+from npllm.checkpoints.safetensors import TensorEntry, view_of
+from npllm.checkpoints.upload import Upload
+from npllm.errors import NpllmValueError
+from npllm.quantized.int8 import quantize
+
+__all__ = ["TensorReader"]
+
+Array = Any
+
+
+class TensorReader:
+    """Reads tensors that the headers list.
+
+    Parameters
+    ----------
+    entries : dict of str to TensorEntry
+    dtype : str, optional
+        As in `load_params`; None: as stored.
+    xp : module
+        The array library of the result.
+    advance : function (n_bytes, label), optional
+        Called after every read, with the bytes read and the name of the file.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, TensorEntry], dtype: str | None, xp: Any,
+        advance: Callable[[int, str], None] | None = None,
+    ) -> None:
+        self.entries = entries
+        self.dtype = dtype
+        self.xp = xp
+        self.advance = advance or (lambda n_bytes, label: None)  # noqa: ARG005
+        self.upload = Upload(xp) if xp.__name__ == "cupy" else None
+
+    def read(self, names: Collection[str]) -> Array:
+        """Read one tensor, or concatenate several along their rows."""
+        views = [view_of(self.entries[name]) for name in names]
+        if self.upload and self.dtype != "int8":  # quantized on the host, one tensor at a time
+            return self._send(self.upload, views, names)
+        x = views[0] if len(views) == 1 else self._concatenate(views)
+        try:
+            x = _convert(x, self.dtype)
+        except NpllmValueError as error:  # int8 has no code for NaN
+            name = next(iter(names))
+            raise NpllmValueError(f"{self.entries[name].file}: {name}: {error}") from None
+        for name in names:
+            entry = self.entries[name]
+            self.advance(entry.stop - entry.start, entry.file.name)
+        return asarray(x, self.xp)
+
+    def finish(self) -> None:
+        """Wait until all copies to the device are done."""
+        if self.upload:
+            self.upload.finish()
+
+    def _send(self, upload: Upload, views: list[np.ndarray], names: Collection[str]) -> Array:
+        """Copy tensors from the mapped file to the device."""
+        dtype = self._common_dtype(views)
+        label = self.entries[next(iter(names))].file.name
+        return upload.stack(views, dtype, lambda n_bytes: self.advance(n_bytes, label))
+
+    def _common_dtype(self, views: list[np.ndarray]) -> np.dtype:
+        """Return the wanted dtype; else the widest stored one, so that no tensor is rounded."""
+        if self.dtype in (None, "int8"):
+            return widest(view.dtype for view in views)
+        return dtype_named(self.dtype)
+
+    def _concatenate(self, views: list[np.ndarray]) -> np.ndarray:
+        """Copy tensors into one array.
+
+        The list is emptied: each mapping is released after its copy, so that the file's pages are
+        not held as well.
+        """
+        dtype = self._common_dtype(views)
+        n_rows = sum(view.shape[0] for view in views)
+        x = np.empty((n_rows, *views[0].shape[1:]), dtype)
+        start = 0
+        while views:
+            view = views.pop(0)
+            x[start : start + view.shape[0]] = view
+            start += view.shape[0]
+            del view
+        return x
+
+
+def _convert(x: np.ndarray, dtype: str | None) -> Array:
+    """Convert to a named dtype; int8 quantizes matrices and keeps other tensors as stored."""
+    if dtype == "int8":
+        return quantize(x) if x.ndim == 2 else x
+    return native(x) if dtype is None else x.astype(dtype_named(dtype), copy=False)
