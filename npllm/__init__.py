@@ -37,17 +37,47 @@ from npllm.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["BertConfig", "Config", "Encoder", "Model", "NpllmError", "Tokenizer", "beam", "cost", "load", "next_token_distribution",
-           "ops", "packing", "pipeline", "score", "steps"]
+__all__ = [
+    "BertConfig",
+    "Config",
+    "Encoder",
+    "Model",
+    "NpllmError",
+    "Tokenizer",
+    "beam",
+    "cost",
+    "load",
+    "next_token_distribution",
+    "ops",
+    "packing",
+    "pipeline",
+    "score",
+    "steps",
+]
 
 # Modules that have moved: the old path, as it was imported, and where it is now.
 _MOVED = {
-    "bert_config": "config.bert_config", "int8": "quantized.int8", "checkpoint": "checkpoints",
-    "upload": "checkpoints.upload", "fetch": "checkpoints.fetch", "convert": "checkpoints.convert_gguf",
-    "tokenizer": "text.tokenizer", "template": "text.chat_template", "generate": "decoding.loop", "beam": "decoding.beam",
-    "score": "analysis.score", "packing": "analysis.packing", "steps": "analysis.steps", "cost": "analysis.cost",
-    "profile": "analysis.profiling", "plots": "analysis.plots", "report": "analysis.report",
-    **{f"kernels.{name}": f"kernels.cpu.{name}" for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd", "parts")},
+    "bert_config": "config.bert_config",
+    "int8": "quantized.int8",
+    "checkpoint": "checkpoints",
+    "upload": "checkpoints.upload",
+    "fetch": "checkpoints.fetch",
+    "convert": "checkpoints.convert_gguf",
+    "tokenizer": "text.tokenizer",
+    "template": "text.chat_template",
+    "generate": "decoding.loop",
+    "beam": "decoding.beam",
+    "score": "analysis.score",
+    "packing": "analysis.packing",
+    "steps": "analysis.steps",
+    "cost": "analysis.cost",
+    "profile": "analysis.profiling",
+    "plots": "analysis.plots",
+    "report": "analysis.report",
+    **{
+        f"kernels.{name}": f"kernels.cpu.{name}"
+        for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd", "parts")
+    },
 }
 
 

@@ -17,9 +17,29 @@ import numpy as np
 
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
-__all__ = ["BACKENDS", "array_namespace", "as_index", "asarray", "backend_name", "backend_namespace", "compute_dtype",
-           "dtype_named", "entries_at_once", "expect_shape", "host_range", "ieee_semantics", "is_array", "is_integer",
-           "largest", "native", "round_to", "stable_argsort", "to_numpy", "widen", "widest"]
+__all__ = [
+    "BACKENDS",
+    "array_namespace",
+    "as_index",
+    "asarray",
+    "backend_name",
+    "backend_namespace",
+    "compute_dtype",
+    "dtype_named",
+    "entries_at_once",
+    "expect_shape",
+    "host_range",
+    "ieee_semantics",
+    "is_array",
+    "is_integer",
+    "largest",
+    "native",
+    "round_to",
+    "stable_argsort",
+    "to_numpy",
+    "widen",
+    "widest",
+]
 
 BACKENDS = ("numpy", "cupy", "auto")
 
@@ -32,8 +52,21 @@ DTYPES = {
 }
 HOST_ENTRIES, DEVICE_ENTRIES = 2**19, 2**26
 _FLOATS = frozenset(DTYPES)
-_BYTES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
-          "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
+_BYTES = {
+    "bool": 1,
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float64": 8,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+}
 
 
 ieee_semantics = np.errstate(all="ignore")
@@ -70,17 +103,23 @@ def array_namespace(*arrays):
         if x is None:
             continue
         if not is_array(x):
-            raise NpllmTypeError(f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
-                                 f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray")
+            raise NpllmTypeError(
+                f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
+                f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray"
+            )
         if isinstance(x, np.ndarray) and not x.dtype.isnative:
-            raise NpllmTypeError(f"dtype {x.dtype} has another byte order than this machine; convert the array once, with "
-                                 "npllm.arrays.native(x)")
+            raise NpllmTypeError(
+                f"dtype {x.dtype} has another byte order than this machine; convert the array once, with "
+                "npllm.arrays.native(x)"
+            )
         xp = sys.modules["cupy"] if _is_cupy(x) else x.__array_namespace__()
         namespaces[xp.__name__] = xp
     if len(namespaces) != 1:
         found = " and ".join(sorted(namespaces)) or "no array at all"
-        raise NpllmTypeError(f"all arrays of one call must come from one library, got {found}; "
-                             "move one side first (npllm.arrays.asarray, npllm.arrays.to_numpy)")
+        raise NpllmTypeError(
+            f"all arrays of one call must come from one library, got {found}; "
+            "move one side first (npllm.arrays.asarray, npllm.arrays.to_numpy)"
+        )
     return next(iter(namespaces.values()))
 
 
@@ -134,17 +173,22 @@ def _cupy():
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
-        raise MissingExtraError(f'backend="cupy" needs CuPy, which cannot be imported ({error}); pip install "npllm[cuda]" for '
-                                'CUDA 13, or cupy-cuda12x for an older driver, or use backend="numpy"') from error
+        raise MissingExtraError(
+            f'backend="cupy" needs CuPy, which cannot be imported ({error}); pip install "npllm[cuda]" for '
+            'CUDA 13, or cupy-cuda12x for an older driver, or use backend="numpy"'
+        ) from error
     try:
         n_devices = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise NpllmValueError(f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} is installed but found no driver or '
-                              f'device ({error}); install an NVIDIA driver that nvidia-smi confirms, or use backend="numpy"'
-                              ) from error
+        raise NpllmValueError(
+            f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} is installed but found no driver or '
+            f'device ({error}); install an NVIDIA driver that nvidia-smi confirms, or use backend="numpy"'
+        ) from error
     if n_devices < 1:
-        raise NpllmValueError(f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} and a driver were found, but 0 devices '
-                              '(is CUDA_VISIBLE_DEVICES set?); use backend="numpy"')
+        raise NpllmValueError(
+            f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} and a driver were found, but 0 devices '
+            '(is CUDA_VISIBLE_DEVICES set?); use backend="numpy"'
+        )
     return cupy
 
 
@@ -203,7 +247,9 @@ def native(x):
 def compute_dtype(*arrays):
     """Name the dtype to compute in: float64 where any given array is float64, else float32."""
     xp = array_namespace(*arrays)
-    return xp.float64 if any(x is not None and x.dtype == xp.float64 for x in arrays) else xp.float32
+    return (
+        xp.float64 if any(x is not None and x.dtype == xp.float64 for x in arrays) else xp.float32
+    )
 
 
 def widen(x, dtype=None):
@@ -229,7 +275,9 @@ def widen(x, dtype=None):
     if hasattr(x, "widened"):
         x = x.widened()
     if _dtype_name(x) not in _FLOATS:
-        raise NpllmTypeError(f"expected an array of {', '.join(DTYPES)}, got dtype {_dtype_name(x)}")
+        raise NpllmTypeError(
+            f"expected an array of {', '.join(DTYPES)}, got dtype {_dtype_name(x)}"
+        )
     dtype = compute_dtype(x) if dtype is None else dtype
     return x if x.dtype == dtype else array_namespace(x).astype(x, dtype)
 
@@ -291,7 +339,9 @@ def largest(x, n, xp):
     if xp is not np or n == x.shape[-1]:
         return stable_argsort(-x, xp)[..., :n]
     some = np.sort(np.argpartition(-x, n - 1, axis=-1)[..., :n], axis=-1)
-    return np.take_along_axis(some, stable_argsort(-np.take_along_axis(x, some, axis=-1), np), axis=-1)
+    return np.take_along_axis(
+        some, stable_argsort(-np.take_along_axis(x, some, axis=-1), np), axis=-1
+    )
 
 
 def entries_at_once(x):
@@ -344,13 +394,15 @@ def expect_shape(name, x, **axes):
     more = "dots" in axes
     sizes = [size for axis, size in axes.items() if axis != "dots"]
     shape = tuple(x.shape)
-    tail = shape[len(shape) - len(sizes):]
+    tail = shape[len(shape) - len(sizes) :]
     fits = len(shape) >= len(sizes) if more else len(shape) == len(sizes)
     if fits and all(want is None or want == got for want, got in zip(sizes, tail, strict=True)):
         return
     names = ["..."] * more + [axis for axis in axes if axis != "dots"]
     wanted = ["..."] * more + ["any" if size is None else str(size) for size in sizes]
-    raise NpllmValueError(f"{name} must be [{', '.join(names)}] = [{', '.join(wanted)}], got [{', '.join(map(str, shape))}]")
+    raise NpllmValueError(
+        f"{name} must be [{', '.join(names)}] = [{', '.join(wanted)}], got [{', '.join(map(str, shape))}]"
+    )
 
 
 def _dtype_name(x):

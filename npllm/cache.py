@@ -56,15 +56,23 @@ class KVCache:
     Source: `DynamicCache` and `DynamicSlidingWindowLayer` in Transformers.
     """
 
-    def __init__(self, n_batch: int, n_layer: int, max_slots: int, window: int | None = None, *,
-                 owner: CacheOwner | None = None):
+    def __init__(
+        self,
+        n_batch: int,
+        n_layer: int,
+        max_slots: int,
+        window: int | None = None,
+        *,
+        owner: CacheOwner | None = None,
+    ):
         if n_batch < 1:
             raise NpllmValueError(f"n_batch must be at least 1, got {n_batch}")
         self.max_slots = max_slots
         self.window = window if window is not None and window < max_slots else None
         none = np.zeros((n_batch, 0), dtype=np.int64)
-        self._state = State(owner, 0, none, none, none.astype(bool), np.zeros(n_batch, np.int64),
-                            [None] * n_layer)
+        self._state = State(
+            owner, 0, none, none, none.astype(bool), np.zeros(n_batch, np.int64), [None] * n_layer
+        )
         self._draft: KVCache | None = None  # kept between calls: kernels remember tables by it
         self._lock = Lock()
 
@@ -112,8 +120,10 @@ class KVCache:
         second may wait for the first.
         """
         if self._lock.locked():
-            raise NpllmRuntimeError("the cache is in use by another call, and takes one at a time; give "
-                                    "each thread a cache of its own, or wait for the other call")
+            raise NpllmRuntimeError(
+                "the cache is in use by another call, and takes one at a time; give "
+                "each thread a cache of its own, or wait for the other call"
+            )
         with self._lock:
             return self._run_on_draft(call, owner)
 
@@ -182,17 +192,27 @@ class KVCache:
         n_seq, n_ctx, layers = k.shape[-2], self.n_ctx, self._layers
         self.check_room(k.shape[0], n_seq)
         if not 0 <= layer < len(layers):
-            raise NpllmValueError(f"layer must lie in 0 ... n_layer - 1 = {len(layers) - 1}, got {layer}; "
-                                  "a cache goes with the model that made it")
+            raise NpllmValueError(
+                f"layer must lie in 0 ... n_layer - 1 = {len(layers) - 1}, got {layer}; "
+                "a cache goes with the model that made it"
+            )
         oldest, stop = self._oldest(), n_ctx + n_seq
-        keys, values, first = layers[layer] or (*(empty(x, self._capacity(n_seq)) for x in (k, v)), 0)
+        keys, values, first = layers[layer] or (
+            *(empty(x, self._capacity(n_seq)) for x in (k, v)),
+            0,
+        )
         check_held(layer, "keys", keys, k)
         check_held(layer, "values", values, v)
         if stop - first > keys.shape[-2]:
-            keys, values = (moved(x, oldest - first, n_ctx - first, self._capacity(stop - oldest)) for x in (keys, values))
+            keys, values = (
+                moved(x, oldest - first, n_ctx - first, self._capacity(stop - oldest))
+                for x in (keys, values)
+            )
             first = oldest
         layers[layer] = keys, values, first
-        return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(oldest, stop)
+        return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(
+            oldest, stop
+        )
 
     def kept(self, layer: int) -> tuple[Array, Array, range]:
         """Return what a coming query can see of one layer.
@@ -212,7 +232,9 @@ class KVCache:
             return None, None, range(0)
         keys, values, first = self._layers[layer]
         oldest, stop = self._oldest(), self.n_ctx
-        return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(oldest, stop)
+        return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(
+            oldest, stop
+        )
 
     def advance(self, ids: Array, positions: Array, valid: Array, choice: Array) -> None:
         """Count the tokens that every layer has appended as seen.
@@ -226,9 +248,13 @@ class KVCache:
         """
         state = self._state
         positions = np.broadcast_to(positions, ids.shape)
-        self._state = state._replace(n_ctx=state.n_ctx + ids.shape[1], valid=valid, choice=choice,
-                                     ids=np.concatenate([state.ids, ids], axis=1),
-                                     positions=np.concatenate([state.positions, positions], axis=1))
+        self._state = state._replace(
+            n_ctx=state.n_ctx + ids.shape[1],
+            valid=valid,
+            choice=choice,
+            ids=np.concatenate([state.ids, ids], axis=1),
+            positions=np.concatenate([state.positions, positions], axis=1),
+        )
 
     def replace_rows(self, rows: Sequence[int], other: "KVCache") -> None:
         """Take over keys and values of some rows from a cache that holds them, computed anew.
@@ -244,7 +270,9 @@ class KVCache:
             new = [take_rows(x, range(self.n_batch), n_ctx - first) for x in mine]
             for x, fresh in zip(new, theirs, strict=True):
                 for i, row in enumerate(rows):
-                    x[row, :, oldest - first : n_ctx - first, :] = fresh[i, :, oldest - start : n_ctx - start, :]
+                    x[row, :, oldest - first : n_ctx - first, :] = fresh[
+                        i, :, oldest - start : n_ctx - start, :
+                    ]
             layers.append((*new, first))
         choice = self.choice.copy()
         choice[rows] = other.choice
@@ -270,16 +298,31 @@ class KVCache:
         Source: `DynamicCache.reorder_cache` and `batch_repeat_interleave` in Transformers.
         """
         chosen, n = host_integers("rows", rows), self.n_batch
-        if chosen.ndim != 1 or not is_integer(chosen) or chosen.size == 0 or chosen.min() < 0 or chosen.max() >= n:
-            raise NpllmValueError(f"rows must be integers in 0 ... n_batch - 1 = {n - 1}, at least one, got {chosen.tolist()}")
+        if (
+            chosen.ndim != 1
+            or not is_integer(chosen)
+            or chosen.size == 0
+            or chosen.min() < 0
+            or chosen.max() >= n
+        ):
+            raise NpllmValueError(
+                f"rows must be integers in 0 ... n_batch - 1 = {n - 1}, at least one, got {chosen.tolist()}"
+            )
         self.transact(lambda draft: draft._take(chosen))
 
     def _take(self, rows: Array) -> None:
         state = self._state
-        layers = [layer and (*(take_rows(x, rows, state.n_ctx - layer[2]) for x in layer[:2]), layer[2])
-                  for layer in state.layers]
-        self._state = state._replace(layers=layers, ids=state.ids[rows], positions=state.positions[rows],
-                                     valid=state.valid[rows], choice=state.choice[rows])
+        layers = [
+            layer and (*(take_rows(x, rows, state.n_ctx - layer[2]) for x in layer[:2]), layer[2])
+            for layer in state.layers
+        ]
+        self._state = state._replace(
+            layers=layers,
+            ids=state.ids[rows],
+            positions=state.positions[rows],
+            valid=state.valid[rows],
+            choice=state.choice[rows],
+        )
 
     def copy(self) -> "KVCache":
         """Return a cache that holds the same, belongs to the same model and shares no array."""
@@ -303,11 +346,15 @@ class KVCache:
     def check_room(self, n_batch: int, n_seq: int) -> None:
         """Raise unless n_seq more tokens of n_batch sequences fit."""
         if n_batch != self.n_batch:
-            raise NpllmValueError(f"the cache was made for n_batch = {self.n_batch} sequences, got {n_batch}; make one with "
-                                  f"model.new_cache(n_batch={n_batch})")
+            raise NpllmValueError(
+                f"the cache was made for n_batch = {self.n_batch} sequences, got {n_batch}; make one with "
+                f"model.new_cache(n_batch={n_batch})"
+            )
         if self.n_ctx + n_seq > self.max_slots:
-            raise NpllmValueError(f"{self.n_ctx} cached + {n_seq} new tokens are {self.n_ctx + n_seq}, but the context length "
-                                  f"(max_position_embeddings) is {self.max_slots}")
+            raise NpllmValueError(
+                f"{self.n_ctx} cached + {n_seq} new tokens are {self.n_ctx + n_seq}, but the context length "
+                f"(max_position_embeddings) is {self.max_slots}"
+            )
 
     def _oldest(self) -> int:
         """The first slot that a query in slot n_ctx can see."""

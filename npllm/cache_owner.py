@@ -8,9 +8,18 @@ from npllm.errors import NpllmValueError
 __all__ = ["CacheOwner"]
 
 # Entries of config.json that change keys and values; the others name tokens, heads and files.
-DECISIVE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
-            "max_position_embeddings", "original_max_position_embeddings", "rms_norm_eps",
-            "rope_parameters", "sliding_window")
+DECISIVE = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+)
 REMEDY = "a cache goes with the model that made it: make one with model.new_cache(n_batch)"
 
 
@@ -58,13 +67,19 @@ class CacheOwner:
         """Raise where a cache that was made by hand is of other sizes than this model's."""
         n_layer, n_ctx = self.config.num_hidden_layers, self.config.context_length
         if cache.n_layer != n_layer:
-            raise NpllmValueError(f"the cache has n_layer = {cache.n_layer}, the model {n_layer}; {REMEDY}")
+            raise NpllmValueError(
+                f"the cache has n_layer = {cache.n_layer}, the model {n_layer}; {REMEDY}"
+            )
         if cache.max_slots > n_ctx:
-            raise NpllmValueError(f"the cache has room for {cache.max_slots} tokens, but the context "
-                                  f"length (max_position_embeddings) of the model is {n_ctx}; {REMEDY}")
+            raise NpllmValueError(
+                f"the cache has room for {cache.max_slots} tokens, but the context "
+                f"length (max_position_embeddings) of the model is {n_ctx}; {REMEDY}"
+            )
         if cache.window not in (None, self.window):
-            raise NpllmValueError(f"the cache keeps a window of {cache.window} keys, the model sees "
-                                  f"{self.window or 'all'}; {REMEDY}")
+            raise NpllmValueError(
+                f"the cache keeps a window of {cache.window} keys, the model sees "
+                f"{self.window or 'all'}; {REMEDY}"
+            )
 
     def _require_same(self, other: "CacheOwner") -> None:
         """Raise where a cache belongs to another model than this one."""
@@ -72,16 +87,26 @@ class CacheOwner:
             for name in DECISIVE:
                 theirs, mine = getattr(other.config, name), getattr(self.config, name)
                 if theirs != mine:
-                    raise NpllmValueError(f"the cache belongs to a model with {name} = {theirs}, this "
-                                          f"model has {mine}; {REMEDY}")
+                    raise NpllmValueError(
+                        f"the cache belongs to a model with {name} = {theirs}, this "
+                        f"model has {mine}; {REMEDY}"
+                    )
         if other.params is not self.params:
-            raise NpllmValueError("the cache belongs to a model with other weights (of the same "
-                                  f"shapes), whose keys are not those of this model; {REMEDY}")
+            raise NpllmValueError(
+                "the cache belongs to a model with other weights (of the same "
+                f"shapes), whose keys are not those of this model; {REMEDY}"
+            )
         if other.mask != self.mask:
-            raise NpllmValueError(f"the cache was filled under another mask, {_named(other.mask)}, this "
-                                  f"model has {_named(self.mask)}; {REMEDY}")
+            raise NpllmValueError(
+                f"the cache was filled under another mask, {_named(other.mask)}, this "
+                f"model has {_named(self.mask)}; {REMEDY}"
+            )
 
 
 def _named(mask: tuple[Any, ...] | None) -> str:
     """Say what a mask is, in few words."""
-    return "the checkpoint's own" if mask is None else ", ".join(map(str, dict.fromkeys(map(str, mask))))[:200]
+    return (
+        "the checkpoint's own"
+        if mask is None
+        else ", ".join(map(str, dict.fromkeys(map(str, mask))))[:200]
+    )

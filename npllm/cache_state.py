@@ -34,11 +34,15 @@ def check_held(layer: int, name: str, held: Array, new: Array) -> None:
     """Raise where an array of the cache cannot take new keys or values as they are."""
     sizes, got = ([x.shape[1], x.shape[3]] for x in (held, new))
     if sizes != got:
-        raise NpllmValueError(f"layer {layer} of the cache holds {name} [n_kv_head, d_head] = {sizes}, got {got}; a cache "
-                              "goes with the model that made it")
+        raise NpllmValueError(
+            f"layer {layer} of the cache holds {name} [n_kv_head, d_head] = {sizes}, got {got}; a cache "
+            "goes with the model that made it"
+        )
     if held.dtype != new.dtype and compute_dtype(held, new) != compute_dtype(held):
-        raise NpllmValueError(f"layer {layer} of the cache holds {name} in {held.dtype}, which would round "
-                              f"the {new.dtype} of the new ones; a cache goes with the model that made it")
+        raise NpllmValueError(
+            f"layer {layer} of the cache holds {name} in {held.dtype}, which would round "
+            f"the {new.dtype} of the new ones; a cache goes with the model that made it"
+        )
 
 
 def empty(x: Array, capacity: int) -> Array:

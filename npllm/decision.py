@@ -14,8 +14,10 @@ from npllm.errors import NpllmValueError
 __all__ = ["FROM_MODEL", "check_finite", "check_scores"]
 
 Array = Any
-FROM_MODEL = ("are the weights finite (`npllm inspect --check-finite` tells), and the operations that "
-              "were replaced?")
+FROM_MODEL = (
+    "are the weights finite (`npllm inspect --check-finite` tells), and the operations that "
+    "were replaced?"
+)
 
 
 def check_scores(scores: Array, name: str, hint: str = "", *, wait: bool = False) -> Array:

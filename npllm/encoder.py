@@ -10,7 +10,11 @@ from npllm import ops as _ops
 from npllm.arguments import host_array, host_integers, native_weights
 from npllm.arrays import array_namespace, asarray, backend_name, is_integer, to_numpy
 from npllm.checkpoints import bert_layout
-from npllm.checkpoints.sentence_settings import SentenceSettings, read_sentence_settings, token_count
+from npllm.checkpoints.sentence_settings import (
+    SentenceSettings,
+    read_sentence_settings,
+    token_count,
+)
 from npllm.config.bert_config import BertConfig
 from npllm.config.strict_json import quote, read_json
 from npllm.decision import FROM_MODEL, check_finite
@@ -61,13 +65,23 @@ def load_encoder(folder, *, dtype=None, ops=None, xp=np):
     folder = Path(folder)
     config = BertConfig.from_json(folder)
     settings = read_sentence_settings(folder, config.hidden_size, dtype)
-    params = bert_layout.load_params(folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated)
+    params = bert_layout.load_params(
+        folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated
+    )
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
     if tokenizer is not None and settings.do_lower_case:
         _lower_case(tokenizer.backend)
     max_length = _max_length(folder, config, settings) if has_tokenizer else None
-    return Encoder(config, params, ops=ops, tokenizer=tokenizer, max_length=max_length, folder=folder, settings=settings)
+    return Encoder(
+        config,
+        params,
+        ops=ops,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        folder=folder,
+        settings=settings,
+    )
 
 
 class Encoder:
@@ -93,17 +107,34 @@ class Encoder:
         When max_length leaves no room for a token beside the special ones, or exceeds `max_position_embeddings`.
     """
 
-    def __init__(self, config, params, *, ops=None, tokenizer=None, max_length=None, folder=None, settings=None):
+    def __init__(
+        self,
+        config,
+        params,
+        *,
+        ops=None,
+        tokenizer=None,
+        max_length=None,
+        folder=None,
+        settings=None,
+    ):
         self.settings = SentenceSettings() if settings is None else settings
-        self.config, self.params, self.tokenizer, self.folder = config, native_weights(params), tokenizer, folder
+        self.config, self.params, self.tokenizer, self.folder = (
+            config,
+            native_weights(params),
+            tokenizer,
+            folder,
+        )
         self._xp = array_namespace(self.params.word_embeddings)
         self.ops = choose_ops(ops, backend_name(self._xp))
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         if tokenizer is not None:
             n_special = tokenizer.backend.num_special_tokens_to_add(False)
             if not n_special < self.max_length <= config.max_position_embeddings:
-                raise NpllmValueError(f"texts must be cut at {n_special + 1} ({n_special} special tokens and one more) ... "
-                                      f"max_position_embeddings = {config.max_position_embeddings} tokens, got {self.max_length}")
+                raise NpllmValueError(
+                    f"texts must be cut at {n_special + 1} ({n_special} special tokens and one more) ... "
+                    f"max_position_embeddings = {config.max_position_embeddings} tokens, got {self.max_length}"
+                )
             tokenizer.backend.enable_truncation(self.max_length)
 
     def __call__(self, input_ids, *, attention_mask=None, token_type_ids=None):
@@ -135,19 +166,36 @@ class Encoder:
         ids = _check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
         types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
         types = _check_ids("token_type_ids", types, config.type_vocab_size, "type_vocab_size")
-        valid = np.ones(ids.shape, dtype=bool) if attention_mask is None else host_array("attention_mask", attention_mask)
+        valid = (
+            np.ones(ids.shape, dtype=bool)
+            if attention_mask is None
+            else host_array("attention_mask", attention_mask)
+        )
         if types.shape != ids.shape or valid.shape != ids.shape or not np.isin(valid, (0, 1)).all():
-            raise NpllmValueError(f"token_type_ids and attention_mask (of 0 and 1) must be [n_batch, n_seq] = {list(ids.shape)}, "
-                                  f"got {list(types.shape)} and {list(valid.shape)}")
+            raise NpllmValueError(
+                f"token_type_ids and attention_mask (of 0 and 1) must be [n_batch, n_seq] = {list(ids.shape)}, "
+                f"got {list(types.shape)} and {list(valid.shape)}"
+            )
         if ids.shape[1] > config.max_position_embeddings:
-            raise NpllmValueError(f"{ids.shape[1]} tokens do not fit: max_position_embeddings is {config.max_position_embeddings}")
+            raise NpllmValueError(
+                f"{ids.shape[1]} tokens do not fit: max_position_embeddings is {config.max_position_embeddings}"
+            )
         mask = None if valid.all() else _ops.mask.padding(asarray(valid.astype(bool), self._xp))
-        return bert.forward(self.params, config, asarray(ids, self._xp), asarray(types, self._xp), mask, self.ops)
+        return bert.forward(
+            self.params, config, asarray(ids, self._xp), asarray(types, self._xp), mask, self.ops
+        )
 
     def with_ops(self, **ops: Callable) -> "Encoder":
         """Return the same encoder with some operations of its set replaced; see `npllm.Model.with_ops`."""
-        return Encoder(self.config, self.params, ops=replaced_ops(self.ops, ops), tokenizer=self.tokenizer,
-                       max_length=self.max_length, folder=self.folder, settings=self.settings)
+        return Encoder(
+            self.config,
+            self.params,
+            ops=replaced_ops(self.ops, ops),
+            tokenizer=self.tokenizer,
+            max_length=self.max_length,
+            folder=self.folder,
+            settings=self.settings,
+        )
 
     def embed(self, texts, *, normalize=True, prompt=None, prompt_name=None):
         """Turn each text into one vector, by default the mean over its tokens, the special ones included.
@@ -191,7 +239,10 @@ class Encoder:
             raise NpllmTypeError(f"texts must be a list of str, got {quote(texts)}")
         tokenizer, head = self.require_tokenizer(), self.settings.head
         prompt = self._prompt(prompt, prompt_name)
-        rows, n_prompt = [tokenizer.encode(prompt + text) for text in texts], self._prompt_length(prompt)
+        rows, n_prompt = (
+            [tokenizer.encode(prompt + text) for text in texts],
+            self._prompt_length(prompt),
+        )
         dtype = np.float64 if "float64" in str(self.params.word_embeddings.dtype) else np.float32
         d_model = self.config.hidden_size
         empty = np.zeros((1, 1, d_model), dtype)
@@ -206,14 +257,18 @@ class Encoder:
         """The text of a prompt that is given, or named, or the folder's default."""
         prompts = self.settings.prompts
         if prompt is not None and name is not None:
-            raise NpllmValueError(f"give a prompt or a prompt_name, not both, got {quote(prompt)} and {quote(name)}")
+            raise NpllmValueError(
+                f"give a prompt or a prompt_name, not both, got {quote(prompt)} and {quote(name)}"
+            )
         if prompt is not None and not isinstance(prompt, str):
             raise NpllmTypeError(f"prompt must be a str, got {quote(prompt)}")
         name = self.settings.default_prompt_name if name is None else name
         if prompt is not None or name is None:
             return prompt or ""
         if name not in prompts:
-            raise NpllmValueError(f"prompt_name must be one of {', '.join(prompts) or 'none'}, got {quote(name)}")
+            raise NpllmValueError(
+                f"prompt_name must be one of {', '.join(prompts) or 'none'}, got {quote(name)}"
+            )
         return prompts[name]
 
     def _prompt_length(self, prompt):
@@ -221,22 +276,33 @@ class Encoder:
         if not prompt or self.settings.head.include_prompt:
             return 0
         encoding = self.tokenizer.backend.encode(prompt)
-        special = [self.tokenizer.backend.token_to_id(text) for text in self.tokenizer.special_tokens.values()]
-        is_ended = bool(encoding.ids) and (encoding.special_tokens_mask[-1] == 1 or encoding.ids[-1] in special)
+        special = [
+            self.tokenizer.backend.token_to_id(text)
+            for text in self.tokenizer.special_tokens.values()
+        ]
+        is_ended = bool(encoding.ids) and (
+            encoding.special_tokens_mask[-1] == 1 or encoding.ids[-1] in special
+        )
         return len(encoding.ids) - is_ended
 
     def require_tokenizer(self):
         """Return the tokenizer; raise where the folder has none."""
         if self.tokenizer is None:
-            raise NpllmValueError(f"{self.folder or 'this encoder'}: has no tokenizer.json, so it takes token ids only, not text")
+            raise NpllmValueError(
+                f"{self.folder or 'this encoder'}: has no tokenizer.json, so it takes token ids only, not text"
+            )
         return self.tokenizer
 
     def _refuse(self, *_, **__):
         """Refuse what only a causal language model can do."""
-        raise NpllmTypeError(f"{self!r} is an encoder: it sees both sides of every token and has no next one to predict; use "
-                             "embed, or load a causal language model")
+        raise NpllmTypeError(
+            f"{self!r} is an encoder: it sees both sides of every token and has no next one to predict; use "
+            "embed, or load a causal language model"
+        )
 
-    generate = stream = beam_search = next_token_distribution = model = lm_head = new_cache = with_mask = mask_rule = _refuse
+    generate = stream = beam_search = next_token_distribution = model = lm_head = new_cache = (
+        with_mask
+    ) = mask_rule = _refuse
     generation_config = property(_refuse)
 
     def __repr__(self):
@@ -292,9 +358,13 @@ def _check_ids(name, x, size, size_name):
     """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] below a size."""
     ids = host_integers(name, x)
     if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
-        raise NpllmTypeError(f"{name} must be integers [n_batch, n_seq], both at least 1, got {ids.dtype} {list(ids.shape)}")
+        raise NpllmTypeError(
+            f"{name} must be integers [n_batch, n_seq], both at least 1, got {ids.dtype} {list(ids.shape)}"
+        )
     if ids.min() < 0 or ids.max() >= size:
-        raise NpllmValueError(f"{name} must lie in 0 ... {size_name} - 1 = {size - 1}, got {ids.min()} ... {ids.max()}")
+        raise NpllmValueError(
+            f"{name} must lie in 0 ... {size_name} - 1 = {size - 1}, got {ids.min()} ... {ids.max()}"
+        )
     return ids
 
 
@@ -309,12 +379,18 @@ def _max_length(folder, config, settings):
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             length = token_count(folder / file, ".".join(keys), value)
-    return config.max_position_embeddings if length is None else min(length, config.max_position_embeddings)
+    return (
+        config.max_position_embeddings
+        if length is None
+        else min(length, config.max_position_embeddings)
+    )
 
 
 def _lower_case(backend):
     """Let a tokenizer begin with writing a text in lower case, unless it does so already by itself."""
     steps = backend.normalizer
-    known = [*steps] if isinstance(steps, normalizers.Sequence) else [] if steps is None else [steps]
+    known = (
+        [*steps] if isinstance(steps, normalizers.Sequence) else [] if steps is None else [steps]
+    )
     if not any(isinstance(step, normalizers.Lowercase) for step in known):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *known])

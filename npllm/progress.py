@@ -10,8 +10,13 @@ __all__ = ["progress_bar", "report", "stderr_is_terminal"]
 
 @contextmanager
 def progress_bar(
-    total: int, description: str, *, unit: str = "B", wanted: bool = True,
-    only_terminal: bool = True, leave: bool = False,
+    total: int,
+    description: str,
+    *,
+    unit: str = "B",
+    wanted: bool = True,
+    only_terminal: bool = True,
+    leave: bool = False,
 ) -> Iterator[Callable[..., None]]:
     """Show a bar while the body runs.
 

@@ -67,7 +67,9 @@ def n_threads():
 
 @cache
 def _pool():
-    return ThreadPoolExecutor(n_threads() - 1, thread_name_prefix="npllm") if n_threads() > 1 else None
+    return (
+        ThreadPoolExecutor(n_threads() - 1, thread_name_prefix="npllm") if n_threads() > 1 else None
+    )
 
 
 @contextlib.contextmanager

@@ -37,7 +37,9 @@ from npllm.checkpoints.phi3_layout import expected_shapes
 from npllm.config.strict_json import read_json
 from npllm.model import checkpoint_folder
 
-MESSAGES = [{"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}]
+MESSAGES = [
+    {"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}
+]
 N_PROMPT = 51
 
 
@@ -50,7 +52,10 @@ def npllm_contender(folder, dtype, ids=None, backend="numpy"):
         cache = model.new_cache() if use_cache else None
         ids = new = np.array([prompt])
         for _ in range(n_new):
-            token = np.argmax(to_numpy(model(new if use_cache else ids, cache=cache, logits_to_keep=1))[:, -1], axis=-1)
+            token = np.argmax(
+                to_numpy(model(new if use_cache else ids, cache=cache, logits_to_keep=1))[:, -1],
+                axis=-1,
+            )
             new = token[:, None]
             ids = np.concatenate([ids, new], axis=1)
         return ids[0].tolist()
@@ -71,15 +76,24 @@ def transformers_contender(folder, dtype, ids=None, device="cpu"):
 
     def run(n_new, use_cache):
         with torch.no_grad():
-            return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, do_sample=False,
-                                  use_cache=use_cache, pad_token_id=0)[0].tolist()
+            return model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n_new,
+                do_sample=False,
+                use_cache=use_cache,
+                pad_token_id=0,
+            )[0].tolist()
 
     return run
 
 
-CONTENDERS = {"npllm": npllm_contender, "npllm-cupy": functools.partial(npllm_contender, backend="cupy"),
-              "transformers": transformers_contender,
-              "transformers-cuda": functools.partial(transformers_contender, device="cuda")}
+CONTENDERS = {
+    "npllm": npllm_contender,
+    "npllm-cupy": functools.partial(npllm_contender, backend="cupy"),
+    "transformers": transformers_contender,
+    "transformers-cuda": functools.partial(transformers_contender, device="cuda"),
+}
 
 
 def prompt_ids(model):
@@ -94,9 +108,16 @@ class Child:
     """A contender in a process of its own, which answers one JSON line with another."""
 
     def __init__(self, name, folder, dtype):
-        environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
-        self.process = subprocess.Popen([sys.executable, __file__, "child", name, str(folder), str(dtype or "")], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        environment = {
+            key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "child", name, str(folder), str(dtype or "")],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
         self.version = self._read()["version"]
 
     def measure(self, **task):
@@ -121,10 +142,12 @@ def attention_variant(name, n, n_head, d_head, window):
 
         q, k, v = (torch.from_numpy(x)[None] for x in (q, k, v))
         return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return {"definition": lambda: ops.attention(q, k, v, mask=causal),
-            "flash 1": lambda: ops.blockwise_attention(q, k, v, mask=causal, outer="keys"),
-            "flash 2": lambda: ops.blockwise_attention(q, k, v, mask=causal),
-            f"window {window}": lambda: ops.blockwise_attention(q, k, v, mask=local)}[name]
+    return {
+        "definition": lambda: ops.attention(q, k, v, mask=causal),
+        "flash 1": lambda: ops.blockwise_attention(q, k, v, mask=causal, outer="keys"),
+        "flash 2": lambda: ops.blockwise_attention(q, k, v, mask=causal),
+        f"window {window}": lambda: ops.blockwise_attention(q, k, v, mask=local),
+    }[name]
 
 
 def installed(name):
@@ -132,7 +155,11 @@ def installed(name):
     if name.startswith("npllm"):
         return name == "npllm" or backend_namespace("auto").__name__ == "cupy"
     device = "; assert torch.cuda.is_available()" if name.endswith("cuda") else ""
-    probe = subprocess.run([sys.executable, "-c", f"import torch, transformers{device}"], capture_output=True, check=False)
+    probe = subprocess.run(
+        [sys.executable, "-c", f"import torch, transformers{device}"],
+        capture_output=True,
+        check=False,
+    )
     return probe.returncode == 0
 
 
@@ -141,15 +168,23 @@ def machine():
     dropped = os.environ.pop("OPENBLAS_CORETYPE", None)
     command = [sys.executable, "-m", "npllm", "doctor", "--json"]
     facts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    for place in ("weights_folder", "default_checkpoint"):  # of no interest to whoever reads the figures
+    for place in (
+        "weights_folder",
+        "default_checkpoint",
+    ):  # of no interest to whoever reads the figures
         facts.pop(place)
-    return facts | {"cpu": cpu_name(), "removed from the environment": {"OPENBLAS_CORETYPE": dropped} if dropped else {}}
+    return facts | {
+        "cpu": cpu_name(),
+        "removed from the environment": {"OPENBLAS_CORETYPE": dropped} if dropped else {},
+    }
 
 
 def cpu_name():
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return "unknown"
 
@@ -166,13 +201,26 @@ def main():
 def child(name, folder, dtype):
     """Serve measurements: a JSON task a line on standard input, a JSON answer a line on standard output."""
     run = CONTENDERS[name](folder, dtype or None)
-    version = npllm.__version__ if name.startswith("npllm") else __import__(name.partition("-")[0]).__version__
+    version = (
+        npllm.__version__
+        if name.startswith("npllm")
+        else __import__(name.partition("-")[0]).__version__
+    )
     print(json.dumps({"version": version}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         start = time.perf_counter()
         ids = run(**task)
-        print(json.dumps({"seconds": time.perf_counter() - start, "ids": ids, "peak_bytes": report.peak_memory()}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "seconds": time.perf_counter() - start,
+                    "ids": ids,
+                    "peak_bytes": report.peak_memory(),
+                }
+            ),
+            flush=True,
+        )
 
 
 @main.command(hidden=True)
@@ -190,7 +238,17 @@ def cold(name, folder, dtype, n_prompt, n_new):
     first = time.time()
     if n_new > 1:
         run(n_new=n_new, use_cache=True)
-    print(json.dumps({"loaded": loaded, "first": first, "last": time.time(), "peak_bytes": report.peak_memory()}), flush=True)
+    print(
+        json.dumps(
+            {
+                "loaded": loaded,
+                "first": first,
+                "last": time.time(),
+                "peak_bytes": report.peak_memory(),
+            }
+        ),
+        flush=True,
+    )
 
 
 @main.command(name="first-token")
@@ -202,19 +260,45 @@ def first_token(path, n_prompt, n_new, repeat):
     """Time a cold process up to its first token, the weights as stored and in the page cache."""
     folder = checkpoint_folder(path)
     n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    dtypes = {"npllm": "", "npllm-cupy": "", "transformers": "bfloat16", "transformers-cuda": "bfloat16"}
-    click.echo(f"{folder.name}: {n_bytes / 1e9:.2f} GB; {n_prompt} tokens of prompt; {cpu_name()}\n")
-    click.echo("| | s to loaded | s to first token | s for prompt + "
-               f"{n_new} tokens again | peak GB | of the weights |\n|---|---|---|---|---|---|")
+    dtypes = {
+        "npllm": "",
+        "npllm-cupy": "",
+        "transformers": "bfloat16",
+        "transformers-cuda": "bfloat16",
+    }
+    click.echo(
+        f"{folder.name}: {n_bytes / 1e9:.2f} GB; {n_prompt} tokens of prompt; {cpu_name()}\n"
+    )
+    click.echo(
+        "| | s to loaded | s to first token | s for prompt + "
+        f"{n_new} tokens again | peak GB | of the weights |\n|---|---|---|---|---|---|"
+    )
     environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
     for name in [name for name in CONTENDERS if installed(name)] * repeat:
-        command = [sys.executable, __file__, "cold", name, str(folder), dtypes[name], str(n_prompt), str(n_new)]
+        command = [
+            sys.executable,
+            __file__,
+            "cold",
+            name,
+            str(folder),
+            dtypes[name],
+            str(n_prompt),
+            str(n_new),
+        ]
         start = time.time()
-        output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment
+        ).stdout
         clock = json.loads(output.splitlines()[-1])
-        loaded, first, again = clock["loaded"] - start, clock["first"] - start, clock["last"] - clock["first"]
-        click.echo(f"| {name} | {loaded:.2f} | {first:.2f} | {again:.2f} | {clock['peak_bytes'] / 1e9:.2f} "
-                   f"| {clock['peak_bytes'] / n_bytes:.2f} |")
+        loaded, first, again = (
+            clock["loaded"] - start,
+            clock["first"] - start,
+            clock["last"] - clock["first"],
+        )
+        click.echo(
+            f"| {name} | {loaded:.2f} | {first:.2f} | {again:.2f} | {clock['peak_bytes'] / 1e9:.2f} "
+            f"| {clock['peak_bytes'] / n_bytes:.2f} |"
+        )
 
 
 CHECKOUT = """
@@ -246,9 +330,25 @@ for _ in sys.stdin:
 def checkouts(checkouts, path, n_prompt, n_new, repeat):
     """Time prefill and decoding of several checkouts of npllm, which take turns; only functions of `npllm` are used."""
     environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
-    command = [sys.executable, "-c", CHECKOUT, str(checkpoint_folder(path)), str(n_prompt), str(n_new)]
-    children = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 env=environment, cwd=place) for place in checkouts]  # -c imports from the current folder first
+    command = [
+        sys.executable,
+        "-c",
+        CHECKOUT,
+        str(checkpoint_folder(path)),
+        str(n_prompt),
+        str(n_new),
+    ]
+    children = [
+        subprocess.Popen(
+            command,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            cwd=place,
+        )
+        for place in checkouts
+    ]  # -c imports from the current folder first
     for place, contender in zip(checkouts, children, strict=True):
         if not contender.stdout.readline().startswith(os.path.abspath(place)):
             raise SystemExit(f"{place}: another npllm was imported")
@@ -258,10 +358,18 @@ def checkouts(checkouts, path, n_prompt, n_new, repeat):
             contender.stdin.write("\n")
             contender.stdin.flush()
             seconds.append(json.loads(contender.stdout.readline()))
-    click.echo(f"| {n_prompt} tokens, then {n_new}; medians of {repeat} | prefill ms | ratio | decode ms | ratio |\n|---|---|---|---|---|")
-    medians = [{key: statistics.median(run[key] for run in seconds[1:]) for key in ("prefill", "decode")} for seconds in runs]
+    click.echo(
+        f"| {n_prompt} tokens, then {n_new}; medians of {repeat} | prefill ms | ratio | decode ms | ratio |\n|---|---|---|---|---|"
+    )
+    medians = [
+        {key: statistics.median(run[key] for run in seconds[1:]) for key in ("prefill", "decode")}
+        for seconds in runs
+    ]
     for place, median in zip(checkouts, medians, strict=True):
-        cells = [f"{median[key] * 1e3:.2f} | {median[key] / medians[0][key]:.3f}" for key in ("prefill", "decode")]
+        cells = [
+            f"{median[key] * 1e3:.2f} | {median[key] / medians[0][key]:.3f}"
+            for key in ("prefill", "decode")
+        ]
         click.echo(f"| {place} | {' | '.join(cells)} |")
 
 
@@ -269,13 +377,25 @@ def checkouts(checkouts, path, n_prompt, n_new, repeat):
 @click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]")
 @click.option("-n", "--n-new", default=100, show_default=True)
 @click.option("-r", "--repeat", default=3, show_default=True)
-@click.option("--engines", default=",".join(CONTENDERS), show_default=True, help="Of these, those that are installed run.")
+@click.option(
+    "--engines",
+    default=",".join(CONTENDERS),
+    show_default=True,
+    help="Of these, those that are installed run.",
+)
 @click.option("--json", "as_json", is_flag=True)
 def generate(path, n_new, repeat, engines, as_json):
     """Time greedy generation from a 51-token chat prompt, with and without the KV cache."""
     folder = checkpoint_folder(path)
-    dtypes = {"npllm": None, "npllm-cupy": None, "transformers": "float32", "transformers-cuda": "bfloat16"}
-    children = {name: Child(name, folder, dtypes[name]) for name in engines.split(",") if installed(name)}
+    dtypes = {
+        "npllm": None,
+        "npllm-cupy": None,
+        "transformers": "float32",
+        "transformers-cuda": "bfloat16",
+    }
+    children = {
+        name: Child(name, folder, dtypes[name]) for name in engines.split(",") if installed(name)
+    }
     if not children:
         raise SystemExit(f"none of {engines} is installed, or there is no device")
     seconds = {(name, cached): [] for name in children for cached in (True, False)}
@@ -288,10 +408,21 @@ def generate(path, n_new, repeat, engines, as_json):
                 answer = contender.measure(n_new=n_new, use_cache=cached)
                 seconds[name, cached].append(answer["seconds"])
                 texts[name, cached], peaks[name] = answer["ids"], answer["peak_bytes"]
-    show({"task": f"{n_new} new tokens after {N_PROMPT}, greedy", "repeat": repeat, "machine": machine(),
-          "versions": {name: contender.version for name, contender in children.items()}, "peak_bytes": peaks,
-          "seconds": {f"{name} {'cached' if cached else 'uncached'}": runs for (name, cached), runs in seconds.items()},
-          "same_tokens": len({tuple(ids) for ids in texts.values()}) == 1}, as_json)
+    show(
+        {
+            "task": f"{n_new} new tokens after {N_PROMPT}, greedy",
+            "repeat": repeat,
+            "machine": machine(),
+            "versions": {name: contender.version for name, contender in children.items()},
+            "peak_bytes": peaks,
+            "seconds": {
+                f"{name} {'cached' if cached else 'uncached'}": runs
+                for (name, cached), runs in seconds.items()
+            },
+            "same_tokens": len({tuple(ids) for ids in texts.values()}) == 1,
+        },
+        as_json,
+    )
 
 
 @main.command(hidden=True)
@@ -308,7 +439,10 @@ def engine(name, folder):
         ids = rng.integers(3, 1000, (task["n_batch"], task["n_prompt"] + task["n_new"]))
         contender.reset(task["n_batch"])
         seconds = [timed(contender.feed, ids[:, : task["n_prompt"]])]
-        seconds += [timed(contender.feed, ids[:, at : at + 1]) for at in range(task["n_prompt"], ids.shape[1])]
+        seconds += [
+            timed(contender.feed, ids[:, at : at + 1])
+            for at in range(task["n_prompt"], ids.shape[1])
+        ]
         print(json.dumps({"seconds": seconds, "peak_bytes": report.peak_memory()}), flush=True)
 
 
@@ -322,8 +456,14 @@ class Engine(Child):
     """A contender behind the `engine` command."""
 
     def __init__(self, name, folder, threads):
-        self.process = subprocess.Popen([sys.executable, __file__, "engine", name, str(folder)], text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=pinned(threads))
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "engine", name, str(folder)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=pinned(threads),
+        )
         self.version = self._read()["version"]
 
     def seconds(self, n_prompt, n_new=0, n_batch=1):
@@ -340,24 +480,43 @@ def limits():
 
 def pinned(threads):
     """The environment of a child: as many threads as asked for, and BLAS free to choose its kernels."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    return kept | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+    }
+    return kept | dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads)
+    )
 
 
 def machine_limits(threads):
     command = [sys.executable, __file__, "limits"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=pinned(threads)).stdout)
+    return json.loads(
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, env=pinned(threads)
+        ).stdout
+    )
 
 
 def speed_options(command):
     """Options of the commands that measure engines."""
     for option in (
         click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]"),
-        click.option("--config", type=click.Path(exists=True), help="Random weights in the shapes of this config.json."),
+        click.option(
+            "--config",
+            type=click.Path(exists=True),
+            help="Random weights in the shapes of this config.json.",
+        ),
         click.option("--layers", type=int, help="With --config: fewer layers than it says."),
         click.option("-t", "--threads", default=len(os.sched_getaffinity(0)), show_default=True),
         click.option("-r", "--repeat", default=3, show_default=True),
-        click.option("--json", "json_path", type=click.Path(), help="Write every number into this file as well."),
+        click.option(
+            "--json",
+            "json_path",
+            type=click.Path(),
+            help="Write every number into this file as well.",
+        ),
     ):
         command = option(command)
     return command
@@ -367,7 +526,10 @@ def bench_folder(path, config, layers):
     """The checkpoint to measure: given, or with random weights."""
     if config is None:
         return checkpoint_folder(path)
-    folder = weights_folder() / f"bench-{os.path.basename(config).removesuffix('.json')}-{layers or 'all'}-layers"
+    folder = (
+        weights_folder()
+        / f"bench-{os.path.basename(config).removesuffix('.json')}-{layers or 'all'}-layers"
+    )
     if not (folder / "config.json").exists():
         from make_random_checkpoint import write_checkpoint
 
@@ -375,9 +537,20 @@ def bench_folder(path, config, layers):
     return folder
 
 
-ENGINES = ("npllm:bfloat16", "npllm:float16", "npllm:float32", "npllm:int8", "npllm:bfloat16/tiled",
-           "transformers:bfloat16", "transformers:float16", "transformers:float32",
-           "llama.cpp:bfloat16", "llama.cpp:float16", "llama.cpp:float32", "llama.cpp:int8")
+ENGINES = (
+    "npllm:bfloat16",
+    "npllm:float16",
+    "npllm:float32",
+    "npllm:int8",
+    "npllm:bfloat16/tiled",
+    "transformers:bfloat16",
+    "transformers:float16",
+    "transformers:float32",
+    "llama.cpp:bfloat16",
+    "llama.cpp:float16",
+    "llama.cpp:float32",
+    "llama.cpp:int8",
+)
 
 
 @main.command()
@@ -401,9 +574,16 @@ def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_
             for name, engine_ in running.items():
                 times = engine_.seconds(n_prompt, n_more)
                 seconds[name][task].append(statistics.median(times[1:]) if n_more else times[0])
-    result = {"folder": folder.name, "parameters": matrix_parameters(folder), "repeat": repeat, "threads": threads,
-              "seconds": seconds, "versions": {name: engine_.version for name, engine_ in running.items()}, "machine": machine(),
-              "peak_bytes": {name: engine_.peak_bytes for name, engine_ in running.items()}}
+    result = {
+        "folder": folder.name,
+        "parameters": matrix_parameters(folder),
+        "repeat": repeat,
+        "threads": threads,
+        "seconds": seconds,
+        "versions": {name: engine_.version for name, engine_ in running.items()},
+        "machine": machine(),
+        "peak_bytes": {name: engine_.peak_bytes for name, engine_ in running.items()},
+    }
     for engine_ in running.values():
         engine_.process.terminate()
     result["limits"] = median_limits(limits)
@@ -413,32 +593,50 @@ def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_
 
 def median_limits(runs):
     """The limits of a machine that changes while it is measured: of each probe the median of all rounds, and of those the best."""
-    probes = {kind: {name: statistics.median(run[kind][name] for run in runs) for name in runs[0][kind]}
-              for kind in ("read_probes", "sgemm")}
-    return {"read": max(probes["read_probes"].values()), "flops": max(probes["sgemm"].values()), **probes}
+    probes = {
+        kind: {name: statistics.median(run[kind][name] for run in runs) for name in runs[0][kind]}
+        for kind in ("read_probes", "sgemm")
+    }
+    return {
+        "read": max(probes["read_probes"].values()),
+        "flops": max(probes["sgemm"].values()),
+        **probes,
+    }
 
 
 def matrix_parameters(folder):
     """Entries of the matrices that a token passes: of the layers, and of lm_head, which prefill uses for one row only."""
     config = npllm.Config.from_json(folder)
     shapes = expected_shapes(config)
-    layers = sum(prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
+    layers = sum(
+        prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2
+    )
     return {"layers": layers, "lm_head": config.vocab_size * config.hidden_size}
 
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1 + 1 / 16}  # of a weight; int8 with the scale of its group
+BYTES = {
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "int8": 1 + 1 / 16,
+}  # of a weight; int8 with the scale of its group
 
 
 def speed_table(result):
     """Lines of a Markdown table: medians, the share of the machine's limit, and how npllm's bfloat16 compares."""
     n_read, n_layers = sum(result["parameters"].values()), result["parameters"]["layers"]
     read, sgemm = result["limits"]["read"], result["limits"]["flops"]
-    medians = {name: {task: statistics.median(runs) for task, runs in tasks.items()} for name, tasks in result["seconds"].items()}
+    medians = {
+        name: {task: statistics.median(runs) for task, runs in tasks.items()}
+        for name, tasks in result["seconds"].items()
+    }
     tasks = [task for task in next(iter(medians.values())) if task != "decode"]
     facts, blas = result["machine"], result["machine"]["blas"]
-    yield (f"{result['folder']}, {n_read / 1e6:.0f}e6 parameters read per token; {facts['cpu']}, {result['threads']} threads, BLAS "
-           f"{blas['name']} {blas['version']} ({blas['kernels']} kernels); medians of {result['repeat']} alternating runs; limits: "
-           f"{read / 1e9:.1f} GB/s read, {sgemm / 1e9:.0f} GFLOP/s float32 matrix product\n")
+    yield (
+        f"{result['folder']}, {n_read / 1e6:.0f}e6 parameters read per token; {facts['cpu']}, {result['threads']} threads, BLAS "
+        f"{blas['name']} {blas['version']} ({blas['kernels']} kernels); medians of {result['repeat']} alternating runs; limits: "
+        f"{read / 1e9:.1f} GB/s read, {sgemm / 1e9:.0f} GFLOP/s float32 matrix product\n"
+    )
     columns = " | ".join(f"{task}, tok/s | of the limit" for task in tasks)
     yield f"| engine | decode, ms/token | GB/s | of the limit | {columns} |"
     yield "|---" * (4 + 2 * len(tasks)) + "|"
@@ -452,7 +650,9 @@ def speed_table(result):
     ours = medians.get("npllm:bfloat16")
     for name, row in medians.items() if ours else ():
         if not name.startswith("npllm:bfloat16"):
-            ratios = ", ".join(f"{row[task] / ours[task]:.2f} times as fast in {task}" for task in row)
+            ratios = ", ".join(
+                f"{row[task] / ours[task]:.2f} times as fast in {task}" for task in row
+            )
             yield f"\n{name}: npllm:bfloat16 is {ratios}"
 
 
@@ -468,12 +668,27 @@ def context(path, config, layers, threads, repeat, json_path, contexts, dtype):
     rows = {n: step_seconds(engine_, repeat, n, 8) for n in map(int, contexts.split(","))}
     read, first = machine_limits(threads)["read"], min(rows)
     per_key = 8 * settings.num_key_value_heads * settings.head_dim * settings.num_hidden_layers
-    write_json(json_path, {"folder": folder.name, "seconds": rows, "read": read, "bytes_per_key": per_key, "machine": machine()})
-    click.echo(f"{folder.name}, {per_key} bytes of keys and values for each token seen; {read / 1e9:.1f} GB/s; {cpu_name()}\n")
-    click.echo("| context | ms/token | more than at the first | of which reading takes at the limit |\n|---|---|---|---|")
+    write_json(
+        json_path,
+        {
+            "folder": folder.name,
+            "seconds": rows,
+            "read": read,
+            "bytes_per_key": per_key,
+            "machine": machine(),
+        },
+    )
+    click.echo(
+        f"{folder.name}, {per_key} bytes of keys and values for each token seen; {read / 1e9:.1f} GB/s; {cpu_name()}\n"
+    )
+    click.echo(
+        "| context | ms/token | more than at the first | of which reading takes at the limit |\n|---|---|---|---|"
+    )
     for n, value in rows.items():
         seen = min(n, settings.sliding_window or n) - min(first, settings.sliding_window or first)
-        click.echo(f"| {n} | {value * 1e3:.2f} | {(value - rows[first]) * 1e3:.2f} | {seen * per_key / read * 1e3:.2f} |")
+        click.echo(
+            f"| {n} | {value * 1e3:.2f} | {(value - rows[first]) * 1e3:.2f} | {seen * per_key / read * 1e3:.2f} |"
+        )
 
 
 @main.command()
@@ -517,7 +732,9 @@ def attend(name, sizes, repeat):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": statistics.median(seconds), "bytes": report.peak_memory() - before}))
+    print(
+        json.dumps({"seconds": statistics.median(seconds), "bytes": report.peak_memory() - before})
+    )
 
 
 @main.command()
@@ -525,12 +742,19 @@ def attend(name, sizes, repeat):
 @click.option("--n-head", default=2, show_default=True)
 @click.option("--d-head", default=64, show_default=True)
 @click.option("--window", default=2047, show_default=True)
-@click.option("--most", default=4.0, show_default=True, help="GiB of scores beyond which the definition is left out.")
+@click.option(
+    "--most",
+    default=4.0,
+    show_default=True,
+    help="GiB of scores beyond which the definition is left out.",
+)
 @click.option("-r", "--repeat", default=3, show_default=True)
 @click.option("--plot", type=click.Path(), help="Draw the table into this PNG.")
 def attention(longest, n_head, d_head, window, most, repeat, plot):
     """Time causal self-attention in float32 by length, each kind and length in a process of its own."""
-    names = ["definition", "flash 1", "flash 2", f"window {window}"] + ["torch"] * installed("transformers")
+    names = ["definition", "flash 1", "flash 2", f"window {window}"] + ["torch"] * installed(
+        "transformers"
+    )
     environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
     lengths = [n for n in (2**e for e in range(10, 31)) if n <= longest]
     rows = {name: {} for name in names}
@@ -538,13 +762,29 @@ def attention(longest, n_head, d_head, window, most, repeat, plot):
         if name == "definition" and 4 * n_head * n * n > most * 2**30:
             continue
         sizes = map(str, (n, n_head, d_head, window))
-        command = [sys.executable, __file__, "attend", name, *sizes, str(repeat if n < 16384 else 1)]
-        rows[name][n] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
-    click.echo(f"causal attention, float32, {n_head} heads of {d_head}; median seconds / MiB beyond the inputs; {cpu_name()}\n")
+        command = [
+            sys.executable,
+            __file__,
+            "attend",
+            name,
+            *sizes,
+            str(repeat if n < 16384 else 1),
+        ]
+        rows[name][n] = json.loads(
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, env=environment
+            ).stdout
+        )
+    click.echo(
+        f"causal attention, float32, {n_head} heads of {d_head}; median seconds / MiB beyond the inputs; {cpu_name()}\n"
+    )
     click.echo("| n | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for n in lengths:
         found = [rows[name].get(n) for name in names]
-        cells = [f"{cell['seconds']:.3f} s / {cell['bytes'] / 2**20:.0f}" if cell else "-" for cell in found]
+        cells = [
+            f"{cell['seconds']:.3f} s / {cell['bytes'] / 2**20:.0f}" if cell else "-"
+            for cell in found
+        ]
         click.echo(f"| {n:,} | " + " | ".join(cells) + " |")
     if plot:
         draw_attention(plot, rows)
@@ -555,10 +795,17 @@ def draw_attention(path, rows):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2))
-    for number, (key, label, unit) in enumerate((("seconds", "seconds", 1), ("bytes", "MiB beyond the inputs", 2**20)), 1):
+    for number, (key, label, unit) in enumerate(
+        (("seconds", "seconds", 1), ("bytes", "MiB beyond the inputs", 2**20)), 1
+    ):
         axes = figure.add_subplot(1, 2, number)
         for name, cells in rows.items():
-            axes.plot(list(cells), [max(cell[key] / unit, 1e-3) for cell in cells.values()], marker="o", label=name)
+            axes.plot(
+                list(cells),
+                [max(cell[key] / unit, 1e-3) for cell in cells.values()],
+                marker="o",
+                label=name,
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("n")
@@ -576,15 +823,19 @@ def show(result, as_json):
         return
     medians = {name: statistics.median(runs) for name, runs in result["seconds"].items()}
     facts = result["machine"]
-    click.echo(f"{result['task']}; median of {result['repeat']} alternating runs; {facts['cpu']}, {facts['cores']} cores, "
-               f"BLAS {facts['blas']}, same tokens from all: {result['same_tokens']}\n")
+    click.echo(
+        f"{result['task']}; median of {result['repeat']} alternating runs; {facts['cpu']}, {facts['cores']} cores, "
+        f"BLAS {facts['blas']}, same tokens from all: {result['same_tokens']}\n"
+    )
     click.echo("| | seconds | min ... max | of transformers | peak MB |\n|---|---|---|---|---|")
     for name, median in medians.items():
         peer = medians.get("transformers " + name.split()[1])
         ratio = f"{median / peer:.2f}" if peer else "-"
         runs = result["seconds"][name]
-        click.echo(f"| {name} | {median:.2f} | {min(runs):.2f} ... {max(runs):.2f} | {ratio} "
-                   f"| {result['peak_bytes'][name.split()[0]] / 1e6:.0f} |")
+        click.echo(
+            f"| {name} | {median:.2f} | {min(runs):.2f} ... {max(runs):.2f} | {ratio} "
+            f"| {result['peak_bytes'][name.split()[0]] / 1e6:.0f} |"
+        )
 
 
 if __name__ == "__main__":

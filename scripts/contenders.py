@@ -22,7 +22,10 @@ class Npllm:
 
         dtype, _, name = dtype.partition("/")
         sets = {"": None, "tiled": kernels.tiled_ops(), "blockwise": ops.blockwise}
-        self.model, self.version = npllm.load(folder, dtype=dtype or None, ops=sets[name]), npllm.__version__
+        self.model, self.version = (
+            npllm.load(folder, dtype=dtype or None, ops=sets[name]),
+            npllm.__version__,
+        )
         self.reset()
 
     def reset(self, n_batch=1):
@@ -42,7 +45,9 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         self.torch, self.transformers, self.version = torch, transformers, transformers.__version__
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        )
         self.reset()
 
     def reset(self, _n_batch=1):
@@ -50,7 +55,9 @@ class Transformers:
 
     def feed(self, ids):
         with self.torch.inference_mode():
-            output = self.model(self.torch.from_numpy(ids), past_key_values=self.cache, logits_to_keep=1)
+            output = self.model(
+                self.torch.from_numpy(ids), past_key_values=self.cache, logits_to_keep=1
+            )
         return output.logits[:, -1].float().numpy()
 
 
@@ -66,9 +73,16 @@ class LlamaCpp:
             llama_cpp.llama_backend_init()
             settings = llama_cpp.llama_model_default_params()
             settings.n_gpu_layers = 0
-            self.model = llama_cpp.llama_model_load_from_file(os.fsencode(gguf_file(folder, dtype)), settings)
+            self.model = llama_cpp.llama_model_load_from_file(
+                os.fsencode(gguf_file(folder, dtype)), settings
+            )
             settings = llama_cpp.llama_context_default_params()
-            settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = N_CTX, 2048, 512, 16
+            settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = (
+                N_CTX,
+                2048,
+                512,
+                16,
+            )
             settings.n_threads = settings.n_threads_batch = threads
             settings.kv_unified = True
             self.context = llama_cpp.llama_init_from_model(self.model, settings)
@@ -84,7 +98,14 @@ class LlamaCpp:
         last = []
         for start in range(0, ids.shape[1], 2048 // len(ids)):
             last = self._decode(ids[:, start : start + 2048 // len(ids)])
-        return np.stack([np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, at), (self.n_vocab,)) for at in last])
+        return np.stack(
+            [
+                np.ctypeslib.as_array(
+                    self.api.llama_get_logits_ith(self.context, at), (self.n_vocab,)
+                )
+                for at in last
+            ]
+        )
 
     def _decode(self, ids):
         batch, n_seq = self.batch, ids.shape[1]
@@ -113,8 +134,14 @@ class quiet_stderr:
 
 
 GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "Q8_0"}
-GGUF_LAYER = {"input_layernorm": "attn_norm", "qkv_proj": "attn_qkv", "o_proj": "attn_output",
-              "post_attention_layernorm": "ffn_norm", "gate_up_proj": "ffn_up", "down_proj": "ffn_down"}
+GGUF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "qkv_proj": "attn_qkv",
+    "o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "gate_up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
 
 
 def gguf_file(folder, dtype):
@@ -154,12 +181,22 @@ def write_gguf(folder, path, dtype):
     writer.add_rope_scaling_attn_factors(rope.attention_factor(config))
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type({"BF16": gguf.LlamaFileType.MOSTLY_BF16, "F16": gguf.LlamaFileType.MOSTLY_F16,
-                          "F32": gguf.LlamaFileType.ALL_F32, "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[GGUF_TYPES[dtype]])
-    plain = config.rope_parameters.rope_theta ** (-np.arange(0, 1, 1 / len(rope.frequencies(config, 0))))
+    writer.add_file_type(
+        {
+            "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+            "F16": gguf.LlamaFileType.MOSTLY_F16,
+            "F32": gguf.LlamaFileType.ALL_F32,
+            "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+        }[GGUF_TYPES[dtype]]
+    )
+    plain = config.rope_parameters.rope_theta ** (
+        -np.arange(0, 1, 1 / len(rope.frequencies(config, 0)))
+    )
     for choice, name in enumerate(("rope_factors_short", "rope_factors_long")):
         if rope.attention_factor(config) != 1:
-            writer.add_tensor(f"{name}.weight", (plain / rope.frequencies(config, choice)).astype(np.float32))
+            writer.add_tensor(
+                f"{name}.weight", (plain / rope.frequencies(config, choice)).astype(np.float32)
+            )
 
     def add(name, x):
         wide = np.asarray(x).astype(np.float32)
@@ -186,5 +223,7 @@ PACKAGES = {"npllm": "npllm", "transformers": "torch, transformers", "llama.cpp"
 
 def installed(name):
     """Tell whether everything that a contender needs can be imported."""
-    probe = subprocess.run([sys.executable, "-c", f"import {PACKAGES[name]}"], capture_output=True, check=False)
+    probe = subprocess.run(
+        [sys.executable, "-c", f"import {PACKAGES[name]}"], capture_output=True, check=False
+    )
     return probe.returncode == 0

@@ -31,7 +31,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 import npllm
 from npllm.checkpoints.finite import find_nonfinite
@@ -42,7 +50,19 @@ from npllm.decoding.loop import GenerationConfig
 LIMIT_SECONDS = 20.0  # a chat template alone may take five
 LIMIT_BYTES = 200 << 20
 N_VOCAB = 320
-SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1}
+SIZES = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 # The published shapes with every ratio and feature kept and the sizes scaled down:
 # (heads, kv heads, d_head, rope type, partial_rotary_factor, rope_theta, window, tied, dtype)
@@ -58,10 +78,23 @@ PUBLISHED = {
     "Phi-4-mini-instruct": (3, 1, 16, "longrope", 0.75, 10000.0, 64, True, "bfloat16"),
 }
 LLAMA_ROPE = {
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0},
-    "dynamic": {"type": "dynamic", "factor": 2.0}, "linear": {"type": "linear", "factor": 2.0}, "default": None,
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+    "dynamic": {"type": "dynamic", "factor": 2.0},
+    "linear": {"type": "linear", "factor": 2.0},
+    "default": None,
 }
 
 PHI3_TEMPLATE = """\
@@ -76,8 +109,14 @@ TOOL_TEMPLATE = """{{- bos_token }}{%- set ns = namespace(last=messages|length -
 {% for message in messages %}{% if message['role'] not in ['user', 'assistant', 'system'] %}
 {{ raise_exception('unknown role') }}{% endif %}{{ '<|' + message.role + '|>' + message.content|trim + '<|end|>' }}
 {% if loop.first %}{{ show({'a': [1, 2], 'n': ns.last}) }}{% endif %}{% endfor %}"""
-TEMPLATES = (PHI3_TEMPLATE, TOOL_TEMPLATE, "{% for message in messages %}{{ message['content'] }}{% endfor %}")
-SNIPPETS = [snippet.strip() for snippet in """
+TEMPLATES = (
+    PHI3_TEMPLATE,
+    TOOL_TEMPLATE,
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+)
+SNIPPETS = [
+    snippet.strip()
+    for snippet in """
     {{ ''.__class__.__mro__ }} ¦ {{ cycler.__init__.__globals__ }} ¦ {{ messages.append(1) }} ¦
     {{ messages|attr('pop') }} ¦ {{ 'a' * 10**9 }} ¦ {{ '{0.__class__}'.format(1) }} ¦ {% for i in range(1000) %} ¦
     {% endfor %} ¦ {% if true %} ¦ {% endif %} ¦ {{ 9**(9**9) }} ¦ {{ '%99999d' % 1 }} ¦
@@ -93,15 +132,91 @@ SNIPPETS = [snippet.strip() for snippet in """
     {{ 'x'.join(messages) }} ¦ {{ messages|items }} ¦ {{ messages|first|dictsort }} ¦ {{ -'a' }} ¦ {{ 1 in 2 }} ¦
     {{ messages|indent(9999) }} ¦ \ud800 ¦ \0 ¦ {{ range(10**9) }} ¦ {{ joiner(1)(2) }} ¦ {{ cycler()() }} ¦
     {{ messages|default('x', true)|max }} ¦ {% set messages = none %} ¦ {{ 'é' ~ '\U0001f642' }}
-""".split("¦")]
-STRINGS = ["", "x", "..", "../x", "/etc/passwd", "a/b", "a\\b", "model.safetensors", "model.bin", "x\0y", "\ud800", "\x1b[31m",
-           "n" * 300, "y" * 70000, "phi3", "llama", "longrope", "su", "yarn", "dynamic", "linear", "llama3", "default", "bfloat16",
-           "float16", "float64",
-           "int8", "silu", "F8_E4M3", "I64", "F32", "BF16", "F16", "F64", "Phi3ForCausalLM", "LlamaForTokenClassification",
-           "<unk>", "</s>", "Ġ", "▁", "{{", "🙂"]
-NUMBERS = [0, 1, -1, 2, 3, 7, 255, 256, 319, 320, 321, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63,
-           2**64, 10**30, 10**400, -(10**400), 0.0, -0.0, 0.5, 1.0, 1.5, 1e-300, 1e-9, 1e9, 1e30, 1e300, 1e308, math.nan,
-           math.inf, -math.inf]
+""".split("¦")
+]
+STRINGS = [
+    "",
+    "x",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "model.safetensors",
+    "model.bin",
+    "x\0y",
+    "\ud800",
+    "\x1b[31m",
+    "n" * 300,
+    "y" * 70000,
+    "phi3",
+    "llama",
+    "longrope",
+    "su",
+    "yarn",
+    "dynamic",
+    "linear",
+    "llama3",
+    "default",
+    "bfloat16",
+    "float16",
+    "float64",
+    "int8",
+    "silu",
+    "F8_E4M3",
+    "I64",
+    "F32",
+    "BF16",
+    "F16",
+    "F64",
+    "Phi3ForCausalLM",
+    "LlamaForTokenClassification",
+    "<unk>",
+    "</s>",
+    "Ġ",
+    "▁",
+    "{{",
+    "🙂",
+]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    255,
+    256,
+    319,
+    320,
+    321,
+    2**24,
+    2**24 + 1,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    -(10**400),
+    0.0,
+    -0.0,
+    0.5,
+    1.0,
+    1.5,
+    1e-300,
+    1e-9,
+    1e9,
+    1e30,
+    1e300,
+    1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+]
 
 
 def nasty(rng):
@@ -112,7 +227,21 @@ def nasty(rng):
     if kind < 0.6:
         return rng.choice(STRINGS)
     if kind < 0.8:
-        return rng.choice([None, True, False, [], {}, [[]], [None], {"": None}, [0, 1.5, "x"], {"a": {"b": []}}, {"content": 5}])
+        return rng.choice(
+            [
+                None,
+                True,
+                False,
+                [],
+                {},
+                [[]],
+                [None],
+                {"": None},
+                [0, 1.5, "x"],
+                {"a": {"b": []}},
+                {"content": 5},
+            ]
+        )
     if kind < 0.9:
         value = rng.choice([[], {}, 1, "x"])
         for _ in range(rng.choice([3, 30, 150, 200, 900, 950, 980, 990])):
@@ -130,33 +259,81 @@ def phi3_config(name):
     rope = None
     if rope_type:
         n = int(d_head * fraction) // 2
-        rope = {"type": rope_type, "short_factor": [1.0 + 0.01 * i for i in range(n)], "long_factor": [1.0 + i for i in range(n)]}
-    return {"_name_or_path": name, "architectures": ["Phi3ForCausalLM"], "auto_map": {"AutoConfig": "configuration_phi3.Config"},
-            "attention_dropout": 0.0, "bos_token_id": 1, "embd_pdrop": 0.0, "eos_token_id": 2, "hidden_act": "silu",
-            "hidden_size": n_head * d_head, "initializer_range": 0.02, "intermediate_size": 24,
-            "max_position_embeddings": 256 if rope else 64, "model_type": "phi3", "num_attention_heads": n_head,
-            "num_hidden_layers": 1, "num_key_value_heads": n_kv_head, "original_max_position_embeddings": 8 if rope else 64,
-            "pad_token_id": 2, "partial_rotary_factor": fraction, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": rope,
-            "rope_theta": theta, "sliding_window": window, "tie_word_embeddings": tied, "torch_dtype": dtype,
-            "transformers_version": "4.40.2", "use_cache": True, "attention_bias": False, "vocab_size": N_VOCAB}
+        rope = {
+            "type": rope_type,
+            "short_factor": [1.0 + 0.01 * i for i in range(n)],
+            "long_factor": [1.0 + i for i in range(n)],
+        }
+    return {
+        "_name_or_path": name,
+        "architectures": ["Phi3ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_phi3.Config"},
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": n_head * d_head,
+        "initializer_range": 0.02,
+        "intermediate_size": 24,
+        "max_position_embeddings": 256 if rope else 64,
+        "model_type": "phi3",
+        "num_attention_heads": n_head,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": n_kv_head,
+        "original_max_position_embeddings": 8 if rope else 64,
+        "pad_token_id": 2,
+        "partial_rotary_factor": fraction,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": rope,
+        "rope_theta": theta,
+        "sliding_window": window,
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+        "transformers_version": "4.40.2",
+        "use_cache": True,
+        "attention_bias": False,
+        "vocab_size": N_VOCAB,
+    }
 
 
 def llama_config(rope):
     """Make a Llama-style config, with biases and a head_dim of its own for some."""
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24, "intermediate_size": 20,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8 if rope == "yarn" else None,
-            "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": LLAMA_ROPE[rope],
-            "attention_bias": rope == "linear", "mlp_bias": rope == "linear", "tie_word_embeddings": rope == "llama3",
-            "bos_token_id": 1, "eos_token_id": [2, 5], "hidden_act": "silu", "vocab_size": N_VOCAB, "torch_dtype": "bfloat16"}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8 if rope == "yarn" else None,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": LLAMA_ROPE[rope],
+        "attention_bias": rope == "linear",
+        "mlp_bias": rope == "linear",
+        "tie_word_embeddings": rope == "llama3",
+        "bos_token_id": 1,
+        "eos_token_id": [2, 5],
+        "hidden_act": "silu",
+        "vocab_size": N_VOCAB,
+        "torch_dtype": "bfloat16",
+    }
 
 
 def new_form(config):
     """Spell a config as Transformers 5 does."""
     config = dict(config)
     rope = config.pop("rope_scaling") or {"rope_type": "default"}
-    config["rope_parameters"] = {**rope, "rope_type": rope.get("rope_type", rope.get("type")),
-                                 "rope_theta": config.pop("rope_theta"),
-                                 "partial_rotary_factor": config.pop("partial_rotary_factor", 1.0)}
+    config["rope_parameters"] = {
+        **rope,
+        "rope_type": rope.get("rope_type", rope.get("type")),
+        "rope_theta": config.pop("rope_theta"),
+        "partial_rotary_factor": config.pop("partial_rotary_factor", 1.0),
+    }
     config["dtype"] = config.pop("torch_dtype")
     return config
 
@@ -164,12 +341,18 @@ def new_form(config):
 def byte_bpe():
     """Make a byte-level tokenizer like phi-4's."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{letter: i + 3 for i, letter in enumerate(alphabet)}}
+    vocab = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        **{letter: i + 3 for i, letter in enumerate(alphabet)},
+    }
     merges = [("h", "i"), ("Ġ", "t"), ("Ġt", "h"), ("a", "n")]
     vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(merges)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -181,11 +364,23 @@ def sentencepiece_bpe():
         vocab[letter] = len(vocab)
     merges = [("h", "i"), ("▁", "t")]
     vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(merges)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)])
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)]
+    )
     return tokenizer
 
 
@@ -193,7 +388,12 @@ def tokenizer_json(number):
     """Text of one of the two tokenizers, with the special tokens of the family."""
     tokenizer = (byte_bpe, sentencepiece_bpe)[number % 2]()
     names = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    tokenizer.add_special_tokens([AddedToken(name, rstrip=number % 2 == 1 and "|" in name, normalized=False) for name in names])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(name, rstrip=number % 2 == 1 and "|" in name, normalized=False)
+            for name in names
+        ]
+    )
     return tokenizer.to_str()
 
 
@@ -201,11 +401,17 @@ def write_safetensors(tensors):
     """Bytes of a safetensors file: {name: (dtype, shape, bytes)} in this order."""
     header, start = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape, data) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + len(data)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [start, start + len(data)],
+        }
         start += len(data)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values())
+    return (
+        len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values())
+    )
 
 
 def random_tensors(config, seed):
@@ -213,11 +419,19 @@ def random_tensors(config, seed):
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in expected_shapes(config).items():
-        x = np.ones(shape, np.float32) if name.endswith("norm.weight") else rng.normal(0, 0.3, shape).astype(np.float32)
+        x = (
+            np.ones(shape, np.float32)
+            if name.endswith("norm.weight")
+            else rng.normal(0, 0.3, shape).astype(np.float32)
+        )
         if config.dtype == "bfloat16":
             tensors[name] = "BF16", shape, (x.view(np.uint32) >> 16).astype("<u2").tobytes()
         else:
-            tensors[name] = {"float16": "F16", "float32": "F32"}[config.dtype], shape, x.astype(config.dtype).tobytes()
+            tensors[name] = (
+                {"float16": "F16", "float32": "F32"}[config.dtype],
+                shape,
+                x.astype(config.dtype).tobytes(),
+            )
     return tensors
 
 
@@ -226,15 +440,41 @@ def make_folder(config, number):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = random_tensors(npllm.Config.from_json(config), number)
-    eos = {"eos_token_id": [2, 6], "pad_token_id": 2, "bos_token_id": 1, "transformers_version": "4.40.2"}
-    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95} if number % 3 == 0 else {}
-    settings = {"bos_token": "<s>", "eos_token": "</s>" if number % 2 else {"content": "</s>", "lstrip": False},
-                "unk_token": "<unk>", "pad_token": "</s>", "add_bos_token": bool(number % 2), "model_max_length": 1e30,
-                "added_tokens_decoder": {"2": {"content": "</s>", "lstrip": False, "normalized": False, "rstrip": True,
-                                               "single_word": False, "special": False}}}
+    eos = {
+        "eos_token_id": [2, 6],
+        "pad_token_id": 2,
+        "bos_token_id": 1,
+        "transformers_version": "4.40.2",
+    }
+    sampling = (
+        {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+        if number % 3 == 0
+        else {}
+    )
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": "</s>" if number % 2 else {"content": "</s>", "lstrip": False},
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
+        "add_bos_token": bool(number % 2),
+        "model_max_length": 1e30,
+        "added_tokens_decoder": {
+            "2": {
+                "content": "</s>",
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": True,
+                "single_word": False,
+                "special": False,
+            }
+        },
+    }
     template = TEMPLATES[number % 3]
-    files = {"config.json": json.dumps(config, indent=2).encode(), "generation_config.json": json.dumps(eos | sampling).encode(),
-             "tokenizer.json": tokenizer_json(number).encode()}
+    files = {
+        "config.json": json.dumps(config, indent=2).encode(),
+        "generation_config.json": json.dumps(eos | sampling).encode(),
+        "tokenizer.json": tokenizer_json(number).encode(),
+    }
     if number % 4 == 3:
         files["chat_template.jinja"] = template.encode()
     else:
@@ -245,20 +485,35 @@ def make_folder(config, number):
         return files | {"model.safetensors": write_safetensors(tensors)}
     names = sorted(tensors)
     shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-    index = {"metadata": {"total_size": 1}, "weight_map": {name: file for file, names in shards.items() for name in names}}
-    files |= {file: write_safetensors({name: tensors[name] for name in names}) for file, names in shards.items()}
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    files |= {
+        file: write_safetensors({name: tensors[name] for name in names})
+        for file, names in shards.items()
+    }
     return files | {"model.safetensors.index.json": json.dumps(index).encode()}
 
 
 def valid_folders():
     """Every kind of folder: {name: {file: bytes}}."""
     configs = {name: phi3_config(name) for name in PUBLISHED}
-    configs |= {f"{name} (Transformers 5)": new_form(phi3_config(name)) for name in ("Phi-3-mini-4k", "Phi-4-mini-instruct")}
+    configs |= {
+        f"{name} (Transformers 5)": new_form(phi3_config(name))
+        for name in ("Phi-3-mini-4k", "Phi-4-mini-instruct")
+    }
     configs |= {f"llama {rope}": llama_config(rope) for rope in LLAMA_ROPE}
     for head in ("SequenceClassification", "TokenClassification"):
-        configs[head] = {**phi3_config("Phi-3-mini-4k"), "architectures": ["Phi3For" + head], "num_labels": 3,
-                         "id2label": {"0": "a", "1": "b", "2": "c"}}
-    return {name: make_folder(config, number) for number, (name, config) in enumerate(configs.items())}
+        configs[head] = {
+            **phi3_config("Phi-3-mini-4k"),
+            "architectures": ["Phi3For" + head],
+            "num_labels": 3,
+            "id2label": {"0": "a", "1": "b", "2": "c"},
+        }
+    return {
+        name: make_folder(config, number) for number, (name, config) in enumerate(configs.items())
+    }
 
 
 # ----------------------------------------------------------------------------------------------- mutations
@@ -275,7 +530,20 @@ def mutate_bytes(data, rng):
     elif kind == 1 and at < size:
         data[at] = rng.randrange(256)
     elif kind == 2:
-        data[at:at] = rng.choice([b"\0", b"\xff", b"\xef\xbb\xbf", b"{", b"[" * 5000, b'"', b",", b"9" * 5000, b"NaN", bytes(8)])
+        data[at:at] = rng.choice(
+            [
+                b"\0",
+                b"\xff",
+                b"\xef\xbb\xbf",
+                b"{",
+                b"[" * 5000,
+                b'"',
+                b",",
+                b"9" * 5000,
+                b"NaN",
+                bytes(8),
+            ]
+        )
     elif kind == 3:
         del data[at:stop]
     elif kind == 4:
@@ -291,7 +559,13 @@ def mutate_bytes(data, rng):
 def places(value, path=()):
     """List the path of everything within a JSON value."""
     found = [path] if path else []
-    pairs = value.items() if isinstance(value, dict) else enumerate(value[:30]) if isinstance(value, list) else ()
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:30])
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in pairs:
         found += places(item, (*path, key))
     return found
@@ -321,7 +595,9 @@ def mutate_json(value, rng):
             holder[last] = copy.deepcopy(item)
     elif kind == 3 and isinstance(old, int | float):
         real = float(max(-1e300, min(old, 1e300)))
-        holder[last] = rng.choice([-old, old + 1, old - 1, old * 2, old * 1000003, bool(old), str(old), [old], real])
+        holder[last] = rng.choice(
+            [-old, old + 1, old - 1, old * 2, old * 1000003, bool(old), str(old), [old], real]
+        )
     elif kind == 4:
         holder[last] = rng.choice([[old], {"a": old}, str(old), [old, old]])
     elif kind == 5 and isinstance(holder, dict):
@@ -360,7 +636,9 @@ def mutate_template(text, rng):
     if kind == 4:
         return text[:at] + text[at:stop] * rng.choice([2, 3, 50]) + text[stop:]
     words = ["9" * 9, "messages", "'a'", "none", "loop", "ns"]
-    return re.sub(r"'[^']*'|\w+", lambda match: rng.choice(words) if rng.random() < 0.05 else match[0], text)
+    return re.sub(
+        r"'[^']*'|\w+", lambda match: rng.choice(words) if rng.random() < 0.05 else match[0], text
+    )
 
 
 def mutate_settings(data, rng):
@@ -393,20 +671,40 @@ def mutate_header(data, rng):
             entry["dtype"] = rng.choice([*SIZES, "f32", "", "F4", "F8_E8M0", nasty(rng)])
         elif kind == 1:
             shape = entry["shape"]
-            entry["shape"] = rng.choice([shape[::-1], [], [0], [2**62, 4], [2**64], [-1], [2**32] * 2, [*shape, 1], nasty(rng)])
+            entry["shape"] = rng.choice(
+                [
+                    shape[::-1],
+                    [],
+                    [0],
+                    [2**62, 4],
+                    [2**64],
+                    [-1],
+                    [2**32] * 2,
+                    [*shape, 1],
+                    nasty(rng),
+                ]
+            )
         elif kind == 2:
-            entry["data_offsets"][rng.randrange(2)] += rng.choice([1, -1, 8, -8, 2**31, -(2**31), 2**63, 2**64])
+            entry["data_offsets"][rng.randrange(2)] += rng.choice(
+                [1, -1, 8, -8, 2**31, -(2**31), 2**63, 2**64]
+            )
         elif kind == 3:
             offsets = entry["data_offsets"]
-            entry["data_offsets"] = rng.choice([offsets[::-1], [0, 0], [0, len(body)], [], [0], [0, 1, 2], nasty(rng)])
+            entry["data_offsets"] = rng.choice(
+                [offsets[::-1], [0, 0], [0, len(body)], [], [0], [0, 1, 2], nasty(rng)]
+            )
         elif kind == 4:
             entry["data_offsets"] = header[rng.choice(list(header))].get("data_offsets", [0, 4])
         elif kind == 5:
-            header[rng.choice([*STRINGS, name + "x", "model.embed_tokens.weight"])] = header.pop(name)
+            header[rng.choice([*STRINGS, name + "x", "model.embed_tokens.weight"])] = header.pop(
+                name
+            )
         elif kind == 6:
             del header[name]
         elif kind == 7:
-            header["__metadata__"] = rng.choice([None, {}, {"a": 1}, {"format": "x"}, [], "x", nasty(rng)])
+            header["__metadata__"] = rng.choice(
+                [None, {}, {"a": 1}, {"format": "x"}, [], "x", nasty(rng)]
+            )
         elif kind == 8:
             header[rng.choice(["x", "lm_head.weight", *STRINGS])] = nasty(rng)
         else:
@@ -420,7 +718,9 @@ def mutate_header(data, rng):
     text = text.encode("utf-8", "surrogatepass")
     length = len(text)
     if rng.random() < 0.15:
-        length = rng.choice([0, 1, length - 1, length + 1, len(data), 2**25 + 1, 2**31, 2**63, 2**64 - 1])
+        length = rng.choice(
+            [0, 1, length - 1, length + 1, len(data), 2**25 + 1, 2**31, 2**63, 2**64 - 1]
+        )
     return length.to_bytes(8, "little") + text + body
 
 
@@ -430,7 +730,10 @@ def mutate_layout(data, rng):
         n_header = int.from_bytes(data[:8], "little")
         header, body = json.loads(data[8 : 8 + n_header]), data[8 + n_header :]
         header.pop("__metadata__", None)
-        tensors = {name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for name, e in header.items()}
+        tensors = {
+            name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])])
+            for name, e in header.items()
+        }
         names = list(tensors)
         name = rng.choice(names)
         dtype, shape, raw = tensors[name]
@@ -444,14 +747,26 @@ def mutate_layout(data, rng):
         other = rng.choice([d for d in SIZES if SIZES[d] <= 8])
         tensors[name] = other, shape, bytes(math.prod(shape) * SIZES[other])
     elif kind == 2:
-        tensors[name] = dtype, rng.choice([shape[::-1], [math.prod(shape)], [1, *shape], [*shape, 1]]), raw
+        tensors[name] = (
+            dtype,
+            rng.choice([shape[::-1], [math.prod(shape)], [1, *shape], [*shape, 1]]),
+            raw,
+        )
     elif kind == 3:
-        other = rng.choice(["x", "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", *STRINGS[:4]])
+        other = rng.choice(
+            ["x", "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", *STRINGS[:4]]
+        )
         tensors = {other: ("U8", [3], b"abc"), **tensors}
     elif kind == 4:
         del tensors[name]
     elif kind == 5:
-        tensors[name] = dtype, shape, rng.choice([b"\xff" * len(raw), b"\x80\x7f" * (len(raw) // 2), rng.randbytes(len(raw))])
+        tensors[name] = (
+            dtype,
+            shape,
+            rng.choice(
+                [b"\xff" * len(raw), b"\x80\x7f" * (len(raw) // 2), rng.randbytes(len(raw))]
+            ),
+        )
     elif kind == 6:
         tensors[rng.choice(names)] = tensors[name]
     if kind == 7:
@@ -464,17 +779,27 @@ def mutate_layout(data, rng):
 
 def mutate(files, rng):
     """Mutate a folder; return (kind, {file: bytes})."""
-    kind = rng.choices(["config", "weights", "index", "tokenizer", "settings", "template", "generation", "layout"],
-                       [24, 20, 8, 12, 12, 10, 6, 8])[0]
+    kind = rng.choices(
+        ["config", "weights", "index", "tokenizer", "settings", "template", "generation", "layout"],
+        [24, 20, 8, 12, 12, 10, 6, 8],
+    )[0]
     weights = [name for name in files if name.endswith(".safetensors")]
-    target = {"config": "config.json", "index": "model.safetensors.index.json", "tokenizer": "tokenizer.json",
-              "settings": "tokenizer_config.json", "template": "chat_template.jinja", "generation": "generation_config.json",
-              }.get(kind) or rng.choice(weights)
+    target = {
+        "config": "config.json",
+        "index": "model.safetensors.index.json",
+        "tokenizer": "tokenizer.json",
+        "settings": "tokenizer_config.json",
+        "template": "chat_template.jinja",
+        "generation": "generation_config.json",
+    }.get(kind) or rng.choice(weights)
     data = files.get(target)
     if kind == "index" and data is None:
         names = expected_shapes(npllm.Config.from_json(json.loads(files["config.json"])))
         data = json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}).encode()
-        files = files | {"model.safetensors": None, "weights.safetensors": files["model.safetensors"]}
+        files = files | {
+            "model.safetensors": None,
+            "weights.safetensors": files["model.safetensors"],
+        }
         data = data.replace(b"model.safetensors", b"weights.safetensors")
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if kind == "template":
@@ -482,8 +807,11 @@ def mutate(files, rng):
             data = mutate_template(text, rng).encode("utf-8", "surrogatepass")
             data = mutate_bytes(data, rng) if rng.random() < 0.05 else data
         else:
-            change = {"weights": mutate_header if rng.random() < 0.8 else mutate_bytes, "layout": mutate_layout,
-                      "settings": mutate_settings}.get(kind, mutate_json_file)
+            change = {
+                "weights": mutate_header if rng.random() < 0.8 else mutate_bytes,
+                "layout": mutate_layout,
+                "settings": mutate_settings,
+            }.get(kind, mutate_json_file)
             data = change(data, rng)
     return kind, {**files, target: data}
 
@@ -499,8 +827,12 @@ def _alarm(*_):
     raise HangError
 
 
-MESSAGES = [{"role": "system", "content": "be nice"}, {"role": "user", "content": "hi there"},
-            {"role": "assistant", "content": "hi"}, {"role": "user", "content": "that 🙂"}]
+MESSAGES = [
+    {"role": "system", "content": "be nice"},
+    {"role": "user", "content": "hi there"},
+    {"role": "assistant", "content": "hi"},
+    {"role": "user", "content": "that 🙂"},
+]
 
 
 def attempt(step):
@@ -625,7 +957,9 @@ def work(seed, numbers, stop_at, queue, progress, scratch, address_space):
         os.dup2(nowhere.fileno(), 2)  # the tokenizers library writes its panics there
     worker = Worker(seed, scratch)
     worker.check_valid()
-    with contextlib.suppress(OSError):  # where there is /proc, memory beyond what is mapped now is limited
+    with contextlib.suppress(
+        OSError
+    ):  # where there is /proc, memory beyond what is mapped now is limited
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + address_space, resource.RLIM_INFINITY))
     counts, failures = collections.Counter(), []
@@ -640,7 +974,9 @@ def work(seed, numbers, stop_at, queue, progress, scratch, address_space):
             failures.append((number, f"{type(problem).__name__}: {problem}"[:300]))
             continue
         if seconds > LIMIT_SECONDS or grown > LIMIT_BYTES:
-            failures.append((number, f"took {seconds:.1f} s and {grown >> 20} MiB more than its files"))
+            failures.append(
+                (number, f"took {seconds:.1f} s and {grown >> 20} MiB more than its files")
+            )
         slowest, most = max(slowest, (seconds, number)), max(most, (grown, number))
         counts[kind, category(error)] += 1
         n, n_headers = n + 1, n_headers + headers
@@ -656,7 +992,15 @@ def fuzz(n, seed, minutes, jobs, address_space=1 << 30):
         tasks = []
         for job in range(jobs):
             progress = context.Value("q", -1)
-            arguments = (seed, range(job, n, jobs), stop_at, queue, progress, f"{scratch}/{job}", address_space)
+            arguments = (
+                seed,
+                range(job, n, jobs),
+                stop_at,
+                queue,
+                progress,
+                f"{scratch}/{job}",
+                address_space,
+            )
             tasks.append((context.Process(target=work, args=arguments), progress))
             tasks[-1][0].start()
         results, alive = [], list(tasks)
@@ -666,7 +1010,11 @@ def fuzz(n, seed, minutes, jobs, address_space=1 << 30):
             alive = [task for task in alive if task[0].is_alive()]
         while not queue.empty():
             results.append(queue.get())
-        dead = [(progress.value, f"the process died with exit code {task.exitcode}") for task, progress in tasks if task.exitcode]
+        dead = [
+            (progress.value, f"the process died with exit code {task.exitcode}")
+            for task, progress in tasks
+            if task.exitcode
+        ]
     return results, dead
 
 
@@ -678,12 +1026,16 @@ def report(results, dead, seconds):
         failures += result[3]
     n, n_headers = sum(result[0] for result in results), sum(result[1] for result in results)
     n_good = sum(count for (_, name), count in counts.items() if name == "loads and runs")
-    print(f"{n} mutated folders in {seconds:.0f} s ({n / seconds:.0f}/s); {n_headers} ({n_headers / max(n, 1):.0%}) past header "
-          f"parsing; {n_good} load and run; {len(failures)} failures")
+    print(
+        f"{n} mutated folders in {seconds:.0f} s ({n / seconds:.0f}/s); {n_headers} ({n_headers / max(n, 1):.0%}) past header "
+        f"parsing; {n_good} load and run; {len(failures)} failures"
+    )
     if results:
         slowest, most = max(result[4] for result in results), max(result[5] for result in results)
-        print(f"slowest case {slowest[0]:.2f} s (number {slowest[1]}); largest growth of peak memory {most[0] / 2**20:.0f} MiB "
-              f"(number {most[1]})")
+        print(
+            f"slowest case {slowest[0]:.2f} s (number {slowest[1]}); largest growth of peak memory {most[0] / 2**20:.0f} MiB "
+            f"(number {most[1]})"
+        )
     kinds = collections.Counter()
     for (kind, _), count in counts.items():
         kinds[kind] += count
@@ -712,18 +1064,28 @@ def keep(seed, number, folder):
     print(f"case {number}: {name}, {kind}; files in {folder}")
     start = time.monotonic()
     headers, error = run_case(folder)
-    print(f"headers read: {headers}; {time.monotonic() - start:.2f} s; {type(error).__name__}: {str(error)[:1000]!a}")
+    print(
+        f"headers read: {headers}; {time.monotonic() - start:.2f} s; {type(error).__name__}: {str(error)[:1000]!a}"
+    )
 
 
 def main():
     """Parse the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=20000, help="number of mutations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+    )
     parser.add_argument("--only", type=int, help="run this case alone")
-    parser.add_argument("--keep", type=Path, default=Path("fuzz-failure"), help="folder for the files of a failure")
+    parser.add_argument(
+        "--keep", type=Path, default=Path("fuzz-failure"), help="folder for the files of a failure"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
@@ -731,7 +1093,10 @@ def main():
         keep(arguments.seed, arguments.only, arguments.keep)
         return
     start = time.monotonic()
-    failures = report(*fuzz(arguments.n, arguments.seed, arguments.minutes, arguments.jobs), time.monotonic() - start)
+    failures = report(
+        *fuzz(arguments.n, arguments.seed, arguments.minutes, arguments.jobs),
+        time.monotonic() - start,
+    )
     if failures:
         shutil.rmtree(arguments.keep, ignore_errors=True)
         with tempfile.TemporaryDirectory() as scratch:

@@ -22,22 +22,52 @@ from transformers import Phi3Config
 from transformers.models.phi3 import modeling_phi3
 
 FOLDER = Path(__file__).parents[1] / "tests" / "golden"
-BASE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "max_position_embeddings": 64, "original_max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
-VARIANTS = {"mha": {}, "gqa": {"num_key_value_heads": 2}, "tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-            "window": {"num_key_value_heads": 2, "sliding_window": 4}}
+BASE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+VARIANTS = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "window": {"num_key_value_heads": 2, "sliding_window": 4},
+}
 N_SEQ, N_PAD, N_NEW, CUT = 9, 4, 12, 5
-TAPPED = ["input_layernorm", "self_attn.qkv_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_up_proj",
-          "mlp.down_proj", ""]
+TAPPED = [
+    "input_layernorm",
+    "self_attn.qkv_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_up_proj",
+    "mlp.down_proj",
+    "",
+]
 
 
 def float64_module():
     """Transformers' Phi-3, computing in float64 wherever it names a type."""
-    source = inspect.getsource(modeling_phi3).replace("torch.float32", "torch.float64").replace(".float()", ".double()")
+    source = (
+        inspect.getsource(modeling_phi3)
+        .replace("torch.float32", "torch.float64")
+        .replace(".float()", ".double()")
+    )
     assert ".double()" in source and "torch.float64" in source
     name = modeling_phi3.__package__ + ".modeling_phi3_float64"
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader=None, origin=modeling_phi3.__file__))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(name, loader=None, origin=modeling_phi3.__file__)
+    )
     sys.modules[name], module.__file__ = module, modeling_phi3.__file__
     exec(compile(source, modeling_phi3.__file__, "exec"), module.__dict__)
     return module
@@ -82,7 +112,11 @@ def compute(model, module, ids, padded, mask):
         for leaf in TAPPED:
             part = layer.get_submodule(leaf) if leaf else layer
             hooks.append(part.register_forward_hook(keep_output(f"{at}.{leaf}".rstrip("."))))
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(keep_input(f"{at}.self_attn.attention")))
+        hooks.append(
+            layer.self_attn.o_proj.register_forward_pre_hook(
+                keep_input(f"{at}.self_attn.attention")
+            )
+        )
         hooks.append(layer.mlp.down_proj.register_forward_pre_hook(keep_input(f"{at}.mlp.swiglu")))
     for name in ("model.embed_tokens", "model.norm"):
         hooks.append(model.get_submodule(name).register_forward_hook(keep_output(name)))
@@ -109,13 +143,20 @@ def compute(model, module, ids, padded, mask):
     results["cached logits"] = torch.cat(parts, dim=1)
 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    results["padded logits"] = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    results["padded logits"] = model(
+        padded, attention_mask=mask, position_ids=positions, use_cache=False
+    ).logits
     return {name: x.detach().numpy() for name, x in results.items()}
 
 
 def greedy(model, ids):
     """Tokens of greedy generation, and the smallest margin between the two best logits on the way."""
-    options = {"max_new_tokens": N_NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": N_NEW,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     best = torch.stack(out.logits).topk(2, dim=-1).values
     return out.sequences.numpy(), float((best[..., 0] - best[..., 1]).min())
@@ -133,22 +174,48 @@ def main():
         mask[1, :N_PAD] = 0
         padded = torch.cat([ids, torch.randint(3, config.vocab_size, (1, N_SEQ))]) * mask
         sequences, margin = greedy(model, ids)
-        arrays = {"ids": ids.numpy(), "padded ids": padded.numpy(), "attention mask": mask.numpy(), "greedy": sequences}
+        arrays = {
+            "ids": ids.numpy(),
+            "padded ids": padded.numpy(),
+            "attention mask": mask.numpy(),
+            "greedy": sequences,
+        }
         for name, weight in model.state_dict().items():
             if not (name == "lm_head.weight" and config.tie_word_embeddings):
                 arrays["weight/" + name] = weight.half().numpy()
-        arrays |= {"float32/" + name: x for name, x in compute(model, modeling_phi3, ids, padded, mask).items()}
+        arrays |= {
+            "float32/" + name: x
+            for name, x in compute(model, modeling_phi3, ids, padded, mask).items()
+        }
         exact = compute(as_float64(model, module), module, ids, padded, mask)
-        arrays |= {"float64/" + name: x for name, x in exact.items() if not name.startswith(("tap/", "cached"))}
-        about = {"script": "scripts/make_golden.py", "transformers": transformers.__version__, "torch": torch.__version__,
-                 "numpy": np.__version__, "seed": seed, "attention": "eager", "cut": CUT,
-                 "greedy margin": round(margin, 4), "config": BASE | changes | {"model_type": "phi3"}}
+        arrays |= {
+            "float64/" + name: x
+            for name, x in exact.items()
+            if not name.startswith(("tap/", "cached"))
+        }
+        about = {
+            "script": "scripts/make_golden.py",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "seed": seed,
+            "attention": "eager",
+            "cut": CUT,
+            "greedy margin": round(margin, 4),
+            "config": BASE | changes | {"model_type": "phi3"},
+        }
         about = {"about": json.dumps(about)}  # one key: the order of several would be random
         path = FOLDER / f"{variant}.safetensors"
-        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, metadata=about)
-        difference = np.abs(exact["logits"] - arrays["float32/logits"]).max() / np.abs(exact["logits"]).max()
+        save_file(
+            {name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, metadata=about
+        )
+        difference = (
+            np.abs(exact["logits"] - arrays["float32/logits"]).max() / np.abs(exact["logits"]).max()
+        )
         path.chmod(0o644)
-        print(f"{path.name}: {path.stat().st_size} bytes; greedy margin {margin:.3g}; float32 from float64: {difference:.2g}")
+        print(
+            f"{path.name}: {path.stat().st_size} bytes; greedy margin {margin:.3g}; float32 from float64: {difference:.2g}"
+        )
 
 
 if __name__ == "__main__":

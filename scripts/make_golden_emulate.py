@@ -27,22 +27,41 @@ N_SEQ, N_PROMPT, N_NEW, N_PAD = 12, 5, 8, 3
 VARIANTS = {  # what sets the published models apart, with few channels
     "mha_window": {"num_key_value_heads": 4, "sliding_window": 4},
     "gqa": {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96},
-    "longrope": {"num_key_value_heads": 4, "original_max_position_embeddings": 8, "max_position_embeddings": 256,
-                 "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 1.5, 3.0, 6.0]}},
-    "longrope_partial_tied": {"partial_rotary_factor": 0.75, "tie_word_embeddings": True, "original_max_position_embeddings": 8,
-                              "max_position_embeddings": 256,
-                              "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.2, 1.3],
-                                               "long_factor": [1.0, 3.0, 6.0]}},
+    "longrope": {
+        "num_key_value_heads": 4,
+        "original_max_position_embeddings": 8,
+        "max_position_embeddings": 256,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 1.5, 3.0, 6.0],
+        },
+    },
+    "longrope_partial_tied": {
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 8,
+        "max_position_embeddings": 256,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.2, 1.3],
+            "long_factor": [1.0, 3.0, 6.0],
+        },
+    },
     "deep": {"num_hidden_layers": 6},
 }
-FLOAT16 = {"mha_window": VARIANTS["mha_window"],
-           "longrope_partial_tied": VARIANTS["longrope_partial_tied"] | {"num_hidden_layers": 1}}
+FLOAT16 = {
+    "mha_window": VARIANTS["mha_window"],
+    "longrope_partial_tied": VARIANTS["longrope_partial_tied"] | {"num_hidden_layers": 1},
+}
 SAMPLE = "The capital of France is Paris. The quick brown fox jumps over the lazy dog, and then it runs into the forest."
 
 
 def transformers_model(folder, dtype):
     """Load a folder with Transformers, eager attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+    ).eval()
 
 
 def pair(content, seed, dtype):
@@ -80,17 +99,37 @@ def compute(theirs, dtype, n_short, seed):
     mask[1, :N_PAD] = 0
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     short = torch.tensor(ids[:, :n_short])
-    out = theirs.generate(torch.tensor(ids[:1, :N_PROMPT]), max_new_tokens=N_NEW, do_sample=False, output_logits=True,
-                          return_dict_in_generate=True)
+    out = theirs.generate(
+        torch.tensor(ids[:1, :N_PROMPT]),
+        max_new_tokens=N_NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     steps, generated = torch.stack(out.logits, dim=1).to(getattr(torch, dtype)), out.sequences
-    anew = [theirs(generated[:, :n], use_cache=False).logits[:, -1] for n in range(N_PROMPT, generated.shape[1])]
-    padded = theirs(short, attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions), use_cache=False).logits
+    anew = [
+        theirs(generated[:, :n], use_cache=False).logits[:, -1]
+        for n in range(N_PROMPT, generated.shape[1])
+    ]
+    padded = theirs(
+        short,
+        attention_mask=torch.tensor(mask),
+        position_ids=torch.tensor(positions),
+        use_cache=False,
+    ).logits
     by_token, prefill = cached(theirs, short), theirs(short, use_cache=False).logits
     agree = torch.equal(by_token, prefill) and torch.equal(steps, torch.stack(anew, dim=1))
     if generated.shape[1] < N_PROMPT + N_NEW or not agree:
         return None
-    return {"ids": ids, "mask": mask, "logits": bits(theirs(torch.tensor(ids), use_cache=False).logits), "padded": bits(padded),
-            "cached": bits(by_token), "generated": generated.numpy(), "steps": bits(steps)}
+    return {
+        "ids": ids,
+        "mask": mask,
+        "logits": bits(theirs(torch.tensor(ids), use_cache=False).logits),
+        "padded": bits(padded),
+        "cached": bits(by_token),
+        "generated": generated.numpy(),
+        "steps": bits(steps),
+    }
 
 
 def write():
@@ -99,35 +138,52 @@ def write():
     cases += [("float16", name, changes) for name, changes in FLOAT16.items()]
     for dtype, name, changes in cases:
         content = tiny.config_dict(**changes, torch_dtype=dtype)
-        n_short = 8 if "longrope" in name else N_SEQ  # cached calls of Transformers go wrong across the switch
+        n_short = (
+            8 if "longrope" in name else N_SEQ
+        )  # cached calls of Transformers go wrong across the switch
         for seed in range(1, 100):
             theirs, ours, fingerprint = pair(content, seed, dtype)
             arrays = compute(theirs, dtype, n_short, seed)
             if arrays is not None:
                 break
-        about = {"script": "scripts/make_golden_emulate.py", "transformers": transformers.__version__, "torch": torch.__version__,
-                 "numpy": np.__version__, "attention": "eager", "cpu": torch.backends.cpu.get_cpu_capability(), "dtype": dtype,
-                 "seed": seed, "weights": fingerprint, "config": content}
+        about = {
+            "script": "scripts/make_golden_emulate.py",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "attention": "eager",
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "dtype": dtype,
+            "seed": seed,
+            "weights": fingerprint,
+            "config": content,
+        }
         path = FOLDER / f"emulate_{dtype}_{name}.npz"
         np.savez_compressed(path, about=json.dumps(about), **arrays)
         got = ours(arrays["ids"]).astype(NUMPY[dtype]).view(np.uint16)
         share = np.mean(got == arrays["logits"])
-        print(f"{path.name}: seed {seed}, {path.stat().st_size} bytes; {share:.2%} of the logits are equal bits")
+        print(
+            f"{path.name}: seed {seed}, {path.stat().st_size} bytes; {share:.2%} of the logits are equal bits"
+        )
 
 
 def report(title, got, want):
     """Print one line of a comparison."""
     error = np.abs(got.astype(np.float64) - want)
     top = np.mean(got.argmax(-1) == want.argmax(-1))
-    print(f"  {title:<40} max {error.max():<9.2g} mean {error.mean():<9.2g} equal {np.mean(got == want):8.3%}  top-1 {top:.1%}")
+    print(
+        f"  {title:<40} max {error.max():<9.2g} mean {error.mean():<9.2g} equal {np.mean(got == want):8.3%}  top-1 {top:.1%}"
+    )
 
 
 @torch.no_grad()
 def measure_one(name, folder, theirs, dtype, ids):
     """Compare Transformers in 16 bits, the default operations and the emulation, with float64 and with each other."""
     hf = theirs(torch.tensor(ids), use_cache=False).logits.float().numpy()
-    default, emulated, exact = (npllm.load(folder, **options)(ids) for options in (
-        {}, {"ops": ops.emulate(dtype)}, {"dtype": "float64", "ops": ops.reference}))
+    default, emulated, exact = (
+        npllm.load(folder, **options)(ids)
+        for options in ({}, {"ops": ops.emulate(dtype)}, {"dtype": "float64", "ops": ops.reference})
+    )
     print(f"{name}, {dtype}: |logits| up to {np.abs(exact).max():.3g}")
     for title, got in ("default", default), ("emulation", emulated), ("Transformers", hf):
         report(f"{title} from float64", got, exact)
@@ -141,18 +197,32 @@ def measure_ops(theirs, emulated, ids):
     equal = {}
 
     def compare(module, inputs, output):
-        x, weight = inputs[0].float().numpy(), module.weight.view(torch.int16).numpy().view(NUMPY["bfloat16"])
+        x, weight = (
+            inputs[0].float().numpy(),
+            module.weight.view(torch.int16).numpy().view(NUMPY["bfloat16"]),
+        )
         norm = hasattr(module, "variance_epsilon")
-        y = emulated.rms_norm(x, weight, module.variance_epsilon) if norm else emulated.linear(x, weight)
-        equal.setdefault(f"{type(module).__name__}, {x.shape[-1]} channels in", []).append(np.mean(y == output.float().numpy()))
+        y = (
+            emulated.rms_norm(x, weight, module.variance_epsilon)
+            if norm
+            else emulated.linear(x, weight)
+        )
+        equal.setdefault(f"{type(module).__name__}, {x.shape[-1]} channels in", []).append(
+            np.mean(y == output.float().numpy())
+        )
 
-    hooks = [module.register_forward_hook(compare) for module in theirs.modules()
-             if hasattr(module, "variance_epsilon") or isinstance(module, torch.nn.Linear)]
+    hooks = [
+        module.register_forward_hook(compare)
+        for module in theirs.modules()
+        if hasattr(module, "variance_epsilon") or isinstance(module, torch.nn.Linear)
+    ]
     theirs(torch.tensor(ids), use_cache=False)
     for hook in hooks:
         hook.remove()
     for name, shares in equal.items():
-        print(f"  one op, with Transformers' own input: {name}: {np.mean(shares):.5%} equal ({len(shares)} of them)")
+        print(
+            f"  one op, with Transformers' own input: {name}: {np.mean(shares):.5%} equal ({len(shares)} of them)"
+        )
 
 
 def measure():
@@ -163,7 +233,9 @@ def measure():
             with tempfile.TemporaryDirectory() as folder:
                 family.write(folder, content, family.tensors(content, seed, NUMPY[dtype]))
                 theirs = transformers_model(folder, dtype)
-                measure_one(name, folder, theirs, dtype, family.ids_of(theirs.config, (4, N_SEQ), seed))
+                measure_one(
+                    name, folder, theirs, dtype, family.ids_of(theirs.config, (4, N_SEQ), seed)
+                )
     folder = npllm.checkpoints.fetch.fetch(progress=False)
     theirs = transformers_model(folder, "bfloat16")
     ids = np.array([npllm.Tokenizer.from_folder(folder).encode(SAMPLE)])
@@ -172,7 +244,9 @@ def measure():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", action="store_true", help="measure, write nothing")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

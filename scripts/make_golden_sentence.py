@@ -29,7 +29,10 @@ def make(case):
         model = sentence_transformers.SentenceTransformer(folder, device="cpu")
         vectors = []
         for call in case.calls:
-            options = {"normalize_embeddings" if key == "normalize" else key: value for key, value in call.items()}
+            options = {
+                "normalize_embeddings" if key == "normalize" else key: value
+                for key, value in call.items()
+            }
             vectors.append(model.encode(sentence.TEXTS, **options))
     return [[[float(f"{x:.9g}") for x in row] for row in rows] for rows in vectors]
 
@@ -38,11 +41,20 @@ def main():
     """Write the file."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    versions = {module.__name__: module.__version__ for module in (sentence_transformers, transformers, torch, np)}
-    about = {"made by": "scripts/make_golden_sentence.py", "made with": versions | {"python": platform.python_version()}}
+    versions = {
+        module.__name__: module.__version__
+        for module in (sentence_transformers, transformers, torch, np)
+    }
+    about = {
+        "made by": "scripts/make_golden_sentence.py",
+        "made with": versions | {"python": platform.python_version()},
+    }
     path = ROOT / "tests" / "golden" / "sentence.json"
     cases = {name: make(case) for name, case in sentence.CASES.items()}
-    path.write_text(json.dumps(about | {"texts": sentence.TEXTS, "cases": cases}, separators=(",", ":")) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(about | {"texts": sentence.TEXTS, "cases": cases}, separators=(",", ":")) + "\n",
+        encoding="utf-8",
+    )
     print(f"{path.name}: {path.stat().st_size} bytes, {len(cases)} cases")
 
 

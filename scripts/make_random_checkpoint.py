@@ -46,7 +46,13 @@ def write_shard(path, shapes, rng, block):
             half = len(block) // 2
             for size in [half] * (prod(shape) // half) + [prod(shape) % half]:
                 start = rng.integers(0, half)
-                file.write((np.ones(size, block.dtype) if "norm" in name else block[start : start + size]).tobytes())
+                file.write(
+                    (
+                        np.ones(size, block.dtype)
+                        if "norm" in name
+                        else block[start : start + size]
+                    ).tobytes()
+                )
 
 
 def write_checkpoint(config, folder, *, shards=1, layers=None, seed=0):
@@ -87,7 +93,9 @@ def random_block(rng, largest):
 
 def write_index(folder, names, parts):
     """Write the table of tensors and files."""
-    weight_map = {tensor: name for name, shapes in zip(names, parts, strict=True) for tensor in shapes}
+    weight_map = {
+        tensor: name for name, shapes in zip(names, parts, strict=True) for tensor in shapes
+    }
     size = 2 * sum(prod(shape) for shapes in parts for shape in shapes.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -102,8 +110,13 @@ def main():
     parser.add_argument("--layers", type=int, help="Fewer layers than the config says.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write_checkpoint(read_json(options.config_file), options.folder, shards=options.shards,
-                     layers=options.layers, seed=options.seed)
+    write_checkpoint(
+        read_json(options.config_file),
+        options.folder,
+        shards=options.shards,
+        layers=options.layers,
+        seed=options.seed,
+    )
 
 
 if __name__ == "__main__":

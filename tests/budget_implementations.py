@@ -47,7 +47,11 @@ def linear(total, x, weight, bias=None):
 
 def cut(y, n_head, n_kv_head):
     heads = np.swapaxes(y.reshape(*y.shape[:-1], n_head + 2 * n_kv_head, -1), -2, -3)
-    return heads[..., :n_head, :, :], heads[..., n_head : n_head + n_kv_head, :, :], heads[..., n_head + n_kv_head :, :, :]
+    return (
+        heads[..., :n_head, :, :],
+        heads[..., n_head : n_head + n_kv_head, :, :],
+        heads[..., n_head + n_kv_head :, :, :],
+    )
 
 
 def qkv_projection(total, x, weight, n_head, n_kv_head):
@@ -86,10 +90,14 @@ def seen_keys(n_seq, n_ctx, window=None, valid=None):
     return seen[None, None] if valid is None else seen & valid[:, None, None, :]
 
 
-def attention(total, q, k, v, window=None, valid=None, bias=None, softcap=None, seen=None, scale=None):
+def attention(
+    total, q, k, v, window=None, valid=None, bias=None, softcap=None, seen=None, scale=None
+):
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    s = total(q[..., :, None, :] * k[..., None, :, :]) * F(q.shape[-1] ** -0.5 if scale is None else scale)
+    s = total(q[..., :, None, :] * k[..., None, :, :]) * F(
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
     s = s if softcap is None else F(softcap) * np.tanh(s / F(softcap))
     s = s if bias is None else s + bias
     seen = seen_keys(q.shape[2], k.shape[2], window, valid) if seen is None else seen
@@ -107,7 +115,9 @@ def swiglu(_, gate_up):
 
 def gelu(_, x, approximate):
     if approximate == "tanh":
-        return F(0.5) * x * (F(1) + np.tanh(F((2 / math.pi) ** 0.5) * (x + F(0.044715) * x * x * x)))
+        return (
+            F(0.5) * x * (F(1) + np.tanh(F((2 / math.pi) ** 0.5) * (x + F(0.044715) * x * x * x)))
+        )
     return F(0.5) * x * (F(1) + np.vectorize(math.erf, otypes=[F])(x * F(0.5**0.5)))
 
 
@@ -119,7 +129,22 @@ def add(_, x, y):
     return x + y
 
 
-NAIVE = {f.__name__: f for f in (linear, qkv_projection, rms_norm, layer_norm, rope, softmax, attention, swiglu, gelu, embed, add)}
+NAIVE = {
+    f.__name__: f
+    for f in (
+        linear,
+        qkv_projection,
+        rms_norm,
+        layer_norm,
+        rope,
+        softmax,
+        attention,
+        swiglu,
+        gelu,
+        embed,
+        add,
+    )
+}
 
 
 def naive(op, inputs, total=numpy_sum):
@@ -137,9 +162,18 @@ def library(op, ops, inputs):
             "linear": lambda: ops.linear(**inputs),
             "rms_norm": lambda: ops.rms_norm(**inputs),
             "layer_norm": lambda: ops.layer_norm(**inputs),
-            "rope": lambda: ops.apply_rope(inputs["x"], *(tables(ops, inputs) if "base" in inputs else (inputs["cos"], inputs["sin"]))),
-            "attention": lambda: ops.attention(inputs["q"], inputs["k"], inputs["v"], mask=mask, bias=inputs.get("bias"),
-                                               softcap=inputs.get("softcap")),
+            "rope": lambda: ops.apply_rope(
+                inputs["x"],
+                *(tables(ops, inputs) if "base" in inputs else (inputs["cos"], inputs["sin"])),
+            ),
+            "attention": lambda: ops.attention(
+                inputs["q"],
+                inputs["k"],
+                inputs["v"],
+                mask=mask,
+                bias=inputs.get("bias"),
+                softcap=inputs.get("softcap"),
+            ),
             "swiglu": lambda: ops.swiglu(*np.split(inputs["gate_up"], 2, axis=-1)),
             "gelu": lambda: ops.gelu(**inputs),
             "embed": lambda: ops.embed(**inputs),
@@ -150,7 +184,11 @@ def library(op, ops, inputs):
 def ops_mask(inputs):
     from npllm import ops
 
-    rule = ops.mask.causal() if inputs.get("window") is None else ops.mask.sliding_window(inputs["window"])
+    rule = (
+        ops.mask.causal()
+        if inputs.get("window") is None
+        else ops.mask.sliding_window(inputs["window"])
+    )
     return rule & ops.mask.padding(inputs["valid"]) if "valid" in inputs else rule
 
 

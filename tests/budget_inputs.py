@@ -8,7 +8,9 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 def _cancelling(rng, shape):
     half = rng.standard_normal((*shape[:-1], -(-shape[-1] // 2)))
-    return np.concatenate([half, -half], axis=-1)[..., : shape[-1]] + 1e-3 * rng.standard_normal(shape)
+    return np.concatenate([half, -half], axis=-1)[..., : shape[-1]] + 1e-3 * rng.standard_normal(
+        shape
+    )
 
 
 def _outlier(rng, shape):
@@ -34,7 +36,18 @@ KINDS = {
     "zeros": lambda _, shape: np.zeros(shape),
     "wide": lambda rng, shape: rng.standard_normal(shape) * 10.0 ** rng.uniform(-6, 6, shape),
 }
-MODERATE = ("normal", "equal", "few values", "cancelling", "sparse", "offset", "positive", "sorted", "bfloat16", "zeros")
+MODERATE = (
+    "normal",
+    "equal",
+    "few values",
+    "cancelling",
+    "sparse",
+    "offset",
+    "positive",
+    "sorted",
+    "bfloat16",
+    "zeros",
+)
 
 
 def array(rng, *shape, kinds=tuple(KINDS)):
@@ -52,18 +65,37 @@ def linear(rng):
 
 
 def qkv_projection(rng):
-    n_head, n_kv_head, d, n = 4, int(rng.choice([1, 2, 4])), int(rng.integers(1, 5)), int(rng.integers(1, 99))
-    return {"x": array(rng, 2, n), "weight": array(rng, (n_head + 2 * n_kv_head) * d, n), "n_head": n_head, "n_kv_head": n_kv_head}
+    n_head, n_kv_head, d, n = (
+        4,
+        int(rng.choice([1, 2, 4])),
+        int(rng.integers(1, 5)),
+        int(rng.integers(1, 99)),
+    )
+    return {
+        "x": array(rng, 2, n),
+        "weight": array(rng, (n_head + 2 * n_kv_head) * d, n),
+        "n_head": n_head,
+        "n_kv_head": n_kv_head,
+    }
 
 
 def rms_norm(rng):
     n = int(rng.integers(1, 400))
-    return {"x": array(rng, 3, n), "weight": gain(rng, n), "eps": float(rng.choice([1e-5, 1e-6, 1e-12]))}
+    return {
+        "x": array(rng, 3, n),
+        "weight": gain(rng, n),
+        "eps": float(rng.choice([1e-5, 1e-6, 1e-12])),
+    }
 
 
 def layer_norm(rng):
     n = int(rng.integers(1, 400))
-    return {"x": array(rng, 3, n), "weight": gain(rng, n), "bias": gain(rng, n), "eps": float(rng.choice([1e-5, 1e-6, 1e-12]))}
+    return {
+        "x": array(rng, 3, n),
+        "weight": gain(rng, n),
+        "bias": gain(rng, n),
+        "eps": float(rng.choice([1e-5, 1e-6, 1e-12])),
+    }
 
 
 def rope(rng):
@@ -71,8 +103,14 @@ def rope(rng):
     d_rope = 2 * int(rng.integers(1, d_head // 2 + 1))
     factors = {"factors": 1 + rng.random(d_rope // 2)} if rng.random() < 0.3 else {}
     positions = rng.integers(0, int(rng.choice([2, 100, 5000, 131072])), 5)
-    return {"x": array(rng, 2, 3, 5, d_head), "positions": positions, "base": float(rng.choice([1e4, 5e5])), "d_rope": d_rope,
-            "magnitude": float(rng.choice([1.0, 1.19])), **factors}
+    return {
+        "x": array(rng, 2, 3, 5, d_head),
+        "positions": positions,
+        "base": float(rng.choice([1e4, 5e5])),
+        "d_rope": d_rope,
+        "magnitude": float(rng.choice([1.0, 1.19])),
+        **factors,
+    }
 
 
 def softmax(rng):
@@ -85,8 +123,11 @@ def attention(rng):
     n_seq = int(rng.integers(1, 9))
     n_ctx = n_seq + int(rng.choice([0, 5, 90]))
     scale = np.float32(rng.choice([0.1, 1, 4]))
-    inputs = {"q": scale * array(rng, 2, n_kv_head * group, n_seq, d, kinds=MODERATE),
-              "k": array(rng, 2, n_kv_head, n_ctx, d, kinds=MODERATE), "v": array(rng, 2, n_kv_head, n_ctx, int(rng.integers(1, 9)))}
+    inputs = {
+        "q": scale * array(rng, 2, n_kv_head * group, n_seq, d, kinds=MODERATE),
+        "k": array(rng, 2, n_kv_head, n_ctx, d, kinds=MODERATE),
+        "v": array(rng, 2, n_kv_head, n_ctx, int(rng.integers(1, 9))),
+    }
     if rng.random() < 0.3:
         inputs["window"] = int(rng.integers(1, 8))
     if rng.random() < 0.3:
@@ -100,13 +141,19 @@ def attention(rng):
 
 def swiglu(rng):
     scale = np.float32(rng.choice([1, 1, 30]))
-    return {"gate_up": scale * array(rng, 3, 2 * int(rng.integers(1, 40)), kinds=(*MODERATE, "tiny", "outlier", "wide"))}
+    return {
+        "gate_up": scale
+        * array(rng, 3, 2 * int(rng.integers(1, 40)), kinds=(*MODERATE, "tiny", "outlier", "wide"))
+    }
 
 
 def gelu(rng):
     scale = np.float32(rng.choice([1, 3]))
     kinds = (*MODERATE, "tiny", "outlier", "wide")
-    return {"x": scale * array(rng, 3, int(rng.integers(1, 40)), kinds=kinds), "approximate": str(rng.choice(["none", "tanh"]))}
+    return {
+        "x": scale * array(rng, 3, int(rng.integers(1, 40)), kinds=kinds),
+        "approximate": str(rng.choice(["none", "tanh"])),
+    }
 
 
 def embed(rng):
@@ -118,26 +165,62 @@ def add(rng):
     return {"x": array(rng, *shape), "y": array(rng, *shape)}
 
 
-INPUTS = {"linear": linear, "qkv_projection": qkv_projection, "rms_norm": rms_norm, "layer_norm": layer_norm, "rope": rope,
-          "softmax": softmax, "attention": attention, "swiglu": swiglu, "gelu": gelu, "embed": embed, "add": add}
+INPUTS = {
+    "linear": linear,
+    "qkv_projection": qkv_projection,
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "rope": rope,
+    "softmax": softmax,
+    "attention": attention,
+    "swiglu": swiglu,
+    "gelu": gelu,
+    "embed": embed,
+    "add": add,
+}
 
 
 def plain(op, rng, scale=1.0):
     """Well-conditioned inputs of a fixed size, on which a mistake must show."""
+
     def normal(*shape):
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
     weight = (0.5 + rng.random(64)).astype(np.float32)
     return {
         "linear": lambda: {"x": normal(6, 64), "weight": normal(64, 64), "bias": normal(64)},
-        "qkv_projection": lambda: {"x": normal(2, 5, 64), "weight": normal(64, 64), "n_head": 4, "n_kv_head": 2},
-        "rms_norm": lambda: {"x": (0.02 * (1 + normal(6, 64))).astype(np.float32), "weight": weight, "eps": 1e-5},
-        "layer_norm": lambda: {"x": (0.02 * (1 + normal(6, 64))).astype(np.float32), "weight": weight, "bias": normal(64), "eps": 1e-5},
-        "rope": lambda: {"x": normal(2, 3, 4, 16), "positions": np.array([3, 47, 259, 600]), "base": 5e5, "d_rope": 8,
-                         "magnitude": 1.19},
+        "qkv_projection": lambda: {
+            "x": normal(2, 5, 64),
+            "weight": normal(64, 64),
+            "n_head": 4,
+            "n_kv_head": 2,
+        },
+        "rms_norm": lambda: {
+            "x": (0.02 * (1 + normal(6, 64))).astype(np.float32),
+            "weight": weight,
+            "eps": 1e-5,
+        },
+        "layer_norm": lambda: {
+            "x": (0.02 * (1 + normal(6, 64))).astype(np.float32),
+            "weight": weight,
+            "bias": normal(64),
+            "eps": 1e-5,
+        },
+        "rope": lambda: {
+            "x": normal(2, 3, 4, 16),
+            "positions": np.array([3, 47, 259, 600]),
+            "base": 5e5,
+            "d_rope": 8,
+            "magnitude": 1.19,
+        },
         "softmax": lambda: {"x": normal(6, 64)},
-        "attention": lambda: {"q": normal(2, 6, 9, 16), "k": normal(2, 3, 21, 16), "v": normal(2, 3, 21, 16), "window": 15,
-                              "softcap": 2.0},
+        "attention": lambda: {
+            "q": normal(2, 6, 9, 16),
+            "k": normal(2, 3, 21, 16),
+            "v": normal(2, 3, 21, 16),
+            "window": 15,
+            "softcap": 2.0,
+        },
         "swiglu": lambda: {"gate_up": normal(6, 64)},
         "gelu": lambda: {"x": normal(6, 64), "approximate": "none"},
         "embed": lambda: {"ids": rng.permutation(16).reshape(4, 4), "weight": normal(16, 16)},

@@ -41,8 +41,13 @@ def close(actual, desired, *, dtype=None, times=1.0):
     largest = np.max(np.abs(want), where=finite, initial=0.0)
     error = np.abs(np.subtract(got, want, where=finite, out=np.zeros_like(want)))
     tolerance = times * (TOLERANCE[name] * largest + UNDERFLOW[name])
-    _report(f"|actual - desired| reaches {error.max(initial=0.0):.3g}, tolerance {tolerance:.3g} "
-            f"({times:g} x {TOLERANCE[name]:g} of the largest |desired| {largest:.3g})", error > tolerance, got, want)
+    _report(
+        f"|actual - desired| reaches {error.max(initial=0.0):.3g}, tolerance {tolerance:.3g} "
+        f"({times:g} x {TOLERANCE[name]:g} of the largest |desired| {largest:.3g})",
+        error > tolerance,
+        got,
+        want,
+    )
 
 
 def _same(what, got, want):
@@ -55,8 +60,10 @@ def _report(what, wrong, got, want):
     __tracebackhide__ = True
     if np.any(wrong):
         first = tuple(int(n) for n in np.argwhere(wrong)[0])
-        raise AssertionError(f"{what} in {np.count_nonzero(wrong)} of {np.size(wrong)} entries, first at {list(first)}: "
-                             f"actual {got[first]!r}, desired {want[first]!r}")
+        raise AssertionError(
+            f"{what} in {np.count_nonzero(wrong)} of {np.size(wrong)} entries, first at {list(first)}: "
+            f"actual {got[first]!r}, desired {want[first]!r}"
+        )
 
 
 def _library(x):

@@ -21,7 +21,11 @@ class Composed:
 
     def norm_linear(self, x, norm_weight, eps, weight, bias=None):
         y = self._kernel("norm_linear", x, norm_weight, eps, weight, bias)
-        return self.ops.linear(self.ops.rms_norm(x, norm_weight, eps), weight, bias) if y is NotImplemented else y
+        return (
+            self.ops.linear(self.ops.rms_norm(x, norm_weight, eps), weight, bias)
+            if y is NotImplemented
+            else y
+        )
 
     def norm_swiglu(self, x, norm_weight, eps, weight, bias=None):
         y = self._kernel("norm_swiglu", x, norm_weight, eps, weight, bias)
@@ -33,23 +37,67 @@ class Composed:
 
     def linear_add(self, x, weight, residual, bias=None):
         y = self._kernel("linear_add", x, weight, residual, bias)
-        return self.ops.add(residual, self.ops.linear(x, weight, bias)) if y is NotImplemented else y
+        return (
+            self.ops.add(residual, self.ops.linear(x, weight, bias)) if y is NotImplemented else y
+        )
 
     def rope_attention(self, qkv, cos, sin, n_head, n_kv_head, *, mask=None, cache=None, layer=0):
-        return phi3.rope_attention(qkv, Step(cos, sin, n_head, n_kv_head, 0.0, [mask] * (layer + 1), cache, layer), self.ops)
+        return phi3.rope_attention(
+            qkv,
+            Step(cos, sin, n_head, n_kv_head, 0.0, [mask] * (layer + 1), cache, layer),
+            self.ops,
+        )
 
-    def attention_block(self, x, norm_weight, eps, qkv_weight, o_weight, cos, sin, n_head, n_kv_head, qkv_bias=None, o_bias=None, *,
-                        mask=None, cache=None, layer=0):
-        params = LayerParams(norm_weight, qkv_weight, o_weight, None, None, None, qkv_bias=qkv_bias, o_bias=o_bias)
-        return phi3.attention_block(x, params, Step(cos, sin, n_head, n_kv_head, eps, [mask] * (layer + 1), cache, layer), self.ops)
+    def attention_block(
+        self,
+        x,
+        norm_weight,
+        eps,
+        qkv_weight,
+        o_weight,
+        cos,
+        sin,
+        n_head,
+        n_kv_head,
+        qkv_bias=None,
+        o_bias=None,
+        *,
+        mask=None,
+        cache=None,
+        layer=0,
+    ):
+        params = LayerParams(
+            norm_weight, qkv_weight, o_weight, None, None, None, qkv_bias=qkv_bias, o_bias=o_bias
+        )
+        return phi3.attention_block(
+            x,
+            params,
+            Step(cos, sin, n_head, n_kv_head, eps, [mask] * (layer + 1), cache, layer),
+            self.ops,
+        )
 
-    def mlp_block(self, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
-        params = LayerParams(None, None, None, norm_weight, gate_up_weight, down_weight, gate_up_bias=gate_up_bias, down_bias=down_bias)
+    def mlp_block(
+        self, x, norm_weight, eps, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None
+    ):
+        params = LayerParams(
+            None,
+            None,
+            None,
+            norm_weight,
+            gate_up_weight,
+            down_weight,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+        )
         return phi3.mlp_block(x, params, Step(None, None, 1, 1, eps), self.ops)
 
-    def decoder_layers(self, x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, cache=None, layer=0):
+    def decoder_layers(
+        self, x, layers, eps, cos, sin, n_head, n_kv_head, *, masks=None, cache=None, layer=0
+    ):
         masks = None if masks is None else [masks[0]] * layer + list(masks)
-        return phi3.decoder_layers(x, layers, Step(cos, sin, n_head, n_kv_head, eps, masks, cache, layer), self.ops)
+        return phi3.decoder_layers(
+            x, layers, Step(cos, sin, n_head, n_kv_head, eps, masks, cache, layer), self.ops
+        )
 
 
 definitions = Composed(ops.reference)

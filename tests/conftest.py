@@ -8,8 +8,13 @@ import optional
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("default", deadline=None, max_examples=20, derandomize=os.environ.get("CI") == "true",
-                          suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=20,
+    derandomize=os.environ.get("CI") == "true",
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.register_profile("all", settings.get_profile("default"), max_examples=50)  # that of --all
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 
@@ -19,12 +24,20 @@ if optional.REQUIRED:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also run the tests marked slow, and more examples of the others")
-    parser.addoption("--without-numba", action="store_true", help="as on a machine where Numba is not installed")
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="also run the tests marked slow, and more examples of the others",
+    )
+    parser.addoption(
+        "--without-numba", action="store_true", help="as on a machine where Numba is not installed"
+    )
 
 
 def pytest_configure(config):
-    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "all" if config.getoption("--all") else "default"))
+    settings.load_profile(
+        os.environ.get("HYPOTHESIS_PROFILE", "all" if config.getoption("--all") else "default")
+    )
     if config.getoption("--without-numba"):
         sys.modules["numba"] = None  # an import of it now fails
 

@@ -22,7 +22,10 @@ N_LONG = (1.0, 1.5, 3.0, 6.0)
 
 def real_configs():
     """Content of every published config.json at hand: name -> dict."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((SHARED / "configs").glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text("utf-8"))
+        for path in sorted((SHARED / "configs").glob("*.json"))
+    }
 
 
 def shared_file(*parts):
@@ -40,33 +43,49 @@ def scaled(content):
     vocabulary; longrope factors are cut to every eighth.
     """
     small = content.copy()
-    n_head, n_kv_head, d_model = (content[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    n_head, n_kv_head, d_model = (
+        content[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    )
     if d_model > 1000:
         d_head = d_model // n_head // 8
-        small |= {"num_attention_heads": n_head // 4, "num_key_value_heads": n_kv_head // 4 or 1, "hidden_size": n_head // 4 * d_head,
-                  "num_hidden_layers": 3}
+        small |= {
+            "num_attention_heads": n_head // 4,
+            "num_key_value_heads": n_kv_head // 4 or 1,
+            "hidden_size": n_head // 4 * d_head,
+            "num_hidden_layers": 3,
+        }
         if n_head == 40:  # 10 key/value heads: keep the 4 query heads of each
             small |= {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 8 * d_head}
         small["intermediate_size"] = content["intermediate_size"] * small["hidden_size"] // d_model
         scaling = content.get("rope_scaling")
         if scaling:
-            small["rope_scaling"] = scaling | {key: scaling[key][4::8] for key in ("short_factor", "long_factor")}
+            small["rope_scaling"] = scaling | {
+                key: scaling[key][4::8] for key in ("short_factor", "long_factor")
+            }
     n_vocab = content["vocab_size"] // 200
     small["vocab_size"] = n_vocab
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if content[key] is not None:
-            small[key] = 1 if content[key] == 1 else n_vocab - 1 - (content["vocab_size"] - content[key]) % 3
+            small[key] = (
+                1 if content[key] == 1 else n_vocab - 1 - (content["vocab_size"] - content[key]) % 3
+            )
     for key in ("max_position_embeddings", "original_max_position_embeddings"):
         small[key] = content[key] // SHRINK
     if content["sliding_window"]:
-        small["sliding_window"] = (content["sliding_window"] + 1) // SHRINK - content["sliding_window"] % 2
+        small["sliding_window"] = (content["sliding_window"] + 1) // SHRINK - content[
+            "sliding_window"
+        ] % 2
     return small | {"torch_dtype": "float32"}
 
 
 def renamed(content):
     """The same config.json with `su` called by its later name, which Transformers reads."""
     scaling = content.get("rope_scaling")
-    return content | {"rope_scaling": scaling | {"type": "longrope"}} if scaling and scaling.get("type") == "su" else content
+    return (
+        content | {"rope_scaling": scaling | {"type": "longrope"}}
+        if scaling and scaling.get("type") == "su"
+        else content
+    )
 
 
 def tensors(content, seed=0, dtype=np.float32):
@@ -77,11 +96,17 @@ def tensors(content, seed=0, dtype=np.float32):
     source = np.random.PCG64(seed)
     result = {}
     for name, shape in expected_shapes(Config.from_json(content)).items():
-        raw = (source.random_raw(int(np.prod(shape))) >> np.uint64(40)).astype(np.float64) / 2**23 - 1  # uniform in -1 ... 1
-        size = 3.0 if any(leaf in name for leaf in ("qkv_proj", "q_proj", "k_proj", "v_proj")) else 2.0
+        raw = (source.random_raw(int(np.prod(shape))) >> np.uint64(40)).astype(
+            np.float64
+        ) / 2**23 - 1  # uniform in -1 ... 1
+        size = (
+            3.0 if any(leaf in name for leaf in ("qkv_proj", "q_proj", "k_proj", "v_proj")) else 2.0
+        )
         x = raw.reshape(shape) * (size / np.sqrt(shape[-1]) if len(shape) == 2 else 0.25)
         wide = "embed" in name and not content.get("tie_word_embeddings")
-        result[name] = (x * np.sqrt(shape[-1]) if wide else x + 1 if "norm" in name else x).astype(dtype)
+        result[name] = (x * np.sqrt(shape[-1]) if wide else x + 1 if "norm" in name else x).astype(
+            dtype
+        )
     return result
 
 
@@ -98,7 +123,9 @@ def write(folder, content, weights=None, generation=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_json(folder / "config.json", content)
-    tiny.write_safetensors(folder / "model.safetensors", tensors(content) if weights is None else weights)
+    tiny.write_safetensors(
+        folder / "model.safetensors", tensors(content) if weights is None else weights
+    )
     if generation is not None:
         tiny.write_json(folder / "generation_config.json", generation)
     return folder
@@ -113,8 +140,14 @@ def load(content, weights=None, **options):
 def longrope(n_original=8, **changes):
     """Content of a config.json with longrope: 8 rotated channels a head, factors that change every angle at the switch."""
     rope = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [*N_LONG]}
-    return tiny.config_dict(**{"rope_scaling": rope, "original_max_position_embeddings": n_original,
-                               "max_position_embeddings": 16 * n_original} | changes)
+    return tiny.config_dict(
+        **{
+            "rope_scaling": rope,
+            "original_max_position_embeddings": n_original,
+            "max_position_embeddings": 16 * n_original,
+        }
+        | changes
+    )
 
 
 @lru_cache(maxsize=32)
@@ -190,7 +223,11 @@ class Trial:
         config = Config.from_json(content)
         n = min(40, config.max_position_embeddings)
         self.ids = ids_of(config, (1, n), seed=1)
-        self.lengths = [length for length in (1, 2, 8, 14, 15, 16, 17, 31, 32, 33, 34, 40) if length <= n]
+        self.lengths = [
+            length for length in (1, 2, 8, 14, 15, 16, 17, 31, 32, 33, 34, 40) if length <= n
+        ]
         self.calls = [7, 1, 6, 1, 1, 1, 14, 1] + ([1, 1, 6] if n == 40 else [])
         self.prompt, self.n_new = self.ids[:, :24], min(14, config.max_position_embeddings - 24)
-        self.rows, self.mask = padded([ids_of(config, 20, seed=2), ids_of(config, 13, seed=3)], config.pad_token_id or 0)
+        self.rows, self.mask = padded(
+            [ids_of(config, 20, seed=2), ids_of(config, 13, seed=3)], config.pad_token_id or 0
+        )

@@ -49,7 +49,9 @@ def operation(name):
 def _made(name, x, *operands):
     """What an operation gives, counted unless it is a view of an operand."""
     x = np.asarray(x)
-    if not any(isinstance(operand, np.ndarray) and np.may_share_memory(x, operand) for operand in operands):
+    if not any(
+        isinstance(operand, np.ndarray) and np.may_share_memory(x, operand) for operand in operands
+    ):
         operation(name)
     return Array(x)
 
@@ -91,7 +93,9 @@ class Array:
     def __matmul__(self, other):
         a, b = _in(self), _in(other, only_arrays=True)
         if any(x.dtype in SIXTEEN for x in (a, b)) and max(a.ndim, b.ndim) > 2:
-            raise Refused(f"matmul of {a.dtype} and {b.dtype} with {max(a.ndim, b.ndim)} dimensions: 16-bit products are 2-D only")
+            raise Refused(
+                f"matmul of {a.dtype} and {b.dtype} with {max(a.ndim, b.ndim)} dimensions: 16-bit products are 2-D only"
+            )
         if a.dtype in SIXTEEN and a.dtype == b.dtype:  # accumulates in float32, rounds the result
             return _made("matmul", (a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype))
         return _made("matmul", _no_bfloat16("matmul", a, b, call=np.matmul))
@@ -110,9 +114,28 @@ def _refuse(name, why):
     return refuse
 
 
-for _name in ("__array__", "__float__", "__int__", "__bool__", "__complex__", "__index__", "__iter__", "__contains__", "item", "tolist",
-              "tobytes", "__array_function__", "__buffer__"):
-    setattr(Array, _name, _refuse(_name, "would wait for the device" if _name != "__array__" else "is refused by CuPy"))
+for _name in (
+    "__array__",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__complex__",
+    "__index__",
+    "__iter__",
+    "__contains__",
+    "item",
+    "tolist",
+    "tobytes",
+    "__array_function__",
+    "__buffer__",
+):
+    setattr(
+        Array,
+        _name,
+        _refuse(
+            _name, "would wait for the device" if _name != "__array__" else "is refused by CuPy"
+        ),
+    )
 
 
 def _in(x, only_arrays=False):
@@ -121,7 +144,9 @@ def _in(x, only_arrays=False):
         return x._x
     if not only_arrays and type(x) in (bool, int, float, complex):
         return x
-    raise Refused(f"unsupported type {type(x).__module__}.{type(x).__qualname__}: operands must be device arrays or Python numbers")
+    raise Refused(
+        f"unsupported type {type(x).__module__}.{type(x).__qualname__}: operands must be device arrays or Python numbers"
+    )
 
 
 def _no_bfloat16(name, *operands, call, **options):
@@ -145,51 +170,127 @@ def _index(index, shape):
                     raise Refused("indexing with a bool array would wait for the device")
                 part = part._x % shape[axis]
             elif not isinstance(part, int | slice) or isinstance(part, bool):
-                raise Refused(f"unsupported index {type(part).__module__}.{type(part).__qualname__}")
+                raise Refused(
+                    f"unsupported index {type(part).__module__}.{type(part).__qualname__}"
+                )
             axis += 1
         out.append(part)
     return tuple(out)
 
 
 def _operators():
-    binary = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "pow": np.power, "mod": np.remainder,
-              "floordiv": np.floor_divide, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-    compare = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
+    binary = {
+        "add": np.add,
+        "sub": np.subtract,
+        "mul": np.multiply,
+        "truediv": np.divide,
+        "pow": np.power,
+        "mod": np.remainder,
+        "floordiv": np.floor_divide,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }
+    compare = {
+        "lt": np.less,
+        "le": np.less_equal,
+        "gt": np.greater,
+        "ge": np.greater_equal,
+        "eq": np.equal,
+        "ne": np.not_equal,
+    }
     for name, call in (binary | compare).items():
-        setattr(Array, f"__{name}__", lambda a, b, name=name, call=call: _made(name, _no_bfloat16(name, _in(a), _in(b), call=call)))
+        setattr(
+            Array,
+            f"__{name}__",
+            lambda a, b, name=name, call=call: _made(
+                name, _no_bfloat16(name, _in(a), _in(b), call=call)
+            ),
+        )
         if name in binary:
-            setattr(Array, f"__r{name}__", lambda a, b, name=name, call=call: _made(name, _no_bfloat16(name, _in(b), _in(a), call=call)))
+            setattr(
+                Array,
+                f"__r{name}__",
+                lambda a, b, name=name, call=call: _made(
+                    name, _no_bfloat16(name, _in(b), _in(a), call=call)
+                ),
+            )
     for name, call in {"neg": np.negative, "abs": np.abs, "invert": np.invert}.items():
-        setattr(Array, f"__{name}__", lambda a, name=name, call=call: _made(name, _no_bfloat16(name, a._x, call=call)))
+        setattr(
+            Array,
+            f"__{name}__",
+            lambda a, name=name, call=call: _made(name, _no_bfloat16(name, a._x, call=call)),
+        )
 
 
 _operators()
 
 # -------------------------------------------------------------------------------------------------------------------- the library
 
-UFUNCS = {name: 1 for name in ("exp", "log", "tanh", "sqrt", "sin", "cos", "abs", "isnan", "isfinite", "isinf")} | {
-    "maximum": 2, "minimum": 2, "where": 3}
+UFUNCS = {
+    name: 1
+    for name in ("exp", "log", "tanh", "sqrt", "sin", "cos", "abs", "isnan", "isfinite", "isinf")
+} | {"maximum": 2, "minimum": 2, "where": 3}
 # name -> the names of its arguments in CuPy, of which `npllm` uses some; the first is an array, of ARRAYS a sequence of them
 FUNCTIONS = {
-    "reshape": ("a", "newshape"), "permute_dims": ("a", "axes"), "matrix_transpose": ("x",), "expand_dims": ("a", "axis"),
-    "squeeze": ("a", "axis"), "broadcast_to": ("array", "shape"), "repeat": ("a", "repeats", "axis"), "concat": ("tup", "axis"),
-    "stack": ("tup", "axis"), "sum": ("a", "axis", "dtype", "keepdims"), "mean": ("a", "axis", "dtype", "keepdims"),
-    "max": ("a", "axis", "keepdims"), "min": ("a", "axis", "keepdims"), "all": ("a", "axis", "keepdims"), "any": ("a", "axis", "keepdims"),
-    "argmax": ("a", "axis", "keepdims"), "sort": ("a", "axis", "kind"), "argsort": ("a", "axis", "kind"),
-    "cumulative_sum": ("x", "axis", "dtype"), "zeros_like": ("a", "dtype"), "ones_like": ("a", "dtype"),
-    "full_like": ("a", "fill_value", "dtype"), "real": ("val",), "imag": ("val",), "ascontiguousarray": ("a",),
+    "reshape": ("a", "newshape"),
+    "permute_dims": ("a", "axes"),
+    "matrix_transpose": ("x",),
+    "expand_dims": ("a", "axis"),
+    "squeeze": ("a", "axis"),
+    "broadcast_to": ("array", "shape"),
+    "repeat": ("a", "repeats", "axis"),
+    "concat": ("tup", "axis"),
+    "stack": ("tup", "axis"),
+    "sum": ("a", "axis", "dtype", "keepdims"),
+    "mean": ("a", "axis", "dtype", "keepdims"),
+    "max": ("a", "axis", "keepdims"),
+    "min": ("a", "axis", "keepdims"),
+    "all": ("a", "axis", "keepdims"),
+    "any": ("a", "axis", "keepdims"),
+    "argmax": ("a", "axis", "keepdims"),
+    "sort": ("a", "axis", "kind"),
+    "argsort": ("a", "axis", "kind"),
+    "cumulative_sum": ("x", "axis", "dtype"),
+    "zeros_like": ("a", "dtype"),
+    "ones_like": ("a", "dtype"),
+    "full_like": ("a", "fill_value", "dtype"),
+    "real": ("val",),
+    "imag": ("val",),
+    "ascontiguousarray": ("a",),
 }
 ARRAYS = ("concat", "stack")
-MOVES = ("reshape", "permute_dims", "matrix_transpose", "expand_dims", "squeeze", "broadcast_to", "repeat", "concat", "stack",
-         "zeros_like", "ones_like", "full_like", "ascontiguousarray")  # what only moves entries works for bfloat16 as well
-BIRTHS = {"arange": ("start", "stop", "step", "dtype"), "zeros": ("shape", "dtype"), "ones": ("shape", "dtype"),
-          "empty": ("shape", "dtype"), "full": ("shape", "fill_value", "dtype"), "eye": ("N", "M", "k", "dtype")}
+MOVES = (
+    "reshape",
+    "permute_dims",
+    "matrix_transpose",
+    "expand_dims",
+    "squeeze",
+    "broadcast_to",
+    "repeat",
+    "concat",
+    "stack",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "ascontiguousarray",
+)  # what only moves entries works for bfloat16 as well
+BIRTHS = {
+    "arange": ("start", "stop", "step", "dtype"),
+    "zeros": ("shape", "dtype"),
+    "ones": ("shape", "dtype"),
+    "empty": ("shape", "dtype"),
+    "full": ("shape", "fill_value", "dtype"),
+    "eye": ("N", "M", "k", "dtype"),
+}
 
 
 def _plain(name, value):
     """An argument that is no operand: numbers, None, tuples of numbers, dtypes, words."""
     if isinstance(value, np.ndarray | np.generic | list | Array):
-        raise Refused(f"{name}: unsupported argument {type(value).__module__}.{type(value).__qualname__}")
+        raise Refused(
+            f"{name}: unsupported argument {type(value).__module__}.{type(value).__qualname__}"
+        )
     return value
 
 
@@ -211,7 +312,9 @@ def _function(name, parameters):
     def call(*args, **options):
         unknown = set(options) - set(parameters)
         if unknown:
-            raise Refused(f"{name}() got unexpected arguments {sorted(unknown)}; CuPy knows {', '.join(parameters)}")
+            raise Refused(
+                f"{name}() got unexpected arguments {sorted(unknown)}; CuPy knows {', '.join(parameters)}"
+            )
         first = [_in(x, True) for x in args[0]] if name in ARRAYS else _in(args[0], True)
         rest = [_plain(name, x) for x in args[1:]]
         options = {key: _plain(name, x) for key, x in options.items()}
@@ -229,7 +332,9 @@ def _birth(name, parameters):
         unknown = set(options) - set(parameters)
         if unknown:
             raise Refused(f"{name}() got unexpected arguments {sorted(unknown)}")
-        x = getattr(np, name)(*(_plain(name, x) for x in args), **{k: _plain(name, x) for k, x in options.items()})
+        x = getattr(np, name)(
+            *(_plain(name, x) for x in args), **{k: _plain(name, x) for k, x in options.items()}
+        )
         if name != "empty":
             return _made(name, x)
         if x.dtype.kind not in "biu":
@@ -243,7 +348,11 @@ def _asarray(a, dtype=None):
     """A copy on the device: from the host only this, on purpose."""
     if isinstance(a, list | tuple):
         raise Refused("asarray of a list: make a NumPy array of it first")
-    return a if type(a) is Array and dtype in (None, a.dtype) else _made("asarray", np.array(a._x if type(a) is Array else a, dtype=dtype))
+    return (
+        a
+        if type(a) is Array and dtype in (None, a.dtype)
+        else _made("asarray", np.array(a._x if type(a) is Array else a, dtype=dtype))
+    )
 
 
 def _take(a, indices, axis=None):
@@ -343,10 +452,27 @@ def _library():
     xp.asarray, xp.take, xp.take_along_axis = _asarray, _take, _take_along_axis
     xp.astype = lambda x, dtype: _made("astype", _in(x, True).astype(dtype))
     xp.ndarray, xp.inf, xp.newaxis, xp.__version__ = Array, np.inf, None, "guard"
-    for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64", "complex64", "complex128"):
+    for name in (
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "float16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+    ):
         setattr(xp, name, getattr(np, name))
-    xp.cuda = types.SimpleNamespace(runtime=Runtime, is_available=lambda: True, alloc_pinned_memory=PinnedMemory, Event=Event,
-                                    get_current_stream=lambda: STREAM)
+    xp.cuda = types.SimpleNamespace(
+        runtime=Runtime,
+        is_available=lambda: True,
+        alloc_pinned_memory=PinnedMemory,
+        Event=Event,
+        get_current_stream=lambda: STREAM,
+    )
     xp.get_default_pinned_memory_pool = lambda: types.SimpleNamespace(free_all_blocks=lambda: None)
     return xp
 

@@ -76,8 +76,21 @@ def rows_backward(x):
     return filled(guarded(x.shape, x.dtype)[::-1], x)
 
 
-LAYOUTS = {f.__name__: f for f in (contiguous, strided, backward, fortran, broadcast, read_only, unaligned, leading, apart,
-                                   rows_backward)}
+LAYOUTS = {
+    f.__name__: f
+    for f in (
+        contiguous,
+        strided,
+        backward,
+        fortran,
+        broadcast,
+        read_only,
+        unaligned,
+        leading,
+        apart,
+        rows_backward,
+    )
+}
 
 
 def memory_of(x):

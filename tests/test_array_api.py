@@ -6,7 +6,14 @@ import pytest
 from close import close
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented, documented_calls, normal
+from strategies import (
+    ARRAY_OPS,
+    attention_calls,
+    compute_dtypes,
+    documented,
+    documented_calls,
+    normal,
+)
 
 from npllm import ops
 from npllm.errors import NpllmTypeError
@@ -14,7 +21,12 @@ from npllm.models.params import LayerParams
 from npllm.ops.mask import Rule, causal, documents, padding, sliding_window
 
 strict = optional.module("array_api_strict")
-STANDARD = {"api_version": "2024.12", "boolean_indexing": False, "data_dependent_shapes": False, "enabled_extensions": ()}
+STANDARD = {
+    "api_version": "2024.12",
+    "boolean_indexing": False,
+    "data_dependent_shapes": False,
+    "enabled_extensions": (),
+}
 every_op = pytest.mark.parametrize("name", ARRAY_OPS)
 
 
@@ -36,7 +48,9 @@ def moved(x):
 
 
 def same(actual, desired, times=8.0):
-    for one, other in zip(actual, desired, strict=True) if isinstance(desired, tuple) else [(actual, desired)]:
+    for one, other in (
+        zip(actual, desired, strict=True) if isinstance(desired, tuple) else [(actual, desired)]
+    ):
         close(one, moved(other), times=times)
 
 
@@ -58,8 +72,10 @@ def test_an_op_uses_nothing_but_the_array_api_standard(name, data):
 def test_attention_under_rules_and_slots_uses_nothing_but_the_standard(op, data, dtype):
     call = data.draw(attention_calls(dtype=dtype, kinds=("none", "rule", "function", "array")))
     sizes = {"block_q": 2, "block_k": 3} if op is ops.blockwise_attention else {}
-    same(op(*moved((call.q, call.k, call.v)), return_lse=True, **moved(call.options), **sizes),
-         op(call.q, call.k, call.v, return_lse=True, **call.options, **sizes))
+    same(
+        op(*moved((call.q, call.k, call.v)), return_lse=True, **moved(call.options), **sizes),
+        op(call.q, call.k, call.v, return_lse=True, **call.options, **sizes),
+    )
 
 
 @pytest.mark.parametrize("op", [ops.attention, ops.blockwise_attention])
@@ -67,15 +83,21 @@ def test_attention_under_rules_and_slots_uses_nothing_but_the_standard(op, data,
 def test_padding_uses_nothing_but_the_standard(op, data, dtype):
     q = data.draw(normal((2, 2, 3, 4), dtype))
     valid = np.array([[False, True, True], [True, True, True]])
-    same(op(*moved((q, q, q)), mask=causal() & padding(moved(valid)) | ~sliding_window(2)),
-         op(q, q, q, mask=causal() & padding(valid) | ~sliding_window(2)))
+    same(
+        op(*moved((q, q, q)), mask=causal() & padding(moved(valid)) | ~sliding_window(2)),
+        op(q, q, q, mask=causal() & padding(valid) | ~sliding_window(2)),
+    )
 
 
 @given(st.data(), compute_dtypes)
 def test_documents_use_nothing_but_the_standard(data, dtype):
     q, labels = data.draw(normal((2, 2, 3, 4), dtype)), np.array([[0, 0, 1], [0, 1, 1]])
-    same(ops.blockwise_attention(*moved((q, q, q)), mask=causal() & documents(moved(labels)), block_k=2),
-         ops.blockwise_attention(q, q, q, mask=causal() & documents(labels), block_k=2))
+    same(
+        ops.blockwise_attention(
+            *moved((q, q, q)), mask=causal() & documents(moved(labels)), block_k=2
+        ),
+        ops.blockwise_attention(q, q, q, mask=causal() & documents(labels), block_k=2),
+    )
 
 
 @given(st.data(), compute_dtypes, st.booleans())
@@ -84,7 +106,10 @@ def test_rope_of_batches_uses_nothing_but_the_standard(data, dtype, interleaved)
     inv_freq = data.draw(normal((2, 1, 3), dtype))
     tables = ops.rope_tables(positions, inv_freq, 1.19)
     same(ops.rope_tables(*moved((positions, inv_freq)), 1.19), tables)
-    same(ops.apply_rope(*moved((x, *tables)), interleaved=interleaved), ops.apply_rope(x, *tables, interleaved=interleaved))
+    same(
+        ops.apply_rope(*moved((x, *tables)), interleaved=interleaved),
+        ops.apply_rope(x, *tables, interleaved=interleaved),
+    )
 
 
 @every_op

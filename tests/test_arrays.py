@@ -84,8 +84,17 @@ def test_dtype_named_refuses_others(name):
         arrays.dtype_named(name)
 
 
-@pytest.mark.parametrize(("dtype", "answer"), [("int8", True), ("uint32", True), ("int64", True), ("bool", False), ("float32", False),
-                                               (ml_dtypes.bfloat16, False)])
+@pytest.mark.parametrize(
+    ("dtype", "answer"),
+    [
+        ("int8", True),
+        ("uint32", True),
+        ("int64", True),
+        ("bool", False),
+        ("float32", False),
+        (ml_dtypes.bfloat16, False),
+    ],
+)
 def test_is_integer_knows_bool_and_floats_from_integers(dtype, answer):
     assert arrays.is_integer(np.ones(1, dtype)) is answer
 
@@ -97,7 +106,9 @@ def test_is_integer_knows_other_libraries():
 def test_host_range_is_smallest_and_largest():
     assert arrays.host_range(np.array([[3, -2], [5, 0]])) == (-2, 5)
     assert arrays.host_range(np.array([], np.int64)) is None
-    assert arrays.host_range(strict.asarray([1, 2])) is None  # not looked at: it might live on a device
+    assert (
+        arrays.host_range(strict.asarray([1, 2])) is None
+    )  # not looked at: it might live on a device
 
 
 def test_to_numpy_copies_nothing_that_is_on_the_host():
@@ -112,20 +123,38 @@ def test_a_round_trip_through_another_library_keeps_the_values():
     close(arrays.to_numpy(there), x)
 
 
-@pytest.mark.parametrize(("shape", "axes"), [((2, 3), {"n": 2, "d": 3}), ((2, 3), {"n": None, "d": 3}), ((3,), {"dots": None, "d": 3}),
-                                             ((5, 2, 3), {"dots": None, "d": 3})])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((2, 3), {"n": 2, "d": 3}),
+        ((2, 3), {"n": None, "d": 3}),
+        ((3,), {"dots": None, "d": 3}),
+        ((5, 2, 3), {"dots": None, "d": 3}),
+    ],
+)
 def test_expect_shape_accepts_these_sizes_and_no_other_last_one(shape, axes):
     assert arrays.expect_shape("x", np.ones(shape), **axes) is None
     with pytest.raises(NpllmValueError):
         arrays.expect_shape("x", np.ones((*shape[:-1], 4)), **axes)
 
 
-@pytest.mark.parametrize(("shape", "axes", "message"), [
-    ((3071,), {"d_model": 3072}, r"x must be \[d_model\] = \[3072\], got \[3071\]"),
-    ((2, 3), {"d": 3}, r"x must be \[d\] = \[3\], got \[2, 3\]"),
-    ((3,), {"dots": None, "n": None, "d": 3}, r"x must be \[\.\.\., n, d\] = \[\.\.\., any, 3\], got \[3\]"),
-    ((4, 2), {"dots": None, "n": None, "d": 3}, r"x must be \[\.\.\., n, d\] = \[\.\.\., any, 3\], got \[4, 2\]"),
-])
+@pytest.mark.parametrize(
+    ("shape", "axes", "message"),
+    [
+        ((3071,), {"d_model": 3072}, r"x must be \[d_model\] = \[3072\], got \[3071\]"),
+        ((2, 3), {"d": 3}, r"x must be \[d\] = \[3\], got \[2, 3\]"),
+        (
+            (3,),
+            {"dots": None, "n": None, "d": 3},
+            r"x must be \[\.\.\., n, d\] = \[\.\.\., any, 3\], got \[3\]",
+        ),
+        (
+            (4, 2),
+            {"dots": None, "n": None, "d": 3},
+            r"x must be \[\.\.\., n, d\] = \[\.\.\., any, 3\], got \[4, 2\]",
+        ),
+    ],
+)
 def test_expect_shape_raises_with_both_sides_in_axis_names(shape, axes, message):
     with pytest.raises(NpllmValueError, match=message):
         arrays.expect_shape("x", np.ones(shape), **axes)

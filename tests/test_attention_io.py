@@ -20,7 +20,9 @@ def counted(n, d, block, dtype, outer, n_head=1, n_kv_head=1, **options):
     """Bytes that a run tells of."""
     moved = []
     q, k, v = (np.ones((heads, n, d), dtype) for heads in (n_head, n_kv_head, n_kv_head))
-    blockwise_attention(q, k, v, block_q=block[0], block_k=block[1], outer=outer, moved=moved.append, **options)
+    blockwise_attention(
+        q, k, v, block_q=block[0], block_k=block[1], outer=outer, moved=moved.append, **options
+    )
     return sum(moved)
 
 
@@ -41,7 +43,9 @@ def naive_bytes(n, d, itemsize):
 
 @given(sizes, sizes, st.sampled_from([2, 4, 8]))
 def test_the_naive_count_reads_and_writes_both_tables(n, d, itemsize):
-    assert attention_io(n, d, block=(1, 1), itemsize=itemsize)["naive"] == naive_bytes(n, d, itemsize)
+    assert attention_io(n, d, block=(1, 1), itemsize=itemsize)["naive"] == naive_bytes(
+        n, d, itemsize
+    )
 
 
 @given(sizes, st.integers(1, 8), st.tuples(sizes, sizes))
@@ -49,8 +53,12 @@ def test_the_tiled_counts_follow_the_loops_of_the_papers(n, d, block):
     """Written out: what each iteration of the outer and of the inner loop loads and stores."""
     rows = [min(block[0], n - a) for a in range(0, n, block[0])]
     columns = [min(block[1], n - a) for a in range(0, n, block[1])]
-    flash_1 = sum(2 * c * d + sum(2 * r * d + 2 * r + (r * d + 2 * r) for r in rows) for c in columns)  # k, v; q, o, l, m; o, l, m
-    flash_2 = sum(r * d + sum(2 * c * d for c in columns) + r * d + r for r in rows)  # q; k, v; o, lse
+    flash_1 = sum(
+        2 * c * d + sum(2 * r * d + 2 * r + (r * d + 2 * r) for r in rows) for c in columns
+    )  # k, v; q, o, l, m; o, l, m
+    flash_2 = sum(
+        r * d + sum(2 * c * d for c in columns) + r * d + r for r in rows
+    )  # q; k, v; o, lse
     io = attention_io(n, d, block=block, itemsize=4)
     assert (io["flash_1"], io["flash_2"]) == (4 * flash_1, 4 * flash_2)
 
@@ -69,9 +77,14 @@ def test_skipped_blocks_are_not_fetched(n, w, block):
     keys = 0
     for a in range(0, n, block[0]):
         b = min(a + block[0], n) - 1
-        first, last = max(0, a - w + 1) // block[1] * block[1], min(n, (b // block[1] + 1) * block[1])
+        first, last = (
+            max(0, a - w + 1) // block[1] * block[1],
+            min(n, (b // block[1] + 1) * block[1]),
+        )
         keys += last - first
-    assert counted(n, 3, block, np.float32, "queries", mask=sliding_window(w)) == 4 * (2 * n * 3 + n + 2 * keys * 3)
+    assert counted(n, 3, block, np.float32, "queries", mask=sliding_window(w)) == 4 * (
+        2 * n * 3 + n + 2 * keys * 3
+    )
 
 
 @given(st.integers(1, 4096), st.integers(1, 128), st.integers(1, 10**6), st.sampled_from([2, 4, 8]))
@@ -91,12 +104,19 @@ def test_the_gain_is_that_of_the_paper():
     assert half == attention_io(8192, 64), "100 KB by default"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"n": 0, "d": 4, "block": (1, 1)}, "must be at least 1, got 0, 4"), ({"n": 4, "d": 0, "block": (1, 1)}, "at least 1, got 4, 0"),
-    ({"n": 4, "d": 0, "sram": 100}, "at least 1"), ({"n": 4, "d": 4, "sram": 100, "itemsize": 0}, "at least 1"),
-    ({"n": 4, "d": 4, "block": (0, 1)}, "at least 1"), ({"n": 4, "d": 4, "block": (1, 0)}, "at least 1"),
-    ({"n": 4, "d": 4, "sram": 0}, "at least 1"), ({"n": 4, "d": 4, "sram": -8}, "at least 1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0, "d": 4, "block": (1, 1)}, "must be at least 1, got 0, 4"),
+        ({"n": 4, "d": 0, "block": (1, 1)}, "at least 1, got 4, 0"),
+        ({"n": 4, "d": 0, "sram": 100}, "at least 1"),
+        ({"n": 4, "d": 4, "sram": 100, "itemsize": 0}, "at least 1"),
+        ({"n": 4, "d": 4, "block": (0, 1)}, "at least 1"),
+        ({"n": 4, "d": 4, "block": (1, 0)}, "at least 1"),
+        ({"n": 4, "d": 4, "sram": 0}, "at least 1"),
+        ({"n": 4, "d": 4, "sram": -8}, "at least 1"),
+    ],
+)
 def test_sizes_that_count_nothing_raise(arguments, message):
     with pytest.raises(NpllmValueError, match=message):
         attention_io(**arguments)
@@ -106,13 +126,21 @@ def test_sizes_that_count_nothing_raise(arguments, message):
 
 
 @pytest.mark.parametrize("outer", ["queries", "keys"])
-@pytest.mark.parametrize(("n", "block_q", "block_k", "share"), [
-    (8192, 128, 256, 100), pytest.param(32768, 256, 1024, 300, marks=pytest.mark.slow)])
-def test_peak_memory_is_that_of_the_sums_and_a_few_tiles(traced_peak_once, n, block_q, block_k, share, outer):
+@pytest.mark.parametrize(
+    ("n", "block_q", "block_k", "share"),
+    [(8192, 128, 256, 100), pytest.param(32768, 256, 1024, 300, marks=pytest.mark.slow)],
+)
+def test_peak_memory_is_that_of_the_sums_and_a_few_tiles(
+    traced_peak_once, n, block_q, block_k, share, outer
+):
     """A small share of the table of scores.  Sums and results: at most 3 times n * (d + 2); a tile: 4 of floats, 2 of slots."""
     d = 8
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, n, d)).astype(np.float32)
-    peak = traced_peak_once(lambda: blockwise_attention(q, k, v, mask=sliding_window(1024), block_q=block_q, block_k=block_k, outer=outer))
+    peak = traced_peak_once(
+        lambda: blockwise_attention(
+            q, k, v, mask=sliding_window(1024), block_q=block_q, block_k=block_k, outer=outer
+        )
+    )
     bound = 3 * 4 * n * (d + 2) + (4 * 4 + 2 * 8) * block_q * block_k
     assert 4 * n * d <= peak < bound < 4 * n * n / share
 
@@ -121,7 +149,13 @@ def test_peak_memory_grows_with_the_length_and_not_with_its_square(traced_peak_o
     peaks = []
     for n in (4096, 8192, 16384):
         x = np.ones((1, n, 4), np.float32)
-        peaks.append(traced_peak_once(lambda x=x: blockwise_attention(x, x, x, mask=sliding_window(64), block_q=128, block_k=128)))
+        peaks.append(
+            traced_peak_once(
+                lambda x=x: blockwise_attention(
+                    x, x, x, mask=sliding_window(64), block_q=128, block_k=128
+                )
+            )
+        )
     assert peaks[1] < 2.1 * peaks[0] and peaks[2] < 2.1 * peaks[1]
 
 
@@ -146,5 +180,11 @@ def traced_peak_once():
 def test_counting_changes_no_number(n, block):
     q, k, v = np.random.default_rng(n).standard_normal((3, 2, n, 3))
     for outer in ("queries", "keys"):
-        with_count = blockwise_attention(q, k, v, block_q=block, block_k=block, outer=outer, moved=lambda _: None)
-        close(with_count, blockwise_attention(q, k, v, block_q=block, block_k=block, outer=outer), times=0)
+        with_count = blockwise_attention(
+            q, k, v, block_q=block, block_k=block, outer=outer, moved=lambda _: None
+        )
+        close(
+            with_count,
+            blockwise_attention(q, k, v, block_q=block, block_k=block, outer=outer),
+            times=0,
+        )

@@ -18,20 +18,29 @@ chunks = st.lists(st.integers(1, 90), min_size=1, max_size=12)
 def keys(n, start=0, scale=1.0):
     """Keys that say where they belong: every entry of slot s is different from every other."""
     slots = np.arange(start, start + n)[None, None, :, None]
-    shape = np.arange(N_BATCH)[:, None, None, None] * 0.5 + np.arange(N_KV_HEAD)[:, None, None] * 0.1 + np.arange(D_HEAD) * 0.01
+    shape = (
+        np.arange(N_BATCH)[:, None, None, None] * 0.5
+        + np.arange(N_KV_HEAD)[:, None, None] * 0.1
+        + np.arange(D_HEAD) * 0.01
+    )
     return (scale * (slots + shape)).astype(np.float32)
 
 
 def advance(cache, n):
     ids = np.zeros((N_BATCH, n), np.int64)
     positions = np.arange(cache.n_ctx, cache.n_ctx + n)
-    cache.advance(ids, positions, np.ones((N_BATCH, cache.n_ctx + n), bool), np.zeros(N_BATCH, np.int64))
+    cache.advance(
+        ids, positions, np.ones((N_BATCH, cache.n_ctx + n), bool), np.zeros(N_BATCH, np.int64)
+    )
 
 
 def append(cache, n, layers=(0, 1)):
     """Append n tokens to all layers; return what each gave back."""
     start = cache.n_ctx
-    got = [cache.append(layer, keys(n, start, 1 + layer), keys(n, start, -1 - layer)) for layer in layers]
+    got = [
+        cache.append(layer, keys(n, start, 1 + layer), keys(n, start, -1 - layer))
+        for layer in layers
+    ]
     advance(cache, n)
     return got
 
@@ -69,7 +78,10 @@ def test_room_does_not_grow_with_the_sequence_under_a_window():
 
 def test_appending_one_by_one_copies_a_number_of_keys_that_is_linear(monkeypatch):
     moved = []
-    monkeypatch.setattr("npllm.cache.moved", lambda x, start, stop, n: (moved.append(stop - start), _moved(x, start, stop, n))[1])
+    monkeypatch.setattr(
+        "npllm.cache.moved",
+        lambda x, start, stop, n: (moved.append(stop - start), _moved(x, start, stop, n))[1],
+    )
     for window in (None, 50):
         moved.clear()
         cache = KVCache(N_BATCH, 1, 4096, window)
@@ -129,7 +141,7 @@ def test_an_append_that_is_not_advanced_is_forgotten():
     cache = KVCache(N_BATCH, 1, 64)
     append(cache, 3, layers=[0])
     cache.append(0, keys(2, scale=9), keys(2, scale=9))
-    (k, _, slots), = append(cache, 2, layers=[0])
+    ((k, _, slots),) = append(cache, 2, layers=[0])
     close(k, keys(5), times=0)
     assert slots == range(5)
 
@@ -138,7 +150,12 @@ def test_advance_records_what_stands_in_each_slot():
     cache = KVCache(N_BATCH, 1, 64)
     valid = np.array([[False, True], [True, True]])
     cache.advance(np.array([[5, 6], [7, 8]]), np.array([[0, 0], [0, 1]]), valid, np.array([0, 0]))
-    cache.advance(np.array([[1], [2]]), np.array([9]), np.concatenate([valid, [[True], [True]]], axis=1), np.array([0, 1]))
+    cache.advance(
+        np.array([[1], [2]]),
+        np.array([9]),
+        np.concatenate([valid, [[True], [True]]], axis=1),
+        np.array([0, 1]),
+    )
     close(cache.ids, np.array([[5, 6, 1], [7, 8, 2]]))
     close(cache.positions, np.array([[0, 0, 9], [0, 1, 9]]))
     assert cache.n_ctx == 3 and cache.valid.shape == (2, 3) and cache.choice.tolist() == [0, 1]
@@ -146,19 +163,29 @@ def test_advance_records_what_stands_in_each_slot():
 
 def test_an_empty_cache_holds_nothing():
     cache = KVCache(N_BATCH, 2, 64)
-    assert (cache.n_ctx, cache.n_bytes, cache.valid.shape, cache.ids.shape) == (0, 0, (2, 0), (2, 0))
+    assert (cache.n_ctx, cache.n_bytes, cache.valid.shape, cache.ids.shape) == (
+        0,
+        0,
+        (2, 0),
+        (2, 0),
+    )
 
 
 def test_overflow_names_cached_new_and_most():
     cache = KVCache(N_BATCH, 1, 10)
     append(cache, 7, layers=[0])
     append(cache, 3, layers=[0])
-    with pytest.raises(NpllmValueError, match=r"10 cached \+ 1 new tokens are 11, .*\(max_position_embeddings\) is 10"):
+    with pytest.raises(
+        NpllmValueError,
+        match=r"10 cached \+ 1 new tokens are 11, .*\(max_position_embeddings\) is 10",
+    ):
         cache.append(0, keys(1), keys(1))
 
 
 def test_another_batch_size_is_refused_by_both_numbers():
-    with pytest.raises(NpllmValueError, match=r"n_batch = 2 sequences, got 3; .*new_cache\(n_batch=3\)"):
+    with pytest.raises(
+        NpllmValueError, match=r"n_batch = 2 sequences, got 3; .*new_cache\(n_batch=3\)"
+    ):
         KVCache(2, 1, 10).check_room(3, 1)
 
 

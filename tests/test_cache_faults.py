@@ -45,11 +45,28 @@ SCENES = {
     "decode": (LONG, 1, 512, [call(1, 5), call(1, 1), call(1, 1)], 1),
     "growing": (LONG, 2, 512, [call(2, 63), call(2, 3), call(2, 1)], 1),
     "window": (LONG | {"sliding_window": 7}, 2, 512, [call(2, 60), call(2, 8), call(2, 1)], 1),
-    "window and chunks": (LONG | {"sliding_window": 5}, 1, 9, [call(1, 50), call(1, 31), call(1, 2)], 1),
+    "window and chunks": (
+        LONG | {"sliding_window": 5},
+        1,
+        9,
+        [call(1, 50), call(1, 31), call(1, 2)],
+        1,
+    ),
     "longrope": (family.longrope(), 1, 4, [call(1, 7), call(1, 3), call(1, 2)], 1),
-    "longrope, one row of two": (family.longrope(), 2, 512,
-                                 [call(2, 5, attention_mask=PADDED), call(2, 4), call(2, 1), call(2, 2)], 1),
-    "longrope and window": (family.longrope(sliding_window=3), 2, 3, [call(2, 6), call(2, 5), call(2, 1)], 1),
+    "longrope, one row of two": (
+        family.longrope(),
+        2,
+        512,
+        [call(2, 5, attention_mask=PADDED), call(2, 4), call(2, 1), call(2, 2)],
+        1,
+    ),
+    "longrope and window": (
+        family.longrope(sliding_window=3),
+        2,
+        3,
+        [call(2, 6), call(2, 5), call(2, 1)],
+        1,
+    ),
     "padded": (LONG, 2, 2, [call(2, 5, attention_mask=PADDED), call(2, 3), call(2, 1)], 1),
     "chunks": (LONG, 2, 3, [call(2, 10), call(2, 7), call(2, 1)], 1),
     "tap": (LONG, 1, 512, [call(1, 5), call(1, 3, tap=lambda _, x: x), call(1, 1)], 1),
@@ -117,7 +134,11 @@ def at_line(number, model, lines):
         if event == "line":
             place = frame, frame.f_lineno
             again = place in entered
-            if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            if (
+                linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+                .lstrip()
+                .startswith("with ")
+            ):
                 entered.add(place)
             if not again:
                 lines.append(None)
@@ -138,9 +159,18 @@ def fail_at_lines(scene, n_points, set_=ops.blockwise):
     model, lines = made(scene, set_), []
     want = wanted(scene, model)
     assert not check(scene, model, lambda: at_line(-1, model, lines), want)
-    points = sorted({*range(1, len(lines) + 1, max(1, len(lines) // n_points)), *range(max(1, len(lines) - 8), len(lines) + 1)})
-    hits = [check(scene, model, lambda point=point: at_line(point, model, []), want) for point in points]
-    assert all(hits) or set_ is not ops.blockwise, "a set with threads does not reach the same number of lines each time"
+    points = sorted(
+        {
+            *range(1, len(lines) + 1, max(1, len(lines) // n_points)),
+            *range(max(1, len(lines) - 8), len(lines) + 1),
+        }
+    )
+    hits = [
+        check(scene, model, lambda point=point: at_line(point, model, []), want) for point in points
+    ]
+    assert all(hits) or set_ is not ops.blockwise, (
+        "a set with threads does not reach the same number of lines each time"
+    )
     return sum(hits)
 
 
@@ -163,6 +193,7 @@ def test_a_fault_at_any_line_of_the_fastest_set(scene):
 @contextlib.contextmanager
 def at_op(number, model, after, calls):
     """The same model, whose n-th operation raises: before it does anything, or when all is done."""
+
     def broken(op):
         def run(*args, **options):
             calls.append(None)
@@ -172,10 +203,24 @@ def at_op(number, model, after, calls):
             if len(calls) == number and after:
                 raise Fault
             return y
+
         return run
 
-    names = ("embed", "linear", "rms_norm", "rope_tables", "apply_rope", "attention", "swiglu", "add")
-    yield npllm.Model(model.config, model.params, ops=ops.blockwise.replace(**{name: broken(getattr(model.ops, name)) for name in names}))
+    names = (
+        "embed",
+        "linear",
+        "rms_norm",
+        "rope_tables",
+        "apply_rope",
+        "attention",
+        "swiglu",
+        "add",
+    )
+    yield npllm.Model(
+        model.config,
+        model.params,
+        ops=ops.blockwise.replace(**{name: broken(getattr(model.ops, name)) for name in names}),
+    )
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -187,7 +232,9 @@ def test_a_fault_in_any_operation(scene, after):
     assert not check(scene, model, lambda: at_op(-1, model, after, calls), want)
     for number in range(1, len(calls) + 1, max(1, len(calls) // 15)):
         assert check(scene, model, lambda number=number: at_op(number, model, after, []), want)
-    assert check(scene, model, lambda: at_op(len(calls), model, after, []), want), "the last is lm_head"
+    assert check(scene, model, lambda: at_op(len(calls), model, after, []), want), (
+        "the last is lm_head"
+    )
 
 
 def test_a_fault_in_a_tap():
@@ -231,14 +278,20 @@ def interrupted(scene, n_runs):
     before = signal.signal(signal.SIGALRM, ring)
     try:
         for run in range(n_runs):
-            hits += check(scene, model, lambda run=run: alarm(max(1e-6, whole * (run + 0.5) / n_runs)), want)
+            hits += check(
+                scene, model, lambda run=run: alarm(max(1e-6, whole * (run + 0.5) / n_runs)), want
+            )
     finally:
         signal.signal(signal.SIGALRM, before)
     return hits
 
 
-needs_alarm = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no interval timer")
-in_a_finaliser = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where an interrupt may fall
+needs_alarm = pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="Windows has no interval timer"
+)
+in_a_finaliser = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # where an interrupt may fall
 
 
 @needs_alarm
@@ -274,8 +327,14 @@ def test_a_stream_left_half_way_changes_nothing():
     assert np.array_equal(model.generate(ids(2, 5), max_new_tokens=8), want)
 
 
-@pytest.mark.parametrize("run", [lambda m: m.generate(ids(2, 5), max_new_tokens=6), lambda m: m.beam_search(ids(2, 5), max_new_tokens=6).sequences],
-                         ids=["generate", "beams"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m: m.generate(ids(2, 5), max_new_tokens=6),
+        lambda m: m.beam_search(ids(2, 5), max_new_tokens=6).sequences,
+    ],
+    ids=["generate", "beams"],
+)
 def test_generation_that_fails_half_way_leaves_no_trace(run):
     model, calls = text_model(), []
     want = run(model)

@@ -40,11 +40,31 @@ OTHERS = {
     "a mask": (WINDOW, BASE, "under another mask, .*checkpoint's own"),
     "no mask": (BASE, WINDOW, "under another mask, the checkpoint's own"),
     "another mask": (BASE.with_mask(mask.sliding_window(4)), WINDOW, "under another mask"),
-    "another mask in one layer": (BASE.with_mask([WINDOW.mask, mask.causal()]), WINDOW, "under another mask"),
-    "fewer layers": (BASE, model(ops=ops.blockwise, num_hidden_layers=3), "num_hidden_layers = 2, .* 3"),
-    "more layers": (model(ops=ops.blockwise, num_hidden_layers=3), BASE, "num_hidden_layers = 3, .* 2"),
-    "more heads": (model(ops=ops.blockwise, num_key_value_heads=4), BASE, "num_key_value_heads = 4, .* 2"),
-    "a longer context": (BASE, like(BASE, max_position_embeddings=16), "max_position_embeddings = 64, .* 16"),
+    "another mask in one layer": (
+        BASE.with_mask([WINDOW.mask, mask.causal()]),
+        WINDOW,
+        "under another mask",
+    ),
+    "fewer layers": (
+        BASE,
+        model(ops=ops.blockwise, num_hidden_layers=3),
+        "num_hidden_layers = 2, .* 3",
+    ),
+    "more layers": (
+        model(ops=ops.blockwise, num_hidden_layers=3),
+        BASE,
+        "num_hidden_layers = 3, .* 2",
+    ),
+    "more heads": (
+        model(ops=ops.blockwise, num_key_value_heads=4),
+        BASE,
+        "num_key_value_heads = 4, .* 2",
+    ),
+    "a longer context": (
+        BASE,
+        like(BASE, max_position_embeddings=16),
+        "max_position_embeddings = 64, .* 16",
+    ),
     "a window": (like(BASE, sliding_window=3), BASE, "sliding_window = 3, .* None"),
     "another eps": (like(BASE, rms_norm_eps=1e-3), BASE, "rms_norm_eps"),
 }
@@ -63,9 +83,15 @@ def test_a_cache_of_another_model_is_refused(case, fill, front):
     other(IDS[:, 5:], cache=cache)  # its own model may go on
 
 
-@pytest.mark.parametrize(("made", "says"), [
-    (lambda: KVCache(1, 3, 64), "n_layer = 3, the model 2"), (lambda: KVCache(1, 1, 64), "n_layer = 1, the model 2"),
-    (lambda: KVCache(1, 2, 65), "room for 65 tokens, .* is 64"), (lambda: KVCache(1, 2, 64, 5), "window of 5 keys, the model sees all")])
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda: KVCache(1, 3, 64), "n_layer = 3, the model 2"),
+        (lambda: KVCache(1, 1, 64), "n_layer = 1, the model 2"),
+        (lambda: KVCache(1, 2, 65), "room for 65 tokens, .* is 64"),
+        (lambda: KVCache(1, 2, 64, 5), "window of 5 keys, the model sees all"),
+    ],
+)
 def test_a_cache_made_by_hand_must_have_the_sizes_of_the_model(made, says):
     with pytest.raises(NpllmValueError, match=says):
         BASE(IDS, cache=made())
@@ -96,9 +122,16 @@ def test_a_cache_made_by_hand_belongs_to_the_model_of_its_first_call():
     close(BASE(IDS[:, 5:], cache=cache), BASE(IDS)[:, 5:], times=2)
 
 
-@pytest.mark.parametrize("copied", [
-    lambda m: npllm.Model(m.config, m.params, ops=ops.reference), lambda m: like(m, eos_token_id=(5,), pad_token_id=3),
-    lambda m: m.with_mask(None), copy.copy], ids=["other ops", "other tokens", "the same mask", "copy.copy"])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda m: npllm.Model(m.config, m.params, ops=ops.reference),
+        lambda m: like(m, eos_token_id=(5,), pad_token_id=3),
+        lambda m: m.with_mask(None),
+        copy.copy,
+    ],
+    ids=["other ops", "other tokens", "the same mask", "copy.copy"],
+)
 def test_a_copy_on_the_same_weights_under_the_same_mask_goes_on(copied):
     close(copied(BASE)(IDS[:, 5:], cache=used_by(BASE)), BASE(IDS)[:, 5:], times=2)
 
@@ -111,21 +144,27 @@ def test_one_rule_object_is_one_mask_however_it_is_given():
 
 @pytest.mark.parametrize("cache", [{}, [], "cache", ops])
 def test_what_is_no_cache_is_refused_by_its_type(cache):
-    with pytest.raises(NpllmTypeError, match=f"cache must be a KVCache, .* got {type(cache).__name__}"):
+    with pytest.raises(
+        NpllmTypeError, match=f"cache must be a KVCache, .* got {type(cache).__name__}"
+    ):
         BASE(IDS, cache=cache)
 
 
 def test_a_layer_that_does_not_exist_is_refused_by_the_range():
     cache, k = KVCache(1, 2, 8), np.zeros((1, 2, 3, 8), np.float32)
     for layer in (2, -1):
-        with pytest.raises(NpllmValueError, match=f"layer must lie in 0 ... n_layer - 1 = 1, got {layer}"):
+        with pytest.raises(
+            NpllmValueError, match=f"layer must lie in 0 ... n_layer - 1 = 1, got {layer}"
+        ):
             cache.append(layer, k, k)
 
 
 def test_float64_is_not_rounded_to_what_the_cache_holds():
     cache, k = KVCache(1, 1, 8), np.zeros((1, 2, 3, 8), np.float32)
     cache.append(0, k, k)
-    with pytest.raises(NpllmValueError, match="holds values in float32, which would round the float64"):
+    with pytest.raises(
+        NpllmValueError, match="holds values in float32, which would round the float64"
+    ):
         cache.append(0, k, k.astype(np.float64))
 
 
@@ -144,7 +183,11 @@ def test_a_second_call_meanwhile_is_refused_and_the_first_goes_on():
     thread = threading.Thread(target=lambda: seen.append(BASE(IDS[:, :5], cache=cache, tap=tap)))
     thread.start()
     assert entered.wait(30)
-    for call in (lambda: BASE(IDS[:, :2], cache=cache), lambda: BASE.model(IDS[:, :2], cache=cache), lambda: cache.reorder([0, 0])):
+    for call in (
+        lambda: BASE(IDS[:, :2], cache=cache),
+        lambda: BASE.model(IDS[:, :2], cache=cache),
+        lambda: cache.reorder([0, 0]),
+    ):
         with pytest.raises(NpllmRuntimeError, match="in use by another call"):
             call()
     assert cache.n_ctx == 0, "what another call is doing is not to be seen"

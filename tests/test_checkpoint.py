@@ -7,7 +7,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from close import close
-from tiny import config_dict, model, random_ids, weights, write_folder, write_json, write_safetensors
+from tiny import (
+    config_dict,
+    model,
+    random_ids,
+    weights,
+    write_folder,
+    write_json,
+    write_safetensors,
+)
 
 import npllm
 from npllm import Config
@@ -15,8 +23,14 @@ from npllm.checkpoints.phi3_layout import expected_shapes, load_params
 from npllm.checkpoints.safetensors import read_entries
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
-LEAVES = {"input_layernorm": "input_layernorm", "qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj",
-          "post_attention_layernorm": "post_attention_layernorm", "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"}
+LEAVES = {
+    "input_layernorm": "input_layernorm",
+    "qkv_proj": "self_attn.qkv_proj",
+    "o_proj": "self_attn.o_proj",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "gate_up_proj": "mlp.gate_up_proj",
+    "down_proj": "mlp.down_proj",
+}
 INDEX = "model.safetensors.index.json"
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "sliding_window": ...}
 
@@ -27,9 +41,16 @@ def load(folder, **options):
 
 def by_name(params):
     """Params as in the file: tensor name -> array."""
-    named = {f"model.layers.{number}.{LEAVES[field]}.weight": getattr(layer, field)
-             for number, layer in enumerate(params.layers) for field in LEAVES}
-    return named | {"model.embed_tokens.weight": params.embed_tokens, "model.norm.weight": params.norm, "lm_head.weight": params.lm_head}
+    named = {
+        f"model.layers.{number}.{LEAVES[field]}.weight": getattr(layer, field)
+        for number, layer in enumerate(params.layers)
+        for field in LEAVES
+    }
+    return named | {
+        "model.embed_tokens.weight": params.embed_tokens,
+        "model.norm.weight": params.norm,
+        "lm_head.weight": params.lm_head,
+    }
 
 
 def write_shards(folder, tensors, n=3, **changes):
@@ -39,7 +60,9 @@ def write_shards(folder, tensors, n=3, **changes):
     files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     weight_map = {name: files[i % n] for i, name in enumerate(tensors)}
     for file in files:
-        write_safetensors(folder / file, {name: x for name, x in tensors.items() if weight_map[name] == file})
+        write_safetensors(
+            folder / file, {name: x for name, x in tensors.items() if weight_map[name] == file}
+        )
     write_json(folder / INDEX, {"metadata": {"total_size": 1}, "weight_map": weight_map})
     return weight_map
 
@@ -47,7 +70,9 @@ def write_shards(folder, tensors, n=3, **changes):
 def mapped(x):
     """Whether an array is a view, at any depth, of a mapped file."""
     while x is not None:
-        if isinstance(x, np.memmap) and x._mmap is not None:  # a copy is of that type, too, but holds no map
+        if (
+            isinstance(x, np.memmap) and x._mmap is not None
+        ):  # a copy is of that type, too, but holds no map
             return True
         x = getattr(x, "base", None)
     return False
@@ -120,7 +145,9 @@ def test_dtype_converts_every_tensor(tmp_path, stored, asked):
 
 @pytest.mark.parametrize("asked", ["int4", "float8", "", 5, ["float32"]])
 def test_an_unknown_dtype_is_refused_before_anything_is_read(tmp_path, asked):
-    with pytest.raises(NpllmValueError, match="dtype must be one of bfloat16, float16, float32, float64, int8, got"):
+    with pytest.raises(
+        NpllmValueError, match="dtype must be one of bfloat16, float16, float32, float64, int8, got"
+    ):
         load_params(tmp_path / "no such folder", None, dtype=asked)
 
 
@@ -141,7 +168,10 @@ def test_a_tied_model_uses_the_embedding_twice(tmp_path):
 def test_an_untied_model_without_lm_head_is_refused(tmp_path):
     tensors = weights()
     del tensors["lm_head.weight"]
-    with pytest.raises(NpllmValueError, match=r"missing: lm_head\.weight.*only where config\.json says tie_word_embeddings: true"):
+    with pytest.raises(
+        NpllmValueError,
+        match=r"missing: lm_head\.weight.*only where config\.json says tie_word_embeddings: true",
+    ):
         load(write_folder(tmp_path, tensors=tensors))
 
 
@@ -153,13 +183,26 @@ def test_split_projections_are_fused_in_the_order_q_k_v_and_gate_up(tmp_path):
     params = load(write_folder(tmp_path, tensors=tensors, **LLAMA))
     for number, layer in enumerate(params.layers):
         at = f"model.layers.{number}."
-        close(layer.qkv_proj, np.concatenate([tensors[f"{at}self_attn.{x}_proj.weight"] for x in "qkv"]), times=0)
-        close(layer.gate_up_proj, np.concatenate([tensors[f"{at}mlp.{x}_proj.weight"] for x in ("gate", "up")]), times=0)
+        close(
+            layer.qkv_proj,
+            np.concatenate([tensors[f"{at}self_attn.{x}_proj.weight"] for x in "qkv"]),
+            times=0,
+        )
+        close(
+            layer.gate_up_proj,
+            np.concatenate([tensors[f"{at}mlp.{x}_proj.weight"] for x in ("gate", "up")]),
+            times=0,
+        )
 
 
 def test_a_split_checkpoint_and_its_fused_form_are_the_same_model(tmp_path):
     split = npllm.load(write_folder(tmp_path / "llama", **LLAMA))
-    fused = npllm.load(write_folder(tmp_path / "phi3", tensors={name: np.array(x) for name, x in by_name(split.params).items()}))
+    fused = npllm.load(
+        write_folder(
+            tmp_path / "phi3",
+            tensors={name: np.array(x) for name, x in by_name(split.params).items()},
+        )
+    )
     ids = random_ids(2, 9)
     close(split(ids), fused(ids), times=0)
 
@@ -169,8 +212,16 @@ def test_biases_are_fused_as_well(tmp_path):
     tensors = weights(config_dict(**changes))
     layer = load(write_folder(tmp_path, tensors=tensors, **changes)).layers[1]
     at = "model.layers.1."
-    close(layer.qkv_bias, np.concatenate([tensors[f"{at}self_attn.{x}_proj.bias"] for x in "qkv"]), times=0)
-    close(layer.gate_up_bias, np.concatenate([tensors[f"{at}mlp.{x}_proj.bias"] for x in ("gate", "up")]), times=0)
+    close(
+        layer.qkv_bias,
+        np.concatenate([tensors[f"{at}self_attn.{x}_proj.bias"] for x in "qkv"]),
+        times=0,
+    )
+    close(
+        layer.gate_up_bias,
+        np.concatenate([tensors[f"{at}mlp.{x}_proj.bias"] for x in ("gate", "up")]),
+        times=0,
+    )
     close(layer.o_bias, tensors[at + "self_attn.o_proj.bias"], times=0)
     close(layer.down_bias, tensors[at + "mlp.down_proj.bias"], times=0)
 
@@ -186,9 +237,13 @@ def test_one_error_lists_everything_that_is_wrong(tmp_path):
     tensors["model.layers.1.self_attn.o_proj.weight"] = np.ones((32, 32), np.int64)
     with pytest.raises(NpllmValueError) as caught:
         load(write_folder(tmp_path, tensors=tensors))
-    for part in ("missing: model.norm.weight", "unknown: model.norm.wait", str(tmp_path),
-                 "wrong shape: model.layers.0.mlp.down_proj.weight must be [32, 40], got [32, 41]",
-                 "model.layers.1.self_attn.o_proj.weight is I64"):
+    for part in (
+        "missing: model.norm.weight",
+        "unknown: model.norm.wait",
+        str(tmp_path),
+        "wrong shape: model.layers.0.mlp.down_proj.weight must be [32, 40], got [32, 41]",
+        "model.layers.1.self_attn.o_proj.weight is I64",
+    ):
         assert part in str(caught.value)
 
 
@@ -201,7 +256,14 @@ def test_a_transposed_square_or_not_shape_is_compared_axis_by_axis(tmp_path):
 
 def test_a_long_list_of_problems_is_cut(tmp_path):
     with pytest.raises(NpllmValueError, match="and 24 more") as caught:
-        load(write_folder(tmp_path, tensors={"x": np.ones(1, np.float32)}, num_hidden_layers=5, tie_word_embeddings=True))
+        load(
+            write_folder(
+                tmp_path,
+                tensors={"x": np.ones(1, np.float32)},
+                num_hidden_layers=5,
+                tie_word_embeddings=True,
+            )
+        )
     assert len(str(caught.value)) < 1500
 
 
@@ -227,7 +289,10 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     path = write_folder(tmp_path) / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
-    with pytest.raises(NpllmOSError, match=r"model\.safetensors: is not a readable safetensors file .*download complete"):
+    with pytest.raises(
+        NpllmOSError,
+        match=r"model\.safetensors: is not a readable safetensors file .*download complete",
+    ):
         load(tmp_path)
 
 
@@ -246,11 +311,20 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path, length):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("header", [b"[]", b"{", b"\xff\xfe", b"[" * 50_000, b'{"x": 3}',
-                                    b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
-                                    b'{"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}',
-                                    b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}',
-                                    b'{"x": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}'])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 50_000,
+        b'{"x": 3}',
+        b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}',
+        b'{"x": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
 def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
     write_folder(tmp_path)
     write_safetensors(tmp_path / "model.safetensors", {"x": np.ones(1, np.float32)}, header=header)
@@ -274,24 +348,44 @@ def test_an_empty_folder_is_refused(tmp_path):
         read_entries(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"]
+)
 def test_pickles_are_refused_with_the_reason(tmp_path, name):
     write_json(tmp_path / "config.json", config_dict())
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(NpllmOSError, match=rf"{name} may hold Python pickles, which can run any code .* are refused"):
+    with pytest.raises(
+        NpllmOSError,
+        match=rf"{name} may hold Python pickles, which can run any code .* are refused",
+    ):
         npllm.load(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the index
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "", ".", "..", "./model-1.safetensors",
-                                  "sub/../model-1.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "",
+        ".",
+        "..",
+        "./model-1.safetensors",
+        "sub/../model-1.safetensors",
+    ],
+)
 def test_an_index_may_only_name_files_of_its_own_folder(tmp_path, name):
     folder = tmp_path / "folder"
     weight_map = write_shards(folder, weights())
     (folder / "sub").mkdir()
-    for place in (tmp_path / "outside.safetensors", folder / "sub" / "model.safetensors", folder / "model-1.safetensors"):
+    for place in (
+        tmp_path / "outside.safetensors",
+        folder / "sub" / "model.safetensors",
+        folder / "model-1.safetensors",
+    ):
         write_safetensors(place, weights())
     write_json(folder / INDEX, {"weight_map": weight_map | {"lm_head.weight": name}})
     with pytest.raises(NpllmValueError, match="may only name files of its own folder") as caught:
@@ -305,7 +399,11 @@ def test_a_shard_may_be_a_link(tmp_path):
     shard = tmp_path / "folder" / "model-00002-of-00003.safetensors"
     shard.rename(blob)
     shard.symlink_to(blob)
-    close(by_name(load(tmp_path / "folder"))["model.norm.weight"], weights()["model.norm.weight"], times=0)
+    close(
+        by_name(load(tmp_path / "folder"))["model.norm.weight"],
+        weights()["model.norm.weight"],
+        times=0,
+    )
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -317,12 +415,18 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_a_tensor_that_its_shard_does_not_hold_is_named(tmp_path):
     weight_map = write_shards(tmp_path, weights())
-    write_json(tmp_path / INDEX, {"weight_map": weight_map | {"lm_head.wait": weight_map["lm_head.weight"]}})
+    write_json(
+        tmp_path / INDEX,
+        {"weight_map": weight_map | {"lm_head.wait": weight_map["lm_head.weight"]}},
+    )
     with pytest.raises(NpllmValueError, match=r"do not hold: lm_head\.wait in model-"):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": "x"}, {"weight_map": None}])
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": "x"}, {"weight_map": None}],
+)
 def test_an_index_without_a_weight_map_is_refused(tmp_path, content):
     write_json(tmp_path / INDEX, content)
     with pytest.raises(NpllmValueError, match="weight_map"):
@@ -353,7 +457,9 @@ def test_a_loaded_model_computes_like_the_one_made_of_arrays(tmp_path):
 def test_storage_in_16_bits_is_widened_exactly(tmp_path):
     ids = random_ids(1, 7)
     write_folder(tmp_path, dtype=ml_dtypes.bfloat16)
-    stored, wide = (npllm.load(tmp_path, dtype=dtype, ops=npllm.ops.reference) for dtype in (None, "float32"))
+    stored, wide = (
+        npllm.load(tmp_path, dtype=dtype, ops=npllm.ops.reference) for dtype in (None, "float32")
+    )
     assert stored.params.embed_tokens.dtype == ml_dtypes.bfloat16
     close(stored(ids), wide(ids), times=0)
     close(npllm.load(tmp_path)(ids), wide(ids), times=1)  # kernels add up in an order of their own

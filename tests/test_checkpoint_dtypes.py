@@ -21,9 +21,12 @@ from npllm.quantized.int8 import quantize
 
 FLOATS = [np.dtype(name) for name in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)]
 BIASED = LLAMA | {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1}
-FUSED = {"qkv_proj": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-         "qkv_bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
-         "gate_up_proj": ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "gate_up_bias": ["mlp.gate_proj.bias", "mlp.up_proj.bias"]}
+FUSED = {
+    "qkv_proj": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "qkv_bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
+    "gate_up_proj": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "gate_up_bias": ["mlp.gate_proj.bias", "mlp.up_proj.bias"],
+}
 choice = st.sampled_from(FLOATS)
 
 
@@ -59,7 +62,9 @@ def test_the_widest_dtype_holds_every_value_of_all(dtypes):
             assert as_float64(np.asarray(x, dtype).astype(wide)) == as_float64(np.asarray(x, dtype))
 
 
-@pytest.mark.parametrize("dtypes", [*itertools.product(FLOATS, repeat=2), *itertools.permutations(FLOATS, 3)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [*itertools.product(FLOATS, repeat=2), *itertools.permutations(FLOATS, 3)], ids=str
+)
 def test_parts_of_several_dtypes_are_stacked_in_the_widest(tmp_path, dtypes):
     tensors = mixed(dtypes)
     layer = load_params(write(tmp_path, tensors), Config.from_json(BIASED)).layers[0]
@@ -75,7 +80,9 @@ def test_parts_of_several_dtypes_arrive_on_a_device_in_the_widest(tmp_path, dtyp
     guard.installed(monkeypatch)
     monkeypatch.setattr(upload, "BUFFER_BYTES", 64)
     folder = write(tmp_path, mixed(dtypes))
-    here, there = (load_params(folder, Config.from_json(BIASED), xp=xp).layers[0] for xp in (np, guard.xp))
+    here, there = (
+        load_params(folder, Config.from_json(BIASED), xp=xp).layers[0] for xp in (np, guard.xp)
+    )
     for field in FUSED:
         close(getattr(there, field), guard.moved(np.array(getattr(here, field))), times=0)
 
@@ -89,9 +96,15 @@ def test_parts_of_several_dtypes_are_quantized_from_the_widest(tmp_path):
     layer = load_params(write(tmp_path, tensors), Config.from_json(BIASED), dtype="int8").layers[0]
     parts = [tensors[f"model.layers.0.{part}"].astype(np.float32) for part in FUSED["qkv_proj"]]
     want = quantize(np.concatenate(parts))
-    assert (layer.qkv_proj.values == want.values).all() and (layer.qkv_proj.scales == want.scales).all()
+    assert (layer.qkv_proj.values == want.values).all() and (
+        layer.qkv_proj.scales == want.scales
+    ).all()
 
 
 def test_a_dtype_that_is_asked_for_still_decides(tmp_path):
-    layer = load_params(write(tmp_path, family.tensors(BIASED) | mixed(FLOATS[::-1])), Config.from_json(BIASED), dtype="bfloat16").layers[0]
+    layer = load_params(
+        write(tmp_path, family.tensors(BIASED) | mixed(FLOATS[::-1])),
+        Config.from_json(BIASED),
+        dtype="bfloat16",
+    ).layers[0]
     assert all(getattr(layer, field).dtype == ml_dtypes.bfloat16 for field in FUSED)

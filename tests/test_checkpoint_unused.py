@@ -21,7 +21,10 @@ from npllm.models import rope
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
-TIED = {"phi3": tiny.config_dict(tie_word_embeddings=True), "llama": LLAMA | {"tie_word_embeddings": True}}
+TIED = {
+    "phi3": tiny.config_dict(tie_word_embeddings=True),
+    "llama": LLAMA | {"tie_word_embeddings": True},
+}
 families = pytest.mark.parametrize("content", TIED.values(), ids=list(TIED))
 DIFFER = r"tie_word_embeddings: true, but lm_head\.weight and model\.embed_tokens\.weight differ, so both are used"
 IDS = np.array([[5, 6, 7, 8]])
@@ -65,7 +68,11 @@ def test_of_two_tied_matrices_the_one_in_the_file_is_used_for_both(tmp_path, con
     params = load(tmp_path, content, renamed, dtype=dtype)
     assert params.lm_head is params.embed_tokens
     ids = tiny.random_ids(1, 5)
-    close(npllm.load(tmp_path, dtype=dtype)(ids), family.load(content, tensors, dtype=dtype)(ids), times=0)
+    close(
+        npllm.load(tmp_path, dtype=dtype)(ids),
+        family.load(content, tensors, dtype=dtype)(ids),
+        times=0,
+    )
 
 
 @families
@@ -95,13 +102,19 @@ def test_an_untied_model_does_not_make_do_with_one(tmp_path):
 @pytest.mark.parametrize("lost", [None, EMBEDDING])
 def test_a_tied_output_matrix_has_the_shape_of_the_embedding(tmp_path, lost):
     tensors = {name: x for name, x in family.tensors(TIED["llama"]).items() if name != lost}
-    with pytest.raises(npllm.NpllmError, match=r"lm_head\.weight must be \[61, 32\], got \[60, 32\]"):
+    with pytest.raises(
+        npllm.NpllmError, match=r"lm_head\.weight must be \[61, 32\], got \[60, 32\]"
+    ):
         load(tmp_path, TIED["llama"], tensors | {OUTPUT: another()[:-1]})
 
 
 def test_a_tied_output_matrix_of_integers_is_refused(tmp_path):
     with pytest.raises(npllm.NpllmError, match=r"dtype not one of .*lm_head\.weight is I64"):
-        load(tmp_path, TIED["llama"], family.tensors(TIED["llama"]) | {OUTPUT: np.zeros((61, 32), np.int64)})
+        load(
+            tmp_path,
+            TIED["llama"],
+            family.tensors(TIED["llama"]) | {OUTPUT: np.zeros((61, 32), np.int64)},
+        )
 
 
 FLOATS = st.sampled_from([np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
@@ -121,17 +134,28 @@ def test_matrices_are_the_same_where_their_values_are(n, d, one, other, changed,
 def test_the_comparison_stops_where_matrices_differ(monkeypatch):
     seen = []
     monkeypatch.setattr(unused, "BLOCK", 32)
-    monkeypatch.setattr(unused.np, "array_equal", lambda a, b: (seen.append(a.shape), bool((a == b).all()))[1])
+    monkeypatch.setattr(
+        unused.np, "array_equal", lambda a, b: (seen.append(a.shape), bool((a == b).all()))[1]
+    )
     assert not unused.same_values(another(1), another(2))
     assert len(seen) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------ RoPE buffers
 
-ROPES = {"default": {}, "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-         "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-         "longrope": {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
-                                       "original_max_position_embeddings": 16}}}
+ROPES = {
+    "default": {},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "longrope": {
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": 16,
+        }
+    },
+}
 
 
 @pytest.mark.parametrize("changes", ROPES.values(), ids=list(ROPES))
@@ -141,14 +165,28 @@ def test_rope_buffers_that_follow_from_the_config_are_silent(tmp_path, changes, 
     config = Config.from_json(content)
     for length in (1, config.context_length):
         stored = rope.frequencies(config, rope.frequency_choice(config, length)).astype(dtype)
-        load(tmp_path, content, family.tensors(content) | {BUFFER: stored, "model.rotary_emb.inv_freq": stored})
+        load(
+            tmp_path,
+            content,
+            family.tensors(content) | {BUFFER: stored, "model.rotary_emb.inv_freq": stored},
+        )
 
 
-@pytest.mark.parametrize("stored", [np.ones(4, np.float32), np.ones(3, np.float32), np.zeros(4, np.int64),
-                                    np.float32([1, 0.1, 0.01, 0.0011])])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        np.ones(4, np.float32),
+        np.ones(3, np.float32),
+        np.zeros(4, np.int64),
+        np.float32([1, 0.1, 0.01, 0.0011]),
+    ],
+)
 def test_rope_buffers_that_do_not_are_named(tmp_path, stored):
     tensors = family.tensors(LLAMA)
-    with pytest.warns(UserWarning, match=r"not used: model\.layers\.0\.self_attn\.rotary_emb\.inv_freq; .* of config\.json, which are used"):
+    with pytest.warns(
+        UserWarning,
+        match=r"not used: model\.layers\.0\.self_attn\.rotary_emb\.inv_freq; .* of config\.json, which are used",
+    ):
         params = load(tmp_path, LLAMA, tensors | {BUFFER: stored})
     close(np.array(params.norm), tensors["model.norm.weight"], times=0)
 
@@ -157,7 +195,11 @@ def test_the_bar_counts_what_is_read(tmp_path, monkeypatch):
     import contextlib
 
     seen = []
-    monkeypatch.setattr(phi3_layout, "progress_bar", lambda total, _, **__: contextlib.nullcontext(lambda n, _: seen.append((n, total))))
+    monkeypatch.setattr(
+        phi3_layout,
+        "progress_bar",
+        lambda total, _, **__: contextlib.nullcontext(lambda n, _: seen.append((n, total))),
+    )
     tensors = family.tensors(TIED["llama"])
     load(tmp_path, TIED["llama"], tensors | {OUTPUT: tensors[EMBEDDING].copy()}, progress=True)
     assert sum(n for n, _ in seen) == seen[0][1]
@@ -171,26 +213,37 @@ def test_the_bar_counts_what_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", ["differ", "equal", "only the output", "equal, wider", "rounded"])
 def test_tied_matrices_are_those_of_transformers(tmp_path, content, case):
     if os.environ.get("NPLLM_REQUIRE_LIVE") != "1":
-        pytest.importorskip("torch", reason="compares with Transformers, and torch is not installed")
+        pytest.importorskip(
+            "torch", reason="compares with Transformers, and torch is not installed"
+        )
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     tensors = family.tensors(content)
     embedding = tensors[EMBEDDING]
-    tensors[OUTPUT] = {"differ": another(), "equal, wider": embedding.astype(np.float64),
-                       "rounded": embedding.astype(ml_dtypes.bfloat16)}.get(case, embedding.copy())
+    tensors[OUTPUT] = {
+        "differ": another(),
+        "equal, wider": embedding.astype(np.float64),
+        "rounded": embedding.astype(ml_dtypes.bfloat16),
+    }.get(case, embedding.copy())
     if case == "only the output":
         del tensors[EMBEDDING]
     folder = family.write(tmp_path, content, tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ours = npllm.load(folder)
     with torch.no_grad():
         want = theirs(torch.as_tensor(IDS)).logits.numpy()
     close(ours(IDS), want, times=16)
-    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == (ours.params.lm_head is ours.params.embed_tokens)
-    assert any("both are used" in str(warning.message) for warning in caught) == (case in ("differ", "rounded"))
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == (
+        ours.params.lm_head is ours.params.embed_tokens
+    )
+    assert any("both are used" in str(warning.message) for warning in caught) == (
+        case in ("differ", "rounded")
+    )

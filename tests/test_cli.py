@@ -28,8 +28,15 @@ CHAT = {"eos_token_id": [], "pad_token_id": 0}
 def folder(tmp_path_factory):
     """A tiny checkpoint that never ends an answer by itself."""
     backend = tiny.byte_level()
-    return tiny.write_folder(tmp_path_factory.mktemp("checkpoints") / "tiny", tokenizer=backend, settings=tiny.SETTINGS, generation=CHAT,
-                             vocab_size=backend.get_vocab_size(), max_position_embeddings=100_000, original_max_position_embeddings=100_000)
+    return tiny.write_folder(
+        tmp_path_factory.mktemp("checkpoints") / "tiny",
+        tokenizer=backend,
+        settings=tiny.SETTINGS,
+        generation=CHAT,
+        vocab_size=backend.get_vocab_size(),
+        max_position_embeddings=100_000,
+        original_max_position_embeddings=100_000,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +58,18 @@ def call(folder):
 
 def start(*arguments, env=None, **options):
     """A process of its own."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([sys.executable, "-m", "npllm", *map(str, arguments)], cwd=ROOT, env=os.environ | (env or {}),
-                            preexec_fn=_hear_ctrl_c, **pipes)
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    } | options
+    return subprocess.Popen(
+        [sys.executable, "-m", "npllm", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+        preexec_fn=_hear_ctrl_c,
+        **pipes,
+    )
 
 
 def _hear_ctrl_c():
@@ -77,11 +93,15 @@ def failed(result, *words):
 
 # ----------------------------------------------------------------------------------------------------------- each command
 
+
 def test_generate_streams_the_prompt_and_the_answer(call, folder):
     result = call("generate", "hello", "-n", 5)
     assert result.exit_code == 0
     assert result.stdout == "hello" + npllm.load(folder).generate("hello", max_new_tokens=5) + "\n"
-    assert re.fullmatch(r"prompt 1 tokens, [\d.]+ tokens/s; generation 5 tokens, [\d.]+ tokens/s; peak memory \d+ MB\n", result.stderr)
+    assert re.fullmatch(
+        r"prompt 1 tokens, [\d.]+ tokens/s; generation 5 tokens, [\d.]+ tokens/s; peak memory \d+ MB\n",
+        result.stderr,
+    )
 
 
 def test_generate_json_holds_the_new_text(call, folder):
@@ -93,25 +113,51 @@ def test_generate_json_holds_the_new_text(call, folder):
     assert facts["peak_bytes"] > 10**7
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.7, "top_k": 5, "seed": 3}, {"top_p": 0.5, "seed": 4}, {"min_p": 0.1, "seed": 1}, {"temperature": 0},
-                                     {"repetition_penalty": 1.5}, {"use_cache": False}, {"stop": ["e"]}, {"do_sample": True, "seed": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7, "top_k": 5, "seed": 3},
+        {"top_p": 0.5, "seed": 4},
+        {"min_p": 0.1, "seed": 1},
+        {"temperature": 0},
+        {"repetition_penalty": 1.5},
+        {"use_cache": False},
+        {"stop": ["e"]},
+        {"do_sample": True, "seed": 5},
+    ],
+)
 def test_generate_takes_the_options_of_the_library(call, folder, options):
     """Every option arrives."""
-    written = {"use_cache": ["--no-use-cache"], "do_sample": ["--do-sample"], "stop": ["--stop", "e"]}
-    arguments = [word for name, value in options.items() for word in written.get(name, [f"--{name.replace('_', '-')}", value])]
+    written = {
+        "use_cache": ["--no-use-cache"],
+        "do_sample": ["--do-sample"],
+        "stop": ["--stop", "e"],
+    }
+    arguments = [
+        word
+        for name, value in options.items()
+        for word in written.get(name, [f"--{name.replace('_', '-')}", value])
+    ]
     got = json.loads(call("generate", "hello", "-n", 12, "--json", *arguments).stdout)["text"]
     assert got == npllm.load(folder).generate("hello", max_new_tokens=12, **options)
 
 
 def test_generate_reads_the_prompt_from_standard_input(call):
     given = call("generate", "-", "-n", 3, input="hello").stdout
-    assert given == call("generate", "hello", "-n", 3).stdout == call("generate", "-n", 3, input="hello").stdout
+    assert (
+        given
+        == call("generate", "hello", "-n", 3).stdout
+        == call("generate", "-n", 3, input="hello").stdout
+    )
 
 
 def test_generate_chat_answers_a_message_and_does_not_echo_it(call, folder):
     messages = [{"role": "user", "content": "hello"}]
     model = npllm.load(folder)
-    assert call("generate", "--chat", "hello", "-n", 4).stdout == model.generate(messages, max_new_tokens=4) + "\n"
+    assert (
+        call("generate", "--chat", "hello", "-n", 4).stdout
+        == model.generate(messages, max_new_tokens=4) + "\n"
+    )
     facts = json.loads(call("generate", "--chat", "--json", "-n", 1, input="hello").stdout)
     assert facts["prompt_tokens"] == len(model.tokenizer.encode_chat(messages))
 
@@ -126,23 +172,38 @@ def test_chat_keeps_a_conversation_until_it_is_told_to_forget(call, folder):
     result = call("chat", "-n", 3, input="hello\n\nhello\n/reset\nhello\n/exit\nhello\n")
     assert (result.exit_code, result.stdout) == (0, f"{one}\n{two}\n{one}\n")
     assert result.stderr.count("prompt ") == 3
-    assert call("chat", "-n", 3, input="hello").stdout == f"{one}\n", "the end of the input leaves as well"
+    assert call("chat", "-n", 3, input="hello").stdout == f"{one}\n", (
+        "the end of the input leaves as well"
+    )
 
 
 def test_chat_begins_with_a_system_message(call, folder):
     messages = [{"role": "system", "content": "hell"}, {"role": "user", "content": "hello"}]
     answer = npllm.load(folder).generate(messages, max_new_tokens=3)
-    assert call("chat", "--system", "hell", "-n", 3, input="hello\n/reset\nhello").stdout == f"{answer}\n{answer}\n"
+    assert (
+        call("chat", "--system", "hell", "-n", 3, input="hello\n/reset\nhello").stdout
+        == f"{answer}\n{answer}\n"
+    )
 
 
 def test_chat_goes_on_where_a_message_does_not_fit(call, tmp_path):
     backend = tiny.byte_level()
-    small = tiny.write_folder(tmp_path, tokenizer=backend, settings=tiny.SETTINGS, generation=CHAT, vocab_size=backend.get_vocab_size())
+    small = tiny.write_folder(
+        tmp_path,
+        tokenizer=backend,
+        settings=tiny.SETTINGS,
+        generation=CHAT,
+        vocab_size=backend.get_vocab_size(),
+    )
     result = call("chat", "-n", 2, input=f"{'x' * 100}\nhello\n", model=small)
     assert result.exit_code == 0
     assert "context length" in result.stderr
     assert "/reset begins anew" in result.stderr
-    assert result.stdout == npllm.load(small).generate([{"role": "user", "content": "hello"}], max_new_tokens=2) + "\n"
+    assert (
+        result.stdout
+        == npllm.load(small).generate([{"role": "user", "content": "hello"}], max_new_tokens=2)
+        + "\n"
+    )
 
 
 def test_topk_lists_the_likeliest_tokens(call):
@@ -150,14 +211,20 @@ def test_topk_lists_the_likeliest_tokens(call):
     assert [set(row) for row in rows] == [{"id", "text", "logit", "probability"}] * 4
     assert rows == sorted(rows, key=lambda row: -row["probability"])
     assert json.loads(call("topk", "hello", "-k", 10**6, "--json").stdout)[0] == rows[0]
-    assert sum(row["probability"] for row in json.loads(call("topk", "hello", "-k", 10**6, "--json").stdout)) == pytest.approx(1, abs=1e-4)
+    assert sum(
+        row["probability"]
+        for row in json.loads(call("topk", "hello", "-k", 10**6, "--json").stdout)
+    ) == pytest.approx(1, abs=1e-4)
     lines = call("topk", "hello", "-k", 4).stdout.splitlines()
     assert [int(line.split()[0]) for line in lines] == [row["id"] for row in rows]
     assert "█" in lines[0]
 
 
 def test_tokens_shows_the_cuts(call):
-    assert json.loads(call("tokens", "hello w", "--json").stdout) == [{"id": 265, "text": "hello"}, {"id": 266, "text": " w"}]
+    assert json.loads(call("tokens", "hello w", "--json").stdout) == [
+        {"id": 265, "text": "hello"},
+        {"id": 266, "text": " w"},
+    ]
     result = call("tokens", input="hello w")
     assert (result.stdout, result.stderr) == ("    265  'hello'\n    266  ' w'\n", "2 tokens\n")
     assert call("tokens", "--chat", "hello").stdout.startswith("      3  '<|user|>'\n")
@@ -165,9 +232,23 @@ def test_tokens_shows_the_cuts(call):
 
 def test_inspect_counts_without_reading_weights(call, bare):
     facts = json.loads(call("inspect", "--json").stdout)
-    assert facts["parameters"] == sum(facts["parameters_by_part"].values()) == sum(x.size for x in tiny.weights(
-        tiny.config_dict(vocab_size=tiny.byte_level().get_vocab_size(), max_position_embeddings=100_000)).values())
-    assert (facts["bytes"], facts["dtypes"], facts["files"]) == (4 * facts["parameters"], ["float32"], 1)
+    assert (
+        facts["parameters"]
+        == sum(facts["parameters_by_part"].values())
+        == sum(
+            x.size
+            for x in tiny.weights(
+                tiny.config_dict(
+                    vocab_size=tiny.byte_level().get_vocab_size(), max_position_embeddings=100_000
+                )
+            ).values()
+        )
+    )
+    assert (facts["bytes"], facts["dtypes"], facts["files"]) == (
+        4 * facts["parameters"],
+        ["float32"],
+        1,
+    )
     assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
     text = call("inspect", model=bare).stdout
     assert text.startswith("Phi3ForCausalLM(")
@@ -176,10 +257,15 @@ def test_inspect_counts_without_reading_weights(call, bare):
 
 def test_fetch_prints_the_folder_and_passes_its_options_on(call, monkeypatch):
     asked = []
-    monkeypatch.setattr(cli, "fetch", lambda name, **options: asked.append((name, options)) or Path("here"))
+    monkeypatch.setattr(
+        cli, "fetch", lambda name, **options: asked.append((name, options)) or Path("here")
+    )
     assert call("fetch", "a/b", "--revision", "main", "--token", "x").stdout == "here\n"
     assert call("fetch", env={"HF_TOKEN": "y"}).exit_code == 0
-    assert asked == [("a/b", {"revision": "main", "token": "x"}), (DEFAULT_MODEL, {"revision": None, "token": "y"})]
+    assert asked == [
+        ("a/b", {"revision": "main", "token": "x"}),
+        (DEFAULT_MODEL, {"revision": None, "token": "y"}),
+    ]
 
 
 def test_fetch_of_what_is_there_does_nothing(call, tmp_path, monkeypatch):
@@ -201,19 +287,28 @@ def test_bench_measures_with_cache_and_without(call):
 
 
 def test_bench_profiles_every_operation(call, monkeypatch):
-    monkeypatch.setattr("npllm.analysis.profiling.machine_limits", lambda: {"read": 1e9, "flops": 1e10})
+    monkeypatch.setattr(
+        "npllm.analysis.profiling.machine_limits", lambda: {"read": 1e9, "flops": 1e10}
+    )
     sizes = ("--profile", "-p", 3, "-n", 2, "-r", 1)
     facts = json.loads(call("bench", *sizes, "--json").stdout)
     assert {"prefill", "decode", "limits", "machine"} <= set(facts)
     lines = call("bench", *sizes).stdout
-    assert "limits: 1.0 GB/s read, 10 GFLOP/s" in lines and "prefill of 3 tokens" in lines and lines.count("between the ops") == 2
+    assert (
+        "limits: 1.0 GB/s read, 10 GFLOP/s" in lines
+        and "prefill of 3 tokens" in lines
+        and lines.count("between the ops") == 2
+    )
 
 
 def test_bench_compares_sets_of_operations(call):
     sizes = ("-p", 3, "-n", 2, "-r", 1, "--against", "blockwise", "--against", "reference")
     facts = json.loads(call("bench", *sizes, "--json").stdout)
     names = [one["ops"] for one in facts["sets"]]
-    assert names == [fastest_ops().name, "blockwise", "reference"] and list(facts["speedup"]) == names[1:]
+    assert (
+        names == [fastest_ops().name, "blockwise", "reference"]
+        and list(facts["speedup"]) == names[1:]
+    )
     for one in facts["sets"][1:]:
         for what, ratio in facts["speedup"][one["ops"]].items():
             own = facts["sets"][0]["tokens_per_second"][what]
@@ -232,7 +327,10 @@ def test_a_set_of_operations_is_chosen_by_name(call, name):
 def test_the_cuda_kernels_need_cupy(call):
     result = call("bench", "-p", 2, "-n", 1, "-r", 1, "--ops", "cuda")
     assert result.exit_code == 1
-    assert 'ops="cuda" runs on CuPy arrays and needs backend="cupy", got backend="numpy"' in result.stderr
+    assert (
+        'ops="cuda" runs on CuPy arrays and needs backend="cupy", got backend="numpy"'
+        in result.stderr
+    )
 
 
 def test_doctor_describes_the_machine(call):
@@ -243,40 +341,64 @@ def test_doctor_describes_the_machine(call):
 
 
 def test_doctor_warns_of_a_fixed_blas(call):
-    assert "OPENBLAS_CORETYPE fixes the kernels" in call("doctor", env={"OPENBLAS_CORETYPE": "Haswell"}).stderr
+    assert (
+        "OPENBLAS_CORETYPE fixes the kernels"
+        in call("doctor", env={"OPENBLAS_CORETYPE": "Haswell"}).stderr
+    )
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "topk", "tokens", "inspect", "bench"])
 def test_model_is_chosen_by_path_or_by_name(command, call, folder, monkeypatch):
     """-m takes a folder, or the name of one among the fetched."""
-    arguments = {"generate": ("hi", "-n", "1"), "topk": ("hi",), "tokens": ("hi",), "bench": ("-p", "2", "-n", "1", "-r", "1")}.get(command, ())
+    arguments = {
+        "generate": ("hi", "-n", "1"),
+        "topk": ("hi",),
+        "tokens": ("hi",),
+        "bench": ("-p", "2", "-n", "1", "-r", "1"),
+    }.get(command, ())
     monkeypatch.setenv("NPLLM_WEIGHTS", str(folder.parent))
     assert call(command, *arguments, input="").exit_code == 0
     assert call(command, *arguments, input="", model="tiny").exit_code == 0
-    failed(call(command, *arguments, input="", model="/nonexistent"), "/nonexistent: is neither a folder nor a fetched checkpoint")
+    failed(
+        call(command, *arguments, input="", model="/nonexistent"),
+        "/nonexistent: is neither a folder nor a fetched checkpoint",
+    )
 
 
-@pytest.mark.parametrize("options", [("--dtype", "float64"), ("--ops", "reference"), ("--backend", "numpy")])
+@pytest.mark.parametrize(
+    "options", [("--dtype", "float64"), ("--ops", "reference"), ("--backend", "numpy")]
+)
 def test_model_options(options, call):
-    plain, other = (json.loads(call("topk", "hello", "--json", *words).stdout) for words in ((), options))
+    plain, other = (
+        json.loads(call("topk", "hello", "--json", *words).stdout) for words in ((), options)
+    )
     assert [row["id"] for row in other] == [row["id"] for row in plain]
-    assert [row["logit"] for row in other] == pytest.approx([row["logit"] for row in plain], rel=1e-4)
+    assert [row["logit"] for row in other] == pytest.approx(
+        [row["logit"] for row in plain], rel=1e-4
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- errors
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("generate", "hello", "--no-do-sample", "--temp", "0.5"), ("do_sample=False contradicts", "temperature=0.5")),
-    (("chat", "--no-do-sample", "--top-k", "5"), ("do_sample=False contradicts", "top_k=5")),
-    (("generate", "hello", "--top-p", "1.5"), ("top_p must be a number in 0 ... 1, got 1.5",)),
-    (("generate", "hello", "--temp", "nan"), ("temperature must be a number",)),
-    (("generate", "hello", "--seed", "-1"), ("seed must be an integer",)),
-    (("generate", "hello", "--stop", ""), ("stop must be strings, none of them empty",)),
-    (("generate", ""), ("the prompt is empty",)),
-    (("generate", "a" * 100_001), ("the prompt has 100001 tokens", "100000")),
-    (("topk", ""), ("the prompt is empty",)),
-    (("bench", "-p", "100001"), ("100000",)),
-])
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("generate", "hello", "--no-do-sample", "--temp", "0.5"),
+            ("do_sample=False contradicts", "temperature=0.5"),
+        ),
+        (("chat", "--no-do-sample", "--top-k", "5"), ("do_sample=False contradicts", "top_k=5")),
+        (("generate", "hello", "--top-p", "1.5"), ("top_p must be a number in 0 ... 1, got 1.5",)),
+        (("generate", "hello", "--temp", "nan"), ("temperature must be a number",)),
+        (("generate", "hello", "--seed", "-1"), ("seed must be an integer",)),
+        (("generate", "hello", "--stop", ""), ("stop must be strings, none of them empty",)),
+        (("generate", ""), ("the prompt is empty",)),
+        (("generate", "a" * 100_001), ("the prompt has 100001 tokens", "100000")),
+        (("topk", ""), ("the prompt is empty",)),
+        (("bench", "-p", "100001"), ("100000",)),
+    ],
+)
 def test_what_cannot_be_is_said_in_one_line(call, arguments, words):
     failed(call(*arguments, input="hello\n"), *words)
 
@@ -299,8 +421,20 @@ def test_an_empty_folder_is_refused(call, tmp_path):
         failed(call(command, input="x", model=tmp_path), "config.json")
 
 
-@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("generate", "a", "b"), ("generate", "--nonsense"), ("topk", "x", "-k", "0"), ("generate", "-n", "many"),
-                                       ("generate", "x", "--backend", "abacus"), ("bench", "-r", "0"), ("tokens", "x", "-m")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("generate", "a", "b"),
+        ("generate", "--nonsense"),
+        ("topk", "x", "-k", "0"),
+        ("generate", "-n", "many"),
+        ("generate", "x", "--backend", "abacus"),
+        ("bench", "-r", "0"),
+        ("tokens", "x", "-m"),
+    ],
+)
 def test_wrong_usage_is_exit_code_2(arguments):
     result = CliRunner().invoke(cli.main, arguments)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -321,6 +455,7 @@ def test_version():
 
 # ----------------------------------------------------------------------------------------- processes, signals and encodings
 
+
 def test_a_process_fails_in_one_line(folder):
     code, out, err = finish(start("generate", "x", "-m", folder, "--top-p", "7"))
     assert (code, out, err.count("\n"), err[:7]) == (1, b"", 1, "npllm: ")
@@ -329,14 +464,19 @@ def test_a_process_fails_in_one_line(folder):
 def test_a_warning_is_one_line_on_stderr(tmp_path):
     backend = tiny.byte_level()
     odd = tiny.write_folder(tmp_path, tokenizer=backend, vocab_size=backend.get_vocab_size())
-    tiny.write_json(odd / "config.json", tiny.config_dict(vocab_size=backend.get_vocab_size(), an_unheard_of_key=1))
+    tiny.write_json(
+        odd / "config.json",
+        tiny.config_dict(vocab_size=backend.get_vocab_size(), an_unheard_of_key=1),
+    )
     code, out, err = finish(start("topk", "hello", "-k", 1, "-m", odd))
     assert (code, out.count(b"\n")) == (0, 1)
     assert err.startswith("npllm: warning: ")
     assert (err.count("\n"), "an_unheard_of_key" in err) == (1, True)
 
 
-@pytest.mark.parametrize("arguments", [("topk", "hello", "-k", "100"), ("generate", "hello", "-n", "2000"), ("inspect",)])
+@pytest.mark.parametrize(
+    "arguments", [("topk", "hello", "-k", "100"), ("generate", "hello", "-n", "2000"), ("inspect",)]
+)
 def test_a_reader_that_leaves_early_causes_no_traceback(arguments, folder):
     """As in `npllm topk PROMPT | head -1`."""
     with start(*arguments, "-m", folder) as process:
@@ -348,19 +488,35 @@ def test_a_reader_that_leaves_early_causes_no_traceback(arguments, folder):
     assert "BrokenPipe" not in err
 
 
-@pytest.mark.parametrize(("command", "encoding"), [
-    ("topk", "latin-1"), ("tokens", "ascii"), ("generate", "latin-1"),
-    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("topk", "ascii"), ("tokens", "latin-1"), ("generate", "ascii")))])
+@pytest.mark.parametrize(
+    ("command", "encoding"),
+    [
+        ("topk", "latin-1"),
+        ("tokens", "ascii"),
+        ("generate", "latin-1"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("topk", "ascii"), ("tokens", "latin-1"), ("generate", "ascii"))
+        ),
+    ],
+)
 def test_text_that_the_terminal_cannot_show_becomes_question_marks(folder, command, encoding):
     more = ("-n", "20") if command == "generate" else ()
-    code, out, err = finish(start(command, "é日", *more, "-m", folder, env={"PYTHONIOENCODING": encoding}))
+    code, out, err = finish(
+        start(command, "é日", *more, "-m", folder, env={"PYTHONIOENCODING": encoding})
+    )
     assert (code, "Traceback" in err) == (0, False)
     assert encoding == "ascii" or b"?" in out
 
 
 def test_json_on_a_plain_terminal_loses_nothing(folder):
     """What ASCII cannot show is escaped."""
-    outputs = [finish(start("tokens", "é日", "--json", "-m", folder, env={"PYTHONIOENCODING": encoding}))[1] for encoding in ("ascii", "utf-8")]
+    outputs = [
+        finish(start("tokens", "é日", "--json", "-m", folder, env={"PYTHONIOENCODING": encoding}))[
+            1
+        ]
+        for encoding in ("ascii", "utf-8")
+    ]
     assert outputs[0].isascii()
     assert not outputs[1].isascii()
     assert json.loads(outputs[0]) == json.loads(outputs[1])
@@ -368,7 +524,9 @@ def test_json_on_a_plain_terminal_loses_nothing(folder):
 
 @pytest.mark.parametrize("command", [("tokens",), ("generate", "-n", "1"), ("chat", "-n", "1")])
 def test_standard_input_that_is_no_text_is_refused(command, folder):
-    code, out, err = finish(start(*command, "-m", folder, env={"PYTHONIOENCODING": "utf-8"}), b"\xff\xfe\n")
+    code, out, err = finish(
+        start(*command, "-m", folder, env={"PYTHONIOENCODING": "utf-8"}), b"\xff\xfe\n"
+    )
     assert (code, out, err.count("\n")) == (1, b"", 1)
     assert "standard input is not valid utf-8 text" in err
 
@@ -426,7 +584,11 @@ def test_tokens_answers_without_loading_weights(folder, tmp_path):
     """`npllm tokens` needs the tokenizer only."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    assert finish(start("tokens", "hello", "-m", tmp_path)) == (0, b"    265  'hello'\n", "1 tokens\n")
+    assert finish(start("tokens", "hello", "-m", tmp_path)) == (
+        0,
+        b"    265  'hello'\n",
+        "1 tokens\n",
+    )
 
 
 def test_inspect_names_the_tensors_that_are_not_finite(call, tmp_path):

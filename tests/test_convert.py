@@ -14,7 +14,21 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 from gguf import GGMLQuantizationType as Q  # noqa: E402
 
 D_MODEL, N_HEAD, N_KV_HEAD, D_HEAD, D_FF, N_LAYER = 64, 4, 2, 16, 96, 2
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "t", "h", "e", "Ġ", "1", "2", "th", "the", "Ġthe", "12"]
+TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "t",
+    "h",
+    "e",
+    "Ġ",
+    "1",
+    "2",
+    "th",
+    "the",
+    "Ġthe",
+    "12",
+]
 MERGES = ["t h", "th e", "Ġ the", "1 2"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 METADATA = {
@@ -62,12 +76,19 @@ def random_tensors(seed=0):
 def write_gguf(path, tensors, metadata=METADATA, arch="llama", quantised=()):
     """Write a GGUF file with the gguf package; `quantised` names the tensors and their types."""
     writer = gguf.GGUFWriter(path, arch)
-    adders = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
+    adders = {
+        str: writer.add_string,
+        float: writer.add_float32,
+        int: writer.add_uint32,
+        list: writer.add_array,
+    }
     for key, content in metadata.items():
         adders[type(content)](key, content)
     for name, data in tensors.items():
         if name in quantised:
-            writer.add_tensor(name, gguf.quants.quantize(data, quantised[name]), raw_dtype=quantised[name])
+            writer.add_tensor(
+                name, gguf.quants.quantize(data, quantised[name]), raw_dtype=quantised[name]
+            )
         else:
             writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -84,7 +105,9 @@ def read_safetensors(path):
     header = json.loads(raw[8 : 8 + n_head])
     header.pop("__metadata__")
     return {
-        name: np.frombuffer(raw[8 + n_head :][slice(*entry["data_offsets"])], ml_dtypes.bfloat16).reshape(entry["shape"])
+        name: np.frombuffer(
+            raw[8 + n_head :][slice(*entry["data_offsets"])], ml_dtypes.bfloat16
+        ).reshape(entry["shape"])
         for name, entry in header.items()
     }
 
@@ -115,13 +138,17 @@ def interleaved_rope(x, angle):
     """Rotate the pairs (2 i, 2 i + 1) of the last axis, as llama.cpp does with GGUF's rows."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
-    return np.stack([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1).reshape(x.shape)
+    return np.stack(
+        [a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1
+    ).reshape(x.shape)
 
 
 def half_split_rope(x, angle):
     """Rotate the pairs (i, i + d_head / 2) of the last axis, as Phi-3 does."""
     a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+    return np.concatenate(
+        [a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1
+    )
 
 
 def test_half_split_keeps_every_attention_score():
@@ -136,12 +163,16 @@ def test_half_split_keeps_every_attention_score():
 
     actual = scores(half_split_rope, convert.half_split(w_q, 3), convert.half_split(w_k, 3))
     np.testing.assert_allclose(actual, scores(interleaved_rope, w_q, w_k), rtol=1e-12)
-    assert not np.allclose(actual, scores(half_split_rope, w_q, w_k)), "the order of the rows must matter here"
+    assert not np.allclose(actual, scores(half_split_rope, w_q, w_k)), (
+        "the order of the rows must matter here"
+    )
 
 
 def test_half_split_undoes_the_permutation_of_llama_cpp():
     weight = np.arange(4 * 6 * 5.0).reshape(4 * 6, 5)
-    permuted = weight.reshape(4, 2, 3, 5).swapaxes(1, 2).reshape(weight.shape)  # its converter, in its words
+    permuted = (
+        weight.reshape(4, 2, 3, 5).swapaxes(1, 2).reshape(weight.shape)
+    )  # its converter, in its words
     same(convert.half_split(permuted, 4), weight)
 
 
@@ -204,7 +235,9 @@ def test_quantised_tensors_are_dequantised(tmp_path, kind, monkeypatch):
 
     same(actual["model.embed_tokens.weight"], bf16(stored("token_embd.weight")))
     qkv = [stored(f"blk.1.attn_{part}.weight") for part in "qkv"]
-    qkv = np.concatenate([convert.half_split(qkv[0], N_HEAD), convert.half_split(qkv[1], N_KV_HEAD), qkv[2]])
+    qkv = np.concatenate(
+        [convert.half_split(qkv[0], N_HEAD), convert.half_split(qkv[1], N_KV_HEAD), qkv[2]]
+    )
     same(actual["model.layers.1.self_attn.qkv_proj.weight"], bf16(qkv))
 
 
@@ -212,7 +245,10 @@ def test_an_output_matrix_becomes_an_untied_lm_head(tmp_path):
     tensors = random_tensors()
     tensors["output.weight"] = -tensors["token_embd.weight"]
     convert.gguf_to_phi3(write_gguf(tmp_path / "u.gguf", tensors), tmp_path / "u")
-    same(read_safetensors(tmp_path / "u/model.safetensors")["lm_head.weight"], bf16(tensors["output.weight"]))
+    same(
+        read_safetensors(tmp_path / "u/model.safetensors")["lm_head.weight"],
+        bf16(tensors["output.weight"]),
+    )
     assert json.loads((tmp_path / "u/config.json").read_text())["tie_word_embeddings"] is False
 
 
@@ -286,10 +322,16 @@ def test_tokenizer_config(converted):
         ({"llama.attention.head_count": 5}, "n_head heads of even width, got 64 and 5"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count must be 16, got 8"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type must be 'none', got 'yarn'"),
-        ({"llama.embedding_length": 128, "llama.rope.dimension_count": 32}, r"token_embd.weight must be \[13, 128\]"),
+        (
+            {"llama.embedding_length": 128, "llama.rope.dimension_count": 32},
+            r"token_embd.weight must be \[13, 128\]",
+        ),
         ({"llama.block_count": 3}, "tensors missing: .*blk.2."),
         ({"llama.block_count": 1}, "would be dropped: .*blk.1."),
-        ({"tokenizer.ggml.pre": "llama-bpe"}, "tokenizer.ggml.pre must be 'smollm', got 'llama-bpe'"),
+        (
+            {"tokenizer.ggml.pre": "llama-bpe"},
+            "tokenizer.ggml.pre must be 'smollm', got 'llama-bpe'",
+        ),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model must be 'gpt2', got 'llama'"),
         ({"tokenizer.ggml.merges": ["t q"]}, "join two tokens into a third, got 't q'"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type must be 13, got 1"),
@@ -308,7 +350,9 @@ def test_metadata_that_cannot_be_converted_is_named(tmp_path, change, message):
 
 def test_another_architecture_is_named(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", random_tensors(), arch="mamba")
-    with pytest.raises(NpllmValueError, match=r"m\.gguf: general\.architecture must be 'llama', got 'mamba'"):
+    with pytest.raises(
+        NpllmValueError, match=r"m\.gguf: general\.architecture must be 'llama', got 'mamba'"
+    ):
         convert.gguf_to_phi3(path, tmp_path / "out")
 
 
@@ -389,10 +433,14 @@ def test_transformers_computes_the_same_from_both_layouts(tmp_path):
     with torch.no_grad():
         desired, actual = llama(ids).logits, phi3(ids).logits
     assert desired.abs().max() > 1
-    np.testing.assert_allclose(actual.numpy(), desired.numpy(), atol=1e-5 * float(desired.abs().max()))
+    np.testing.assert_allclose(
+        actual.numpy(), desired.numpy(), atol=1e-5 * float(desired.abs().max())
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "phi3")
     assert tokenizer("the the12<|im_end|>").input_ids == [10, 11, 7, 8, 2]
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False) == "the"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False) == "the"
+    )
 
 
 def gguf_of(state):
@@ -416,7 +464,12 @@ def gguf_of(state):
         for theirs, ours in names.items():
             data = state[f"model.layers.{i}.{theirs}.weight"].numpy()
             if ours in ("attn_q", "attn_k"):
-                data = data.reshape(-1, 2, D_HEAD // 2, D_MODEL).swapaxes(1, 2).reshape(data.shape).copy()
+                data = (
+                    data.reshape(-1, 2, D_HEAD // 2, D_MODEL)
+                    .swapaxes(1, 2)
+                    .reshape(data.shape)
+                    .copy()
+                )
             result[f"blk.{i}.{ours}.weight"] = data
     return result
 
@@ -434,8 +487,16 @@ def test_transformers_answers_paris_from_the_default_checkpoint():
     assert ids == [504, 3575, 282, 4649, 314]
     with torch.no_grad():
         best = torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1).topk(5)
-    assert [tokenizer.decode([i]) for i in best.indices] == [" Paris", " the", " London", " Le", " New"]
-    np.testing.assert_allclose(best.values.numpy(), [0.7706, 0.0642, 0.0122, 0.0100, 0.0093], atol=6e-5)
+    assert [tokenizer.decode([i]) for i in best.indices] == [
+        " Paris",
+        " the",
+        " London",
+        " Le",
+        " New",
+    ]
+    np.testing.assert_allclose(
+        best.values.numpy(), [0.7706, 0.0642, 0.0122, 0.0100, 0.0093], atol=6e-5
+    )
 
 
 @pytest.mark.weights
@@ -444,17 +505,91 @@ def test_transformers_answers_paris_from_the_default_checkpoint():
     [  # as llama.cpp tokenises the GGUF file
         ("The capital of France is", [504, 3575, 282, 4649, 314]),
         ("1,234,567.89", [33, 28, 34, 35, 36, 28, 37, 38, 39, 30, 40, 41]),
-        ("½ ¾ ²³ ₁₂ ① Ⅷ ㊿ 〇", [16738, 216, 43124, 216, 19133, 39050, 216, 25699, 219, 44059, 216, 173, 235, 250, 216, 173, 223, 117, 216, 174, 228, 140, 216, 12109, 225]),
-        ("don't I'll we've you're he'd I'm it's", [12420, 982, 339, 3060, 392, 3543, 346, 2316, 384, 6737, 339, 5248, 357, 506]),
+        (
+            "½ ¾ ²³ ₁₂ ① Ⅷ ㊿ 〇",
+            [
+                16738,
+                216,
+                43124,
+                216,
+                19133,
+                39050,
+                216,
+                25699,
+                219,
+                44059,
+                216,
+                173,
+                235,
+                250,
+                216,
+                173,
+                223,
+                117,
+                216,
+                174,
+                228,
+                140,
+                216,
+                12109,
+                225,
+            ],
+        ),
+        (
+            "don't I'll we've you're he'd I'm it's",
+            [12420, 982, 339, 3060, 392, 3543, 346, 2316, 384, 6737, 339, 5248, 357, 506],
+        ),
         ("🙂", [10813, 38887]),
-        ("日本語のテキスト", [23274, 115, 40993, 179, 120, 248, 26453, 11100, 224, 10391, 251, 10391, 134, 11100, 226]),
+        (
+            "日本語のテキスト",
+            [
+                23274,
+                115,
+                40993,
+                179,
+                120,
+                248,
+                26453,
+                11100,
+                224,
+                10391,
+                251,
+                10391,
+                134,
+                11100,
+                226,
+            ],
+        ),
         ("<|im_start|>user\nhi<|im_end|>\n", [1, 4093, 198, 6004, 2, 198]),
         ("a  b   c    d", [81, 216, 278, 256, 265, 333, 287]),
         (" \n\n  a", [216, 8866, 253]),
         ("a\u00a0b", [81, 15442, 82]),
         ("x²+y²=z²", [104, 19133, 27, 105, 19133, 45, 106, 19133]),
         ("<|im_start", [44, 108, 306, 79, 3738]),
-        ("٣٤٥ १२३ 一二三", [164, 113, 164, 114, 164, 115, 216, 9310, 117, 9310, 118, 9310, 119, 216, 22924, 16736, 230, 7906, 227]),
+        (
+            "٣٤٥ १२३ 一二三",
+            [
+                164,
+                113,
+                164,
+                114,
+                164,
+                115,
+                216,
+                9310,
+                117,
+                9310,
+                118,
+                9310,
+                119,
+                216,
+                22924,
+                16736,
+                230,
+                7906,
+                227,
+            ],
+        ),
     ],
 )
 def test_tokenisation_of_the_default_checkpoint(text, ids):

@@ -21,14 +21,34 @@ WINDOWS = st.sampled_from([None, 1, 2, 3, 4, 6, 40])
 @st.composite
 def contents(draw):
     """A config.json of any shape: MHA, GQA and MQA, tied or not, windows, partial RoPE, Llama with biases."""
-    n_kv_head, group, d_head = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 4 * draw(st.integers(1, 2))
-    changes = {"num_key_value_heads": n_kv_head, "num_attention_heads": n_kv_head * group, "head_dim": d_head,
-               "hidden_size": draw(st.integers(1, 24)), "intermediate_size": draw(st.integers(1, 20)), "num_hidden_layers": draw(st.integers(1, 3)),
-               "vocab_size": draw(st.integers(8, 40)), "tie_word_embeddings": draw(st.booleans()), "sliding_window": draw(WINDOWS),
-               "torch_dtype": draw(st.sampled_from(["float32", "bfloat16", "float64"])), "partial_rotary_factor": draw(st.sampled_from([1.0, 0.5]))}
+    n_kv_head, group, d_head = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        4 * draw(st.integers(1, 2)),
+    )
+    changes = {
+        "num_key_value_heads": n_kv_head,
+        "num_attention_heads": n_kv_head * group,
+        "head_dim": d_head,
+        "hidden_size": draw(st.integers(1, 24)),
+        "intermediate_size": draw(st.integers(1, 20)),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "vocab_size": draw(st.integers(8, 40)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "sliding_window": draw(WINDOWS),
+        "torch_dtype": draw(st.sampled_from(["float32", "bfloat16", "float64"])),
+        "partial_rotary_factor": draw(st.sampled_from([1.0, 0.5])),
+    }
     if draw(st.booleans()):
-        changes |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "sliding_window": ..., "partial_rotary_factor": 1.0,
-                    "attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans()), "original_max_position_embeddings": ...}
+        changes |= {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "sliding_window": ...,
+            "partial_rotary_factor": 1.0,
+            "attention_bias": draw(st.booleans()),
+            "mlp_bias": draw(st.booleans()),
+            "original_max_position_embeddings": ...,
+        }
     return tiny.config_dict(**changes)
 
 
@@ -53,7 +73,13 @@ def test_a_pass_without_cache_costs_what_the_formula_says(content, n_batch, n_se
 
 
 @settings(max_examples=40)
-@given(content=contents(), n_batch=st.integers(1, 3), n_prompt=st.integers(1, 20), chunk=st.integers(1, 20), n_new=st.integers(1, 4))
+@given(
+    content=contents(),
+    n_batch=st.integers(1, 3),
+    n_prompt=st.integers(1, 20),
+    chunk=st.integers(1, 20),
+    n_new=st.integers(1, 4),
+)
 def test_prefill_and_decode_cost_what_the_formulas_say(content, n_batch, n_prompt, chunk, n_new):
     model, costs = counted(content)
     cache, ids = model.new_cache(n_batch), ids_of(model.config, n_batch, n_prompt + n_new)
@@ -77,17 +103,31 @@ def test_producing_n_tokens_costs_what_the_closed_sums_say(content, n_batch, n):
     costs.clear()
     for i in range(n):
         model(ids[:, : i + 1], logits_to_keep=1)
-    assert (cached, cost.total(costs).flops) == cost.uncached_flops(model.config, n, n_batch=n_batch)
+    assert (cached, cost.total(costs).flops) == cost.uncached_flops(
+        model.config, n, n_batch=n_batch
+    )
     assert n == 1 or cached < cost.total(costs).flops
 
 
 @given(content=contents())
 def test_parameters_are_those_of_the_checkpoint(content):
     config = npllm.Config.from_json(content)
-    counts, parts = cost.parameter_counts(config), dict.fromkeys(("embedding", "attention", "mlp", "norms", "lm_head"), 0)
+    counts, parts = (
+        cost.parameter_counts(config),
+        dict.fromkeys(("embedding", "attention", "mlp", "norms", "lm_head"), 0),
+    )
     for name, shape in expected_shapes(config).items():
-        part = next(part for part, key in (("norms", "norm"), ("attention", "self_attn"), ("mlp", "mlp"), ("lm_head", "lm_head"),
-                                           ("embedding", "embed_tokens")) if key in name)
+        part = next(
+            part
+            for part, key in (
+                ("norms", "norm"),
+                ("attention", "self_attn"),
+                ("mlp", "mlp"),
+                ("lm_head", "lm_head"),
+                ("embedding", "embed_tokens"),
+            )
+            if key in name
+        )
         parts[part] += math.prod(shape)
     assert counts == parts
 
@@ -109,29 +149,47 @@ def test_the_kv_cache_holds_what_the_formula_says(content, n_batch, n):
         held.append(k.nbytes + v.nbytes)
         return npllm.ops.attention(q, k, v, **options)
 
-    model = npllm.Model(model.config, model.params, ops=npllm.ops.reference.replace(attention=attention))
+    model = npllm.Model(
+        model.config, model.params, ops=npllm.ops.reference.replace(attention=attention)
+    )
     cache, ids = model.new_cache(n_batch), ids_of(model.config, n_batch, n)
     if n > 1:
         model.model(ids[:, :-1], cache=cache)
     held.clear()
     model.model(ids[:, -1:], cache=cache)
     itemsize = 8 if content["torch_dtype"] == "float64" else 4
-    assert sum(held) == cost.kv_cache_bytes(model.config, n, n_batch=n_batch, window=model.config.sliding_window, itemsize=itemsize)
+    assert sum(held) == cost.kv_cache_bytes(
+        model.config, n, n_batch=n_batch, window=model.config.sliding_window, itemsize=itemsize
+    )
     assert sum(held) <= cache.n_bytes
 
 
-@pytest.mark.parametrize(("name", "n_head", "n_kv_head", "n_layer", "parameters"), [
-    ("phi-3-mini", 32, 32, 32, 3_821_079_552), ("phi-3-medium", 40, 10, 40, 13_960_238_080)])
+@pytest.mark.parametrize(
+    ("name", "n_head", "n_kv_head", "n_layer", "parameters"),
+    [("phi-3-mini", 32, 32, 32, 3_821_079_552), ("phi-3-medium", 40, 10, 40, 13_960_238_080)],
+)
 def test_published_sizes(name, n_head, n_kv_head, n_layer, parameters):
     d_model, d_ff = (3072, 8192) if name == "phi-3-mini" else (5120, 17920)
-    config = npllm.Config.from_json(tiny.config_dict(
-        hidden_size=d_model, intermediate_size=d_ff, num_hidden_layers=n_layer, num_attention_heads=n_head, num_key_value_heads=n_kv_head,
-        vocab_size=32064, max_position_embeddings=4096, original_max_position_embeddings=4096, torch_dtype="bfloat16"))
+    config = npllm.Config.from_json(
+        tiny.config_dict(
+            hidden_size=d_model,
+            intermediate_size=d_ff,
+            num_hidden_layers=n_layer,
+            num_attention_heads=n_head,
+            num_key_value_heads=n_kv_head,
+            vocab_size=32064,
+            max_position_embeddings=4096,
+            original_max_position_embeddings=4096,
+            torch_dtype="bfloat16",
+        )
+    )
     assert sum(cost.parameter_counts(config).values()) == parameters
     # the rule of thumb: 2 operations for each parameter that multiplies something, a token
     step = cost.total(cost.decode_cost(config, 1))
     assert 1.0 < step.flops / (2 * (parameters - 32064 * d_model)) < 1.01
-    assert 1.0 < step.bytes / (2 * (parameters - 32064 * d_model)) < 1.01  # each weight read once, in bfloat16
+    assert (
+        1.0 < step.bytes / (2 * (parameters - 32064 * d_model)) < 1.01
+    )  # each weight read once, in bfloat16
     table = cost.kv_table(config, 4096, itemsize=2)
     assert table["gqa"]["full"] == 2 * n_layer * n_kv_head * d_model // n_head * 4096 * 2
     assert table["mha"]["full"] == table["mqa"]["full"] * n_head
@@ -148,17 +206,26 @@ def test_a_batch_reads_the_weights_once(content, n):
     assert eight.intensity > one.intensity
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"n_seq": 0}, "n_seq = 0"), ({"n_seq": 3, "n_past": -1}, "n_past = -1"), ({"n_seq": 3, "n_logits": 4}, "n_logits = 4"),
-    ({"n_seq": 60, "n_past": 5}, "60 new tokens do not fit: the context length .* is 64"), ({"n_seq": 1, "n_batch": 0}, "n_batch = 0"),
-    ({"n_seq": 1, "dtype": "int3"}, "dtype must be one of")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_seq": 0}, "n_seq = 0"),
+        ({"n_seq": 3, "n_past": -1}, "n_past = -1"),
+        ({"n_seq": 3, "n_logits": 4}, "n_logits = 4"),
+        ({"n_seq": 60, "n_past": 5}, "60 new tokens do not fit: the context length .* is 64"),
+        ({"n_seq": 1, "n_batch": 0}, "n_batch = 0"),
+        ({"n_seq": 1, "dtype": "int3"}, "dtype must be one of"),
+    ],
+)
 def test_impossible_sizes_raise(options, message):
     with pytest.raises(npllm.NpllmError, match=message):
         cost.forward_cost(npllm.Config.from_json(tiny.config_dict()), **options)
 
 
 def test_a_classifier_is_refused_by_name():
-    config = npllm.Config.from_json(tiny.config_dict(architectures=["Phi3ForSequenceClassification"]))
+    config = npllm.Config.from_json(
+        tiny.config_dict(architectures=["Phi3ForSequenceClassification"])
+    )
     with pytest.raises(npllm.NpllmError, match="Phi3ForSequenceClassification"):
         cost.parameter_counts(config)
 
@@ -172,15 +239,38 @@ def test_the_command_works_from_config_json_alone(tmp_path):
         config = npllm.Config.from_json(tmp_path)
         assert facts == json.loads(json.dumps(cost.cost_facts(config, 20, n_batch=2)))
         assert facts["decode_step"]["flops"] < facts["decode_step_uncached"]["flops"]
-        assert facts["kv_cache_bytes"] == facts["kv_cache"]["gqa"]["window"] < facts["kv_cache"]["gqa"]["full"] < facts["kv_cache"]["mha"]["full"]
+        assert (
+            facts["kv_cache_bytes"]
+            == facts["kv_cache"]["gqa"]["window"]
+            < facts["kv_cache"]["gqa"]["full"]
+            < facts["kv_cache"]["mha"]["full"]
+        )
         assert facts["whole_run"]["ratio"] > 1
     result = invoke(["cost", "-m", str(tmp_path), "--context", "20"])
     assert result.exit_code == 0
-    for word in ("parameters", "embedding", "prefill", "decode", "KV cache", "MQA", "window", "FLOPs/byte", "uncached"):
+    for word in (
+        "parameters",
+        "embedding",
+        "prefill",
+        "decode",
+        "KV cache",
+        "MQA",
+        "window",
+        "FLOPs/byte",
+        "uncached",
+    ):
         assert word in result.stdout
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(["--context", "64"], 1), (["--context", "0"], 2), (["--batch", "0"], 2), (["--dtype", "x"], 2)])
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--context", "64"], 1),
+        (["--context", "0"], 2),
+        (["--batch", "0"], 2),
+        (["--dtype", "x"], 2),
+    ],
+)
 def test_the_command_refuses_what_does_not_fit(tmp_path, arguments, code):
     tiny.write_json(tmp_path / "config.json", tiny.config_dict())
     result = invoke(["cost", "-m", str(tmp_path), *arguments])

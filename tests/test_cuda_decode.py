@@ -155,7 +155,11 @@ def test_a_gain_or_bias_of_another_type_takes_the_parts():
         rng.standard_normal((6,), dtype=np.float32),
     )
     close(
-        ran(lambda: on_cuda.norm_linear(*moved((x, gain)), 1e-5, moved(weight)), "rms_norm", "linear"),
+        ran(
+            lambda: on_cuda.norm_linear(*moved((x, gain)), 1e-5, moved(weight)),
+            "rms_norm",
+            "linear",
+        ),
         moved(definitions.norm_linear(x, gain, 1e-5, weight)),
         times=4,
     )

@@ -22,8 +22,12 @@ from npllm.errors import NpllmValueError
 strict = optional.module("array_api_strict")
 IDS = tiny.random_ids(1, 6)
 BAD = {"NaN": [1, np.nan, 3], "+inf": [1, np.inf, 3], "-inf": [-np.inf] * 3}
-WEIGHTS = {"embedding": lambda p: p.embed_tokens[:, 3], "product": lambda p: p.layers[0].qkv_proj[5:6, 7], "norm": lambda p: p.norm[3:4],
-           "last product": lambda p: p.lm_head[5:6, 3]}  # views of what becomes NaN
+WEIGHTS = {
+    "embedding": lambda p: p.embed_tokens[:, 3],
+    "product": lambda p: p.layers[0].qkv_proj[5:6, 7],
+    "norm": lambda p: p.norm[3:4],
+    "last product": lambda p: p.lm_head[5:6, 3],
+}  # views of what becomes NaN
 FIGURES = {
     "greedy": lambda m: m.generate(IDS, max_new_tokens=3),
     "sampling": lambda m: m.generate(IDS, max_new_tokens=3, temperature=0.7, seed=1),
@@ -60,7 +64,10 @@ def test_a_nan_among_the_weights_is_told_and_not_printed(where, figure):
 
 @pytest.mark.parametrize("figure", [figure for figure in FIGURES if figure != "speed"])
 def test_the_error_says_where_to_look(figure):
-    with pytest.raises(NpllmValueError, match=r"the model's logits .* got NaN in 61 of 61 entries of row \d+ of \d+; are the weights finite"):
+    with pytest.raises(
+        NpllmValueError,
+        match=r"the model's logits .* got NaN in 61 of 61 entries of row \d+ of \d+; are the weights finite",
+    ):
         FIGURES[figure](poisoned("norm", ops=ops.blockwise))
 
 
@@ -69,12 +76,27 @@ def test_attention_weights_of_nan_are_refused():
         steps.attention_steps(poisoned("product", ops=ops.blockwise), IDS, layer=1, head=0)
 
 
-@pytest.mark.parametrize("command", [["generate", "hello", "-n", "4"], ["topk", "hello"], ["beam", "hello"], ["score", "hello world"],
-                                     ["attention", "-p", "hello", "--layer", "1", "--head", "2"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "hello", "-n", "4"],
+        ["topk", "hello"],
+        ["beam", "hello"],
+        ["score", "hello world"],
+        ["attention", "-p", "hello", "--layer", "1", "--head", "2"],
+    ],
+)
 def test_commands_exit_with_the_error(command, tmp_path):
-    folder = tiny.write_folder(tmp_path, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=300,
-                               tensors={name: np.where(name == "model.layers.0.input_layernorm.weight", np.float32(np.nan), x)
-                                        for name, x in tiny.weights(tiny.config_dict(vocab_size=300)).items()})
+    folder = tiny.write_folder(
+        tmp_path,
+        tokenizer=tiny.byte_level(),
+        settings=tiny.SETTINGS,
+        vocab_size=300,
+        tensors={
+            name: np.where(name == "model.layers.0.input_layernorm.weight", np.float32(np.nan), x)
+            for name, x in tiny.weights(tiny.config_dict(vocab_size=300)).items()
+        },
+    )
     result = optional.invoke([*command, "-m", str(folder), "--ops", "reference"])
     assert result.exit_code == 1 and "NaN" in result.stderr, result.output
     assert result.stdout.strip() in ("", "hello"), "nothing but the prompt"
@@ -84,20 +106,27 @@ def test_embeddings_of_nan_are_refused(tmp_path):
     weights = test_encoder.tensors(BertConfig.from_json(test_encoder.CONFIG))
     weights["embeddings.LayerNorm.weight"][3] = np.nan
     test_encoder.write(tmp_path, weights=weights)
-    with pytest.raises(NpllmValueError, match=r"embeddings must be finite, got NaN .* row 0 of 2; are the weights finite"):
+    with pytest.raises(
+        NpllmValueError,
+        match=r"embeddings must be finite, got NaN .* row 0 of 2; are the weights finite",
+    ):
         npllm.load(tmp_path).embed(["the cat", "a"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_cosines_of_what_is_not_finite_are_refused(value):
-    with pytest.raises(NpllmValueError, match=r"embeddings must be finite, got .* in 1 of 2 entries of row 1 of 2"):
+    with pytest.raises(
+        NpllmValueError, match=r"embeddings must be finite, got .* in 1 of 2 entries of row 1 of 2"
+    ):
         cosine_similarities(np.array([[1, 2], [3, value]]))
 
 
 def test_perplexity_takes_impossible_tokens_and_no_nan():
     assert score.perplexity(np.array([-1.0, -np.inf])) == np.inf
     for value in (np.nan, np.inf):
-        with pytest.raises(NpllmValueError, match=r"log_probs must be finite, got .* in 1 of 3 entries"):
+        with pytest.raises(
+            NpllmValueError, match=r"log_probs must be finite, got .* in 1 of 3 entries"
+        ):
             score.perplexity(np.array([-1.0, value, -np.inf]))
 
 
@@ -107,8 +136,13 @@ def test_perplexity_takes_impossible_tokens_and_no_nan():
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, "bfloat16"])
 def test_the_check_names_the_row_and_what_it_holds(kind, dtype):
-    rows = np.array([[[0, -np.inf, 1]], [BAD[kind]], [[1, 2, 3]]]).astype(npllm.arrays.dtype_named(np.dtype(dtype).name if dtype != "bfloat16" else dtype))
-    with pytest.raises(NpllmValueError, match=rf"it must hold .*, got .*{kind.lstrip('+-')} in [13] of 3 entries of row 1 of 3; hint"):
+    rows = np.array([[[0, -np.inf, 1]], [BAD[kind]], [[1, 2, 3]]]).astype(
+        npllm.arrays.dtype_named(np.dtype(dtype).name if dtype != "bfloat16" else dtype)
+    )
+    with pytest.raises(
+        NpllmValueError,
+        match=rf"it must hold .*, got .*{kind.lstrip('+-')} in [13] of 3 entries of row 1 of 3; hint",
+    ):
         check_scores(rows, "it", "hint")
     assert check_scores(rows[::2], "it") is not None
     with pytest.raises(NpllmValueError, match="must be finite"):
@@ -118,18 +152,29 @@ def test_the_check_names_the_row_and_what_it_holds(kind, dtype):
 @pytest.mark.parametrize("kind", BAD)
 def test_the_operations_that_choose_refuse_it_too(kind):
     logits = np.array([[1.0, 2.0, 3.0], BAD[kind]])
-    for call in (lambda: ops.greedy(logits), lambda: ops.sample(logits, np.zeros(2)), lambda: choose(logits, Sampling()),
-                 lambda: next_token_distribution(logits), lambda: next_token_distribution(logits, temperature=0),
-                 lambda: next_token_distribution(logits, top_p=0.5), lambda: ops.sample(strict.asarray(logits), strict.zeros(2)),
-                 lambda: next_token_distribution(strict.asarray(logits))):
-        with pytest.raises(NpllmValueError, match=r"logits must hold no NaN, no .inf, and in every row one number above -inf"):
+    for call in (
+        lambda: ops.greedy(logits),
+        lambda: ops.sample(logits, np.zeros(2)),
+        lambda: choose(logits, Sampling()),
+        lambda: next_token_distribution(logits),
+        lambda: next_token_distribution(logits, temperature=0),
+        lambda: next_token_distribution(logits, top_p=0.5),
+        lambda: ops.sample(strict.asarray(logits), strict.zeros(2)),
+        lambda: next_token_distribution(strict.asarray(logits)),
+    ):
+        with pytest.raises(
+            NpllmValueError,
+            match=r"logits must hold no NaN, no .inf, and in every row one number above -inf",
+        ):
             call()
 
 
 def special(dtype):
     """Numbers of every size that a dtype has, and what is none."""
     largest = float(np.finfo(dtype).max)
-    return st.sampled_from([0.0, 1.0, -1.0, 1e-30, -1e-30, 1e9, -1e9, 1e30, largest, -largest, -np.inf, np.inf, np.nan]) | st.floats(-20, 20)
+    return st.sampled_from(
+        [0.0, 1.0, -1.0, 1e-30, -1e-30, 1e9, -1e9, 1e30, largest, -largest, -np.inf, np.inf, np.nan]
+    ) | st.floats(-20, 20)
 
 
 @given(st.data(), st.sampled_from([np.float32, np.float64]), st.sampled_from(list(FILTER_ORDERS)))
@@ -137,9 +182,17 @@ def test_a_distribution_sums_to_one_or_the_error_says_why(data, dtype, order):
     """Whatever the logits and the options: and the blame goes to the logits if they are none, else to a filter by its name."""
     n = data.draw(st.integers(1, 6))
     logits = np.array([data.draw(st.lists(special(dtype), min_size=n, max_size=n))]).astype(dtype)
-    options = {"temperature": data.draw(st.sampled_from([0, 5e-324, 1e-320, 1e-46, 1e-45, 1e-40, 1e-38, 1e-10, 9e-7, 0.5, 2.0, 1e29])),
-               "repetition_penalty": data.draw(st.sampled_from([1, 1e-29, 1.2, 1e29])), "top_k": data.draw(st.sampled_from([0, 1, 3])),
-               "top_p": data.draw(st.sampled_from([0.0, 0.5, 1.0])), "min_p": data.draw(st.sampled_from([0.0, 0.5, 1.0]))}
+    options = {
+        "temperature": data.draw(
+            st.sampled_from(
+                [0, 5e-324, 1e-320, 1e-46, 1e-45, 1e-40, 1e-38, 1e-10, 9e-7, 0.5, 2.0, 1e29]
+            )
+        ),
+        "repetition_penalty": data.draw(st.sampled_from([1, 1e-29, 1.2, 1e29])),
+        "top_k": data.draw(st.sampled_from([0, 1, 3])),
+        "top_p": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "min_p": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+    }
     seen = np.array([data.draw(st.lists(st.booleans(), min_size=n, max_size=n))])
     proper = -np.inf < logits.max() < np.inf
     try:
@@ -149,14 +202,32 @@ def test_a_distribution_sums_to_one_or_the_error_says_why(data, dtype, order):
         return
     assert proper and (p >= 0).all()
     close(p.sum(axis=-1), np.ones(1))
-    token = choose(logits, Sampling(True, **options), seen, np.array([0.5])) if options["temperature"] else p.argmax(axis=-1)
+    token = (
+        choose(logits, Sampling(True, **options), seen, np.array([0.5]))
+        if options["temperature"]
+        else p.argmax(axis=-1)
+    )
     assert order != "transformers" or p[0, token[0]] > 0
 
 
-@given(st.data(), st.sampled_from([np.float32, np.float64]), st.sampled_from([5e-324, 1e-320, 1e-46, 1e-40, 1e-38, 1e-20, 9e-7]))
+@given(
+    st.data(),
+    st.sampled_from([np.float32, np.float64]),
+    st.sampled_from([5e-324, 1e-320, 1e-46, 1e-40, 1e-38, 1e-20, 9e-7]),
+)
 def test_the_colder_the_nearer_to_the_best_token(data, dtype, t):
     """At a temperature that separates any two logits, the likeliest tokens share all of the probability, ties evenly."""
-    logits = np.array([data.draw(st.lists(st.sampled_from([-np.inf, -1e30, -7.0, -1.0, 0.0, 1.0, 2.0, 1e30]), min_size=2, max_size=6))]).astype(dtype)
+    logits = np.array(
+        [
+            data.draw(
+                st.lists(
+                    st.sampled_from([-np.inf, -1e30, -7.0, -1.0, 0.0, 1.0, 2.0, 1e30]),
+                    min_size=2,
+                    max_size=6,
+                )
+            )
+        ]
+    ).astype(dtype)
     if logits.max() == -np.inf:
         return
     best = logits == logits.max()
@@ -165,7 +236,11 @@ def test_the_colder_the_nearer_to_the_best_token(data, dtype, t):
         for x in (logits, strict.asarray(logits), guard.Array(logits)):
             y = ops.temperature(x, t)
             host = npllm.arrays.to_numpy(y)
-            assert y.dtype == x.dtype and np.isfinite(host[logits > -np.inf]).all() and (host[logits == -np.inf] == -np.inf).all()
+            assert (
+                y.dtype == x.dtype
+                and np.isfinite(host[logits > -np.inf]).all()
+                and (host[logits == -np.inf] == -np.inf).all()
+            )
             close(npllm.arrays.to_numpy(ops.softmax(y)), (best / best.sum()).astype(dtype))
 
 
@@ -177,7 +252,10 @@ def test_the_shift_below_a_temperature_changes_no_distribution(t):
 
 def test_a_filter_that_leaves_nothing_is_named():
     logits = np.array([[1e20, 2e20]], np.float32)
-    with pytest.raises(NpllmValueError, match=r"logits after repetition_penalty = 1e-25 must hold .*; give another repetition_penalty"):
+    with pytest.raises(
+        NpllmValueError,
+        match=r"logits after repetition_penalty = 1e-25 must hold .*; give another repetition_penalty",
+    ):
         next_token_distribution(logits, seen=np.ones((1, 2), bool), repetition_penalty=1e-25)
 
 
@@ -191,8 +269,21 @@ def device_model(monkeypatch):
     return npllm.Model(m.config, guard.moved(m.params), ops=ops.blockwise)
 
 
-@pytest.mark.parametrize(("figure", "n"), [("greedy", 3), ("sampling", 3), ("filters", 3), ("penalty", 3), ("without a cache", 3), ("beams", 3),
-                                           ("distribution", 1), ("greedy distribution", 1), ("score", 1), ("packed score", 2)])
+@pytest.mark.parametrize(
+    ("figure", "n"),
+    [
+        ("greedy", 3),
+        ("sampling", 3),
+        ("filters", 3),
+        ("penalty", 3),
+        ("without a cache", 3),
+        ("beams", 3),
+        ("distribution", 1),
+        ("greedy distribution", 1),
+        ("score", 1),
+        ("packed score", 2),
+    ],
+)
 def test_nothing_is_fetched_that_was_not(device_model, figure, n):
     """One crossing for each token, block of scores or document, as before there was a check."""
     before = guard.Gets.n

@@ -21,7 +21,10 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def examples(page):
     """Every ```python block of a page, as (number of its first line, code)."""
     text = page.read_text(encoding="utf-8")
-    return [(text[: match.start(1)].count("\n"), match[1]) for match in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)]
+    return [
+        (text[: match.start(1)].count("\n"), match[1])
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)
+    ]
 
 
 def run(page):
@@ -51,14 +54,23 @@ def test_there_are_pages():
 
 @every_page
 def test_an_example_has_at_most_six_lines(page):
-    long = [f"{page.name}:{line + 1}" for line, code in examples(page)
-            if sum(1 for text in code.splitlines() if text.strip() and not text.lstrip().startswith("#")) > 6]
+    long = [
+        f"{page.name}:{line + 1}"
+        for line, code in examples(page)
+        if sum(
+            1 for text in code.splitlines() if text.strip() and not text.lstrip().startswith("#")
+        )
+        > 6
+    ]
     assert long == []
 
 
 def page_params():
     """Each page; those that load the default checkpoint are marked so."""
-    return [pytest.param(page, marks=[pytest.mark.weights] * needs_weights(page), id=page.name) for page in PAGES]
+    return [
+        pytest.param(page, marks=[pytest.mark.weights] * needs_weights(page), id=page.name)
+        for page in PAGES
+    ]
 
 
 @pytest.mark.parametrize("page", page_params())
@@ -68,8 +80,11 @@ def test_examples_run_in_the_order_they_stand(page):
 
 def commands(page):
     """Every command of a page's ```sh blocks."""
-    return [line for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-            for line in block.splitlines()]
+    return [
+        line
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        for line in block.splitlines()
+    ]
 
 
 @pytest.mark.usefixtures("default_model")
@@ -112,7 +127,11 @@ def test_every_section_of_the_attention_page_says_where_it_comes_from(page):
 # What is an attention, mask, position or packing function: by the file that it stands in.
 SUBJECT = ("attention", "attention_io", "blockwise", "rope", "packing", "steps")
 OTHERS = {"add_positions", "mask", "mean_pool_kv_heads", "packing", "sinusoidal_positions"}
-NAMES = OTHERS | {name for name in ops.__all__ if getattr(getattr(ops, name), "__module__", "").split(".")[-1] in SUBJECT}
+NAMES = OTHERS | {
+    name
+    for name in ops.__all__
+    if getattr(getattr(ops, name), "__module__", "").split(".")[-1] in SUBJECT
+}
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

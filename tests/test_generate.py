@@ -7,11 +7,29 @@ import pytest
 from close import close
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import CONFIG, SETTINGS, Counted, Scripted, byte_level, model, random_ids, sentencepiece, write_folder, write_json
+from tiny import (
+    CONFIG,
+    SETTINGS,
+    Counted,
+    Scripted,
+    byte_level,
+    model,
+    random_ids,
+    sentencepiece,
+    write_folder,
+    write_json,
+)
 
 import npllm
 from npllm import ops
-from npllm.decoding.loop import GenerationConfig, Sampling, TextStream, choose, resolve_sampling, uniforms
+from npllm.decoding.loop import (
+    GenerationConfig,
+    Sampling,
+    TextStream,
+    choose,
+    resolve_sampling,
+    uniforms,
+)
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
 from npllm.text.tokenizer import Tokenizer
 
@@ -58,25 +76,41 @@ def test_a_left_padded_batch_answers_each_row_as_if_alone():
     got = m.generate(ids, attention_mask=mask, max_new_tokens=9)
     close(got, greedy_loop(m, ids, 9, mask))
     for row in range(3):
-        close(got[row, 7:], m.generate(ids[row : row + 1, mask[row] == 1], max_new_tokens=9)[0, -9:])
+        close(
+            got[row, 7:], m.generate(ids[row : row + 1, mask[row] == 1], max_new_tokens=9)[0, -9:]
+        )
 
 
 def test_what_stands_under_the_padding_does_not_matter():
     m, ids = without_stop(), random_ids(1, 7)
     mask = np.array([[0, 0, 0, 1, 1, 1, 1]])
-    a, b = (m.generate(x, attention_mask=mask, max_new_tokens=9, repetition_penalty=2.0)[:, 7:] for x in (ids, ids * mask))
+    a, b = (
+        m.generate(x, attention_mask=mask, max_new_tokens=9, repetition_penalty=2.0)[:, 7:]
+        for x in (ids, ids * mask)
+    )
     close(a, b)
 
 
-@pytest.mark.parametrize("options", [SAMPLING, {"top_k": 5}, {"top_p": 0.8, "temperature": 2.0}, {"min_p": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [SAMPLING, {"top_k": 5}, {"top_p": 0.8, "temperature": 2.0}, {"min_p": 0.05}],
+    ids=str,
+)
 def test_the_cache_changes_no_token(options):
     m, ids = without_stop(), random_ids(2, 5)
-    close(*(m.generate(ids, max_new_tokens=20, seed=7, use_cache=use_cache, **options) for use_cache in (True, False)))
+    close(
+        *(
+            m.generate(ids, max_new_tokens=20, seed=7, use_cache=use_cache, **options)
+            for use_cache in (True, False)
+        )
+    )
 
 
 def test_a_seed_replays_and_another_does_not():
     m, ids = without_stop(), random_ids(1, 5)
-    first, again, other, fresh, fresher = (m.generate(ids, max_new_tokens=20, seed=seed, **SAMPLING) for seed in (3, 3, 4, None, None))
+    first, again, other, fresh, fresher = (
+        m.generate(ids, max_new_tokens=20, seed=seed, **SAMPLING) for seed in (3, 3, 4, None, None)
+    )
     close(first, again)
     assert (first != other).any() and (fresh != fresher).any()
 
@@ -86,7 +120,9 @@ def test_any_seed_of_64_bits_will_do(seed):
     m, ids = without_stop(), random_ids(1, 3)
     answer = m.generate(ids, max_new_tokens=20, seed=seed, **SAMPLING)
     close(m.generate(ids, max_new_tokens=20, seed=int(seed), **SAMPLING), answer)
-    assert (m.generate(ids, max_new_tokens=20, seed=int(seed) ^ 2**32, **SAMPLING) != answer).any(), "every bit counts"
+    assert (
+        m.generate(ids, max_new_tokens=20, seed=int(seed) ^ 2**32, **SAMPLING) != answer
+    ).any(), "every bit counts"
 
 
 def test_row_0_of_a_batch_draws_what_it_draws_alone():
@@ -97,7 +133,9 @@ def test_row_0_of_a_batch_draws_what_it_draws_alone():
 
 
 def test_equal_rows_draw_different_answers():
-    got = without_stop().generate(random_ids(1, 5).repeat(2, axis=0), max_new_tokens=12, seed=3, **SAMPLING)
+    got = without_stop().generate(
+        random_ids(1, 5).repeat(2, axis=0), max_new_tokens=12, seed=3, **SAMPLING
+    )
     assert (got[0] != got[1]).any()
 
 
@@ -121,9 +159,17 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 # ------------------------------------------------------------------------------------------------------------- options of the choice
 
 
-@given(st.integers(0, 10**6), st.sampled_from([0.3, 1, 2.5]), st.sampled_from([None, 0, 3]), st.sampled_from([None, 0.7, 1]),
-       st.sampled_from([None, 0.2, 0]), st.sampled_from([None, 1, 1.7]))
-def test_filters_act_in_the_order_penalty_temperature_top_k_top_p_min_p(seed, t, k, p, min_p, penalty):
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.3, 1, 2.5]),
+    st.sampled_from([None, 0, 3]),
+    st.sampled_from([None, 0.7, 1]),
+    st.sampled_from([None, 0.2, 0]),
+    st.sampled_from([None, 1, 1.7]),
+)
+def test_filters_act_in_the_order_penalty_temperature_top_k_top_p_min_p(
+    seed, t, k, p, min_p, penalty
+):
     rng = np.random.default_rng(seed)
     logits, seen, u = 3 * rng.standard_normal((5, 20)), rng.random((5, 20)) < 0.4, rng.random(5)
     want = logits if penalty is None else ops.repetition_penalty(logits, seen, penalty)
@@ -131,30 +177,53 @@ def test_filters_act_in_the_order_penalty_temperature_top_k_top_p_min_p(seed, t,
     want = ops.top_k(want, k) if k else want
     want = ops.top_p(want, p) if p is not None else want
     want = ops.min_p(want, min_p) if min_p is not None else want
-    sampling = Sampling(do_sample=True, temperature=t, top_k=k, top_p=p, min_p=min_p, repetition_penalty=penalty)
+    sampling = Sampling(
+        do_sample=True, temperature=t, top_k=k, top_p=p, min_p=min_p, repetition_penalty=penalty
+    )
     close(choose(logits, sampling, seen, u), ops.sample(want, u))
 
 
 def test_top_k_1_is_greedy():
     m, ids = without_stop(), random_ids(2, 5)
-    close(m.generate(ids, max_new_tokens=12, top_k=1, temperature=3.0), m.generate(ids, max_new_tokens=12))
+    close(
+        m.generate(ids, max_new_tokens=12, top_k=1, temperature=3.0),
+        m.generate(ids, max_new_tokens=12),
+    )
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.0, "do_sample": True}, {"temperature": 0, "do_sample": False},
-                                     {"temperature": 0, "top_p": 0.5}, {"do_sample": False}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 0.0, "do_sample": True},
+        {"temperature": 0, "do_sample": False},
+        {"temperature": 0, "top_p": 0.5},
+        {"do_sample": False},
+        {},
+    ],
+    ids=str,
+)
 def test_what_means_greedy(options):
     m, ids = without_stop(), random_ids(2, 5)
     close(m.generate(ids, max_new_tokens=9, seed=1, **options), greedy_loop(m, ids, 9))
 
 
-@pytest.mark.parametrize("name, value", [("temperature", 1.0), ("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)])
+@pytest.mark.parametrize(
+    "name, value", [("temperature", 1.0), ("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)]
+)
 def test_a_filter_that_is_given_asks_for_sampling(name, value):
-    assert resolve_sampling(Sampling(), **{name: value}) == Sampling(do_sample=True, **{name: value})
+    assert resolve_sampling(Sampling(), **{name: value}) == Sampling(
+        do_sample=True, **{name: value}
+    )
 
 
-@pytest.mark.parametrize("name, value", [("temperature", 0.7), ("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)])
+@pytest.mark.parametrize(
+    "name, value", [("temperature", 0.7), ("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)]
+)
 def test_do_sample_false_contradicts_a_filter(name, value):
-    with pytest.raises(NpllmValueError, match=f"do_sample=False contradicts {name}={value}: greedy decoding"):
+    with pytest.raises(
+        NpllmValueError, match=f"do_sample=False contradicts {name}={value}: greedy decoding"
+    ):
         model().generate(random_ids(1, 3), do_sample=False, **{name: value})
 
 
@@ -162,21 +231,34 @@ def test_a_penalty_goes_with_greedy_too():
     m, ids = without_stop(), random_ids(1, 5)
     assert resolve_sampling(Sampling(), repetition_penalty=1.3) == Sampling(repetition_penalty=1.3)
     got = m.generate(ids, max_new_tokens=30, repetition_penalty=1e9)
-    assert len(set(got[0])) == ids.shape[1] - (ids.shape[1] - len(set(ids[0]))) + 30, "no token comes twice"
+    assert len(set(got[0])) == ids.shape[1] - (ids.shape[1] - len(set(ids[0]))) + 30, (
+        "no token comes twice"
+    )
 
 
 def test_defaults_of_the_checkpoint_fill_in_what_is_not_said():
     defaults = Sampling(do_sample=True, temperature=0.6, top_p=0.95, repetition_penalty=1.1)
     assert resolve_sampling(defaults) == defaults
-    assert resolve_sampling(defaults, temperature=0.3) == dataclasses.replace(defaults, temperature=0.3)
+    assert resolve_sampling(defaults, temperature=0.3) == dataclasses.replace(
+        defaults, temperature=0.3
+    )
     assert resolve_sampling(defaults, do_sample=False) == Sampling(repetition_penalty=1.1)
     assert resolve_sampling(defaults, temperature=0) == Sampling(repetition_penalty=1.1)
-    assert resolve_sampling(dataclasses.replace(defaults, do_sample=False)) == Sampling(repetition_penalty=1.1)
+    assert resolve_sampling(dataclasses.replace(defaults, do_sample=False)) == Sampling(
+        repetition_penalty=1.1
+    )
 
 
-@pytest.mark.parametrize("name, values", [("temperature", [-0.1, float("nan"), float("inf"), "1", True]), ("top_k", [-1, 1.5, True, "5"]),
-                                          ("top_p", [-0.1, 1.1, float("nan"), "x"]), ("min_p", [-0.1, 1.1, True]),
-                                          ("repetition_penalty", [0, -1, 0.0, "x", float("nan")])])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("temperature", [-0.1, float("nan"), float("inf"), "1", True]),
+        ("top_k", [-1, 1.5, True, "5"]),
+        ("top_p", [-0.1, 1.1, float("nan"), "x"]),
+        ("min_p", [-0.1, 1.1, True]),
+        ("repetition_penalty", [0, -1, 0.0, "x", float("nan")]),
+    ],
+)
 def test_values_out_of_range_are_refused_before_any_work(name, values):
     counted = Counted()
     m = model(ops=counted.ops)
@@ -186,7 +268,10 @@ def test_values_out_of_range_are_refused_before_any_work(name, values):
     assert not counted.calls
 
 
-@pytest.mark.parametrize("name, values", [("max_new_tokens", [-1, 1.5, "5", None, True]), ("seed", [-1, 2**64, 1.5, "x", True])])
+@pytest.mark.parametrize(
+    "name, values",
+    [("max_new_tokens", [-1, 1.5, "5", None, True]), ("seed", [-1, 2**64, 1.5, "x", True])],
+)
 def test_counts_out_of_range_are_refused(name, values):
     for value in values:
         with pytest.raises(NpllmValueError, match=f"{name} must be an integer in 0 "):
@@ -213,15 +298,28 @@ def test_ids_in_give_int64_out_with_the_prompt(dtype):
 def test_no_new_tokens_give_the_prompt():
     ids = random_ids(2, 5)
     close(model().generate(ids, max_new_tokens=0), ids)
-    assert Scripted("x").generate("abc", max_new_tokens=0) == "" and [*Scripted("x").stream("abc", max_new_tokens=0)] == []
+    assert (
+        Scripted("x").generate("abc", max_new_tokens=0) == ""
+        and [*Scripted("x").stream("abc", max_new_tokens=0)] == []
+    )
 
 
 @pytest.mark.parametrize("pad, eos, fill", [(7, (5, 6), 7), (None, (5, 6), 5), (0, (5,), 0)])
 def test_rows_that_have_ended_are_filled(pad, eos, fill):
-    m = Scripted([10, 5, 11, 11], [10, 10, 10, eos[-1], 11], [10] * 3 + [11, 12, eos[0]], pad_token_id=pad, eos_token_id=eos)
+    m = Scripted(
+        [10, 5, 11, 11],
+        [10, 10, 10, eos[-1], 11],
+        [10] * 3 + [11, 12, eos[0]],
+        pad_token_id=pad,
+        eos_token_id=eos,
+    )
     ids = random_ids(3, 2)
     got = m.generate(ids, max_new_tokens=50)[:, 2:].tolist()
-    assert got == [[10, 5] + [fill] * 4, [10, 10, 10, eos[-1], fill, fill], [10] * 3 + [11, 12, eos[0]]]
+    assert got == [
+        [10, 5] + [fill] * 4,
+        [10, 10, 10, eos[-1], fill, fill],
+        [10] * 3 + [11, 12, eos[0]],
+    ]
 
 
 def test_no_step_is_taken_after_the_last_row_has_ended():
@@ -253,9 +351,17 @@ def test_special_tokens_are_no_text():
 def test_ids_work_without_a_tokenizer_and_text_says_why_not(tmp_path):
     m = npllm.load(write_folder(tmp_path / "bare"))
     assert m.generate(random_ids(1, 3), max_new_tokens=3).shape[1] >= 4
-    for call in (lambda: m.generate("text"), lambda: m.generate(["a", "b"]), lambda: m.generate(CHAT), lambda: m.stream("text"),
-                 lambda: m.generate(random_ids(1, 3), stop="x")):
-        with pytest.raises(NpllmValueError, match=r"bare: has no tokenizer\.json, so it takes token ids only, not text"):
+    for call in (
+        lambda: m.generate("text"),
+        lambda: m.generate(["a", "b"]),
+        lambda: m.generate(CHAT),
+        lambda: m.stream("text"),
+        lambda: m.generate(random_ids(1, 3), stop="x"),
+    ):
+        with pytest.raises(
+            NpllmValueError,
+            match=r"bare: has no tokenizer\.json, so it takes token ids only, not text",
+        ):
             call()
 
 
@@ -287,7 +393,13 @@ def test_the_first_of_several_stop_strings_counts():
 
 def test_text_that_only_began_like_a_stop_string_is_text():
     assert Scripted("one tw").generate("x", stop="two", max_new_tokens=6) == "one tw"
-    assert [*Scripted("one tw").stream("x", stop="two", max_new_tokens=6)] == ["o", "n", "e", " ", "tw"]
+    assert [*Scripted("one tw").stream("x", stop="two", max_new_tokens=6)] == [
+        "o",
+        "n",
+        "e",
+        " ",
+        "tw",
+    ]
 
 
 def test_a_stop_string_may_stand_beside_a_stop_id():
@@ -327,7 +439,11 @@ def test_stop_strings_that_make_no_sense_are_refused(stop):
         Scripted("x").generate("x", stop=stop)
 
 
-@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(1, 3))
+@given(
+    st.text("ab", max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.integers(1, 3),
+)
 @settings(max_examples=200)
 def test_any_stream_is_cut_before_the_earliest_stop_string(text, stop, n):
     stream, tokenizer, said = TextStream(Tokenizer(byte_level()), (), tuple(stop)), byte_level(), ""
@@ -350,17 +466,36 @@ def test_any_stream_is_cut_before_the_earliest_stop_string(text, stop, n):
 # ------------------------------------------------------------------------------------------------------------------------- streams
 
 
-@pytest.mark.parametrize("options", [{}, {"seed": 5, "temperature": 3.0}, {"stop": "e"}, {"seed": 2, "top_p": 0.9, "stop": ["a", "\ufffd"]}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"seed": 5, "temperature": 3.0},
+        {"stop": "e"},
+        {"seed": 2, "top_p": 0.9, "stop": ["a", "\ufffd"]},
+    ],
+    ids=str,
+)
 def test_a_stream_joined_is_what_generate_returns(tmp_path, options):
     m = text_model(tmp_path)
-    assert "".join(m.stream("hello", max_new_tokens=40, **options)) == m.generate("hello", max_new_tokens=40, **options)
+    assert "".join(m.stream("hello", max_new_tokens=40, **options)) == m.generate(
+        "hello", max_new_tokens=40, **options
+    )
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, sentencepiece])
 def test_a_stream_never_gives_half_a_character(tokenizer):
     text = "日本 🙂🙃 é hello"
-    got = [*Scripted(text, tokenizer=tokenizer()).stream("x", max_new_tokens=len(tokenizer().encode(text).ids))]
-    assert "".join(got).strip() == text and not any("\ufffd" in piece for piece in got) and "" not in got
+    got = [
+        *Scripted(text, tokenizer=tokenizer()).stream(
+            "x", max_new_tokens=len(tokenizer().encode(text).ids)
+        )
+    ]
+    assert (
+        "".join(got).strip() == text
+        and not any("\ufffd" in piece for piece in got)
+        and "" not in got
+    )
 
 
 def test_half_a_character_at_the_very_end_is_not_lost():
@@ -371,7 +506,13 @@ def test_half_a_character_at_the_very_end_is_not_lost():
 def test_a_stream_yields_as_it_goes():
     m = Scripted("abc")
     stream = m.stream("x")
-    assert m.n_calls == 0 and next(stream) == "a" and m.n_calls == 1 and next(stream) == "b" and m.n_calls == 2
+    assert (
+        m.n_calls == 0
+        and next(stream) == "a"
+        and m.n_calls == 1
+        and next(stream) == "b"
+        and m.n_calls == 2
+    )
 
 
 def test_a_stream_refuses_at_once_and_not_at_the_first_piece():
@@ -398,7 +539,9 @@ def test_a_text_gives_a_text_and_a_list_gives_a_list(tmp_path):
 def test_a_text_is_its_ids(tmp_path):
     m = text_model(tmp_path)
     ids = np.array([m.tokenizer.encode("hello w")])
-    assert m.generate("hello w", max_new_tokens=12) == m.tokenizer.decode(m.generate(ids, max_new_tokens=12)[0, ids.shape[1] :])
+    assert m.generate("hello w", max_new_tokens=12) == m.tokenizer.decode(
+        m.generate(ids, max_new_tokens=12)[0, ids.shape[1] :]
+    )
 
 
 def test_messages_go_through_the_chat_template(tmp_path):
@@ -414,13 +557,30 @@ def test_an_empty_prompt_is_refused(prompt):
         Scripted("x").generate(prompt)
 
 
-@pytest.mark.parametrize("prompt", [5, None, [], (), {"role": "user", "content": "x"}, b"bytes", [5], [["a"]], ["a", CHAT[0]], [CHAT]])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        5,
+        None,
+        [],
+        (),
+        {"role": "user", "content": "x"},
+        b"bytes",
+        [5],
+        [["a"]],
+        ["a", CHAT[0]],
+        [CHAT],
+    ],
+)
 def test_what_is_no_prompt_is_refused(prompt):
     with pytest.raises(NpllmError):
         Scripted("x").generate(prompt)
 
 
-@pytest.mark.parametrize("ids", [random_ids(1, 3) * 1.0, random_ids(1, 3)[0], np.zeros((1, 0), int), np.zeros((0, 1), int)])
+@pytest.mark.parametrize(
+    "ids",
+    [random_ids(1, 3) * 1.0, random_ids(1, 3)[0], np.zeros((1, 0), int), np.zeros((0, 1), int)],
+)
 def test_ids_that_are_no_table_of_integers_are_refused(ids):
     with pytest.raises(NpllmTypeError, match=r"input_ids must be integers \[n_batch, n_"):
         model().generate(ids)
@@ -458,59 +618,128 @@ def test_a_mask_does_not_go_with_texts():
 def test_a_prompt_beyond_the_context_is_refused_before_any_op_runs(n_prompt):
     counted = Counted()
     m = model(ops=counted.ops)
-    with pytest.raises(NpllmValueError, match=rf"the prompt has {n_prompt} tokens, but the context length \(max_position_embeddings\) is 64"):
+    with pytest.raises(
+        NpllmValueError,
+        match=rf"the prompt has {n_prompt} tokens, but the context length \(max_position_embeddings\) is 64",
+    ):
         m.generate(random_ids(1, n_prompt))
     assert not counted.calls
 
 
 def test_an_answer_ends_with_the_context_and_warns_of_it():
     m = without_stop()
-    with pytest.warns(UserWarning, match=r"is 64: after 60 tokens of prompt there is room for 4 new tokens, not 50"):
+    with pytest.warns(
+        UserWarning,
+        match=r"is 64: after 60 tokens of prompt there is room for 4 new tokens, not 50",
+    ):
         got = m.generate(random_ids(1, 60))
     assert got.shape == (1, 64)
 
 
 def test_what_just_fits_does_not_warn():
     assert without_stop().generate(random_ids(1, 60), max_new_tokens=4).shape == (1, 64)
-    assert without_stop().generate(random_ids(1, 63), max_new_tokens=1, use_cache=False).shape == (1, 64)
+    assert without_stop().generate(random_ids(1, 63), max_new_tokens=1, use_cache=False).shape == (
+        1,
+        64,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- generation_config.json
 
 
-@pytest.mark.parametrize("name, value", [("num_beams", 4), ("no_repeat_ngram_size", 3), ("min_new_tokens", 5), ("bad_words_ids", [[3]]),
-                                         ("suppress_tokens", [3]), ("forced_bos_token_id", 3), ("guidance_scale", 1.5), ("typical_p", 0.9),
-                                         ("stop_strings", ["x"]), ("penalty_alpha", 0.6)])
-def test_an_entry_that_would_change_the_text_is_refused_when_text_is_asked_for(tmp_path, name, value):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_beams", 4),
+        ("no_repeat_ngram_size", 3),
+        ("min_new_tokens", 5),
+        ("bad_words_ids", [[3]]),
+        ("suppress_tokens", [3]),
+        ("forced_bos_token_id", 3),
+        ("guidance_scale", 1.5),
+        ("typical_p", 0.9),
+        ("stop_strings", ["x"]),
+        ("penalty_alpha", 0.6),
+    ],
+)
+def test_an_entry_that_would_change_the_text_is_refused_when_text_is_asked_for(
+    tmp_path, name, value
+):
     m = npllm.load(write_folder(tmp_path, generation={name: value}))
     m(random_ids(1, 3))
-    with pytest.raises(NpllmValueError, match=rf"generation_config\.json asks for what is not implemented: {name}="):
+    with pytest.raises(
+        NpllmValueError, match=rf"generation_config\.json asks for what is not implemented: {name}="
+    ):
         m.generate(random_ids(1, 3))
 
 
 def test_entries_that_change_nothing_are_accepted(tmp_path):
-    generation = {"num_beams": 1, "typical_p": 1.0, "guidance_scale": None, "max_length": 20, "transformers_version": "5", "num_beam_groups": None}
-    with_entries, without = (npllm.load(write_folder(tmp_path / name, generation=entries)) for name, entries in (("with", generation), ("without", {})))
-    close(with_entries.generate(random_ids(1, 3), max_new_tokens=9), without.generate(random_ids(1, 3), max_new_tokens=9))
+    generation = {
+        "num_beams": 1,
+        "typical_p": 1.0,
+        "guidance_scale": None,
+        "max_length": 20,
+        "transformers_version": "5",
+        "num_beam_groups": None,
+    }
+    with_entries, without = (
+        npllm.load(write_folder(tmp_path / name, generation=entries))
+        for name, entries in (("with", generation), ("without", {}))
+    )
+    close(
+        with_entries.generate(random_ids(1, 3), max_new_tokens=9),
+        without.generate(random_ids(1, 3), max_new_tokens=9),
+    )
 
 
 def test_sampling_options_of_the_checkpoint_are_used(tmp_path):
-    generation = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1}
+    generation = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 50,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+    }
     m = npllm.load(write_folder(tmp_path, generation=generation))
     assert m.generation_config.sampling == Sampling(**generation)
     ids = random_ids(1, 5)
-    close(m.generate(ids, seed=1, max_new_tokens=9), m.generate(ids, seed=1, max_new_tokens=9, **generation))
+    close(
+        m.generate(ids, seed=1, max_new_tokens=9),
+        m.generate(ids, seed=1, max_new_tokens=9, **generation),
+    )
 
 
-@pytest.mark.parametrize("generation", [{"temperature": -1}, {"top_k": "many"}, {"eos_token_id": "x"}, {"eos_token_id": [1, None]},
-                                        {"pad_token_id": -1}, {"pad_token_id": [1]}, {"top_p": 2}, {"eos_token_id": True}])
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"temperature": -1},
+        {"top_k": "many"},
+        {"eos_token_id": "x"},
+        {"eos_token_id": [1, None]},
+        {"pad_token_id": -1},
+        {"pad_token_id": [1]},
+        {"top_p": 2},
+        {"eos_token_id": True},
+    ],
+)
 def test_values_of_the_wrong_kind_are_refused_with_the_path(tmp_path, generation):
-    with pytest.raises(NpllmValueError, match=rf"generation_config\.json: .*{next(iter(generation))}.* must be|pad_token_id one below"):
+    with pytest.raises(
+        NpllmValueError,
+        match=rf"generation_config\.json: .*{next(iter(generation))}.* must be|pad_token_id one below",
+    ):
         npllm.load(write_folder(tmp_path, generation=generation))
 
 
 def test_null_means_absent(tmp_path):
-    m = npllm.load(write_folder(tmp_path, generation=dict.fromkeys(["temperature", "top_k", "eos_token_id", "pad_token_id", "do_sample"])))
+    m = npllm.load(
+        write_folder(
+            tmp_path,
+            generation=dict.fromkeys(
+                ["temperature", "top_k", "eos_token_id", "pad_token_id", "do_sample"]
+            ),
+        )
+    )
     assert m.generation_config.sampling == Sampling() and m.generation_config.eos_token_id == ()
 
 
@@ -521,7 +750,9 @@ def test_a_pipeline_returns_dicts_like_transformers():
     pipe = npllm.pipeline("text-generation", model=Scripted("hello"))
     assert pipe("say ", max_new_tokens=1) == [{"generated_text": "say hello"}]
     pipe = npllm.pipeline("text-generation", model=Scripted("hello"))
-    assert pipe("say ", max_new_tokens=1, return_full_text=False, do_sample=False) == [{"generated_text": "hello"}]
+    assert pipe("say ", max_new_tokens=1, return_full_text=False, do_sample=False) == [
+        {"generated_text": "hello"}
+    ]
 
 
 def test_a_pipeline_takes_lists():
@@ -529,7 +760,10 @@ def test_a_pipeline_takes_lists():
     pipe = npllm.pipeline("text-generation", model=Scripted("hello", "he"))
     assert pipe(["a: ", "b: "], max_new_tokens=1) == answers
     pipe = npllm.pipeline("text-generation", model=Scripted("hello", "he"))
-    assert pipe(["a: ", "b: "], max_new_tokens=1, return_full_text=False) == [[{"generated_text": "hello"}], [{"generated_text": "he"}]]
+    assert pipe(["a: ", "b: "], max_new_tokens=1, return_full_text=False) == [
+        [{"generated_text": "hello"}],
+        [{"generated_text": "he"}],
+    ]
 
 
 def test_a_pipeline_appends_to_a_conversation_and_leaves_the_given_one():
@@ -543,17 +777,23 @@ def test_a_pipeline_appends_to_a_conversation_and_leaves_the_given_one():
 def test_a_pipeline_loads_a_folder(tmp_path):
     m = text_model(tmp_path)
     pipe = npllm.pipeline("text-generation", model=tmp_path)
-    assert pipe("hello", max_new_tokens=5, return_full_text=False) == [{"generated_text": m.generate("hello", max_new_tokens=5)}]
+    assert pipe("hello", max_new_tokens=5, return_full_text=False) == [
+        {"generated_text": m.generate("hello", max_new_tokens=5)}
+    ]
 
 
 def test_another_task_is_refused():
-    with pytest.raises(NpllmValueError, match='task must be "text-generation", got \'summarization\''):
+    with pytest.raises(
+        NpllmValueError, match="task must be \"text-generation\", got 'summarization'"
+    ):
         npllm.pipeline("summarization", model=Scripted("x"))
 
 
 def test_a_classifier_does_not_generate(tmp_path):
     m = npllm.load(write_folder(tmp_path, architectures=["Phi3ForSequenceClassification"]))
-    with pytest.raises(NpllmValueError, match="Phi3ForSequenceClassification scores classes and cannot generate"):
+    with pytest.raises(
+        NpllmValueError, match="Phi3ForSequenceClassification scores classes and cannot generate"
+    ):
         m.generate(random_ids(1, 3))
 
 
@@ -561,9 +801,14 @@ def test_a_classifier_does_not_generate(tmp_path):
 
 
 def test_the_default_checkpoint_knows_the_capital_of_france(default_model):
-    assert default_model.generate("The capital of France is", max_new_tokens=8) == " Paris.\n\nThe answer is:"
+    assert (
+        default_model.generate("The capital of France is", max_new_tokens=8)
+        == " Paris.\n\nThe answer is:"
+    )
 
 
 def test_the_default_checkpoint_chats_and_stops(default_model):
-    answer = default_model.generate([{"role": "user", "content": "What is 2 + 2? Answer with one number."}], max_new_tokens=60)
+    answer = default_model.generate(
+        [{"role": "user", "content": "What is 2 + 2? Answer with one number."}], max_new_tokens=60
+    )
     assert "4" in answer and "<|im_end|>" not in answer

@@ -28,7 +28,11 @@ class Golden:
         self.n_layer = self.config["num_hidden_layers"]
 
     def under(self, prefix):
-        return {name.removeprefix(prefix): x for name, x in self.arrays.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): x
+            for name, x in self.arrays.items()
+            if name.startswith(prefix)
+        }
 
     def model(self, dtype=None, **options):
         return npllm.load(self.folder, dtype=dtype, **options)
@@ -40,7 +44,9 @@ def golden(request, tmp_path_factory):
 
 
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
-sets = pytest.mark.parametrize("ops_set", [ops.reference, ops.blockwise], ids=["definitions", "blockwise"])
+sets = pytest.mark.parametrize(
+    "ops_set", [ops.reference, ops.blockwise], ids=["definitions", "blockwise"]
+)
 
 
 def agree(actual, golden, name, dtype):
@@ -49,11 +55,20 @@ def agree(actual, golden, name, dtype):
 
 
 def test_the_files_say_what_made_them(golden):
-    assert golden.about["script"] == "scripts/make_golden.py" and golden.about["transformers"] and golden.about["torch"]
+    assert (
+        golden.about["script"] == "scripts/make_golden.py"
+        and golden.about["transformers"]
+        and golden.about["torch"]
+    )
 
 
 def test_the_variants_are_what_their_names_say():
-    config = {variant: json.loads(safe_open(FOLDER / f"{variant}.safetensors", "np").metadata()["about"])["config"] for variant in VARIANTS}
+    config = {
+        variant: json.loads(safe_open(FOLDER / f"{variant}.safetensors", "np").metadata()["about"])[
+            "config"
+        ]
+        for variant in VARIANTS
+    }
     assert config["mha"]["num_key_value_heads"] == config["mha"]["num_attention_heads"]
     assert config["gqa"]["num_key_value_heads"] < config["gqa"]["num_attention_heads"]
     assert config["tied"]["tie_word_embeddings"] and config["window"]["sliding_window"] == 4
@@ -70,8 +85,15 @@ def test_logits(golden, dtype, ops_set):
 def test_logits_through_a_cache(golden, dtype, ops_set):
     m, ids, cut = golden.model(dtype, ops=ops_set), golden.arrays["ids"], golden.about["cut"]
     cache = m.new_cache()
-    parts = [m(ids[:, :cut], cache=cache)] + [m(ids[:, at : at + 1], cache=cache) for at in range(cut, ids.shape[1])]
-    agree(np.concatenate(parts, axis=1), golden, "cached logits" if dtype == "float32" else "logits", dtype)
+    parts = [m(ids[:, :cut], cache=cache)] + [
+        m(ids[:, at : at + 1], cache=cache) for at in range(cut, ids.shape[1])
+    ]
+    agree(
+        np.concatenate(parts, axis=1),
+        golden,
+        "cached logits" if dtype == "float32" else "logits",
+        dtype,
+    )
 
 
 @sets
@@ -92,10 +114,14 @@ def test_weights_stored_in_16_bits_give_the_same_logits(golden):
 
 
 def test_greedy_generation(golden):
-    assert golden.about["greedy margin"] > 1e-3, "a near tie could flip on rounding; take another seed"
+    assert golden.about["greedy margin"] > 1e-3, (
+        "a near tie could flip on rounding; take another seed"
+    )
     n_new = golden.arrays["greedy"].shape[1] - golden.arrays["ids"].shape[1]
     for use_cache in (True, False):
-        got = golden.model("float32").generate(golden.arrays["ids"], max_new_tokens=n_new, use_cache=use_cache)
+        got = golden.model("float32").generate(
+            golden.arrays["ids"], max_new_tokens=n_new, use_cache=use_cache
+        )
         close(got, golden.arrays["greedy"])
 
 
@@ -116,21 +142,34 @@ def per_layer(golden):
     for number in range(golden.n_layer):
         at = f"model.layers.{number}"
         values = {name[len(at) + 1 :]: x for name, x in taps.items() if name.startswith(at + ".")}
-        values |= {"in": taps[f"model.layers.{number - 1}" if number else "model.embed_tokens"], "out": taps[at]}
-        yield {name[len(at) + 1 : -7]: x for name, x in weights.items() if name.startswith(at + ".")}, values
+        values |= {
+            "in": taps[f"model.layers.{number - 1}" if number else "model.embed_tokens"],
+            "out": taps[at],
+        }
+        yield (
+            {name[len(at) + 1 : -7]: x for name, x in weights.items() if name.startswith(at + ".")},
+            values,
+        )
 
 
 def test_rms_norm(golden):
     for weight, value in per_layer(golden):
         close(ops.rms_norm(value["in"], weight["input_layernorm"], 1e-5), value["input_layernorm"])
         middle = value["in"] + value["self_attn.o_proj"]
-        close(ops.rms_norm(middle, weight["post_attention_layernorm"], 1e-5), value["post_attention_layernorm"])
+        close(
+            ops.rms_norm(middle, weight["post_attention_layernorm"], 1e-5),
+            value["post_attention_layernorm"],
+        )
 
 
 def test_linear(golden):
     for weight, value in per_layer(golden):
-        for before, leaf in (("input_layernorm", "self_attn.qkv_proj"), ("self_attn.attention", "self_attn.o_proj"),
-                             ("post_attention_layernorm", "mlp.gate_up_proj"), ("mlp.swiglu", "mlp.down_proj")):
+        for before, leaf in (
+            ("input_layernorm", "self_attn.qkv_proj"),
+            ("self_attn.attention", "self_attn.o_proj"),
+            ("post_attention_layernorm", "mlp.gate_up_proj"),
+            ("mlp.swiglu", "mlp.down_proj"),
+        ):
             close(ops.linear(value[before], weight[leaf]), value[leaf])
 
 
@@ -143,7 +182,11 @@ def test_swiglu(golden):
 @dtypes
 def test_rope_tables(golden, dtype):
     inv_freq = ops.rope_frequencies(8, golden.config["rope_theta"]).astype(dtype)
-    for got, name in zip(ops.rope_tables(np.arange(golden.arrays["ids"].shape[1]), inv_freq), ("cos", "sin"), strict=True):
+    for got, name in zip(
+        ops.rope_tables(np.arange(golden.arrays["ids"].shape[1]), inv_freq),
+        ("cos", "sin"),
+        strict=True,
+    ):
         agree(got, golden, "rope/" + name, dtype)
 
 
@@ -169,4 +212,6 @@ def split(qkv, config):
     n_head, n_kv_head = config["num_attention_heads"], config["num_key_value_heads"]
     d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)
     parts = np.split(qkv, [n_head * d_head, (n_head + n_kv_head) * d_head], axis=-1)
-    return [ops.split_heads(x, n) for x, n in zip(parts, (n_head, n_kv_head, n_kv_head), strict=True)]
+    return [
+        ops.split_heads(x, n) for x, n in zip(parts, (n_head, n_kv_head, n_kv_head), strict=True)
+    ]

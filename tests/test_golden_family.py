@@ -24,16 +24,27 @@ def _read(path):
         arrays = dict(file)
     about = json.loads(str(arrays.pop("about")))
     weights = family.tensors(about["config"])
-    assert family.fingerprint(weights) == about["weights sha256"], "the random weights are not those of the golden file"
+    assert family.fingerprint(weights) == about["weights sha256"], (
+        "the random weights are not those of the golden file"
+    )
     return about, family.load(about["config"], weights), family.Trial(about["config"]), arrays
 
 
 def test_the_files_cover_window_both_sides_of_longrope_partial_rotation_tied_and_grouped_heads():
     configs = [_read(path)[1].config for path in FILES]
-    assert len(configs) >= 4 and {config.rope_parameters.rope_type for config in configs} == {"default", "longrope"}
-    assert any((config.sliding_window or 99) < 20 for config in configs) and any(config.tie_word_embeddings for config in configs)
+    assert len(configs) >= 4 and {config.rope_parameters.rope_type for config in configs} == {
+        "default",
+        "longrope",
+    }
+    assert any((config.sliding_window or 99) < 20 for config in configs) and any(
+        config.tie_word_embeddings for config in configs
+    )
     assert any(config.d_rope < config.head_dim for config in configs)
-    assert {config.num_attention_heads // config.num_key_value_heads for config in configs} == {1, 3, 4}
+    assert {config.num_attention_heads // config.num_key_value_heads for config in configs} == {
+        1,
+        3,
+        4,
+    }
 
 
 @each_file
@@ -53,7 +64,11 @@ def test_prefill(path):
 def test_a_full_pass_at_every_length_over_window_and_switch(path):
     """spec 8.14, 8.22."""
     _, model, trial, golden = _read(path)
-    close(np.stack([family.alone(model, trial.ids[0, :length]) for length in trial.lengths]), golden["at_length"], times=SAME)
+    close(
+        np.stack([family.alone(model, trial.ids[0, :length]) for length in trial.lengths]),
+        golden["at_length"],
+        times=SAME,
+    )
 
 
 @each_file
@@ -74,7 +89,9 @@ def test_left_padding(path):
     _, model, trial, golden = _read(path)
     plain = npllm.Model(model.config, model.params, ops=npllm.ops.reference)
     close(plain(trial.rows, attention_mask=trial.mask)[:, -1], golden["left_padded"], times=SAME)
-    close(model(trial.rows, attention_mask=trial.mask)[:, -1], golden["left_padded"], times=2 * SAME)
+    close(
+        model(trial.rows, attention_mask=trial.mask)[:, -1], golden["left_padded"], times=2 * SAME
+    )
 
 
 @each_file
@@ -92,9 +109,15 @@ def _rows(change):
     """Reorder the rows of every qkv_proj: `change` gets and gives q, k, v as [heads, d_head, d_model]."""
 
     def changed(weights, config):
-        d_head, n_head, n_kv_head = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        d_head, n_head, n_kv_head = (
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
         for name in [name for name in weights if "qkv" in name]:
-            blocks = np.split(weights[name].reshape(-1, d_head, config.hidden_size), [n_head, n_head + n_kv_head])
+            blocks = np.split(
+                weights[name].reshape(-1, d_head, config.hidden_size), [n_head, n_head + n_kv_head]
+            )
             weights[name] = np.concatenate(change(*blocks)).reshape(weights[name].shape)
         return weights
 
@@ -103,7 +126,11 @@ def _rows(change):
 
 def _by_group(q, k, v):
     """Each key/value head behind the query heads that read it."""
-    return [part for qs, k1, v1 in zip(np.split(q, len(k)), k, v, strict=True) for part in (qs, k1[None], v1[None])]
+    return [
+        part
+        for qs, k1, v1 in zip(np.split(q, len(k)), k, v, strict=True)
+        for part in (qs, k1[None], v1[None])
+    ]
 
 
 def _tiled(weights, config):
@@ -117,7 +144,10 @@ def _tiled(weights, config):
 
 
 def _up_first(weights, _config):
-    return {name: np.concatenate(np.split(x, 2)[::-1]) if "gate_up" in name else x for name, x in weights.items()}
+    return {
+        name: np.concatenate(np.split(x, 2)[::-1]) if "gate_up" in name else x
+        for name, x in weights.items()
+    }
 
 
 def _split_at_half_the_head(x, cos, sin):
@@ -130,21 +160,35 @@ def _split_at_half_the_head(x, cos, sin):
 
 def _all_channels_scaled(x, cos, sin):
     y = ops.apply_rope(x, cos, sin)
-    return np.concatenate([y[..., : cos.shape[-1]], y[..., cos.shape[-1] :] * np.float32(2**0.5)], axis=-1)
+    return np.concatenate(
+        [y[..., : cos.shape[-1]], y[..., cos.shape[-1] :] * np.float32(2**0.5)], axis=-1
+    )
 
 
 def _cosine_scaled_only(positions, inv_freq, scale=1.0):
     return ops.rope_tables(positions, inv_freq, scale)[0], ops.rope_tables(positions, inv_freq)[1]
 
 
-OTHER_LAYOUTS = {"k and v swapped": _rows(lambda q, k, v: (q, v, k)), "k before q": _rows(lambda q, k, v: (k, q, v)),
-                 "q, k, v by group": _rows(_by_group), "heads tiled": _tiled, "up first": _up_first}
+OTHER_LAYOUTS = {
+    "k and v swapped": _rows(lambda q, k, v: (q, v, k)),
+    "k before q": _rows(lambda q, k, v: (k, q, v)),
+    "q, k, v by group": _rows(_by_group),
+    "heads tiled": _tiled,
+    "up first": _up_first,
+}
 OTHER_OPS = {
     "rotation split at half the head": {"apply_rope": _split_at_half_the_head},
     "interleaved pairs": {"apply_rope": lambda *args: ops.apply_rope(*args, interleaved=True)},
-    "factor on all channels": {"apply_rope": _all_channels_scaled}, "factor on the cosine only": {"rope_tables": _cosine_scaled_only},
-    "no factor": {"rope_tables": lambda positions, inv_freq, _: ops.rope_tables(positions, inv_freq)},
-    "scale of the rotated channels": {"attention": lambda *args, **options: ops.blockwise_attention(*args, scale=12**-0.5, **options)},
+    "factor on all channels": {"apply_rope": _all_channels_scaled},
+    "factor on the cosine only": {"rope_tables": _cosine_scaled_only},
+    "no factor": {
+        "rope_tables": lambda positions, inv_freq, _: ops.rope_tables(positions, inv_freq)
+    },
+    "scale of the rotated channels": {
+        "attention": lambda *args, **options: ops.blockwise_attention(
+            *args, scale=12**-0.5, **options
+        )
+    },
 }
 
 
@@ -153,7 +197,9 @@ def test_another_convention_is_told_apart(name):
     """spec 8.5 ... 8.10: on Phi-4-mini, which has grouped heads, partial rotation and a factor; 1 % is a thousand times rounding."""
     about, model, trial, golden = _read(next(path for path in FILES if "phi_4_mini" in path.stem))
     if name in OTHER_LAYOUTS:
-        other = family.load(about["config"], OTHER_LAYOUTS[name](family.tensors(about["config"]), model.config))
+        other = family.load(
+            about["config"], OTHER_LAYOUTS[name](family.tensors(about["config"]), model.config)
+        )
     else:
         other = npllm.Model(model.config, model.params, ops=model.ops.replace(**OTHER_OPS[name]))
     error = np.abs(other(trial.ids[:, :20])[0][:, ::8] - golden["prefill"]).max()

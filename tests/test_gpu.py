@@ -19,7 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, documented_calls, examples, normal
 from test_cuda_decode import VARIANTS, one_query, products
-from test_cuda_special import CALLS, NAMES, SPECIAL, alike, check_widened, finite_weight, patterns, widened_text
+from test_cuda_special import (
+    CALLS,
+    NAMES,
+    SPECIAL,
+    alike,
+    check_widened,
+    finite_weight,
+    patterns,
+    widened_text,
+)
 from test_guard import KINDS
 from test_kernels_cuda import FLOATS, long_calls, projected, stored
 
@@ -33,9 +42,13 @@ from npllm.ops.mask import causal, left_padding, sliding_window
 on_cuda = Composed(cuda.CUDA)
 pytestmark = pytest.mark.gpu
 FIGURES = {}
-REHEARSAL = os.environ.get("NPLLM_REHEARSE") == "1"  # the stand-in runs a kernel on the CPU, thread by thread
-TEXT = ("The capital of France is Paris. Water boils at a hundred degrees, and a stick in the ground shows noon when its shadow is "
-        "shortest. Then, around 1300, somebody hung a weight on a rope and wound it around an axle.")
+REHEARSAL = (
+    os.environ.get("NPLLM_REHEARSE") == "1"
+)  # the stand-in runs a kernel on the CPU, thread by thread
+TEXT = (
+    "The capital of France is Paris. Water boils at a hundred degrees, and a stick in the ground shows noon when its shadow is "
+    "shortest. Then, around 1300, somebody hung a weight on a rope and wound it around an axle."
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,8 +73,14 @@ def figure(name, got, want):
     got, want = to_numpy(got).astype(np.float64), to_numpy(want).astype(np.float64)
     finite = np.isfinite(want)
     if np.any(finite):
-        worst = float(np.abs(np.subtract(got, want, where=finite, out=np.zeros_like(want))).max()) if got.shape == want.shape else np.inf
-        FIGURES[name] = max(FIGURES.get(name, 0.0), worst / max(float(np.abs(want[finite]).max()), 1e-30))
+        worst = (
+            float(np.abs(np.subtract(got, want, where=finite, out=np.zeros_like(want))).max())
+            if got.shape == want.shape
+            else np.inf
+        )
+        FIGURES[name] = max(
+            FIGURES.get(name, 0.0), worst / max(float(np.abs(want[finite]).max()), 1e-30)
+        )
 
 
 def moved(x):
@@ -78,7 +97,9 @@ def moved(x):
 
 
 def same(name, actual, desired, times=8.0):
-    for one, other in zip(actual, desired, strict=True) if isinstance(desired, tuple) else [(actual, desired)]:
+    for one, other in (
+        zip(actual, desired, strict=True) if isinstance(desired, tuple) else [(actual, desired)]
+    ):
         assert type(one).__module__ == "cupy"
         figure(name, one, other)
         close(to_numpy(one), np.asarray(other), times=times)
@@ -103,14 +124,20 @@ def test_every_op(name, data):
 def test_attention_in_every_dtype(op, data):
     call = data.draw(attention_calls(kinds=("none", "rule", "function", "array")))
     sizes = {"block_q": 2, "block_k": 3} if op is ops.blockwise_attention else {}
-    same(f"op {op.__name__}, all dtypes", op(*moved((call.q, call.k, call.v)), return_lse=True, **moved(call.options), **sizes),
-         op(call.q, call.k, call.v, return_lse=True, **call.options, **sizes))
+    same(
+        f"op {op.__name__}, all dtypes",
+        op(*moved((call.q, call.k, call.v)), return_lse=True, **moved(call.options), **sizes),
+        op(call.q, call.k, call.v, return_lse=True, **call.options, **sizes),
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16, np.float16])
 def test_a_large_product(dtype):
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((33, 3072), dtype=np.float32), rng.standard_normal((1000, 3072), dtype=np.float32).astype(dtype)
+    x, w = (
+        rng.standard_normal((33, 3072), dtype=np.float32),
+        rng.standard_normal((1000, 3072), dtype=np.float32).astype(dtype),
+    )
     same(f"linear 3072, {np.dtype(dtype).name}", ops.linear(*moved((x, w))), ops.linear(x, w))
 
 
@@ -128,29 +155,61 @@ def test_rms_norm_kernel(data, d_model, dtype):
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 8, 9, 16, 64, 65])
 def test_product_kernels(n_rows, dtype):
     rng, d_in, d_out = np.random.default_rng(0), *((264, 12) if REHEARSAL else (3072, 1004))
-    x, w = rng.standard_normal((n_rows, d_in), dtype=np.float32), rng.standard_normal((d_out, d_in), dtype=np.float32).astype(dtype)
-    gain, residual = rng.standard_normal((d_in,), dtype=np.float32).astype(dtype), rng.standard_normal((n_rows, d_out), dtype=np.float32)
+    x, w = (
+        rng.standard_normal((n_rows, d_in), dtype=np.float32),
+        rng.standard_normal((d_out, d_in), dtype=np.float32).astype(dtype),
+    )
+    gain, residual = (
+        rng.standard_normal((d_in,), dtype=np.float32).astype(dtype),
+        rng.standard_normal((n_rows, d_out), dtype=np.float32),
+    )
     same("kernel linear", cuda.linear(*moved((x, w))), ops.linear(x, w))
-    same("kernel linear, norm", on_cuda.norm_linear(*moved((x, gain)), 1e-5, moved(w)), definitions.norm_linear(x, gain, 1e-5, w))
-    same("kernel linear, gate", on_cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(w)), definitions.norm_swiglu(x, gain, 1e-5, w), times=20)
-    same("kernel linear, residual", on_cuda.linear_add(*moved((x, w, residual))), definitions.linear_add(x, w, residual))
+    same(
+        "kernel linear, norm",
+        on_cuda.norm_linear(*moved((x, gain)), 1e-5, moved(w)),
+        definitions.norm_linear(x, gain, 1e-5, w),
+    )
+    same(
+        "kernel linear, gate",
+        on_cuda.norm_swiglu(*moved((x, gain)), 1e-5, moved(w)),
+        definitions.norm_swiglu(x, gain, 1e-5, w),
+        times=20,
+    )
+    same(
+        "kernel linear, residual",
+        on_cuda.linear_add(*moved((x, w, residual))),
+        definitions.linear_add(x, w, residual),
+    )
 
 
 @given(products())
 @examples(60)
 def test_products_of_all_sizes(call):
     x, weight, bias, gain = call
-    same("kernel linear, small", on_cuda.norm_linear(*moved((x, gain)), 1e-5, *moved((weight, bias))), definitions.norm_linear(x, gain, 1e-5, weight, bias))
+    same(
+        "kernel linear, small",
+        on_cuda.norm_linear(*moved((x, gain)), 1e-5, *moved((weight, bias))),
+        definitions.norm_linear(x, gain, 1e-5, weight, bias),
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values())
 def test_a_row_has_the_same_bits_in_any_company(dtype):
     rng, d_in, d_out = np.random.default_rng(0), *((264, 12) if REHEARSAL else (3072, 100))
-    x, w = rng.standard_normal((16, d_in), dtype=np.float32), rng.standard_normal((d_out, d_in), dtype=np.float32).astype(dtype)
+    x, w = (
+        rng.standard_normal((16, d_in), dtype=np.float32),
+        rng.standard_normal((d_out, d_in), dtype=np.float32).astype(dtype),
+    )
     gain = rng.standard_normal((d_in,), dtype=np.float32).astype(dtype)
-    alone = [to_numpy(on_cuda.norm_linear(*moved((x[n : n + 1], gain)), 1e-5, moved(w)))[0].tobytes() for n in range(16)]
+    alone = [
+        to_numpy(on_cuda.norm_linear(*moved((x[n : n + 1], gain)), 1e-5, moved(w)))[0].tobytes()
+        for n in range(16)
+    ]
     for n_rows in range(2, 17):
-        assert [row.tobytes() for row in to_numpy(on_cuda.norm_linear(*moved((x[:n_rows], gain)), 1e-5, moved(w)))] == alone[:n_rows]
+        assert [
+            row.tobytes()
+            for row in to_numpy(on_cuda.norm_linear(*moved((x[:n_rows], gain)), 1e-5, moved(w)))
+        ] == alone[:n_rows]
 
 
 @pytest.mark.parametrize("dtype", NAMES)
@@ -165,7 +224,11 @@ def test_every_16_bit_pattern_is_widened_exactly(dtype):
     kernel((256,), (256,), (moved(x), y, np.uint32(2**16)))
     check_widened(to_numpy(y), want)
     weight, want = finite_weight(dtype)
-    close(to_numpy(cuda.linear(*moved((np.eye(8, dtype=np.float32), weight)))), np.ascontiguousarray(want.T), times=0)
+    close(
+        to_numpy(cuda.linear(*moved((np.eye(8, dtype=np.float32), weight)))),
+        np.ascontiguousarray(want.T),
+        times=0,
+    )
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -186,14 +249,22 @@ def test_nan_and_infinities(name, dtype):
 def test_swiglu_kernel(data, d_ff):
     both = data.draw(normal((2, 3, 2 * d_ff), scale=30))
     there = moved(both)
-    same("kernel swiglu", cuda.swiglu(there[..., :d_ff], there[..., d_ff:]), ops.swiglu(both[..., :d_ff], both[..., d_ff:]))
+    same(
+        "kernel swiglu",
+        cuda.swiglu(there[..., :d_ff], there[..., d_ff:]),
+        ops.swiglu(both[..., :d_ff], both[..., d_ff:]),
+    )
 
 
 @given(long_calls())
 @examples(100)
 def test_attention_kernel(call):
     q, k, v, options = call
-    same("kernel attention", cuda.attention(*moved((q, k, v)), **options), ops.attention(q, k, v, **options))
+    same(
+        "kernel attention",
+        cuda.attention(*moved((q, k, v)), **options),
+        ops.attention(q, k, v, **options),
+    )
 
 
 @pytest.mark.parametrize("d_head", cuda.HEADS)
@@ -202,16 +273,25 @@ def test_attention_kernel_over_a_thousand_keys(d_head, dtype):
     rng = np.random.default_rng(0)
     n_seq, n_ctx = (9, 43) if REHEARSAL else (999, 1203)
     q = rng.standard_normal((2, 8, n_seq, d_head), dtype=np.float32)
-    k, v = (rng.standard_normal((2, 2, n_ctx, d_head), dtype=np.float32).astype(dtype) for _ in range(2))
-    same(f"kernel attention, {n_ctx} keys", cuda.attention(*moved((q, k, v)), mask=causal()), ops.attention(q, k, v, mask=causal()))
+    k, v = (
+        rng.standard_normal((2, 2, n_ctx, d_head), dtype=np.float32).astype(dtype) for _ in range(2)
+    )
+    same(
+        f"kernel attention, {n_ctx} keys",
+        cuda.attention(*moved((q, k, v)), mask=causal()),
+        ops.attention(q, k, v, mask=causal()),
+    )
 
 
 @given(one_query())
 @examples(100)
 def test_attention_kernel_of_one_query(call):
     q, k, v, columns, options = call
-    same("kernel attend_one", cuda.attention(moved(q), moved(k)[..., columns, :], moved(v)[..., columns, :], **options),
-         ops.attention(q, k[..., columns, :], v[..., columns, :], **options))
+    same(
+        "kernel attend_one",
+        cuda.attention(moved(q), moved(k)[..., columns, :], moved(v)[..., columns, :], **options),
+        ops.attention(q, k[..., columns, :], v[..., columns, :], **options),
+    )
 
 
 @pytest.mark.parametrize("window", [None, 2047])
@@ -221,12 +301,24 @@ def test_attention_kernel_of_one_query_over_thousands_of_keys(d_head, dtype, win
     n_ctx = 300 if REHEARSAL else 3500
     rng, lengths = np.random.default_rng(0), [n_ctx, n_ctx * 3 // 5, 129, 1]
     q = rng.standard_normal((4, 8, 1, d_head), dtype=np.float32)
-    k, v = (rng.standard_normal((4, 2, n_ctx, d_head), dtype=np.float32).astype(dtype) for _ in range(2))
-    start, mask = np.array([n_ctx - n for n in lengths]), causal() if window is None else sliding_window(window)
+    k, v = (
+        rng.standard_normal((4, 2, n_ctx, d_head), dtype=np.float32).astype(dtype) for _ in range(2)
+    )
+    start, mask = (
+        np.array([n_ctx - n for n in lengths]),
+        causal() if window is None else sliding_window(window),
+    )
     there = cuda.attention(*moved((q, k, v)), mask=mask & left_padding(moved(start)))
-    same(f"kernel attend_one, {n_ctx} keys", there, ops.attention(q, k, v, mask=mask & left_padding(start)))
+    same(
+        f"kernel attend_one, {n_ctx} keys",
+        there,
+        ops.attention(q, k, v, mask=mask & left_padding(start)),
+    )
     for row, first in enumerate(start):
-        alone = cuda.attention(*moved((q[row : row + 1], k[row : row + 1, :, first:], v[row : row + 1, :, first:])), mask=mask)
+        alone = cuda.attention(
+            *moved((q[row : row + 1], k[row : row + 1, :, first:], v[row : row + 1, :, first:])),
+            mask=mask,
+        )
         assert to_numpy(alone)[0].tobytes() == to_numpy(there)[row].tobytes()
 
 
@@ -236,8 +328,15 @@ def test_rope_append_kernel(call):
     qkv, cos, sin, n_head, n_kv_head = call
     n_batch, n_seq, width = qkv.shape
     caches = [npllm.cache.KVCache(n_batch, 1, 64) for _ in range(2)]
-    same("kernel rope_append", on_cuda.rope_attention(*moved((qkv, cos, sin)), n_head, n_kv_head, mask=causal(), cache=caches[0]),
-         definitions.rope_attention(qkv, cos, sin, n_head, n_kv_head, mask=causal(), cache=caches[1]))
+    same(
+        "kernel rope_append",
+        on_cuda.rope_attention(
+            *moved((qkv, cos, sin)), n_head, n_kv_head, mask=causal(), cache=caches[0]
+        ),
+        definitions.rope_attention(
+            qkv, cos, sin, n_head, n_kv_head, mask=causal(), cache=caches[1]
+        ),
+    )
     for there, here in zip(caches[0]._layers[0][:2], caches[1]._layers[0][:2], strict=True):
         same("kernel rope_append, cache", there[:, :, :n_seq, :], here[:, :, :n_seq, :])
     assert width % (n_head + 2 * n_kv_head) == 0
@@ -248,10 +347,14 @@ def test_rope_append_kernel(call):
 
 def model_pair(set_, dtype=np.float32, **changes):
     here = tiny.model(ops=ops.blockwise, dtype=dtype, **changes)
-    return here, npllm.Model(here.config, moved(here.params), ops=set_, generation_config=here.generation_config)
+    return here, npllm.Model(
+        here.config, moved(here.params), ops=set_, generation_config=here.generation_config
+    )
 
 
-every_set = pytest.mark.parametrize("set_", [ops.reference, ops.blockwise, cuda.cuda_ops()], ids=lambda set_: set_.name)
+every_set = pytest.mark.parametrize(
+    "set_", [ops.reference, ops.blockwise, cuda.cuda_ops()], ids=lambda set_: set_.name
+)
 every_kind = pytest.mark.parametrize("kind", ["plain", "window"] if REHEARSAL else KINDS)
 
 
@@ -262,27 +365,50 @@ def test_logits_of_tiny_models(set_, kind, dtype):
     here, there = model_pair(set_, dtype, **KINDS[kind])
     ids, mask = tiny.random_ids(2, 17), np.ones((2, 17), int)
     mask[0, :4] = 0
-    same(f"tiny models, {set_.name}", there(ids, attention_mask=mask), here(ids, attention_mask=mask), times=20)
+    same(
+        f"tiny models, {set_.name}",
+        there(ids, attention_mask=mask),
+        here(ids, attention_mask=mask),
+        times=20,
+    )
     caches = here.new_cache(2), there.new_cache(2)
     for start, stop in ((0, 9), (9, 10), (10, 17)):
-        same(f"tiny models, {set_.name}", there(ids[:, start:stop], cache=caches[1]), here(ids[:, start:stop], cache=caches[0]), times=20)
+        same(
+            f"tiny models, {set_.name}",
+            there(ids[:, start:stop], cache=caches[1]),
+            here(ids[:, start:stop], cache=caches[0]),
+            times=20,
+        )
 
 
 @every_set
 @every_kind
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+        {"repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
 def test_the_same_seed_gives_the_same_text(set_, kind, options):
     here, there = model_pair(set_, **KINDS[kind])
     ids, mask, n_new = tiny.random_ids(3, 9), np.ones((3, 9), int), 4 if REHEARSAL else 10
     mask[1, :3] = 0
     for prompt in (ids, moved(ids)):
-        close(there.generate(prompt, attention_mask=mask, max_new_tokens=n_new, seed=5, **options),
-              here.generate(ids, attention_mask=mask, max_new_tokens=n_new, seed=5, **options))
+        close(
+            there.generate(prompt, attention_mask=mask, max_new_tokens=n_new, seed=5, **options),
+            here.generate(ids, attention_mask=mask, max_new_tokens=n_new, seed=5, **options),
+        )
 
 
 @pytest.mark.parametrize("head", ["Sequence", "Token"])
 def test_classifiers(head, tmp_path):
-    folder = tiny.write_folder(tmp_path, architectures=[f"Phi3For{head}Classification"], num_labels=3, pad_token_id=0)
+    folder = tiny.write_folder(
+        tmp_path, architectures=[f"Phi3For{head}Classification"], num_labels=3, pad_token_id=0
+    )
     there, here = (npllm.load(folder, backend=backend) for backend in ("cupy", "numpy"))
     ids = tiny.random_ids(3, 6)
     same("tiny classifiers", there(ids), here(ids), times=20)
@@ -290,7 +416,10 @@ def test_classifiers(head, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float64"])
 def test_weights_arrive_unchanged(default_folder, dtype):
-    there, here = (npllm.load(default_folder, backend=backend, dtype=dtype).params for backend in ("cupy", "numpy"))
+    there, here = (
+        npllm.load(default_folder, backend=backend, dtype=dtype).params
+        for backend in ("cupy", "numpy")
+    )
     for name in ("embed_tokens", "norm"):
         close(to_numpy(getattr(there, name)), np.asarray(getattr(here, name)), times=0)
     for one, other in zip(there.layers, here.layers, strict=True):
@@ -308,7 +437,10 @@ def test_logits_of_the_default_model(default_folder, set_):
         there = to_numpy(npllm.load(default_folder, backend="cupy", dtype=dtype, ops=set_)(ids))
         figure(f"default model, {dtype}, {set_.name}, beside NumPy", there, here)
         numpy_error, error = (float(np.abs(x - exact).max()) for x in (here, there))
-        FIGURES[f"default model, {dtype}, {set_.name}, |logit - float64|"] = {"cupy": error, "numpy": numpy_error}
+        FIGURES[f"default model, {dtype}, {set_.name}, |logit - float64|"] = {
+            "cupy": error,
+            "numpy": numpy_error,
+        }
         assert np.abs(there - here).max() < 1e-3
         if dtype == "bfloat16":
             assert error <= 1.5 * numpy_error

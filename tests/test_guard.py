@@ -43,30 +43,78 @@ def device(x, dtype=np.float32):
 
 
 def same(actual, desired, times=8.0):
-    for one, other in zip(actual, desired, strict=True) if isinstance(desired, tuple) else [(actual, desired)]:
+    for one, other in (
+        zip(actual, desired, strict=True) if isinstance(desired, tuple) else [(actual, desired)]
+    ):
         close(one, moved(other), times=times)
 
 
 # ------------------------------------------------------------------------------------------------------------- each refusal by itself
 
 
-@pytest.mark.parametrize("convert", [np.asarray, np.exp, lambda x: np.concatenate([x, x]), lambda x: np.ones(3, np.float32) * x,
-                                     lambda x: np.float32(2) * x, lambda x: np.add(x, 1)])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        np.asarray,
+        np.exp,
+        lambda x: np.concatenate([x, x]),
+        lambda x: np.ones(3, np.float32) * x,
+        lambda x: np.float32(2) * x,
+        lambda x: np.add(x, 1),
+    ],
+)
 def test_no_conversion_to_numpy_behind_the_callers_back(convert):
     with pytest.raises(TypeError):
         convert(device([1, 2, 3]))
 
 
-@pytest.mark.parametrize("wait", [float, int, bool, complex, list, tuple, sum, lambda x: x.item(), lambda x: x.tolist(),
-                                  lambda x: 1 if x > 0 else 0, lambda x: 1 in x, lambda x: [0, 1][x], range])
+@pytest.mark.parametrize(
+    "wait",
+    [
+        float,
+        int,
+        bool,
+        complex,
+        list,
+        tuple,
+        sum,
+        lambda x: x.item(),
+        lambda x: x.tolist(),
+        lambda x: 1 if x > 0 else 0,
+        lambda x: 1 in x,
+        lambda x: [0, 1][x],
+        range,
+    ],
+)
 def test_nothing_waits_for_the_device_outside_get(wait):
     with pytest.raises(Refused):
         wait(device(1, np.int64))
 
 
-@pytest.mark.parametrize("other", [np.float32(2), np.float64(2), np.ones(3, np.float32), [1, 2, 3], (1, 2, 3), np.int64(1), "1", None])
-@pytest.mark.parametrize("operation", [lambda a, b: a + b, lambda a, b: b + a, lambda a, b: a * b, lambda a, b: a @ b,
-                                       lambda a, b: xp.maximum(a, b), lambda a, b: xp.where(a > 0, a, b)])
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.float32(2),
+        np.float64(2),
+        np.ones(3, np.float32),
+        [1, 2, 3],
+        (1, 2, 3),
+        np.int64(1),
+        "1",
+        None,
+    ],
+)
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda a, b: a + b,
+        lambda a, b: b + a,
+        lambda a, b: a * b,
+        lambda a, b: a @ b,
+        lambda a, b: xp.maximum(a, b),
+        lambda a, b: xp.where(a > 0, a, b),
+    ],
+)
 def test_operands_are_arrays_of_its_own_or_python_numbers(operation, other):
     with pytest.raises(TypeError):
         operation(device([1, 2, 3]), other)
@@ -77,17 +125,34 @@ def test_python_numbers_do_not_widen(other):
     assert (device([1, 2, 3]) * other).dtype == (other * device([1, 2, 3])).dtype == np.float32
 
 
-@pytest.mark.parametrize("call", [lambda x: xp.take(x, [0, 1], axis=0), lambda x: xp.take(x, np.array([0, 1]), axis=0),
-                                  lambda x: xp.concat([x, np.ones(3, np.float32)]), lambda x: x[np.array([0])], lambda x: x[[0]],
-                                  lambda _: xp.asarray([1.0, 2.0]), lambda _: xp.exp([1.0]), lambda _: xp.full((2,), np.float32(1)),
-                                  lambda _: xp.exp(np.ones(3)), lambda x: x.__setitem__(0, np.float32(1)), lambda x: x[x > 0]])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: xp.take(x, [0, 1], axis=0),
+        lambda x: xp.take(x, np.array([0, 1]), axis=0),
+        lambda x: xp.concat([x, np.ones(3, np.float32)]),
+        lambda x: x[np.array([0])],
+        lambda x: x[[0]],
+        lambda _: xp.asarray([1.0, 2.0]),
+        lambda _: xp.exp([1.0]),
+        lambda _: xp.full((2,), np.float32(1)),
+        lambda _: xp.exp(np.ones(3)),
+        lambda x: x.__setitem__(0, np.float32(1)),
+        lambda x: x[x > 0],
+    ],
+)
 def test_lists_and_numpy_arrays_are_refused_as_arguments(call):
     with pytest.raises(Refused):
         call(device([1, 2, 3]))
 
 
 def test_reductions_give_arrays_without_axes():
-    for reduced in (xp.sum(device([1, 2])), xp.max(device([1, 2])), xp.all(device([1, 2]) > 0), xp.argmax(device([1, 2]))):
+    for reduced in (
+        xp.sum(device([1, 2])),
+        xp.max(device([1, 2])),
+        xp.all(device([1, 2]) > 0),
+        xp.argmax(device([1, 2])),
+    ):
         assert type(reduced) is guard.Array and reduced.shape == ()
 
 
@@ -101,19 +166,31 @@ def test_indices_out_of_range_wrap_around():
 @pytest.mark.parametrize("dtype", [BF16, np.float16])
 def test_products_of_16_bit_types_are_two_dimensional_and_accumulate_in_float32(dtype):
     a = device(np.ones((1, 4096)), dtype)
-    assert (a @ xp.matrix_transpose(a)).get().tolist() == [[4096]]  # a sum in bfloat16 would stop at 256
+    assert (a @ xp.matrix_transpose(a)).get().tolist() == [
+        [4096]
+    ]  # a sum in bfloat16 would stop at 256
     assert (a @ xp.matrix_transpose(a)).dtype == dtype
     with pytest.raises(Refused, match="2-D"):
         a[None] @ xp.matrix_transpose(a)[None]
 
 
-@pytest.mark.parametrize("call", [lambda x: x + x, lambda x: x * 2.0, xp.exp, xp.sum, xp.max, lambda x: -x, lambda x: x > 0])
+@pytest.mark.parametrize(
+    "call",
+    [lambda x: x + x, lambda x: x * 2.0, xp.exp, xp.sum, xp.max, lambda x: -x, lambda x: x > 0],
+)
 def test_bfloat16_is_for_storage(call):
     with pytest.raises(Refused, match="storage"):
         call(device([1, 2], BF16))
 
 
-@pytest.mark.parametrize("call", [lambda x: xp.argsort(x, stable=True), lambda x: xp.reshape(x, shape=(3,)), lambda x: xp.sum(x, out=x)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: xp.argsort(x, stable=True),
+        lambda x: xp.reshape(x, shape=(3,)),
+        lambda x: xp.sum(x, out=x),
+    ],
+)
 def test_argument_names_are_those_of_cupy(call):
     with pytest.raises(Refused):
         call(device([1, 2, 3]))
@@ -125,14 +202,26 @@ def test_get_is_counted():
     assert guard.Gets.n == before + 1
 
 
-@pytest.mark.skipif(cupy is None or cupy is xp, reason="compares the stand-in with CuPy, which is not installed")
+@pytest.mark.skipif(
+    cupy is None or cupy is xp, reason="compares the stand-in with CuPy, which is not installed"
+)
 def test_the_stand_in_offers_nothing_that_cupy_has_not():
-    for name in (*guard.UFUNCS, *guard.FUNCTIONS, *guard.BIRTHS, "asarray", "astype", "take", "take_along_axis"):
+    for name in (
+        *guard.UFUNCS,
+        *guard.FUNCTIONS,
+        *guard.BIRTHS,
+        "asarray",
+        "astype",
+        "take",
+        "take_along_axis",
+    ):
         assert callable(getattr(cupy, name)), name
     for name, parameters in (guard.FUNCTIONS | guard.BIRTHS).items():
         known = list(inspect.signature(getattr(cupy, name)).parameters)
         assert set(parameters) <= set(known), (name, known)
-    assert not hasattr(cupy.ndarray, "__array_namespace__") and not hasattr(guard.Array, "__array_namespace__")
+    assert not hasattr(cupy.ndarray, "__array_namespace__") and not hasattr(
+        guard.Array, "__array_namespace__"
+    )
     assert (cupy.ndarray.__module__, cupy.ndarray.__name__) == ("cupy", "ndarray")
     assert arrays.is_array(device([1.0])), "known by its type, as CuPy's arrays are"
 
@@ -155,8 +244,10 @@ def test_every_op_runs_and_agrees(name, data):
 def test_attention_agrees_in_every_dtype_under_rules_and_slots(op, data):
     call = data.draw(attention_calls(kinds=("none", "rule", "function", "array")))
     sizes = {"block_q": 2, "block_k": 3} if op is ops.blockwise_attention else {}
-    same(op(*moved((call.q, call.k, call.v)), return_lse=True, **moved(call.options), **sizes),
-         op(call.q, call.k, call.v, return_lse=True, **call.options, **sizes))
+    same(
+        op(*moved((call.q, call.k, call.v)), return_lse=True, **moved(call.options), **sizes),
+        op(call.q, call.k, call.v, return_lse=True, **call.options, **sizes),
+    )
 
 
 @pytest.mark.parametrize("op", [ops.attention, ops.blockwise_attention])
@@ -164,8 +255,13 @@ def test_attention_agrees_in_every_dtype_under_rules_and_slots(op, data):
 def test_rules_of_labels_agree(op, data, dtype):
     q, labels = data.draw(normal((2, 2, 3, 4), dtype)), np.array([[0, 0, 1], [0, 1, 1]])
     valid = np.array([[False, True, True], [True, True, True]])
-    same(op(*moved((q, q, q)), mask=causal() & documents(moved(labels)) & padding(moved(valid)) | ~sliding_window(2)),
-         op(q, q, q, mask=causal() & documents(labels) & padding(valid) | ~sliding_window(2)))
+    same(
+        op(
+            *moved((q, q, q)),
+            mask=causal() & documents(moved(labels)) & padding(moved(valid)) | ~sliding_window(2),
+        ),
+        op(q, q, q, mask=causal() & documents(labels) & padding(valid) | ~sliding_window(2)),
+    )
 
 
 @given(st.data(), st.sampled_from([BF16, np.float16]))
@@ -190,14 +286,25 @@ def test_ids_on_the_device_wrap_and_ids_of_a_model_are_checked_on_the_host():
 def model_pair(*, ops=ops.blockwise, dtype=np.float32, **changes):
     """The same tiny model in NumPy and on the stand-in."""
     ours = tiny.model(ops=ops, dtype=dtype, **changes)
-    return ours, npllm.Model(ours.config, moved(ours.params), ops=ops, generation_config=ours.generation_config)
+    return ours, npllm.Model(
+        ours.config, moved(ours.params), ops=ops, generation_config=ours.generation_config
+    )
 
 
-LONGROPE = {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
-            "original_max_position_embeddings": 12, "max_position_embeddings": 48}
-KINDS = {"plain": {}, "one kv head": {"num_key_value_heads": 1}, "all kv heads": {"num_key_value_heads": 4},
-         "window": {"sliding_window": 5}, "longrope": LONGROPE, "partial rope": {"partial_rotary_factor": 0.5},
-         "tied": {"tie_word_embeddings": True}}
+LONGROPE = {
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+    "original_max_position_embeddings": 12,
+    "max_position_embeddings": 48,
+}
+KINDS = {
+    "plain": {},
+    "one kv head": {"num_key_value_heads": 1},
+    "all kv heads": {"num_key_value_heads": 4},
+    "window": {"sliding_window": 5},
+    "longrope": LONGROPE,
+    "partial rope": {"partial_rotary_factor": 0.5},
+    "tied": {"tie_word_embeddings": True},
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -210,7 +317,10 @@ def test_logits_agree(kind, dtype, set_):
     mask = np.ones(ids.shape, int)
     mask[0, :4] = 0
     same(model(ids), numpy_model(ids))
-    same(model(moved(ids), attention_mask=moved(mask), logits_to_keep=3), numpy_model(ids, attention_mask=mask, logits_to_keep=3))
+    same(
+        model(moved(ids), attention_mask=moved(mask), logits_to_keep=3),
+        numpy_model(ids, attention_mask=mask, logits_to_keep=3),
+    )
 
 
 @every_kind
@@ -247,8 +357,17 @@ def test_a_tap_sees_device_arrays_and_may_replace_them():
 
 
 @every_kind
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
-                                     {"temperature": 1.3, "use_cache": False}, {"repetition_penalty": 1.3, "temperature": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 1.3, "use_cache": False},
+        {"repetition_penalty": 1.3, "temperature": 1.0},
+    ],
+    ids=str,
+)
 def test_the_same_seed_gives_the_same_text(kind, options):
     """Greedy and sampled, cached and not, a batch with padding; over the switch of longrope and beyond the window."""
     numpy_model, model = model_pair(**KINDS[kind])
@@ -257,22 +376,49 @@ def test_the_same_seed_gives_the_same_text(kind, options):
     for prompt in (ids, moved(ids)):
         made = model.generate(prompt, attention_mask=mask, max_new_tokens=10, seed=5, **options)
         assert isinstance(made, np.ndarray)
-        close(made, numpy_model.generate(ids, attention_mask=mask, max_new_tokens=10, seed=5, **options))
+        close(
+            made,
+            numpy_model.generate(ids, attention_mask=mask, max_new_tokens=10, seed=5, **options),
+        )
 
 
 def test_a_folder_loads_onto_it_and_speaks(tmp_path):
-    folder = tiny.write_folder(tmp_path, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=300, dtype=BF16)
-    there, here = (npllm.load(folder, backend=backend, ops=ops.blockwise) for backend in ("cupy", "numpy"))
+    folder = tiny.write_folder(
+        tmp_path, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=300, dtype=BF16
+    )
+    there, here = (
+        npllm.load(folder, backend=backend, ops=ops.blockwise) for backend in ("cupy", "numpy")
+    )
     assert type(there.params.embed_tokens) is guard.Array and there.params.norm.dtype == BF16
     for options in ({}, {"temperature": 1.0, "seed": 3}):
-        assert there.generate("hello w", max_new_tokens=8, **options) == here.generate("hello w", max_new_tokens=8, **options)
-        assert "".join(there.stream("hello", max_new_tokens=8, **options)) == here.generate("hello", max_new_tokens=8, **options)
-    assert there.generate(["hello", "w"], max_new_tokens=4) == here.generate(["hello", "w"], max_new_tokens=4)
-    answers, others = (model.beam_search("hello", num_beams=3, max_new_tokens=6) for model in (there, here))
+        assert there.generate("hello w", max_new_tokens=8, **options) == here.generate(
+            "hello w", max_new_tokens=8, **options
+        )
+        assert "".join(there.stream("hello", max_new_tokens=8, **options)) == here.generate(
+            "hello", max_new_tokens=8, **options
+        )
+    assert there.generate(["hello", "w"], max_new_tokens=4) == here.generate(
+        ["hello", "w"], max_new_tokens=4
+    )
+    answers, others = (
+        model.beam_search("hello", num_beams=3, max_new_tokens=6) for model in (there, here)
+    )
     assert [answer["text"] for answer in answers] == [answer["text"] for answer in others]
-    close(there.next_token_distribution("hello", top_p=0.9), here.next_token_distribution("hello", top_p=0.9), times=1e8)
-    close(scoring.score(there, "hello world").log_probs, scoring.score(here, "hello world").log_probs, times=1e8)
-    for one, other in zip(packing.score_packed(there, ["hello", "world w"]), packing.score_packed(here, ["hello", "world w"]), strict=True):
+    close(
+        there.next_token_distribution("hello", top_p=0.9),
+        here.next_token_distribution("hello", top_p=0.9),
+        times=1e8,
+    )
+    close(
+        scoring.score(there, "hello world").log_probs,
+        scoring.score(here, "hello world").log_probs,
+        times=1e8,
+    )
+    for one, other in zip(
+        packing.score_packed(there, ["hello", "world w"]),
+        packing.score_packed(here, ["hello", "world w"]),
+        strict=True,
+    ):
         close(one, other, times=1e8)
 
 
@@ -280,7 +426,10 @@ def test_beams_agree():
     numpy_model, model = model_pair(**KINDS["window"])
     ids = tiny.random_ids(2, 6)
     for prompt in (ids, moved(ids)):
-        got, want = model.beam_search(prompt, num_beams=3, max_new_tokens=9), numpy_model.beam_search(ids, num_beams=3, max_new_tokens=9)
+        got, want = (
+            model.beam_search(prompt, num_beams=3, max_new_tokens=9),
+            numpy_model.beam_search(ids, num_beams=3, max_new_tokens=9),
+        )
         close(got.sequences, want.sequences)
         close(got.scores, want.scores, times=1e8)
 
@@ -294,7 +443,9 @@ def test_the_block_of_2017_agrees(norm_first):
         return 0.3 * rng.standard_normal(shape, dtype=np.float32)
 
     def heads():
-        return transformer.AttentionParams(*(drawn(8, 8) for _ in range(4)), *(drawn(8) for _ in range(4)))
+        return transformer.AttentionParams(
+            *(drawn(8, 8) for _ in range(4)), *(drawn(8) for _ in range(4))
+        )
 
     def norm():
         return transformer.NormParams(1 + drawn(8), drawn(8))
@@ -302,35 +453,67 @@ def test_the_block_of_2017_agrees(norm_first):
     def network():
         return transformer.FeedForwardParams(drawn(12, 8), drawn(12), drawn(8, 12), drawn(8))
 
-    encoder = tuple(transformer.EncoderLayerParams(heads(), norm(), network(), norm()) for _ in range(2))
-    decoder = tuple(transformer.DecoderLayerParams(heads(), norm(), heads(), norm(), network(), norm()) for _ in range(2))
+    encoder = tuple(
+        transformer.EncoderLayerParams(heads(), norm(), network(), norm()) for _ in range(2)
+    )
+    decoder = tuple(
+        transformer.DecoderLayerParams(heads(), norm(), heads(), norm(), network(), norm())
+        for _ in range(2)
+    )
     params = transformer.TransformerParams(encoder, decoder, norm(), norm())
     source, target = drawn(2, 5, 8), drawn(2, 4, 8)
     for activation in (None, ops.gelu):
         options = {"norm_first": norm_first, "activation": activation}
-        same(transformer.forward(*moved((source, target, params)), 2, ops.blockwise, **options),
-             transformer.forward(source, target, params, 2, ops.blockwise, **options), times=20)
+        same(
+            transformer.forward(*moved((source, target, params)), 2, ops.blockwise, **options),
+            transformer.forward(source, target, params, 2, ops.blockwise, **options),
+            times=20,
+        )
 
 
 @pytest.mark.parametrize("head", ["Sequence", "Token"])
 def test_classifiers_agree(head, tmp_path):
-    folder = tiny.write_folder(tmp_path, architectures=[f"Phi3For{head}Classification"], num_labels=3, pad_token_id=0)
-    there, here = (npllm.load(folder, backend=backend, ops=ops.blockwise) for backend in ("cupy", "numpy"))
+    folder = tiny.write_folder(
+        tmp_path, architectures=[f"Phi3For{head}Classification"], num_labels=3, pad_token_id=0
+    )
+    there, here = (
+        npllm.load(folder, backend=backend, ops=ops.blockwise) for backend in ("cupy", "numpy")
+    )
     ids = tiny.random_ids(3, 6)
     ids[0, :2] = ids[1, 4:] = 0
     same(there(ids), here(ids))
     same(there(ids, attention_mask=ids != 0), here(ids, attention_mask=ids != 0))
 
 
-COMMANDS = {"generate": ["hello", "-n", "4"], "topk": ["hello"], "beam": ["hello", "-n", "4"], "score": ["hello world"],
-            "attention": ["-p", "hello", "--layer", "1", "--head", "2"]}
+COMMANDS = {
+    "generate": ["hello", "-n", "4"],
+    "topk": ["hello"],
+    "beam": ["hello", "-n", "4"],
+    "score": ["hello world"],
+    "attention": ["-p", "hello", "--layer", "1", "--head", "2"],
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_say_the_same(command, tmp_path):
-    folder = tiny.write_folder(tmp_path, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=300)
-    there, here = (invoke([command, *COMMANDS[command], "-m", str(folder), "--backend", backend, "--ops", "reference"])
-                   for backend in ("cupy", "numpy"))
+    folder = tiny.write_folder(
+        tmp_path, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=300
+    )
+    there, here = (
+        invoke(
+            [
+                command,
+                *COMMANDS[command],
+                "-m",
+                str(folder),
+                "--backend",
+                backend,
+                "--ops",
+                "reference",
+            ]
+        )
+        for backend in ("cupy", "numpy")
+    )
     assert there.exit_code == here.exit_code == 0, there.output
     assert there.stdout == here.stdout
 
@@ -348,7 +531,9 @@ def test_emulation_runs_on_it():
     same(model(tiny.random_ids(1, 5)), numpy_model(tiny.random_ids(1, 5)))
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9}, {"repetition_penalty": 1.2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.8, "top_p": 0.9}, {"repetition_penalty": 1.2}], ids=str
+)
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_decode_step_waits_for_the_device_once(options, padded):
     """The logits of the last position come to the host, where the one sampler draws: nothing else is fetched."""
@@ -390,7 +575,9 @@ def _numpy_array(x, weight, eps):
     return ops.rms_norm(x, weight, eps) + np.zeros(x.shape, np.float32)
 
 
-@pytest.mark.parametrize("mistake", [_as_numpy, _numpy_scalar, _float_of_an_array, _branch_on_an_array, _numpy_array])
+@pytest.mark.parametrize(
+    "mistake", [_as_numpy, _numpy_scalar, _float_of_an_array, _branch_on_an_array, _numpy_array]
+)
 def test_a_mistake_in_an_op_is_caught(mistake):
     _, model = model_pair(ops=ops.blockwise.replace(rms_norm=mistake))
     with pytest.raises(Refused):
@@ -408,7 +595,10 @@ def test_a_batched_16_bit_product_is_caught():
         model(tiny.random_ids(1, 3))
 
 
-@pytest.mark.parametrize("mistake", [lambda x: np.asarray(x), lambda x: float(x[0, 0, 0]), lambda x: x.tolist(), lambda x: list(x)])
+@pytest.mark.parametrize(
+    "mistake",
+    [lambda x: np.asarray(x), lambda x: float(x[0, 0, 0]), lambda x: x.tolist(), lambda x: list(x)],
+)
 def test_a_mistake_in_the_loop_is_caught(mistake, monkeypatch):
     _, model = model_pair()
     monkeypatch.setattr(npllm.decoding.loop, "to_numpy", mistake)

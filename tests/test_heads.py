@@ -16,7 +16,9 @@ PAD = 60
 
 
 def _content(head, **changes):
-    return tiny.config_dict(**{"architectures": [f"Phi3For{head}"], "num_labels": 5, "pad_token_id": PAD} | changes)
+    return tiny.config_dict(
+        **{"architectures": [f"Phi3For{head}"], "num_labels": 5, "pad_token_id": PAD} | changes
+    )
 
 
 def _model(head="SequenceClassification", **changes):
@@ -28,7 +30,9 @@ rows = st.lists(st.lists(st.integers(3, 59), min_size=1, max_size=9), min_size=1
 
 def _right(rows):
     n = max(map(len, rows))
-    return np.array([list(row) + [PAD] * (n - len(row)) for row in rows]), np.array([[1] * len(row) + [0] * (n - len(row)) for row in rows])
+    return np.array([list(row) + [PAD] * (n - len(row)) for row in rows]), np.array(
+        [[1] * len(row) + [0] * (n - len(row)) for row in rows]
+    )
 
 
 def _by_hand(model, row):
@@ -57,7 +61,7 @@ def test_tokens_are_scored_one_by_one_with_a_bias(rows):
     score, bias = (np.asarray(x, np.float64) for x in (model.params.score, model.params.score_bias))
     assert logits.shape == (*ids.shape, 5)
     for row, ours in zip(rows, logits, strict=True):
-        close(ours[-len(row):], model.model(np.array([row]))[0] @ score.T + bias)
+        close(ours[-len(row) :], model.model(np.array([row]))[0] @ score.T + bias)
 
 
 def test_a_pad_id_inside_the_sequence_is_not_the_end():
@@ -71,7 +75,10 @@ def test_a_mask_goes_before_the_pad_id():
     model = _model()
     row = [5, 6, PAD]
     close(model(np.array([row]), attention_mask=np.array([[1, 1, 1]]))[0], _by_hand(model, row))
-    close(model(np.array([[5, 6, 7, 8]]), attention_mask=np.array([[1, 1, 0, 0]]))[0], _by_hand(model, [5, 6]))
+    close(
+        model(np.array([[5, 6, 7, 8]]), attention_mask=np.array([[1, 1, 0, 0]]))[0],
+        _by_hand(model, [5, 6]),
+    )
 
 
 def test_without_pad_id_and_mask_the_last_token_is_scored():
@@ -93,8 +100,14 @@ def test_a_classifier_has_no_output_matrix_and_does_not_generate(head):
         model.stream([{"role": "user", "content": "hi"}])
 
 
-@pytest.mark.parametrize(("head", "lost"), [("SequenceClassification", "score.weight"), ("TokenClassification", "score.weight"),
-                                            ("TokenClassification", "score.bias")])
+@pytest.mark.parametrize(
+    ("head", "lost"),
+    [
+        ("SequenceClassification", "score.weight"),
+        ("TokenClassification", "score.weight"),
+        ("TokenClassification", "score.bias"),
+    ],
+)
 def test_a_missing_score_is_an_error_that_names_it(head, lost):
     weights = family.tensors(_content(head))
     del weights[lost]
@@ -104,19 +117,31 @@ def test_a_missing_score_is_an_error_that_names_it(head, lost):
 
 def test_a_score_of_another_number_of_labels_is_an_error_with_both_shapes():
     with pytest.raises(npllm.NpllmError, match=r"score\.weight must be \[4, 32\], got \[5, 32\]"):
-        family.load(_content("SequenceClassification", num_labels=4), family.tensors(_content("SequenceClassification")))
+        family.load(
+            _content("SequenceClassification", num_labels=4),
+            family.tensors(_content("SequenceClassification")),
+        )
 
 
 def test_an_output_matrix_left_in_the_file_is_not_read_and_named():
     content = _content("SequenceClassification")
     weights, ids = family.tensors(content), np.array([[5, 6]])
-    with pytest.warns(UserWarning, match=r"not used: lm_head\.weight; Phi3ForSequenceClassification scores classes"):
+    with pytest.warns(
+        UserWarning,
+        match=r"not used: lm_head\.weight; Phi3ForSequenceClassification scores classes",
+    ):
         model = family.load(content, weights | {"lm_head.weight": np.ones((61, 32), np.float32)})
     close(model(ids), family.load(content, weights)(ids), times=0)
 
 
-@pytest.mark.parametrize(("changes", "n"), [({"num_labels": ...}, 2), ({"num_labels": ..., "id2label": {"0": "a", "1": "b", "2": "c"}}, 3),
-                                            ({"num_labels": 4}, 4)])
+@pytest.mark.parametrize(
+    ("changes", "n"),
+    [
+        ({"num_labels": ...}, 2),
+        ({"num_labels": ..., "id2label": {"0": "a", "1": "b", "2": "c"}}, 3),
+        ({"num_labels": 4}, 4),
+    ],
+)
 def test_the_number_of_labels_is_as_said_else_as_many_as_have_names_else_two(changes, n):
     content = tiny.config_dict(**{**_content("SequenceClassification"), **changes})
     assert family.load(content)(np.array([[5]])).shape == (1, n)
@@ -131,10 +156,14 @@ def test_a_cached_classifier_scores_the_last_token_so_far():
 
 def test_a_language_model_is_not_called_a_classifier(tmp_path):
     facts = checkpoint_facts(family.write(tmp_path, _content("SequenceClassification")))
-    assert facts["parameters"] == sum(x.size for x in family.tensors(_content("SequenceClassification")).values())
+    assert facts["parameters"] == sum(
+        x.size for x in family.tensors(_content("SequenceClassification")).values()
+    )
     assert "(score): Linear(in_features=32, out_features=5" in facts["tree"]
 
 
 def test_last_token_picks_one_position_of_each_row():
     hidden = np.arange(24.0).reshape(2, 3, 4)
-    close(heads.last_token(hidden, np.array([2, 0])), np.stack([hidden[0, 2], hidden[1, 0]]), times=0)
+    close(
+        heads.last_token(hidden, np.array([2, 0])), np.stack([hidden[0, 2], hidden[1, 0]]), times=0
+    )

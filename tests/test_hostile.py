@@ -25,7 +25,9 @@ from npllm.config.strict_json import quote, read_json
 from npllm.decoding.loop import GenerationConfig
 from npllm.text.tokenizer import Tokenizer
 
-_SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).parents[1] / "scripts" / "fuzz.py")
+_SPEC = importlib.util.spec_from_file_location(
+    "fuzz", Path(__file__).parents[1] / "scripts" / "fuzz.py"
+)
 fuzz = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(fuzz)
 
@@ -100,7 +102,9 @@ def refused(valid, tmp_path, data):
 
 def test_a_truncated_file(valid, tmp_path):
     data = valid["model.safetensors"]
-    assert "not fully covered" in refused(valid, tmp_path, data[:-1]) or "Metadata" in refused(valid, tmp_path, data[:-1])
+    assert "not fully covered" in refused(valid, tmp_path, data[:-1]) or "Metadata" in refused(
+        valid, tmp_path, data[:-1]
+    )
     for keep in (0, 1, 7, 8, 9, 100):
         refused(valid, tmp_path, data[:keep])
 
@@ -109,7 +113,9 @@ def test_a_truncated_file(valid, tmp_path):
 def test_a_header_longer_than_the_file(valid, tmp_path, length):
     data = valid["model.safetensors"]
     text = refused(valid, tmp_path, length.to_bytes(8, "little") + data[8:])
-    assert text.startswith(f"its header should have {length} bytes, but the file has {len(data)}, and a header may have at most 33554432)")
+    assert text.startswith(
+        f"its header should have {length} bytes, but the file has {len(data)}, and a header may have at most 33554432)"
+    )
 
 
 def test_a_header_of_no_bytes_and_an_empty_file(valid, tmp_path):
@@ -128,30 +134,36 @@ def test_a_large_header_is_refused_before_it_is_read(valid, tmp_path):
     assert peak < 2**20
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    (lambda e, _: e.update(data_offsets=[e["data_offsets"][0] + 8, e["data_offsets"][1]]), "invalid offset|InvalidOffset|Tensor"),
-    (lambda e, n: e.update(data_offsets=[0, n + 4]), ""),
-    (lambda e, _: e.update(data_offsets=[-4, 4]), "invalid value|integer"),
-    (lambda e, _: e.update(data_offsets=e["data_offsets"][::-1]), ""),
-    (lambda e, _: e.update(data_offsets=[2**63, 2**63 + 4]), ""),
-    (lambda e, _: e.update(data_offsets=[0, 2**64]), ""),
-    (lambda e, _: e.update(data_offsets=[0]), ""),
-    (lambda e, _: e.update(data_offsets="0"), ""),
-    (lambda e, _: e.update(dtype="F33"), "unknown variant|F33"),
-    (lambda e, _: e.update(dtype="f32"), ""),
-    (lambda e, _: e.update(dtype=5), ""),
-    (lambda e, _: e.update(dtype="F64"), ""),
-    (lambda e, _: e.update(shape=[1]), ""),
-    (lambda e, _: e.update(shape=[2**62, 8]), ""),
-    (lambda e, _: e.update(shape=[2**32, 2**32]), ""),
-    (lambda e, _: e.update(shape=[2**64]), ""),
-    (lambda e, _: e.update(shape=[-32, -1]), ""),
-    (lambda e, _: e.update(shape=[32.0]), ""),
-    (lambda e, _: e.update(shape=None), ""),
-    (lambda e, _: e.pop("dtype"), "dtype"),
-    (lambda e, _: e.pop("shape"), "shape"),
-    (lambda e, _: e.pop("data_offsets"), "data_offsets"),
-])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda e, _: e.update(data_offsets=[e["data_offsets"][0] + 8, e["data_offsets"][1]]),
+            "invalid offset|InvalidOffset|Tensor",
+        ),
+        (lambda e, n: e.update(data_offsets=[0, n + 4]), ""),
+        (lambda e, _: e.update(data_offsets=[-4, 4]), "invalid value|integer"),
+        (lambda e, _: e.update(data_offsets=e["data_offsets"][::-1]), ""),
+        (lambda e, _: e.update(data_offsets=[2**63, 2**63 + 4]), ""),
+        (lambda e, _: e.update(data_offsets=[0, 2**64]), ""),
+        (lambda e, _: e.update(data_offsets=[0]), ""),
+        (lambda e, _: e.update(data_offsets="0"), ""),
+        (lambda e, _: e.update(dtype="F33"), "unknown variant|F33"),
+        (lambda e, _: e.update(dtype="f32"), ""),
+        (lambda e, _: e.update(dtype=5), ""),
+        (lambda e, _: e.update(dtype="F64"), ""),
+        (lambda e, _: e.update(shape=[1]), ""),
+        (lambda e, _: e.update(shape=[2**62, 8]), ""),
+        (lambda e, _: e.update(shape=[2**32, 2**32]), ""),
+        (lambda e, _: e.update(shape=[2**64]), ""),
+        (lambda e, _: e.update(shape=[-32, -1]), ""),
+        (lambda e, _: e.update(shape=[32.0]), ""),
+        (lambda e, _: e.update(shape=None), ""),
+        (lambda e, _: e.pop("dtype"), "dtype"),
+        (lambda e, _: e.pop("shape"), "shape"),
+        (lambda e, _: e.pop("data_offsets"), "data_offsets"),
+    ],
+)
 def test_a_field_that_cannot_be(valid, tmp_path, change, reason):
     header, body = header_of(valid["model.safetensors"])
     change(header["model.norm.weight"], len(body))
@@ -159,23 +171,47 @@ def test_a_field_that_cannot_be(valid, tmp_path, change, reason):
     assert not reason or any(part in text for part in reason.split("|"))
 
 
-@pytest.mark.parametrize("header", [b"{", b"[]", b"null", b"[" * 3000, b'{"a":' * 3000, b"\xff\xfe{}", b'{"a": 1}', b'{"a": {}}', b'{"a": NaN}',
-                                    b'{"\\ud800": {}}', b'{"__metadata__": 5}', b"\xef\xbb\xbf{}"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{",
+        b"[]",
+        b"null",
+        b"[" * 3000,
+        b'{"a":' * 3000,
+        b"\xff\xfe{}",
+        b'{"a": 1}',
+        b'{"a": {}}',
+        b'{"a": NaN}',
+        b'{"\\ud800": {}}',
+        b'{"__metadata__": 5}',
+        b"\xef\xbb\xbf{}",
+    ],
+)
 def test_a_header_that_is_none(valid, tmp_path, header):
     refused(valid, tmp_path, with_header(header, b""))
 
 
 def test_two_tensors_of_one_name(valid, tmp_path):
     header, body = header_of(valid["model.safetensors"])
-    text = json.dumps(header)[:-1] + ', "model.norm.weight": ' + json.dumps(header["model.norm.weight"]) + "}"
-    assert "it names 'model.norm.weight' twice" in refused(valid, tmp_path, with_header(text.encode(), body))
+    text = (
+        json.dumps(header)[:-1]
+        + ', "model.norm.weight": '
+        + json.dumps(header["model.norm.weight"])
+        + "}"
+    )
+    assert "it names 'model.norm.weight' twice" in refused(
+        valid, tmp_path, with_header(text.encode(), body)
+    )
     text = json.dumps(header).replace('"dtype": "BF16"', '"dtype": "F32", "dtype": "BF16"', 1)
     refused(valid, tmp_path, with_header(text.encode(), body))
 
 
 def test_two_tensors_over_the_same_bytes(valid, tmp_path):
     header, body = header_of(valid["model.safetensors"])
-    header["model.norm.weight"]["data_offsets"] = header["model.layers.0.input_layernorm.weight"]["data_offsets"]
+    header["model.norm.weight"]["data_offsets"] = header["model.layers.0.input_layernorm.weight"][
+        "data_offsets"
+    ]
     refused(valid, tmp_path, with_header(header, body))
 
 
@@ -183,19 +219,28 @@ def test_two_tensors_over_the_same_bytes(valid, tmp_path):
 def test_a_dtype_that_is_no_weight(valid, tmp_path, dtype):
     header, body = header_of(valid["model.safetensors"])
     entry = header["model.norm.weight"]
-    tensors = {name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for name, e in header.items() if name != "__metadata__"}
+    tensors = {
+        name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])])
+        for name, e in header.items()
+        if name != "__metadata__"
+    }
     size = {"I16": 2, "I64": 8}.get(dtype, 1)
     tensors["model.norm.weight"] = dtype, entry["shape"], bytes(size * 32)
     folder = write(tmp_path / "m", valid, model=fuzz.write_safetensors(tensors))
     assert read_entries(folder)["model.norm.weight"].dtype == dtype
     assert message(ValueError, npllm.load, folder) == (
-        f"{folder}: the tensors do not fit config.json; dtype not one of BF16, F16, F32, F64: model.norm.weight is {dtype}")
+        f"{folder}: the tensors do not fit config.json; dtype not one of BF16, F16, F32, F64: model.norm.weight is {dtype}"
+    )
 
 
 def test_names_with_terminal_codes_are_not_printed(valid, tmp_path):
     header, body = header_of(valid["model.safetensors"])
     tensors = {"\x1b[31m": ("U8", [1], b"a")}
-    tensors |= {name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for name, e in header.items() if name != "__metadata__"}
+    tensors |= {
+        name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])])
+        for name, e in header.items()
+        if name != "__metadata__"
+    }
     folder = write(tmp_path / "m", valid, model=fuzz.write_safetensors(tensors))
     assert message(ValueError, npllm.load, folder).endswith(r"unknown: \x1b[31m")
 
@@ -207,9 +252,15 @@ def test_misaligned_tensors_are_copied_not_misread(tmp_path, name, n_odd):
     even, odd = write(tmp_path / "even", files), write(tmp_path / "odd", files)
     header, body = header_of(files["model.safetensors"])
     text = json.dumps(header).encode()
-    (odd / "model.safetensors").write_bytes(with_header(text + b" " * (-len(text) % 8 + n_odd), body))
+    (odd / "model.safetensors").write_bytes(
+        with_header(text + b" " * (-len(text) % 8 + n_odd), body)
+    )
     a, b = (load_params(folder, Config.from_json(folder)) for folder in (even, odd))
-    for x, y in ((a.embed_tokens, b.embed_tokens), (a.layers[0].qkv_proj, b.layers[0].qkv_proj), (a.norm, b.norm)):
+    for x, y in (
+        (a.embed_tokens, b.embed_tokens),
+        (a.layers[0].qkv_proj, b.layers[0].qkv_proj),
+        (a.norm, b.norm),
+    ):
         assert x.dtype == y.dtype
         assert x.tobytes() == y.tobytes()
         assert y.flags.aligned
@@ -221,8 +272,12 @@ def test_a_file_that_shrinks_meanwhile(valid, tmp_path, monkeypatch):
     for module in (finite, phi3_layout):
         monkeypatch.setattr(module, "read_entries", lambda _: entries)
     (folder / "model.safetensors").write_bytes(valid["model.safetensors"][:3000])
-    assert "cannot be mapped into memory" in message(OSError, load_params, folder, Config.from_json(folder))
-    assert "ends within a tensor; did it change meanwhile?" in message(OSError, find_nonfinite, folder)
+    assert "cannot be mapped into memory" in message(
+        OSError, load_params, folder, Config.from_json(folder)
+    )
+    assert "ends within a tensor; did it change meanwhile?" in message(
+        OSError, find_nonfinite, folder
+    )
 
 
 # ------------------------------------------------------------------------------------------- index and folder
@@ -234,33 +289,66 @@ def index_with(sharded, tmp_path, weight_map):
     return folder
 
 
-@pytest.mark.parametrize("name", ["../m/model-00001-of-00002.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\\b", "C:\\x",
-                                  "x\0y", "\x1b[2J", None, 5, True, ["model-00001-of-00002.safetensors"], {"a": "b"}, "./model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../m/model-00001-of-00002.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "C:\\x",
+        "x\0y",
+        "\x1b[2J",
+        None,
+        5,
+        True,
+        ["model-00001-of-00002.safetensors"],
+        {"a": "b"},
+        "./model-00001-of-00002.safetensors",
+    ],
+)
 def test_an_index_that_leads_out_of_the_folder_or_nowhere(sharded, tmp_path, name):
-    weight_map = json.loads(sharded["model.safetensors.index.json"])["weight_map"] | {"model.norm.weight": name}
+    weight_map = json.loads(sharded["model.safetensors.index.json"])["weight_map"] | {
+        "model.norm.weight": name
+    }
     folder = index_with(sharded, tmp_path, weight_map)
     (tmp_path / "m" / "sub").mkdir()
     assert message(ValueError, read_entries, folder) == (
-        f"{folder}/model.safetensors.index.json: may only name files of its own folder, got {quote(name)}")
+        f"{folder}/model.safetensors.index.json: may only name files of its own folder, got {quote(name)}"
+    )
 
 
 def test_an_index_that_names_what_is_missing(sharded, tmp_path):
     weight_map = json.loads(sharded["model.safetensors.index.json"])["weight_map"]
     folder = index_with(sharded, tmp_path, weight_map | {"x": "model-00009-of-00002.safetensors"})
-    assert message(OSError, read_entries, folder) == f"{folder}/model-00009-of-00002.safetensors: no such file; is the download complete?"
+    assert (
+        message(OSError, read_entries, folder)
+        == f"{folder}/model-00009-of-00002.safetensors: no such file; is the download complete?"
+    )
     folder = index_with(sharded, tmp_path, weight_map | {"x": "y" * 300})
-    assert message(OSError, read_entries, folder).endswith("no such file; is the download complete?")
+    assert message(OSError, read_entries, folder).endswith(
+        "no such file; is the download complete?"
+    )
     folder = index_with(sharded, tmp_path, weight_map | {"x": "model-00001-of-00002.safetensors"})
-    assert message(ValueError, read_entries, folder).endswith("names tensors that the files do not hold: x in model-00001-of-00002.safetensors")
+    assert message(ValueError, read_entries, folder).endswith(
+        "names tensors that the files do not hold: x in model-00001-of-00002.safetensors"
+    )
     folder = index_with(sharded, tmp_path, weight_map | {"x": "pytorch_model.bin"})
-    assert "index.json: 'pytorch_model.bin' may hold Python pickles, which can run any code when they are opened and are refused" in (
-        message(ValueError, read_entries, folder))
+    assert (
+        "index.json: 'pytorch_model.bin' may hold Python pickles, which can run any code when they are opened and are refused"
+        in (message(ValueError, read_entries, folder))
+    )
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x", 5, [["a", "b"]]])
 def test_an_index_without_a_map(sharded, tmp_path, weight_map):
     folder = index_with(sharded, tmp_path, weight_map)
-    assert message(ValueError, read_entries, folder).endswith(f"must have a weight_map from tensor names to files, got {weight_map!r}")
+    assert message(ValueError, read_entries, folder).endswith(
+        f"must have a weight_map from tensor names to files, got {weight_map!r}"
+    )
 
 
 def test_a_tensor_in_two_files(sharded, tmp_path):
@@ -269,10 +357,16 @@ def test_a_tensor_in_two_files(sharded, tmp_path):
     header, body = header_of(first)
     other, _ = header_of(sharded["model-00002-of-00002.safetensors"])
     name = next(name for name in other if name.endswith("norm.weight"))
-    tensors = {n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for n, e in header.items() if n != "__metadata__"}
+    tensors = {
+        n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])])
+        for n, e in header.items()
+        if n != "__metadata__"
+    }
     tensors[name] = other[name]["dtype"], other[name]["shape"], bytes(64)
     (folder / "model-00001-of-00002.safetensors").write_bytes(fuzz.write_safetensors(tensors))
-    assert message(ValueError, read_entries, folder).endswith(f"tensors that are in more than one file: {name}")
+    assert message(ValueError, read_entries, folder).endswith(
+        f"tensors that are in more than one file: {name}"
+    )
 
 
 def test_links_inside_a_folder_may_lead_elsewhere(sharded, tmp_path):
@@ -285,13 +379,18 @@ def test_links_inside_a_folder_may_lead_elsewhere(sharded, tmp_path):
     assert "no such file" in message(OSError, npllm.load, folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "a.ckpt", "a.pkl"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "a.ckpt", "a.pkl"]
+)
 def test_a_folder_of_pickles(valid, tmp_path, name):
-    files = {file: data for file, data in valid.items() if file != "model.safetensors"} | {name: b"\x80\x04cos\nsystem\n."}
+    files = {file: data for file, data in valid.items() if file != "model.safetensors"} | {
+        name: b"\x80\x04cos\nsystem\n."
+    }
     folder = write(tmp_path / "m", files)
     assert message(OSError, npllm.load, folder) == (
         f"{folder}: holds neither model.safetensors nor model.safetensors.index.json; {name} may hold Python pickles, which can run any "
-        "code when they are opened and are refused; convert them to safetensors with a tool you trust")
+        "code when they are opened and are refused; convert them to safetensors with a tool you trust"
+    )
 
 
 def test_a_pickle_under_the_name_of_safetensors(valid, tmp_path):
@@ -299,9 +398,13 @@ def test_a_pickle_under_the_name_of_safetensors(valid, tmp_path):
 
 
 def test_remote_code_is_never_run(valid, tmp_path):
-    config = json.loads(valid["config.json"]) | {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}
+    config = json.loads(valid["config.json"]) | {
+        "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    }
     folder = write(tmp_path / "m", valid, config=json.dumps(config).encode())
-    (folder / "modeling_phi3.py").write_text("import sys; sys.this_ran = True; raise SystemExit('this ran')")
+    (folder / "modeling_phi3.py").write_text(
+        "import sys; sys.this_ran = True; raise SystemExit('this ran')"
+    )
     assert npllm.load(folder).config.architectures == ("Phi3ForCausalLM",)
     assert not hasattr(sys, "this_ran") and "modeling_phi3" not in sys.modules
 
@@ -309,89 +412,182 @@ def test_remote_code_is_never_run(valid, tmp_path):
 # ------------------------------------------------------------------------------------------- config and other json
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                 "num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings", "sliding_window"])
-@pytest.mark.parametrize("value", [0, -1, 2**24 + 1, 2**63, 10**400, 1.0, True, "32", [32], float("nan"), float("inf"), {}])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "sliding_window",
+    ],
+)
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, 2**24 + 1, 2**63, 10**400, 1.0, True, "32", [32], float("nan"), float("inf"), {}],
+)
 def test_sizes_that_cannot_be_are_refused_before_anything_is_made(key, value):
     def parse():
         Config.from_json(CONFIG | {key: value})
 
     largest = 2**12 if key == "num_hidden_layers" else 2**24
-    assert message(ValueError, parse) == f"config: {key} must be an integer in 1 ... {largest}, got {quote(value)}"
+    assert (
+        message(ValueError, parse)
+        == f"config: {key} must be an integer in 1 ... {largest}, got {quote(value)}"
+    )
     assert peak_bytes(parse)[1] < 2**18
 
 
 def test_the_largest_sizes_are_refused_before_anything_is_made(valid, tmp_path):
-    config = json.loads(valid["config.json"]) | {"vocab_size": 2**24, "hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 2**12}
+    config = json.loads(valid["config.json"]) | {
+        "vocab_size": 2**24,
+        "hidden_size": 2**24,
+        "intermediate_size": 2**24,
+        "num_hidden_layers": 2**12,
+    }
     folder = write(tmp_path / "m", valid, config=json.dumps(config).encode())
     error, peak = peak_bytes(lambda: npllm.load(folder))
     assert "the tensors do not fit config.json; missing: " in str(error)
     assert peak < 2**26
 
 
-@pytest.mark.parametrize(("key", "value", "wanted"), [
-    ("rope_theta", True, "a finite number"), ("rope_theta", float("nan"), "a finite number"), ("rope_theta", 10**400, "a finite number"),
-    ("rms_norm_eps", float("inf"), "a finite number"), ("rms_norm_eps", "1e-5", "a finite number"), ("rms_norm_eps", [1], "a finite number"),
-    ("tie_word_embeddings", 1, "true or false"), ("tie_word_embeddings", "true", "true or false"), ("hidden_act", 5, "a string"),
-    ("bos_token_id", -1, "a token id or null"), ("bos_token_id", True, "a token id or null"), ("pad_token_id", 2**31, "a token id or null"),
-    ("pad_token_id", 1.0, "a token id or null"), ("eos_token_id", [1, "2"], "a token id, a list of them or null"),
-    ("eos_token_id", 10**30, "a token id, a list of them or null"), ("eos_token_id", [[1]], "a token id, a list of them or null"),
-    ("quantization_config", {"bits": 4}, "None (anything else is not implemented)"), ("torch_dtype", ["bfloat16"], "a string"),
-    ("num_labels", -3, "an integer in 1 ... 16777216"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("rope_theta", True, "a finite number"),
+        ("rope_theta", float("nan"), "a finite number"),
+        ("rope_theta", 10**400, "a finite number"),
+        ("rms_norm_eps", float("inf"), "a finite number"),
+        ("rms_norm_eps", "1e-5", "a finite number"),
+        ("rms_norm_eps", [1], "a finite number"),
+        ("tie_word_embeddings", 1, "true or false"),
+        ("tie_word_embeddings", "true", "true or false"),
+        ("hidden_act", 5, "a string"),
+        ("bos_token_id", -1, "a token id or null"),
+        ("bos_token_id", True, "a token id or null"),
+        ("pad_token_id", 2**31, "a token id or null"),
+        ("pad_token_id", 1.0, "a token id or null"),
+        ("eos_token_id", [1, "2"], "a token id, a list of them or null"),
+        ("eos_token_id", 10**30, "a token id, a list of them or null"),
+        ("eos_token_id", [[1]], "a token id, a list of them or null"),
+        ("quantization_config", {"bits": 4}, "None (anything else is not implemented)"),
+        ("torch_dtype", ["bfloat16"], "a string"),
+        ("num_labels", -3, "an integer in 1 ... 16777216"),
+    ],
+)
 def test_values_of_the_wrong_kind(key, value, wanted):
     shown = [value] if key == "eos_token_id" and not isinstance(value, list) else value
-    assert message(ValueError, Config.from_json, CONFIG | {key: value}) == f"config: {key} must be {wanted}, got {quote(shown)}"
+    assert (
+        message(ValueError, Config.from_json, CONFIG | {key: value})
+        == f"config: {key} must be {wanted}, got {quote(shown)}"
+    )
 
 
-@pytest.mark.parametrize(("changes", "text"), [
-    ({"model_type": ["phi3"]}, "model_type must be one of phi3, llama, got ['phi3']"),
-    ({"model_type": {"a": {}}}, "model_type must be one of phi3, llama, got {'a': {}}"),
-    ({"torch_dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, float64, got 'int8'"),
-    ({"architectures": ["Phi3ForCausalLM", ["x"]]}, "architectures must be one of"),
-    ({"architectures": {}}, "architectures must be one of"),
-    ({"architectures": [["Phi3ForCausalLM"]]}, "architectures must be one of"),
-    ({"rope_scaling": [1]}, "rope_scaling must be null or an object, got [1]"),
-    ({"rope_scaling": "longrope"}, "rope_scaling must be null or an object, got 'longrope'"),
-    ({"rope_theta": 1e30}, "rope_theta must be above 1 and below 1e30, got 1e+30"),
-    ({"rope_theta": -5}, "rope_theta must be above 1"),
-    ({"partial_rotary_factor": 1e299}, "head_dim * partial_rotary_factor must be even and in 2 ... head_dim"),
-    ({"partial_rotary_factor": -1}, "head_dim * partial_rotary_factor must be even and in 2 ... head_dim"),
-    ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3"),
-    ({"pad_token_id": 320}, "pad_token_id must be below vocab_size = 320, got 320"),
-    ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
-    ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be at least 0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model_type": ["phi3"]}, "model_type must be one of phi3, llama, got ['phi3']"),
+        ({"model_type": {"a": {}}}, "model_type must be one of phi3, llama, got {'a': {}}"),
+        (
+            {"torch_dtype": "int8"},
+            "dtype must be one of bfloat16, float16, float32, float64, got 'int8'",
+        ),
+        ({"architectures": ["Phi3ForCausalLM", ["x"]]}, "architectures must be one of"),
+        ({"architectures": {}}, "architectures must be one of"),
+        ({"architectures": [["Phi3ForCausalLM"]]}, "architectures must be one of"),
+        ({"rope_scaling": [1]}, "rope_scaling must be null or an object, got [1]"),
+        ({"rope_scaling": "longrope"}, "rope_scaling must be null or an object, got 'longrope'"),
+        ({"rope_theta": 1e30}, "rope_theta must be above 1 and below 1e30, got 1e+30"),
+        ({"rope_theta": -5}, "rope_theta must be above 1"),
+        (
+            {"partial_rotary_factor": 1e299},
+            "head_dim * partial_rotary_factor must be even and in 2 ... head_dim",
+        ),
+        (
+            {"partial_rotary_factor": -1},
+            "head_dim * partial_rotary_factor must be even and in 2 ... head_dim",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3",
+        ),
+        ({"pad_token_id": 320}, "pad_token_id must be below vocab_size = 320, got 320"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be at least 0"),
+    ],
+)
 def test_values_that_contradict(changes, text):
     assert message(ValueError, Config.from_json, CONFIG | changes).startswith("config: " + text)
 
 
-@pytest.mark.parametrize(("changes", "text"), [
-    ({"short_factor": [1.0] * 3}, "short_factor must hold d_rope/2 = 4 positive numbers, got 3"),
-    ({"long_factor": [1.0, 1.0, 1.0, 0.0]}, "long_factor must hold d_rope/2 = 4 positive numbers, got 4"),
-    ({"long_factor": [1.0, 1.0, 1.0, float("nan")]}, "rope_parameters: long_factor must be a finite number, got nan"),
-    ({"long_factor": [1.0, 1.0, 1.0, None]}, "rope_parameters: long_factor must be"),
-    ({"long_factor": "1111"}, "rope_parameters: long_factor must be a list of numbers, got '1111'"),
-    ({"short_factor": None}, "rope_type longrope needs short_factor, which is missing"),
-    ({"type": 5}, "rope_parameters: type must be a string, got 5"), ({"type": "ntk"}, "rope_type must be one of default, longrope"),
-    ({"factor": -2.0}, "factor must be above 1e-9 and below 1e9, got -2.0"), ({"factor": 1e-300}, "factor must be above 1e-9"),
-    ({"attention_factor": 1e10}, "attention_factor must be above 1e-9 and below 1e9"),
-    ({"mscale": -1}, "mscale must be at least 0 and below 1e9, got -1.0"),
-    ({"original_max_position_embeddings": -1}, "rope_parameters: original_max_position_embeddings must be an integer"),
-])
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"short_factor": [1.0] * 3},
+            "short_factor must hold d_rope/2 = 4 positive numbers, got 3",
+        ),
+        (
+            {"long_factor": [1.0, 1.0, 1.0, 0.0]},
+            "long_factor must hold d_rope/2 = 4 positive numbers, got 4",
+        ),
+        (
+            {"long_factor": [1.0, 1.0, 1.0, float("nan")]},
+            "rope_parameters: long_factor must be a finite number, got nan",
+        ),
+        ({"long_factor": [1.0, 1.0, 1.0, None]}, "rope_parameters: long_factor must be"),
+        (
+            {"long_factor": "1111"},
+            "rope_parameters: long_factor must be a list of numbers, got '1111'",
+        ),
+        ({"short_factor": None}, "rope_type longrope needs short_factor, which is missing"),
+        ({"type": 5}, "rope_parameters: type must be a string, got 5"),
+        ({"type": "ntk"}, "rope_type must be one of default, longrope"),
+        ({"factor": -2.0}, "factor must be above 1e-9 and below 1e9, got -2.0"),
+        ({"factor": 1e-300}, "factor must be above 1e-9"),
+        ({"attention_factor": 1e10}, "attention_factor must be above 1e-9 and below 1e9"),
+        ({"mscale": -1}, "mscale must be at least 0 and below 1e9, got -1.0"),
+        (
+            {"original_max_position_embeddings": -1},
+            "rope_parameters: original_max_position_embeddings must be an integer",
+        ),
+    ],
+)
 def test_rope_parameters_that_cannot_be(changes, text):
     config = CONFIG | {"rope_scaling": CONFIG["rope_scaling"] | changes}
     assert text in message(ValueError, Config.from_json, config)
 
 
-@pytest.mark.parametrize(("data", "text"), [
-    (b"", "is not valid JSON"), (b"{", "is not valid JSON"), (b"[1]", "must hold a JSON object {...}, got list"), (b"null", "got NoneType"),
-    (b"\xff{}", "is not UTF-8 text (invalid start byte at byte 0)"), ("{}".encode("utf-16"), "is not UTF-8 text"),
-    (b'{"a": "\xc3"}', "is not UTF-8 text"), (b"[" * 100000, "is nested too deeply to be a configuration"),
-    (b'{"a":' * 100000, "is nested too deeply to be a configuration"), (b'{"a": 1, "a": 1}', "it names 'a' twice"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON (Exceeds the limit"), (b"{}\0", "is not valid JSON"),
-])
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"[1]", "must hold a JSON object {...}, got list"),
+        (b"null", "got NoneType"),
+        (b"\xff{}", "is not UTF-8 text (invalid start byte at byte 0)"),
+        ("{}".encode("utf-16"), "is not UTF-8 text"),
+        (b'{"a": "\xc3"}', "is not UTF-8 text"),
+        (b"[" * 100000, "is nested too deeply to be a configuration"),
+        (b'{"a":' * 100000, "is nested too deeply to be a configuration"),
+        (b'{"a": 1, "a": 1}', "it names 'a' twice"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON (Exceeds the limit"),
+        (b"{}\0", "is not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "model.safetensors.index.json",
+    ],
+)
 def test_json_that_is_none(sharded, tmp_path, name, data, text):
     folder = write(tmp_path / "m", sharded)
     (folder / name).write_bytes(data)
@@ -426,16 +622,22 @@ def test_values_are_quoted_however_deep_long_or_strange():
 
 
 def test_surrogates_and_terminal_codes_in_keys_and_values():
-    with pytest.warns(UserWarning, match=r"unknown keys are ignored: \\x1b\[31m, \\ud800$") as caught:
+    with pytest.warns(
+        UserWarning, match=r"unknown keys are ignored: \\x1b\[31m, \\ud800$"
+    ) as caught:
         Config.from_json(CONFIG | {"\ud800": 1, "\x1b[31m": 2})
     assert str(caught[0].message).isprintable()
-    assert message(ValueError, Config.from_json, CONFIG | {"hidden_act": "\ud800"}).endswith(r"got '\ud800', which is not implemented")
+    assert message(ValueError, Config.from_json, CONFIG | {"hidden_act": "\ud800"}).endswith(
+        r"got '\ud800', which is not implemented"
+    )
 
 
 @pytest.mark.parametrize("path", [5, None, b"x\xff", 1.5])
 def test_a_path_that_is_none(path):
     if not isinstance(path, bytes):
-        assert "path_or_dict must be a path or a dict, got" in message(TypeError, Config.from_json, path)
+        assert "path_or_dict must be a path or a dict, got" in message(
+            TypeError, Config.from_json, path
+        )
     else:
         message(npllm.NpllmError, Config.from_json, path)
 
@@ -447,16 +649,28 @@ def test_a_path_that_leads_nowhere(path, tmp_path, monkeypatch):
         Config.from_json(path)
 
 
-@pytest.mark.parametrize(("changes", "text"), [
-    ({"eos_token_id": "2"}, "eos_token_id must be token ids"), ({"eos_token_id": [-1]}, "eos_token_id must be token ids"),
-    ({"eos_token_id": 10**30}, "eos_token_id must be token ids"), ({"eos_token_id": [[2]]}, "eos_token_id must be token ids"),
-    ({"pad_token_id": 320}, "pad_token_id one below vocab_size = 320, got [2, 6] and 320"), ({"pad_token_id": True}, "and True"),
-    ({"do_sample": "false"}, "do_sample must be true or false, got 'false'"), ({"do_sample": 1}, "do_sample must be true or false, got 1"),
-    ({"temperature": float("nan")}, "temperature must be a number of at least 0, got nan"), ({"temperature": 10**400}, "temperature must be"),
-    ({"temperature": "0.7"}, "temperature must be"), ({"top_k": 1.5}, "top_k must be an integer"), ({"top_k": 2**63}, "top_k must be"),
-    ({"top_p": float("inf")}, "top_p must be a number in 0 ... 1, got inf"), ({"min_p": []}, "min_p must be"),
-    ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0"), ({"repetition_penalty": -1e400}, "repetition_penalty must"),
-])
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"eos_token_id": "2"}, "eos_token_id must be token ids"),
+        ({"eos_token_id": [-1]}, "eos_token_id must be token ids"),
+        ({"eos_token_id": 10**30}, "eos_token_id must be token ids"),
+        ({"eos_token_id": [[2]]}, "eos_token_id must be token ids"),
+        ({"pad_token_id": 320}, "pad_token_id one below vocab_size = 320, got [2, 6] and 320"),
+        ({"pad_token_id": True}, "and True"),
+        ({"do_sample": "false"}, "do_sample must be true or false, got 'false'"),
+        ({"do_sample": 1}, "do_sample must be true or false, got 1"),
+        ({"temperature": float("nan")}, "temperature must be a number of at least 0, got nan"),
+        ({"temperature": 10**400}, "temperature must be"),
+        ({"temperature": "0.7"}, "temperature must be"),
+        ({"top_k": 1.5}, "top_k must be an integer"),
+        ({"top_k": 2**63}, "top_k must be"),
+        ({"top_p": float("inf")}, "top_p must be a number in 0 ... 1, got inf"),
+        ({"min_p": []}, "min_p must be"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
+        ({"repetition_penalty": -1e400}, "repetition_penalty must"),
+    ],
+)
 def test_generation_settings_that_cannot_be(valid, tmp_path, changes, text):
     data = json.loads(valid["generation_config.json"]) | changes
     folder = write(tmp_path / "m", valid, generation_config=json.dumps(data).encode())
@@ -469,10 +683,15 @@ def test_generation_settings_that_cannot_be(valid, tmp_path, changes, text):
 
 
 def test_find_nonfinite_counts_nan_and_infinity_in_every_dtype(tmp_path):
-    tensors = {"fine": ("F32", [4], np.array([0, -0.0, 3e38, 1e-45], "<f4").tobytes()),
-               "b": ("BF16", [4], np.array([0x7F80, 0xFF80, 0x7FC0, 0x7F7F], "<u2").tobytes()),
-               "h": ("F16", [3], np.array([np.nan, 1, -np.inf], "<f2").tobytes()), "f": ("F32", [2], np.array([np.nan, -np.nan], "<f4").tobytes()),
-               "d": ("F64", [1], np.array([np.inf], "<f8").tobytes()), "i": ("I64", [1], b"\xff" * 8), "empty": ("F32", [0], b"")}
+    tensors = {
+        "fine": ("F32", [4], np.array([0, -0.0, 3e38, 1e-45], "<f4").tobytes()),
+        "b": ("BF16", [4], np.array([0x7F80, 0xFF80, 0x7FC0, 0x7F7F], "<u2").tobytes()),
+        "h": ("F16", [3], np.array([np.nan, 1, -np.inf], "<f2").tobytes()),
+        "f": ("F32", [2], np.array([np.nan, -np.nan], "<f4").tobytes()),
+        "d": ("F64", [1], np.array([np.inf], "<f8").tobytes()),
+        "i": ("I64", [1], b"\xff" * 8),
+        "empty": ("F32", [0], b""),
+    }
     (tmp_path / "model.safetensors").write_bytes(fuzz.write_safetensors(tensors))
     assert find_nonfinite(tmp_path) == {"b": (1, 2), "h": (1, 1), "f": (2, 0), "d": (0, 1)}
     assert list(find_nonfinite(tmp_path)) == ["b", "d", "f", "h"]
@@ -482,7 +701,9 @@ def test_find_nonfinite_looks_block_by_block(tmp_path, monkeypatch):
     monkeypatch.setattr(finite, "BLOCK", 1000)
     x = np.zeros(10**6, "<f4")
     x[[0, 999, 1000, -1]] = np.nan
-    (tmp_path / "model.safetensors").write_bytes(fuzz.write_safetensors({"x": ("F32", [10**6], x.tobytes())}))
+    (tmp_path / "model.safetensors").write_bytes(
+        fuzz.write_safetensors({"x": ("F32", [10**6], x.tobytes())})
+    )
     found = []
     _, peak = peak_bytes(lambda: found.append(find_nonfinite(tmp_path)))
     assert found == [{"x": (4, 0)}]
@@ -501,21 +722,44 @@ def test_weights_without_end_load_and_are_found(valid, tmp_path):
 
 def test_ids_beyond_the_embedding(valid, tmp_path):
     data = json.loads(valid["tokenizer.json"])
-    data["added_tokens"].append({"id": 320, "content": "<|late|>", "single_word": False, "lstrip": False, "rstrip": False,
-                                 "normalized": False, "special": True})
+    data["added_tokens"].append(
+        {
+            "id": 320,
+            "content": "<|late|>",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+    )
     data["model"]["vocab"]["<|late|>"] = 320
     model = npllm.load(write(tmp_path / "m", valid, tokenizer=json.dumps(data).encode()))
     assert isinstance(model.generate("hi", max_new_tokens=1, do_sample=False), str)
     assert message(ValueError, model.generate, "hi <|late|>") == (
         "token ids must lie in 0 ... vocab_size - 1 = 319, got 74 ... 320; is this the tokenizer of another model?".replace(
-            "74", str(min(model.tokenizer.encode("hi <|late|>")))))
+            "74", str(min(model.tokenizer.encode("hi <|late|>")))
+        )
+    )
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b"[" * 100000, b'{"version": "1.0", "model": {"type": "BPE"}}', b"\xef\xbb\xbf{}"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"\xff",
+        b"[" * 100000,
+        b'{"version": "1.0", "model": {"type": "BPE"}}',
+        b"\xef\xbb\xbf{}",
+    ],
+)
 def test_a_tokenizer_that_is_none(valid, tmp_path, data):
     folder = write(tmp_path / "m", valid, tokenizer=data)
     assert message(ValueError, Tokenizer.from_folder, folder).startswith(
-        f"{folder}/tokenizer.json: is not a tokenizer that the tokenizers library can read (")
+        f"{folder}/tokenizer.json: is not a tokenizer that the tokenizers library can read ("
+    )
 
 
 @pytest.mark.parametrize("merge", [["\u00e9", "i"], "h", ["h", "i", "x"], ["", ""], 5])
@@ -527,19 +771,35 @@ def test_merges_that_cannot_be(valid, tmp_path, merge):
     message(ValueError, Tokenizer.from_folder, folder)
 
 
-@pytest.mark.parametrize("changes", [{"chat_template": 5}, {"chat_template": {"a": 1}}, {"added_tokens_decoder": [1]},
-                                     {"added_tokens_decoder": {"x": {}}}, {"added_tokens_decoder": {"1": {"content": 5}}},
-                                     {"added_tokens_decoder": {"1": None}}, {"eos_token": "\ud800"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chat_template": 5},
+        {"chat_template": {"a": 1}},
+        {"added_tokens_decoder": [1]},
+        {"added_tokens_decoder": {"x": {}}},
+        {"added_tokens_decoder": {"1": {"content": 5}}},
+        {"added_tokens_decoder": {"1": None}},
+        {"eos_token": "\ud800"},
+    ],
+)
 def test_settings_of_the_wrong_kind(valid, tmp_path, changes):
     data = json.loads(valid["tokenizer_config.json"]) | changes
     folder = write(tmp_path / "m", valid, tokenizer_config=json.dumps(data).encode())
-    assert message(ValueError, Tokenizer.from_folder, folder).startswith(f"{folder}/tokenizer_config.json: ")
+    assert message(ValueError, Tokenizer.from_folder, folder).startswith(
+        f"{folder}/tokenizer_config.json: "
+    )
 
 
-@pytest.mark.parametrize("named", [[], [5], [{"name": ["default"], "template": "x"}], [{"template": "x"}], [{"name": "default"}]])
+@pytest.mark.parametrize(
+    "named",
+    [[], [5], [{"name": ["default"], "template": "x"}], [{"template": "x"}], [{"name": "default"}]],
+)
 def test_named_templates_of_which_none_is_the_default(valid, tmp_path, named):
     data = json.loads(valid["tokenizer_config.json"]) | {"chat_template": named}
-    tokenizer = Tokenizer.from_folder(write(tmp_path / "m", valid, tokenizer_config=json.dumps(data).encode()))
+    tokenizer = Tokenizer.from_folder(
+        write(tmp_path / "m", valid, tokenizer_config=json.dumps(data).encode())
+    )
     assert "has no chat template" in message(ValueError, tokenizer.apply_chat_template, MESSAGES)
 
 
@@ -553,13 +813,17 @@ def test_unknown_token_flags_print_nothing(valid, tmp_path, capfd):
 def test_a_template_file_that_is_no_text(valid, tmp_path):
     folder = write(tmp_path / "m", valid)
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{")
-    assert "chat_template.jinja: cannot be read as UTF-8 text" in message(OSError, Tokenizer.from_folder, folder)
+    assert "chat_template.jinja: cannot be read as UTF-8 text" in message(
+        OSError, Tokenizer.from_folder, folder
+    )
 
 
 @pytest.mark.parametrize("ids", [5, ["x"], [-1], [2**32], [10**30], [None], "ab"])
 def test_ids_that_are_none(valid, tmp_path, ids):
     tokenizer = Tokenizer.from_folder(write(tmp_path / "m", valid))
-    assert message(TypeError, tokenizer.decode, ids).startswith("ids must be a sequence of token ids, integers from 0 (")
+    assert message(TypeError, tokenizer.decode, ids).startswith(
+        "ids must be a sequence of token ids, integers from 0 ("
+    )
     assert tokenizer.decode([2**32 - 1]) == ""
 
 
@@ -583,12 +847,27 @@ def test_a_panic_of_the_library_is_an_error():
         def token_to_id(self, _):
             return None
 
-    assert message(ValueError, Tokenizer(Panicking(PanicException("at x.rs"))).encode, "hi") == "tokenizer.json cannot encode this text (at x.rs)"
+    assert (
+        message(ValueError, Tokenizer(Panicking(PanicException("at x.rs"))).encode, "hi")
+        == "tokenizer.json cannot encode this text (at x.rs)"
+    )
     with pytest.raises(KeyboardInterrupt):
         Tokenizer(Panicking(KeyboardInterrupt())).encode("hi")
 
 
-@pytest.mark.parametrize("messages", [5, None, "hi", [5], [{}], [{"role": 5, "content": "x"}], [{"role": "user"}], {"role": "user", "content": "x"}])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        5,
+        None,
+        "hi",
+        [5],
+        [{}],
+        [{"role": 5, "content": "x"}],
+        [{"role": "user"}],
+        {"role": "user", "content": "x"},
+    ],
+)
 def test_messages_that_are_none(valid, tmp_path, messages):
     tokenizer = Tokenizer.from_folder(write(tmp_path / "m", valid))
     message(npllm.NpllmError, tokenizer.apply_chat_template, messages)
@@ -601,34 +880,69 @@ def render(source):
     return template.render(source, MESSAGES, {"add_generation_prompt": True, "bos_token": "<s>"})
 
 
-@pytest.mark.parametrize(("source", "what"), [
-    ("{{ ''.__class__.__mro__ }}", "attribute '__class__' of 'str' object is unsafe"),
-    ("{{ cycler.__init__.__globals__ }}", "attribute '__init__' of 'type' object is unsafe"),
-    ("{{ namespace.__init__.__globals__ }}", "attribute '__init__' of 'type' object is unsafe"),
-    ("{{ self.__init__.__globals__ }}", "attribute '__init__' of 'TemplateReference' object is unsafe"),
-    ("{% macro m() %}{% endmacro %}{{ m.__call__.__globals__ }}", "attribute '__call__' of 'Macro' object is unsafe"),
-    ("{{ raise_exception.__globals__.x }}", "attribute '__globals__' of 'function' object is unsafe"),
-    ("{{ messages.append.__self__ }}", "attribute 'append' of 'list' object is unsafe"),
-    ("{{ messages.append(1) }}", "attribute 'append' of 'list' object is unsafe"),
-    ("{{ messages[0].update(a=1) }}", "attribute 'update' of 'dict' object is unsafe"),
-    ("{{ messages[0].clear() }}", "attribute 'clear' of 'dict' object is unsafe"),
-    ("{{ (messages|attr('pop'))() }}", "attribute 'pop' of 'list' object is unsafe"),
-    ("{{ (''|attr('__class__')).x }}", "attribute '__class__' of 'str' object is unsafe"),
-    ("{{ ''['__class__'].x }}", "attribute '__class__' of 'str' object is unsafe"),
-    ("{{ '{0.__class__}'.format(1) }}", "attribute 'format' of 'str' object is unsafe"),
-    ("{{ '{a.__class__}'.format_map({'a': 1}) }}", "attribute 'format_map' of 'str' object is unsafe"),
-    ("{{ ('x'|attr('format'))(1) }}", "attribute 'format' of 'str' object is unsafe"),
-    ("{{ messages|map(attribute='__class__')|map(attribute='x')|list }}", "'__class__' of 'dict' object is unsafe"),
-    ("{{ ''['format'](1) }}", "attribute 'format' of 'str' object is unsafe"),
-    ("{{ (1).to_bytes(9) }}", "attribute 'to_bytes' of 'int' object is unsafe"),
-    ("{{ (messages|map(attribute='role')).gi_frame.f_back }}", "attribute 'gi_frame' of 'generator' object is unsafe"),
-    ("{% include 'x' %}", "no loader"), ("{% extends 'x' %}", "no loader"), ("{% import 'os' as os %}", "no loader"),
-    ("{% for m in messages %}{% set m.content %}evil{% endset %}{% endfor %}", "cannot set an attribute of 'dict', only of a namespace"),
-    ("{% for m in messages %}{% set m.content = 'evil' %}{% endfor %}", "cannot assign attribute on non-namespace object"),
-    ("{% for m in messages %}{% set a, m.content = 1, 'evil' %}{% endfor %}", "cannot assign attribute on non-namespace object"),
-    ("{{ messages|indent(2) }}", "indent: expected a text, got 'list'"),
-    ("{% set ns = namespace() %}{{ ns }}", "a namespace can be neither an item nor be written out"),
-])
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "attribute '__class__' of 'str' object is unsafe"),
+        ("{{ cycler.__init__.__globals__ }}", "attribute '__init__' of 'type' object is unsafe"),
+        ("{{ namespace.__init__.__globals__ }}", "attribute '__init__' of 'type' object is unsafe"),
+        (
+            "{{ self.__init__.__globals__ }}",
+            "attribute '__init__' of 'TemplateReference' object is unsafe",
+        ),
+        (
+            "{% macro m() %}{% endmacro %}{{ m.__call__.__globals__ }}",
+            "attribute '__call__' of 'Macro' object is unsafe",
+        ),
+        (
+            "{{ raise_exception.__globals__.x }}",
+            "attribute '__globals__' of 'function' object is unsafe",
+        ),
+        ("{{ messages.append.__self__ }}", "attribute 'append' of 'list' object is unsafe"),
+        ("{{ messages.append(1) }}", "attribute 'append' of 'list' object is unsafe"),
+        ("{{ messages[0].update(a=1) }}", "attribute 'update' of 'dict' object is unsafe"),
+        ("{{ messages[0].clear() }}", "attribute 'clear' of 'dict' object is unsafe"),
+        ("{{ (messages|attr('pop'))() }}", "attribute 'pop' of 'list' object is unsafe"),
+        ("{{ (''|attr('__class__')).x }}", "attribute '__class__' of 'str' object is unsafe"),
+        ("{{ ''['__class__'].x }}", "attribute '__class__' of 'str' object is unsafe"),
+        ("{{ '{0.__class__}'.format(1) }}", "attribute 'format' of 'str' object is unsafe"),
+        (
+            "{{ '{a.__class__}'.format_map({'a': 1}) }}",
+            "attribute 'format_map' of 'str' object is unsafe",
+        ),
+        ("{{ ('x'|attr('format'))(1) }}", "attribute 'format' of 'str' object is unsafe"),
+        (
+            "{{ messages|map(attribute='__class__')|map(attribute='x')|list }}",
+            "'__class__' of 'dict' object is unsafe",
+        ),
+        ("{{ ''['format'](1) }}", "attribute 'format' of 'str' object is unsafe"),
+        ("{{ (1).to_bytes(9) }}", "attribute 'to_bytes' of 'int' object is unsafe"),
+        (
+            "{{ (messages|map(attribute='role')).gi_frame.f_back }}",
+            "attribute 'gi_frame' of 'generator' object is unsafe",
+        ),
+        ("{% include 'x' %}", "no loader"),
+        ("{% extends 'x' %}", "no loader"),
+        ("{% import 'os' as os %}", "no loader"),
+        (
+            "{% for m in messages %}{% set m.content %}evil{% endset %}{% endfor %}",
+            "cannot set an attribute of 'dict', only of a namespace",
+        ),
+        (
+            "{% for m in messages %}{% set m.content = 'evil' %}{% endfor %}",
+            "cannot assign attribute on non-namespace object",
+        ),
+        (
+            "{% for m in messages %}{% set a, m.content = 1, 'evil' %}{% endfor %}",
+            "cannot assign attribute on non-namespace object",
+        ),
+        ("{{ messages|indent(2) }}", "indent: expected a text, got 'list'"),
+        (
+            "{% set ns = namespace() %}{{ ns }}",
+            "a namespace can be neither an item nor be written out",
+        ),
+    ],
+)
 def test_a_template_cannot_reach_python(source, what):
     before = json.dumps(MESSAGES)
     assert what in message(ValueError, render, source)
@@ -638,37 +952,93 @@ def test_a_template_cannot_reach_python(source, what):
 LOOP = "{% for i in range(100000) %}"
 DOUBLE = "{% set ns = namespace(x=START, y=START) %}{% for i in range(60) %}{% set ns.x = NEXT %}{% endfor %}{{ ns.x == ns.x }}{{ ns.x }}"
 CHAIN = "".join(f"{{% set n{i} = namespace(a=1, b=1) %}}" for i in range(60)) + "".join(
-    f"{{% set n{i}.a = n{i + 1} %}}{{% set n{i}.b = n{i + 1} %}}" for i in range(59))
+    f"{{% set n{i}.a = n{i + 1} %}}{{% set n{i}.b = n{i + 1} %}}" for i in range(59)
+)
 
 
 def doubling(start, step):
     return DOUBLE.replace("START", start).replace("NEXT", step)
 
 
-@pytest.mark.parametrize("source", [
-    LOOP * 3 + "{% endfor %}" * 3, LOOP + "x" * 10000 + "{% endfor %}", "{% set z %}" + LOOP + "x" * 10000 + "{% endfor %}{% endset %}{{ z|length }}",
-    "{% macro m() %}" + LOOP + "x" * 10000 + "{% endfor %}{% endmacro %}{{ m()|length }}", "{% for i in range(10**9) %}{% endfor %}",
-    "{% for i in range(100000) recursive %}{{ loop(range(100000)) }}{% endfor %}", "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
-    "{{ 'a' * 10**9 }}", "{{ 10**9 * [1] }}", "{{ (1, 2) * 10**9 }}", "{{ 9**(9**9) }}", "{{ (9**9**9)**9**9 }}", "{{ '%1000000000d' % 1 }}",
-    "{{ '%*d' % (10**9, 1) }}", "{{ '%.1000000000f' % 1.5 }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.center(10**9) }}", "{{ 'a'.ljust(10**9) }}",
-    "{{ '1'.zfill(10**9) }}", "{{ ('\t' * 10000).expandtabs(10**6) }}", "{{ ('a\n' * 99999)|indent(99999) }}", "{{ 'a'|indent('b' * 9999999) }}",
-    "{{ ('a' * 99999)|replace('a', 'b' * 99999) }}", "{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "{{ ('a' * 99999).replace('', 'b' * 99999) }}",
-    "{{ ('a' * 99999)|replace('', 'b' * 99999) }}", "{{ ('a' * 99999)|join('b' * 99999) }}", "{{ ('b' * 99999).join('a' * 99999) }}",
-    "{{ ('b' * 99999).join(range(99999)|map('string')) }}", "{{ [1]|batch(10**9, 'x')|list }}", "{{ ['a']|map('center', 10**9)|list }}",
-    "{{ lipsum(n=10**9) }}", "{{ 5|round(10**9) }}", "{{ messages|tojson(indent=10**9) }}", "{{ strftime_now('%1000000000d') }}",
-    "{{ [[1]]|sum(start=[]) }}", "{{ '{:1000000000}'.format(1) }}", "{{ ('a' * 9999999) ~ ('b' * 9999999) }}",
-    doubling("'a'", "ns.x + ns.x"), doubling("'a'", "ns.x ~ ns.x"), doubling("[1]", "[ns.x, ns.x]"), doubling("(1,)", "(ns.x, ns.x)"),
-    doubling("[1]", "[ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y]").replace("ns.x == ns.x", "ns.x == ns.y"),
-    "{% set r = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] %}" + "{% for i in r %}" * 12 + "{% endfor %}" * 12,
-    doubling("{}", "{1: ns.x, 2: ns.x}"), doubling("{}", "dict(a=ns.x, b=ns.x)"), doubling("[1]", "ns.x * 2"), doubling("2", "ns.x * ns.x"),
-    doubling("'a'", "ns.x|replace('a', 'aa')"), doubling("'a'", "(ns.x, ns.x)|join"), doubling("(1,)", "{ns.x: 1}"),
-    "{% macro m() %}{% set ns.v = varargs %}{% endmacro %}{% set ns = namespace(v=1) %}{% for i in range(60) %}{{ m(ns.v, ns.v) }}{% endfor %}{{ ns.v }}",
-    CHAIN + "{{ n0 ~ '' }}", CHAIN + "{{ n0|string }}", CHAIN + "{{ '%s' % n0 }}", CHAIN + "{{ [n0] }}", CHAIN + "{{ {'a': n0} }}",
-    "".join(f"{{% set a{i} = 'a' * 999999 %}}" for i in range(1000)), "{{ 'a' * 9999999 }}" * 2,
-    "x" * (template.LARGEST_TEMPLATE + 1), "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "{{ " + "[" * 9999 + " }}", "{% for i in [1] %}" * 500 + "{% endfor %}" * 500,
-    "{% for i in [1] %}" * 25 + "{% endfor %}" * 25, "{{ 1" + "+1" * 20000 + " }}", "{% if 0 %}" + "{% elif 0 %}" * 3000 + "{% endif %}", "{%" * 20000, "{#" * 20000,
-    "{{ " + "1" * 60000 + " }}", "{{ range(100000)|map('string')|join|int }}",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        LOOP * 3 + "{% endfor %}" * 3,
+        LOOP + "x" * 10000 + "{% endfor %}",
+        "{% set z %}" + LOOP + "x" * 10000 + "{% endfor %}{% endset %}{{ z|length }}",
+        "{% macro m() %}" + LOOP + "x" * 10000 + "{% endfor %}{% endmacro %}{{ m()|length }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(100000) recursive %}{{ loop(range(100000)) }}{% endfor %}",
+        "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+        "{{ 'a' * 10**9 }}",
+        "{{ 10**9 * [1] }}",
+        "{{ (1, 2) * 10**9 }}",
+        "{{ 9**(9**9) }}",
+        "{{ (9**9**9)**9**9 }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (10**9, 1) }}",
+        "{{ '%.1000000000f' % 1.5 }}",
+        "{{ 'a'|center(10**9) }}",
+        "{{ 'a'.center(10**9) }}",
+        "{{ 'a'.ljust(10**9) }}",
+        "{{ '1'.zfill(10**9) }}",
+        "{{ ('\t' * 10000).expandtabs(10**6) }}",
+        "{{ ('a\n' * 99999)|indent(99999) }}",
+        "{{ 'a'|indent('b' * 9999999) }}",
+        "{{ ('a' * 99999)|replace('a', 'b' * 99999) }}",
+        "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+        "{{ ('a' * 99999).replace('', 'b' * 99999) }}",
+        "{{ ('a' * 99999)|replace('', 'b' * 99999) }}",
+        "{{ ('a' * 99999)|join('b' * 99999) }}",
+        "{{ ('b' * 99999).join('a' * 99999) }}",
+        "{{ ('b' * 99999).join(range(99999)|map('string')) }}",
+        "{{ [1]|batch(10**9, 'x')|list }}",
+        "{{ ['a']|map('center', 10**9)|list }}",
+        "{{ lipsum(n=10**9) }}",
+        "{{ 5|round(10**9) }}",
+        "{{ messages|tojson(indent=10**9) }}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{{ [[1]]|sum(start=[]) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ ('a' * 9999999) ~ ('b' * 9999999) }}",
+        doubling("'a'", "ns.x + ns.x"),
+        doubling("'a'", "ns.x ~ ns.x"),
+        doubling("[1]", "[ns.x, ns.x]"),
+        doubling("(1,)", "(ns.x, ns.x)"),
+        doubling("[1]", "[ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y]").replace(
+            "ns.x == ns.x", "ns.x == ns.y"
+        ),
+        "{% set r = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] %}"
+        + "{% for i in r %}" * 12
+        + "{% endfor %}" * 12,
+        doubling("{}", "{1: ns.x, 2: ns.x}"),
+        doubling("{}", "dict(a=ns.x, b=ns.x)"),
+        doubling("[1]", "ns.x * 2"),
+        doubling("2", "ns.x * ns.x"),
+        doubling("'a'", "ns.x|replace('a', 'aa')"),
+        doubling("'a'", "(ns.x, ns.x)|join"),
+        doubling("(1,)", "{ns.x: 1}"),
+        "{% macro m() %}{% set ns.v = varargs %}{% endmacro %}{% set ns = namespace(v=1) %}{% for i in range(60) %}{{ m(ns.v, ns.v) }}{% endfor %}{{ ns.v }}",
+        CHAIN + "{{ n0 ~ '' }}",
+        CHAIN + "{{ n0|string }}",
+        CHAIN + "{{ '%s' % n0 }}",
+        CHAIN + "{{ [n0] }}",
+        CHAIN + "{{ {'a': n0} }}",
+        "".join(f"{{% set a{i} = 'a' * 999999 %}}" for i in range(1000)),
+        "{{ 'a' * 9999999 }}" * 2,
+        "x" * (template.LARGEST_TEMPLATE + 1),
+        "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
+        "{{ " + "[" * 9999 + " }}",
+        "{% for i in [1] %}" * 500 + "{% endfor %}" * 500,
+        "{% for i in [1] %}" * 25 + "{% endfor %}" * 25,
+        "{{ 1" + "+1" * 20000 + " }}",
+        "{% if 0 %}" + "{% elif 0 %}" * 3000 + "{% endif %}",
+        "{%" * 20000,
+        "{#" * 20000,
+        "{{ " + "1" * 60000 + " }}",
+        "{{ range(100000)|map('string')|join|int }}",
+    ],
+)
 def test_a_template_cannot_run_forever_or_fill_the_memory(source, monkeypatch):
     monkeypatch.setattr(template, "ALLOWANCE", template.ALLOWANCE // 10)  # to be quicker
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
@@ -677,53 +1047,114 @@ def test_a_template_cannot_run_forever_or_fill_the_memory(source, monkeypatch):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
-@pytest.mark.parametrize("source", ["{{ 'a' * 10**9 }}", LOOP * 2 + "{% endfor %}" * 2, doubling("'a'", "ns.x ~ ns.x"), doubling("[1]", "[ns.x, ns.x]")])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10**9 }}",
+        LOOP * 2 + "{% endfor %}" * 2,
+        doubling("'a'", "ns.x ~ ns.x"),
+        doubling("[1]", "[ns.x, ns.x]"),
+    ],
+)
 def test_the_whole_allowance_is_some_seconds_and_megabytes(source):
     start, (error, peak) = time.monotonic(), peak_bytes(lambda: render(source))
-    assert "it asks for more than the 100" in str(error) or "it takes more than the 5 seconds" in str(error)
+    assert "it asks for more than the 100" in str(
+        error
+    ) or "it takes more than the 5 seconds" in str(error)
     assert peak < 200e6
     assert time.monotonic() - start < 60
 
 
 def test_a_template_has_a_deadline(monkeypatch):
     monkeypatch.setattr(template, "DEADLINE", 0.2)
-    source = "{% set r = range(100000) %}" + "{% for i in r %}{% for j in r if false %}{% endfor %}{% endfor %}"
+    source = (
+        "{% set r = range(100000) %}"
+        + "{% for i in r %}{% for j in r if false %}{% endfor %}{% endfor %}"
+    )
     start = time.monotonic()
-    assert "it takes more than the 0.2 seconds that a chat template may take" in message(ValueError, render, source)
+    assert "it takes more than the 0.2 seconds that a chat template may take" in message(
+        ValueError, render, source
+    )
     assert time.monotonic() - start < 10
 
 
 def test_an_operation_is_estimated_as_large_as_it_is():
     assert len(render("{{ '-' * 999999 }}")) == 999_999
-    assert len(render("{{ '-' * 299999 }}{{ 'ab'.join(['c'] * 9999) }}{{ ('a' * 199999)|replace('a', 'bc') }}")) == 729_992
+    assert (
+        len(
+            render(
+                "{{ '-' * 299999 }}{{ 'ab'.join(['c'] * 9999) }}{{ ('a' * 199999)|replace('a', 'bc') }}"
+            )
+        )
+        == 729_992
+    )
 
 
 def test_the_limits_are_quoted():
-    assert message(ValueError, render, "{{ 'a' * 10**9 }}").startswith("the chat template failed: SecurityError: it asks for more than the 100")
-    assert message(ValueError, render, "x" * 70000) == "the chat template has 70000 characters; more than 65536 are refused"
+    assert message(ValueError, render, "{{ 'a' * 10**9 }}").startswith(
+        "the chat template failed: SecurityError: it asks for more than the 100"
+    )
+    assert (
+        message(ValueError, render, "x" * 70000)
+        == "the chat template has 70000 characters; more than 65536 are refused"
+    )
 
 
 def test_what_a_template_says_is_printed_safely():
     assert message(ValueError, render, "{{ raise_exception('no \x1b[31m\n way') }}") == (
-        r"the chat template failed: TemplateError: no \x1b[31m\n way")
+        r"the chat template failed: TemplateError: no \x1b[31m\n way"
+    )
 
 
-@pytest.mark.parametrize(("source", "text"), [
-    ("{% for m in messages[1:] %}{{ m.role ~ ':' + m['content']|trim }}{% endfor %}", "assistant:hello"),
-    ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
-    ("{% macro f(x, y=2) %}{{ x }}{{ y }}{% endmacro %}{{ f(1) }}{{ f(3, y=4) }}", "1234"),
-    ("{% for m in messages %}{{ loop.index }}{% if loop.first %}{% continue %}{% endif %}x{% break %}{% endfor %}", "12x"),
-    ("{{ messages|map(attribute='role')|join(',') }}", "user,assistant"), ("{{ messages|selectattr('role', 'equalto', 'user')|list|length }}", "1"),
-    ("{{ 'a<b>' | tojson }}", '"a<b>"'), ("{{ {'a': [1, 'é']} | tojson(indent=2) }}", '{\n  "a": [\n    1,\n    "é"\n  ]\n}'),
-    ("{{ 'a,b'.split(',')[-1].upper() }}{{ 'abc'[::-1] }}{{ '%05.1f' % 2.5 }}", "Bcba002.5"),
-    ("{{ 'x'.join(['a', 'b']) }}{{ 'aba'.replace('a', 'cc') }}{{ 'aba'|replace('b', '-') }}", "axbccbcca-a"),
-    ("{{ 2 ** 10 + 7 // 2 - 7 % 4 }}{{ [1, 2] + [3] }}{{ 'ab' * 2 }}{{ -1.5 }}", "1024[1, 2, 3]abab-1.5"),
-    ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}{{ (1, 2)|first }}{{ 'a'|default('b') }}{{ nothing|default('c') }}", "a11ac"),
-    ("{{ bos_token }}{{ add_generation_prompt }}{{ 'a' in 'abc' }}{{ messages[0]['missing'] }}", "<s>TrueTrue"),
-    ("{% set ns = namespace(a=1) %}{% set ns.a %}x{% endset %}{% set ns.b, y = 2, 3 %}{{ ns.a }}{{ ns.b }}{{ y }}", "x23"),
-    ("{% set x %}a{{ 1 }}{% endset %}{{ x }}{% filter upper %}b{% endfilter %}{% if messages is iterable %}c{% endif %}", "a1Bc"),
-    ("{{ 'a\nb'|indent(2) }}{% call(x) f() %}{% endcall %}", None), ("{{ strftime_now('%Y')|length }}", "4"),
-])
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (
+            "{% for m in messages[1:] %}{{ m.role ~ ':' + m['content']|trim }}{% endfor %}",
+            "assistant:hello",
+        ),
+        (
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+            "2",
+        ),
+        ("{% macro f(x, y=2) %}{{ x }}{{ y }}{% endmacro %}{{ f(1) }}{{ f(3, y=4) }}", "1234"),
+        (
+            "{% for m in messages %}{{ loop.index }}{% if loop.first %}{% continue %}{% endif %}x{% break %}{% endfor %}",
+            "12x",
+        ),
+        ("{{ messages|map(attribute='role')|join(',') }}", "user,assistant"),
+        ("{{ messages|selectattr('role', 'equalto', 'user')|list|length }}", "1"),
+        ("{{ 'a<b>' | tojson }}", '"a<b>"'),
+        ("{{ {'a': [1, 'é']} | tojson(indent=2) }}", '{\n  "a": [\n    1,\n    "é"\n  ]\n}'),
+        ("{{ 'a,b'.split(',')[-1].upper() }}{{ 'abc'[::-1] }}{{ '%05.1f' % 2.5 }}", "Bcba002.5"),
+        (
+            "{{ 'x'.join(['a', 'b']) }}{{ 'aba'.replace('a', 'cc') }}{{ 'aba'|replace('b', '-') }}",
+            "axbccbcca-a",
+        ),
+        (
+            "{{ 2 ** 10 + 7 // 2 - 7 % 4 }}{{ [1, 2] + [3] }}{{ 'ab' * 2 }}{{ -1.5 }}",
+            "1024[1, 2, 3]abab-1.5",
+        ),
+        (
+            "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}{{ (1, 2)|first }}{{ 'a'|default('b') }}{{ nothing|default('c') }}",
+            "a11ac",
+        ),
+        (
+            "{{ bos_token }}{{ add_generation_prompt }}{{ 'a' in 'abc' }}{{ messages[0]['missing'] }}",
+            "<s>TrueTrue",
+        ),
+        (
+            "{% set ns = namespace(a=1) %}{% set ns.a %}x{% endset %}{% set ns.b, y = 2, 3 %}{{ ns.a }}{{ ns.b }}{{ y }}",
+            "x23",
+        ),
+        (
+            "{% set x %}a{{ 1 }}{% endset %}{{ x }}{% filter upper %}b{% endfilter %}{% if messages is iterable %}c{% endif %}",
+            "a1Bc",
+        ),
+        ("{{ 'a\nb'|indent(2) }}{% call(x) f() %}{% endcall %}", None),
+        ("{{ strftime_now('%Y')|length }}", "4"),
+    ],
+)
 def test_what_templates_use_still_works(source, text):
     if text is None:
         assert "is undefined" in message(ValueError, render, source)
@@ -733,7 +1164,9 @@ def test_what_templates_use_still_works(source, text):
 
 def test_a_long_conversation_is_no_attack():
     long = [{"role": "user", "content": "word " * 2000}] * 200
-    assert len(template.render(fuzz.PHI3_TEMPLATE, long, {"add_generation_prompt": True})) > 2_000_000
+    assert (
+        len(template.render(fuzz.PHI3_TEMPLATE, long, {"add_generation_prompt": True})) > 2_000_000
+    )
     grows = "{% set ns = namespace(x='') %}{% for m in messages %}{% set ns.x = ns.x + m.content %}{% endfor %}{{ ns.x|trim }}"
     assert len(template.render(grows, long, {})) == 1_999_999
 
@@ -765,7 +1198,10 @@ def check_case(worker, number, ops=None):
         assert time.monotonic() - start < 60
 
 
-FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+FUZZ = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
 
 
 @settings(max_examples=100, **FUZZ)
@@ -797,7 +1233,9 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyError):
         fuzz.run_case(tmp_path)
     counts = {("config", "loads and runs"): 2, ("weights", "NpllmOSError: x"): 1}
-    failures = fuzz.report([(3, 2, counts, [(7, "KeyError: x")], (0.1, 1), (5, 2))], [(9, "died")], 1.0)
+    failures = fuzz.report(
+        [(3, 2, counts, [(7, "KeyError: x")], (0.1, 1), (5, 2))], [(9, "died")], 1.0
+    )
     assert sorted(failures) == [(7, "KeyError: x"), (9, "died")]
     assert "3 mutated folders" in capsys.readouterr().out
 

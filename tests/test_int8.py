@@ -16,8 +16,12 @@ from npllm import NpllmError, kernels, ops
 from npllm.errors import NpllmValueError
 from npllm.quantized.int8 import GROUP, Int8Weight, quantize
 
-SHAPES = {"d_out": st.integers(1, 40), "d_in": st.sampled_from([1, 5, 63, 64, 65, 128, 192]), "seed": st.integers(0, 99),
-          "scale": st.sampled_from([1e-30, 1e-3, 1.0, 1e4])}
+SHAPES = {
+    "d_out": st.integers(1, 40),
+    "d_in": st.sampled_from([1, 5, 63, 64, 65, 128, 192]),
+    "seed": st.integers(0, 99),
+    "scale": st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+}
 SETS = [Composed(s) for s in (ops.reference, kernels.tiled_ops(), kernels.compiled_ops()) if s]
 every_set = pytest.mark.parametrize("fast", SETS, ids=lambda s: s.name)
 
@@ -28,12 +32,21 @@ def matrix(d_out, d_in, seed, scale=1.0):
 
 def expanded(weight):
     """The values one by one."""
-    return np.array([[float(weight.scales[o, i // GROUP]) * int(weight.values[o, i]) for i in range(weight.shape[1])]
-                     for o in range(weight.shape[0])])
+    return np.array(
+        [
+            [
+                float(weight.scales[o, i // GROUP]) * int(weight.values[o, i])
+                for i in range(weight.shape[1])
+            ]
+            for o in range(weight.shape[0])
+        ]
+    )
 
 
 @given(**SHAPES)
-def test_no_entry_is_off_by_more_than_half_a_step_and_the_largest_hardly_at_all(d_out, d_in, seed, scale):
+def test_no_entry_is_off_by_more_than_half_a_step_and_the_largest_hardly_at_all(
+    d_out, d_in, seed, scale
+):
     w = matrix(d_out, d_in, seed, scale)
     q = quantize(w)
     off = np.abs(q.widened() - w)
@@ -74,17 +87,33 @@ def test_linear_takes_it(fast, n, d_out, d_in, seed, scale):
     close(fast.linear(x, q), x.astype(np.float64) @ expanded(q).T, dtype="float32")
     residual = matrix(n, d_out, seed)
     y, want = fast.linear_add(x, q, residual), residual + x.astype(np.float64) @ expanded(q).T
-    terms = np.abs(residual) + np.abs(x) @ np.abs(expanded(q)).T  # the sum may be far smaller than what it is made of
+    terms = (
+        np.abs(residual) + np.abs(x) @ np.abs(expanded(q)).T
+    )  # the sum may be far smaller than what it is made of
     assert y.dtype == np.float32 and (np.abs(y - want) <= 5e-6 * terms).all()
 
 
 @every_set
-@given(n=st.sampled_from([1, 3, 17, 70]), d_out=st.integers(1, 20), d_in=SHAPES["d_in"], seed=SHAPES["seed"])
+@given(
+    n=st.sampled_from([1, 3, 17, 70]),
+    d_out=st.integers(1, 20),
+    d_in=SHAPES["d_in"],
+    seed=SHAPES["seed"],
+)
 def test_the_gated_product_takes_it(fast, n, d_out, d_in, seed):
-    x, gain, q = matrix(n, d_in, seed + 1), matrix(1, d_in, seed + 2)[0], quantize(matrix(2 * d_out, d_in, seed))
+    x, gain, q = (
+        matrix(n, d_in, seed + 1),
+        matrix(1, d_in, seed + 2)[0],
+        quantize(matrix(2 * d_out, d_in, seed)),
+    )
     want = definitions.norm_swiglu(x.astype(np.float64), gain.astype(np.float64), 1e-5, expanded(q))
     y = fast.norm_swiglu(x, gain, 1e-5, q)
-    assert y.dtype == np.float32 and (np.abs(y - want) <= oracles.gated_bound(oracles.rms_norm(x, gain, 1e-5), expanded(q))).all()
+    assert (
+        y.dtype == np.float32
+        and (
+            np.abs(y - want) <= oracles.gated_bound(oracles.rms_norm(x, gain, 1e-5), expanded(q))
+        ).all()
+    )
 
 
 @given(**SHAPES)
@@ -105,7 +134,9 @@ def test_rows_can_be_cut_and_nothing_else():
 
 
 def test_values_and_scales_must_fit():
-    with pytest.raises(NpllmValueError, match=r"scales must be \[d_out, n_group\] = \[4, 2\], got \[4, 1\]"):
+    with pytest.raises(
+        NpllmValueError, match=r"scales must be \[d_out, n_group\] = \[4, 2\], got \[4, 1\]"
+    ):
         Int8Weight(np.zeros((4, 65), np.int8), np.zeros((4, 1), np.float32))
 
 
@@ -114,7 +145,9 @@ def test_values_and_scales_must_fit():
 
 def test_a_loaded_model_computes_with_the_rounded_matrices(tmp_path):
     folder = write_folder(tmp_path)
-    rounded = {name: quantize(x).widened() if x.ndim == 2 else x for name, x in weights(CONFIG).items()}
+    rounded = {
+        name: quantize(x).widened() if x.ndim == 2 else x for name, x in weights(CONFIG).items()
+    }
     ids = random_ids(2, 20)
     want = npllm.load(write_folder(tmp_path / "rounded", tensors=rounded), dtype="float64")(ids)
     for fast in SETS:
@@ -127,7 +160,9 @@ def test_a_loaded_model_computes_with_the_rounded_matrices(tmp_path):
 
 
 def test_a_split_llama_folder_loads_in_8_bits(tmp_path):
-    folder = write_folder(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"], sliding_window=...)
+    folder = write_folder(
+        tmp_path, model_type="llama", architectures=["LlamaForCausalLM"], sliding_window=...
+    )
     m, plain = npllm.load(folder, dtype="int8"), npllm.load(folder)
     ids = random_ids(1, 9)
     assert isinstance(m.params.layers[0].qkv_proj, Int8Weight)
@@ -137,7 +172,10 @@ def test_a_split_llama_folder_loads_in_8_bits(tmp_path):
 def test_nan_in_a_checkpoint_names_file_and_tensor(tmp_path):
     tensors = weights(CONFIG)
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = np.nan
-    with pytest.raises(NpllmError, match=r"model.safetensors: model.layers.1.mlp.down_proj.weight: .*NaN or infinity"):
+    with pytest.raises(
+        NpllmError,
+        match=r"model.safetensors: model.layers.1.mlp.down_proj.weight: .*NaN or infinity",
+    ):
         npllm.load(write_folder(tmp_path, tensors=tensors), dtype="int8")
 
 
@@ -154,7 +192,10 @@ def test_the_default_model_keeps_its_mind(default_folder, default_model):
 def test_entries_of_another_type_are_left_to_the_definition(fast):
     plain = quantize(np.random.default_rng(0).standard_normal((8, 64)))
     x = np.random.default_rng(1).standard_normal((1, 64)).astype(np.float32)
-    for other in (Int8Weight(plain.values.astype(np.int16), plain.scales), Int8Weight(plain.values, plain.scales.astype(np.float64))):
+    for other in (
+        Int8Weight(plain.values.astype(np.int16), plain.scales),
+        Int8Weight(plain.values, plain.scales.astype(np.float64)),
+    ):
         close(fast.linear(x, other), ops.linear(x, plain), times=4)
 
 

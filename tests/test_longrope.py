@@ -11,12 +11,20 @@ import npllm
 from npllm.models import rope
 
 N_ORIGINAL = 8
-CONTENTS = {"longrope": family.longrope(N_ORIGINAL), "with a window": family.longrope(N_ORIGINAL, sliding_window=5),
-            "partial": family.longrope(N_ORIGINAL, partial_rotary_factor=0.5,
-                                       rope_scaling={"type": "longrope", "short_factor": [1.0, 1.2], "long_factor": [1.4, 5.0]})}
+CONTENTS = {
+    "longrope": family.longrope(N_ORIGINAL),
+    "with a window": family.longrope(N_ORIGINAL, sliding_window=5),
+    "partial": family.longrope(
+        N_ORIGINAL,
+        partial_rotary_factor=0.5,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.2], "long_factor": [1.4, 5.0]},
+    ),
+}
 kinds = st.sampled_from(sorted(CONTENTS))
 runs = st.lists(st.integers(1, 7), min_size=1, max_size=7)  # lengths of consecutive calls
-batches = st.lists(st.integers(1, 12), min_size=1, max_size=4)  # tokens of each row in the first call
+batches = st.lists(
+    st.integers(1, 12), min_size=1, max_size=4
+)  # tokens of each row in the first call
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,9 +56,13 @@ def _check(model, kind_of_check, lengths, chunks, seed, prefill):
             mask = np.concatenate([mask, np.ones_like(new)], axis=1)
 
 
-@given(kind=kinds, lengths=batches, chunks=runs, seed=st.integers(0, 99), prefill=st.integers(1, 16))
+@given(
+    kind=kinds, lengths=batches, chunks=runs, seed=st.integers(0, 99), prefill=st.integers(1, 16)
+)
 @settings(max_examples=120)
-def test_cached_logits_are_those_of_each_row_alone_for_any_batch_and_chunking(kind, lengths, chunks, seed, prefill):
+def test_cached_logits_are_those_of_each_row_alone_for_any_batch_and_chunking(
+    kind, lengths, chunks, seed, prefill
+):
     """spec 8.14, 8.15, 8.17, 8.18, 8.19: rows cross by their own length, padded or not, in float64."""
     _check(_model(kind), 1, lengths, chunks, seed, prefill)
 
@@ -62,7 +74,11 @@ def test_cached_logits_in_float32_are_those_of_each_row_alone(kind, lengths, chu
     _check(_model(kind, "float32"), 2, lengths, chunks, seed, 512)
 
 
-@given(kind=kinds, lengths=st.lists(st.integers(1, 20), min_size=2, max_size=4), seed=st.integers(0, 99))
+@given(
+    kind=kinds,
+    lengths=st.lists(st.integers(1, 20), min_size=2, max_size=4),
+    seed=st.integers(0, 99),
+)
 def test_a_row_does_not_depend_on_its_neighbours(kind, lengths, seed):
     """spec 8.19, 8.26: no cache; each row goes by its own length."""
     model, rng = _model(kind), np.random.default_rng(seed)
@@ -70,7 +86,7 @@ def test_a_row_does_not_depend_on_its_neighbours(kind, lengths, seed):
     ids, mask = family.padded(rows)
     logits = model(ids, attention_mask=mask)
     for row, together in zip(rows, logits, strict=True):
-        close(together[-len(row):], model(row[None])[0])
+        close(together[-len(row) :], model(row[None])[0])
 
 
 def test_length_original_is_short_and_one_more_is_long_for_all_positions():
@@ -78,8 +94,16 @@ def test_length_original_is_short_and_one_more_is_long_for_all_positions():
     content = CONTENTS["longrope"]
     model, ids = _model(), family.ids_of(_model().config, (1, 16))
     scaling = content["rope_scaling"]
-    short, long = (family.model(content | {"rope_scaling": scaling | {"short_factor": scaling[name], "long_factor": scaling[name]}})
-                   for name in ("short_factor", "long_factor"))
+    short, long = (
+        family.model(
+            content
+            | {
+                "rope_scaling": scaling
+                | {"short_factor": scaling[name], "long_factor": scaling[name]}
+            }
+        )
+        for name in ("short_factor", "long_factor")
+    )
     close(model(ids[:, :8]), short(ids[:, :8]), times=0)
     close(model(ids[:, :9]), long(ids[:, :9]), times=0)
     assert np.abs(model(ids[:, :9])[:, 1:8] - model(ids[:, :8])[:, 1:]).max() > 0.05
@@ -101,7 +125,10 @@ def test_channels_that_do_not_turn_are_not_scaled():
     model = _model("partial")
     seen = {}
     model(np.array([[5]]), tap=lambda name, x: seen.setdefault(name, x))
-    qkv, q = seen["model.layers.0.self_attn.qkv_proj"][0, 0], seen["model.layers.0.self_attn.q"][0, :, 0]
+    qkv, q = (
+        seen["model.layers.0.self_attn.qkv_proj"][0, 0],
+        seen["model.layers.0.self_attn.q"][0, :, 0],
+    )
     before = qkv[: q.size].reshape(q.shape)
     close(q[:, 4:], before[:, 4:], times=0)
     close(q[:, :4], before[:, :4] * rope.attention_factor(model.config))
@@ -151,7 +178,9 @@ def test_a_shorter_prompt_afterwards_is_short_again():
     for i in range(20):
         model(ids[:, i : i + 1], cache=cache)
     scaling = CONTENTS["longrope"]["rope_scaling"]
-    short = family.model(CONTENTS["longrope"] | {"rope_scaling": scaling | {"long_factor": scaling["short_factor"]}})
+    short = family.model(
+        CONTENTS["longrope"] | {"rope_scaling": scaling | {"long_factor": scaling["short_factor"]}}
+    )
     close(short(ids[:, :6]), before, times=0)
     close(model(ids[:, :6]), before, times=0)
     close(model(ids[:, :6], cache=model.new_cache()), before, times=0)
@@ -220,18 +249,33 @@ def test_explicit_positions_choose_the_factors_and_match_a_shifted_run(start, n,
 def test_explicit_positions_beyond_the_original_length_are_long():
     """spec 8.21: five tokens at 4 ... 8 use the long factors, at 3 ... 7 the short ones."""
     model, ids = _model(), family.ids_of(_model().config, (1, 5))
-    long = family.model(CONTENTS["longrope"] | {"rope_scaling": CONTENTS["longrope"]["rope_scaling"] | {"short_factor": [*family.N_LONG]}})
-    close(model(ids, position_ids=np.arange(4, 9)), long(ids, position_ids=np.arange(4, 9)), times=0)
+    long = family.model(
+        CONTENTS["longrope"]
+        | {
+            "rope_scaling": CONTENTS["longrope"]["rope_scaling"]
+            | {"short_factor": [*family.N_LONG]}
+        }
+    )
+    close(
+        model(ids, position_ids=np.arange(4, 9)), long(ids, position_ids=np.arange(4, 9)), times=0
+    )
     close(model(ids, position_ids=np.arange(4, 9)), long(ids), times=100)  # distances alone matter
     close(model(ids, position_ids=np.arange(3, 8)), model(ids), times=100)
 
 
 def test_positions_that_go_back_do_not_make_the_row_short_again():
     """spec 8.21: the cached tokens count too, as in one pass over all of them; Transformers looks at the call's own positions."""
-    model, ids, positions = _model(), family.ids_of(_model().config, (1, 8)), np.array([5, 6, 7, 8, 9, 2, 3, 4])
+    model, ids, positions = (
+        _model(),
+        family.ids_of(_model().config, (1, 8)),
+        np.array([5, 6, 7, 8, 9, 2, 3, 4]),
+    )
     cache = model.new_cache()
     model(ids[:, :5], position_ids=positions[:5], cache=cache)
-    close(model(ids[:, 5:], position_ids=positions[5:], cache=cache), model(ids, position_ids=positions)[:, 5:])
+    close(
+        model(ids[:, 5:], position_ids=positions[5:], cache=cache),
+        model(ids, position_ids=positions)[:, 5:],
+    )
 
 
 def test_positions_default_to_the_number_of_cached_tokens():
@@ -244,8 +288,12 @@ def test_positions_default_to_the_number_of_cached_tokens():
         close(last, model(ids)[:, 4:])
 
 
-@given(kind=kinds, n_calls=st.integers(1, 12), lengths=st.lists(st.integers(1, 10), min_size=2, max_size=2),
-       then=st.integers(1, 6))
+@given(
+    kind=kinds,
+    n_calls=st.integers(1, 12),
+    lengths=st.lists(st.integers(1, 10), min_size=2, max_size=2),
+    then=st.integers(1, 6),
+)
 @settings(max_examples=80)
 def test_a_call_that_fails_midway_leaves_the_cache_usable(kind, n_calls, lengths, then):
     """At any layer, in any chunk, while a row is computed anew or not: the next call goes on as if nothing had happened."""
@@ -273,7 +321,9 @@ def test_a_long_call_that_fails_does_not_leave_long_keys_behind_a_short_one():
     cache = model.new_cache()
     model(ids[:, :6], cache=cache)
     with pytest.raises(family.Broken):
-        family.failing(model, 4)(ids[:, 6:12], cache=cache)  # 2 layers for the cached row, then the second layer of the call
+        family.failing(model, 4)(
+            ids[:, 6:12], cache=cache
+        )  # 2 layers for the cached row, then the second layer of the call
     close(model(ids[:, 6:7], cache=cache)[0, -1], family.alone(model, ids[0, :7]))
 
 
@@ -294,8 +344,10 @@ def test_generate_crosses_like_a_full_recompute():
     rows = [list(family.ids_of(model.config, (n,), seed=n)) for n in (7, 4)]
     ids, mask = family.padded(rows)
     together = model.generate(ids, attention_mask=mask, max_new_tokens=12)
-    assert np.array_equal(together, model.generate(ids, attention_mask=mask, max_new_tokens=12, use_cache=False))
+    assert np.array_equal(
+        together, model.generate(ids, attention_mask=mask, max_new_tokens=12, use_cache=False)
+    )
     for row, both in zip(rows, together, strict=True):
         single = model.generate(np.array([row]), max_new_tokens=12)[0]
         n_new = len(single) - len(row)
-        assert np.array_equal(both[7 : 7 + n_new], single[len(row):])
+        assert np.array_equal(both[7 : 7 + n_new], single[len(row) :])

@@ -30,23 +30,39 @@ def compute_dtype(*arrays):
 @given(attention_calls(), st.data())
 @both
 def test_attention_equals_the_loop_over_queries_and_keys(op, call, data):
-    sizes = {"block_q": data.draw(blocks), "block_k": data.draw(blocks)} if op is blockwise_attention else {}
+    sizes = (
+        {"block_q": data.draw(blocks), "block_k": data.draw(blocks)}
+        if op is blockwise_attention
+        else {}
+    )
     y, lse = op(call.q, call.k, call.v, return_lse=True, **call.options, **sizes)
     desired, desired_lse, _ = oracles.attention(call.q, call.k, call.v, call.visible, **call.scores)
     close(y, desired, dtype=call.q.dtype, times=4)
-    close(lse, desired_lse, dtype=compute_dtype(call.q, call.k, call.v, call.options.get("bias")), times=8)
+    close(
+        lse,
+        desired_lse,
+        dtype=compute_dtype(call.q, call.k, call.v, call.options.get("bias")),
+        times=8,
+    )
 
 
 @given(attention_calls())
 def test_weights_equal_the_loop_over_queries_and_keys(call):
     weights = attention_weights(call.q, call.k, **call.options)
-    close(weights, oracles.attention(call.q, call.k, call.v, call.visible, **call.scores)[2], dtype=call.q.dtype, times=4)
+    close(
+        weights,
+        oracles.attention(call.q, call.k, call.v, call.visible, **call.scores)[2],
+        dtype=call.q.dtype,
+        times=4,
+    )
 
 
 @given(attention_calls(), blocks, blocks)
 def test_blockwise_equals_the_definition_for_any_block_sizes(call, block_q, block_k):
     y, lse = attention(call.q, call.k, call.v, return_lse=True, **call.options)
-    got, got_lse = blockwise_attention(call.q, call.k, call.v, return_lse=True, block_q=block_q, block_k=block_k, **call.options)
+    got, got_lse = blockwise_attention(
+        call.q, call.k, call.v, return_lse=True, block_q=block_q, block_k=block_k, **call.options
+    )
     close(got, y, times=4)
     close(got_lse, lse, times=8)
     close(blockwise_attention(call.q, call.k, call.v, **call.options), y, times=4)
@@ -70,15 +86,23 @@ def test_weights_of_a_row_sum_to_one_or_see_nothing(call):
 def test_attention_is_the_mean_of_the_values_by_the_weights(op, call):
     weights = attention_weights(call.q, call.k, **call.options)
     values = np.repeat(call.v, call.q.shape[-3] // call.v.shape[-3], axis=-3)
-    close(op(call.q, call.k, call.v, **call.options), np.einsum("...ij,...jd->...id", weights, values), times=4)
+    close(
+        op(call.q, call.k, call.v, **call.options),
+        np.einsum("...ij,...jd->...id", weights, values),
+        times=4,
+    )
 
 
 @both
 @pytest.mark.parametrize("name", FLOATS)
 def test_a_row_without_a_visible_key_is_zero_and_its_lse_minus_infinity(op, name):
     q, k, v = (np.ones(shape, FLOATS[name]) for shape in [(2, 3, 4), (1, 5, 4), (1, 5, 2)])
-    for options in ({"mask": np.zeros((3, 5), bool)}, {"mask": ~(causal() | ~causal())}, {"bias": np.full((3, 5), -np.inf, F32)},
-                    {"mask": Rule(lambda i, j: (i != i) & (j != j))}):
+    for options in (
+        {"mask": np.zeros((3, 5), bool)},
+        {"mask": ~(causal() | ~causal())},
+        {"bias": np.full((3, 5), -np.inf, F32)},
+        {"mask": Rule(lambda i, j: (i != i) & (j != j))},
+    ):
         y, lse = op(q, k, v, return_lse=True, **options)
         close(y, np.zeros((2, 3, 2), FLOATS[name]))
         close(lse, np.full((2, 3), -np.inf, compute_dtype(q)))
@@ -89,7 +113,10 @@ def test_a_row_without_a_visible_key_is_zero_and_its_lse_minus_infinity(op, name
 @both
 def test_grouped_heads_are_repeated_heads(op, data, dtype, n_kv_head, group):
     q = data.draw(normal((2, n_kv_head * group, 4, 3), dtype))
-    k, v = data.draw(normal((2, n_kv_head, 5, 3), dtype)), data.draw(normal((2, n_kv_head, 5, 2), dtype))
+    k, v = (
+        data.draw(normal((2, n_kv_head, 5, 3), dtype)),
+        data.draw(normal((2, n_kv_head, 5, 2), dtype)),
+    )
     every_head = op(q, np.repeat(k, group, axis=1), np.repeat(v, group, axis=1), mask=causal())
     close(op(q, k, v, mask=causal()), every_head)
 
@@ -97,7 +124,11 @@ def test_grouped_heads_are_repeated_heads(op, data, dtype, n_kv_head, group):
 @given(st.data(), st.permutations(range(6)))
 @both
 def test_the_order_of_the_keys_does_not_matter(op, data, order):
-    q, k, v = data.draw(normal((2, 3, 4), F64)), data.draw(normal((1, 6, 4), F64)), data.draw(normal((1, 6, 2), F64))
+    q, k, v = (
+        data.draw(normal((2, 3, 4), F64)),
+        data.draw(normal((1, 6, 4), F64)),
+        data.draw(normal((1, 6, 2), F64)),
+    )
     slots = np.arange(6)
     shuffled = op(q, k[:, order], v[:, order], mask=sliding_window(3), k_slots=slots[order])
     close(shuffled, op(q, k, v, mask=sliding_window(3), k_slots=slots), times=4)
@@ -116,9 +147,15 @@ def test_a_sequence_told_backwards_gives_the_same_answers_backwards(op, n):
 @given(st.data(), st.integers(1, 5))
 @both
 def test_two_halves_of_the_keys_merge_by_their_lse(op, data, cut):
-    q, k, v = data.draw(normal((2, 3, 4), F64)), data.draw(normal((2, 6, 4), F64)), data.draw(normal((2, 6, 2), F64))
+    q, k, v = (
+        data.draw(normal((2, 3, 4), F64)),
+        data.draw(normal((2, 6, 4), F64)),
+        data.draw(normal((2, 6, 2), F64)),
+    )
     y, lse = op(q, k, v, return_lse=True)
-    (a, lse_a), (b, lse_b) = (op(q, k[:, part], v[:, part], return_lse=True) for part in (slice(cut), slice(cut, None)))
+    (a, lse_a), (b, lse_b) = (
+        op(q, k[:, part], v[:, part], return_lse=True) for part in (slice(cut), slice(cut, None))
+    )
     close(np.logaddexp(lse_a, lse_b), lse)
     close(np.exp(lse_a - lse)[..., None] * a + np.exp(lse_b - lse)[..., None] * b, y)
 
@@ -126,14 +163,22 @@ def test_two_halves_of_the_keys_merge_by_their_lse(op, data, cut):
 @given(st.data(), st.integers(1, 5))
 @both
 def test_default_slots_let_new_queries_end_where_the_keys_end(op, data, n_new):
-    q, k, v = data.draw(normal((1, 6, 3), F64)), data.draw(normal((1, 6, 3), F64)), data.draw(normal((1, 6, 3), F64))
+    q, k, v = (
+        data.draw(normal((1, 6, 3), F64)),
+        data.draw(normal((1, 6, 3), F64)),
+        data.draw(normal((1, 6, 3), F64)),
+    )
     close(op(q[:, -n_new:], k, v, mask=causal()), op(q, k, v, mask=causal())[:, -n_new:])
 
 
 @given(st.data(), st.integers(1, 6))
 @both
 def test_what_a_rule_hides_does_not_matter(op, data, w):
-    q, k, v = data.draw(normal((2, 6, 3), F32)), data.draw(normal((2, 6, 3), F32)), data.draw(normal((2, 6, 2), F32))
+    q, k, v = (
+        data.draw(normal((2, 6, 3), F32)),
+        data.draw(normal((2, 6, 3), F32)),
+        data.draw(normal((2, 6, 2), F32)),
+    )
     y = op(q, k, v, mask=sliding_window(w))
     k[:, 3:], v[:, 3:] = 50, -70
     k[:, : max(0, 3 - w)], v[:, : max(0, 3 - w)] = -30, 20
@@ -153,13 +198,21 @@ def test_the_default_scale_is_one_over_the_root_of_the_head(op, data, softcap):
 def test_narrow_keys_and_values_are_widened_exactly(op, call, kv_dtype):
     k, v = call.k.astype(kv_dtype), call.v.astype(kv_dtype)
     wide = F64 if kv_dtype == F64 else F32
-    close(op(call.q, k, v, **call.options), op(call.q, k.astype(wide), v.astype(wide), **call.options), times=0)
+    close(
+        op(call.q, k, v, **call.options),
+        op(call.q, k.astype(wide), v.astype(wide), **call.options),
+        times=0,
+    )
 
 
 @given(st.data(), dtypes, dtypes, dtypes)
 @both
 def test_the_result_has_the_dtype_of_the_queries(op, data, q_dtype, k_dtype, v_dtype):
-    q, k, v = data.draw(normal((2, 3, 4), q_dtype)), data.draw(normal((1, 5, 4), k_dtype)), data.draw(normal((1, 5, 2), v_dtype))
+    q, k, v = (
+        data.draw(normal((2, 3, 4), q_dtype)),
+        data.draw(normal((1, 5, 4), k_dtype)),
+        data.draw(normal((1, 5, 2), v_dtype)),
+    )
     y, lse = op(q, k, v, return_lse=True)
     assert y.dtype == q_dtype and lse.dtype == compute_dtype(q, k, v)
     assert attention_weights(q, k).dtype == q_dtype
@@ -171,20 +224,40 @@ def test_huge_scores_give_no_nan(op, size):
     q = np.array([[[1.0], [-1.0], [0.0]]], F32)
     k, v = np.array([[[size], [-size]]], F32), np.array([[[1.0], [2.0]]], F32)
     close(op(q, k, v, scale=1.0), np.array([[[1.0], [2.0], [1.5]]], F32))
-    close(op(q, k, v, scale=1.0, mask=causal(), q_slots=np.arange(3), k_slots=np.arange(2), bias=np.array([-1e4, 1e4], F32))[:, 0],
-          np.array([[1.0]], F32))
+    close(
+        op(
+            q,
+            k,
+            v,
+            scale=1.0,
+            mask=causal(),
+            q_slots=np.arange(3),
+            k_slots=np.arange(2),
+            bias=np.array([-1e4, 1e4], F32),
+        )[:, 0],
+        np.array([[1.0]], F32),
+    )
 
 
 @both
 def test_huge_scores_of_late_keys_take_over_from_early_ones(op):
     k = np.linspace(-1e4, 1e4, 9, dtype=F32)[None, :, None]
     sizes = {"block_k": 2} if op is blockwise_attention else {}
-    y, lse = op(np.ones((1, 1, 1), F32), k, np.arange(9, dtype=F32)[None, :, None], scale=1.0, return_lse=True, **sizes)
+    y, lse = op(
+        np.ones((1, 1, 1), F32),
+        k,
+        np.arange(9, dtype=F32)[None, :, None],
+        scale=1.0,
+        return_lse=True,
+        **sizes,
+    )
     close(y, np.array([[[8.0]]], F32))
     close(lse, np.array([[1e4]], F32))
 
 
-@given(attention_calls(dtype=F32, kinds=("none", "rule", "padding"), min_batch=1), st.integers(1, 3))
+@given(
+    attention_calls(dtype=F32, kinds=("none", "rule", "padding"), min_batch=1), st.integers(1, 3)
+)
 @both
 def test_another_row_of_the_batch_changes_nothing_bit_for_bit(op, call, n):
     if call.q.ndim == 3 or call.q.shape[0] == 1:
@@ -219,13 +292,17 @@ def asked(mask, n, block, **slots):
 
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, n, 2)) for _ in range(3))
-    y = blockwise_attention(q, k, v, mask=Rule(visible, mask.bound), block_q=block, block_k=block, **slots)
+    y = blockwise_attention(
+        q, k, v, mask=Rule(visible, mask.bound), block_q=block, block_k=block, **slots
+    )
     close(y, attention(q, k, v, mask=mask, **slots))
     return calls
 
 
 @pytest.mark.parametrize("form", [range, np.arange])
-@pytest.mark.parametrize("mask", [causal(), sliding_window(5), sliding_window(1), causal() | sliding_window(3)])
+@pytest.mark.parametrize(
+    "mask", [causal(), sliding_window(5), sliding_window(1), causal() | sliding_window(3)]
+)
 def test_a_mask_is_made_for_mixed_blocks_only(mask, form):
     n, block = 24, 4
     spans = [(start, start + block - 1) for start in range(0, n, block)]
@@ -251,7 +328,9 @@ def test_no_mask_at_all_asks_for_none():
     close(blockwise_attention(q, q, q, mask=everything, block_q=3, block_k=3), q)
 
 
-@pytest.mark.parametrize("mask", [None, causal(), sliding_window(100), causal() & padding(np.ones((1, 4096), bool))])
+@pytest.mark.parametrize(
+    "mask", [None, causal(), sliding_window(100), causal() & padding(np.ones((1, 4096), bool))]
+)
 def test_no_table_of_all_pairs_exists(mask, traced_peak):
     n = 4096
     q = np.ones((1, 1, n, 2), F32)
@@ -286,20 +365,38 @@ ops_with_mask = pytest.mark.parametrize("op", [weights_of, attention, blockwise_
 
 
 @ops_with_mask
-@pytest.mark.parametrize(("change", "message"), [
-    ({"q": (3, 2)}, "q must be [..., n_head, n_seq, d_head] = [..., any, any, any], got [3, 2]"),
-    ({"k": (2, 2, 5, 4)}, "k must be [..., n_kv_head, n_ctx, d_head] = [..., any, any, 3], got [2, 2, 5, 4]"),
-    ({"k": (2, 2, 0, 3), "v": (2, 2, 0, 3)}, "n_ctx = 0"),
-    ({"k": (2, 3, 5, 3), "v": (2, 3, 5, 3)}, "n_head = 4 and n_kv_head = 3"),
-    ({"k": (2, 0, 5, 3), "v": (2, 0, 5, 3)}, "n_kv_head = 0"),
-    ({"k": (3, 2, 5, 3), "v": (3, 2, 5, 3)}, "same axes in front of the heads, got q [2, 4, 2, 3], k [3, 2, 5, 3]"),
-    ({"k": (1, 2, 5, 3), "v": (1, 2, 5, 3)}, "same axes in front of the heads"),
-    ({"mask": np.ones((3, 5), bool)}, "mask must broadcast to [..., n_head, n_seq, n_ctx] = [2, 4, 2, 5], got [3, 5]"),
-    ({"mask": np.ones((1, 2, 4, 2, 5), bool)}, "mask must broadcast"),
-    ({"bias": np.ones((3, 5))}, "bias must broadcast to [..., n_head, n_seq, n_ctx] = [2, 4, 2, 5], got [3, 5]"),
-    ({"q_slots": np.arange(3)}, "q_slots must be [n_seq] = [2], got [3]"),
-    ({"k_slots": range(4)}, "k_slots must be [n_ctx] = [5], got [4]"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"q": (3, 2)},
+            "q must be [..., n_head, n_seq, d_head] = [..., any, any, any], got [3, 2]",
+        ),
+        (
+            {"k": (2, 2, 5, 4)},
+            "k must be [..., n_kv_head, n_ctx, d_head] = [..., any, any, 3], got [2, 2, 5, 4]",
+        ),
+        ({"k": (2, 2, 0, 3), "v": (2, 2, 0, 3)}, "n_ctx = 0"),
+        ({"k": (2, 3, 5, 3), "v": (2, 3, 5, 3)}, "n_head = 4 and n_kv_head = 3"),
+        ({"k": (2, 0, 5, 3), "v": (2, 0, 5, 3)}, "n_kv_head = 0"),
+        (
+            {"k": (3, 2, 5, 3), "v": (3, 2, 5, 3)},
+            "same axes in front of the heads, got q [2, 4, 2, 3], k [3, 2, 5, 3]",
+        ),
+        ({"k": (1, 2, 5, 3), "v": (1, 2, 5, 3)}, "same axes in front of the heads"),
+        (
+            {"mask": np.ones((3, 5), bool)},
+            "mask must broadcast to [..., n_head, n_seq, n_ctx] = [2, 4, 2, 5], got [3, 5]",
+        ),
+        ({"mask": np.ones((1, 2, 4, 2, 5), bool)}, "mask must broadcast"),
+        (
+            {"bias": np.ones((3, 5))},
+            "bias must broadcast to [..., n_head, n_seq, n_ctx] = [2, 4, 2, 5], got [3, 5]",
+        ),
+        ({"q_slots": np.arange(3)}, "q_slots must be [n_seq] = [2], got [3]"),
+        ({"k_slots": range(4)}, "k_slots must be [n_ctx] = [5], got [4]"),
+    ],
+)
 def test_what_does_not_fit_raises_with_both_sides(op, change, message):
     shapes = {"q": (2, 4, 2, 3), "k": (2, 2, 5, 3), "v": (2, 2, 5, 3)}
     arrays = {name: np.ones(change.get(name, shape)) for name, shape in shapes.items()}
@@ -309,16 +406,33 @@ def test_what_does_not_fit_raises_with_both_sides(op, change, message):
 
 
 @both
-@pytest.mark.parametrize(("v", "message"), [((2, 2, 4, 3), "[..., 2, 5, any], got [2, 2, 4, 3]"), ((2, 1, 5, 3), "[..., 2, 5, any]")])
+@pytest.mark.parametrize(
+    ("v", "message"),
+    [((2, 2, 4, 3), "[..., 2, 5, any], got [2, 2, 4, 3]"), ((2, 1, 5, 3), "[..., 2, 5, any]")],
+)
 def test_values_must_match_the_keys(op, v, message):
-    with pytest.raises(NpllmValueError, match=re.escape(f"v must be [..., n_kv_head, n_ctx, d_value] = {message}")):
+    with pytest.raises(
+        NpllmValueError, match=re.escape(f"v must be [..., n_kv_head, n_ctx, d_value] = {message}")
+    ):
         op(np.ones((2, 4, 2, 3)), np.ones((2, 2, 5, 3)), np.ones(v))
 
 
 @ops_with_mask
-@pytest.mark.parametrize("options", [{"mask": np.ones((2, 5))}, {"mask": np.ones((2, 5), int)}, {"mask": [[True] * 5] * 2}, {"mask": True},
-                                     {"bias": [[0.0] * 5] * 2}, {"q_slots": [0, 1]}, {"k_slots": np.arange(5.0)},
-                                     {"q_slots": np.array([[0, 1]])}, {"k_slots": 3}], ids=repr)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": np.ones((2, 5))},
+        {"mask": np.ones((2, 5), int)},
+        {"mask": [[True] * 5] * 2},
+        {"mask": True},
+        {"bias": [[0.0] * 5] * 2},
+        {"q_slots": [0, 1]},
+        {"k_slots": np.arange(5.0)},
+        {"q_slots": np.array([[0, 1]])},
+        {"k_slots": 3},
+    ],
+    ids=repr,
+)
 def test_arguments_of_another_kind_raise(op, options):
     with pytest.raises(NpllmTypeError):
         op(np.ones((2, 4, 2, 3)), np.ones((2, 2, 5, 3)), np.ones((2, 2, 5, 3)), **options)

@@ -11,14 +11,26 @@ from npllm import kernels, ops
 from npllm.models import bert, transformer
 from npllm.ops import Ops
 
-SETS = {"reference": ops.reference, "blockwise": ops.blockwise, "tiled": kernels.tiled_ops(),
-        "compiled": kernels.compiled_ops()}
+SETS = {
+    "reference": ops.reference,
+    "blockwise": ops.blockwise,
+    "tiled": kernels.tiled_ops(),
+    "compiled": kernels.compiled_ops(),
+}
 NAMES = Ops.names()
 BLOCK = {"linear", "attention", "add", "layer_norm"}  # parts of the blocks of 2017
 DECODER = set(NAMES) - {"layer_norm", "relu", "gelu", "silu", "add_positions"}
-CALLED = {"phi3": DECODER, "phi3 traced": DECODER, "encoder": BLOCK | {"relu"},
-          "decoder": BLOCK | {"relu"}, "gelu encoder": BLOCK | {"gelu"},
-          **{f"bert {name}": BLOCK | {"embed", "add_positions", name} for name in ("gelu", "relu", "silu")}}
+CALLED = {
+    "phi3": DECODER,
+    "phi3 traced": DECODER,
+    "encoder": BLOCK | {"relu"},
+    "decoder": BLOCK | {"relu"},
+    "gelu encoder": BLOCK | {"gelu"},
+    **{
+        f"bert {name}": BLOCK | {"embed", "add_positions", name}
+        for name in ("gelu", "relu", "silu")
+    },
+}
 
 
 def drawn(*shape, seed=0):
@@ -26,7 +38,9 @@ def drawn(*shape, seed=0):
 
 
 def heads():
-    return transformer.AttentionParams(*(drawn(8, 8, seed=n) for n in range(4)), *(drawn(8, seed=n) for n in range(4)))
+    return transformer.AttentionParams(
+        *(drawn(8, 8, seed=n) for n in range(4)), *(drawn(8, seed=n) for n in range(4))
+    )
 
 
 def norm():
@@ -52,28 +66,42 @@ def phi3(o, tap=None):
 
 def block(function, *inputs, **options):
     """A layer, post-norm and pre-norm."""
+
     def passes(o):
         for norm_first in (False, True):
-            yield lambda norm_first=norm_first: function(*inputs, 2, o, norm_first=norm_first,
-                                                         **{name: get(o) for name, get in options.items()})
+            yield lambda norm_first=norm_first: function(
+                *inputs,
+                2,
+                o,
+                norm_first=norm_first,
+                **{name: get(o) for name, get in options.items()},
+            )
+
     return passes
 
 
 def encoder(activation):
     """A BERT encoder with some activation function."""
+
     def passes(o):
         model, _ = test_encoder.make(dtype=np.float32, ops=o, hidden_act=activation)
         types = np.array([[0, 0, 1]])
-        yield lambda: bert.forward(model.params, model.config, np.array([[2, 5, 3]]), types, None, model.ops)
+        yield lambda: bert.forward(
+            model.params, model.config, np.array([[2, 5, 3]]), types, None, model.ops
+        )
+
     return passes
 
 
 X, MEMORY = drawn(2, 4, 8, seed=1), drawn(2, 5, 8, seed=2)
-PASSES = {"phi3": phi3, "phi3 traced": lambda o: phi3(o, lambda _, x: x),
-          "encoder": block(transformer.encoder_layer, X, ENCODER),
-          "gelu encoder": block(transformer.encoder_layer, X, ENCODER, activation=lambda o: o.gelu),
-          "decoder": block(transformer.forward, MEMORY, X, BOTH),
-          **{f"bert {name}": encoder(name) for name in ("gelu", "relu", "silu")}}
+PASSES = {
+    "phi3": phi3,
+    "phi3 traced": lambda o: phi3(o, lambda _, x: x),
+    "encoder": block(transformer.encoder_layer, X, ENCODER),
+    "gelu encoder": block(transformer.encoder_layer, X, ENCODER, activation=lambda o: o.gelu),
+    "decoder": block(transformer.forward, MEMORY, X, BOTH),
+    **{f"bert {name}": encoder(name) for name in ("gelu", "relu", "silu")},
+}
 
 
 @pytest.mark.parametrize("base", SETS)
@@ -96,6 +124,7 @@ def test_a_replaced_op_fires_in_every_pass_that_has_it(kind, base):
 
 def skewed(op):
     """The op, each channel of its result scaled by another factor."""
+
     def changed(*args, **options):
         y = op(*args, **options)
         return y * np.linspace(0.5, 1, y.shape[-1], dtype=y.dtype)

@@ -17,12 +17,24 @@ from npllm.ops import embed
 id_dtypes = st.sampled_from([np.int8, np.uint16, np.int32, np.int64])
 
 
-@given(st.data(), dtypes, id_dtypes, sizes, sizes, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+@given(
+    st.data(),
+    dtypes,
+    id_dtypes,
+    sizes,
+    sizes,
+    hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+)
 def test_embed_gathers_rows_and_widens_them_exactly(data, dtype, id_dtype, n_vocab, d_model, shape):
     weight = data.draw(normal((n_vocab, d_model), dtype))
     ids = data.draw(hnp.arrays(id_dtype, shape, elements=st.integers(0, n_vocab - 1)))
     y = embed(ids, weight)
-    close(y, oracles.embed(ids, weight), dtype=np.float64 if dtype == np.float64 else np.float32, times=0)
+    close(
+        y,
+        oracles.embed(ids, weight),
+        dtype=np.float64 if dtype == np.float64 else np.float32,
+        times=0,
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])

@@ -12,10 +12,17 @@ from strategies import FLOATS, batches, compute_dtypes, dtypes, normal, sizes
 from npllm.errors import NpllmValueError
 from npllm.ops import silu, swiglu
 
-EXTREMES = np.array([-1e4, -750, -709, -104, -88, -87, -1, -1e-9, 0, 1e-9, 1, 88, 89, 709, 710, 1e4])
+EXTREMES = np.array(
+    [-1e4, -750, -709, -104, -88, -87, -1, -1e-9, 0, 1e-9, 1, 88, 89, 709, 710, 1e4]
+)
 
 
-@given(st.data(), dtypes, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), st.sampled_from([0.1, 1.0, 30.0]))
+@given(
+    st.data(),
+    dtypes,
+    hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+    st.sampled_from([0.1, 1.0, 30.0]),
+)
 def test_silu_equals_the_formula(data, dtype, shape, scale):
     x = data.draw(normal(shape, dtype, scale)) if shape else np.asarray(scale, dtype)
     close(silu(x), oracles.silu(x), dtype=dtype)
@@ -39,7 +46,10 @@ def test_silu_of_x_less_silu_of_minus_x_is_x(data, dtype):
 
 @given(st.data(), dtypes, dtypes, batches, sizes)
 def test_swiglu_gates_the_second_by_the_first(data, gate_dtype, up_dtype, batch, d_ff):
-    gate, up = data.draw(normal((*batch, d_ff), gate_dtype, 3.0)), data.draw(normal((*batch, d_ff), up_dtype))
+    gate, up = (
+        data.draw(normal((*batch, d_ff), gate_dtype, 3.0)),
+        data.draw(normal((*batch, d_ff), up_dtype)),
+    )
     close(swiglu(gate, up), oracles.swiglu(gate, up), dtype=gate_dtype)
 
 

@@ -46,12 +46,18 @@ bases = st.sampled_from([10000.0, 100000.0, 250000.0, 500000.0])
 def equal_to_torch(actual, torch):
     """At most one entry differs, and that by one unit of the last place."""
     steps = np.abs(actual.view(np.int32).astype(np.int64) - torch.view(np.int32))
-    return actual.dtype == torch.dtype == np.float32 and actual.shape == torch.shape and np.sum(steps) <= 1
+    return (
+        actual.dtype == torch.dtype == np.float32
+        and actual.shape == torch.shape
+        and np.sum(steps) <= 1
+    )
 
 
 @pytest.mark.parametrize("d_rope", TORCH)
 def test_frequencies_are_those_of_torch(d_rope):
-    assert equal_to_torch(rope_frequencies(d_rope, 10000.0), np.frombuffer(bytes.fromhex(TORCH[d_rope]), "<f4"))
+    assert equal_to_torch(
+        rope_frequencies(d_rope, 10000.0), np.frombuffer(bytes.fromhex(TORCH[d_rope]), "<f4")
+    )
 
 
 def published():
@@ -67,7 +73,9 @@ def published():
             config = json.loads(path.read_text())
             scaling = config.get("rope_scaling") or {}
             factors = scaling.get("long_factor" if kind == "long" else "short_factor")
-            yield pytest.param(2 * len(arrays[key]), config["rope_theta"], factors, arrays[key], id=key)
+            yield pytest.param(
+                2 * len(arrays[key]), config["rope_theta"], factors, arrays[key], id=key
+            )
 
 
 @pytest.mark.parametrize(("d_rope", "base", "factors", "inv_freq"), list(published()))
@@ -93,11 +101,22 @@ def test_longrope_factors_slow_each_pair(d_rope, base, seed):
 
 @given(d_ropes, bases, st.sampled_from([1.0, 2.0, 4.0, 8.0]))
 def test_linear_interpolation_divides_every_frequency(d_rope, base, factor):
-    close(linear_frequencies(d_rope, base, factor) * np.float32(factor), rope_frequencies(d_rope, base), times=0)
+    close(
+        linear_frequencies(d_rope, base, factor) * np.float32(factor),
+        rope_frequencies(d_rope, base),
+        times=0,
+    )
 
 
-@given(st.integers(2, 64).map(lambda half: 2 * half), bases, st.sampled_from([2.0, 4.0]), st.integers(1, 4000))
-def test_the_dynamic_base_is_the_base_up_to_the_original_context_then_slows_the_last_pair_by_the_stretch(d_rope, base, factor, n):
+@given(
+    st.integers(2, 64).map(lambda half: 2 * half),
+    bases,
+    st.sampled_from([2.0, 4.0]),
+    st.integers(1, 4000),
+)
+def test_the_dynamic_base_is_the_base_up_to_the_original_context_then_slows_the_last_pair_by_the_stretch(
+    d_rope, base, factor, n
+):
     assert dynamic_base(d_rope, base, factor, min(n, 1024), 1024) == base
     stretch = factor * max(n, 1024) / 1024 - (factor - 1)
     last = dynamic_base(d_rope, base, factor, n, 1024) ** (-(d_rope - 2) / d_rope)
@@ -106,7 +125,10 @@ def test_the_dynamic_base_is_the_base_up_to_the_original_context_then_slows_the_
 
 @given(d_ropes, bases, st.sampled_from([2.0, 8.0, 32.0]))
 def test_llama3_keeps_short_waves_divides_long_ones_and_blends_between(d_rope, base, factor):
-    inv_freq, new = rope_frequencies(d_rope, base).astype(np.float64), llama3_frequencies(d_rope, base, factor, 1.0, 4.0, 8192)
+    inv_freq, new = (
+        rope_frequencies(d_rope, base).astype(np.float64),
+        llama3_frequencies(d_rope, base, factor, 1.0, 4.0, 8192),
+    )
     turns = 8192 * inv_freq / (2 * math.pi)
     keep = np.clip((turns - 1.0) / 3.0, 0, 1)
     close((new / inv_freq).astype(np.float32), ((1 - keep) / factor + keep), dtype=np.float32)
@@ -121,7 +143,9 @@ def test_yarn_keeps_fast_pairs_divides_slow_ones_and_blends_between(d_rope, base
     low, high = max(low, 0), min(high, d_rope - 1)
     slow = np.clip((np.arange(d_rope // 2) - low) / (high - low or 0.001), 0, 1)
     new = yarn_frequencies(d_rope, base, factor, 4096, truncate=truncate)
-    close(new / rope_frequencies(d_rope, base), slow / factor + (1 - slow), dtype=np.float32, times=4)
+    close(
+        new / rope_frequencies(d_rope, base), slow / factor + (1 - slow), dtype=np.float32, times=4
+    )
 
 
 def test_the_attention_factor_of_the_published_longrope_models():
@@ -131,7 +155,11 @@ def test_the_attention_factor_of_the_published_longrope_models():
 
 def test_the_attention_factor_of_yarn():
     assert math.isclose(yarn_scale(40), 0.1 * math.log(40) + 1, rel_tol=1e-15)
-    assert math.isclose(yarn_scale(40, 0.707, 1.0), (0.0707 * math.log(40) + 1) / (0.1 * math.log(40) + 1), rel_tol=1e-15)
+    assert math.isclose(
+        yarn_scale(40, 0.707, 1.0),
+        (0.0707 * math.log(40) + 1) / (0.1 * math.log(40) + 1),
+        rel_tol=1e-15,
+    )
     assert yarn_scale(1) == yarn_scale(0.5, 2.0, 3.0) == 1
 
 
@@ -152,7 +180,18 @@ def test_a_base_that_is_not_positive_raises(base):
         rope_frequencies(4, base)
 
 
-@pytest.mark.parametrize("factors", [[1.0], [1.0, 0.0], [1.0, -2.0], [1.0, math.inf], [1.0, 1.0, 1.0], [[1.0, 1.0]], [1.0, math.nan]])
+@pytest.mark.parametrize(
+    "factors",
+    [
+        [1.0],
+        [1.0, 0.0],
+        [1.0, -2.0],
+        [1.0, math.inf],
+        [1.0, 1.0, 1.0],
+        [[1.0, 1.0]],
+        [1.0, math.nan],
+    ],
+)
 def test_factors_that_are_not_one_positive_number_a_pair_raise(factors):
     with pytest.raises(NpllmValueError, match="d_rope/2 = 2 positive numbers"):
         rope_frequencies(4, 10000.0, factors)

@@ -21,7 +21,10 @@ MODULE = importlib.import_module("npllm.ops.linear")
 
 @given(st.data(), dtypes, dtypes, batches, sizes, sizes, st.booleans())
 def test_linear_equals_the_sum_over_channels(data, x_dtype, w_dtype, batch, d_in, d_out, with_bias):
-    x, weight = data.draw(normal((*batch, d_in), x_dtype)), data.draw(normal((d_out, d_in), w_dtype))
+    x, weight = (
+        data.draw(normal((*batch, d_in), x_dtype)),
+        data.draw(normal((d_out, d_in), w_dtype)),
+    )
     bias = data.draw(normal(d_out, w_dtype)) if with_bias else None
     close(linear(x, weight, bias), oracles.linear(x, weight, bias), dtype=x_dtype)
 
@@ -42,8 +45,15 @@ def test_a_weight_is_widened_block_by_block_and_never_whole(dtype, monkeypatch):
     weight = np.ones((40, 8), FLOATS[dtype])
     x = np.ones((2, 8), np.float32)
     linear(x, weight)
-    copied = [block.size for block in seen if block is not x and widen(block, np.float64 if dtype == "float64" else np.float32) is not block]
-    assert max(copied, default=0) <= 64 and sum(copied) == (0 if dtype == "float64" else weight.size)
+    copied = [
+        block.size
+        for block in seen
+        if block is not x
+        and widen(block, np.float64 if dtype == "float64" else np.float32) is not block
+    ]
+    assert max(copied, default=0) <= 64 and sum(copied) == (
+        0 if dtype == "float64" else weight.size
+    )
 
 
 def test_memory_holds_one_widened_block_at_a_time(traced_peak):
@@ -72,15 +82,22 @@ def test_the_sum_is_at_least_float32_and_rounded_once():
     x = np.array([[2048.0, 1.0, 1.0]], np.float16)  # 2048 + 1 rounds to 2048 in float16
     close(linear(x, np.ones((1, 3), np.float16)), np.array([[2050.0]], np.float16), times=0)
     fine = np.array([[1 + 2.0**-30, 1.0]])  # 1 + 2**-30 rounds to 1 in float32
-    close(linear(np.array([[1.0, -1.0]], np.float32), fine), np.array([[2.0**-30]], np.float32), times=0)
+    close(
+        linear(np.array([[1.0, -1.0]], np.float32), fine),
+        np.array([[2.0**-30]], np.float32),
+        times=0,
+    )
 
 
-@pytest.mark.parametrize(("x", "weight", "bias", "message"), [
-    ((2, 3), (5, 4), None, "x must be [..., d_in] = [..., 4], got [2, 3]"),
-    ((2, 4), (5, 4), (4,), "bias must be [d_out] = [5], got [4]"),
-    ((2, 4), (5, 4), (1, 5), "bias must be [d_out] = [5], got [1, 5]"),
-    ((2, 4), (4,), None, "weight must be [d_out, d_in] = [any, any], got [4]"),
-])
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "message"),
+    [
+        ((2, 3), (5, 4), None, "x must be [..., d_in] = [..., 4], got [2, 3]"),
+        ((2, 4), (5, 4), (4,), "bias must be [d_out] = [5], got [4]"),
+        ((2, 4), (5, 4), (1, 5), "bias must be [d_out] = [5], got [1, 5]"),
+        ((2, 4), (4,), None, "weight must be [d_out, d_in] = [any, any], got [4]"),
+    ],
+)
 def test_shapes_that_do_not_fit_raise_with_both_sides(x, weight, bias, message):
     with pytest.raises(NpllmValueError, match=re.escape(message)):
         linear(np.ones(x), np.ones(weight), None if bias is None else np.ones(bias))

@@ -70,7 +70,10 @@ def test_bounds_of_a_block_keep_their_promise(pair, blocks):
         assert bound != ALL or all(seen)
 
 
-@pytest.mark.parametrize("rule", [causal(), ~causal(), sliding_window(3), ~sliding_window(3), causal() & ~sliding_window(3)])
+@pytest.mark.parametrize(
+    "rule",
+    [causal(), ~causal(), sliding_window(3), ~sliding_window(3), causal() & ~sliding_window(3)],
+)
 def test_bounds_of_one_query_and_key_say_all_or_nothing(rule):
     bounds = np.array([[rule.bound(i, i, j, j) for j in SLOTS.tolist()] for i in SLOTS.tolist()])
     close(bounds, np.where(table(rule), ALL, NONE))
@@ -100,7 +103,10 @@ def test_padding_hides_the_same_keys_from_every_head_and_query(data, n_batch, n_
     valid = data.draw(coins((n_batch, n_ctx)))
     i, j = np.arange(4), data.draw(st.permutations(range(n_ctx)).map(np.array))
     got = table(padding(valid), i, j)
-    close(np.broadcast_to(got, (n_batch, 1, 4, n_ctx)), np.broadcast_to(valid[:, None, None, j], (n_batch, 1, 4, n_ctx)))
+    close(
+        np.broadcast_to(got, (n_batch, 1, 4, n_ctx)),
+        np.broadcast_to(valid[:, None, None, j], (n_batch, 1, 4, n_ctx)),
+    )
     close(table(~padding(valid), i, j), ~got)
     close(table(padding(valid) & causal(), i, j), got & table(causal(), i, j))
 

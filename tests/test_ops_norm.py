@@ -12,9 +12,20 @@ from npllm.errors import NpllmValueError
 from npllm.ops import rms_norm
 
 
-@given(st.data(), dtypes, dtypes, batches, sizes, st.sampled_from([0.0, 1e-6, 1e-5, 0.5]), st.sampled_from([1e-3, 1.0, 30.0]))
+@given(
+    st.data(),
+    dtypes,
+    dtypes,
+    batches,
+    sizes,
+    st.sampled_from([0.0, 1e-6, 1e-5, 0.5]),
+    st.sampled_from([1e-3, 1.0, 30.0]),
+)
 def test_rms_norm_equals_the_formula(data, x_dtype, w_dtype, batch, d_model, eps, scale):
-    x, weight = data.draw(normal((*batch, d_model), x_dtype, scale)), data.draw(normal(d_model, w_dtype))
+    x, weight = (
+        data.draw(normal((*batch, d_model), x_dtype, scale)),
+        data.draw(normal(d_model, w_dtype)),
+    )
     close(rms_norm(x, weight, eps), oracles.rms_norm(x, weight, eps), dtype=x_dtype)
 
 
@@ -32,7 +43,10 @@ def test_the_mean_square_of_a_row_becomes_one(data, dtype, d_model):
 
 @given(dtypes, sizes)
 def test_a_row_of_zeros_stays_zero(dtype, d_model):
-    close(rms_norm(np.zeros((2, d_model), dtype), np.ones(d_model, dtype), 1e-5), np.zeros((2, d_model), dtype))
+    close(
+        rms_norm(np.zeros((2, d_model), dtype), np.ones(d_model, dtype), 1e-5),
+        np.zeros((2, d_model), dtype),
+    )
 
 
 def test_eps_stands_inside_the_root():

@@ -28,7 +28,13 @@ def turned(x, position, inv_freq):
 # -------------------------------------------------------------------------------------------------------------------- the tables
 
 
-@given(st.data(), compute_dtypes, halves, st.sampled_from([(), (2,), (2, 3)]), st.sampled_from([1.0, 1.19, 0.5]))
+@given(
+    st.data(),
+    compute_dtypes,
+    halves,
+    st.sampled_from([(), (2,), (2, 3)]),
+    st.sampled_from([1.0, 1.19, 0.5]),
+)
 def test_tables_hold_scaled_cosine_and_sine_of_every_angle_twice(data, dtype, half, batch, scale):
     positions = data.draw(normal((*batch, 5), np.int64, 20))
     inv_freq = frequencies(half, dtype)
@@ -68,8 +74,19 @@ def test_far_positions_turn_by_the_float32_phase(position):
 # ------------------------------------------------------------------------------------------------------------------ the rotation
 
 
-@given(st.data(), dtypes, compute_dtypes, halves, st.integers(0, 3), st.booleans(), st.sampled_from([1.0, 1.19]), st.booleans())
-def test_a_pair_is_a_complex_number_times_a_phase(data, dtype, table_dtype, half, rest, interleaved, scale, per_row):
+@given(
+    st.data(),
+    dtypes,
+    compute_dtypes,
+    halves,
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from([1.0, 1.19]),
+    st.booleans(),
+)
+def test_a_pair_is_a_complex_number_times_a_phase(
+    data, dtype, table_dtype, half, rest, interleaved, scale, per_row
+):
     x = data.draw(normal((2, 3, 4, 2 * half + rest), dtype))
     positions = data.draw(normal((2 if per_row else 1, 4), np.int64, 9))
     inv_freq = frequencies(half, np.float64 if dtype == np.float64 else table_dtype)
@@ -82,14 +99,22 @@ def test_a_pair_is_a_complex_number_times_a_phase(data, dtype, table_dtype, half
 def test_channels_beyond_d_rope_pass_through_unchanged(data, dtype, half, rest, interleaved):
     x = data.draw(normal((2, 3, 2 * half + rest), dtype))
     cos, sin = rope_tables(np.arange(3), frequencies(half, np.float32), 1.19)
-    close(apply_rope(x, cos, sin, interleaved=interleaved)[..., 2 * half :], x[..., 2 * half :], times=0)
+    close(
+        apply_rope(x, cos, sin, interleaved=interleaved)[..., 2 * half :],
+        x[..., 2 * half :],
+        times=0,
+    )
 
 
 @given(st.data(), halves, st.booleans())
 def test_a_rotation_keeps_the_length_of_every_pair(data, half, interleaved):
     x = data.draw(normal((1, 5, 2 * half), np.float64))
     y = apply_rope(x, *rope_tables(np.arange(5), frequencies(half)), interleaved=interleaved)
-    a, b = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, half), slice(half, None))
+    a, b = (
+        (slice(0, None, 2), slice(1, None, 2))
+        if interleaved
+        else (slice(0, half), slice(half, None))
+    )
     close(np.hypot(y[..., a], y[..., b]), np.hypot(x[..., a], x[..., b]))
 
 
@@ -116,7 +141,11 @@ def test_interleaved_is_half_split_under_the_permutation(data, dtype, half, rest
     x = data.draw(normal((2, 3, 2 * half + rest), dtype))
     order = [*range(0, 2 * half, 2), *range(1, 2 * half, 2), *range(2 * half, 2 * half + rest)]
     tables = rope_tables(np.arange(3), frequencies(half, np.float32))
-    close(apply_rope(x, *tables, interleaved=True)[..., order], apply_rope(x[..., order], *tables), times=0)
+    close(
+        apply_rope(x, *tables, interleaved=True)[..., order],
+        apply_rope(x[..., order], *tables),
+        times=0,
+    )
 
 
 def test_scores_of_bfloat16_queries_are_rounded_once():
@@ -126,15 +155,18 @@ def test_scores_of_bfloat16_queries_are_rounded_once():
     close(apply_rope(x, cos, sin), wide.astype(FLOATS["bfloat16"]), times=0)
 
 
-@pytest.mark.parametrize(("cos", "sin", "message"), [
-    ((4, 2), (4, 2), "cos must be [..., n_seq, d_rope] = [..., 3, any], got [4, 2]"),
-    ((3, 2), (3, 4), "sin must be [..., n_seq, d_rope] = [..., 3, 2], got [3, 4]"),
-    ((3, 8), (3, 8), "at most d_head = 6, got 8"),
-    ((3, 3), (3, 3), "even d_rope"),
-    ((2,), (2,), "cos must be"),
-    ((5, 3, 2), (5, 3, 2), "cos and sin must"),
-    ((2, 3, 2), (3, 2), "cos and sin must"),
-])
+@pytest.mark.parametrize(
+    ("cos", "sin", "message"),
+    [
+        ((4, 2), (4, 2), "cos must be [..., n_seq, d_rope] = [..., 3, any], got [4, 2]"),
+        ((3, 2), (3, 4), "sin must be [..., n_seq, d_rope] = [..., 3, 2], got [3, 4]"),
+        ((3, 8), (3, 8), "at most d_head = 6, got 8"),
+        ((3, 3), (3, 3), "even d_rope"),
+        ((2,), (2,), "cos must be"),
+        ((5, 3, 2), (5, 3, 2), "cos and sin must"),
+        ((2, 3, 2), (3, 2), "cos and sin must"),
+    ],
+)
 def test_tables_that_do_not_fit_raise_with_both_sides(cos, sin, message):
     with pytest.raises(NpllmValueError, match=re.escape(message)):
         apply_rope(np.ones((2, 4, 3, 6)), np.ones(cos), np.ones(sin))
@@ -160,17 +192,25 @@ def test_a_rotation_matrix_is_orthogonal_with_determinant_one(half, m):
 @given(halves, positions_drawn, positions_drawn)
 def test_rotations_add_up(half, m, n):
     inv_freq = frequencies(half)
-    close(rotation_matrix(np.asarray(m), inv_freq) @ rotation_matrix(np.asarray(n), inv_freq),
-          rotation_matrix(np.asarray(m + n), inv_freq), times=10)
+    close(
+        rotation_matrix(np.asarray(m), inv_freq) @ rotation_matrix(np.asarray(n), inv_freq),
+        rotation_matrix(np.asarray(m + n), inv_freq),
+        times=10,
+    )
 
 
 @given(st.data(), compute_dtypes, halves, st.sampled_from([(), (2,)]))
 def test_the_matrix_times_a_column_is_apply_rope(data, dtype, half, batch):
-    x, positions = data.draw(normal((*batch, 1, 3, 2 * half), dtype)), data.draw(normal((*batch, 3), np.int64, 9))
+    x, positions = (
+        data.draw(normal((*batch, 1, 3, 2 * half), dtype)),
+        data.draw(normal((*batch, 3), np.int64, 9)),
+    )
     inv_freq = frequencies(half, dtype)
     product = rotation_matrix(positions, inv_freq) @ x[..., 0, :, :, None]
     close(apply_rope(x, *rope_tables(positions, inv_freq)), np.expand_dims(product[..., 0], -3))
 
 
 def test_the_matrix_of_a_quarter_turn():
-    close(rotation_matrix(np.asarray(1), np.array([np.pi / 2])), np.array([[0.0, -1.0], [1.0, 0.0]]))
+    close(
+        rotation_matrix(np.asarray(1), np.array([np.pi / 2])), np.array([[0.0, -1.0], [1.0, 0.0]])
+    )

@@ -17,7 +17,9 @@ from npllm.analysis.packing import layout, pack, score_packed, utilisation
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.ops.mask import causal, documents, sliding_window, strided
 
-jobs = st.integers(1, 30).flatmap(lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=30), st.just(capacity)))
+jobs = st.integers(1, 30).flatmap(
+    lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=30), st.just(capacity))
+)
 
 # ------------------------------------------------------------------------------------------------------------------------ the packer
 
@@ -66,7 +68,13 @@ def fewest_rows(lengths, capacity):
     return best
 
 
-@given(st.integers(4, 20).flatmap(lambda capacity: st.tuples(st.lists(st.integers(1, capacity), min_size=1, max_size=8), st.just(capacity))))
+@given(
+    st.integers(4, 20).flatmap(
+        lambda capacity: st.tuples(
+            st.lists(st.integers(1, capacity), min_size=1, max_size=8), st.just(capacity)
+        )
+    )
+)
 def test_no_more_rows_than_eleven_ninths_of_the_best_plus_six_ninths(job):
     best = fewest_rows(*job)
     assert best <= len(pack(*job)) <= 11 / 9 * best + 6 / 9
@@ -92,9 +100,14 @@ def test_utilisation_is_the_share_of_slots_that_hold_tokens(job):
         assert utilisation(rows, lengths) == 1
 
 
-@pytest.mark.parametrize(("lengths", "number", "got"), [([3, 0, 2], 1, 0), ([3, 2, 11], 2, 11), ([-1], 0, -1)])
+@pytest.mark.parametrize(
+    ("lengths", "number", "got"), [([3, 0, 2], 1, 0), ([3, 2, 11], 2, 11), ([-1], 0, -1)]
+)
 def test_documents_that_are_empty_or_too_long_raise(lengths, number, got):
-    with pytest.raises(NpllmValueError, match=rf"document {number} must have 1 \.\.\. capacity = 10 tokens, got {got}"):
+    with pytest.raises(
+        NpllmValueError,
+        match=rf"document {number} must have 1 \.\.\. capacity = 10 tokens, got {got}",
+    ):
         pack(lengths, 10)
 
 
@@ -124,7 +137,9 @@ def test_a_layout_holds_each_document_with_its_own_positions_and_label(job, seed
 def alone(model, ids):
     """Log-probability of every token after the first, one document at a time, by a loop over its tokens."""
     logits = np.asarray(model(np.array([ids]))[0], dtype=np.float64)
-    return np.array([row[token] - np.logaddexp.reduce(row) for row, token in zip(logits, ids[1:], strict=False)])
+    return np.array(
+        [row[token] - np.logaddexp.reduce(row) for row, token in zip(logits, ids[1:], strict=False)]
+    )
 
 
 def some_documents(seed, *, n=7, longest=20, n_vocab=60):
@@ -135,7 +150,9 @@ def some_documents(seed, *, n=7, longest=20, n_vocab=60):
 MODELS = {
     "full": lambda: tiny.model(dtype=np.float64),
     "window": lambda: tiny.model(dtype=np.float64, sliding_window=4),
-    "mixed stack": lambda: tiny.model(dtype=np.float64).with_mask([sliding_window(3), causal() & strided(5)]),
+    "mixed stack": lambda: tiny.model(dtype=np.float64).with_mask(
+        [sliding_window(3), causal() & strided(5)]
+    ),
     "long": lambda: family.model(family.longrope(8)),
 }
 
@@ -166,7 +183,9 @@ def packed_by_hand(model, ids, *, restart, apart):
     n = [len(document) for document in ids]
     positions = np.concatenate([np.arange(n[0]), np.arange(n[1])]) if restart else np.arange(sum(n))
     rule = causal() & documents(np.repeat([[0, 1]], n, axis=1)) if apart else causal()
-    return model.with_mask(rule).model(np.array([ids[0] + ids[1]]), position_ids=positions)[0, n[0]:]
+    return model.with_mask(rule).model(np.array([ids[0] + ids[1]]), position_ids=positions)[
+        0, n[0] :
+    ]
 
 
 def test_restarting_the_positions_alone_leaks():
@@ -180,8 +199,13 @@ def test_restarting_the_positions_alone_leaks():
         leaked = packed_by_hand(model, ids, restart=restart, apart=False)
         assert np.abs(leaked - desired).max() > 0.1
     other = [[(n + 5) % 50 + 3 for n in ids[0]], ids[1]]
-    changes = [np.abs(packed_by_hand(model, other, restart=True, apart=apart) - packed_by_hand(model, ids, restart=True, apart=apart)).max()
-               for apart in (False, True)]
+    changes = [
+        np.abs(
+            packed_by_hand(model, other, restart=True, apart=apart)
+            - packed_by_hand(model, ids, restart=True, apart=apart)
+        ).max()
+        for apart in (False, True)
+    ]
     assert changes[0] > 0.1 and changes[1] == 0
 
 
@@ -191,8 +215,17 @@ def test_nothing_to_score_gives_nothing():
     assert [score.tolist() for score in score_packed(model, [[5]])] == [[]]
 
 
-@pytest.mark.parametrize(("ids", "options"), [([[5], []], {}), ([[5] * 65], {}), ([[5] * 9], {"capacity": 8}), ([[5, 99]], {}),
-                                              (["a text"], {}), ([[5]] * 80, {"capacity": 70})])
+@pytest.mark.parametrize(
+    ("ids", "options"),
+    [
+        ([[5], []], {}),
+        ([[5] * 65], {}),
+        ([[5] * 9], {"capacity": 8}),
+        ([[5, 99]], {}),
+        (["a text"], {}),
+        ([[5]] * 80, {"capacity": 70}),
+    ],
+)
 def test_documents_that_cannot_be_scored_raise(ids, options):
     """Empty, beyond the context, beyond the row, not in the vocabulary, text without a tokenizer, a row beyond the context."""
     with pytest.raises(NpllmError):
@@ -202,7 +235,12 @@ def test_documents_that_cannot_be_scored_raise(ids, options):
 @pytest.mark.weights
 def test_packed_texts_score_as_they_do_alone_on_the_default_checkpoint(default_folder):
     model = in_float32(default_folder)
-    texts = ["The capital of France is Paris.", "One, two, three, four, five.", "Water boils at", "a"]
+    texts = [
+        "The capital of France is Paris.",
+        "One, two, three, four, five.",
+        "Water boils at",
+        "a",
+    ]
     scores = score_packed(model, texts)
     for text, score in zip(texts, scores, strict=True):
         ids = model.tokenizer.encode(text)

@@ -32,11 +32,18 @@ def pixels(path):
 @pytest.mark.parametrize("n", [8, 32])
 def test_there_is_an_example_of_every_rule(n):
     rules, slots = plots.example_rules(n), np.arange(n)
-    shown = {name: np.broadcast_to(rule(slots[:, None], slots[None, :]), (1, 1, n, n)) for name, rule in rules.items()}
+    shown = {
+        name: np.broadcast_to(rule(slots[:, None], slots[None, :]), (1, 1, n, n))
+        for name, rule in rules.items()
+    }
     assert all(table.any() for table in shown.values())
     assert shown["bidirectional"].all() and (shown["causal"] == np.tri(n, dtype=bool)).all()
     named = " ".join(rules)
-    makers = {name for name in mask.__all__ if callable(getattr(mask, name)) and name not in ("Rule", "to_bool")}
+    makers = {
+        name
+        for name in mask.__all__
+        if callable(getattr(mask, name)) and name not in ("Rule", "to_bool")
+    }
     assert {name for name in makers if name not in named} == set()
 
 
@@ -48,7 +55,9 @@ def test_examples_are_named_by_the_call_that_makes_them(n):
     assert len(called) >= 10
     for name, rule in called.items():
         same = eval(name, vars(mask) | {})
-        assert (same(slots[:, None], slots[None, :]) == rule(slots[:, None], slots[None, :])).all(), name
+        assert (
+            same(slots[:, None], slots[None, :]) == rule(slots[:, None], slots[None, :])
+        ).all(), name
 
 
 def test_all_rules_are_drawn_into_one_picture(picture):
@@ -64,7 +73,14 @@ def test_a_rule_is_drawn_where_it_is_true(picture, monkeypatch):
 
     monkeypatch.setattr(Axes, "imshow", lambda _, image, **__: drawn.append(np.array(image)))
     monkeypatch.setattr(Axes, "set_title", lambda _, title, **__: drawn.append(title))
-    plots.draw_masks(picture, {"mine": mask.sliding_window(3), "rows": mask.documents(np.array([[0, 0, 1, 1], [0, 1, 1, 1]]))}, n=4)
+    plots.draw_masks(
+        picture,
+        {
+            "mine": mask.sliding_window(3),
+            "rows": mask.documents(np.array([[0, 0, 1, 1], [0, 1, 1, 1]])),
+        },
+        n=4,
+    )
     assert (drawn[0] == np.tri(4, dtype=bool) & ~np.tri(4, k=-3, dtype=bool)).all()
     assert drawn[1].startswith("mine") and "56%" in drawn[1]
     assert drawn[2].shape == (4, 4)
@@ -74,11 +90,18 @@ def test_a_rule_is_drawn_where_it_is_true(picture, monkeypatch):
 @pytest.mark.parametrize("shape", [(5, 5), (1, 5), (3, 5, 5), (9, 5, 5)])
 def test_weights_are_drawn_for_one_head_and_for_all(picture, shape):
     rng = np.random.default_rng(0)
-    plots.draw_weights(picture, rng.random(shape), ["The", " cat", " sat", "\n", " on"][: shape[-1]], title="layer 3")
+    plots.draw_weights(
+        picture,
+        rng.random(shape),
+        ["The", " cat", " sat", "\n", " on"][: shape[-1]],
+        title="layer 3",
+    )
     pixels(picture)
 
 
-@pytest.mark.parametrize("tokens", [["$\\frac{$", "$x^$", "$", "_^"], ["日", "é", "<|end|>", "\u200b"]])
+@pytest.mark.parametrize(
+    "tokens", [["$\\frac{$", "$x^$", "$", "_^"], ["日", "é", "<|end|>", "\u200b"]]
+)
 def test_any_token_can_stand_at_an_axis(picture, tokens):
     """A dollar sign begins a formula in matplotlib."""
     with warnings.catch_warnings():
@@ -92,12 +115,22 @@ def test_queries_that_are_fewer_than_keys_are_named_by_the_last_tokens(picture, 
 
     named = {}
     for axis in "xy":
-        monkeypatch.setattr(Axes, f"set_{axis}ticks", lambda _, __, labels, axis=axis, **___: named.update({axis: labels}))
+        monkeypatch.setattr(
+            Axes,
+            f"set_{axis}ticks",
+            lambda _, __, labels, axis=axis, **___: named.update({axis: labels}),
+        )
     plots.draw_weights(picture, np.eye(4)[2:], ["a", "b", "c", "d"])
     assert named == {"x": ["a", "b", "c", "d"], "y": ["c", "d"]}
 
 
-@pytest.mark.parametrize("draw", [lambda path: plots.draw_masks(path), lambda path: plots.draw_weights(path, np.eye(2), ["a", "b"])])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: plots.draw_masks(path),
+        lambda path: plots.draw_weights(path, np.eye(2), ["a", "b"]),
+    ],
+)
 def test_without_matplotlib_the_error_says_what_to_install(draw, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

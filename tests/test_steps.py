@@ -19,12 +19,21 @@ MODELS = {
     "window": tiny.model(dtype=np.float64, sliding_window=3),
     "float32": tiny.model(),
     "one head of keys": tiny.model(dtype=np.float64, num_key_value_heads=1),
-    "by layer": tiny.model(dtype=np.float64).with_mask([bidirectional(), causal() & longformer_window(4)]),
-    "documents": tiny.model(dtype=np.float64).with_mask(causal() & documents(np.array([[0] * 4 + [1] * 5]))),
+    "by layer": tiny.model(dtype=np.float64).with_mask(
+        [bidirectional(), causal() & longformer_window(4)]
+    ),
+    "documents": tiny.model(dtype=np.float64).with_mask(
+        causal() & documents(np.array([[0] * 4 + [1] * 5]))
+    ),
 }
-SEES = {"full": lambda _, i, j: j <= i, "window": lambda _, i, j: i - 3 < j <= i, "float32": lambda _, i, j: j <= i,
-        "one head of keys": lambda _, i, j: j <= i, "by layer": lambda layer, i, j: layer == 0 or i - 2 <= j <= i,
-        "documents": lambda _, i, j: j <= i and (j < 4) == (i < 4)}
+SEES = {
+    "full": lambda _, i, j: j <= i,
+    "window": lambda _, i, j: i - 3 < j <= i,
+    "float32": lambda _, i, j: j <= i,
+    "one head of keys": lambda _, i, j: j <= i,
+    "by layer": lambda layer, i, j: layer == 0 or i - 2 <= j <= i,
+    "documents": lambda _, i, j: j <= i and (j < 4) == (i < 4),
+}
 
 
 def tapped(model, ids, layer):
@@ -36,7 +45,9 @@ def tapped(model, ids, layer):
         return x
 
     model(ids, tap=tap)
-    return [seen[f"model.layers.{layer}.self_attn.{name}"][0] for name in ("q", "k", "v", "attention")]
+    return [
+        seen[f"model.layers.{layer}.self_attn.{name}"][0] for name in ("q", "k", "v", "attention")
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -67,13 +78,22 @@ def test_weights_of_every_head_are_distributions_over_what_is_visible(name):
     sees = np.array([[SEES[name](1, i, j) for j in range(9)] for i in range(9)])
     close(steps.all_weights > 0, np.broadcast_to(sees, (4, 9, 9)))
     close(steps.weighted_values.sum(axis=0), steps.output)
-    assert steps.tokens == [str(n) for n in IDS[0]], "a model without a tokenizer names tokens by id"
+    assert steps.tokens == [str(n) for n in IDS[0]], (
+        "a model without a tokenizer names tokens by id"
+    )
 
 
-@pytest.mark.parametrize(("choice", "message"), [
-    ({"layer": 2}, r"layer must lie in 0 \.\.\. 1, got 2"), ({"layer": -1}, "layer must lie in"), ({"head": 4}, r"head must lie in 0 \.\.\. 3, got 4"),
-    ({"head": -1}, "head must lie in"), ({"position": 9}, r"position must lie in -9 \.\.\. 8, got 9"), ({"position": -10}, "position must lie in"),
-])
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"layer": 2}, r"layer must lie in 0 \.\.\. 1, got 2"),
+        ({"layer": -1}, "layer must lie in"),
+        ({"head": 4}, r"head must lie in 0 \.\.\. 3, got 4"),
+        ({"head": -1}, "head must lie in"),
+        ({"position": 9}, r"position must lie in -9 \.\.\. 8, got 9"),
+        ({"position": -10}, "position must lie in"),
+    ],
+)
 def test_a_layer_head_or_position_that_does_not_exist_raises(choice, message):
     with pytest.raises(NpllmValueError, match=message):
         attention_steps(MODELS["full"], IDS, **{"layer": 0, "head": 0} | choice)

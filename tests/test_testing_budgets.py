@@ -20,13 +20,22 @@ from npllm.testing.judging import judge
 
 every_op = pytest.mark.parametrize("op", INPUTS)
 SEED = int(os.environ.get("NPLLM_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
-SETS = {"reference": ops.reference, "blockwise": ops.blockwise, "tiled": kernels.tiled_ops(), "compiled": kernels.compiled_ops()}
+SETS = {
+    "reference": ops.reference,
+    "blockwise": ops.blockwise,
+    "tiled": kernels.tiled_ops(),
+    "compiled": kernels.compiled_ops(),
+}
 NOT_IN_A_SET = ("qkv_projection", "softmax")
 
 
 def implementations(op, inputs):
     """Every correct output: naive in each order of summation, and every set of npllm."""
-    orders = SUMS if op in ("linear", "qkv_projection", "rms_norm", "layer_norm", "softmax", "attention") else {"numpy_sum": SUMS["numpy_sum"]}
+    orders = (
+        SUMS
+        if op in ("linear", "qkv_projection", "rms_norm", "layer_norm", "softmax", "attention")
+        else {"numpy_sum": SUMS["numpy_sum"]}
+    )
     for name, total in orders.items():
         yield name, naive(op, inputs, total)
     for name, set_of_ops in SETS.items():
@@ -49,7 +58,9 @@ def largest_share(op, n, seed, dtype="float32"):
             error = np.where(promised, _errors(y, exact, exact), 0.0)
             status, share = judge(error, exact, bound)
             at = np.unravel_index(np.argmax(share), share.shape)
-            assert status != "wrong", f"{op} {name}, seed {seed}, case {case}: {share[at]:.3g} of the budget at {at}"
+            assert status != "wrong", (
+                f"{op} {name}, seed {seed}, case {case}: {share[at]:.3g} of the budget at {at}"
+            )
             if status == "within":
                 largest = max(largest, float(share[at]))
     return largest
@@ -107,8 +118,13 @@ def test_float64_is_judged_by_more_digits(op):
     rng, largest = np.random.default_rng(SEED), 0.0
     for _ in range(3):
         inputs = in_float64(op, rng)
-        exact, bound = gold(op, inputs, digits=40), budget(op, inputs, dtype="float64", accumulate="float64")
-        for y in [gold(op, inputs)] + ([] if op in NOT_IN_A_SET else [library(op, ops.reference, inputs)]):
+        exact, bound = (
+            gold(op, inputs, digits=40),
+            budget(op, inputs, dtype="float64", accumulate="float64"),
+        )
+        for y in [gold(op, inputs)] + (
+            [] if op in NOT_IN_A_SET else [library(op, ops.reference, inputs)]
+        ):
             error = np.abs(y - exact).astype(np.float64)
             share = np.where(error > 0, error / np.maximum(bound.statistical, 1e-300), 0)
             assert share.max() <= 1
@@ -118,11 +134,19 @@ def test_float64_is_judged_by_more_digits(op):
 
 def in_float64(op, rng):
     """Few inputs that float32 does not hold; rope by its tables, since a base leaves open how frequencies are rounded."""
-    inputs = {name: x.astype(np.float64) * (1 + 1e-9 * rng.standard_normal(x.shape)) if getattr(x, "dtype", None) == np.float32 else x
-              for name, x in plain(op, rng).items()}
+    inputs = {
+        name: x.astype(np.float64) * (1 + 1e-9 * rng.standard_normal(x.shape))
+        if getattr(x, "dtype", None) == np.float32
+        else x
+        for name, x in plain(op, rng).items()
+    }
     if op == "rope":
         phase = rng.uniform(0, 600, (4, 4))
-        return {"x": inputs["x"], "cos": np.tile(np.cos(phase), 2), "sin": np.tile(np.sin(phase), 2)}
+        return {
+            "x": inputs["x"],
+            "cos": np.tile(np.cos(phase), 2),
+            "sin": np.tile(np.sin(phase), 2),
+        }
     return inputs
 
 
@@ -136,7 +160,10 @@ def test_a_float64_product_in_float32_is_wrong_for_float64():
 
 def test_a_product_with_8_bit_weights_has_a_budget():
     rng = np.random.default_rng(SEED)
-    x, w = rng.standard_normal((5, 200)).astype(np.float32), quantize(rng.standard_normal((7, 200)).astype(np.float32))
+    x, w = (
+        rng.standard_normal((5, 200)).astype(np.float32),
+        quantize(rng.standard_normal((7, 200)).astype(np.float32)),
+    )
     for set_of_ops in (s for s in SETS.values() if s is not None):
         found = verdict("linear", {"x": x, "weight": w}, set_of_ops.linear(x, w))
         assert found.status == "within", str(found)
@@ -150,7 +177,13 @@ def test_a_product_with_8_bit_weights_has_a_budget():
 def test_the_statistical_budget_never_exceeds_the_deterministic_one(op):
     rng = np.random.default_rng(SEED)
     for _ in range(20):
-        for options in ({}, {"dtype": "bfloat16"}, {"accumulate": "float16"}, {"operands": "tf32"}, {"roundings": 2}):
+        for options in (
+            {},
+            {"dtype": "bfloat16"},
+            {"accumulate": "float16"},
+            {"operands": "tf32"},
+            {"roundings": 2},
+        ):
             bound = budget(op, INPUTS[op](rng), **options)
             assert (bound.statistical <= bound.deterministic).all()
             assert not np.isnan(bound.deterministic).any()
@@ -162,7 +195,12 @@ def test_a_looser_arithmetic_never_has_a_smaller_budget(op):
     rng = np.random.default_rng(SEED)
     inputs = plain(op, rng)
     base = budget(op, inputs, dtype="bfloat16").statistical
-    for options in ({"roundings": 2}, {"accumulate": "float16"}, {"accumulate": "bfloat16"}, {"operands": "tf32"}):
+    for options in (
+        {"roundings": 2},
+        {"accumulate": "float16"},
+        {"accumulate": "bfloat16"},
+        {"operands": "tf32"},
+    ):
         if op == "add" and options.get("accumulate") == "bfloat16":
             continue  # the sum is then rounded once instead of twice
         assert (budget(op, inputs, dtype="bfloat16", **options).statistical >= base).all(), options
@@ -172,7 +210,9 @@ def test_a_sum_with_more_terms_than_the_arithmetic_can_count_promises_nothing():
     x = np.ones((1, 600), np.float32)
     bound = budget("linear", {"x": x, "weight": x}, accumulate="bfloat16")
     assert np.isinf(bound.deterministic).all()
-    assert np.isinf(budget("rms_norm", {"x": 1e19 * x, "weight": x[0], "eps": 1e-5}).deterministic).all()
+    assert np.isinf(
+        budget("rms_norm", {"x": 1e19 * x, "weight": x[0], "eps": 1e-5}).deterministic
+    ).all()
 
 
 def test_gamma_is_that_of_the_book():
@@ -195,10 +235,15 @@ def test_units_are_those_of_the_formats():
     assert UNITS["bfloat16"] == float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2
 
 
-@pytest.mark.parametrize(("options", "text"), [
-    ({"dtype": "float8"}, "dtype must be one of"), ({"accumulate": "x"}, "accumulate must be one of"),
-    ({"roundings": 0}, "roundings must be an integer of at least 1, got 0"), ({"operands": "int8"}, "operands must be one of"),
-])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dtype": "float8"}, "dtype must be one of"),
+        ({"accumulate": "x"}, "accumulate must be one of"),
+        ({"roundings": 0}, "roundings must be an integer of at least 1, got 0"),
+        ({"operands": "int8"}, "operands must be one of"),
+    ],
+)
 def test_what_is_no_arithmetic_raises(options, text):
     with pytest.raises(NpllmValueError, match=text):
         budget("add", {"x": np.ones(2), "y": np.ones(2)}, **options)
@@ -214,9 +259,25 @@ def test_nothing_here_needs_pytest_or_hypothesis():
     import ast
     import inspect
 
-    for name in ("arithmetic", "budgets", "attention_budget", "exact", "verdicts", "location", "adapters", "layouts", "libraries", "inputs"):
+    for name in (
+        "arithmetic",
+        "budgets",
+        "attention_budget",
+        "exact",
+        "verdicts",
+        "location",
+        "adapters",
+        "layouts",
+        "libraries",
+        "inputs",
+    ):
         module = importlib.import_module(f"npllm.testing.{name}")
         tree = ast.parse(inspect.getsource(module))
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not imported & {"pytest", "hypothesis"}

@@ -37,10 +37,8 @@ def test_an_entry_says_what_the_reader_needs(entry):
     assert re.fullmatch(r"[\w.-]+#\d+(, [\w.-]+#\d+)*", entry.report)
     for name, option in entry.options.items():
         assert (
-            (option.says.endswith(".")
-            and option.says[0] == option.says[0].upper())
-            or option.says[0] in "-sy[cdel"
-        )
+            option.says.endswith(".") and option.says[0] == option.says[0].upper()
+        ) or option.says[0] in "-sy[cdel"
         assert option.evidence is None or option.evidence in EVIDENCE
         assert set(option.ops) <= set(entry.ops)
         assert " or " not in name and " & " not in name, "these words join names"

@@ -248,7 +248,9 @@ def test_a_log_sum_exp_that_cancels_is_not_decidable():
     found = diagnose("attention_lse", raw, np.array([[1.6]], dtype=np.float32))
     assert found.status == "not decidable" and not found.names
     found = diagnose("attention_lse", raw, np.array([[100.0]], dtype=np.float32))
-    assert found.status == "wrong" and not found.names, "no order of summation gives that, and no name explains it"
+    assert found.status == "wrong" and not found.names, (
+        "no order of summation gives that, and no name explains it"
+    )
 
 
 def test_an_output_just_inside_the_bound_is_right_and_one_outside_is_wrong():

@@ -27,10 +27,16 @@ def case(op, seed=0):
 
 
 @every_op
-@pytest.mark.parametrize(("spoil", "text"), [
-    (lambda _: None, "got builtins.NoneType"), (lambda y: y.tolist(), "got builtins.list"), (lambda y: y[..., :-1], "must have shape"),
-    (lambda y: y[None], "must have shape"), (lambda y: y.astype(np.int32), "got int32"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda _: None, "got builtins.NoneType"),
+        (lambda y: y.tolist(), "got builtins.list"),
+        (lambda y: y[..., :-1], "must have shape"),
+        (lambda y: y[None], "must have shape"),
+        (lambda y: y.astype(np.int32), "got int32"),
+    ],
+)
 def test_what_is_no_such_array_is_wrong(op, spoil, text):
     inputs, y = case(op)
     found = verdict(op, inputs, spoil(y))
@@ -42,7 +48,10 @@ def test_what_is_no_such_array_is_wrong(op, spoil, text):
 def test_another_dtype_than_asked_for_is_wrong(op):
     inputs, y = case(op)
     found = verdict(op, inputs, y.astype(np.float64), dtype="float32")
-    assert (found.status, "must have dtype float32, got float64" in found.message) == ("wrong", True)
+    assert (found.status, "must have dtype float32, got float64" in found.message) == (
+        "wrong",
+        True,
+    )
     assert verdict(op, inputs, y, dtype="float32").status == "within"
 
 
@@ -90,7 +99,9 @@ def test_all_of_the_budget_is_allowed_and_more_is_not():
     assert (off.status, off.used) == ("wrong", 2.0)
     value = np.array([1.0])
     for error, status in ((2.0**-24, "within"), (np.nextafter(2.0**-24, 1), "wrong")):
-        assert judge(np.array([error]), value, Budget(*np.full((2, 1), 2.0**-24), value))[0] == status
+        assert (
+            judge(np.array([error]), value, Budget(*np.full((2, 1), 2.0**-24), value))[0] == status
+        )
 
 
 @every_op
@@ -129,18 +140,29 @@ def test_cancellation_is_not_decidable():
 
 def test_a_sum_longer_than_its_arithmetic_can_count_is_not_decidable():
     x = np.random.default_rng(0).random((2, 600)).astype(F)
-    assert verdict("linear", {"x": x, "weight": x}, x @ x.T, accumulate="bfloat16").status == "not decidable"
+    assert (
+        verdict("linear", {"x": x, "weight": x}, x @ x.T, accumulate="bfloat16").status
+        == "not decidable"
+    )
 
 
 def test_a_row_whose_squares_overflow_is_not_decidable():
     x = np.full((2, 8), 1e20, F)
-    assert verdict("rms_norm", {"x": x, "weight": np.ones(8, F), "eps": 1e-5}, np.zeros((2, 8), F)).status == "not decidable"
+    assert (
+        verdict(
+            "rms_norm", {"x": x, "weight": np.ones(8, F), "eps": 1e-5}, np.zeros((2, 8), F)
+        ).status
+        == "not decidable"
+    )
 
 
 def test_zeros_in_zeros_out_is_within():
     for op in ("linear", "rms_norm", "swiglu", "gelu", "add", "embed", "rope"):
         inputs, _ = case(op)
-        inputs = {name: np.zeros_like(x) if getattr(x, "dtype", None) == F else x for name, x in inputs.items()}
+        inputs = {
+            name: np.zeros_like(x) if getattr(x, "dtype", None) == F else x
+            for name, x in inputs.items()
+        }
         y = naive(op, inputs)
         assert verdict(op, inputs, y).status == "within", op
         y.flat[0] = 1e-3
@@ -165,7 +187,11 @@ def two_roundings():
     x, w = rng.standard_normal((8, 256)).astype(B), rng.standard_normal(256).astype(B)
     wide = x.astype(F)
     normal = (wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + F(1e-5))).astype(B)
-    return "rms_norm", {"x": x, "weight": w, "eps": 1e-5}, (normal.astype(F) * w.astype(F)).astype(B)
+    return (
+        "rms_norm",
+        {"x": x, "weight": w, "eps": 1e-5},
+        (normal.astype(F) * w.astype(F)).astype(B),
+    )
 
 
 def tf32():
@@ -177,7 +203,10 @@ def tf32():
 
 def half_accumulation():
     rng = np.random.default_rng(0)
-    inputs = {"x": rng.standard_normal((16, 240)).astype(F), "weight": rng.standard_normal((16, 240)).astype(F)}
+    inputs = {
+        "x": rng.standard_normal((16, 240)).astype(F),
+        "weight": rng.standard_normal((16, 240)).astype(F),
+    }
     inputs = {name: t.astype(H).astype(F) for name, t in inputs.items()}
     return "linear", inputs, naive("linear", inputs, sum_in(H))
 
@@ -192,12 +221,19 @@ def bfloat16_probabilities():
     return "attention", inputs, p @ inputs["v"]
 
 
-@pytest.mark.parametrize(("made", "model", "options"), [
-    (two_roundings, "float32 accumulation, two roundings", {"roundings": 2}),
-    (tf32, "float32 accumulation, TF32 products", {"operands": "tf32"}),
-    (half_accumulation, "float16 accumulation", {"accumulate": "float16"}),
-    (bfloat16_probabilities, "float32 accumulation, bfloat16 probabilities", {"probabilities": "bfloat16"}),
-])
+@pytest.mark.parametrize(
+    ("made", "model", "options"),
+    [
+        (two_roundings, "float32 accumulation, two roundings", {"roundings": 2}),
+        (tf32, "float32 accumulation, TF32 products", {"operands": "tf32"}),
+        (half_accumulation, "float16 accumulation", {"accumulate": "float16"}),
+        (
+            bfloat16_probabilities,
+            "float32 accumulation, bfloat16 probabilities",
+            {"probabilities": "bfloat16"},
+        ),
+    ],
+)
 def test_the_strictest_model_that_explains_an_error_is_named(made, model, options):
     op, inputs, y = made()
     found = verdict(op, inputs, y)
@@ -238,7 +274,10 @@ def test_attention_names_the_rows_that_went_wrong():
     assert verdict("attention", inputs, y).status == "within"
     cached = y.copy()
     cached[0] += F(0.1)
-    assert "sequences with a cache" in verdict("attention", inputs, cached).where or "without padding" in verdict("attention", inputs, cached).where
+    assert (
+        "sequences with a cache" in verdict("attention", inputs, cached).where
+        or "without padding" in verdict("attention", inputs, cached).where
+    )
     head = y.copy()
     head[:, 2] += F(0.1)
     assert "n_head 2" in verdict("attention", inputs, head).where
@@ -258,12 +297,20 @@ def test_attention_names_rows_that_see_no_key():
     assert "rows that see no key" in found.where
 
 
-@pytest.mark.parametrize(("indices", "n", "text"), [
-    ([3], 8, "3"), ([7], 8, "7: the last 1"), ([96, 97, 98], 99, "96 ... 98: the last, incomplete tile of 32"),
-    (range(64, 100), 100, "64 ... 99: the last, incomplete tile of 64"), (range(10, 16), 16, "10 ... 15: the last 6"),
-    (range(2, 5), 16, "2 ... 4"), (range(1, 40, 4), 40, "1, 5, ...: every 4th"),
-    ([i for i in range(128) if i % 32 >= 28], 128, "28 ... 31 of every tile of 32"), ([0, 1, 7, 12], 20, "0, 1, 7, 12"),
-])
+@pytest.mark.parametrize(
+    ("indices", "n", "text"),
+    [
+        ([3], 8, "3"),
+        ([7], 8, "7: the last 1"),
+        ([96, 97, 98], 99, "96 ... 98: the last, incomplete tile of 32"),
+        (range(64, 100), 100, "64 ... 99: the last, incomplete tile of 64"),
+        (range(10, 16), 16, "10 ... 15: the last 6"),
+        (range(2, 5), 16, "2 ... 4"),
+        (range(1, 40, 4), 40, "1, 5, ...: every 4th"),
+        ([i for i in range(128) if i % 32 >= 28], 128, "28 ... 31 of every tile of 32"),
+        ([0, 1, 7, 12], 20, "0, 1, 7, 12"),
+    ],
+)
 def test_indices_are_described(indices, n, text):
     assert describe_indices(np.array(indices), n) == text
 
@@ -272,7 +319,10 @@ def test_indices_are_described(indices, n, text):
 def test_one_wrong_head_is_named(head, row):
     wrong = np.zeros((2, 4, 9, 3), bool)
     wrong[:, head] = True
-    assert where(wrong, "attention") == f"n_head {head}{': the last 1' if head == 3 else ''} (54 of 216 entries)"
+    assert (
+        where(wrong, "attention")
+        == f"n_head {head}{': the last 1' if head == 3 else ''} (54 of 216 entries)"
+    )
     wrong[:] = False
     wrong[:, :, row] = True
     assert where(wrong, "rope").startswith(f"n_seq {row}")
@@ -335,19 +385,30 @@ def test_a_large_attention_is_explained_by_its_worst_heads(monkeypatch):
 
     op, inputs, _ = bfloat16_probabilities()
     rng = np.random.default_rng(1)
-    inputs = {name: np.concatenate([x, rng.standard_normal((1, 4, 64, 16)).astype(F)], axis=1) for name, x in inputs.items()}
-    inputs |= {"valid": np.arange(64)[None] >= 3, "bias": rng.standard_normal((6, 64, 64)).astype(F)}
+    inputs = {
+        name: np.concatenate([x, rng.standard_normal((1, 4, 64, 16)).astype(F)], axis=1)
+        for name, x in inputs.items()
+    }
+    inputs |= {
+        "valid": np.arange(64)[None] >= 3,
+        "bias": rng.standard_normal((6, 64, 64)).astype(F),
+    }
     s = np.einsum("bhnd,bhmd->bhnm", inputs["q"], inputs["k"]) / F(4) + inputs["bias"]
     s = np.where(np.tril(np.ones((64, 64), bool)) & inputs["valid"], s, F(-1e30))
     e = np.exp(s - s.max(-1, keepdims=True)) * (s > F(-1e29))
     y = (e / np.maximum(e.sum(-1, keepdims=True), F(1e-30))).astype(B).astype(F) @ inputs["v"]
     whole = verdict(op, inputs, y)
     monkeypatch.setattr(models, "LARGE", 0)
-    assert (verdict(op, inputs, y).model, whole.model) == ("float32 accumulation, bfloat16 probabilities",) * 2
+    assert (verdict(op, inputs, y).model, whole.model) == (
+        "float32 accumulation, bfloat16 probabilities",
+    ) * 2
 
 
 def test_factors_in_float64_do_not_make_a_rotation_float64():
-    inputs = {**plain("rope", np.random.default_rng(0)), "factors": 1 + np.random.default_rng(0).random(4)}
+    inputs = {
+        **plain("rope", np.random.default_rng(0)),
+        "factors": 1 + np.random.default_rng(0).random(4),
+    }
     found = verdict("rope", inputs, naive("rope", inputs))
     assert (found.status, found.model) == ("within", "float32 accumulation")
 

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny import CHAT_TEMPLATE, SETTINGS, SPECIAL, byte_level, sentencepiece, write_folder, write_json
+from tiny import (
+    CHAT_TEMPLATE,
+    SETTINGS,
+    SPECIAL,
+    byte_level,
+    sentencepiece,
+    write_folder,
+    write_json,
+)
 from tokenizers.processors import TemplateProcessing
 
 import npllm
@@ -14,11 +22,41 @@ from npllm import Tokenizer
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.text.tokenizer import Detokenizer
 
-REAL = Path(os.environ.get("NPLLM_TOKENIZERS", Path(__file__).resolve().parents[2] / "shared" / "tokenizers"))
+REAL = Path(
+    os.environ.get(
+        "NPLLM_TOKENIZERS", Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
+    )
+)
 BYTES, PIECES = Tokenizer(byte_level()), Tokenizer(sentencepiece())
 FORMS = {"byte level": BYTES, "sentencepiece": PIECES}
-NASTY = ["", " ", "  ", "\n", "\t\r\n", "hello world", " hello", "hello  hello", "é", "日本語", "🙂🙂", "👩‍👩‍👧", "ﷺ", "a\u0301", "\ufffd", "\u0000",
-         "<|end|>", "<|end", "a<|end|>b", "<s></s>", "<unk>", "<0x41>", "▁", "▁▁a", "Ġ", "Ãé"]
+NASTY = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t\r\n",
+    "hello world",
+    " hello",
+    "hello  hello",
+    "é",
+    "日本語",
+    "🙂🙂",
+    "👩‍👩‍👧",
+    "ﷺ",
+    "a\u0301",
+    "\ufffd",
+    "\u0000",
+    "<|end|>",
+    "<|end",
+    "a<|end|>b",
+    "<s></s>",
+    "<unk>",
+    "<0x41>",
+    "▁",
+    "▁▁a",
+    "Ġ",
+    "Ãé",
+]
 
 forms = pytest.mark.parametrize("tokenizer", FORMS.values(), ids=list(FORMS))
 
@@ -36,12 +74,18 @@ def pieces(tokenizer, ids):
 
 
 def folder_with(tmp_path, template=None, **settings):
-    write_folder(tmp_path, tokenizer=byte_level(), settings=SETTINGS | settings | ({} if template is None else {"chat_template": template}))
+    write_folder(
+        tmp_path,
+        tokenizer=byte_level(),
+        settings=SETTINGS | settings | ({} if template is None else {"chat_template": template}),
+    )
     return Tokenizer.from_folder(tmp_path)
 
 
 def render(template, content="x"):
-    return Tokenizer(byte_level(), template).apply_chat_template([{"role": "user", "content": content}])
+    return Tokenizer(byte_level(), template).apply_chat_template(
+        [{"role": "user", "content": content}]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------- streams
@@ -95,22 +139,43 @@ def test_one_wrong_byte_spoils_its_whole_run_as_in_the_decoder():
 
 
 def test_a_space_is_a_byte_like_any_other_and_a_token_like_any_other():
-    hello, space, wrong, a = (PIECES.backend.token_to_id(name) for name in ("▁hello", "<0x20>", "<0xFF>", "<0x41>"))
-    assert "".join(pieces(PIECES, [hello, space, wrong])) == PIECES.decode([hello, space, wrong]) == "hello\ufffd\ufffd"
-    assert pieces(PIECES, [hello, a, PIECES.backend.token_to_id("▁"), hello]) == ["hello", "", "A ", " hello", ""]
+    hello, space, wrong, a = (
+        PIECES.backend.token_to_id(name) for name in ("▁hello", "<0x20>", "<0xFF>", "<0x41>")
+    )
+    assert (
+        "".join(pieces(PIECES, [hello, space, wrong]))
+        == PIECES.decode([hello, space, wrong])
+        == "hello\ufffd\ufffd"
+    )
+    assert pieces(PIECES, [hello, a, PIECES.backend.token_to_id("▁"), hello]) == [
+        "hello",
+        "",
+        "A ",
+        " hello",
+        "",
+    ]
 
 
 def test_a_token_that_only_looks_like_a_byte_is_given_at_once():
     backend = byte_level()
     backend.add_tokens(["<0x41>"])
-    assert pieces(Tokenizer(backend), Tokenizer(backend).encode("a<0x41>b")) == ["a", "<0x41>", "b", ""]
+    assert pieces(Tokenizer(backend), Tokenizer(backend).encode("a<0x41>b")) == [
+        "a",
+        "<0x41>",
+        "b",
+        "",
+    ]
 
 
 def test_a_skipped_token_does_not_end_a_run_of_bytes():
     end = PIECES.backend.token_to_id("<|end|>")
     a, wrong = (PIECES.backend.token_to_id(f"<0x{byte:02X}>") for byte in (0x41, 0xFF))
     for between in (end, 10_000):
-        assert "".join(pieces(PIECES, [a, between, wrong])) == PIECES.decode([a, between, wrong]) == "\ufffd\ufffd"
+        assert (
+            "".join(pieces(PIECES, [a, between, wrong]))
+            == PIECES.decode([a, between, wrong])
+            == "\ufffd\ufffd"
+        )
 
 
 @forms
@@ -133,7 +198,10 @@ def test_the_work_for_a_token_does_not_grow_with_the_text():
     assert watched.longest <= 10
 
 
-@pytest.mark.parametrize("name", ["phi-3", "phi-3-mini", "phi-3-medium", "RECONSTRUCTED-phi-4", "RECONSTRUCTED-phi-4-mini"])
+@pytest.mark.parametrize(
+    "name",
+    ["phi-3", "phi-3-mini", "phi-3-medium", "RECONSTRUCTED-phi-4", "RECONSTRUCTED-phi-4-mini"],
+)
 def test_real_tokenizers_stream_what_they_decode(name):
     if not (REAL / name / "tokenizer.json").is_file():
         pytest.skip(f"{name} is not here; NPLLM_TOKENIZERS names the folder of the real tokenizers")
@@ -145,7 +213,9 @@ def test_real_tokenizers_stream_what_they_decode(name):
 
     check()
     for text in NASTY:
-        assert "".join(pieces(tokenizer, tokenizer.encode(text))) == tokenizer.decode(tokenizer.encode(text))
+        assert "".join(pieces(tokenizer, tokenizer.encode(text))) == tokenizer.decode(
+            tokenizer.encode(text)
+        )
 
 
 def test_the_default_tokenizer_streams_what_it_decodes(default_model):
@@ -168,12 +238,18 @@ def test_special_strings_inside_the_text_become_their_ids(tokenizer, text):
     special = text.strip("ab")
     ids = tokenizer.encode(text)
     assert ids.count(tokenizer.backend.token_to_id(special)) == 1
-    assert special not in tokenizer.decode(ids) and special in tokenizer.decode(ids, skip_special_tokens=False)
+    assert special not in tokenizer.decode(ids) and special in tokenizer.decode(
+        ids, skip_special_tokens=False
+    )
 
 
 def test_encode_returns_a_list_of_int():
     ids = BYTES.encode("hello wé<|end|>")
-    assert isinstance(ids, list) and {type(i) for i in ids} == {int} and ids[-1] == SPECIAL.index("<|end|>")
+    assert (
+        isinstance(ids, list)
+        and {type(i) for i in ids} == {int}
+        and ids[-1] == SPECIAL.index("<|end|>")
+    )
     assert BYTES.encode("") == []
 
 
@@ -203,7 +279,15 @@ def test_what_are_no_ids_is_refused(ids):
         BYTES.decode(ids)
 
 
-@pytest.mark.parametrize("token, text", [(3, "<|user|>"), (10_000, "<10000>"), (BYTES.encode(" w")[0], " w"), (BYTES.encode("\n")[0], "\n")])
+@pytest.mark.parametrize(
+    "token, text",
+    [
+        (3, "<|user|>"),
+        (10_000, "<10000>"),
+        (BYTES.encode(" w")[0], " w"),
+        (BYTES.encode("\n")[0], "\n"),
+    ],
+)
 def test_every_id_has_a_text_for_tables(token, text):
     assert BYTES.token_text(token) == text
 
@@ -222,14 +306,19 @@ def test_truncation_and_padding_in_the_file_are_off(tmp_path):
 def test_a_folder_without_a_tokenizer_loads_as_a_model_only(tmp_path):
     model = npllm.load(write_folder(tmp_path))
     assert model.tokenizer is None
-    with pytest.raises(NpllmOSError, match=r"tokenizer\.json: no such file; without it only token ids"):
+    with pytest.raises(
+        NpllmOSError, match=r"tokenizer\.json: no such file; without it only token ids"
+    ):
         Tokenizer.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "nonsense"}}', "\x00"])
 def test_a_tokenizer_that_makes_no_sense_is_refused_with_the_path(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(NpllmValueError, match=r"tokenizer\.json.*cannot be read|tokenizer\.json: is not a tokenizer"):
+    with pytest.raises(
+        NpllmValueError,
+        match=r"tokenizer\.json.*cannot be read|tokenizer\.json: is not a tokenizer",
+    ):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -240,13 +329,24 @@ def test_special_tokens_may_be_texts_or_objects(tmp_path):
 
 def test_a_template_file_wins_over_the_settings(tmp_path):
     write_folder(tmp_path, tokenizer=byte_level(), settings=SETTINGS)
-    (tmp_path / "chat_template.jinja").write_text("from the file: {{ messages[0].content }}", encoding="utf-8")
-    assert Tokenizer.from_folder(tmp_path).apply_chat_template([{"role": "user", "content": "hé"}]) == "from the file: hé"
+    (tmp_path / "chat_template.jinja").write_text(
+        "from the file: {{ messages[0].content }}", encoding="utf-8"
+    )
+    assert (
+        Tokenizer.from_folder(tmp_path).apply_chat_template([{"role": "user", "content": "hé"}])
+        == "from the file: hé"
+    )
 
 
 def test_of_several_named_templates_the_default_is_taken(tmp_path):
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes {{ messages[0].content }}"}]
-    assert folder_with(tmp_path, named).apply_chat_template([{"role": "user", "content": "x"}]) == "yes x"
+    named = [
+        {"name": "tool_use", "template": "no"},
+        {"name": "default", "template": "yes {{ messages[0].content }}"},
+    ]
+    assert (
+        folder_with(tmp_path, named).apply_chat_template([{"role": "user", "content": "x"}])
+        == "yes x"
+    )
 
 
 @pytest.mark.parametrize("template", [5, {"a": 1}, [{"name": "default", "template": 5}]])
@@ -281,14 +381,21 @@ def test_settings_that_are_no_json_are_refused(tmp_path):
 
 def test_blocks_are_trimmed_as_in_transformers(tmp_path):
     tokenizer = folder_with(tmp_path)
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "He"}]
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "He"},
+    ]
     text = "<|user|>Hi<|end|><|assistant|>Ho<|end|><|user|>He<|end|>"
     assert tokenizer.apply_chat_template(messages) == text + "<|assistant|>"
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=False) == text + "</s>"
 
 
 def test_lines_are_trimmed_left_and_right_of_blocks():
-    assert render("a\n   {% if true %}\n  b{{ messages[0].content }}\n   {% endif %}\nc") == "a\n  bx\nc"
+    assert (
+        render("a\n   {% if true %}\n  b{{ messages[0].content }}\n   {% endif %}\nc")
+        == "a\n  bx\nc"
+    )
 
 
 def test_loops_may_be_left_early():
@@ -305,16 +412,31 @@ def test_a_chat_is_encoded_without_special_tokens_of_its_own():
 
 
 def test_a_template_may_refuse():
-    with pytest.raises(NpllmValueError, match="the chat template failed: TemplateError: roles must alternate"):
+    with pytest.raises(
+        NpllmValueError, match="the chat template failed: TemplateError: roles must alternate"
+    ):
         render("{{ raise_exception('roles must alternate') }}")
 
 
-@pytest.mark.parametrize("template", [
-    "{{ ''.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__class__.__init__.__globals__ }}",
-    "{{ raise_exception.__globals__ }}", "{{ cycler.__init__.__globals__.os.system('true') }}", "{{ messages.append(1) }}",
-    "{{ messages[0].update({'role': 'x'}) }}", "{{ self.__init__.__globals__ }}", "{{ ''['__class__'] }}",
-    "{{ ''|attr('__class__') }}", "{{ '{0.__class__}'.format(messages) }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
-    "{{ messages.sort.__self__ }}{{ messages.sort() }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__ }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ ''|attr('__class__') }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ messages.sort.__self__ }}{{ messages.sort() }}",
+    ],
+)
 def test_a_template_cannot_leave_its_sandbox(template):
     try:
         text = render("{{ messages[0].content }}" + template, content="said")
@@ -323,13 +445,24 @@ def test_a_template_cannot_leave_its_sandbox(template):
     assert text == "said", "what it reached for is written out"
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0].content", "{% nonsense %}", "{{ 1 / 0 }}", "{{ messages[5].content.x }}", "{{ x() }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content",
+        "{% nonsense %}",
+        "{{ 1 / 0 }}",
+        "{{ messages[5].content.x }}",
+        "{{ x() }}",
+    ],
+)
 def test_a_template_that_fails_is_our_error(template):
     with pytest.raises(NpllmValueError, match="the chat template failed"):
         render(template)
 
 
-@pytest.mark.parametrize("message", ["text", {}, {"role": "user"}, {"content": "x"}, {"role": 5, "content": "x"}, None])
+@pytest.mark.parametrize(
+    "message", ["text", {}, {"role": "user"}, {"content": "x"}, {"role": 5, "content": "x"}, None]
+)
 def test_a_malformed_message_is_refused(message):
     with pytest.raises(NpllmError, match=r'a message must be \{"role"'):
         Tokenizer(byte_level(), CHAT_TEMPLATE).apply_chat_template([message])
@@ -337,4 +470,6 @@ def test_a_malformed_message_is_refused(message):
 
 def test_the_default_checkpoint_writes_its_chat_format(default_model):
     text = default_model.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
-    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n") and text.startswith("<|im_start|>system\nYou are")
+    assert text.endswith(
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    ) and text.startswith("<|im_start|>system\nYou are")

@@ -21,7 +21,9 @@ from npllm.text.tokenizer import Detokenizer, Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = Path(os.environ.get("NPLLM_TOKENIZERS", ROOT.parent / "shared" / "tokenizers"))
 CUT_DOWN = ROOT / "tests" / "golden" / "tokenizers"
-GOLDEN = json.loads((ROOT / "tests" / "golden" / "tokenizer_family.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    (ROOT / "tests" / "golden" / "tokenizer_family.json").read_text(encoding="utf-8")
+)
 NAMES = list(GOLDEN["tokenizer"])
 PHI3 = ["phi-3", "phi-3-mini", "phi-3-medium"]
 
@@ -49,7 +51,9 @@ def ours(folder):
 def theirs(folder):
     """Function name -> Transformers' tokenizer of the same folder."""
     if os.environ.get("NPLLM_REQUIRE_LIVE") != "1":
-        pytest.importorskip("transformers", reason="compares with Transformers, which is not installed")
+        pytest.importorskip(
+            "transformers", reason="compares with Transformers, which is not installed"
+        )
     from transformers import AutoTokenizer
 
     return cache(lambda name: AutoTokenizer.from_pretrained(folder(name)))
@@ -79,6 +83,7 @@ def rendered(tokenizer, messages, end=True):
 
 # ------------------------------------------------------------------------------------------------------------------- ids
 
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_transformers_ids(name, tokenizer):
     """Spaces, newlines, emoji, scripts, bytes, specials inside text (spec 8.39)."""
@@ -99,13 +104,34 @@ def test_live_ids_and_texts_of_the_whole_list(name, ours, theirs):
     ours, hf = ours(name), theirs(name)
     for text in GOLDEN["strings"]:
         ids = hf(text).input_ids
-        assert (ours.encode(text), ours.encode(text, add_special_tokens=False)) == (ids, hf(text, add_special_tokens=False).input_ids)
+        assert (ours.encode(text), ours.encode(text, add_special_tokens=False)) == (
+            ids,
+            hf(text, add_special_tokens=False).input_ids,
+        )
         for skip in (True, False):
-            assert ours.decode(ids, skip_special_tokens=skip) == hf.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == hf.decode(
+                ids, skip_special_tokens=skip
+            )
 
 
-SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "</s>", "<s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|tool|>", "<|endoftext|>"]
-PIECES = st.one_of(st.text(max_size=8), st.sampled_from([*SPECIALS, " ", "  ", "\n", "▁", "<0x0A>", "🙂", "\u200d", "\x00", "'s", "123"]))
+SPECIALS = [
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|tool|>",
+    "<|endoftext|>",
+]
+PIECES = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(
+        [*SPECIALS, " ", "  ", "\n", "▁", "<0x0A>", "🙂", "\u200d", "\x00", "'s", "123"]
+    ),
+)
 TEXTS = st.lists(PIECES, max_size=8).map("".join)
 
 
@@ -126,12 +152,42 @@ def test_live_ids_and_texts_of_any_text(name, ours, theirs):
 
 
 @pytest.mark.live
-@pytest.mark.parametrize("change", [
-    {"added_tokens_decoder": {"32007": {"content": "<|end|>", "lstrip": True, "rstrip": True, "normalized": False, "special": True}}},
-    {"added_tokens_decoder": {"32011": {"content": "<|extra|>", "special": False}, "32012": {"content": "<|two|>", "special": True}}},
-    {"pad_token": "<pad>", "unk_token": "<none>"}, {"eos_token": "the"}, {"bos_token": None},
-    {"eos_token": {"__type": "AddedToken", "content": "<|end|>", "lstrip": False, "rstrip": True, "normalized": False, "single_word": False}},
-], ids=["flags", "new tokens", "new pad and unk", "eos is a word", "no bos", "eos with flags"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "added_tokens_decoder": {
+                "32007": {
+                    "content": "<|end|>",
+                    "lstrip": True,
+                    "rstrip": True,
+                    "normalized": False,
+                    "special": True,
+                }
+            }
+        },
+        {
+            "added_tokens_decoder": {
+                "32011": {"content": "<|extra|>", "special": False},
+                "32012": {"content": "<|two|>", "special": True},
+            }
+        },
+        {"pad_token": "<pad>", "unk_token": "<none>"},
+        {"eos_token": "the"},
+        {"bos_token": None},
+        {
+            "eos_token": {
+                "__type": "AddedToken",
+                "content": "<|end|>",
+                "lstrip": False,
+                "rstrip": True,
+                "normalized": False,
+                "single_word": False,
+            }
+        },
+    ],
+    ids=["flags", "new tokens", "new pad and unk", "eos is a word", "no bos", "eos with flags"],
+)
 def test_live_added_tokens_of_tokenizer_config_count(change, theirs, folder, tmp_path):
     """tokenizer_config.json has the last word on added tokens; fine-tunes add their own there."""
     from transformers import AutoTokenizer
@@ -142,11 +198,21 @@ def test_live_added_tokens_of_tokenizer_config_count(change, theirs, folder, tmp
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change), encoding="utf-8")
     ours, hf = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("a<|end|> b", "a <|end|>", "<|extra|>x<|two|>", "<pad> x<pad>", "in the end", "<none>", "<s> a"):
+    for text in (
+        "a<|end|> b",
+        "a <|end|>",
+        "<|extra|>x<|two|>",
+        "<pad> x<pad>",
+        "in the end",
+        "<none>",
+        "<s> a",
+    ):
         ids = hf(text).input_ids
         assert ours.encode(text) == ids
         for skip in (True, False):
-            assert ours.decode(ids, skip_special_tokens=skip) == hf.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == hf.decode(
+                ids, skip_special_tokens=skip
+            )
 
 
 @pytest.mark.parametrize("name", PHI3)
@@ -155,7 +221,12 @@ def test_text_starts_with_its_own_space(name, tokenizer):
     encode = tokenizer(name).encode
     assert encode("The capital of France is") == [450, 7483, 310, 3444, 338]
     assert encode(" The capital of France is") == [29871, 450, 7483, 310, 3444, 338]
-    assert (encode(""), encode("\n"), encode("▁"), encode("🙂")[-4:]) == ([], [29871, 13], [259], [243, 162, 156, 133])
+    assert (encode(""), encode("\n"), encode("▁"), encode("🙂")[-4:]) == (
+        [],
+        [29871, 13],
+        [259],
+        [243, 162, 156, 133],
+    )
     assert 13 not in encode("<0x0A>"), "the name of a byte is no byte"
 
 
@@ -171,9 +242,16 @@ def test_space_after_a_special_token(tokenizer):
 def test_newline_after_a_special_token(tokenizer):
     """Today's files swallow it, those of April 2024 do not (spec 8.42)."""
     text = "<|user|>\nHello<|end|>\n<|assistant|>"
-    assert tokenizer("phi-3-mini").encode(text) == tokenizer("phi-3-medium").encode(text) == [32010, 15043, 32007, 32001]
+    assert (
+        tokenizer("phi-3-mini").encode(text)
+        == tokenizer("phi-3-medium").encode(text)
+        == [32010, 15043, 32007, 32001]
+    )
     assert tokenizer("phi-3").encode(text) == [32010, 29871, 13, 10994, 32007, 29871, 13, 32001]
-    assert tokenizer("phi-3-mini").decode([32010, 15043, 32007, 32001], skip_special_tokens=False) == "<|user|> Hello<|end|><|assistant|>"
+    assert (
+        tokenizer("phi-3-mini").decode([32010, 15043, 32007, 32001], skip_special_tokens=False)
+        == "<|user|> Hello<|end|><|assistant|>"
+    )
 
 
 def test_end_of_text_that_is_no_special_token(tokenizer):
@@ -183,16 +261,22 @@ def test_end_of_text_that_is_no_special_token(tokenizer):
     assert tokenizer("phi-4-mini").decode([200023, 200020]) == "<|tool|>"
 
 
-@pytest.mark.parametrize(("name", "ids"), [*((name, range(32011, 32064)) for name in PHI3), ("phi-4-mini", range(200029, 200064))])
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [*((name, range(32011, 32064)) for name in PHI3), ("phi-4-mini", range(200029, 200064))],
+)
 def test_ids_without_a_token_decode_to_nothing(name, ids, tokenizer):
     """The embedding has more rows than there are tokens (spec 8.46)."""
     ours = tokenizer(name)
-    assert [ours.decode([i], skip_special_tokens=skip) for i in ids for skip in (True, False)] == [""] * 2 * len(ids)
+    assert [ours.decode([i], skip_special_tokens=skip) for i in ids for skip in (True, False)] == [
+        ""
+    ] * 2 * len(ids)
     around = ours.encode("The capital of France is")
     assert ours.decode([*around[:2], *ids, *around[2:]]) == "The capital of France is"
 
 
 # ----------------------------------------------------------------------------------------------- beginning of sequence
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_beginning_token_by_default(name, tokenizer):
@@ -201,8 +285,14 @@ def test_no_beginning_token_by_default(name, tokenizer):
     assert ours.encode("The capital") == ours.encode("The capital", add_special_tokens=False)
 
 
-@pytest.mark.parametrize(("text", "ids"), [("分析", [1, 29871, 30748, 233, 161, 147]), (" こんにちは", [1, 259, 30589, 30389, 30353, 30644, 30449]),
-                                           ("The capital of France is", [1, 450, 7483, 310, 3444, 338])])
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("分析", [1, 29871, 30748, 233, 161, 147]),
+        (" こんにちは", [1, 259, 30589, 30389, 30353, 30644, 30449]),
+        ("The capital of France is", [1, 450, 7483, 310, 3444, 338]),
+    ],
+)
 def test_beginning_token_on_request(text, ids):
     """As the published ids of April's Phi-3 have it (spec 8.47)."""
     ours = Tokenizer.from_folder(CUT_DOWN / "phi-3", add_bos_token=True)
@@ -221,15 +311,21 @@ def test_never_two_beginning_tokens(add_bos_token):
     assert ours.encode("<s><s>a", add_special_tokens=False) == [1, 1, 263]
 
 
-@pytest.mark.parametrize(("add_bos_token", "wanted"), [(None, [1, 263]), (True, [1, 263]), (False, [263])])
+@pytest.mark.parametrize(
+    ("add_bos_token", "wanted"), [(None, [1, 263]), (True, [1, 263]), (False, [263])]
+)
 def test_beginning_token_of_a_post_processor(add_bos_token, wanted, tmp_path):
     """The option overrules a post-processor that adds one; without it, the post-processor is heeded (spec 8.47)."""
     folder = CUT_DOWN / "phi-3"
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     content["post_processor"]["single"].insert(0, {"SpecialToken": {"id": "<s>", "type_id": 0}})
-    content["post_processor"]["special_tokens"] = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    content["post_processor"]["special_tokens"] = {
+        "<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        (folder / "tokenizer_config.json").read_bytes()
+    )
     ours = Tokenizer.from_folder(tmp_path, add_bos_token=add_bos_token)
     assert ours.encode("a") == wanted
     assert ours.encode("<s>a") == [1, 263]
@@ -259,6 +355,7 @@ def test_beginning_token_must_be_known(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------------ chats
 
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("conversation", GOLDEN["messages"])
 def test_chat_is_transformers_chat(name, conversation, tokenizer):
@@ -266,7 +363,9 @@ def test_chat_is_transformers_chat(name, conversation, tokenizer):
     ours, golden = tokenizer(name), GOLDEN["tokenizer"][name]
     texts = [rendered(ours, GOLDEN["messages"][conversation], end) for end in (True, False)]
     assert texts == golden["chat"][conversation]
-    assert [ours.encode(text, add_special_tokens=False) for text in texts] == golden["chat ids"][conversation]
+    assert [ours.encode(text, add_special_tokens=False) for text in texts] == golden["chat ids"][
+        conversation
+    ]
 
 
 @pytest.mark.live
@@ -274,34 +373,146 @@ def test_chat_is_transformers_chat(name, conversation, tokenizer):
 def test_live_chat_of_any_conversation(name, ours, theirs):
     """Law: whatever is said, the text is Transformers', tools in the system message included (spec 8.41)."""
     ours, hf = ours(name), theirs(name)
-    message = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": TEXTS},
-                                    optional={"tools": st.none() | TEXTS})
+    message = st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": TEXTS},
+        optional={"tools": st.none() | TEXTS},
+    )
 
     @settings(max_examples=100)
     @given(st.lists(message, min_size=1, max_size=5), st.booleans())
     def law(messages, end):
-        assert rendered(ours, messages, end) == hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=end)
+        assert rendered(ours, messages, end) == hf.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=end
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert ours.encode_chat(messages) == hf.apply_chat_template(messages, add_generation_prompt=True).input_ids
+            assert (
+                ours.encode_chat(messages)
+                == hf.apply_chat_template(messages, add_generation_prompt=True).input_ids
+            )
 
     law()
 
 
-HELLO = [{"role": "system", "content": "System message"}, {"role": "user", "content": "Hello, can you call some tools for me?"},
-         {"role": "assistant", "content": "Sure, I can calculate the sum for you!"}]
-KNIGHT = [{"role": "system", "content": "You are a medieval knight and must provide explanations to modern people."},
-          {"role": "user", "content": "How should I explain the Internet?"}]
-HELPFUL = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "How should I explain the Internet?"}]
-TURNS = [32010, 15043, 29892, 508, 366, 1246, 777, 8492, 363, 592, 29973, 32007, 32001, 18585, 29892, 306, 508, 8147, 278, 2533, 363, 366, 29991, 32007]
+HELLO = [
+    {"role": "system", "content": "System message"},
+    {"role": "user", "content": "Hello, can you call some tools for me?"},
+    {"role": "assistant", "content": "Sure, I can calculate the sum for you!"},
+]
+KNIGHT = [
+    {
+        "role": "system",
+        "content": "You are a medieval knight and must provide explanations to modern people.",
+    },
+    {"role": "user", "content": "How should I explain the Internet?"},
+]
+HELPFUL = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "How should I explain the Internet?"},
+]
+TURNS = [
+    32010,
+    15043,
+    29892,
+    508,
+    366,
+    1246,
+    777,
+    8492,
+    363,
+    592,
+    29973,
+    32007,
+    32001,
+    18585,
+    29892,
+    306,
+    508,
+    8147,
+    278,
+    2533,
+    363,
+    366,
+    29991,
+    32007,
+]
 PUBLISHED = {  # by ONNX Runtime Extensions' tests, there marked "From HuggingFace"
     "phi-3-mini": (HELLO, True, [32006, 2184, 2643, 32007, *TURNS, 32001]),
     "phi-3-medium": (HELLO, True, TURNS),
-    "phi-4": (HELPFUL, True, [100264, 9125, 100266, 2675, 527, 264, 11190, 18328, 13, 100265, 100264, 882, 100266, 4438, 1288, 358, 10552, 279,
-                              8191, 30, 100265, 100264, 78191, 100266]),
-    "phi-4-mini-reasoning": (KNIGHT, True, [200022, 9719, 1308, 382, 102143, 11, 448, 20837, 13324, 8333, 9742, 656, 8321, 13, 1608, 553, 261, 55145,
-                                            105457, 326, 2804, 3587, 69457, 316, 6809, 1665, 13, 200020, 200021, 5299, 1757, 357, 16644, 290, 7380, 30,
-                                            200020, 200019]),
+    "phi-4": (
+        HELPFUL,
+        True,
+        [
+            100264,
+            9125,
+            100266,
+            2675,
+            527,
+            264,
+            11190,
+            18328,
+            13,
+            100265,
+            100264,
+            882,
+            100266,
+            4438,
+            1288,
+            358,
+            10552,
+            279,
+            8191,
+            30,
+            100265,
+            100264,
+            78191,
+            100266,
+        ],
+    ),
+    "phi-4-mini-reasoning": (
+        KNIGHT,
+        True,
+        [
+            200022,
+            9719,
+            1308,
+            382,
+            102143,
+            11,
+            448,
+            20837,
+            13324,
+            8333,
+            9742,
+            656,
+            8321,
+            13,
+            1608,
+            553,
+            261,
+            55145,
+            105457,
+            326,
+            2804,
+            3587,
+            69457,
+            316,
+            6809,
+            1665,
+            13,
+            200020,
+            200021,
+            5299,
+            1757,
+            357,
+            16644,
+            290,
+            7380,
+            30,
+            200020,
+            200019,
+        ],
+    ),
 }
 
 
@@ -320,7 +531,11 @@ def test_medium_leaves_out_the_system_message_and_says_so(tokenizer):
         with_system = medium.apply_chat_template(KNIGHT)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert medium.apply_chat_template(KNIGHT[1:]) == with_system == medium.apply_chat_template(KNIGHT[1:], add_generation_prompt=False)
+        assert (
+            medium.apply_chat_template(KNIGHT[1:])
+            == with_system
+            == medium.apply_chat_template(KNIGHT[1:], add_generation_prompt=False)
+        )
 
 
 @pytest.mark.parametrize("name", ["phi-3-mini", "phi-4", "phi-4-mini", "phi-4-mini-reasoning"])
@@ -336,31 +551,54 @@ def test_a_template_may_shorten_what_the_assistant_said():
     tokenizer = Tokenizer(cut_down("phi-3").backend, source)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tokenizer.apply_chat_template([{"role": "assistant", "content": "<think>x</think>y"}, KNIGHT[1]]) == KNIGHT[1]["content"]
+        assert (
+            tokenizer.apply_chat_template(
+                [{"role": "assistant", "content": "<think>x</think>y"}, KNIGHT[1]]
+            )
+            == KNIGHT[1]["content"]
+        )
 
 
 def test_end_of_text_closes_a_conversation_without_generation_prompt(tokenizer):
     """Where the template says so: Phi-3-mini and Phi-4-mini do, medium and phi-4 do not (spec 8.49)."""
-    ends = {name: rendered(tokenizer(name), KNIGHT[1:], end=False).endswith("<|endoftext|>") for name in NAMES}
-    assert ends == {"phi-3": False, "phi-3-mini": True, "phi-3-medium": False, "phi-4": False, "phi-4-mini": True, "phi-4-mini-reasoning": True}
+    ends = {
+        name: rendered(tokenizer(name), KNIGHT[1:], end=False).endswith("<|endoftext|>")
+        for name in NAMES
+    }
+    assert ends == {
+        "phi-3": False,
+        "phi-3-mini": True,
+        "phi-3-medium": False,
+        "phi-4": False,
+        "phi-4-mini": True,
+        "phi-4-mini-reasoning": True,
+    }
 
 
 def test_april_template_begins_the_sequence_itself(tokenizer):
     """`{{ bos_token }}` opens April's template, and no other (spec 8.47)."""
-    assert [rendered(tokenizer(name), KNIGHT[1:]).startswith("<s>") for name in NAMES] == [name == "phi-3" for name in NAMES]
+    assert [rendered(tokenizer(name), KNIGHT[1:]).startswith("<s>") for name in NAMES] == [
+        name == "phi-3" for name in NAMES
+    ]
 
 
 def test_reasoning_template_introduces_itself(tokenizer):
     text = rendered(tokenizer("phi-4-mini-reasoning"), KNIGHT)
-    assert text.startswith("<|system|>Your name is Phi, an AI math expert developed by Microsoft. You are a medieval knight")
+    assert text.startswith(
+        "<|system|>Your name is Phi, an AI math expert developed by Microsoft. You are a medieval knight"
+    )
 
 
 def test_tools_stand_in_the_system_message(tokenizer):
-    text = rendered(tokenizer("phi-4-mini"), [{"role": "system", "content": "S", "tools": "[T]"}, {"role": "user", "content": "U"}])
+    text = rendered(
+        tokenizer("phi-4-mini"),
+        [{"role": "system", "content": "S", "tools": "[T]"}, {"role": "user", "content": "U"}],
+    )
     assert text == "<|system|>S<|tool|>[T]<|/tool|><|end|><|user|>U<|end|><|assistant|>"
 
 
 # ---------------------------------------------------------------------------------------------------------------- streams
+
 
 def pieces(tokenizer, ids):
     detokenizer = Detokenizer(tokenizer)
@@ -385,7 +623,10 @@ def test_stream_of_any_ids_joins_to_the_whole(name, tokenizer):
     largest = 200064 if "phi-4-mini" in name else largest
     broken = [i for text in ("🙂", "日本", "é", "\u0301") for i in ours.encode(text)]
     known = st.sampled_from(sorted(ours.backend.get_vocab().values()))
-    ids = st.lists(st.integers(0, largest - 1) | known | st.sampled_from(broken) | st.integers(3, 258), max_size=24)
+    ids = st.lists(
+        st.integers(0, largest - 1) | known | st.sampled_from(broken) | st.integers(3, 258),
+        max_size=24,
+    )
 
     @settings(max_examples=200)
     @example(broken)
@@ -409,6 +650,7 @@ def test_stream_gives_each_character_as_soon_as_it_is_whole(tokenizer):
 
 
 # ----------------------------------------------------------------------------------------------------------- golden file
+
 
 def test_golden_file_holds_the_strings_of_today():
     """scripts/make_golden_tokenizers.py must run again where the strings change; there are hundreds."""

@@ -21,7 +21,9 @@ def test_erf_is_that_of_the_c_library(values):
     close(ops.erf(np.array(values)), np.array([math.erf(x) for x in values]))
 
 
-@pytest.mark.parametrize("x", [0.0, 0.46875, np.nextafter(0.46875, 1), 4.0, np.nextafter(4, 5), 1e-300, 26.0, np.inf])
+@pytest.mark.parametrize(
+    "x", [0.0, 0.46875, np.nextafter(0.46875, 1), 4.0, np.nextafter(4, 5), 1e-300, 26.0, np.inf]
+)
 def test_erf_holds_at_the_seams_and_is_odd(x):
     close(ops.erf(np.array([x, -x])), np.array([math.erf(x), math.erf(-x)]))
 
@@ -31,7 +33,9 @@ def test_gelu_weighs_by_the_normal_distribution(values):
     x = np.array(values)
     close(ops.gelu(x), np.array([v * math.erfc(-v / math.sqrt(2)) / 2 for v in values]), times=16)
     half = [math.sqrt(2 / math.pi) * (v + 0.044715 * v**3) for v in values]
-    tanh = [v / (1 + math.exp(-2 * t)) if t > -350 else 0.0 for v, t in zip(values, half, strict=True)]
+    tanh = [
+        v / (1 + math.exp(-2 * t)) if t > -350 else 0.0 for v, t in zip(values, half, strict=True)
+    ]
     close(ops.gelu(x, approximate="tanh"), np.array(tanh), times=64)
 
 
@@ -71,13 +75,28 @@ def test_six_and_six_layers_give_what_torch_gives(norm_first, dtype):
     import torch
 
     torch.manual_seed(0)
-    model = torch.nn.Transformer(32, 4, 6, 6, 64, dropout=0.0, batch_first=True, norm_first=norm_first, dtype=getattr(torch, dtype))
-    source, target = torch.randn(2, 7, 32, dtype=getattr(torch, dtype)), torch.randn(2, 5, 32, dtype=getattr(torch, dtype))
+    model = torch.nn.Transformer(
+        32,
+        4,
+        6,
+        6,
+        64,
+        dropout=0.0,
+        batch_first=True,
+        norm_first=norm_first,
+        dtype=getattr(torch, dtype),
+    )
+    source, target = (
+        torch.randn(2, 7, 32, dtype=getattr(torch, dtype)),
+        torch.randn(2, 5, 32, dtype=getattr(torch, dtype)),
+    )
     mask = torch.nn.Transformer.generate_square_subsequent_mask(5, dtype=getattr(torch, dtype))
     with torch.no_grad():
         desired = model.eval()(source, target, tgt_mask=mask, tgt_is_causal=True).numpy()
     params = transformer.from_torch({name: x.numpy() for name, x in model.state_dict().items()})
-    actual = transformer.forward(source.numpy(), target.numpy(), params, 4, ops.blockwise, norm_first=norm_first)
+    actual = transformer.forward(
+        source.numpy(), target.numpy(), params, 4, ops.blockwise, norm_first=norm_first
+    )
     assert np.abs(actual - desired).max() < {"float32": 1e-5, "float64": 1e-12}[dtype]
 
 

@@ -24,7 +24,12 @@ def _small_caches():
 
 
 def _content(window, n_ctx=64, **changes):
-    return tiny.config_dict(sliding_window=window, max_position_embeddings=n_ctx, original_max_position_embeddings=n_ctx, **changes)
+    return tiny.config_dict(
+        sliding_window=window,
+        max_position_embeddings=n_ctx,
+        original_max_position_embeddings=n_ctx,
+        **changes,
+    )
 
 
 def _model(window, n_ctx=64, dtype="float64", **changes):
@@ -69,8 +74,15 @@ def test_the_window_of_mini_4k_changes_only_the_last_row_at_one_token_more():
         assert np.abs(narrow(ids)[:, -1] - full(ids)[:, -1]).max() > 1e-3
 
 
-@given(window=st.integers(1, 9), chunk=st.integers(1, 20), n_seq=st.integers(1, 40), n_batch=st.integers(1, 2))
-def test_prefill_in_chunks_equals_one_shot_for_chunks_shorter_and_longer_than_the_window(window, chunk, n_seq, n_batch):
+@given(
+    window=st.integers(1, 9),
+    chunk=st.integers(1, 20),
+    n_seq=st.integers(1, 40),
+    n_batch=st.integers(1, 2),
+)
+def test_prefill_in_chunks_equals_one_shot_for_chunks_shorter_and_longer_than_the_window(
+    window, chunk, n_seq, n_batch
+):
     """spec 8.24."""
     model = _model(window)
     ids = family.ids_of(model.config, (n_batch, n_seq), seed=chunk)
@@ -88,7 +100,11 @@ def test_any_sequence_of_cached_calls_equals_one_shot(window, calls):
     close(np.concatenate(parts, axis=1), model(ids))
 
 
-@given(window=st.integers(1, 9), lengths=st.lists(st.integers(1, 20), min_size=2, max_size=3), chunk=st.integers(1, 16))
+@given(
+    window=st.integers(1, 9),
+    lengths=st.lists(st.integers(1, 20), min_size=2, max_size=3),
+    chunk=st.integers(1, 16),
+)
 def test_left_padding_takes_slots_of_the_window_and_changes_no_row(window, lengths, chunk):
     """spec 8.25, 8.26: slots between two tokens of a left-padded row are as many as without padding."""
     model, rng = _model(window), np.random.default_rng(chunk)
@@ -98,7 +114,7 @@ def test_left_padding_takes_slots_of_the_window_and_changes_no_row(window, lengt
         logits = model(ids, attention_mask=mask, cache=model.new_cache(len(rows)))
     close(model(ids, attention_mask=mask)[mask == 1], logits[mask == 1])
     for row, together in zip(rows, logits, strict=True):
-        close(together[-len(row):], model(row[None])[0])
+        close(together[-len(row) :], model(row[None])[0])
 
 
 def test_a_hole_in_the_mask_takes_slots_of_the_window():
@@ -111,10 +127,19 @@ def test_a_hole_in_the_mask_takes_slots_of_the_window():
         other = ids.copy()
         other[0, j] = (ids[0, j] + 7) % 50 + 3
         seen.append(np.abs(model(other, attention_mask=mask)[0, -1] - before[-1]).max() > 0)
-    assert np.flatnonzero(seen).tolist() == [6, 7, 8]  # slots 4 ... 8 less the padding; two tokens of slots 0 ... 2 would fit
+    assert np.flatnonzero(seen).tolist() == [
+        6,
+        7,
+        8,
+    ]  # slots 4 ... 8 less the padding; two tokens of slots 0 ... 2 would fit
 
 
-@given(window=st.integers(1, 6), n=st.integers(1, 20), lost=st.integers(1, 20), n_calls=st.integers(1, 15))
+@given(
+    window=st.integers(1, 6),
+    n=st.integers(1, 20),
+    lost=st.integers(1, 20),
+    n_calls=st.integers(1, 15),
+)
 def test_keys_that_a_failed_call_pushed_out_of_the_window_come_back(window, n, lost, n_calls):
     """Its chunks may have dropped what the next call sees: the row is computed anew from its ids."""
     model = _model(window)
@@ -149,9 +174,13 @@ def test_the_cache_hands_out_the_slots_that_the_window_can_see():
     for n in (3, 1, 4, 2, 7):
         x = np.arange(cache.n_ctx, cache.n_ctx + n, dtype=np.float32)[None, None, :, None]
         k, v, slots = cache.append(0, x, -x)
-        assert k[0, 0, :, 0].tolist() == list(slots) and v[0, 0, :, 0].tolist() == [-s for s in slots]
+        assert k[0, 0, :, 0].tolist() == list(slots) and v[0, 0, :, 0].tolist() == [
+            -s for s in slots
+        ]
         seen.append((slots.start, slots.stop))
-        cache.advance(np.zeros((1, n), int), np.arange(n), np.ones((1, cache.n_ctx + n), bool), np.zeros(1))
+        cache.advance(
+            np.zeros((1, n), int), np.arange(n), np.ones((1, cache.n_ctx + n), bool), np.zeros(1)
+        )
     assert seen == [(0, 3), (0, 4), (0, 8), (4, 10), (6, 17)]
 
 

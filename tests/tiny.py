@@ -15,13 +15,34 @@ from npllm.models.params import LayerParams, Params
 from npllm.text.tokenizer import Tokenizer as OurTokenizer
 
 CONFIG = {
-    "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
-    "max_position_embeddings": 64, "original_max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "rope_scaling": None, "sliding_window": None, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": None, "torch_dtype": "float32",
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "torch_dtype": "float32",
 }
-DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64}
+DTYPES = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "I64": np.int64,
+}
 
 
 def config_dict(**changes):
@@ -33,8 +54,10 @@ def weights(config=None, seed=0, dtype=np.float32):
     """Draw every tensor that a checkpoint of this config.json holds: tensor name -> array."""
     config = Config.from_json(config_dict() if config is None else config)
     rng = np.random.default_rng(seed)
-    return {name: ((1 if len(shape) == 1 else 0) + 0.3 * rng.standard_normal(shape)).astype(dtype)
-            for name, shape in expected_shapes(config).items()}
+    return {
+        name: ((1 if len(shape) == 1 else 0) + 0.3 * rng.standard_normal(shape)).astype(dtype)
+        for name, shape in expected_shapes(config).items()
+    }
 
 
 def write_safetensors(path, tensors, *, pad=True, header=None):
@@ -42,13 +65,33 @@ def write_safetensors(path, tensors, *, pad=True, header=None):
     names, entries, stop = {np.dtype(value): key for key, value in DTYPES.items()}, {}, 0
     for name, x in tensors.items():
         start, stop = stop, stop + x.nbytes
-        entries[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [start, stop]}
-    text = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode() if header is None else header
+        entries[name] = {
+            "dtype": names[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [start, stop],
+        }
+    text = (
+        json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
+        if header is None
+        else header
+    )
     text += b" " * (-len(text) % 8 + (0 if pad else 1))
-    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(x.tobytes() for x in tensors.values()))
+    Path(path).write_bytes(
+        len(text).to_bytes(8, "little") + text + b"".join(x.tobytes() for x in tensors.values())
+    )
 
 
-def write_folder(path, *, tensors=None, seed=0, dtype=np.float32, generation=None, tokenizer=None, settings=None, **changes):
+def write_folder(
+    path,
+    *,
+    tensors=None,
+    seed=0,
+    dtype=np.float32,
+    generation=None,
+    tokenizer=None,
+    settings=None,
+    **changes,
+):
     """Write a checkpoint folder: config.json, model.safetensors, and what else is given.
 
     tokenizer: of the tokenizers library; settings: content of tokenizer_config.json; generation: of generation_config.json.
@@ -57,7 +100,9 @@ def write_folder(path, *, tensors=None, seed=0, dtype=np.float32, generation=Non
     path.mkdir(parents=True, exist_ok=True)
     content = config_dict(**changes)
     write_json(path / "config.json", content)
-    write_safetensors(path / "model.safetensors", weights(content, seed, dtype) if tensors is None else tensors)
+    write_safetensors(
+        path / "model.safetensors", weights(content, seed, dtype) if tensors is None else tensors
+    )
     if generation is not None:
         write_json(path / "generation_config.json", generation)
     if tokenizer is not None:
@@ -77,11 +122,20 @@ def model(*, ops=None, seed=0, dtype=np.float32, **changes):
     w = weights(content, seed, dtype)
     for x in w.values():
         x.flags.writeable = False
-    layers = tuple(LayerParams(**{
-        leaf: w[f"model.layers.{number}.{half}{leaf}.weight"]
-        for half, leaves in (("", ("input_layernorm", "post_attention_layernorm")), ("self_attn.", ("qkv_proj", "o_proj")),
-                             ("mlp.", ("gate_up_proj", "down_proj"))) for leaf in leaves})
-        for number in range(config.num_hidden_layers))
+    layers = tuple(
+        LayerParams(
+            **{
+                leaf: w[f"model.layers.{number}.{half}{leaf}.weight"]
+                for half, leaves in (
+                    ("", ("input_layernorm", "post_attention_layernorm")),
+                    ("self_attn.", ("qkv_proj", "o_proj")),
+                    ("mlp.", ("gate_up_proj", "down_proj")),
+                )
+                for leaf in leaves
+            }
+        )
+        for number in range(config.num_hidden_layers)
+    )
     embed = w["model.embed_tokens.weight"]
     params = Params(embed, layers, w["model.norm.weight"], w.get("lm_head.weight", embed))
     return npllm.Model(config, params, ops=ops)
@@ -96,7 +150,9 @@ class Counted:
 
     def __init__(self, ops=npllm.ops.blockwise):
         self.calls = {}
-        self.ops = ops.replace(**{name: self._counted(name, getattr(ops, name)) for name in ops.names()})
+        self.ops = ops.replace(
+            **{name: self._counted(name, getattr(ops, name)) for name in ops.names()}
+        )
 
     def _counted(self, name, op):
         def counted(*args, **options):
@@ -117,7 +173,12 @@ CHAT_TEMPLATE = """{% for message in messages %}
     {%- endif %}
 {% endfor %}
 {% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"""
-SETTINGS = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None, "chat_template": CHAT_TEMPLATE}
+SETTINGS = {
+    "bos_token": "<s>",
+    "eos_token": {"content": "</s>"},
+    "pad_token": None,
+    "chat_template": CHAT_TEMPLATE,
+}
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ã", "©")]
 
 
@@ -128,7 +189,9 @@ def byte_level():
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     return tokenizer
 
 
@@ -136,13 +199,36 @@ def sentencepiece():
     """Byte tokens <0xNN> for what the vocabulary lacks, and ▁ for a space: the form of Phi-3's tokenizer."""
     pieces = ["▁", *"abcdehlorw", "é", "▁hello", "▁w", "日", "▁本"]
     merges = [("▁", "w"), ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello")]
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *pieces, "he", "ll", "hell", "hello"]
+    vocab = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{n:02X}>" for n in range(256)),
+        *pieces,
+        "he",
+        "ll",
+        "hell",
+        "hello",
+    ]
     vocab = {token: i for i, token in enumerate(vocab)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
-    special = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>", "<|end|>")]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [
+        AddedToken(token, special=True, normalized=False)
+        for token in ("<unk>", "<s>", "</s>", "<|end|>")
+    ]
     tokenizer.add_special_tokens(special)
     return tokenizer
 
@@ -155,9 +241,18 @@ class Scripted(npllm.Model):
 
     def __init__(self, *script, tokenizer=None, n_ctx=512, **generation):
         self.backend = byte_level() if tokenizer is None else tokenizer
-        base = model(vocab_size=self.backend.get_vocab_size() + 3, num_hidden_layers=1, max_position_embeddings=n_ctx)
+        base = model(
+            vocab_size=self.backend.get_vocab_size() + 3,
+            num_hidden_layers=1,
+            max_position_embeddings=n_ctx,
+        )
         ours = OurTokenizer(self.backend, CHAT_TEMPLATE, {"eos_token": "</s>"})
-        super().__init__(base.config, base.params, tokenizer=ours, generation_config=GenerationConfig(**generation))
+        super().__init__(
+            base.config,
+            base.params,
+            tokenizer=ours,
+            generation_config=GenerationConfig(**generation),
+        )
         self.script = [self.ids(text) if isinstance(text, str) else text for text in script]
         self.n_calls, self.n_prompt = 0, None
 

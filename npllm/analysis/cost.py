@@ -29,8 +29,22 @@ from npllm.errors import NpllmValueError
 from npllm.ops import reference
 from npllm.ops.attention import evaluate_mask
 
-__all__ = ["COUNTS", "Cost", "bytes_moved", "cost_facts", "counting_ops", "decode_cost", "forward_cost", "kv_cache_bytes",
-           "kv_table", "parameter_counts", "prefill_cost", "total", "uncached_flops", "visible_pairs"]
+__all__ = [
+    "COUNTS",
+    "Cost",
+    "bytes_moved",
+    "cost_facts",
+    "counting_ops",
+    "decode_cost",
+    "forward_cost",
+    "kv_cache_bytes",
+    "kv_table",
+    "parameter_counts",
+    "prefill_cost",
+    "total",
+    "uncached_flops",
+    "visible_pairs",
+]
 
 SOFTMAX = 5  # operations for each visible pair
 
@@ -75,8 +89,13 @@ def parameter_counts(config):
     maps, biases = _maps(config), _bias_sizes(config)
     part = {name: n_layer * (maps[name][0] * maps[name][1] + biases[name]) for name in maps}
     vocabulary = config.vocab_size * d
-    return {"embedding": vocabulary, "attention": part["qkv"] + part["o"], "mlp": part["gate_up"] + part["down"],
-            "norms": (2 * n_layer + 1) * d, "lm_head": 0 if config.tie_word_embeddings else vocabulary}
+    return {
+        "embedding": vocabulary,
+        "attention": part["qkv"] + part["o"],
+        "mlp": part["gate_up"] + part["down"],
+        "norms": (2 * n_layer + 1) * d,
+        "lm_head": 0 if config.tie_word_embeddings else vocabulary,
+    }
 
 
 def visible_pairs(n_seq, n_past=0, window=None):
@@ -147,8 +166,15 @@ def forward_cost(config, n_seq, *, n_past=0, n_batch=1, n_logits=1, dtype=None):
     """
     _check(config, n_seq, n_past, n_batch, n_logits)
     size = _Sizes(config, n_seq, n_past, n_batch, n_logits, dtype)
-    return {"embed": _embed(size), "rope_tables": _rope_tables(size), "rms_norm": _rms_norm(size), "linear": _linear(size),
-            "apply_rope": _apply_rope(size), "attention": _attention(size), "swiglu": _swiglu(size)}
+    return {
+        "embed": _embed(size),
+        "rope_tables": _rope_tables(size),
+        "rms_norm": _rms_norm(size),
+        "linear": _linear(size),
+        "apply_rope": _apply_rope(size),
+        "attention": _attention(size),
+        "swiglu": _swiglu(size),
+    }
 
 
 def prefill_cost(config, n_prompt, *, n_batch=1, chunk=512, dtype=None):
@@ -169,8 +195,17 @@ def prefill_cost(config, n_prompt, *, n_batch=1, chunk=512, dtype=None):
     costs : dict of str to Cost
     """
     sizes = [(start, min(chunk, n_prompt - start)) for start in range(0, n_prompt, chunk)]
-    parts = [forward_cost(config, n, n_past=start, n_batch=n_batch, n_logits=int(start + n == n_prompt), dtype=dtype)
-             for start, n in sizes]
+    parts = [
+        forward_cost(
+            config,
+            n,
+            n_past=start,
+            n_batch=n_batch,
+            n_logits=int(start + n == n_prompt),
+            dtype=dtype,
+        )
+        for start, n in sizes
+    ]
     return _sum(parts)
 
 
@@ -208,10 +243,14 @@ def uncached_flops(config, n, *, n_batch=1):
     window = config.sliding_window
     token, pair, logit = _rates(config, n_batch)
     w = n if window is None else min(window, n)
-    tail = n - w  # lengths beyond the window: each has the pairs of length w, and w for every token more
+    tail = (
+        n - w
+    )  # lengths beyond the window: each has the pairs of length w, and w for every token more
     pairs = w * (w + 1) * (w + 2) // 6 + tail * visible_pairs(w) + w * (tail * (tail + 1) // 2)
-    return (n * token + visible_pairs(n, 0, window) * pair + n * logit,
-            n * (n + 1) // 2 * token + pairs * pair + n * logit)
+    return (
+        n * token + visible_pairs(n, 0, window) * pair + n * logit,
+        n * (n + 1) // 2 * token + pairs * pair + n * logit,
+    )
 
 
 def kv_cache_bytes(config, n_context, *, n_batch=1, n_kv_head=None, window=None, itemsize=4):
@@ -255,10 +294,18 @@ def kv_table(config, n_context, *, n_batch=1, itemsize=4):
     """
     heads = {"mha": config.num_attention_heads, "gqa": config.num_key_value_heads, "mqa": 1}
     same = {"n_batch": n_batch, "itemsize": itemsize}
-    return {name: {"n_kv_head": n, "full": kv_cache_bytes(config, n_context, n_kv_head=n, **same),
-                   "window": None if config.sliding_window is None
-                   else kv_cache_bytes(config, n_context, n_kv_head=n, window=config.sliding_window, **same)}
-            for name, n in heads.items()}
+    return {
+        name: {
+            "n_kv_head": n,
+            "full": kv_cache_bytes(config, n_context, n_kv_head=n, **same),
+            "window": None
+            if config.sliding_window is None
+            else kv_cache_bytes(
+                config, n_context, n_kv_head=n, window=config.sliding_window, **same
+            ),
+        }
+        for name, n in heads.items()
+    }
 
 
 def cost_facts(config, n_context, *, n_batch=1, dtype=None):
@@ -282,17 +329,34 @@ def cost_facts(config, n_context, *, n_batch=1, dtype=None):
         When the context and one token more exceed the context length, or the model is no language model.
     """
     parameters = parameter_counts(config)
-    prefill, decode = (run(config, n_context, n_batch=n_batch, dtype=dtype) for run in (prefill_cost, decode_cost))
+    prefill, decode = (
+        run(config, n_context, n_batch=n_batch, dtype=dtype) for run in (prefill_cost, decode_cost)
+    )
     anew = forward_cost(config, n_context + 1, n_batch=n_batch, dtype=dtype)
     cached, uncached = uncached_flops(config, n_context, n_batch=n_batch)
     weight_size, kv_size = _itemsizes(config, dtype)
-    return {"context": n_context, "batch": n_batch, "dtype": dtype or config.dtype, "window": config.sliding_window,
-            "parameters": sum(parameters.values()), "parameters_by_part": parameters,
-            "weight_bytes": sum(parameters.values()) * weight_size,
-            "kv_cache_bytes": kv_cache_bytes(config, n_context, n_batch=n_batch, window=config.sliding_window, itemsize=kv_size),
-            "kv_cache": kv_table(config, n_context, n_batch=n_batch, itemsize=kv_size),
-            "prefill": _facts(prefill), "decode_step": _facts(decode), "decode_step_uncached": _facts(anew),
-            "whole_run": {"tokens": n_context, "cached_flops": cached, "uncached_flops": uncached, "ratio": uncached / cached}}
+    return {
+        "context": n_context,
+        "batch": n_batch,
+        "dtype": dtype or config.dtype,
+        "window": config.sliding_window,
+        "parameters": sum(parameters.values()),
+        "parameters_by_part": parameters,
+        "weight_bytes": sum(parameters.values()) * weight_size,
+        "kv_cache_bytes": kv_cache_bytes(
+            config, n_context, n_batch=n_batch, window=config.sliding_window, itemsize=kv_size
+        ),
+        "kv_cache": kv_table(config, n_context, n_batch=n_batch, itemsize=kv_size),
+        "prefill": _facts(prefill),
+        "decode_step": _facts(decode),
+        "decode_step_uncached": _facts(anew),
+        "whole_run": {
+            "tokens": n_context,
+            "cached_flops": cached,
+            "uncached_flops": uncached,
+            "ratio": uncached / cached,
+        },
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- the formulas, op by op
@@ -302,10 +366,20 @@ class _Sizes:
     """The numbers that the formulas are made of."""
 
     def __init__(self, config, n_seq, n_past, n_batch, n_logits, dtype):
-        self.config, self.n_seq, self.n_past, self.n_batch, self.n_logits = config, n_seq, n_past, n_batch, n_logits
-        self.weight, self.wide = _itemsizes(config, dtype)  # bytes of a stored number, and of an activation
+        self.config, self.n_seq, self.n_past, self.n_batch, self.n_logits = (
+            config,
+            n_seq,
+            n_past,
+            n_batch,
+            n_logits,
+        )
+        self.weight, self.wide = _itemsizes(
+            config, dtype
+        )  # bytes of a stored number, and of an activation
         self.n_token, self.n_layer = n_batch * n_seq, config.num_hidden_layers
-        self.d_q, self.d_kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.d_q, self.d_kv = (
+            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
 
 
 def _embed(z):
@@ -315,7 +389,9 @@ def _embed(z):
 
 def _rope_tables(z):
     d = z.config.d_rope
-    return Cost(z.n_seq * (d // 2 + 4 * d), 8 * z.n_seq + d // 2 * z.wide + 2 * z.n_seq * d * z.wide)
+    return Cost(
+        z.n_seq * (d // 2 + 4 * d), 8 * z.n_seq + d // 2 * z.wide + 2 * z.n_seq * d * z.wide
+    )
 
 
 def _rms_norm(z):
@@ -339,7 +415,10 @@ def _linear(z):
 def _apply_rope(z):
     d, tables = z.config.d_rope, 2 * z.n_seq * z.config.d_rope
     n_rotated = z.n_token * (z.config.num_attention_heads + z.config.num_key_value_heads) * d
-    return Cost(z.n_layer * 3 * n_rotated, z.n_layer * z.wide * (2 * z.n_token * (z.d_q + z.d_kv) + 2 * tables))
+    return Cost(
+        z.n_layer * 3 * n_rotated,
+        z.n_layer * z.wide * (2 * z.n_token * (z.d_q + z.d_kv) + 2 * tables),
+    )
 
 
 def _attention(z):
@@ -358,7 +437,12 @@ def _swiglu(z):
 def _rates(config, n_batch):
     """Flops for each token, visible pair and logit row of a sequence, times n_batch: what `forward_cost` is linear in."""
     per_token = total(forward_cost(config, 1, n_batch=n_batch, n_logits=0)).flops
-    pair = n_batch * config.num_hidden_layers * config.num_attention_heads * (4 * config.head_dim + 1 + SOFTMAX)
+    pair = (
+        n_batch
+        * config.num_hidden_layers
+        * config.num_attention_heads
+        * (4 * config.head_dim + 1 + SOFTMAX)
+    )
     return per_token - pair, pair, n_batch * 2 * config.hidden_size * config.vocab_size
 
 
@@ -371,7 +455,12 @@ def _maps(config):
 
 def _bias_sizes(config):
     """Numbers in the biases of those maps."""
-    has = {"qkv": config.attention_bias, "o": config.attention_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
+    has = {
+        "qkv": config.attention_bias,
+        "o": config.attention_bias,
+        "gate_up": config.mlp_bias,
+        "down": config.mlp_bias,
+    }
     return {name: d_out if has[name] else 0 for name, (d_out, _) in _maps(config).items()}
 
 
@@ -394,17 +483,23 @@ def _facts(costs):
 
 def _require_lm(config):
     if config.head != "lm":
-        raise NpllmValueError(f"the cost of a language model is counted, got {config.architectures[0]}")
+        raise NpllmValueError(
+            f"the cost of a language model is counted, got {config.architectures[0]}"
+        )
 
 
 def _check(config, n_seq, n_past, n_batch, n_logits):
     _require_lm(config)
     if n_seq < 1 or n_batch < 1 or n_past < 0 or not 0 <= n_logits <= n_seq:
-        raise NpllmValueError("n_seq and n_batch must be at least 1, n_past at least 0 and n_logits in 0 ... n_seq, got "
-                              f"n_seq = {n_seq}, n_batch = {n_batch}, n_past = {n_past}, n_logits = {n_logits}")
+        raise NpllmValueError(
+            "n_seq and n_batch must be at least 1, n_past at least 0 and n_logits in 0 ... n_seq, got "
+            f"n_seq = {n_seq}, n_batch = {n_batch}, n_past = {n_past}, n_logits = {n_logits}"
+        )
     if n_past + n_seq > config.context_length:
-        raise NpllmValueError(f"{n_past} cached + {n_seq} new tokens do not fit: the context length (max_position_embeddings) is "
-                              f"{config.context_length}")
+        raise NpllmValueError(
+            f"{n_past} cached + {n_seq} new tokens do not fit: the context length (max_position_embeddings) is "
+            f"{config.context_length}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ the counting run
@@ -434,7 +529,9 @@ def counting_ops(ops=reference):
     def wrap(name, op):
         def counted(*args, **options):
             y = op(*args, **options)
-            costs[name] = costs.get(name, Cost(0, 0)) + Cost(COUNTS[name](*args, **options), bytes_moved(name, args, options, y))
+            costs[name] = costs.get(name, Cost(0, 0)) + Cost(
+                COUNTS[name](*args, **options), bytes_moved(name, args, options, y)
+            )
             return y
 
         return counted
@@ -448,7 +545,10 @@ def _count_linear(x, weight, bias=None):
 
 def _count_attention(q, k, v, *, mask=None, q_slots=None, k_slots=None, **_):
     n_seq, n_ctx = q.shape[-2], k.shape[-2]
-    slots = range(n_ctx - n_seq, n_ctx) if q_slots is None else q_slots, range(n_ctx) if k_slots is None else k_slots
+    slots = (
+        range(n_ctx - n_seq, n_ctx) if q_slots is None else q_slots,
+        range(n_ctx) if k_slots is None else k_slots,
+    )
     visible = np.True_ if mask is None else evaluate_mask(np, mask, q, *slots)
     n_pair = int(np.broadcast_to(visible, (*q.shape[:-1], n_ctx)).sum())
     return n_pair * (2 * q.shape[-1] + 1 + SOFTMAX + 2 * v.shape[-1])
@@ -468,7 +568,11 @@ COUNTS = {
 
 def bytes_moved(name, args, options, y):
     """Bytes of all arrays that go in and come out; of an embedding matrix only the rows that are gathered."""
-    arrays = [x for x in (*args, *options.values(), *(y if isinstance(y, tuple) else (y,))) if hasattr(x, "nbytes")]
+    arrays = [
+        x
+        for x in (*args, *options.values(), *(y if isinstance(y, tuple) else (y,)))
+        if hasattr(x, "nbytes")
+    ]
     if name == "embed":
         ids, weight = args
         return ids.nbytes + ids.size * weight.shape[1] * weight.dtype.itemsize + y.nbytes

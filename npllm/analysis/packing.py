@@ -55,7 +55,9 @@ def pack(lengths, capacity):
 def _check_lengths(lengths, capacity):
     for number, length in enumerate(lengths):
         if not 1 <= length <= capacity:
-            raise NpllmValueError(f"document {number} must have 1 ... capacity = {capacity} tokens, got {length}")
+            raise NpllmValueError(
+                f"document {number} must have 1 ... capacity = {capacity} tokens, got {length}"
+            )
 
 
 def utilisation(rows, lengths):
@@ -97,12 +99,21 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
 
     Source: "Efficient Sequence Packing without Cross-contamination" (Krell et al. 2021).
     """
-    rules = [model.mask_rule(layer) for layer in range(model.config.num_hidden_layers)]  # refused by an encoder
-    ids = [model.require_tokenizer().encode(d) if isinstance(d, str) else [int(i) for i in d] for d in documents]
+    rules = [
+        model.mask_rule(layer) for layer in range(model.config.num_hidden_layers)
+    ]  # refused by an encoder
+    ids = [
+        model.require_tokenizer().encode(d) if isinstance(d, str) else [int(i) for i in d]
+        for d in documents
+    ]
     lengths = list(map(len, ids))
-    capacity = min(max([512, *lengths]), model.config.context_length) if capacity is None else capacity
+    capacity = (
+        min(max([512, *lengths]), model.config.context_length) if capacity is None else capacity
+    )
     _check_lengths(lengths, capacity)
-    rows = _pack_alike(lengths, capacity, [rope.frequency_choice(model.config, length) for length in lengths])
+    rows = _pack_alike(
+        lengths, capacity, [rope.frequency_choice(model.config, length) for length in lengths]
+    )
     scores = [None] * len(ids)
     for start in range(0, len(rows), n_rows):
         for number, score in _score_rows(model, rules, rows[start : start + n_rows], ids):
@@ -115,7 +126,9 @@ def _pack_alike(lengths, capacity, choices):
     rows = []
     for choice in sorted(set(choices)):
         alike = [number for number, other in enumerate(choices) if other == choice]
-        rows += [[alike[n] for n in row] for row in pack([lengths[number] for number in alike], capacity)]
+        rows += [
+            [alike[n] for n in row] for row in pack([lengths[number] for number in alike], capacity)
+        ]
     return rows
 
 
@@ -132,7 +145,11 @@ def layout(rows, ids):
         start = 0
         for label, number in enumerate(row, 1):
             stop = start + len(ids[number])
-            tokens[r, start:stop], positions[r, start:stop], labels[r, start:stop] = ids[number], np.arange(stop - start), label
+            tokens[r, start:stop], positions[r, start:stop], labels[r, start:stop] = (
+                ids[number],
+                np.arange(stop - start),
+                label,
+            )
             start = stop
     return tokens, positions, labels
 

@@ -39,7 +39,9 @@ def example_rules(n):
         "causal & documents": causal & mask.documents(labels),
         "causal & padding": causal & mask.padding(np.arange(n)[None, :] >= w),
         "causal & left_padding": causal & mask.left_padding(np.array([w])),
-        "Big Bird": mask.longformer_window(w) | mask.global_tokens([0]) | mask.random_blocks(w, -(-n // w), 1, 0),
+        "Big Bird": mask.longformer_window(w)
+        | mask.global_tokens([0])
+        | mask.random_blocks(w, -(-n // w), 1, 0),
     }
 
 
@@ -120,5 +122,7 @@ def _figure(size):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError(f'pictures need matplotlib ({error}); pip install "npllm[plot]"') from error
+        raise MissingExtraError(
+            f'pictures need matplotlib ({error}); pip install "npllm[plot]"'
+        ) from error
     return Figure(figsize=size)

@@ -54,7 +54,9 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
     "seconds" is of runs without the wrappers, so that measuring is not measured.
     """
     if min(n_prompt, n_new, repeat) < 1:
-        raise NpllmValueError(f"n_prompt, n_new and repeat must be at least 1, got {n_prompt}, {n_new} and {repeat}")
+        raise NpllmValueError(
+            f"n_prompt, n_new and repeat must be at least 1, got {n_prompt}, {n_new} and {repeat}"
+        )
     xp = array_namespace(model.params.embed_tokens)
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt + n_new))
     timed, calls = timed_ops(model.ops, getattr(xp, "cuda", None))
@@ -68,8 +70,14 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
     if limits is None and xp is np:
         limits = machine_limits()
     counts = {"prefill": 1, "decode": n_new}
-    return {"n_prompt": n_prompt, "n_new": n_new, "repeat": repeat, "set": model.ops.name, "limits": limits,
-            **{name: _summary(runs[1:], counts[name], limits) for name, runs in phases.items()}}
+    return {
+        "n_prompt": n_prompt,
+        "n_new": n_new,
+        "repeat": repeat,
+        "set": model.ops.name,
+        "limits": limits,
+        **{name: _summary(runs[1:], counts[name], limits) for name, runs in phases.items()},
+    }
 
 
 def _run_phases(model, ids, n_prompt, calls):
@@ -81,7 +89,10 @@ def _run_phases(model, ids, n_prompt, calls):
         start = time.perf_counter()
         for span in part:
             to_numpy(model(ids[:, span], cache=cache, logits_to_keep=1))
-        phases[name] = time.perf_counter() - start, {key: tuple(call) for key, call in calls.items()}
+        phases[name] = (
+            time.perf_counter() - start,
+            {key: tuple(call) for key, call in calls.items()},
+        )
     return phases
 
 
@@ -93,8 +104,18 @@ def _summary(runs, n_step, limits):
         n_call, _, flops, moved = runs[0][1][op, shape]
         took = statistics.median(run[1][op, shape][1] for run in runs) / n_step
         least = limits and max(flops / limits["flops"], moved / limits["read"]) / n_step
-        rows.append({"op": op, "weight": shape, "calls": n_call / n_step, "seconds": took, "share": took / seconds,
-                     "bytes": moved / n_step, "flops": flops / n_step, "of_limit": least and least / took})
+        rows.append(
+            {
+                "op": op,
+                "weight": shape,
+                "calls": n_call / n_step,
+                "seconds": took,
+                "share": took / seconds,
+                "bytes": moved / n_step,
+                "flops": flops / n_step,
+                "of_limit": least and least / took,
+            }
+        )
     rows.sort(key=lambda row: -row["seconds"])
     between = seconds - sum(row["seconds"] for row in rows)
     return {"seconds": seconds, "ops": rows, "between_seconds": between}
@@ -135,7 +156,11 @@ def timed_ops(ops, cuda=None):
 
         return timed
 
-    apart = {"attention_block", "mlp_block", "decoder_layers"}  # each product is to have a row of its own
+    apart = {
+        "attention_block",
+        "mlp_block",
+        "decoder_layers",
+    }  # each product is to have a row of its own
     kept = {name: None if name in apart else getattr(ops, name) for name in Ops.names()}
     wrapped = {name: op and wrap(name, op) for name, op in kept.items()}
     return replace(ops, **wrapped), calls
@@ -148,7 +173,11 @@ def count(name, args, options, y):
         return _count_rope_attention(qkv, *step[:4], y=y, mask=step.mask, cache=step.cache)
     if name in ("norm_linear", "norm_swiglu"):
         x, _gain, _eps, *rest = args
-        flops = COUNTS["rms_norm"](x) + COUNTS["linear"](x, *rest) + (5 * y.size if name == "norm_swiglu" else 0)
+        flops = (
+            COUNTS["rms_norm"](x)
+            + COUNTS["linear"](x, *rest)
+            + (5 * y.size if name == "norm_swiglu" else 0)
+        )
     elif name == "linear_add":
         x, weight, _residual, *bias = args
         flops = COUNTS["linear"](x, weight, *bias)
@@ -164,9 +193,17 @@ def _count_rope_attention(qkv, cos, sin, n_head, n_kv_head, *, y, mask, cache):
     shape = (*k.shape[:-2], n_past + k.shape[-2], k.shape[-1])
     keys = np.broadcast_to(np.float32(0), shape)
     flops = sum(COUNTS["apply_rope"](x, cos, sin) for x in (q, k))
-    flops += COUNTS["attention"](q, keys, keys, mask=mask, q_slots=range(n_past, shape[-2]), k_slots=range(shape[-2]))
-    n_seen = n_past + k.shape[-2] if cache is None or cache.window is None else min(n_past, cache.window - 1) + k.shape[-2]
-    return flops, sum(x.nbytes for x in (qkv, cos, sin, y)) + 2 * prod(k.shape[:-2]) * n_seen * k.shape[-1] * k.dtype.itemsize
+    flops += COUNTS["attention"](
+        q, keys, keys, mask=mask, q_slots=range(n_past, shape[-2]), k_slots=range(shape[-2])
+    )
+    n_seen = (
+        n_past + k.shape[-2]
+        if cache is None or cache.window is None
+        else min(n_past, cache.window - 1) + k.shape[-2]
+    )
+    return flops, sum(x.nbytes for x in (qkv, cos, sin, y)) + 2 * prod(
+        k.shape[:-2]
+    ) * n_seen * k.shape[-1] * k.dtype.itemsize
 
 
 def machine_limits():
@@ -183,7 +220,12 @@ def machine_limits():
         a = rng.standard_normal((n, 3072), dtype=np.float32)
         sgemm[f"{n} x 3072 x 4096"] = 2 * n * 3072 * 4096 / _median_seconds(lambda a=a: a @ b)
     reads = _read_probes()
-    return {"read": max(reads.values()), "flops": max(sgemm.values()), "read_probes": reads, "sgemm": sgemm}
+    return {
+        "read": max(reads.values()),
+        "flops": max(sgemm.values()),
+        "read_probes": reads,
+        "sgemm": sgemm,
+    }
 
 
 def _read_probes(size=2**30):
@@ -193,11 +235,17 @@ def _read_probes(size=2**30):
     matrix = x.view(np.uint16)
     matrix &= 0x3FFF  # finite as bfloat16
     matrix = matrix.view(ml_dtypes.bfloat16).reshape(-1, 8192)
-    probes = {"maximum of float32 on all threads": lambda: run_blocks(np.max, blocks),
-              "sum of int64 on all threads": lambda: run_blocks(lambda block: np.sum(block.view(np.int64)), blocks),
-              "sgemv of BLAS": lambda: x.reshape(-1, 8192) @ vector[0]}
+    probes = {
+        "maximum of float32 on all threads": lambda: run_blocks(np.max, blocks),
+        "sum of int64 on all threads": lambda: run_blocks(
+            lambda block: np.sum(block.view(np.int64)), blocks
+        ),
+        "sgemv of BLAS": lambda: x.reshape(-1, 8192) @ vector[0],
+    }
     if kernels.compiled_ops() is not None:
-        probes["decoding's matrix-vector kernel, bfloat16"] = lambda: kernels.compiled_ops().linear(vector, matrix)
+        probes["decoding's matrix-vector kernel, bfloat16"] = lambda: kernels.compiled_ops().linear(
+            vector, matrix
+        )
     return {name: size / _median_seconds(probe) for name, probe in probes.items()}
 
 

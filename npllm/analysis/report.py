@@ -19,19 +19,57 @@ from npllm.checkpoints.fetch import DEFAULT_MODEL, find_checkpoint, weights_fold
 from npllm.checkpoints.phi3_layout import check_entries, load_params
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries
 from npllm.config.config import Config
-from npllm.decoding.loop import last_logits, next_token_distribution, prepare, seen_tokens, stream_batch
+from npllm.decoding.loop import (
+    last_logits,
+    next_token_distribution,
+    prepare,
+    seen_tokens,
+    stream_batch,
+)
 from npllm.errors import NpllmError
 from npllm.models import module_tree
 from npllm.quantized.int8 import quantize
 from npllm.threads import blas_facts, n_threads
 
-__all__ = ["attention_rows", "checkpoint_facts", "compare_sets", "cost_lines", "generate_timed", "int8_errors", "machine_facts",
-           "next_tokens", "peak_memory", "profile_lines", "score_facts", "set_lines", "speed"]
+__all__ = [
+    "attention_rows",
+    "checkpoint_facts",
+    "compare_sets",
+    "cost_lines",
+    "generate_timed",
+    "int8_errors",
+    "machine_facts",
+    "next_tokens",
+    "peak_memory",
+    "profile_lines",
+    "score_facts",
+    "set_lines",
+    "speed",
+]
 
-PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "gguf", "huggingface_hub", "platformdirs", "tqdm",
-            "numba", "threadpoolctl", "cupy-cuda13x")
-THREAD_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS",
-                    "CUPY_TF32")
+PACKAGES = (
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
+    "click",
+    "gguf",
+    "huggingface_hub",
+    "platformdirs",
+    "tqdm",
+    "numba",
+    "threadpoolctl",
+    "cupy-cuda13x",
+)
+THREAD_VARIABLES = (
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUPY_TF32",
+)
 
 
 def machine_facts():
@@ -42,17 +80,23 @@ def machine_facts():
     facts : dict
     """
     return {
-        "npllm": importlib.import_module("npllm").__version__,  # also of a folder that is not installed
+        "npllm": importlib.import_module(
+            "npllm"
+        ).__version__,  # also of a folder that is not installed
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "blas": _blas_facts(),
         "kernels": _kernel_facts(),
         "environment": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
         "gpu": _gpu_facts(),
         "weights_folder": str(weights_folder()),
-        "default_checkpoint": str(find_checkpoint(DEFAULT_MODEL) or "not fetched yet (npllm fetch)"),
+        "default_checkpoint": str(
+            find_checkpoint(DEFAULT_MODEL) or "not fetched yet (npllm fetch)"
+        ),
     }
 
 
@@ -71,10 +115,18 @@ def int8_errors(folder):
         Part ("embed_tokens", "layer 0", ...) -> name of the matrix -> relative error.
     """
     params = load_params(folder, Config.from_json(folder))
-    parts = {"embed_tokens, lm_head": {name: getattr(params, name) for name in ("embed_tokens", "lm_head")}}
+    parts = {
+        "embed_tokens, lm_head": {
+            name: getattr(params, name) for name in ("embed_tokens", "lm_head")
+        }
+    }
     parts |= {f"layer {number}": layer._asdict() for number, layer in enumerate(params.layers)}
-    return {part: {name: _int8_error(x) for name, x in matrices.items() if x is not None and x.ndim == 2}
-            for part, matrices in parts.items()}
+    return {
+        part: {
+            name: _int8_error(x) for name, x in matrices.items() if x is not None and x.ndim == 2
+        }
+        for part, matrices in parts.items()
+    }
 
 
 def _int8_error(weight, n_rows=512):
@@ -90,9 +142,15 @@ def _int8_error(weight, n_rows=512):
 def _kernel_facts():
     """Which set of operations `load` picks on this machine and why, its threads, and how long compiling takes."""
     reason, seconds = kernels.why_not_compiled(), kernels.seconds_to_prepare()
-    facts = {"set": kernels.fastest_ops().name, "threads": n_threads(), "why": reason or "Numba is here"}
+    facts = {
+        "set": kernels.fastest_ops().name,
+        "threads": n_threads(),
+        "why": reason or "Numba is here",
+    }
     if seconds is not None:
-        facts |= {"ready in": f"{seconds:.1f} s" + (", compiled just now and kept" if seconds > 3 else "")}
+        facts |= {
+            "ready in": f"{seconds:.1f} s" + (", compiled just now and kept" if seconds > 3 else "")
+        }
     return facts
 
 
@@ -117,7 +175,15 @@ def checkpoint_facts(folder):
     check_entries(folder, entries, config)
     parts = {"embeddings": 0, "attention": 0, "mlp": 0, "norms": 0}
     for name, entry in entries.items():
-        part = ("norms" if "norm" in name else "attention" if ".self_attn." in name else "mlp" if ".mlp." in name else "embeddings")
+        part = (
+            "norms"
+            if "norm" in name
+            else "attention"
+            if ".self_attn." in name
+            else "mlp"
+            if ".mlp." in name
+            else "embeddings"
+        )
         parts[part] += prod(entry.shape)
     return {
         "folder": str(folder),
@@ -125,10 +191,16 @@ def checkpoint_facts(folder):
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
         "bytes": sum(entry.stop - entry.start for entry in entries.values()),
-        "dtypes": sorted({SAFETENSORS_DTYPES.get(entry.dtype, entry.dtype) for entry in entries.values()}),
+        "dtypes": sorted(
+            {SAFETENSORS_DTYPES.get(entry.dtype, entry.dtype) for entry in entries.values()}
+        ),
         "files": len({entry.file for entry in entries.values()}),
         "context_length": config.max_position_embeddings,
-        "kv_bytes_per_token": 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4,
+        "kv_bytes_per_token": 2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * config.head_dim
+        * 4,
     }
 
 
@@ -156,8 +228,15 @@ def next_tokens(model, prompt, n, *, order="transformers", **filters):
     seen = seen_tokens(ids, valid, model.config.vocab_size)
     probabilities = next_token_distribution(logits, order=order, seen=seen, **filters)[0]
     best = [i for i in np.lexsort((-logits[0], -probabilities))[:n] if probabilities[i] > 0]
-    return [{"id": int(i), "text": model.tokenizer.token_text(i), "logit": float(logits[0, i]),
-             "probability": float(probabilities[i])} for i in best]
+    return [
+        {
+            "id": int(i),
+            "text": model.tokenizer.token_text(i),
+            "logit": float(logits[0, i]),
+            "probability": float(probabilities[i]),
+        }
+        for i in best
+    ]
 
 
 def score_facts(model, text, **options):
@@ -177,9 +256,14 @@ def score_facts(model, text, **options):
     """
     scored = score(model, text, **options)
     each = [None, *map(float, scored.log_probs)]
-    return {"tokens": [{"id": int(i), "text": model.tokenizer.token_text(i), "log_probability": value}
-                       for i, value in zip(scored.ids, each, strict=True)],
-            "log_probability": scored.total, "perplexity": scored.perplexity}
+    return {
+        "tokens": [
+            {"id": int(i), "text": model.tokenizer.token_text(i), "log_probability": value}
+            for i, value in zip(scored.ids, each, strict=True)
+        ],
+        "log_probability": scored.total,
+        "perplexity": scored.perplexity,
+    }
 
 
 def cost_lines(facts):
@@ -187,16 +271,26 @@ def cost_lines(facts):
     yield f"parameters {facts['parameters']:>24,}   {facts['weight_bytes']:,} bytes in {facts['dtype']}"
     yield from (f"  {part:<12} {count:>20,}" for part, count in facts["parameters_by_part"].items())
     yield f"\n{facts['batch']} x {facts['context']} tokens {'FLOPs':>22} {'bytes':>20} {'FLOPs/byte':>11}"
-    for title, key in (("prefill", "prefill"), ("decode step", "decode_step"), ("  uncached", "decode_step_uncached")):
+    for title, key in (
+        ("prefill", "prefill"),
+        ("decode step", "decode_step"),
+        ("  uncached", "decode_step_uncached"),
+    ):
         yield _cost_line(title, facts[key])
         if key != "decode_step_uncached":
             yield from (_cost_line("  " + op, cost) for op, cost in facts[key]["by_op"].items())
     run = facts["whole_run"]
-    yield (f"\n{run['tokens']} tokens one by one: {run['cached_flops']:,} FLOPs with the cache, {run['uncached_flops']:,} without: "
-           f"{run['ratio']:.1f} times as many")
+    yield (
+        f"\n{run['tokens']} tokens one by one: {run['cached_flops']:,} FLOPs with the cache, {run['uncached_flops']:,} without: "
+        f"{run['ratio']:.1f} times as many"
+    )
     yield f"\nKV cache {facts['kv_cache_bytes']:>26,} bytes"
     for name, row in facts["kv_cache"].items():
-        window = "" if row["window"] is None else f"   {row['window']:,} with the window of {facts['window']}"
+        window = (
+            ""
+            if row["window"] is None
+            else f"   {row['window']:,} with the window of {facts['window']}"
+        )
         yield f"  {name.upper()}, {row['n_kv_head']:>3} heads {row['full']:>21,}{window}"
 
 
@@ -209,16 +303,23 @@ def profile_lines(facts):
     limits = facts["limits"]
     if limits:
         yield f"limits: {limits['read'] / 1e9:.1f} GB/s read, {limits['flops'] / 1e9:.0f} GFLOP/s float32 product"
-    steps = {"prefill": f"prefill of {facts['n_prompt']} tokens", "decode": f"one token of decoding after {facts['n_prompt']}"}
+    steps = {
+        "prefill": f"prefill of {facts['n_prompt']} tokens",
+        "decode": f"one token of decoding after {facts['n_prompt']}",
+    }
     for phase, title in steps.items():
         whole = facts[phase]["seconds"]
-        yield (f"\n{title}: {whole * 1e3:.2f} ms, {facts['set']} ops\n"
-               f"{'op':<16} {'weight':<14} {'calls':>6} {'ms':>9} {'share':>6} {'GB/s':>7} {'GFLOP/s':>8} {'of limit':>9}")
+        yield (
+            f"\n{title}: {whole * 1e3:.2f} ms, {facts['set']} ops\n"
+            f"{'op':<16} {'weight':<14} {'calls':>6} {'ms':>9} {'share':>6} {'GB/s':>7} {'GFLOP/s':>8} {'of limit':>9}"
+        )
         for row in facts[phase]["ops"]:
             weight = "x".join(map(str, row["weight"] or ()))
             limit = "" if row["of_limit"] is None else f"{row['of_limit']:.0%}"
-            yield (f"{row['op']:<16} {weight:<14} {row['calls']:>6.0f} {row['seconds'] * 1e3:>9.3f} {row['share']:>6.1%} "
-                   f"{row['bytes'] / row['seconds'] / 1e9:>7.1f} {row['flops'] / row['seconds'] / 1e9:>8.1f} {limit:>9}")
+            yield (
+                f"{row['op']:<16} {weight:<14} {row['calls']:>6.0f} {row['seconds'] * 1e3:>9.3f} {row['share']:>6.1%} "
+                f"{row['bytes'] / row['seconds'] / 1e9:>7.1f} {row['flops'] / row['seconds'] / 1e9:>8.1f} {limit:>9}"
+            )
         between = facts[phase]["between_seconds"]
         yield f"{'between the ops':<38} {between * 1e3:>9.3f} {between / whole:>6.1%}"
 
@@ -237,8 +338,16 @@ def attention_rows(steps):
     """
     lengths = np.linalg.norm(steps.weighted_values, axis=1)
     keys = zip(steps.tokens, steps.scores, steps.weights, lengths, strict=True)
-    return [{"slot": slot, "token": token, "score": float(score), "weight": float(weight), "weighted_value": float(length)}
-            for slot, (token, score, weight, length) in enumerate(keys)]
+    return [
+        {
+            "slot": slot,
+            "token": token,
+            "score": float(score),
+            "weight": float(weight),
+            "weighted_value": float(length),
+        }
+        for slot, (token, score, weight, length) in enumerate(keys)
+    ]
 
 
 def generate_timed(model, prompt, write, *, echo=False, **options):
@@ -273,9 +382,16 @@ def generate_timed(model, prompt, write, *, echo=False, **options):
         write(text[-1])
     first = ticks[0] - start if ticks else 0.0
     rest = ticks[-1] - ticks[0] if ticks else 0.0
-    return {"text": "".join(text), "prompt_tokens": ids.shape[1], "prompt_seconds": first,
-            "prompt_tokens_per_second": ids.shape[1] / first if first else 0.0, "new_tokens": len(ticks), "new_seconds": rest,
-            "new_tokens_per_second": (len(ticks) - 1) / rest if rest else 0.0, "peak_bytes": peak_memory()}
+    return {
+        "text": "".join(text),
+        "prompt_tokens": ids.shape[1],
+        "prompt_seconds": first,
+        "prompt_tokens_per_second": ids.shape[1] / first if first else 0.0,
+        "new_tokens": len(ticks),
+        "new_seconds": rest,
+        "new_tokens_per_second": (len(ticks) - 1) / rest if rest else 0.0,
+        "peak_bytes": peak_memory(),
+    }
 
 
 def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
@@ -293,12 +409,25 @@ def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
     """
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt))
     to_numpy(model(ids[:, :2]))  # warm up: the first touch reads the mapped weights
-    runs = {"prefill": lambda: to_numpy(model(ids, logits_to_keep=1)), "decode_cached": lambda: _decode(model, ids, n_new, True),
-            "decode_uncached": lambda: _decode(model, ids, n_new, False)}
+    runs = {
+        "prefill": lambda: to_numpy(model(ids, logits_to_keep=1)),
+        "decode_cached": lambda: _decode(model, ids, n_new, True),
+        "decode_uncached": lambda: _decode(model, ids, n_new, False),
+    }
     counts = {"prefill": n_prompt, "decode_cached": n_new, "decode_uncached": n_new}
-    facts = {name: counts[name] / statistics.median(seconds(run) for _ in range(repeat)) for name, run in runs.items()}
-    return {"n_prompt": n_prompt, "n_new": n_new, "repeat": repeat, "ops": model.ops.name, "tokens_per_second": facts,
-            "cache_speedup": facts["decode_cached"] / facts["decode_uncached"], "peak_bytes": peak_memory()}
+    facts = {
+        name: counts[name] / statistics.median(seconds(run) for _ in range(repeat))
+        for name, run in runs.items()
+    }
+    return {
+        "n_prompt": n_prompt,
+        "n_new": n_new,
+        "repeat": repeat,
+        "ops": model.ops.name,
+        "tokens_per_second": facts,
+        "cache_speedup": facts["decode_cached"] / facts["decode_uncached"],
+        "peak_bytes": peak_memory(),
+    }
 
 
 def compare_sets(model, others, **sizes):
@@ -322,8 +451,15 @@ def compare_sets(model, others, **sizes):
     models = [model, *(model.on(kernels.choose_ops(name, backend)) for name in others)]
     sets = [speed(one, **sizes) for one in models]
     own = sets[0]["tokens_per_second"]
-    return {"sets": sets, "speedup": {facts["ops"]: {name: own[name] / value for name, value in facts["tokens_per_second"].items()}
-                                      for facts in sets[1:]}}
+    return {
+        "sets": sets,
+        "speedup": {
+            facts["ops"]: {
+                name: own[name] / value for name, value in facts["tokens_per_second"].items()
+            }
+            for facts in sets[1:]
+        },
+    }
 
 
 def set_lines(facts):
@@ -333,7 +469,9 @@ def set_lines(facts):
             yield f"{one['ops']:<12} {name:<16} {value:9.1f} tokens/s"
     own = facts["sets"][0]["ops"]
     for other, ratios in facts["speedup"].items():
-        yield f"{own} over {other}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        yield f"{own} over {other}: " + ", ".join(
+            f"{name} {ratio:.2f}" for name, ratio in ratios.items()
+        )
 
 
 def peak_memory():
@@ -377,5 +515,10 @@ def _gpu_facts():
     except NpllmError as error:
         return {"found": False, "why": str(error)}
     properties = cupy.cuda.runtime.getDeviceProperties(0)
-    return {"found": True, "name": properties["name"].decode(), "bytes": properties["totalGlobalMem"],
-            "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(), "cupy": cupy.__version__}
+    return {
+        "found": True,
+        "name": properties["name"].decode(),
+        "bytes": properties["totalGlobalMem"],
+        "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
+        "cupy": cupy.__version__,
+    }

@@ -77,8 +77,10 @@ def windows(n, max_length, stride):
     too few.
     """
     if max_length < 2 or not 1 <= stride < max_length:
-        raise NpllmValueError("max_length must be at least 2 and stride in 1 ... max_length - 1, so that windows overlap, got "
-                              f"max_length = {max_length} and stride = {stride}")
+        raise NpllmValueError(
+            "max_length must be at least 2 and stride in 1 ... max_length - 1, so that windows overlap, got "
+            f"max_length = {max_length} and stride = {stride}"
+        )
     cuts, scored = [], 1
     for start in range(0, n, stride):
         stop = min(start + max_length, n)
@@ -127,8 +129,10 @@ def score(model, text, *, max_length=None, stride=None, progress=False):
     max_length = min(WINDOW, model.config.context_length) if max_length is None else max_length
     stride = max(1, max_length // 2) if stride is None else stride
     if max_length > model.config.context_length:
-        raise NpllmValueError(f"max_length must be at most the context length (max_position_embeddings) = "
-                              f"{model.config.context_length}, got {max_length}")
+        raise NpllmValueError(
+            f"max_length must be at most the context length (max_position_embeddings) = "
+            f"{model.config.context_length}, got {max_length}"
+        )
     cuts, parts = windows(len(ids), max_length, stride), []
     with _progress_bar(len(ids) - 1, progress) as advance:
         for window in cuts:
@@ -164,7 +168,9 @@ def perplexity(log_probs):
     Source: "Perplexity, a measure of the difficulty of speech recognition tasks" (Jelinek et al. 1977).
     """
     if len(log_probs) == 0:
-        raise NpllmValueError("perplexity needs the log-probability of at least one token, got none")
+        raise NpllmValueError(
+            "perplexity needs the log-probability of at least one token, got none"
+        )
     if not (np.asarray(log_probs) < np.inf).all():
         check_finite(np.asarray(log_probs), "log_probs")
     mean = -float(np.mean(log_probs))
@@ -190,23 +196,38 @@ def perplexity_facts(model, text, **options):
     scored = score(model, text, **options)
     seconds = time.perf_counter() - begin
     n = len(scored.log_probs)
-    return {"perplexity": scored.perplexity, "tokens": n + 1, "scored_tokens": n, "log_probability": scored.total,
-            "bits_per_byte": -scored.total / math.log(2) / len(text.encode()), "seconds": seconds, "tokens_per_second": n / seconds}
+    return {
+        "perplexity": scored.perplexity,
+        "tokens": n + 1,
+        "scored_tokens": n,
+        "log_probability": scored.total,
+        "bits_per_byte": -scored.total / math.log(2) / len(text.encode()),
+        "seconds": seconds,
+        "tokens_per_second": n / seconds,
+    }
 
 
 def _ids(model, text):
     """Token ids [n] of a text or of ids."""
-    ids = host_integers("text", model.require_tokenizer().encode(text) if isinstance(text, str) else text)
+    ids = host_integers(
+        "text", model.require_tokenizer().encode(text) if isinstance(text, str) else text
+    )
     if ids.ndim != 1 or (ids.size and not is_integer(ids)):
-        raise NpllmTypeError(f"text must be a str or integers [n], got {ids.dtype} {list(ids.shape)}")
+        raise NpllmTypeError(
+            f"text must be a str or integers [n], got {ids.dtype} {list(ids.shape)}"
+        )
     if len(ids) < 2:
-        raise NpllmValueError(f"a text must have at least 2 tokens to be scored (the first has nothing before it), got {len(ids)}")
+        raise NpllmValueError(
+            f"a text must have at least 2 tokens to be scored (the first has nothing before it), got {len(ids)}"
+        )
     return ids.astype(np.int64)
 
 
 def _score_window(model, ids, window):
     """Log-probabilities of the tokens first ... stop - 1, each from the hidden state one place before it, in blocks of rows."""
-    hidden = model.model(ids[None, window.start : window.stop - 1])[0, window.first - 1 - window.start :, :]
+    hidden = model.model(ids[None, window.start : window.stop - 1])[
+        0, window.first - 1 - window.start :, :
+    ]
     targets, parts = ids[window.first : window.stop], []
     for start in range(0, len(targets), ROWS):
         logits = to_numpy(model.lm_head(hidden[start : start + ROWS, :]))

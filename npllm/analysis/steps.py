@@ -57,8 +57,11 @@ def attention_steps(model, prompt, *, layer, head, position=-1):
     n_batch, n_seq = ids.shape
     if n_batch != 1:
         raise NpllmValueError(f"attention_steps follows one prompt, got {n_batch}")
-    for name, value, low, high in (("layer", layer, 0, config.num_hidden_layers), ("head", head, 0, config.num_attention_heads),
-                                   ("position", position, -n_seq, n_seq)):
+    for name, value, low, high in (
+        ("layer", layer, 0, config.num_hidden_layers),
+        ("head", head, 0, config.num_attention_heads),
+        ("position", position, -n_seq, n_seq),
+    ):
         if not low <= value < high:
             raise NpllmValueError(f"{name} must lie in {low} ... {high - 1}, got {value}")
     q, k, v = _queries_keys_values(model, ids, layer)
@@ -69,7 +72,9 @@ def attention_steps(model, prompt, *, layer, head, position=-1):
     weights = all_weights[head, position]
     weighted_values = weights[:, None] * values
     tokens = [model.tokenizer.token_text(i) if model.tokenizer else str(i) for i in ids[0].tolist()]
-    return AttentionSteps(tokens, scores, weights, weighted_values, weighted_values.sum(axis=0), all_weights)
+    return AttentionSteps(
+        tokens, scores, weights, weighted_values, weighted_values.sum(axis=0), all_weights
+    )
 
 
 def _queries_keys_values(model, ids, layer):
@@ -82,4 +87,7 @@ def _queries_keys_values(model, ids, layer):
         return x
 
     model.model(ids, tap=tap)
-    return tuple(check_finite(to_numpy(seen[name]), f"{name} of layer {layer}", FROM_MODEL) for name in ("q", "k", "v"))
+    return tuple(
+        check_finite(to_numpy(seen[name]), f"{name} of layer {layer}", FROM_MODEL)
+        for name in ("q", "k", "v")
+    )

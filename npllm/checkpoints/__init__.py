@@ -10,5 +10,15 @@ from npllm.checkpoints.safetensors import TensorEntry, check_shapes, read_entrie
 from npllm.checkpoints.tensor_reader import TensorReader
 from npllm.models.params import LayerParams, Params
 
-__all__ = ["LayerParams", "Params", "TensorEntry", "TensorReader", "check_entries", "check_shapes",
-           "expected_shapes", "find_nonfinite", "load_params", "read_entries"]
+__all__ = [
+    "LayerParams",
+    "Params",
+    "TensorEntry",
+    "TensorReader",
+    "check_entries",
+    "check_shapes",
+    "expected_shapes",
+    "find_nonfinite",
+    "load_params",
+    "read_entries",
+]

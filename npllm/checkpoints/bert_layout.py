@@ -38,7 +38,11 @@ POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 
 
 def load_params(
-    folder: str | PathLike[str], config: BertConfig, *, dtype: str | None = None, xp: Any = np,
+    folder: str | PathLike[str],
+    config: BertConfig,
+    *,
+    dtype: str | None = None,
+    xp: Any = np,
     is_pooled: bool = False,
 ) -> BertParams:
     """Load the weights of a BERT folder.
@@ -79,7 +83,9 @@ def load_params(
 
 
 def _warn_of_ignored(
-    folder: str | PathLike[str], entries: Mapping[str, TensorEntry], config: BertConfig,
+    folder: str | PathLike[str],
+    entries: Mapping[str, TensorEntry],
+    config: BertConfig,
     is_pooled: bool,
 ) -> None:
     """Warn of tensors that hold values and are not used."""
@@ -88,8 +94,12 @@ def _warn_of_ignored(
         warn_of_unused(folder, [POSITION_IDS], f"it is not 0 ... {n_pos - 1}, which is used")
     if not is_pooled:
         pooler = [name for name in POOLER if name in entries]
-        warn_of_unused(folder, pooler, "hidden states are combined as 1_Pooling/config.json says, "
-                       "else by their mean", stacklevel=5)
+        warn_of_unused(
+            folder,
+            pooler,
+            "hidden states are combined as 1_Pooling/config.json says, else by their mean",
+            stacklevel=5,
+        )
 
 
 def _is_range(entry: TensorEntry, n: int) -> bool:

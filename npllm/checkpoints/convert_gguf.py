@@ -123,8 +123,9 @@ def _phi3_config(gguf: GGUFFile) -> dict[str, Any]:
 def _check_rope(gguf: GGUFFile, d_model: int, n_head: int) -> None:
     """Raise on a head width or a RoPE variant that Phi-3's config.json cannot express."""
     if n_head < 1 or d_model % (2 * n_head):
-        raise NpllmValueError(f"{gguf.path}: d_model must make n_head heads of even width, "
-                              f"got {d_model} and {n_head}")
+        raise NpllmValueError(
+            f"{gguf.path}: d_model must make n_head heads of even width, got {d_model} and {n_head}"
+        )
     d_head = d_model // n_head
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         gguf.require(f"llama.{key}", gguf.value_or(f"llama.{key}", int, d_head), d_head)
@@ -167,8 +168,10 @@ def half_split(weight: np.ndarray, n_head: int) -> np.ndarray:
     """
     n_rows, d_model = weight.shape
     if n_rows % (2 * n_head):
-        raise NpllmValueError(f"weight must have n_head * d_head rows, {n_head} heads of even "
-                              f"width, got {n_rows} rows")
+        raise NpllmValueError(
+            f"weight must have n_head * d_head rows, {n_head} heads of even "
+            f"width, got {n_rows} rows"
+        )
     pairs = weight.reshape(n_head, n_rows // n_head // 2, 2, d_model)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(n_rows, d_model)
 
@@ -213,8 +216,10 @@ def _checked_tensors(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, "Reade
     missing = sorted(set(wanted) - set(gguf.tensors))
     unknown = sorted(set(gguf.tensors) - set(wanted))
     if missing or unknown:
-        raise NpllmValueError(f"{gguf.path}: tensors missing: {missing[:3]}, "
-                              f"tensors that would be dropped: {unknown[:3]}")
+        raise NpllmValueError(
+            f"{gguf.path}: tensors missing: {missing[:3]}, "
+            f"tensors that would be dropped: {unknown[:3]}"
+        )
     shapes = _source_shapes(config)
     for name in wanted:
         expected, shape = shapes[tensor_kind(name)], tensor_shape(gguf.tensors[name])
@@ -237,9 +242,7 @@ def _phi3_rows(tensor: "ReaderTensor", config: dict[str, Any]) -> Iterator[np.nd
         yield half_split(np.concatenate(list(dequantized_rows(tensor))), n_head)
 
 
-def _write_weights(
-    tensors: dict[str, "ReaderTensor"], config: dict[str, Any], path: Path
-) -> None:
+def _write_weights(tensors: dict[str, "ReaderTensor"], config: dict[str, Any], path: Path) -> None:
     """Write model.safetensors, one block of rows at a time: the model is never whole in memory."""
     sources = _sources(config)
     shapes = {}

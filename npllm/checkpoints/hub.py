@@ -22,9 +22,7 @@ from npllm.progress import progress_bar
 __all__ = ["fetch_repository"]
 
 # consolidated*.safetensors repeat the weights under other names.
-WANTED = re.compile(
-    r"(?:\d+_\w+/)?(?!consolidated)[\w.-]+\.(?:safetensors|json|jinja)", re.ASCII
-)
+WANTED = re.compile(r"(?:\d+_\w+/)?(?!consolidated)[\w.-]+\.(?:safetensors|json|jinja)", re.ASCII)
 TRIES = 5  # without any new byte
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 2**20  # bytes
@@ -210,8 +208,12 @@ def _hub_errors(name: str, revision: str | None, token: str | None) -> Iterator[
     errors = import_extra("huggingface_hub.errors")
     try:
         yield
-    except (errors.HfHubHTTPError, errors.HTTPError, errors.OfflineModeIsEnabled,
-            json.JSONDecodeError) as error:
+    except (
+        errors.HfHubHTTPError,
+        errors.HTTPError,
+        errors.OfflineModeIsEnabled,
+        json.JSONDecodeError,
+    ) as error:
         raise NpllmOSError(_explain(error, errors, name, revision, token)) from error
 
 

@@ -84,8 +84,10 @@ def _layer_sources(config: Config, number: int) -> Sources:
         gate_up = {"gate_proj": d_ff, "up_proj": d_ff}
     layer = f"model.layers.{number}"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    sources: Sources = {norm: {f"{layer}.{norm}.weight": (d_model,)}
-                        for norm in ("input_layernorm", "post_attention_layernorm")}
+    sources: Sources = {
+        norm: {f"{layer}.{norm}.weight": (d_model,)}
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
     sources |= _linear_sources("qkv", attention, qkv, d_model, config.attention_bias)
     sources |= _linear_sources("o", attention, {"o_proj": d_model}, d_q, config.attention_bias)
     sources |= _linear_sources("gate_up", mlp, gate_up, d_model, config.mlp_bias)
@@ -106,7 +108,11 @@ def _linear_sources(
 
 
 def load_params(
-    folder: str | PathLike[str], config: Config, *, dtype: str | None = None, xp: Any = np,
+    folder: str | PathLike[str],
+    config: Config,
+    *,
+    dtype: str | None = None,
+    xp: Any = np,
     progress: bool = False,
 ) -> Params:
     """Load the weights of a checkpoint folder.
@@ -213,7 +219,8 @@ def _top_sources_in(
         return sources
     warnings.warn(
         f"{folder}: config.json says tie_word_embeddings: true, but {OUTPUT} and {EMBEDDING} "
-        "differ, so both are used; tie_word_embeddings: false would say so", stacklevel=4
+        "differ, so both are used; tie_word_embeddings: false would say so",
+        stacklevel=4,
     )
     return sources | output
 
@@ -224,8 +231,9 @@ def _warn_of_ignored(
     """Warn of tensors that hold weights and are not used."""
     buffers = [name for name in entries if name.endswith(ROPE_BUFFER)]
     unexplained = [name for name in buffers if not _follows_from(config, entries[name])]
-    warn_of_unused(folder, unexplained,
-                   "they are not the RoPE frequencies of config.json, which are used")
+    warn_of_unused(
+        folder, unexplained, "they are not the RoPE frequencies of config.json, which are used"
+    )
     if config.head != "lm" and OUTPUT in entries:
         warn_of_unused(folder, [OUTPUT], f"{config.architectures[0]} scores classes")
 

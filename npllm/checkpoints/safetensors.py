@@ -20,16 +20,24 @@ from npllm.config.strict_json import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.models.params import LayerParams, Params  # noqa: F401 - importable from here as before
 
-__all__ = ["INTEGER_DTYPES", "SAFETENSORS_DTYPES", "TensorEntry", "check_shapes", "read_entries",
-           "view_of"]
+__all__ = [
+    "INTEGER_DTYPES",
+    "SAFETENSORS_DTYPES",
+    "TensorEntry",
+    "check_shapes",
+    "read_entries",
+    "view_of",
+]
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # Of buffers that old files hold.
 INTEGER_DTYPES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 LARGEST_HEADER = 2**25  # bytes; published files have headers of up to 1 MB
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-PICKLE_DANGER = ("may hold Python pickles, which can run any code when they are opened and are "
-                 "refused; convert them to safetensors with a tool you trust")
+PICKLE_DANGER = (
+    "may hold Python pickles, which can run any code when they are opened and are "
+    "refused; convert them to safetensors with a tool you trust"
+)
 
 
 class TensorEntry(NamedTuple):
@@ -99,12 +107,14 @@ def read_entries(folder: str | PathLike[str]) -> dict[str, TensorEntry]:
     if os.path.isfile(single):
         return _read_header(single)
     if not os.path.isfile(index):
-        raise NpllmOSError(f"{folder}: holds neither {single.name} nor {index.name}"
-                           f"{_found_instead(folder)}")
+        raise NpllmOSError(
+            f"{folder}: holds neither {single.name} nor {index.name}{_found_instead(folder)}"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise NpllmValueError(f"{index}: must have a weight_map from tensor names to files, "
-                              f"got {quote(weight_map)}")
+        raise NpllmValueError(
+            f"{index}: must have a weight_map from tensor names to files, got {quote(weight_map)}"
+        )
     return _read_shards(index, weight_map)
 
 
@@ -112,8 +122,9 @@ def _read_shards(index: Path, weight_map: dict[str, Any]) -> dict[str, TensorEnt
     """Read the headers of the files that an index names."""
     files = sorted({_check_file_name(index, file) for file in weight_map.values()})
     headers = {file: _read_header(index.parent / file) for file in files}
-    missing = [f"{name} in {file}" for name, file in weight_map.items()
-               if name not in headers[file]]
+    missing = [
+        f"{name} in {file}" for name, file in weight_map.items() if name not in headers[file]
+    ]
     if missing:
         raise NpllmValueError(
             f"{index}: names tensors that the files do not hold: {_listing(missing)}"
@@ -138,8 +149,10 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
         with path.open("rb") as file:
             n_header, n_bytes = int.from_bytes(file.read(8), "little"), os.path.getsize(path)
             if n_header > min(n_bytes - 8, LARGEST_HEADER):
-                raise ValueError(f"its header should have {n_header} bytes, but the file has "
-                                 f"{n_bytes}, and a header may have at most {LARGEST_HEADER}")
+                raise ValueError(
+                    f"its header should have {n_header} bytes, but the file has "
+                    f"{n_bytes}, and a header may have at most {LARGEST_HEADER}"
+                )
             with safe_open(path, framework="np"):
                 pass
             header = json.loads(file.read(n_header), object_pairs_hook=no_duplicates)
@@ -178,8 +191,10 @@ def _found_instead(folder: Path) -> str:
 
 
 def check_shapes(
-    folder: str | PathLike[str], entries: Mapping[str, TensorEntry],
-    expected: Mapping[str, tuple[int, ...]], ignored: Collection[str] = (),
+    folder: str | PathLike[str],
+    entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Collection[str] = (),
     advice: Iterable[str] = (),
 ) -> None:
     """Raise one error that lists every missing, unknown and misshapen tensor and unusable dtype.
@@ -201,10 +216,16 @@ def check_shapes(
     NpllmValueError
     """
     found = {name: entry for name, entry in entries.items() if name in expected}
-    misshapen = [f"{name} must be {list(expected[name])}, got {list(entry.shape)}"
-                 for name, entry in found.items() if entry.shape != expected[name]]
-    unusable = [f"{name} is {entry.dtype}" for name, entry in found.items()
-                if entry.dtype not in SAFETENSORS_DTYPES]
+    misshapen = [
+        f"{name} must be {list(expected[name])}, got {list(entry.shape)}"
+        for name, entry in found.items()
+        if entry.shape != expected[name]
+    ]
+    unusable = [
+        f"{name} is {entry.dtype}"
+        for name, entry in found.items()
+        if entry.dtype not in SAFETENSORS_DTYPES
+    ]
     lists = {
         "missing": expected.keys() - entries.keys(),
         "unknown": entries.keys() - expected.keys() - set(ignored),

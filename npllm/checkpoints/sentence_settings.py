@@ -150,7 +150,5 @@ def _read_prompts(read: Reader) -> dict[str, str]:
     prompts = read.get("prompts", {})
     is_object = isinstance(prompts, dict)
     if not is_object or not all(isinstance(text, str | None) for text in prompts.values()):
-        raise NpllmValueError(
-            f"{read.where}: prompts must be {{name: text}}, got {quote(prompts)}"
-        )
+        raise NpllmValueError(f"{read.where}: prompts must be {{name: text}}, got {quote(prompts)}")
     return {"query": "", "document": ""} | {name: text or "" for name, text in prompts.items()}

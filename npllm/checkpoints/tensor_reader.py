@@ -31,7 +31,10 @@ class TensorReader:
     """
 
     def __init__(
-        self, entries: Mapping[str, TensorEntry], dtype: str | None, xp: Any,
+        self,
+        entries: Mapping[str, TensorEntry],
+        dtype: str | None,
+        xp: Any,
         advance: Callable[[int, str], None] | None = None,
     ) -> None:
         self.entries = entries

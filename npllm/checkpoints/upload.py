@@ -41,7 +41,9 @@ class Upload:
         self._next = 0
 
     def stack(
-        self, views: list[np.ndarray], dtype: np.dtype,
+        self,
+        views: list[np.ndarray],
+        dtype: np.dtype,
         advance: Callable[[int], None] | None = None,
     ) -> Array:
         """Copy host arrays to the device, concatenated along their rows.

@@ -21,11 +21,13 @@ ONLY = {
     "quantization_config": (None,),
     "embedding_size": (None,),
 }
-WITHOUT_EFFECT = KEYS_WITHOUT_EFFECT - ONLY.keys() | frozenset("""
+WITHOUT_EFFECT = KEYS_WITHOUT_EFFECT - ONLY.keys() | frozenset(
+    """
     architectures attention_probs_dropout_prob hidden_dropout_prob classifier_dropout
     tie_word_embeddings bos_token_id eos_token_id directionality pooler_fc_size
     pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-""".split())
+""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,25 @@ def _parse(data: dict[str, Any], where: str) -> BertConfig:
 def _validate(config: BertConfig, where: str) -> None:
     """Raise for sizes that contradict each other and for values that are not implemented."""
     n_head, d_model = config.num_attention_heads, config.hidden_size
-    require(where, d_model % n_head == 0,
-            "hidden_size must be a multiple of num_attention_heads, "
-            f"got {d_model} and {n_head}")
-    require(where, config.hidden_act in ACTIVATIONS,
-            f"hidden_act must be one of {', '.join(ACTIVATIONS)}, "
-            f"got {quote(config.hidden_act)}, which is not implemented")
-    require(where, config.layer_norm_eps >= 0,
-            f"layer_norm_eps must be at least 0, got {config.layer_norm_eps}")
+    require(
+        where,
+        d_model % n_head == 0,
+        f"hidden_size must be a multiple of num_attention_heads, got {d_model} and {n_head}",
+    )
+    require(
+        where,
+        config.hidden_act in ACTIVATIONS,
+        f"hidden_act must be one of {', '.join(ACTIVATIONS)}, "
+        f"got {quote(config.hidden_act)}, which is not implemented",
+    )
+    require(
+        where,
+        config.layer_norm_eps >= 0,
+        f"layer_norm_eps must be at least 0, got {config.layer_norm_eps}",
+    )
     pad = config.pad_token_id
-    require(where, pad is None or pad < config.vocab_size,
-            f"pad_token_id must be below vocab_size = {config.vocab_size}, got {pad}")
+    require(
+        where,
+        pad is None or pad < config.vocab_size,
+        f"pad_token_id must be below vocab_size = {config.vocab_size}, got {pad}",
+    )

@@ -17,14 +17,16 @@ __all__ = ["Config", "RopeParameters", "parse_dtype"]
 
 LARGEST_LAYER_COUNT = 2**12
 
-KEYS_WITHOUT_EFFECT = frozenset("""
+KEYS_WITHOUT_EFFECT = frozenset(
+    """
     _name_or_path _attn_implementation _attn_implementation_autoset auto_map embd_pdrop
     full_attn_mod initializer_range interpolate_factor transformers_version use_cache
     gradient_checkpointing return_dict output_attentions output_hidden_states torchscript id2label
     label2id num_labels problem_type task_specific_params finetuning_task
     chunk_size_feed_forward is_encoder_decoder is_decoder prefix tokenizer_class unsloth_version
     unsloth_fixed pretraining_tp
-""".split())
+""".split()
+)
 
 # Keys that may be present only with a value that changes nothing.
 ONLY = {
@@ -226,22 +228,42 @@ def parse_dtype(read: Reader) -> str:
 def _validate(config: Config, where: str) -> None:
     """Raise for sizes that contradict each other and for values that are not implemented."""
     n_head, n_kv_head = config.num_attention_heads, config.num_key_value_heads
-    require(where, n_head % n_kv_head == 0,
-            "num_attention_heads must be a multiple of num_key_value_heads, "
-            f"got {n_head} and {n_kv_head}")
-    require(where, config.hidden_act == "silu",
-            f"hidden_act must be silu, got {config.hidden_act!r}, which is not implemented")
-    require(where, config.rms_norm_eps >= 0,
-            f"rms_norm_eps must be at least 0, got {config.rms_norm_eps}")
+    require(
+        where,
+        n_head % n_kv_head == 0,
+        "num_attention_heads must be a multiple of num_key_value_heads, "
+        f"got {n_head} and {n_kv_head}",
+    )
+    require(
+        where,
+        config.hidden_act == "silu",
+        f"hidden_act must be silu, got {config.hidden_act!r}, which is not implemented",
+    )
+    require(
+        where,
+        config.rms_norm_eps >= 0,
+        f"rms_norm_eps must be at least 0, got {config.rms_norm_eps}",
+    )
     has_bias = config.attention_bias or config.mlp_bias
-    require(where, config.model_type == "llama" or not has_bias,
-            "attention_bias and mlp_bias must be false for model_type phi3, got true, which is "
-            "not implemented")
-    validate_rope(config.rope_parameters, where, model_type=config.model_type,
-                  d_head=config.head_dim, d_rope=config.d_rope,
-                  n_original=config.original_max_position_embeddings,
-                  max_position_embeddings=config.max_position_embeddings)
+    require(
+        where,
+        config.model_type == "llama" or not has_bias,
+        "attention_bias and mlp_bias must be false for model_type phi3, got true, which is "
+        "not implemented",
+    )
+    validate_rope(
+        config.rope_parameters,
+        where,
+        model_type=config.model_type,
+        d_head=config.head_dim,
+        d_rope=config.d_rope,
+        n_original=config.original_max_position_embeddings,
+        max_position_embeddings=config.max_position_embeddings,
+    )
     for name in ("bos_token_id", "pad_token_id"):
         token = getattr(config, name)
-        require(where, token is None or token < config.vocab_size,
-                f"{name} must be below vocab_size = {config.vocab_size}, got {token}")
+        require(
+            where,
+            token is None or token < config.vocab_size,
+            f"{name} must be below vocab_size = {config.vocab_size}, got {token}",
+        )

@@ -25,8 +25,14 @@ ROPE_NEEDS = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-POSITIVE = ("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast",
-            "beta_slow")
+POSITIVE = (
+    "factor",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+)
 NOT_NEGATIVE = ("mscale", "mscale_all_dim")
 FACTORS = ("short_factor", "long_factor")
 NOT_READ = ("short_mscale", "long_mscale")  # nor does Transformers read them
@@ -129,15 +135,22 @@ def _rotated_fraction(rope: Reader, rope_type: str, fraction: float, model_type:
     if model_type == "llama" and rope_type == "default" and fraction != 1:
         warnings.warn(
             f"{rope.where}: partial_rotary_factor = {fraction} has no effect with model_type llama "
-            "and rope_type default: whole heads are rotated, as in Transformers", stacklevel=6
+            "and rope_type default: whole heads are rotated, as in Transformers",
+            stacklevel=6,
         )
         return 1.0
     return fraction
 
 
 def validate_rope(
-    rope: RopeParameters, where: str, *, model_type: str, d_head: int, d_rope: int,
-    n_original: int, max_position_embeddings: int,
+    rope: RopeParameters,
+    where: str,
+    *,
+    model_type: str,
+    d_head: int,
+    d_rope: int,
+    n_original: int,
+    max_position_embeddings: int,
 ) -> None:
     """Check the rope parameters against their type and against the width of a head.
 
@@ -158,16 +171,29 @@ def validate_rope(
         Names the value and what it must be.
     """
     types = ROPE_TYPES[model_type]
-    require(where, rope.rope_type in types, f"rope_type must be one of {', '.join(types)}, got "
-            f"{rope.rope_type!r}, which is not implemented")
-    require(where, model_type != "llama" or d_rope == d_head,
-            f"partial_rotary_factor must be 1 for model_type llama and rope_type {rope.rope_type}, "
-            f"got {rope.partial_rotary_factor}; Transformers cannot compute it either")
-    require(where, 1 < rope.rope_theta < 1e30,
-            f"rope_theta must be above 1 and below 1e30, got {rope.rope_theta}")
-    require(where, 2 <= d_rope <= d_head and d_rope % 2 == 0,
-            f"head_dim * partial_rotary_factor must be even and in 2 ... head_dim = {d_head}, "
-            f"got {d_head} * {rope.partial_rotary_factor} = {d_rope}")
+    require(
+        where,
+        rope.rope_type in types,
+        f"rope_type must be one of {', '.join(types)}, got "
+        f"{rope.rope_type!r}, which is not implemented",
+    )
+    require(
+        where,
+        model_type != "llama" or d_rope == d_head,
+        f"partial_rotary_factor must be 1 for model_type llama and rope_type {rope.rope_type}, "
+        f"got {rope.partial_rotary_factor}; Transformers cannot compute it either",
+    )
+    require(
+        where,
+        1 < rope.rope_theta < 1e30,
+        f"rope_theta must be above 1 and below 1e30, got {rope.rope_theta}",
+    )
+    require(
+        where,
+        2 <= d_rope <= d_head and d_rope % 2 == 0,
+        f"head_dim * partial_rotary_factor must be even and in 2 ... head_dim = {d_head}, "
+        f"got {d_head} * {rope.partial_rotary_factor} = {d_rope}",
+    )
     _validate_numbers(rope, where, d_rope)
     context_length = rope.context_length(max_position_embeddings)
     _validate_type(rope, where, d_rope, n_original, context_length)
@@ -176,21 +202,33 @@ def validate_rope(
 def _validate_numbers(rope: RopeParameters, where: str, d_rope: int) -> None:
     """Check that the numbers that the type needs are present, and the range of every number."""
     for name in ROPE_NEEDS[rope.rope_type]:
-        require(where, getattr(rope, name) is not None,
-                f"rope_type {rope.rope_type} needs {name}, which is missing")
+        require(
+            where,
+            getattr(rope, name) is not None,
+            f"rope_type {rope.rope_type} needs {name}, which is missing",
+        )
     for name in POSITIVE:
         value = getattr(rope, name)
-        require(where, value is None or _is_factor(value),
-                f"{name} must be above 1e-9 and below 1e9, got {value}")
+        require(
+            where,
+            value is None or _is_factor(value),
+            f"{name} must be above 1e-9 and below 1e9, got {value}",
+        )
     for name in NOT_NEGATIVE:
         value = getattr(rope, name)
-        require(where, value is None or 0 <= value < LARGEST,
-                f"{name} must be at least 0 and below 1e9, got {value}")
+        require(
+            where,
+            value is None or 0 <= value < LARGEST,
+            f"{name} must be at least 0 and below 1e9, got {value}",
+        )
     for name in FACTORS:
         factors = getattr(rope, name)
         fits = factors is None or (len(factors) == d_rope // 2 and all(map(_is_factor, factors)))
-        require(where, fits, f"{name} must hold d_rope/2 = {d_rope // 2} positive numbers, "
-                f"got {len(factors or ())}")
+        require(
+            where,
+            fits,
+            f"{name} must hold d_rope/2 = {d_rope // 2} positive numbers, got {len(factors or ())}",
+        )
 
 
 def _is_factor(value: float) -> bool:
@@ -203,14 +241,24 @@ def _validate_type(
     """Check what one type of RoPE demands beyond the range of its numbers."""
     low, high, factor = rope.low_freq_factor, rope.high_freq_factor, rope.factor
     if rope.rope_type == "longrope":
-        require(where, n_original > 1,
-                "original_max_position_embeddings must be above 1 for longrope, got 1")
+        require(
+            where,
+            n_original > 1,
+            "original_max_position_embeddings must be above 1 for longrope, got 1",
+        )
     if rope.rope_type == "llama3" and low is not None and high is not None:
-        require(where, high > low,
-                f"high_freq_factor must be above low_freq_factor = {low}, got {high}")
+        require(
+            where, high > low, f"high_freq_factor must be above low_freq_factor = {low}, got {high}"
+        )
     if rope.rope_type == "dynamic" and factor is not None:
-        require(where, d_rope >= 4 and factor >= 1,
-                f"dynamic RoPE needs d_rope >= 4 and factor >= 1, got {d_rope} and {factor}")
-        require(where, context_length <= LARGEST_SIZE,
-                f"max_position_embeddings * factor must be at most {LARGEST_SIZE}, "
-                f"got {context_length}")
+        require(
+            where,
+            d_rope >= 4 and factor >= 1,
+            f"dynamic RoPE needs d_rope >= 4 and factor >= 1, got {d_rope} and {factor}",
+        )
+        require(
+            where,
+            context_length <= LARGEST_SIZE,
+            f"max_position_embeddings * factor must be at most {LARGEST_SIZE}, "
+            f"got {context_length}",
+        )

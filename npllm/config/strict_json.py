@@ -14,8 +14,17 @@ from typing import Any, NoReturn
 
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 
-__all__ = ["LARGEST_SIZE", "Reader", "config_data", "is_token", "no_duplicates", "printable",
-           "quote", "read_json", "require"]
+__all__ = [
+    "LARGEST_SIZE",
+    "Reader",
+    "config_data",
+    "is_token",
+    "no_duplicates",
+    "printable",
+    "quote",
+    "read_json",
+    "require",
+]
 
 LARGEST_SIZE = 2**24  # of any axis; the vocabularies of published models are below 2**20
 LARGEST_TOKEN = 2**31 - 1
@@ -122,7 +131,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     data = dict(pairs)
     if len(data) != len(pairs):
-        (name, _), = Counter(name for name, _ in pairs).most_common(1)
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"it names {quote(name)} twice")
     return data
 

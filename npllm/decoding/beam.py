@@ -19,8 +19,18 @@ class Beams(NamedTuple):
     scores: Any  # float64 [n_batch, n_return]: sum of log-probabilities / n_token ** length_penalty
 
 
-def beam_search(model, prompt, attention_mask=None, *, num_beams=4, num_return_sequences=1, max_new_tokens=50, length_penalty=1.0,
-                early_stopping=False, repetition_penalty=None):
+def beam_search(
+    model,
+    prompt,
+    attention_mask=None,
+    *,
+    num_beams=4,
+    num_return_sequences=1,
+    max_new_tokens=50,
+    length_penalty=1.0,
+    early_stopping=False,
+    repetition_penalty=None,
+):
     """Search for the answers of the highest score.
 
         score(y) = sum_(t = 1 ... n) log p(y_t | prompt, y_1 ... y_(t-1)) / n ** length_penalty
@@ -68,13 +78,28 @@ def beam_search(model, prompt, attention_mask=None, *, num_beams=4, num_return_s
     Source: "Speech understanding systems" (Lowerre 1976, the Harpy system); length penalty: "Google's Neural Machine Translation
     System" (Wu et al. 2016), equation 14, in the simpler form of `GenerationMixin._beam_search` in Transformers 5.23.
     """
-    ids, valid, _, options = prepare(model, prompt, attention_mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                     repetition_penalty=repetition_penalty)
+    ids, valid, _, options = prepare(
+        model,
+        prompt,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=repetition_penalty,
+    )
     _check(num_beams, num_return_sequences, max_new_tokens, length_penalty, early_stopping)
     n_new = room_for(model.config, ids.shape[1], max_new_tokens)
-    searches = [_Search(seen, num_beams, n_new, length_penalty, early_stopping, model.generation_config.eos_token_id,
-                        options["sampling"].repetition_penalty)
-                for seen in seen_tokens(ids, valid, model.config.vocab_size)]
+    searches = [
+        _Search(
+            seen,
+            num_beams,
+            n_new,
+            length_penalty,
+            early_stopping,
+            model.generation_config.eos_token_id,
+            options["sampling"].repetition_penalty,
+        )
+        for seen in seen_tokens(ids, valid, model.config.vocab_size)
+    ]
     _run(model, ids, valid, searches)
     return _collect(ids, searches, num_return_sequences, fill_id(model.generation_config))
 
@@ -103,18 +128,34 @@ def beam_texts(model, prompt, **options):
         ended = np.flatnonzero(np.isin(tokens, stop))
         return tokenizer.decode(tokens[: ended[0] if len(ended) else None].tolist())
 
-    answers = [[{"text": text(tokens[ids.shape[1] :]), "score": float(score)} for tokens, score in zip(*row, strict=True)]
-               for row in zip(sequences, scores, strict=True)]
-    return answers if isinstance(prompt, list | tuple) and isinstance(prompt[0], str) else answers[0]
+    answers = [
+        [
+            {"text": text(tokens[ids.shape[1] :]), "score": float(score)}
+            for tokens, score in zip(*row, strict=True)
+        ]
+        for row in zip(sequences, scores, strict=True)
+    ]
+    return (
+        answers if isinstance(prompt, list | tuple) and isinstance(prompt[0], str) else answers[0]
+    )
 
 
 class _Search:
     """The search for the answers to one prompt: what runs, and what is finished."""
 
     def __init__(self, seen, num_beams, n_new, length_penalty, early_stopping, stop, penalty):
-        self.seen, self.num_beams, self.n_new, self.stop, self.penalty = seen, num_beams, n_new, stop, penalty
+        self.seen, self.num_beams, self.n_new, self.stop, self.penalty = (
+            seen,
+            num_beams,
+            n_new,
+            stop,
+            penalty,
+        )
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
-        self.tokens, self.scores = np.zeros((1, 0), dtype=np.int64), np.zeros(1)  # of the running answers, the best first
+        self.tokens, self.scores = (
+            np.zeros((1, 0), dtype=np.int64),
+            np.zeros(1),
+        )  # of the running answers, the best first
         self.finished = []  # (score, tokens), the best first
         self.done = False
 
@@ -124,10 +165,21 @@ class _Search:
         n_token = self.tokens.shape[1] + 1
         ends = np.isin(tokens, self.stop) | (n_token == self.n_new)
         best = [rank for rank in range(min(self.num_beams, len(tokens))) if ends[rank]]
-        new = [(scores[i] / n_token**self.length_penalty, np.append(self.tokens[parents[i]], tokens[i])) for i in best]
-        self.finished = sorted([*self.finished, *new], key=lambda answer: -answer[0])[: self.num_beams]
+        new = [
+            (
+                scores[i] / n_token**self.length_penalty,
+                np.append(self.tokens[parents[i]], tokens[i]),
+            )
+            for i in best
+        ]
+        self.finished = sorted([*self.finished, *new], key=lambda answer: -answer[0])[
+            : self.num_beams
+        ]
         on = np.flatnonzero(~ends)[: self.num_beams]
-        self.tokens, self.scores = np.concatenate([self.tokens[parents[on]], tokens[on, None]], axis=1), scores[on]
+        self.tokens, self.scores = (
+            np.concatenate([self.tokens[parents[on]], tokens[on, None]], axis=1),
+            scores[on],
+        )
         self.done = len(on) == 0 or self._no_better()
         return parents[on], tokens[on]
 
@@ -155,7 +207,10 @@ class _Search:
             return False
         longest = self.early_stopping == "never" and self.length_penalty > 0
         n_token = self.n_new if longest else self.tokens.shape[1]
-        return self.early_stopping is True or self.scores[0] / n_token**self.length_penalty <= self.finished[-1][0]
+        return (
+            self.early_stopping is True
+            or self.scores[0] / n_token**self.length_penalty <= self.finished[-1][0]
+        )
 
 
 def _run(model, ids, valid, searches):
@@ -180,7 +235,10 @@ def _run(model, ids, valid, searches):
 
 def _collect(ids, searches, n_return, fill):
     """Put the best answers into one array; where fewer are finished than asked for, the last is repeated with a score of -inf."""
-    best = [[*search.finished, *[(-np.inf, search.finished[-1][1])] * n_return][:n_return] for search in searches]
+    best = [
+        [*search.finished, *[(-np.inf, search.finished[-1][1])] * n_return][:n_return]
+        for search in searches
+    ]
     n_new = max(len(tokens) for row in best for _, tokens in row)
     sequences = np.full((len(ids), n_return, ids.shape[1] + n_new), fill, dtype=np.int64)
     sequences[:, :, : ids.shape[1]] = ids[:, None, :]
@@ -192,12 +250,29 @@ def _collect(ids, searches, n_return, fill):
 
 def _check(num_beams, num_return_sequences, max_new_tokens, length_penalty, early_stopping):
     """Raise for options out of range."""
-    for name, value, most in (("num_beams", num_beams, 2**16), ("num_return_sequences", num_return_sequences, num_beams),
-                              ("max_new_tokens", max_new_tokens, 2**31)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= most:
+    for name, value, most in (
+        ("num_beams", num_beams, 2**16),
+        ("num_return_sequences", num_return_sequences, num_beams),
+        ("max_new_tokens", max_new_tokens, 2**31),
+    ):
+        if (
+            not isinstance(value, int | np.integer)
+            or isinstance(value, bool)
+            or not 1 <= value <= most
+        ):
             limit = " (num_beams)" if name == "num_return_sequences" else ""
-            raise NpllmValueError(f"{name} must be an integer in 1 ... {most}{limit}, got {value!r}")
-    if isinstance(length_penalty, bool) or not isinstance(length_penalty, int | float) or not abs(length_penalty) < 100:
-        raise NpllmValueError(f"length_penalty must be a number in -100 ... 100, got {length_penalty!r}")
+            raise NpllmValueError(
+                f"{name} must be an integer in 1 ... {most}{limit}, got {value!r}"
+            )
+    if (
+        isinstance(length_penalty, bool)
+        or not isinstance(length_penalty, int | float)
+        or not abs(length_penalty) < 100
+    ):
+        raise NpllmValueError(
+            f"length_penalty must be a number in -100 ... 100, got {length_penalty!r}"
+        )
     if not isinstance(early_stopping, bool) and early_stopping != "never":
-        raise NpllmValueError(f'early_stopping must be True, False or "never", got {early_stopping!r}')
+        raise NpllmValueError(
+            f'early_stopping must be True, False or "never", got {early_stopping!r}'
+        )

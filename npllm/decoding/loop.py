@@ -14,21 +14,57 @@ from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.text.tokenizer import Detokenizer
 
-__all__ = ["GenerationConfig", "Sampling", "TextStream", "choose", "filter_logits", "generate_tokens",
-           "next_token_distribution", "prepare", "stream_batch"]
+__all__ = [
+    "GenerationConfig",
+    "Sampling",
+    "TextStream",
+    "choose",
+    "filter_logits",
+    "generate_tokens",
+    "next_token_distribution",
+    "prepare",
+    "stream_batch",
+]
 
 # Entries of generation_config.json that would change the text, and the values of them that do not.
-NEUTRAL = {"num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (None, 0), "typical_p": (1, None), "epsilon_cutoff": (0,),
-           "eta_cutoff": (0,), "top_h": (None,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
-           "encoder_repetition_penalty": (1,), "bad_words_ids": (None,), "sequence_bias": (None,), "guidance_scale": (None, 1),
-           "min_length": (0,), "min_new_tokens": (None, 0), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
-           "suppress_tokens": (None,), "begin_suppress_tokens": (None,), "exponential_decay_length_penalty": (None,),
-           "stop_strings": (None,), "watermarking_config": (None,), "dola_layers": (None,)}
+NEUTRAL = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (None, 0),
+    "typical_p": (1, None),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (None,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "guidance_scale": (None, 1),
+    "min_length": (0,),
+    "min_new_tokens": (None, 0),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "stop_strings": (None,),
+    "watermarking_config": (None,),
+    "dola_layers": (None,),
+}
 
 # The order of the filters.  Engines agree on what each does, not on when.
-FILTER_ORDERS = {"transformers": ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"),
-                 "llama.cpp": ("repetition_penalty", "top_k", "top_p", "min_p", "temperature")}
-NO_FILTER = {"repetition_penalty": 1, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}  # the values that change nothing
+FILTER_ORDERS = {
+    "transformers": ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"),
+    "llama.cpp": ("repetition_penalty", "top_k", "top_p", "min_p", "temperature"),
+}
+NO_FILTER = {
+    "repetition_penalty": 1,
+    "temperature": 1,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+}  # the values that change nothing
 
 
 @dataclass(frozen=True)
@@ -66,17 +102,26 @@ class GenerationConfig:
         eos = data.get("eos_token_id", list(config.eos_token_id))
         eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
         pad = data.get("pad_token_id", config.pad_token_id)
-        if not all(map(is_token, eos)) or not (pad is None or (is_token(pad) and pad < config.vocab_size)):
-            raise NpllmValueError(f"{path}: eos_token_id must be token ids, and pad_token_id one below vocab_size = "
-                                  f"{config.vocab_size}, got {quote(eos)} and {quote(pad)}")
+        if not all(map(is_token, eos)) or not (
+            pad is None or (is_token(pad) and pad < config.vocab_size)
+        ):
+            raise NpllmValueError(
+                f"{path}: eos_token_id must be token ids, and pad_token_id one below vocab_size = "
+                f"{config.vocab_size}, got {quote(eos)} and {quote(pad)}"
+            )
         do_sample = data.get("do_sample")
         if not isinstance(do_sample, bool | None):
-            raise NpllmValueError(f"{path}: do_sample must be true or false, got {quote(do_sample)}")
+            raise NpllmValueError(
+                f"{path}: do_sample must be true or false, got {quote(do_sample)}"
+            )
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         sampling = Sampling(bool(do_sample), **{name: data.get(name) for name in names})
         check_sampling(sampling, str(path) + ": ")
-        unsupported = tuple(f"{name}={quote(data[name])}" for name, neutral in NEUTRAL.items()
-                            if data.get(name) not in (None, *neutral))
+        unsupported = tuple(
+            f"{name}={quote(data[name])}"
+            for name, neutral in NEUTRAL.items()
+            if data.get(name) not in (None, *neutral)
+        )
         return cls(tuple(eos), pad, sampling, unsupported)
 
 
@@ -105,8 +150,10 @@ def resolve_sampling(defaults, *, do_sample=None, repetition_penalty=None, **fil
     given = {name: value for name, value in filters.items() if value is not None}
     greedy = given.get("temperature") == 0
     if do_sample is False and given and not greedy:
-        raise NpllmValueError(f"do_sample=False contradicts {', '.join(f'{k}={v}' for k, v in given.items())}: greedy decoding "
-                              "uses no sampling options; leave them out, or set do_sample=True")
+        raise NpllmValueError(
+            f"do_sample=False contradicts {', '.join(f'{k}={v}' for k, v in given.items())}: greedy decoding "
+            "uses no sampling options; leave them out, or set do_sample=True"
+        )
     penalty = defaults.repetition_penalty if repetition_penalty is None else repetition_penalty
     if do_sample is None:
         do_sample = bool(given) or defaults.do_sample
@@ -120,14 +167,19 @@ def resolve_sampling(defaults, *, do_sample=None, repetition_penalty=None, **fil
 
 def check_sampling(sampling, where=""):
     """Raise for values out of range, before any work is done."""
-    ranges = {"temperature": ("a number of at least 0", lambda x: 0 <= x < 1e30),
-              "top_k": ("an integer of at least 0", lambda x: 0 <= x < 2**63),
-              "top_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1), "min_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1),
-              "repetition_penalty": ("a number above 0", lambda x: 0 < x < 1e30)}
+    ranges = {
+        "temperature": ("a number of at least 0", lambda x: 0 <= x < 1e30),
+        "top_k": ("an integer of at least 0", lambda x: 0 <= x < 2**63),
+        "top_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1),
+        "min_p": ("a number in 0 ... 1", lambda x: 0 <= x <= 1),
+        "repetition_penalty": ("a number above 0", lambda x: 0 < x < 1e30),
+    }
     for name, (wanted, holds) in ranges.items():
         value = getattr(sampling, name)
         kinds = int if name == "top_k" else (int, float)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not holds(value)):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, kinds) or not holds(value)
+        ):
             raise NpllmValueError(f"{where}{name} must be {wanted}, got {quote(value)}")
 
 
@@ -152,7 +204,9 @@ def choose(logits, sampling, seen=None, u=None):
     Source: `GenerationMixin._sample` in Transformers, whose order of the filters it follows.
     """
     if not sampling.do_sample:
-        return ops.greedy(filter_logits(logits, Sampling(repetition_penalty=sampling.repetition_penalty), seen))
+        return ops.greedy(
+            filter_logits(logits, Sampling(repetition_penalty=sampling.repetition_penalty), seen)
+        )
     return ops.sample(filter_logits(logits, sampling, seen), u)
 
 
@@ -200,16 +254,29 @@ def filter_logits(logits, sampling, seen=None, order="transformers"):
         if value is None or value == NO_FILTER[name]:
             continue
         if name == "repetition_penalty" and seen is None:
-            raise NpllmValueError(f"repetition_penalty = {value} needs `seen`, the tokens so far as a bool array of the shape "
-                                  f"{list(logits.shape)} of the logits; got None")
+            raise NpllmValueError(
+                f"repetition_penalty = {value} needs `seen`, the tokens so far as a bool array of the shape "
+                f"{list(logits.shape)} of the logits; got None"
+            )
         with np.errstate(over="ignore", invalid="ignore"):  # the check says what became of it
-            logits = getattr(ops, name)(logits, *([seen] if name == "repetition_penalty" else []), value)
+            logits = getattr(ops, name)(
+                logits, *([seen] if name == "repetition_penalty" else []), value
+            )
         check_scores(logits, f"logits after {name} = {value}", f"give another {name}")
     return logits
 
 
-def next_token_distribution(logits, *, order="transformers", seen=None, temperature=None, top_k=None, top_p=None, min_p=None,
-                            repetition_penalty=None):
+def next_token_distribution(
+    logits,
+    *,
+    order="transformers",
+    seen=None,
+    temperature=None,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=None,
+):
     """Give the exact distribution that the next token is drawn from, after all filters.
 
         p = softmax(filter_logits(logits))
@@ -246,7 +313,9 @@ def next_token_distribution(logits, *, order="transformers", seen=None, temperat
     check_sampling(sampling)
     check_scores(logits, "logits", wait=True)
     if temperature != 0:
-        filtered = check_scores(filter_logits(logits, sampling, seen, order), "logits after the filters", wait=True)
+        filtered = check_scores(
+            filter_logits(logits, sampling, seen, order), "logits after the filters", wait=True
+        )
         return ops.softmax(widen(filtered, xp.float64))
     penalised = filter_logits(logits, Sampling(repetition_penalty=repetition_penalty), seen, order)
     chosen = ops.greedy(check_scores(penalised, "logits after the filters", wait=True))
@@ -261,11 +330,27 @@ def uniforms(seed, n_batch, step):
     Source: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al. 2011), Philox 4x64; a counter-based generator replays the
     same numbers for any batch and backend.
     """
-    keys = [np.array([seed, sequence], dtype=np.uint64) for sequence in range(n_batch)]  # a list would go through float64
-    return np.array([np.random.Generator(np.random.Philox(key=key, counter=[0, step, 0, 0])).random() for key in keys])
+    keys = [
+        np.array([seed, sequence], dtype=np.uint64) for sequence in range(n_batch)
+    ]  # a list would go through float64
+    return np.array(
+        [
+            np.random.Generator(np.random.Philox(key=key, counter=[0, step, 0, 0])).random()
+            for key in keys
+        ]
+    )
 
 
-def generate_tokens(model, input_ids, valid=None, *, max_new_tokens=50, sampling=Sampling(), seed=None, use_cache=True):
+def generate_tokens(
+    model,
+    input_ids,
+    valid=None,
+    *,
+    max_new_tokens=50,
+    sampling=Sampling(),
+    seed=None,
+    use_cache=True,
+):
     """Continue a batch of prompts, token by token.
 
     Parameters
@@ -334,7 +419,11 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stop_ids=(), stop=()):
-        self._detokenizer, self._stop_ids, self._stop = Detokenizer(tokenizer) if tokenizer else None, set(stop_ids), stop
+        self._detokenizer, self._stop_ids, self._stop = (
+            Detokenizer(tokenizer) if tokenizer else None,
+            set(stop_ids),
+            stop,
+        )
         self._held, self.ended = "", False
 
     def push(self, token):
@@ -359,7 +448,10 @@ class TextStream:
         if starts:
             self._held, self.ended = "", True
             return text[: min(starts)]
-        n_held = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        n_held = max(
+            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
 
@@ -385,17 +477,37 @@ def stream_batch(model, input_ids, valid, streams, **options):
     for token in generate_tokens(model, input_ids, valid, **options):
         ended = np.array([stream.ended for stream in streams])
         token = np.where(ended, fill, token)
-        yield token, ["" if stream.ended else stream.push(t) for stream, t in zip(streams, token, strict=True)]
+        yield (
+            token,
+            [
+                "" if stream.ended else stream.push(t)
+                for stream, t in zip(streams, token, strict=True)
+            ],
+        )
         if all(stream.ended for stream in streams):
             return
 
 
 def fill_id(settings):
     """What stands behind the end of a shorter answer: the pad id, else the first stop id, else 0."""
-    return settings.pad_token_id if settings.pad_token_id is not None else (settings.eos_token_id or (0,))[0]
+    return (
+        settings.pad_token_id
+        if settings.pad_token_id is not None
+        else (settings.eos_token_id or (0,))[0]
+    )
 
 
-def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50, seed=None, use_cache=True, **choice):
+def prepare(
+    model,
+    prompt,
+    attention_mask=None,
+    *,
+    stop=None,
+    max_new_tokens=50,
+    seed=None,
+    use_cache=True,
+    **choice,
+):
     """Check everything a caller may ask for, before any work is done.
 
     Parameters
@@ -416,26 +528,49 @@ def prepare(model, prompt, attention_mask=None, *, stop=None, max_new_tokens=50,
     """
     settings = model.generation_config
     if model.config.head != "lm":
-        raise NpllmValueError(f"{model.config.architectures[0]} scores classes and cannot generate text; call the model with ids")
+        raise NpllmValueError(
+            f"{model.config.architectures[0]} scores classes and cannot generate text; call the model with ids"
+        )
     if settings.unsupported:
-        raise NpllmValueError(f"generation_config.json asks for what is not implemented: {', '.join(settings.unsupported)}")
-    for name, value, largest in (("max_new_tokens", max_new_tokens, 2**31), ("seed", seed, 2**64 - 1)):
+        raise NpllmValueError(
+            f"generation_config.json asks for what is not implemented: {', '.join(settings.unsupported)}"
+        )
+    for name, value, largest in (
+        ("max_new_tokens", max_new_tokens, 2**31),
+        ("seed", seed, 2**64 - 1),
+    ):
         if name == "seed" and value is None:
             continue
-        if isinstance(value, bool) or not (isinstance(value, int | np.integer) and 0 <= value <= largest):
+        if isinstance(value, bool) or not (
+            isinstance(value, int | np.integer) and 0 <= value <= largest
+        ):
             raise NpllmValueError(f"{name} must be an integer in 0 ... {largest}, got {value!r}")
     sampling = resolve_sampling(settings.sampling, **choice)
     stop = (stop,) if isinstance(stop, str) else () if stop is None else stop
-    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+    if not isinstance(stop, list | tuple) or not all(
+        isinstance(text, str) and text for text in stop
+    ):
         raise NpllmTypeError(f"stop must be strings, none of them empty, got {stop!r}")
     ids, valid = _prompt_ids(model, prompt, attention_mask)
     model.check_ids(ids)
     if ids.shape[1] >= model.config.context_length:
-        raise NpllmValueError(f"the prompt has {ids.shape[1]} tokens, but the context length (max_position_embeddings) is "
-                              f"{model.config.context_length}, and the answer must fit in as well; shorten the prompt")
+        raise NpllmValueError(
+            f"the prompt has {ids.shape[1]} tokens, but the context length (max_position_embeddings) is "
+            f"{model.config.context_length}, and the answer must fit in as well; shorten the prompt"
+        )
     tokenizer = model.require_tokenizer() if stop or not is_array(prompt) else None
     streams = [TextStream(tokenizer, settings.eos_token_id, stop) for _ in ids]
-    return ids, valid, streams, {"max_new_tokens": int(max_new_tokens), "sampling": sampling, "seed": seed, "use_cache": use_cache}
+    return (
+        ids,
+        valid,
+        streams,
+        {
+            "max_new_tokens": int(max_new_tokens),
+            "sampling": sampling,
+            "seed": seed,
+            "use_cache": use_cache,
+        },
+    )
 
 
 def _prompt_ids(model, prompt, attention_mask):
@@ -444,11 +579,15 @@ def _prompt_ids(model, prompt, attention_mask):
         ids = model.check_ids(prompt)
         valid = model.check_attention_mask(attention_mask, ids.shape, 0)
         if not valid[:, -1].all():
-            raise NpllmValueError("attention_mask must be 1 in its last column: prompts are padded on the left, the answer follows "
-                                  "the last token")
+            raise NpllmValueError(
+                "attention_mask must be 1 in its last column: prompts are padded on the left, the answer follows "
+                "the last token"
+            )
         return ids.astype(np.int64), valid
     if attention_mask is not None:
-        raise NpllmTypeError("attention_mask goes with an array of token ids; texts are padded and masked by themselves")
+        raise NpllmTypeError(
+            "attention_mask goes with an array of token ids; texts are padded and masked by themselves"
+        )
     tokenizer = model.require_tokenizer()
     if isinstance(prompt, str):
         rows = [tokenizer.encode(prompt)]
@@ -457,8 +596,10 @@ def _prompt_ids(model, prompt, attention_mask):
     elif isinstance(prompt, list | tuple) and prompt:
         rows = [tokenizer.encode(text) for text in prompt]
     else:
-        raise NpllmTypeError("prompt must be a str, a list of str, a list of messages or an integer array [n_batch, n_prompt], "
-                             f"got {str(prompt)[:80]!r}")
+        raise NpllmTypeError(
+            "prompt must be a str, a list of str, a list of messages or an integer array [n_batch, n_prompt], "
+            f"got {str(prompt)[:80]!r}"
+        )
     if not all(rows):
         raise NpllmValueError("the prompt is empty: it must hold at least one token")
     return _pad_left(rows, model.generation_config.pad_token_id or 0)
@@ -477,15 +618,22 @@ def _pad_left(rows, pad):
 
 def is_chat(prompt):
     """Tell whether a prompt is a list of messages."""
-    return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(message, dict) for message in prompt)
+    return (
+        isinstance(prompt, list | tuple)
+        and len(prompt) > 0
+        and all(isinstance(message, dict) for message in prompt)
+    )
 
 
 def room_for(config, n_prompt, max_new_tokens):
     """How many tokens may follow a prompt; warns where the context ends before max_new_tokens."""
     room = config.context_length - n_prompt
     if room < max_new_tokens:
-        warnings.warn(f"the context length (max_position_embeddings) is {config.context_length}: after {n_prompt} tokens "
-                      f"of prompt there is room for {room} new tokens, not {max_new_tokens}", stacklevel=4)
+        warnings.warn(
+            f"the context length (max_position_embeddings) is {config.context_length}: after {n_prompt} tokens "
+            f"of prompt there is room for {room} new tokens, not {max_new_tokens}",
+            stacklevel=4,
+        )
     return min(room, max_new_tokens)
 
 

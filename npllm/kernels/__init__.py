@@ -11,7 +11,16 @@ from functools import cache
 from npllm import ops as _ops
 from npllm.errors import NpllmValueError
 
-__all__ = ["SETS", "choose_ops", "compiled_ops", "cuda_ops", "fastest_ops", "seconds_to_prepare", "tiled_ops", "why_not_compiled"]
+__all__ = [
+    "SETS",
+    "choose_ops",
+    "compiled_ops",
+    "cuda_ops",
+    "fastest_ops",
+    "seconds_to_prepare",
+    "tiled_ops",
+    "why_not_compiled",
+]
 
 SETS = ("fast", "cuda", "blockwise", "reference")  # sets of operations that have a name
 
@@ -41,7 +50,9 @@ def choose_ops(ops, backend="numpy"):
     if ops not in (None, *SETS):
         raise NpllmValueError(f"ops must be an Ops or one of {', '.join(SETS)}, got {ops!r}")
     if ops == "cuda" and backend == "numpy":
-        raise NpllmValueError('ops="cuda" runs on CuPy arrays and needs backend="cupy", got backend="numpy"')
+        raise NpllmValueError(
+            'ops="cuda" runs on CuPy arrays and needs backend="cupy", got backend="numpy"'
+        )
     if ops in ("blockwise", "reference"):
         return getattr(_ops, ops)
     return fastest_ops(backend)
@@ -73,7 +84,11 @@ def tiled_ops():
 @cache
 def compiled_ops():
     """Return the set compiled with Numba (`npllm[fast]`); None where Numba cannot be imported."""
-    return None if why_not_compiled() else importlib.import_module("npllm.kernels.cpu.compiled").COMPILED
+    return (
+        None
+        if why_not_compiled()
+        else importlib.import_module("npllm.kernels.cpu.compiled").COMPILED
+    )
 
 
 @cache

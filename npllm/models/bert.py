@@ -51,10 +51,20 @@ def forward(params, config, ids, token_types, mask, ops):
     Source: "BERT" (Devlin et al. 2018), section 3 and figure 2; `BertModel` in Transformers.
     """
     xp = array_namespace(ids)
-    x = ops.add(ops.embed(ids, params.word_embeddings), ops.embed(token_types, params.token_type_embeddings))
+    x = ops.add(
+        ops.embed(ids, params.word_embeddings), ops.embed(token_types, params.token_type_embeddings)
+    )
     x = ops.add_positions(x, xp.arange(ids.shape[1]), params.position_embeddings)
     x = ops.layer_norm(x, params.norm.weight, params.norm.bias, config.layer_norm_eps)
     activation = {"gelu": ops.gelu, "relu": ops.relu, "silu": ops.silu}[config.hidden_act]
     for layer in params.layers:
-        x = encoder_layer(x, layer, config.num_attention_heads, ops, mask=mask, activation=activation, eps=config.layer_norm_eps)
+        x = encoder_layer(
+            x,
+            layer,
+            config.num_attention_heads,
+            ops,
+            mask=mask,
+            activation=activation,
+            eps=config.layer_norm_eps,
+        )
     return x

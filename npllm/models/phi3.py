@@ -16,8 +16,17 @@ __all__ = ["attention_block", "decoder_layer", "decoder_layers", "forward", "lm_
 Array = Any
 
 
-def forward(params: Any, config: Any, ids: Array, cos: Array, sin: Array, masks: Any, ops: Ops,
-            cache: Any = None, tap: Tap | None = None) -> Array:
+def forward(
+    params: Any,
+    config: Any,
+    ids: Array,
+    cos: Array,
+    sin: Array,
+    masks: Any,
+    ops: Ops,
+    cache: Any = None,
+    tap: Tap | None = None,
+) -> Array:
     """Turn token ids into the hidden state after the final norm.
 
         x = embed(ids);   x = decoder_layer_l(x) for each layer l;   hidden = rms_norm(x)
@@ -53,8 +62,15 @@ def forward(params: Any, config: Any, ids: Array, cos: Array, sin: Array, masks:
     """
     ops, named = ops if tap is None else ops.without_slots(), NamedTap(tap, "model.")
     cos, sin = named("rotary_emb.cos", cos), named("rotary_emb.sin", sin)
-    step = Step(cos, sin, config.num_attention_heads, config.num_key_value_heads,
-                config.rms_norm_eps, masks, cache)
+    step = Step(
+        cos,
+        sin,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.rms_norm_eps,
+        masks,
+        cache,
+    )
     x = named("embed_tokens", ops.embed(ids, params.embed_tokens))
     x = decoder_layers(x, params.layers, step, ops, tap)
     return named("norm", ops.rms_norm(x, params.norm, config.rms_norm_eps))
@@ -63,8 +79,10 @@ def forward(params: Any, config: Any, ids: Array, cos: Array, sin: Array, masks:
 def decoder_layers(x: Array, layers: Any, step: Step, ops: Ops, tap: Tap | None = None) -> Array:
     """Send the residual stream through decoder layers, the first of which is layer `step.layer`."""
     if step.masks is not None and len(step.masks) < step.layer + len(layers):
-        raise NpllmValueError(f"masks must hold one rule for each of {step.layer + len(layers)} layers, "
-                              f"got {len(step.masks)}")
+        raise NpllmValueError(
+            f"masks must hold one rule for each of {step.layer + len(layers)} layers, "
+            f"got {len(step.masks)}"
+        )
     y = _kernel(ops.decoder_layers, x, layers, step)
     if y is not None:
         return y
@@ -100,7 +118,9 @@ def decoder_layer(x: Array, layer: Any, step: Step, ops: Ops, tap: Tap | None = 
     return NamedTap(tap, "")(f"model.layers.{step.layer}", mlp_block(x, layer, step, ops, named))
 
 
-def attention_block(x: Array, layer: Any, step: Step, ops: Ops, named: NamedTap = UNTAPPED) -> Array:
+def attention_block(
+    x: Array, layer: Any, step: Step, ops: Ops, named: NamedTap = UNTAPPED
+) -> Array:
     """Compute the first half of a layer: every position gathers from the positions that it sees.
 
         q, k, v = W_qkv rms_norm(x);   y = x + W_o attention(rope(q), rope(k), v)
@@ -112,7 +132,9 @@ def attention_block(x: Array, layer: Any, step: Step, ops: Ops, named: NamedTap 
     y = _kernel(ops.attention_block, x, layer, step)
     if y is not None:
         return y
-    qkv = _kernel(ops.norm_linear, x, layer.input_layernorm, step.eps, layer.qkv_proj, layer.qkv_bias)
+    qkv = _kernel(
+        ops.norm_linear, x, layer.input_layernorm, step.eps, layer.qkv_proj, layer.qkv_bias
+    )
     if qkv is None:
         h = named("input_layernorm", ops.rms_norm(x, layer.input_layernorm, step.eps))
         qkv = ops.linear(h, layer.qkv_proj, layer.qkv_bias)
@@ -203,5 +225,7 @@ def _kernel(kernel: Callable | None, *arguments: Any) -> Array | None:
         return None
     y = kernel(*arguments)
     if y is None:
-        raise NpllmTypeError(f"the kernel {kernel!r} returned None; it must return an array, or NotImplemented")
+        raise NpllmTypeError(
+            f"the kernel {kernel!r} returned None; it must return an array, or NotImplemented"
+        )
     return None if y is NotImplemented else y

@@ -39,19 +39,41 @@ def frequency_choice(config, length):
 
 def frequencies(config, choice):
     """Compute the inverse frequencies of a choice: NumPy float32 [d_rope/2]."""
-    rope, d_rope, n_original = config.rope_parameters, config.d_rope, config.original_max_position_embeddings
+    rope, d_rope, n_original = (
+        config.rope_parameters,
+        config.d_rope,
+        config.original_max_position_embeddings,
+    )
     if rope.rope_type == "longrope":
-        return ops.rope_frequencies(d_rope, rope.rope_theta, rope.long_factor if choice else rope.short_factor)
+        return ops.rope_frequencies(
+            d_rope, rope.rope_theta, rope.long_factor if choice else rope.short_factor
+        )
     if rope.rope_type == "dynamic":
-        base = ops.dynamic_base(d_rope, rope.rope_theta, rope.factor, choice, config.max_position_embeddings)
+        base = ops.dynamic_base(
+            d_rope, rope.rope_theta, rope.factor, choice, config.max_position_embeddings
+        )
         return ops.rope_frequencies(d_rope, base)
     if rope.rope_type == "linear":
         return ops.linear_frequencies(d_rope, rope.rope_theta, rope.factor)
     if rope.rope_type == "llama3":
-        return ops.llama3_frequencies(d_rope, rope.rope_theta, rope.factor, rope.low_freq_factor, rope.high_freq_factor, n_original)
+        return ops.llama3_frequencies(
+            d_rope,
+            rope.rope_theta,
+            rope.factor,
+            rope.low_freq_factor,
+            rope.high_freq_factor,
+            n_original,
+        )
     if rope.rope_type == "yarn":
-        return ops.yarn_frequencies(d_rope, rope.rope_theta, _stretch(config), n_original, rope.beta_fast or 32.0,
-                                    rope.beta_slow or 1.0, rope.truncate)
+        return ops.yarn_frequencies(
+            d_rope,
+            rope.rope_theta,
+            _stretch(config),
+            n_original,
+            rope.beta_fast or 32.0,
+            rope.beta_slow or 1.0,
+            rope.truncate,
+        )
     return ops.rope_frequencies(d_rope, rope.rope_theta)
 
 
@@ -70,4 +92,8 @@ def attention_factor(config):
 def _stretch(config):
     """Context length over original context length, unless the file gives the factor."""
     factor = config.rope_parameters.factor
-    return factor if factor is not None else config.max_position_embeddings / config.original_max_position_embeddings
+    return (
+        factor
+        if factor is not None
+        else config.max_position_embeddings / config.original_max_position_embeddings
+    )

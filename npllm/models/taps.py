@@ -21,19 +21,43 @@ NAMES = {
     "model.embed_tokens": ("[n_batch, n_seq, d_model]", "embed_tokens[ids]"),
     "model.layers.N.input_layernorm": ("[n_batch, n_seq, d_model]", "rms_norm(x)"),
     "model.layers.N.self_attn.qkv_proj": ("[n_batch, n_seq, d_qkv]", "W_qkv @ input_layernorm + b"),
-    "model.layers.N.self_attn.q_proj": ("[n_batch, n_head, n_seq, d_head]", "queries before rotation"),
-    "model.layers.N.self_attn.k_proj": ("[n_batch, n_kv_head, n_seq, d_head]", "keys before rotation"),
+    "model.layers.N.self_attn.q_proj": (
+        "[n_batch, n_head, n_seq, d_head]",
+        "queries before rotation",
+    ),
+    "model.layers.N.self_attn.k_proj": (
+        "[n_batch, n_kv_head, n_seq, d_head]",
+        "keys before rotation",
+    ),
     "model.layers.N.self_attn.v": ("[n_batch, n_kv_head, n_seq, d_head]", "values"),
-    "model.layers.N.self_attn.q": ("[n_batch, n_head, n_seq, d_head]", "apply_rope(q_proj, cos, sin)"),
-    "model.layers.N.self_attn.k": ("[n_batch, n_kv_head, n_seq, d_head]", "apply_rope(k_proj, cos, sin)"),
-    "model.layers.N.self_attn.cached_k": ("[n_batch, n_kv_head, n_ctx, d_head]", "keys that are seen, with a cache only"),
-    "model.layers.N.self_attn.cached_v": ("[n_batch, n_kv_head, n_ctx, d_head]", "values that are seen, with a cache only"),
-    "model.layers.N.self_attn.heads": ("[n_batch, n_head, n_seq, d_head]", "attention(q, k, v, mask)"),
+    "model.layers.N.self_attn.q": (
+        "[n_batch, n_head, n_seq, d_head]",
+        "apply_rope(q_proj, cos, sin)",
+    ),
+    "model.layers.N.self_attn.k": (
+        "[n_batch, n_kv_head, n_seq, d_head]",
+        "apply_rope(k_proj, cos, sin)",
+    ),
+    "model.layers.N.self_attn.cached_k": (
+        "[n_batch, n_kv_head, n_ctx, d_head]",
+        "keys that are seen, with a cache only",
+    ),
+    "model.layers.N.self_attn.cached_v": (
+        "[n_batch, n_kv_head, n_ctx, d_head]",
+        "values that are seen, with a cache only",
+    ),
+    "model.layers.N.self_attn.heads": (
+        "[n_batch, n_head, n_seq, d_head]",
+        "attention(q, k, v, mask)",
+    ),
     "model.layers.N.self_attn.attention": ("[n_batch, n_seq, n_head*d_head]", "heads side by side"),
     "model.layers.N.self_attn.o_proj": ("[n_batch, n_seq, d_model]", "W_o @ attention + b"),
     "model.layers.N.residual": ("[n_batch, n_seq, d_model]", "x + o_proj"),
     "model.layers.N.post_attention_layernorm": ("[n_batch, n_seq, d_model]", "rms_norm(residual)"),
-    "model.layers.N.mlp.gate_up_proj": ("[n_batch, n_seq, 2*d_ff]", "W_gate_up @ post_attention_layernorm + b"),
+    "model.layers.N.mlp.gate_up_proj": (
+        "[n_batch, n_seq, 2*d_ff]",
+        "W_gate_up @ post_attention_layernorm + b",
+    ),
     "model.layers.N.mlp.gate": ("[n_batch, n_seq, d_ff]", "the first half of gate_up_proj"),
     "model.layers.N.mlp.up": ("[n_batch, n_seq, d_ff]", "the second half of gate_up_proj"),
     "model.layers.N.mlp.swiglu": ("[n_batch, n_seq, d_ff]", "silu(gate) * up"),
@@ -47,7 +71,10 @@ NAMES = {
 # On request only, since they are n_seq x n_ctx: `tap.pairs` must be true.  They are shown, and cannot be replaced.
 PAIRS = {
     "model.layers.N.self_attn.mask": ("[..., n_seq, n_ctx]", "True where a query sees a key"),
-    "model.layers.N.self_attn.weights": ("[n_batch, n_head, n_seq, n_ctx]", "softmax(q @ k.T / sqrt(d_head)) under the mask"),
+    "model.layers.N.self_attn.weights": (
+        "[n_batch, n_head, n_seq, n_ctx]",
+        "softmax(q @ k.T / sqrt(d_head)) under the mask",
+    ),
 }
 
 
@@ -77,7 +104,10 @@ class NamedTap:
         if self.tap is None or not getattr(self.tap, "pairs", False):
             return
         xp, n_seq, n_ctx = array_namespace(q, k), q.shape[-2], k.shape[-2]
-        q_slots, k_slots = slots.get("q_slots", range(n_ctx - n_seq, n_ctx)), slots.get("k_slots", range(n_ctx))
+        q_slots, k_slots = (
+            slots.get("q_slots", range(n_ctx - n_seq, n_ctx)),
+            slots.get("k_slots", range(n_ctx)),
+        )
         visible = evaluate_mask(xp, mask, q, q_slots, k_slots)
         visible = xp.ones((n_seq, n_ctx), dtype=xp.bool) if visible is None else visible
         self.tap(f"{self.prefix}self_attn.mask", _shown(visible))
@@ -99,9 +129,13 @@ def check_returned(name: str, y: Any, x: Array) -> None:
     """
     wanted = array_namespace(x).__name__
     if not is_array(y):
-        raise NpllmTypeError(f"{name} must return an array of {wanted}, got {type(y).__module__}.{type(y).__qualname__}")
+        raise NpllmTypeError(
+            f"{name} must return an array of {wanted}, got {type(y).__module__}.{type(y).__qualname__}"
+        )
     if (array_namespace(y).__name__, y.dtype) != (wanted, x.dtype):
-        raise NpllmTypeError(f"{name} must return an array of {wanted}, {x.dtype}, got {array_namespace(y).__name__}, {y.dtype}")
+        raise NpllmTypeError(
+            f"{name} must return an array of {wanted}, {x.dtype}, got {array_namespace(y).__name__}, {y.dtype}"
+        )
     if tuple(y.shape) != tuple(x.shape):
         raise NpllmValueError(f"{name} must return the shape {list(x.shape)}, got {list(y.shape)}")
 

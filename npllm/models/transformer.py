@@ -7,8 +7,20 @@ from npllm.ops import mask as rules
 from npllm.ops import merge_heads, split_heads
 
 __all__ = [
-    "AttentionParams", "DecoderLayerParams", "EncoderLayerParams", "FeedForwardParams", "NormParams", "TransformerParams", "decode",
-    "decoder_layer", "encode", "encoder_layer", "feed_forward", "forward", "from_torch", "multi_head_attention",
+    "AttentionParams",
+    "DecoderLayerParams",
+    "EncoderLayerParams",
+    "FeedForwardParams",
+    "NormParams",
+    "TransformerParams",
+    "decode",
+    "decoder_layer",
+    "encode",
+    "encoder_layer",
+    "feed_forward",
+    "forward",
+    "from_torch",
+    "multi_head_attention",
 ]
 
 Array = Any
@@ -97,8 +109,12 @@ def multi_head_attention(x, memory, params, n_head, ops, mask=None):
     """
     d_head = params.q_proj.shape[0] // n_head
     q = split_heads(ops.linear(x, params.q_proj, params.q_bias), n_head)
-    k = split_heads(ops.linear(memory, params.k_proj, params.k_bias), params.k_proj.shape[0] // d_head)
-    v = split_heads(ops.linear(memory, params.v_proj, params.v_bias), params.k_proj.shape[0] // d_head)
+    k = split_heads(
+        ops.linear(memory, params.k_proj, params.k_bias), params.k_proj.shape[0] // d_head
+    )
+    v = split_heads(
+        ops.linear(memory, params.v_proj, params.v_bias), params.k_proj.shape[0] // d_head
+    )
     return ops.linear(merge_heads(ops.attention(q, k, v, mask=mask)), params.o_proj, params.o_bias)
 
 
@@ -123,7 +139,11 @@ def feed_forward(x, params, ops, activation):
     -----
     Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 2.
     """
-    return ops.linear(activation(ops.linear(x, params.up_proj, params.up_bias)), params.down_proj, params.down_bias)
+    return ops.linear(
+        activation(ops.linear(x, params.up_proj, params.up_bias)),
+        params.down_proj,
+        params.down_bias,
+    )
 
 
 def sublayer(x, function, norm, ops, norm_first, eps):
@@ -153,7 +173,9 @@ def sublayer(x, function, norm, ops, norm_first, eps):
     return ops.layer_norm(ops.add(x, function(x)), norm.weight, norm.bias, eps)
 
 
-def encoder_layer(x, params, n_head, ops, *, mask=None, activation=None, norm_first=False, eps=1e-5):
+def encoder_layer(
+    x, params, n_head, ops, *, mask=None, activation=None, norm_first=False, eps=1e-5
+):
     """Self-attention that sees both sides, then the feed-forward network.
 
     Parameters
@@ -178,13 +200,37 @@ def encoder_layer(x, params, n_head, ops, *, mask=None, activation=None, norm_fi
     Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.1; `torch.nn.TransformerEncoderLayer`.
     """
     activation = ops.relu if activation is None else activation
-    x = sublayer(x, lambda y: multi_head_attention(y, y, params.self_attn, n_head, ops, mask), params.self_attn_norm, ops,
-                 norm_first, eps)
-    return sublayer(x, lambda y: feed_forward(y, params.feed_forward, ops, activation), params.feed_forward_norm, ops,
-                    norm_first, eps)
+    x = sublayer(
+        x,
+        lambda y: multi_head_attention(y, y, params.self_attn, n_head, ops, mask),
+        params.self_attn_norm,
+        ops,
+        norm_first,
+        eps,
+    )
+    return sublayer(
+        x,
+        lambda y: feed_forward(y, params.feed_forward, ops, activation),
+        params.feed_forward_norm,
+        ops,
+        norm_first,
+        eps,
+    )
 
 
-def decoder_layer(x, memory, params, n_head, ops, *, mask=None, memory_mask=None, activation=None, norm_first=False, eps=1e-5):
+def decoder_layer(
+    x,
+    memory,
+    params,
+    n_head,
+    ops,
+    *,
+    mask=None,
+    memory_mask=None,
+    activation=None,
+    norm_first=False,
+    eps=1e-5,
+):
     """Causal self-attention, cross-attention to the encoder's output, then the feed-forward network.
 
     Parameters
@@ -211,12 +257,30 @@ def decoder_layer(x, memory, params, n_head, ops, *, mask=None, memory_mask=None
     """
     activation = ops.relu if activation is None else activation
     mask = rules.causal() if mask is None else mask
-    x = sublayer(x, lambda y: multi_head_attention(y, y, params.self_attn, n_head, ops, mask), params.self_attn_norm, ops,
-                 norm_first, eps)
-    x = sublayer(x, lambda y: multi_head_attention(y, memory, params.cross_attn, n_head, ops, memory_mask), params.cross_attn_norm,
-                 ops, norm_first, eps)
-    return sublayer(x, lambda y: feed_forward(y, params.feed_forward, ops, activation), params.feed_forward_norm, ops,
-                    norm_first, eps)
+    x = sublayer(
+        x,
+        lambda y: multi_head_attention(y, y, params.self_attn, n_head, ops, mask),
+        params.self_attn_norm,
+        ops,
+        norm_first,
+        eps,
+    )
+    x = sublayer(
+        x,
+        lambda y: multi_head_attention(y, memory, params.cross_attn, n_head, ops, memory_mask),
+        params.cross_attn_norm,
+        ops,
+        norm_first,
+        eps,
+    )
+    return sublayer(
+        x,
+        lambda y: feed_forward(y, params.feed_forward, ops, activation),
+        params.feed_forward_norm,
+        ops,
+        norm_first,
+        eps,
+    )
 
 
 def encode(x, params, n_head, ops, **options):
@@ -224,7 +288,9 @@ def encode(x, params, n_head, ops, **options):
     for layer in params.encoder:
         x = encoder_layer(x, layer, n_head, ops, **options)
     norm = params.encoder_norm
-    return x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, options.get("eps", 1e-5))
+    return (
+        x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, options.get("eps", 1e-5))
+    )
 
 
 def decode(x, memory, params, n_head, ops, **options):
@@ -232,7 +298,9 @@ def decode(x, memory, params, n_head, ops, **options):
     for layer in params.decoder:
         x = decoder_layer(x, memory, layer, n_head, ops, **options)
     norm = params.decoder_norm
-    return x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, options.get("eps", 1e-5))
+    return (
+        x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, options.get("eps", 1e-5))
+    )
 
 
 def forward(source, target, params, n_head, ops, *, source_mask=None, **options):
@@ -286,9 +354,12 @@ def from_torch(state):
     -----
     `in_proj_weight` holds the rows of q, k and v below each other.
     """
+
     def get(name):
         if name not in state:
-            raise NpllmValueError(f"the state has no {name}; it must be that of a torch.nn.Transformer with biases")
+            raise NpllmValueError(
+                f"the state has no {name}; it must be that of a torch.nn.Transformer with biases"
+            )
         return state[name]
 
     def norm(name):
@@ -297,21 +368,49 @@ def from_torch(state):
     def attention(name):
         weight, bias = get(name + ".in_proj_weight"), get(name + ".in_proj_bias")
         d = weight.shape[0] // 3
-        return AttentionParams(weight[:d], weight[d : 2 * d], weight[2 * d :], get(name + ".out_proj.weight"),
-                               bias[:d], bias[d : 2 * d], bias[2 * d :], get(name + ".out_proj.bias"))
+        return AttentionParams(
+            weight[:d],
+            weight[d : 2 * d],
+            weight[2 * d :],
+            get(name + ".out_proj.weight"),
+            bias[:d],
+            bias[d : 2 * d],
+            bias[2 * d :],
+            get(name + ".out_proj.bias"),
+        )
 
     def network(name):
-        return FeedForwardParams(*(get(f"{name}.{leaf}") for leaf in
-                                   ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")))
+        return FeedForwardParams(
+            *(
+                get(f"{name}.{leaf}")
+                for leaf in ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
+            )
+        )
 
     def layers(side):
-        numbers = sorted({int(name.split(".")[2]) for name in state if name.startswith(f"{side}.layers.")})
+        numbers = sorted(
+            {int(name.split(".")[2]) for name in state if name.startswith(f"{side}.layers.")}
+        )
         return [f"{side}.layers.{number}" for number in numbers]
 
     return TransformerParams(
-        tuple(EncoderLayerParams(attention(n + ".self_attn"), norm(n + ".norm1"), network(n), norm(n + ".norm2"))
-              for n in layers("encoder")),
-        tuple(DecoderLayerParams(attention(n + ".self_attn"), norm(n + ".norm1"), attention(n + ".multihead_attn"),
-                                 norm(n + ".norm2"), network(n), norm(n + ".norm3")) for n in layers("decoder")),
+        tuple(
+            EncoderLayerParams(
+                attention(n + ".self_attn"), norm(n + ".norm1"), network(n), norm(n + ".norm2")
+            )
+            for n in layers("encoder")
+        ),
+        tuple(
+            DecoderLayerParams(
+                attention(n + ".self_attn"),
+                norm(n + ".norm1"),
+                attention(n + ".multihead_attn"),
+                norm(n + ".norm2"),
+                network(n),
+                norm(n + ".norm3"),
+            )
+            for n in layers("decoder")
+        ),
         norm("encoder.norm") if "encoder.norm.weight" in state else None,
-        norm("decoder.norm") if "decoder.norm.weight" in state else None)
+        norm("decoder.norm") if "decoder.norm.weight" in state else None,
+    )

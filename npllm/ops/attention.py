@@ -4,14 +4,23 @@ The blockwise form (`npllm.ops.blockwise`) is derived independently and shares n
 arguments and the default slots.
 """
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, is_integer, widen
+from npllm.arrays import (
+    array_namespace,
+    compute_dtype,
+    expect_shape,
+    ieee_semantics,
+    is_integer,
+    widen,
+)
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["attention", "attention_weights"]
 
 
 @ieee_semantics
-def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None):
+def attention_weights(
+    q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None
+):
     """Say how much each query attends to each key: the relevance of every position, as a distribution.
 
         s[h, i, j] = scale * sum_c q[h, i, c] * k[h // group, j, c],   group = n_head / n_kv_head
@@ -62,7 +71,19 @@ def attention_weights(q, k, *, mask=None, bias=None, scale=None, softcap=None, q
 
 
 @ieee_semantics
-def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False):
+def attention(
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    bias=None,
+    scale=None,
+    softcap=None,
+    q_slots=None,
+    k_slots=None,
+    return_lse=False,
+):
     """Replace each query by the mean of the values, weighted by the relevance of their keys: the definition.
 
         y[h, i, :] = sum_j w[h, i, j] * v[h // group, j, :],   w = attention_weights(q, k, ...)
@@ -108,8 +129,12 @@ def attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slot
 
 def _scores(xp, q, k, scale, softcap, bias, dtype):
     """Scale * q k^T for every head, capped and biased."""
-    keys = xp.repeat(widen(k, dtype), q.shape[-3] // k.shape[-3], axis=-3)  # [..., n_kv_head, ...] -> [..., n_head, ...]
-    s = (widen(q, dtype) @ xp.matrix_transpose(keys)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    keys = xp.repeat(
+        widen(k, dtype), q.shape[-3] // k.shape[-3], axis=-3
+    )  # [..., n_kv_head, ...] -> [..., n_head, ...]
+    s = (widen(q, dtype) @ xp.matrix_transpose(keys)) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
     if softcap is not None:
         s = softcap * xp.tanh(s / softcap)
     return s if bias is None else s + widen(bias, dtype)
@@ -136,7 +161,10 @@ def evaluate_mask(xp, mask, q, q_slots, k_slots):
     """Evaluate a rule on [n_seq, 1] and [1, n_ctx] slots; an array and None are returned as they are."""
     if not callable(mask):
         return mask
-    i, j = (xp.arange(s.start, s.stop, s.step) if isinstance(s, range) else s for s in (q_slots, k_slots))
+    i, j = (
+        xp.arange(s.start, s.stop, s.step) if isinstance(s, range) else s
+        for s in (q_slots, k_slots)
+    )
     visible = mask(i[:, None], j[None, :])
     _check_broadcast("mask", visible, (*q.shape[:-2], i.shape[0], j.shape[0]))
     return visible
@@ -150,29 +178,43 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     if v is not None:
         expect_shape("v", v, dots=None, n_kv_head=n_kv_head, n_ctx=n_ctx, d_value=None)
     if any(x.shape[:-3] != q.shape[:-3] for x in (k, v) if x is not None):
-        raise NpllmValueError(f"q, k and v must have the same axes in front of the heads, got q {list(q.shape)}, k {list(k.shape)}"
-                              + (f", v {list(v.shape)}" if v is not None else ""))
+        raise NpllmValueError(
+            f"q, k and v must have the same axes in front of the heads, got q {list(q.shape)}, k {list(k.shape)}"
+            + (f", v {list(v.shape)}" if v is not None else "")
+        )
     if q.shape[-1] < 1:
         raise NpllmValueError("a head must have at least one channel, got d_head = 0")
     if n_ctx < 1:
         raise NpllmValueError("k must hold at least one key, got n_ctx = 0")
     if n_kv_head == 0 or n_head % n_kv_head:
-        raise NpllmValueError(f"n_head must be a multiple of n_kv_head, got n_head = {n_head} and n_kv_head = {n_kv_head}")
-    array_namespace(q, *(x for x in (mask, q_slots, k_slots) if not (callable(x) or isinstance(x, range))))
+        raise NpllmValueError(
+            f"n_head must be a multiple of n_kv_head, got n_head = {n_head} and n_kv_head = {n_kv_head}"
+        )
+    array_namespace(
+        q, *(x for x in (mask, q_slots, k_slots) if not (callable(x) or isinstance(x, range)))
+    )
     for name, x in (("mask", mask), ("bias", bias)):
         if x is not None and not callable(x):
             _check_broadcast(name, x, (*q.shape[:-1], n_ctx))
     if mask is not None and not callable(mask) and mask.dtype != xp.bool:
-        raise NpllmTypeError(f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
-                             "additive masks go to bias")
-    return (resolve_slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq),
-            resolve_slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0))
+        raise NpllmTypeError(
+            f"mask must be a rule or a bool array (True = visible), got dtype {mask.dtype}; "
+            "additive masks go to bias"
+        )
+    return (
+        resolve_slots(xp, "q_slots", q_slots, "n_seq", n_seq, n_ctx - n_seq),
+        resolve_slots(xp, "k_slots", k_slots, "n_ctx", n_ctx, 0),
+    )
 
 
 def _check_broadcast(name, x, shape):
     axes = x.shape[::-1]
-    if len(axes) > len(shape) or any(got not in (1, want) for got, want in zip(axes, shape[::-1], strict=False)):
-        raise NpllmValueError(f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}")
+    if len(axes) > len(shape) or any(
+        got not in (1, want) for got, want in zip(axes, shape[::-1], strict=False)
+    ):
+        raise NpllmValueError(
+            f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}"
+        )
 
 
 def resolve_slots(xp, name, slots, axis, n, first):
@@ -180,8 +222,12 @@ def resolve_slots(xp, name, slots, axis, n, first):
     if slots is None:
         return range(first, first + n)
     if not isinstance(slots, range) and not (is_integer(slots) and slots.ndim == 1):
-        raise NpllmTypeError(f"{name} must be integers [{axis}] = [{n}], got {slots.dtype} {list(slots.shape)}")
+        raise NpllmTypeError(
+            f"{name} must be integers [{axis}] = [{n}], got {slots.dtype} {list(slots.shape)}"
+        )
     got = len(slots) if isinstance(slots, range) else slots.shape[0]
     if got != n:
         raise NpllmValueError(f"{name} must be [{axis}] = [{n}], got [{got}]")
-    return slots if isinstance(slots, range) or slots.dtype == xp.int64 else xp.astype(slots, xp.int64)
+    return (
+        slots if isinstance(slots, range) or slots.dtype == xp.int64 else xp.astype(slots, xp.int64)
+    )

@@ -48,7 +48,9 @@ def attention_io(n, d, block=None, sram=100_000, itemsize=4):
         block = min(b_k, d), b_k
     block = (block, block) if isinstance(block, int) else block
     if min(n, d, itemsize, *block) < 1:
-        raise NpllmValueError(f"n, d, itemsize and both blocks must be at least 1, got {n}, {d}, {itemsize} and {block}")
+        raise NpllmValueError(
+            f"n, d, itemsize and both blocks must be at least 1, got {n}, {d}, {itemsize} and {block}"
+        )
     q_visits, k_visits = -(-n // block[0]), -(-n // block[1])
     return {
         "naive": (4 * n * d + 4 * n * n) * itemsize,

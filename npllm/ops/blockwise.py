@@ -3,7 +3,15 @@
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, n_bytes, to_numpy, widen
+from npllm.arrays import (
+    array_namespace,
+    compute_dtype,
+    expect_shape,
+    ieee_semantics,
+    n_bytes,
+    to_numpy,
+    widen,
+)
 from npllm.errors import NpllmValueError
 from npllm.ops.attention import check_attention, evaluate_mask
 from npllm.ops.mask.rule import ALL, NONE, SOME
@@ -12,8 +20,23 @@ __all__ = ["blockwise_attention", "merge_attention", "split_kv_attention"]
 
 
 @ieee_semantics
-def blockwise_attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False,
-                        block_q=256, block_k=512, outer="queries", moved=None):
+def blockwise_attention(
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    bias=None,
+    scale=None,
+    softcap=None,
+    q_slots=None,
+    k_slots=None,
+    return_lse=False,
+    block_q=256,
+    block_k=512,
+    outer="queries",
+    moved=None,
+):
     """Compute `attention` block by block, in memory that does not grow with n_seq x n_ctx.
 
     For each block of queries, visit the blocks of keys j and keep a running maximum m, sum l and weighted sum a:
@@ -61,13 +84,22 @@ def blockwise_attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=No
     xp = array_namespace(q, k, v, bias)
     q_slots, k_slots = check_attention(xp, q, k, v, mask, bias, q_slots, k_slots)
     if min(block_q, block_k) < 1:
-        raise NpllmValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")
+        raise NpllmValueError(
+            f"block_q and block_k must be at least 1, got {block_q} and {block_k}"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if outer not in SCHEDULES:
         raise NpllmValueError(f"outer must be one of {', '.join(SCHEDULES)}, got {outer!r}")
-    tiles = _Tiles(xp, q, k, v, mask, bias, q_slots, k_slots, scale, softcap, compute_dtype(q, k, v, bias))
-    parts = SCHEDULES[outer](tiles, _spans(q.shape[-2], block_q), _spans(k.shape[-2], block_k), moved or _nobody)
-    y, lse = (xp.concat(pieces, axis=-2) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True))
+    tiles = _Tiles(
+        xp, q, k, v, mask, bias, q_slots, k_slots, scale, softcap, compute_dtype(q, k, v, bias)
+    )
+    parts = SCHEDULES[outer](
+        tiles, _spans(q.shape[-2], block_q), _spans(k.shape[-2], block_k), moved or _nobody
+    )
+    y, lse = (
+        xp.concat(pieces, axis=-2) if len(pieces) > 1 else pieces[0]
+        for pieces in zip(*parts, strict=True)
+    )
     y = y if y.dtype == q.dtype else xp.astype(y, q.dtype)
     return (y, lse[..., 0]) if return_lse else y
 
@@ -108,7 +140,19 @@ def merge_attention(y, lse):
     return merged if merged.dtype == y.dtype else xp.astype(merged, y.dtype), largest + xp.log(safe)
 
 
-def split_kv_attention(q, k, v, *, n_split, mask=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False):
+def split_kv_attention(
+    q,
+    k,
+    v,
+    *,
+    n_split,
+    mask=None,
+    scale=None,
+    softcap=None,
+    q_slots=None,
+    k_slots=None,
+    return_lse=False,
+):
     """Cut the keys into n_split runs, attend to each by itself, and merge: how one query uses many processors.
 
         y = merge_attention of blockwise_attention(q, k_s, v_s) over the runs s
@@ -147,8 +191,19 @@ def split_kv_attention(q, k, v, *, n_split, mask=None, scale=None, softcap=None,
     parts = []
     for columns in (slice(a, b) for a, b in pairwise(cuts)):
         seen = mask if mask is None or callable(mask) else _cut(mask, slice(None), columns)
-        parts.append(blockwise_attention(q, k[..., columns, :], v[..., columns, :], mask=seen, scale=scale, softcap=softcap,
-                                         q_slots=q_slots, k_slots=k_slots[columns], return_lse=True))
+        parts.append(
+            blockwise_attention(
+                q,
+                k[..., columns, :],
+                v[..., columns, :],
+                mask=seen,
+                scale=scale,
+                softcap=softcap,
+                q_slots=q_slots,
+                k_slots=k_slots[columns],
+                return_lse=True,
+            )
+        )
     y, lse = merge_attention(*(xp.stack(part) for part in zip(*parts, strict=True)))
     return (y, lse) if return_lse else y
 
@@ -183,8 +238,12 @@ class _Tiles(NamedTuple):
         *batch, n_head, n_seq, d_head = q.shape
         lead = (*batch, self.k.shape[-3], n_head // self.k.shape[-3] * n_seq)
         m = xp.full((*lead, 1), -xp.inf, dtype=self.dtype)
-        return _State(xp.reshape(widen(q, self.dtype), (*lead, d_head)), m, xp.zeros_like(m),
-                      xp.zeros((*lead, self.v.shape[-1]), dtype=self.dtype))
+        return _State(
+            xp.reshape(widen(q, self.dtype), (*lead, d_head)),
+            m,
+            xp.zeros_like(m),
+            xp.zeros((*lead, self.v.shape[-1]), dtype=self.dtype),
+        )
 
     def visible(self, rows, columns):
         """What the queries of a block see of a block of keys: NONE, ALL, or a mask."""
@@ -196,7 +255,11 @@ class _Tiles(NamedTuple):
         bound = getattr(self.mask, "bound", _no_bound)(*_ends(self.xp, i), *_ends(self.xp, j))
         if bound != SOME:
             return bound
-        return evaluate_mask(self.xp, self.mask, self.q, i, j) if callable(self.mask) else _cut(self.mask, rows, columns)
+        return (
+            evaluate_mask(self.xp, self.mask, self.q, i, j)
+            if callable(self.mask)
+            else _cut(self.mask, rows, columns)
+        )
 
     def update(self, state, rows, columns, visible):
         """Fold a block of keys and values into the state of a block of queries."""
@@ -207,7 +270,9 @@ class _Tiles(NamedTuple):
         if self.bias is not None or visible is not ALL:
             s = self.exclude(s, rows, columns, visible)
         m_new = xp.maximum(m, xp.max(s, axis=-1, keepdims=True))
-        shift = xp.where(m_new == -xp.inf, xp.zeros_like(m_new), m_new)  # nothing seen yet: any finite number will do
+        shift = xp.where(
+            m_new == -xp.inf, xp.zeros_like(m_new), m_new
+        )  # nothing seen yet: any finite number will do
         p, decay = xp.exp(s - shift), xp.exp(m - shift)
         a = a * decay + p @ widen(self.v[..., columns, :], self.dtype)
         return _State(q, m_new, l * decay + xp.sum(p, axis=-1, keepdims=True), a)
@@ -216,7 +281,9 @@ class _Tiles(NamedTuple):
         """Add the bias to the scores, and put -inf where nothing is to be seen; both know the query heads one by one."""
         xp, shape = self.xp, s.shape
         n_seq = rows.stop - rows.start
-        s = xp.reshape(s, (*self.q.shape[:-2], n_seq, shape[-1]))  # [..., n_kv_head, n_rows, n_keys] -> heads
+        s = xp.reshape(
+            s, (*self.q.shape[:-2], n_seq, shape[-1])
+        )  # [..., n_kv_head, n_rows, n_keys] -> heads
         if self.bias is not None:
             s = s + widen(_cut(self.bias, rows, columns), s.dtype)
         if visible is not ALL:
@@ -227,9 +294,14 @@ class _Tiles(NamedTuple):
         """Divide the sums: the result and its log-sum-exp [..., n_seq, 1] for a block of queries."""
         xp = self.xp
         l_safe = xp.where(state.l == 0, xp.ones_like(state.l), state.l)
-        heads = (*self.q.shape[:-2], rows.stop - rows.start)  # [..., n_kv_head, n_rows, d] -> [..., n_head, n_seq, d]
-        return (xp.reshape(state.a / l_safe, (*heads, self.v.shape[-1])),
-                xp.reshape(state.m + xp.log(l_safe), (*heads, 1)))
+        heads = (
+            *self.q.shape[:-2],
+            rows.stop - rows.start,
+        )  # [..., n_kv_head, n_rows, d] -> [..., n_head, n_seq, d]
+        return (
+            xp.reshape(state.a / l_safe, (*heads, self.v.shape[-1])),
+            xp.reshape(state.m + xp.log(l_safe), (*heads, 1)),
+        )
 
 
 def _outer_queries(tiles, q_blocks, k_blocks, moved):
@@ -257,7 +329,9 @@ def _outer_keys(tiles, q_blocks, k_blocks, moved):
             visible = tiles.visible(rows, columns)
             if visible is not NONE:
                 _, m, l, a = states[n]  # noqa: E741
-                moved(n_bytes(tiles.q[..., rows, :]) + 2 * sum(map(n_bytes, (m, l, a))))  # the state comes, and goes again
+                moved(
+                    n_bytes(tiles.q[..., rows, :]) + 2 * sum(map(n_bytes, (m, l, a)))
+                )  # the state comes, and goes again
                 states[n] = tiles.update(states[n], rows, columns, visible)
     return [tiles.finish(state, rows) for state, rows in zip(states, q_blocks, strict=True)]
 

@@ -1,6 +1,14 @@
 """Embedding lookup: from token ids to vectors; and absolute positions, which are added to them."""
 
-from npllm.arrays import array_namespace, as_index, expect_shape, host_range, ieee_semantics, is_integer, widen
+from npllm.arrays import (
+    array_namespace,
+    as_index,
+    expect_shape,
+    host_range,
+    ieee_semantics,
+    is_integer,
+    widen,
+)
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.quantized.int8 import Int8Weight
 
@@ -48,8 +56,10 @@ def embed(ids, weight):
     n_vocab, d_model = weight.shape
     lowest_highest = host_range(ids)
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < n_vocab):
-        raise NpllmValueError(f"token ids must lie in 0 ... n_vocab - 1 = {n_vocab - 1}, got {lowest_highest[0]} ... "
-                              f"{lowest_highest[1]}; is this the tokenizer of another model?")
+        raise NpllmValueError(
+            f"token ids must lie in 0 ... n_vocab - 1 = {n_vocab - 1}, got {lowest_highest[0]} ... "
+            f"{lowest_highest[1]}; is this the tokenizer of another model?"
+        )
     flat = xp.reshape(as_index(ids), (-1,))
     rows = weight.take(flat) if isinstance(weight, Int8Weight) else xp.take(weight, flat, axis=0)
     return xp.reshape(widen(rows), (*ids.shape, d_model))
@@ -85,7 +95,9 @@ def sinusoidal_positions(positions, d_model, base=10000.0):
     if d_model < 2 or d_model % 2:
         raise NpllmValueError(f"d_model must be even and at least 2, got {d_model}")
     exponent = xp.arange(0, d_model, 2, dtype=xp.float64) / d_model
-    angle = xp.astype(positions, xp.float64)[..., None] / base**exponent  # [..., n_seq] -> [..., n_seq, d_model/2]
+    angle = (
+        xp.astype(positions, xp.float64)[..., None] / base**exponent
+    )  # [..., n_seq] -> [..., n_seq, d_model/2]
     pairs = xp.stack([xp.sin(angle), xp.cos(angle)], axis=-1)
     return xp.astype(xp.reshape(pairs, (*angle.shape[:-1], d_model)), xp.float32)
 
@@ -126,7 +138,9 @@ def add_positions(x, positions, weight):
         raise NpllmTypeError(f"positions must be integers, got dtype {positions.dtype}")
     lowest_highest = host_range(positions)
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < weight.shape[0]):
-        raise NpllmValueError(f"positions must lie in 0 ... n_pos - 1 = {weight.shape[0] - 1}, got {lowest_highest[0]} ... "
-                              f"{lowest_highest[1]}")
+        raise NpllmValueError(
+            f"positions must lie in 0 ... n_pos - 1 = {weight.shape[0] - 1}, got {lowest_highest[0]} ... "
+            f"{lowest_highest[1]}"
+        )
     y = widen(x) + embed(positions, weight)
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)

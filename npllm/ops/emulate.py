@@ -19,7 +19,10 @@ from npllm.ops.rope import _halves_to_pairs, _pairs_to_halves, _rotate_half, rop
 
 __all__ = ["POINTS", "emulate"]
 
-LARGEST = {"bfloat16": (2 - 2**-7) * 2.0**127, "float16": (2 - 2**-10) * 2.0**15}  # finite values of the type
+LARGEST = {
+    "bfloat16": (2 - 2**-7) * 2.0**127,
+    "float16": (2 - 2**-10) * 2.0**15,
+}  # finite values of the type
 
 POINTS = {
     "normalised": "rms_norm: x / root mean square, before the gain",
@@ -97,15 +100,29 @@ def emulate(dtype, points=tuple(POINTS)):
     Source: `modeling_phi3.py` of Transformers 5.23 with `attn_implementation="eager"`.
     """
     if dtype not in LARGEST:
-        raise NpllmValueError(f"emulate knows the 16-bit types {' and '.join(LARGEST)}, got {dtype!r}; "
-                              "the default operations compute in float32")
+        raise NpllmValueError(
+            f"emulate knows the 16-bit types {' and '.join(LARGEST)}, got {dtype!r}; "
+            "the default operations compute in float32"
+        )
     unknown = sorted(set(points) - set(POINTS))
     if unknown:
-        raise NpllmValueError(f"no rounding point is called {', '.join(unknown)}; there are {', '.join(POINTS)}")
+        raise NpllmValueError(
+            f"no rounding point is called {', '.join(unknown)}; there are {', '.join(POINTS)}"
+        )
     rounded = _Rounding(dtype, frozenset(points))
-    named = {"embed": _embed, "linear": _linear, "rms_norm": _rms_norm, "rope_tables": _rope_tables, "apply_rope": _apply_rope,
-             "attention": _attention, "swiglu": _swiglu, "add": _add}
-    return Ops(**{name: partial(op, rounded) for name, op in named.items()}, name=f"emulate {dtype}")
+    named = {
+        "embed": _embed,
+        "linear": _linear,
+        "rms_norm": _rms_norm,
+        "rope_tables": _rope_tables,
+        "apply_rope": _apply_rope,
+        "attention": _attention,
+        "swiglu": _swiglu,
+        "add": _add,
+    }
+    return Ops(
+        **{name: partial(op, rounded) for name, op in named.items()}, name=f"emulate {dtype}"
+    )
 
 
 class _Rounding(NamedTuple):
@@ -127,8 +144,10 @@ class _Rounding(NamedTuple):
     def expect(self, x, dtype):
         """Raise for an array of another dtype: a float64 model has nothing to emulate, a float32 weight is not yet rounded."""
         if str(x.dtype) != dtype:
-            raise NpllmTypeError(f'emulate("{self.dtype}") takes weights stored in {self.dtype} and float32 activations, got '
-                                 f'{x.dtype}, not {dtype}; npllm.load(path, dtype="{self.dtype}", ops=...) rounds the weights')
+            raise NpllmTypeError(
+                f'emulate("{self.dtype}") takes weights stored in {self.dtype} and float32 activations, got '
+                f'{x.dtype}, not {dtype}; npllm.load(path, dtype="{self.dtype}", ops=...) rounds the weights'
+            )
 
 
 def _embed(rounded, ids, weight):
@@ -144,8 +163,15 @@ def _linear(rounded, x, weight, bias=None):
     d_out, d_in = weight.shape
     rows = xp.reshape(x, (-1, d_in))  # [..., d_in] -> [n, d_in]
     n_rows = max(1, entries_at_once(weight) // max(1, d_in))
-    y = xp.concat([_product(rows, xp.matrix_transpose(rounded.weight(weight[start : start + n_rows, :])), xp)
-                   for start in range(0, d_out, n_rows)], axis=-1)
+    y = xp.concat(
+        [
+            _product(
+                rows, xp.matrix_transpose(rounded.weight(weight[start : start + n_rows, :])), xp
+            )
+            for start in range(0, d_out, n_rows)
+        ],
+        axis=-1,
+    )
     y = y if bias is None else y + rounded.weight(bias)
     return rounded("linear", xp.reshape(y, (*x.shape[:-1], d_out)))
 
@@ -183,23 +209,50 @@ def _apply_rope(rounded, x, cos, sin, *, interleaved=False):
     xp = array_namespace(x, cos, sin)
     d_rope = cos.shape[-1]
     if cos.shape != sin.shape or cos.shape[-2] != x.shape[-2] or d_rope > x.shape[-1] or d_rope % 2:
-        raise NpllmValueError(f"cos and sin must be [n_seq, d_rope] for x [..., n_head, n_seq, d_head], with an even d_rope of at "
-                              f"most d_head; got cos {list(cos.shape)}, sin {list(sin.shape)} and x {list(x.shape)}")
-    cos, sin = (xp.expand_dims(t, axis=-3) for t in (cos, sin))  # [..., n_seq, d_rope] -> [..., 1, n_seq, d_rope]
+        raise NpllmValueError(
+            f"cos and sin must be [n_seq, d_rope] for x [..., n_head, n_seq, d_head], with an even d_rope of at "
+            f"most d_head; got cos {list(cos.shape)}, sin {list(sin.shape)} and x {list(x.shape)}"
+        )
+    cos, sin = (
+        xp.expand_dims(t, axis=-3) for t in (cos, sin)
+    )  # [..., n_seq, d_rope] -> [..., 1, n_seq, d_rope]
     head = _pairs_to_halves(x[..., :d_rope], xp) if interleaved else x[..., :d_rope]
-    y = rounded("rotation", rounded("cos_part", head * cos) + rounded("sin_part", _rotate_half(head, xp) * sin))
+    y = rounded(
+        "rotation",
+        rounded("cos_part", head * cos) + rounded("sin_part", _rotate_half(head, xp) * sin),
+    )
     y = _halves_to_pairs(y, xp) if interleaved else y
     return xp.concat([y, x[..., d_rope:]], axis=-1)
 
 
-def _attention(rounded, q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False):
+def _attention(
+    rounded,
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    bias=None,
+    scale=None,
+    softcap=None,
+    q_slots=None,
+    k_slots=None,
+    return_lse=False,
+):
     """Compute eager attention, rounded after every step."""
     if bias is not None or softcap is not None or return_lse:
-        raise NpllmValueError("emulate repeats Phi-3's eager attention, which has no bias, no softcap and returns no lse")
+        raise NpllmValueError(
+            "emulate repeats Phi-3's eager attention, which has no bias, no softcap and returns no lse"
+        )
     xp = array_namespace(q, k, v)
-    visible = evaluate_mask(xp, mask, q, *check_attention(xp, q, k, v, mask, bias, q_slots, k_slots))
+    visible = evaluate_mask(
+        xp, mask, q, *check_attention(xp, q, k, v, mask, bias, q_slots, k_slots)
+    )
     group = q.shape[-3] // k.shape[-3]
-    k, v = xp.repeat(k, group, axis=-3), xp.repeat(v, group, axis=-3)  # [..., n_kv_head, ...] -> [..., n_head, ...]
+    k, v = (
+        xp.repeat(k, group, axis=-3),
+        xp.repeat(v, group, axis=-3),
+    )  # [..., n_kv_head, ...] -> [..., n_head, ...]
     s = rounded("scores", _product(q, xp.matrix_transpose(k), xp))
     s = rounded("scaled", s * (q.shape[-1] ** -0.5 if scale is None else scale))
     if visible is not None:
@@ -212,7 +265,9 @@ def _attention(rounded, q, k, v, *, mask=None, bias=None, scale=None, softcap=No
 def _swiglu(rounded, gate, up):
     """Round silu(gate), and again its product with up."""
     if gate.shape != up.shape:
-        raise NpllmValueError(f"gate and up must have one shape [..., d_ff], got gate {list(gate.shape)} and up {list(up.shape)}")
+        raise NpllmValueError(
+            f"gate and up must have one shape [..., d_ff], got gate {list(gate.shape)} and up {list(up.shape)}"
+        )
     return rounded("gated", rounded("silu", silu(gate)) * up)
 
 

@@ -64,7 +64,9 @@ def swiglu(gate, up):
     """
     xp = array_namespace(gate, up)
     if gate.shape != up.shape:
-        raise NpllmValueError(f"gate and up must have one shape [..., d_ff], got gate {list(gate.shape)} and up {list(up.shape)}")
+        raise NpllmValueError(
+            f"gate and up must have one shape [..., d_ff], got gate {list(gate.shape)} and up {list(up.shape)}"
+        )
     dtype = compute_dtype(gate, up)
     y = silu(widen(gate, dtype)) * widen(up, dtype)
     return y if y.dtype == gate.dtype else xp.astype(y, gate.dtype)

@@ -10,8 +10,15 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 
-__all__ = ["dynamic_base", "linear_frequencies", "llama3_frequencies", "longrope_scale", "rope_frequencies", "yarn_frequencies",
-           "yarn_scale"]
+__all__ = [
+    "dynamic_base",
+    "linear_frequencies",
+    "llama3_frequencies",
+    "longrope_scale",
+    "rope_frequencies",
+    "yarn_frequencies",
+    "yarn_scale",
+]
 
 
 def rope_frequencies(d_rope, base=10000.0, factors=None):
@@ -50,7 +57,9 @@ def rope_frequencies(d_rope, base=10000.0, factors=None):
         return np.float32(1) / power
     factors = np.asarray(factors, dtype=np.float32)
     if factors.shape != power.shape or not (np.isfinite(factors).all() and (factors > 0).all()):
-        raise NpllmValueError(f"factors must be d_rope/2 = {d_rope // 2} positive numbers, got {factors.size}")
+        raise NpllmValueError(
+            f"factors must be d_rope/2 = {d_rope // 2} positive numbers, got {factors.size}"
+        )
     return np.float32(1) / (factors * power)
 
 
@@ -165,11 +174,16 @@ def llama3_frequencies(d_rope, base, factor, low_freq_factor, high_freq_factor, 
     keep = (turns - np.float32(low_freq_factor)) / np.float32(high_freq_factor - low_freq_factor)
     slow = inv_freq / np.float32(factor)
     blend = (np.float32(1) - keep) * slow + keep * inv_freq
-    long_wave, short_wave = wavelength > n_original / low_freq_factor, wavelength < n_original / high_freq_factor
+    long_wave, short_wave = (
+        wavelength > n_original / low_freq_factor,
+        wavelength < n_original / high_freq_factor,
+    )
     return np.where(long_wave, slow, np.where(short_wave, inv_freq, blend)).astype(np.float32)
 
 
-def yarn_frequencies(d_rope, base, factor, n_original, beta_fast=32.0, beta_slow=1.0, truncate=True):
+def yarn_frequencies(
+    d_rope, base, factor, n_original, beta_fast=32.0, beta_slow=1.0, truncate=True
+):
     """Slow the pairs that turn fewer than beta_slow times within the original context, keep those that turn beta_fast times.
 
         index(turns) = d_rope * ln(n_original / (2 * pi * turns)) / (2 * ln(base))
@@ -196,6 +210,7 @@ def yarn_frequencies(d_rope, base, factor, n_original, beta_fast=32.0, beta_slow
     -----
     Source: "YaRN" (Peng et al. 2023), section 3.2; `_compute_yarn_parameters` in Transformers.
     """
+
     def index(turns):
         return d_rope * math.log(n_original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
@@ -205,9 +220,13 @@ def yarn_frequencies(d_rope, base, factor, n_original, beta_fast=32.0, beta_slow
     low, high = max(low, 0), min(high, d_rope - 1)
     high = high + 0.001 if low == high else high
     power = _powers(d_rope, base)
-    slow = np.clip((np.arange(d_rope // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    slow = np.clip(
+        (np.arange(d_rope // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1
+    )
     keep = np.float32(1) - slow
-    return (np.float32(1) / (np.float32(factor) * power)) * (np.float32(1) - keep) + (np.float32(1) / power) * keep
+    return (np.float32(1) / (np.float32(factor) * power)) * (np.float32(1) - keep) + (
+        np.float32(1) / power
+    ) * keep
 
 
 def yarn_scale(factor, mscale=None, mscale_all_dim=None):
@@ -229,6 +248,7 @@ def yarn_scale(factor, mscale=None, mscale_all_dim=None):
     -----
     Source: "YaRN" (Peng et al. 2023), equation 22; `_compute_yarn_parameters` in Transformers.
     """
+
     def m(a):
         return 1.0 if factor <= 1 else 0.1 * a * math.log(factor) + 1.0
 

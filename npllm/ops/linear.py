@@ -2,7 +2,14 @@
 
 from math import prod
 
-from npllm.arrays import array_namespace, compute_dtype, entries_at_once, expect_shape, ieee_semantics, widen
+from npllm.arrays import (
+    array_namespace,
+    compute_dtype,
+    entries_at_once,
+    expect_shape,
+    ieee_semantics,
+    widen,
+)
 from npllm.errors import NpllmValueError
 
 __all__ = ["linear", "mean_pool_kv_heads", "merge_heads", "split_heads"]
@@ -44,7 +51,9 @@ def linear(x, weight, bias=None):
     expect_shape("x", x, dots=None, d_in=d_in)
     dtype = compute_dtype(x, weight)
     rows = xp.reshape(widen(x, dtype), (prod(x.shape[:-1]), d_in))  # [..., d_in] -> [n, d_in]
-    blocks = [rows @ xp.matrix_transpose(widen(block, dtype)) for block in _row_blocks(weight, dtype)]
+    blocks = [
+        rows @ xp.matrix_transpose(widen(block, dtype)) for block in _row_blocks(weight, dtype)
+    ]
     y = blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1)
     if bias is not None:
         expect_shape("bias", bias, d_out=d_out)
@@ -80,7 +89,9 @@ def split_heads(x, n_head):
     expect_shape("x", x, dots=None, n_seq=None, width=None)
     *batch, n_seq, width = x.shape
     if n_head < 1 or width % n_head:
-        raise NpllmValueError(f"the last axis of x must be n_head * d_head, a multiple of n_head = {n_head}, got {width}")
+        raise NpllmValueError(
+            f"the last axis of x must be n_head * d_head, a multiple of n_head = {n_head}, got {width}"
+        )
     y = xp.reshape(x, (*batch, n_seq, n_head, width // n_head))
     return _swap(y, xp)  # [..., n_seq, n_head, d_head] -> [..., n_head, n_seq, d_head]
 
@@ -141,10 +152,14 @@ def mean_pool_kv_heads(weight, n_kv_head, n_group):
     xp = array_namespace(weight)
     n_rows = weight.shape[0]
     if n_kv_head < 1 or n_rows % n_kv_head:
-        raise NpllmValueError(f"the rows of weight must be n_kv_head * d_head, a multiple of n_kv_head = {n_kv_head}, got {n_rows}")
+        raise NpllmValueError(
+            f"the rows of weight must be n_kv_head * d_head, a multiple of n_kv_head = {n_kv_head}, got {n_rows}"
+        )
     if n_group < 1 or n_kv_head % n_group:
         raise NpllmValueError(f"n_group must divide n_kv_head = {n_kv_head}, got {n_group}")
-    heads = xp.reshape(widen(weight), (n_group, n_kv_head // n_group, n_rows // n_kv_head, *weight.shape[1:]))
+    heads = xp.reshape(
+        widen(weight), (n_group, n_kv_head // n_group, n_rows // n_kv_head, *weight.shape[1:])
+    )
     y = xp.mean(heads, axis=1)
     return _round(xp.reshape(y, (n_group * (n_rows // n_kv_head), *weight.shape[1:])), weight)
 

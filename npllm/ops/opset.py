@@ -104,13 +104,17 @@ class Ops:
     mlp_block: Callable | None = None
     decoder_layers: Callable | None = None
     name: str = "custom"
-    replaced: frozenset[str] = frozenset()  # what `replace` was given: these run under a tap as well
+    replaced: frozenset[str] = (
+        frozenset()
+    )  # what `replace` was given: these run under a tap as well
 
     def __post_init__(self) -> None:
         for name in self.names():
             op = getattr(self, name)
             if not callable(op) and not (op is None and name in SLOTS):
-                wanted = "a kernel or None" if name in SLOTS else f"a function like npllm.ops.{name}"
+                wanted = (
+                    "a kernel or None" if name in SLOTS else f"a function like npllm.ops.{name}"
+                )
                 raise NpllmTypeError(f"Ops.{name} must be {wanted}, got {op!r}")
 
     @classmethod
@@ -139,11 +143,16 @@ class Ops:
         """
         unknown = sorted(set(ops) - {*self.names(), "name"})
         if unknown:
-            raise NpllmTypeError(f"no operation is called {', '.join(unknown)}; an Ops has {', '.join(self.names())}")
+            raise NpllmTypeError(
+                f"no operation is called {', '.join(unknown)}; an Ops has {', '.join(self.names())}"
+            )
         given = frozenset(ops) - {"name"}
         emptied = {slot: None for slot in SLOTS if slot not in given and parts_of(slot) & given}
         name = f"{self.name}, replaced {', '.join(sorted(given))}"
-        return _replace(self, **{"name": name, "replaced": self.replaced - set(emptied) | given, **emptied, **ops})
+        return _replace(
+            self,
+            **{"name": name, "replaced": self.replaced - set(emptied) | given, **emptied, **ops},
+        )
 
     def without_slots(self) -> "Ops":
         """Return a set whose own slots are empty, so that every intermediate value exists.
@@ -154,7 +163,9 @@ class Ops:
         return _replace(self, **emptied)
 
 
-reference = Ops(embed, linear, rms_norm, rope_tables, apply_rope, attention, swiglu, name="reference")
+reference = Ops(
+    embed, linear, rms_norm, rope_tables, apply_rope, attention, swiglu, name="reference"
+)
 """The definitions, attention with its n x n table included: for reading and checking."""
 
 blockwise = _replace(reference, attention=blockwise_attention, name="blockwise")

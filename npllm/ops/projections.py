@@ -11,7 +11,9 @@ __all__ = ["lm_head", "qkv_projection", "split_qkv"]
 Array = Any
 
 
-def qkv_projection(x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array | None = None) -> tuple[Array, Array, Array]:
+def qkv_projection(
+    x: Array, weight: Array, n_head: int, n_kv_head: int, bias: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Project each position to its queries, keys and values, cut into heads.
 
         q[..., h, n, :] = W_q[h] @ x[..., n, :] + b_q[h]      W_q[h] = weight[h*d_head : (h+1)*d_head, :]
@@ -54,8 +56,10 @@ def split_qkv(qkv: Array, n_head: int, n_kv_head: int) -> tuple[Array, Array, Ar
     expect_shape("qkv", qkv, dots=None, n_seq=None, d_qkv=None)
     n_all, d_qkv = n_head + 2 * n_kv_head, qkv.shape[-1]
     if min(n_head, n_kv_head) < 1 or d_qkv % n_all:
-        raise NpllmValueError(f"d_qkv must be (n_head + 2*n_kv_head) * d_head, a multiple of {n_head} + 2*{n_kv_head} = {n_all}, "
-                              f"got {d_qkv}")
+        raise NpllmValueError(
+            f"d_qkv must be (n_head + 2*n_kv_head) * d_head, a multiple of {n_head} + 2*{n_kv_head} = {n_all}, "
+            f"got {d_qkv}"
+        )
     d_head = d_qkv // n_all
     q_end, k_end = n_head * d_head, (n_head + n_kv_head) * d_head
     q, k, v = qkv[..., :q_end], qkv[..., q_end:k_end], qkv[..., k_end:]

@@ -37,7 +37,9 @@ def add(x, y):
     """
     xp = array_namespace(x, y)
     if x.shape != y.shape:
-        raise NpllmValueError(f"x and y must have one shape [..., d_model], got x {list(x.shape)} and y {list(y.shape)}")
+        raise NpllmValueError(
+            f"x and y must have one shape [..., d_model], got x {list(x.shape)} and y {list(y.shape)}"
+        )
     dtype = compute_dtype(x, y)
     z = widen(x, dtype) + widen(y, dtype)
     return z if z.dtype == x.dtype else xp.astype(z, x.dtype)

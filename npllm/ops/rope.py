@@ -34,7 +34,9 @@ def rope_tables(positions, inv_freq, scale=1.0):
     """
     xp = array_namespace(positions, inv_freq)
     inv_freq = widen(inv_freq)
-    phase = xp.astype(positions, inv_freq.dtype)[..., None] * inv_freq  # [..., n_seq] -> [..., n_seq, d_rope/2]
+    phase = (
+        xp.astype(positions, inv_freq.dtype)[..., None] * inv_freq
+    )  # [..., n_seq] -> [..., n_seq, d_rope/2]
     phase = xp.concat([phase, phase], axis=-1)  # -> [..., n_seq, d_rope]
     return scale * xp.cos(phase), scale * xp.sin(phase)
 
@@ -78,13 +80,23 @@ def apply_rope(x, cos, sin, *, interleaved=False):
     expect_shape("cos", cos, dots=None, n_seq=x.shape[-2], d_rope=None)
     expect_shape("sin", sin, dots=None, n_seq=x.shape[-2], d_rope=d_rope)
     if d_rope > x.shape[-1] or d_rope % 2:
-        raise NpllmValueError(f"cos must have an even d_rope of at most d_head = {x.shape[-1]}, got {d_rope}")
+        raise NpllmValueError(
+            f"cos must have an even d_rope of at most d_head = {x.shape[-1]}, got {d_rope}"
+        )
     rows = zip(reversed(cos.shape[:-2]), reversed(x.shape[:-3]), strict=False)
-    if cos.shape != sin.shape or cos.ndim > x.ndim - 1 or any(got not in (1, want) for got, want in rows):
-        raise NpllmValueError("cos and sin must have one shape, [n_seq, d_rope] or with the axes of x before the heads in front, "
-                              f"got cos {list(cos.shape)} and sin {list(sin.shape)} for x {list(x.shape)}")
+    if (
+        cos.shape != sin.shape
+        or cos.ndim > x.ndim - 1
+        or any(got not in (1, want) for got, want in rows)
+    ):
+        raise NpllmValueError(
+            "cos and sin must have one shape, [n_seq, d_rope] or with the axes of x before the heads in front, "
+            f"got cos {list(cos.shape)} and sin {list(sin.shape)} for x {list(x.shape)}"
+        )
     dtype = compute_dtype(x, cos, sin)
-    cos, sin = (widen(xp.expand_dims(t, axis=-3), dtype) for t in (cos, sin))  # [..., n_seq, d_rope] -> [..., 1, n_seq, d_rope]
+    cos, sin = (
+        widen(xp.expand_dims(t, axis=-3), dtype) for t in (cos, sin)
+    )  # [..., n_seq, d_rope] -> [..., 1, n_seq, d_rope]
     wide = widen(x, dtype)
     head = wide[..., :d_rope]
     if interleaved:
@@ -123,12 +135,16 @@ def apply_rope_complex(x, positions, inv_freq, *, interleaved=False):
     """
     xp = array_namespace(x, positions, inv_freq)
     dtype = compute_dtype(x, inv_freq)
-    expect_shape("x", x, dots=None, n_head=None, n_seq=positions.shape[-1], d_rope=2 * inv_freq.shape[-1])
+    expect_shape(
+        "x", x, dots=None, n_head=None, n_seq=positions.shape[-1], d_rope=2 * inv_freq.shape[-1]
+    )
     phase = xp.astype(positions, dtype)[..., None] * widen(inv_freq, dtype)
     turn = xp.exp(1j * phase)
     wide = widen(x, dtype)
     half = x.shape[-1] // 2
-    real, imag = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
+    real, imag = (
+        (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
+    )
     z = (real + 1j * imag) * turn
     y = xp.concat([xp.real(z), xp.imag(z)], axis=-1)
     y = _halves_to_pairs(y, xp) if interleaved else y
@@ -162,7 +178,9 @@ def rotation_matrix(positions, inv_freq):
     cos, sin = rope_tables(positions[..., None], inv_freq)  # [..., 1, d_rope]
     half = inv_freq.shape[-1]
     eye = xp.eye(half, dtype=cos.dtype)
-    quarter_turn = xp.concat([xp.concat([0 * eye, -eye], axis=1), xp.concat([eye, 0 * eye], axis=1)], axis=0)
+    quarter_turn = xp.concat(
+        [xp.concat([0 * eye, -eye], axis=1), xp.concat([eye, 0 * eye], axis=1)], axis=0
+    )
     return xp.eye(2 * half, dtype=cos.dtype) * cos + quarter_turn * sin
 
 

@@ -8,7 +8,17 @@ from npllm.arrays import array_namespace, expect_shape, largest, to_numpy, widen
 from npllm.decision import check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 
-__all__ = ["greedy", "log_softmax", "min_p", "repetition_penalty", "sample", "softmax", "temperature", "top_k", "top_p"]
+__all__ = [
+    "greedy",
+    "log_softmax",
+    "min_p",
+    "repetition_penalty",
+    "sample",
+    "softmax",
+    "temperature",
+    "top_k",
+    "top_p",
+]
 
 COLD = 1e-6  # below this temperature logits are shifted first
 LOWEST = -1e30  # to which they are cut there: a number of float32 whose exp is 0
@@ -111,7 +121,9 @@ def repetition_penalty(logits, seen, penalty):
     if seen.dtype != xp.bool:
         raise NpllmTypeError(f"seen must be a bool array (True = seen), got dtype {seen.dtype}")
     if not penalty > 0:
-        raise NpllmValueError(f"repetition_penalty must be above 0 (1 changes nothing), got {penalty}")
+        raise NpllmValueError(
+            f"repetition_penalty must be above 0 (1 changes nothing), got {penalty}"
+        )
     return xp.where(seen, xp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -222,11 +234,21 @@ def top_p(logits, p):
         raise NpllmValueError(f"top_p must lie in 0 ... 1, got {p}")
     if p == 1:
         return logits
-    n = int(to_numpy(xp.max(xp.sum(xp.astype(logits != -xp.inf, xp.int64), axis=-1)))) if logits.size else 0
-    order = largest(widen(logits), max(n, 1), xp)  # the most likely first; no other token has a probability
+    n = (
+        int(to_numpy(xp.max(xp.sum(xp.astype(logits != -xp.inf, xp.int64), axis=-1))))
+        if logits.size
+        else 0
+    )
+    order = largest(
+        widen(logits), max(n, 1), xp
+    )  # the most likely first; no other token has a probability
     ranked = xp.take_along_axis(softmax(widen(logits, xp.float64)), order, axis=-1)
-    before = xp.cumulative_sum(ranked[..., :-1], axis=-1)  # of the probabilities that rank before the second, the third ...
-    last = xp.sum(xp.astype(before < p, xp.int64), axis=-1, keepdims=True)  # the rank of the last token that is kept
+    before = xp.cumulative_sum(
+        ranked[..., :-1], axis=-1
+    )  # of the probabilities that rank before the second, the third ...
+    last = xp.sum(
+        xp.astype(before < p, xp.int64), axis=-1, keepdims=True
+    )  # the rank of the last token that is kept
     last_id = xp.take_along_axis(order, last, axis=-1)
     least = xp.take_along_axis(logits, last_id, axis=-1)
     ids = xp.arange(logits.shape[-1])

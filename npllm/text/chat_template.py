@@ -32,18 +32,22 @@ from npllm.errors import NpllmValueError
 __all__ = ["LARGEST_TEMPLATE", "render"]
 
 LARGEST_TEMPLATE = 2**16  # characters; the longest published ones have some 20,000
-ALLOWANCE = 10**7  # characters and steps, and PER_CHARACTER more for each character of the conversation
+ALLOWANCE = (
+    10**7
+)  # characters and steps, and PER_CHARACTER more for each character of the conversation
 PER_CHARACTER = 200
 PER_ITEM = 16  # characters that an item of a list counts for
 DEADLINE = 5.0  # seconds
 WIDTH = re.compile(r"\d{4}|\*")  # in a % format: a width beyond 999
 
 SIZED = (str, bytes, list, tuple, dict, set, frozenset, range, KeysView, ValuesView, ItemsView)
-STRING_METHODS = frozenset("""
+STRING_METHODS = frozenset(
+    """
     capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric
     isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit
     rstrip split splitlines startswith strip swapcase title upper
-""".split())
+""".split()
+)
 FILTERS = """
     abs attr capitalize count d default dictsort e escape first float forceescape groupby indent int items join last length list
     lower map max min reject rejectattr replace reverse safe select selectattr sort string title trim truncate unique upper
@@ -76,19 +80,25 @@ def render(source, messages, names):
     Source: `render_jinja_template` in Transformers (trim_blocks, lstrip_blocks, loop controls, a tojson that escapes nothing).
     """
     if len(source) > LARGEST_TEMPLATE:
-        raise NpllmValueError(f"the chat template has {len(source)} characters; more than {LARGEST_TEMPLATE} are refused")
+        raise NpllmValueError(
+            f"the chat template has {len(source)} characters; more than {LARGEST_TEMPLATE} are refused"
+        )
     try:
         sandbox = _Sandbox(ALLOWANCE + PER_CHARACTER * _weigh(messages, ALLOWANCE))
         return sandbox.from_string(source).render(messages=copy.deepcopy(messages), **names)
     except Exception as error:  # whatever the template does wrong
-        raise NpllmValueError(f"the chat template failed: {type(error).__name__}: {printable(str(error)[:300])}") from None
+        raise NpllmValueError(
+            f"the chat template failed: {type(error).__name__}: {printable(str(error)[:300])}"
+        ) from None
 
 
 def _paid(visit):
     """Let the code of a node hand its value to the sandbox before it is used."""
 
     def paid(self, node, frame):
-        wraps = getattr(node, "ctx", "load") == "load" and (not hasattr(node, "arg") or isinstance(node.arg, Slice))
+        wraps = getattr(node, "ctx", "load") == "load" and (
+            not hasattr(node, "arg") or isinstance(node.arg, Slice)
+        )
         self.write("environment.paid(" if wraps else "")
         visit(self, node, frame)
         self.write(")" if wraps else "")
@@ -111,11 +121,20 @@ class _Compiler(CodeGenerator):
             self.write("), ")
         self.write("))")
 
-    def visit_NSRef(self, node, frame):  # a.b as the target of set; Jinja 3.1.6 forgets to check it in {% set a.b %}...{% endset %}
+    def visit_NSRef(
+        self, node, frame
+    ):  # a.b as the target of set; Jinja 3.1.6 forgets to check it in {% set a.b %}...{% endset %}
         self.write(f"environment.namespace({frame.symbols.ref(node.name)})[{node.attr!r}]")
 
     visit_List, visit_Tuple, visit_Dict, visit_Getitem = map(
-        _paid, (CodeGenerator.visit_List, CodeGenerator.visit_Tuple, CodeGenerator.visit_Dict, CodeGenerator.visit_Getitem))
+        _paid,
+        (
+            CodeGenerator.visit_List,
+            CodeGenerator.visit_Tuple,
+            CodeGenerator.visit_Dict,
+            CodeGenerator.visit_Getitem,
+        ),
+    )
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -125,9 +144,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self, allowance):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=self.written, cache_size=0)
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[loopcontrols],
+            finalize=self.written,
+            cache_size=0,
+        )
         self.allowance, self.left, self.deadline = allowance, allowance, time.monotonic() + DEADLINE
-        self.filters = {name: self._limited(self.filters[name], SIZES.get(name)) for name in FILTERS}
+        self.filters = {
+            name: self._limited(self.filters[name], SIZES.get(name)) for name in FILTERS
+        }
         self.filters["tojson"] = self._limited(_tojson)
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         del self.globals["lipsum"]
@@ -136,10 +163,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Take steps or characters from the allowance."""
         self.left -= amount
         if self.left < 0:
-            raise SecurityError(f"it asks for more than the {self.allowance} characters and steps that a chat template may use for "
-                                "this conversation")
+            raise SecurityError(
+                f"it asks for more than the {self.allowance} characters and steps that a chat template may use for "
+                "this conversation"
+            )
         if time.monotonic() > self.deadline:
-            raise SecurityError(f"it takes more than the {DEADLINE:g} seconds that a chat template may take")
+            raise SecurityError(
+                f"it takes more than the {DEADLINE:g} seconds that a chat template may take"
+            )
 
     def require(self, size):
         """Raise unless a value of that size could still be paid."""
@@ -159,7 +190,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def namespace(self, value):
         """Let nothing but a namespace be written into: not the conversation."""
         if not isinstance(value, Namespace):
-            raise SecurityError(f"cannot set an attribute of {type(value).__name__!r}, only of a namespace")
+            raise SecurityError(
+                f"cannot set an attribute of {type(value).__name__!r}, only of a namespace"
+            )
         return value
 
     def _steps(self, items):
@@ -182,7 +215,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj, attr, value):
         """Tell whether a template may use an attribute; of text and numbers, only methods that keep within its size."""
-        allowed = not isinstance(obj, int | float | bytes) and (attr in STRING_METHODS or not isinstance(obj, str))
+        allowed = not isinstance(obj, int | float | bytes) and (
+            attr in STRING_METHODS or not isinstance(obj, str)
+        )
         return allowed and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value):  # noqa: ARG002 - str.format is no safe attribute here, and needs no wrapper
@@ -251,11 +286,17 @@ def _operation_size(operator, left, right, most):
         text, number = (left, right) if isinstance(right, int) else (right, left)
         if isinstance(text, str) and isinstance(number, int):
             return len(text) * max(number, 0)
-        return _weigh(text, most) * max(number, 0) if isinstance(text, list | tuple) and isinstance(number, int) else size
+        return (
+            _weigh(text, most) * max(number, 0)
+            if isinstance(text, list | tuple) and isinstance(number, int)
+            else size
+        )
     if operator == "**" and isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * max(right, 0) // 8
     if operator == "%" and isinstance(left, str) and WIDTH.search(left):
-        raise SecurityError(f"a width of more than 999, or a variable one, in the format {left[:50]!r}")
+        raise SecurityError(
+            f"a width of more than 999, or a variable one, in the format {left[:50]!r}"
+        )
     return size
 
 
@@ -285,13 +326,17 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     """Write a value as JSON, as Transformers' templates expect it: nothing is escaped for HTML."""
     if indent is not None and indent not in range(17):
         raise SecurityError(f"tojson: indent must be 0 ... 16, got {indent!r}")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _strftime_now(date_format):
     """Write today's date, for templates that tell it to the model."""
     if WIDTH.search(date_format):
-        raise SecurityError(f"strftime_now: a width of more than 999 in the format {date_format[:50]!r}")
+        raise SecurityError(
+            f"strftime_now: a width of more than 999 in the format {date_format[:50]!r}"
+        )
     return datetime.now().strftime(date_format)
 
 

@@ -47,10 +47,19 @@ class Tokenizer:
     """
 
     def __init__(self, backend, chat_template=None, special_tokens=None, add_bos_token=None):
-        self.backend, self.chat_template, self.special_tokens = backend, chat_template, special_tokens or {}
-        self.add_bos_token, self._bos = add_bos_token, backend.token_to_id(self.special_tokens.get("bos_token", ""))
+        self.backend, self.chat_template, self.special_tokens = (
+            backend,
+            chat_template,
+            special_tokens or {},
+        )
+        self.add_bos_token, self._bos = (
+            add_bos_token,
+            backend.token_to_id(self.special_tokens.get("bos_token", "")),
+        )
         if add_bos_token and self._bos is None:
-            raise NpllmValueError("add_bos_token=True needs a bos_token in tokenizer_config.json, and there is none")
+            raise NpllmValueError(
+                "add_bos_token=True needs a bos_token in tokenizer_config.json, and there is none"
+            )
 
     @classmethod
     def from_folder(cls, path, *, add_bos_token=None):
@@ -72,8 +81,12 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise NpllmOSError(f"{file}: no such file; without it only token ids can be used, not text")
-        with _library_errors(NpllmValueError, f"{file}: is not a tokenizer that the tokenizers library can read"):
+            raise NpllmOSError(
+                f"{file}: no such file; without it only token ids can be used, not text"
+            )
+        with _library_errors(
+            NpllmValueError, f"{file}: is not a tokenizer that the tokenizers library can read"
+        ):
             backend = _Tokenizer.from_file(str(file))
         file = folder / "tokenizer_config.json"
         settings = read_json(file) if file.is_file() else {}
@@ -107,13 +120,17 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise NpllmTypeError(f"text must be valid Unicode, which can be written as UTF-8 ({error})") from None
+            raise NpllmTypeError(
+                f"text must be valid Unicode, which can be written as UTF-8 ({error})"
+            ) from None
         with _library_errors(NpllmValueError, "tokenizer.json cannot encode this text"):
             encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         ids = encoding.ids
         if not add_special_tokens or self._bos is None:
             return ids
-        added = ids[:1] == [self._bos] and encoding.special_tokens_mask[0] == 1  # by the post-processor
+        added = (
+            ids[:1] == [self._bos] and encoding.special_tokens_mask[0] == 1
+        )  # by the post-processor
         ids = ids[1:] if added else ids
         wanted = added if self.add_bos_token is None else self.add_bos_token
         return [self._bos, *ids] if wanted and ids[:1] != [self._bos] else ids
@@ -131,7 +148,9 @@ class Tokenizer:
             if not all(0 <= i < 2**32 for i in ids):
                 raise ValueError(f"got {min(ids)} ... {max(ids)}")
         except (TypeError, ValueError, OverflowError) as error:
-            raise NpllmTypeError(f"ids must be a sequence of token ids, integers from 0 ({error})") from None
+            raise NpllmTypeError(
+                f"ids must be a sequence of token ids, integers from 0 ({error})"
+            ) from None
         with _library_errors(NpllmValueError, "tokenizer.json cannot decode these ids"):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -168,15 +187,28 @@ class Tokenizer:
         Source: `apply_chat_template` in Transformers.
         """
         if not self.chat_template:
-            raise NpllmValueError("this checkpoint has no chat template; give the prompt as plain text")
+            raise NpllmValueError(
+                "this checkpoint has no chat template; give the prompt as plain text"
+            )
         if not isinstance(messages, list | tuple):
             raise NpllmTypeError(f"messages must be a list of dicts, got {type(messages).__name__}")
         if not messages:
             raise NpllmValueError("messages must hold at least one message")
         for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-                raise NpllmValueError(f'a message must be {{"role": ..., "content": ...}}, got {quote(message)}')
-        names = {**self.special_tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+            if (
+                not isinstance(message, dict)
+                or not isinstance(message.get("role"), str)
+                or "content" not in message
+            ):
+                raise NpllmValueError(
+                    f'a message must be {{"role": ..., "content": ...}}, got {quote(message)}'
+                )
+        names = {
+            **self.special_tokens,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         names.pop("messages", None)  # no name for a token
         text = _template().render(self.chat_template, messages, names)
         _warn_of_left_out(messages, text)
@@ -205,14 +237,22 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer):
-        self._tokenizer, self._ids, self._begin, self._end, self._in_bytes = tokenizer, [], 0, 0, False
+        self._tokenizer, self._ids, self._begin, self._end, self._in_bytes = (
+            tokenizer,
+            [],
+            0,
+            0,
+            False,
+        )
 
     def push(self, token):
         """Add an id; return the text that is now certain."""
         token = int(token)
         self._ids.append(token)
         decode = self._tokenizer.decode
-        if decode([token, token]):  # twice: of one space alone nothing would be left.  A skipped token does not end a run
+        if decode(
+            [token, token]
+        ):  # twice: of one space alone nothing would be left.  A skipped token does not end a run
             name = self._tokenizer.backend.id_to_token(token) or ""
             self._in_bytes = BYTE_TOKEN.fullmatch(name) is not None and decode([token]) != name
         return self._emit(hold=True)
@@ -246,17 +286,25 @@ def _template():
     try:
         return importlib.import_module("npllm.text.chat_template")
     except ImportError as error:
-        raise MissingExtraError(f"a chat template needs Jinja, which cannot be imported ({error}); pip install jinja2, "
-                                "or give the prompt as plain text or token ids") from error
+        raise MissingExtraError(
+            f"a chat template needs Jinja, which cannot be imported ({error}); pip install jinja2, "
+            "or give the prompt as plain text or token ids"
+        ) from error
 
 
 def _warn_of_left_out(messages, text):
     """Warn where what someone said to the model does not reach it."""
     for message in messages:
         content = message["content"]
-        if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in text:
-            warnings.warn(f"this checkpoint's chat template leaves out the {message['role']} message: the model does not see it",
-                          stacklevel=3)
+        if (
+            message["role"] != "assistant"
+            and isinstance(content, str)
+            and content.strip() not in text
+        ):
+            warnings.warn(
+                f"this checkpoint's chat template leaves out the {message['role']} message: the model does not see it",
+                stacklevel=3,
+            )
 
 
 def _chat_template(folder, settings):
@@ -269,8 +317,14 @@ def _chat_template(folder, settings):
             raise NpllmOSError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        named = [
+            entry
+            for entry in template
+            if isinstance(entry, dict) and entry.get("name") == "default"
+        ]
         template = named[-1].get("template") if named else None
     if template is not None and not isinstance(template, str):
-        raise NpllmValueError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string, got {type(template).__name__}")
+        raise NpllmValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a string, got {type(template).__name__}"
+        )
     return template

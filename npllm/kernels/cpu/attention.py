@@ -11,7 +11,19 @@ import numpy as np
 from numba import prange
 
 from npllm.kernels.cpu.gemm import TALL, multiply
-from npllm.kernels.cpu.simd import LANES, exp, fma, kernel, load, maximum, memory, splat, store, take, total
+from npllm.kernels.cpu.simd import (
+    LANES,
+    exp,
+    fma,
+    kernel,
+    load,
+    maximum,
+    memory,
+    splat,
+    store,
+    take,
+    total,
+)
 
 __all__ = ["attend_many", "attend_step", "fold_scores", "rotate_all"]
 
@@ -43,15 +55,39 @@ def attend_many(qkv, cos, sin, keys, values, n_head, band, panels, y, counter):
     n_seq, group, columns = qkv.shape[1], n_head // n_kv_head, panels.shape[3]
     for at in prange(n_batch * n_seq):
         b, n = at // n_seq, at % n_seq
-        append(qkv[b, n], cos[b, n], sin[b, n], n_head, keys[n_ctx - n_seq + n, b], values[n_ctx - n_seq + n, b])
+        append(
+            qkv[b, n],
+            cos[b, n],
+            sin[b, n],
+            n_head,
+            keys[n_ctx - n_seq + n, b],
+            values[n_ctx - n_seq + n, b],
+        )
     size = PANELS * columns
     n_part = (group * n_seq + size - 1) // size
     for thread in prange(len(panels)):
         task = take(counter)
         while task < n_batch * n_kv_head * n_part:
-            b, h, start = task % n_batch, task // n_batch % n_kv_head, (n_part - 1 - task // (n_batch * n_kv_head)) * size
+            b, h, start = (
+                task % n_batch,
+                task // n_batch % n_kv_head,
+                (n_part - 1 - task // (n_batch * n_kv_head)) * size,
+            )
             stop = min(start + size, group * n_seq)
-            attend_part(qkv[b], cos[b], sin[b], keys[:, b, h], values[:, b, h], group, h, start, stop, band, panels[thread], y[b])
+            attend_part(
+                qkv[b],
+                cos[b],
+                sin[b],
+                keys[:, b, h],
+                values[:, b, h],
+                group,
+                h,
+                start,
+                stop,
+                band,
+                panels[thread],
+                y[b],
+            )
             task = take(counter)
 
 
@@ -73,13 +109,21 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
     columns, n_past = q.shape[2], n_ctx - len(qkv)
     n_panel = (stop - start + columns - 1) // columns
     pack_queries(qkv, cos, sin, group, h, start, stop, q)
-    sums, largest = np.zeros((n_panel, columns), np.float32), np.full((n_panel, columns), -np.inf, np.float32)
-    weighted, scores = np.zeros((n_panel, d_head, columns), np.float32), np.empty((KEYS, columns), np.float32)
+    sums, largest = (
+        np.zeros((n_panel, columns), np.float32),
+        np.full((n_panel, columns), -np.inf, np.float32),
+    )
+    weighted, scores = (
+        np.zeros((n_panel, d_head, columns), np.float32),
+        np.empty((KEYS, columns), np.float32),
+    )
     first = max(0, n_past + start // group - band[1] + 1)
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
     for j in range(first, last, KEYS):
         for p in range(n_panel):
-            seen = n_past + (start + (p + 1) * columns - 1) // group - band[0] + 1 - j  # by the last query of the panel
+            seen = (
+                n_past + (start + (p + 1) * columns - 1) // group - band[0] + 1 - j
+            )  # by the last query of the panel
             n_key = min(KEYS, last - j, (seen + TALL - 1) // TALL * TALL)
             if n_key <= 0:
                 continue
@@ -88,12 +132,16 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
             hide(scores, n_key, start + p * columns, group, n_past - j, band)
             fold(scores, n_key, largest[p], sums[p], weighted[p])
             step = values.strides[0] // 4
-            multiply(memory(values), j * step, 1, step, d_head, scores, 0, n_key, weighted, at, True, 0)
+            multiply(
+                memory(values), j * step, 1, step, d_head, scores, 0, n_key, weighted, at, True, 0
+            )
     for c in range(start, stop):
         p, k = (c - start) // columns, (c - start) % columns
         to = (h * group + c % group) * d_head
         for i in range(d_head):
-            y[c // group, to + i] = weighted[p, i, k] / sums[p, k] if sums[p, k] != 0 else np.float32(0)
+            y[c // group, to + i] = (
+                weighted[p, i, k] / sums[p, k] if sums[p, k] != 0 else np.float32(0)
+            )
 
 
 @kernel(nogil=True)
@@ -143,7 +191,11 @@ def fold(scores, n_key, largest, sums, weighted):
             part = fma(one, e, part)
         store(sums, c, fma(load(sums, c), load(decay, 0), part))
         for i in range(len(weighted)):
-            store(weighted, i * columns + c, fma(load(weighted, i * columns + c), load(decay, 0), zero))
+            store(
+                weighted,
+                i * columns + c,
+                fma(load(weighted, i * columns + c), load(decay, 0), zero),
+            )
 
 
 # -------------------------------------------------------------------------------------- many queries, any mask: parts of `tiled`
@@ -202,7 +254,12 @@ def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
 def weights_of(q, keys, seen, b):
     """softmax(scale * keys @ q) over the keys that are seen; zeros where none is."""
     n_ctx, d = keys.shape
-    kept, stride, whole, scale = memory(keys), keys.strides[0] // 4, d // LANES * LANES, np.float32(1 / np.sqrt(d))
+    kept, stride, whole, scale = (
+        memory(keys),
+        keys.strides[0] // 4,
+        d // LANES * LANES,
+        np.float32(1 / np.sqrt(d)),
+    )
     p, largest = np.empty(n_ctx, np.float32), np.float32(-np.inf)
     row = b if len(seen) > 1 else 0
     for j in range(n_ctx):

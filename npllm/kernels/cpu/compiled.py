@@ -53,8 +53,16 @@ def attention_block(x, layer, step):
     if token is None:
         return NotImplemented
     y = row_major_copy(x[:, 0])
-    attention_step(y, bits(layer.input_layernorm), np.float32(step.eps), *stored(layer.qkv_proj),
-                   bias_or_nothing(layer.qkv_bias), *token, step.n_head, *stored(layer.o_proj))
+    attention_step(
+        y,
+        bits(layer.input_layernorm),
+        np.float32(step.eps),
+        *stored(layer.qkv_proj),
+        bias_or_nothing(layer.qkv_bias),
+        *token,
+        step.n_head,
+        *stored(layer.o_proj),
+    )
     return biased(y, layer.o_bias).reshape(x.shape)
 
 
@@ -72,7 +80,14 @@ def mlp_block(x, layer, step):
         gated = gated_panels(rows, gain, step.eps, gate_up, gate_up_bias)
         gemm.add_unpacked(gemm.product(gated, *stored(down)), y)
     else:
-        mlp_step(y, bits(gain), np.float32(step.eps), *stored(gate_up), bias_or_nothing(gate_up_bias), *stored(down))
+        mlp_step(
+            y,
+            bits(gain),
+            np.float32(step.eps),
+            *stored(gate_up),
+            bias_or_nothing(gate_up_bias),
+            *stored(down),
+        )
     return biased(y, down_bias).reshape(x.shape)
 
 
@@ -80,7 +95,12 @@ def decoder_layers(x, layers, step):
     """Compute all layers: one kernel for one token of a few sequences where the layers are alike."""
     masks = step.masks
     one_mask = masks is None or all(mask is step.mask for mask in masks)
-    known = type(layers) is tuple and layers and type(step.cache) is KVCache and all(type(x) is LayerParams for x in layers)
+    known = (
+        type(layers) is tuple
+        and layers
+        and type(step.cache) is KVCache
+        and all(type(x) is LayerParams for x in layers)
+    )
     y = one_step(x, layers, step) if one_mask and known else None
     return NotImplemented if y is None else y
 
@@ -98,11 +118,17 @@ def one_step(x, layers, step):
     if token is None:
         return None
     cos, sin, keys, values, seen = token
-    others = (reserve_slots(step.cache, step.layer + n, len(x), step.n_kv_head, d_head)[:2] for n in range(1, len(layers)))
+    others = (
+        reserve_slots(step.cache, step.layer + n, len(x), step.n_kv_head, d_head)[:2]
+        for n in range(1, len(layers))
+    )
     kept = [(keys, values), *others]
     if not all(alike(k, keys) and alike(v, values) for k, v in kept):
         return None
-    first, table = (*arrays_of(layers[0]), keys, values), np.hstack((table, [(address(k), address(v)) for k, v in kept]))
+    first, table = (
+        (*arrays_of(layers[0]), keys, values),
+        np.hstack((table, [(address(k), address(v)) for k, v in kept])),
+    )
     y = row_major_copy(x[:, 0])
     layers_step(y, first, table, np.float32(step.eps), cos, sin, seen, step.n_head)
     return y.reshape(x.shape)
@@ -113,8 +139,13 @@ def one_step(x, layers, step):
 
 def fits_step(x, norm_weight, qkv_weight, o_weight, step, qkv_bias=None, o_bias=None):
     """Tell whether the attention of one token of a few sequences is what `attention_step` is made for."""
-    if not (fits_product(x, qkv_weight, qkv_bias) and fits_gain(x, norm_weight) and len(x) <= FEW_ROWS
-            and fits_rope((*x.shape[:-1], len(qkv_weight)), *step[:4]) and x.shape[1] == 1):
+    if not (
+        fits_product(x, qkv_weight, qkv_bias)
+        and fits_gain(x, norm_weight)
+        and len(x) <= FEW_ROWS
+        and fits_rope((*x.shape[:-1], len(qkv_weight)), *step[:4])
+        and x.shape[1] == 1
+    ):
         return False
     d_head = len(qkv_weight) // (step.n_head + 2 * step.n_kv_head)
     return fits_weight(o_weight, step.n_head * d_head, o_bias) and len(o_weight) == x.shape[-1]
@@ -122,13 +153,23 @@ def fits_step(x, norm_weight, qkv_weight, o_weight, step, qkv_bias=None, o_bias=
 
 def fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
     """Tell whether a feed-forward half is what the kernels are made for."""
-    return (fits_gated(x, norm_weight, gate_up_weight, gate_up_bias)
-            and fits_weight(down_weight, len(gate_up_weight) // 2, down_bias) and len(down_weight) == x.shape[-1])
+    return (
+        fits_gated(x, norm_weight, gate_up_weight, gate_up_bias)
+        and fits_weight(down_weight, len(gate_up_weight) // 2, down_bias)
+        and len(down_weight) == x.shape[-1]
+    )
 
 
 # -------------------------------------------------------------------------------------------------- where the weights of layers lie
 
-WEIGHTS = ("input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "gate_up_proj", "down_proj")
+WEIGHTS = (
+    "input_layernorm",
+    "qkv_proj",
+    "o_proj",
+    "post_attention_layernorm",
+    "gate_up_proj",
+    "down_proj",
+)
 BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
 # cache -> layers, arrays, table: to look at all weights for every token would take as long as a layer
 _KNOWN: WeakKeyDictionary[KVCache, tuple[tuple, list, np.ndarray | None]] = WeakKeyDictionary()
@@ -139,8 +180,14 @@ def known_table(layers, cache):
     if cache not in _KNOWN or _KNOWN[cache][0] is not layers:
         same = all(all(map(alike, weights_of(layer), weights_of(layers[0]))) for layer in layers)
         plain = all(getattr(layer, name) is None for layer in layers for name in BIASES)
-        arrays = [arrays_of(layer) for layer in layers] if same and plain else []  # kept: what lies at an address stays there
-        _KNOWN[cache] = layers, arrays, np.array([list(map(address, row)) for row in arrays]) if arrays else None
+        arrays = (
+            [arrays_of(layer) for layer in layers] if same and plain else []
+        )  # kept: what lies at an address stays there
+        _KNOWN[cache] = (
+            layers,
+            arrays,
+            np.array([list(map(address, row)) for row in arrays]) if arrays else None,
+        )
     return _KNOWN[cache][2]
 
 
@@ -152,15 +199,25 @@ def weights_of(layer):
 def arrays_of(layer):
     """The weights of a layer as `layers_step` takes them."""
     gain, qkv_proj, o_proj, next_gain, gate_up_proj, down_proj = weights_of(layer)
-    return (bits(gain), *stored(qkv_proj), *stored(o_proj), bits(next_gain), *stored(gate_up_proj), *stored(down_proj))
+    return (
+        bits(gain),
+        *stored(qkv_proj),
+        *stored(o_proj),
+        bits(next_gain),
+        *stored(gate_up_proj),
+        *stored(down_proj),
+    )
 
 
 def alike(a, b):
     """Tell whether two weights, or two caches, differ in their numbers and their place only."""
     if isinstance(a, Int8Weight) and isinstance(b, Int8Weight):
         return alike(a.values, b.values) and alike(a.scales, b.scales)
-    return (type(a) is type(b) is np.ndarray and (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
-            and a.flags.aligned == b.flags.aligned)
+    return (
+        type(a) is type(b) is np.ndarray
+        and (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+        and a.flags.aligned == b.flags.aligned
+    )
 
 
 def address(x):
@@ -168,19 +225,35 @@ def address(x):
     return x.__array_interface__["data"][0]
 
 
-COMPILED = replace(TILED, linear=linear, norm_linear=norm_linear, norm_swiglu=norm_swiglu, linear_add=linear_add, gelu=gelu,
-                   rope_attention=rope_attention, attention_block=attention_block, mlp_block=mlp_block,
-                   decoder_layers=decoder_layers, name="compiled")
+COMPILED = replace(
+    TILED,
+    linear=linear,
+    norm_linear=norm_linear,
+    norm_swiglu=norm_swiglu,
+    linear_add=linear_add,
+    gelu=gelu,
+    rope_attention=rope_attention,
+    attention_block=attention_block,
+    mlp_block=mlp_block,
+    decoder_layers=decoder_layers,
+    name="compiled",
+)
 
 
 def call_all(dtype):
     """Call every kernel once with small read-only weights, as a checkpoint's are, so that all of them are compiled."""
+
     def frozen(*shape):
         x = np.zeros(shape, DTYPES["bfloat16" if dtype == "int8" else dtype])
         x.flags.writeable = False
         return x if dtype != "int8" or len(shape) == 1 else quantize(np.zeros(shape))
 
-    gain, square, qkv_proj, gate_up_proj = frozen(64), frozen(64, 64), frozen(192, 64), frozen(128, 64)
+    gain, square, qkv_proj, gate_up_proj = (
+        frozen(64),
+        frozen(64, 64),
+        frozen(192, 64),
+        frozen(128, 64),
+    )
     layer = LayerParams(gain, qkv_proj, square, gain, gate_up_proj, square)
     for n in (1, 2, FEW_ROWS + 1):
         x = np.ones((1, n, 64), np.float32)

@@ -13,7 +13,19 @@ import llvmlite.binding
 import numpy as np
 from numba import get_num_threads, prange
 
-from npllm.kernels.cpu.simd import LANES, fma, is_int8, kernel, load, prefetch, single, splat, store, take, total
+from npllm.kernels.cpu.simd import (
+    LANES,
+    fma,
+    is_int8,
+    kernel,
+    load,
+    prefetch,
+    single,
+    splat,
+    store,
+    take,
+    total,
+)
 from npllm.quantized.int8 import GROUP
 from npllm.threads import scratch
 
@@ -88,7 +100,9 @@ def pack(rows, gain, eps, panel):
     panel[:, n:] = 0
     for start in range(0, d, 16):
         for first in range(0, n, 16):
-            for k in range(first, min(first + 16, n)):  # whose lines may lie in one set of the cache: each is read once
+            for k in range(
+                first, min(first + 16, n)
+            ):  # whose lines may lie in one set of the cache: each is read once
                 for i in range(start, min(start + 16, d)):
                     g = single(gain, i) if len(gain) else np.float32(1)
                     panel[i, k] = g * (rows[k, i] / roots[k])
@@ -128,7 +142,12 @@ def multiply_tile(m, w, row, step, panels, x, depth, y, at, more):
     d0 = d1 = d2 = d3 = e0 = e1 = e2 = e3 = f0 = f1 = f2 = f3 = splat(np.float32(0))
     for k in range(depth):
         i, j = x + k * WIDE, w + k * step
-        x0, x1, x2, x3 = load(panels, i), load(panels, i + LANES), load(panels, i + 2 * LANES), load(panels, i + 3 * LANES)
+        x0, x1, x2, x3 = (
+            load(panels, i),
+            load(panels, i + LANES),
+            load(panels, i + 2 * LANES),
+            load(panels, i + 3 * LANES),
+        )
         g = splat(single(m, j))
         a0, a1, a2, a3 = fma(g, x0, a0), fma(g, x1, a1), fma(g, x2, a2), fma(g, x3, a3)
         g = splat(single(m, j + row))
@@ -188,7 +207,9 @@ def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more, coming):
         for c in range(0, columns, LANES):
             a = load(y, at + r * columns + c) if more else splat(np.float32(0))
             for k in range(depth):
-                a = fma(splat(single(m, w + r * row + k * step)), load(panel, x + k * columns + c), a)
+                a = fma(
+                    splat(single(m, w + r * row + k * step)), load(panel, x + k * columns + c), a
+                )
             store(y, at + r * columns + c, a)
 
 

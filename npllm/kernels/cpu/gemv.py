@@ -29,7 +29,15 @@ from npllm.kernels.cpu.simd import (
 )
 from npllm.quantized.int8 import GROUP
 
-__all__ = ["FEW_ROWS", "add_product", "attention_step", "gate_all", "gated_product", "layers_step", "mlp_step"]
+__all__ = [
+    "FEW_ROWS",
+    "add_product",
+    "attention_step",
+    "gate_all",
+    "gated_product",
+    "layers_step",
+    "mlp_step",
+]
 
 FEW_ROWS = 12  # up to here reading the weight straight is faster than panels; a multiple of 4
 AHEAD = 512  # entries of each stream of weights that are fetched ahead
@@ -70,8 +78,12 @@ def dot_four(weight, p, q, r, s, x, n):
         c = fma(w1, x1, fma(w0, x0, c))
         w0, w1 = load_pairs(weight, s + i)
         d = fma(w1, x1, fma(w0, x0, d))
-    return (total(a) + rest(weight, p, x), total(b) + rest(weight, q, x), total(c) + rest(weight, r, x),
-            total(d) + rest(weight, s, x))
+    return (
+        total(a) + rest(weight, p, x),
+        total(b) + rest(weight, q, x),
+        total(c) + rest(weight, r, x),
+        total(d) + rest(weight, s, x),
+    )
 
 
 @kernel()
@@ -126,7 +138,15 @@ def add_product_one(weight, x, y):
     n, last = distance(d_out, 4), (d_out - 1) * d_in
     for o in prange(n):
         p, step = o * d_in, n * d_in
-        four = dot_four(weight, p, min(p + step, last), min(p + 2 * step, last), min(p + 3 * step, last), x, d_in)
+        four = dot_four(
+            weight,
+            p,
+            min(p + step, last),
+            min(p + 2 * step, last),
+            min(p + 3 * step, last),
+            x,
+            d_in,
+        )
         for j in range(4):
             if o + j * n < d_out:
                 y[o + j * n] += four[j]
@@ -140,7 +160,15 @@ def add_product_int8(values, scales, x, y):
     for o in prange(n):
         p, step = o * d_in, n * d_in
         for k in range(len(y)):
-            four = dot_four_int8(values, scales, p, min(p + step, last), min(p + 2 * step, last), min(p + 3 * step, last), x[k])
+            four = dot_four_int8(
+                values,
+                scales,
+                p,
+                min(p + step, last),
+                min(p + 2 * step, last),
+                min(p + 3 * step, last),
+                x[k],
+            )
             for j in range(4):
                 if o + j * n < d_out:
                     y[k, o + j * n] += four[j]
@@ -237,7 +265,22 @@ def mlp_step(x, gain, eps, gate_up, gate_up_scales, gate_up_bias, down, down_sca
 
 
 @kernel()
-def attention_step(x, gain, eps, qkv_weight, qkv_scales, qkv_bias, cos, sin, keys, values, seen, n_head, o_weight, o_scales):
+def attention_step(
+    x,
+    gain,
+    eps,
+    qkv_weight,
+    qkv_scales,
+    qkv_bias,
+    cos,
+    sin,
+    keys,
+    values,
+    seen,
+    n_head,
+    o_weight,
+    o_scales,
+):
     """Add to x [n, d_model], a token of each sequence, in place: o_weight @ attention of heads of rms_norm(x) @ qkv_weight.T."""
     n = len(x)
     qkv = np.zeros((n, len(qkv_weight)), np.float32)
@@ -259,7 +302,29 @@ def layers_step(x, first, table, eps, cos, sin, seen, n_head):
     """
     nothing = np.zeros(0, np.float32)
     for at in table:
-        attention_step(x, like(first[0], at[0]), eps, like(first[1], at[1]), like(first[2], at[2]), nothing, cos, sin,
-                       like(first[10], at[10]), like(first[11], at[11]), seen, n_head, like(first[3], at[3]), like(first[4], at[4]))
-        mlp_step(x, like(first[5], at[5]), eps, like(first[6], at[6]), like(first[7], at[7]), nothing, like(first[8], at[8]),
-                 like(first[9], at[9]))
+        attention_step(
+            x,
+            like(first[0], at[0]),
+            eps,
+            like(first[1], at[1]),
+            like(first[2], at[2]),
+            nothing,
+            cos,
+            sin,
+            like(first[10], at[10]),
+            like(first[11], at[11]),
+            seen,
+            n_head,
+            like(first[3], at[3]),
+            like(first[4], at[4]),
+        )
+        mlp_step(
+            x,
+            like(first[5], at[5]),
+            eps,
+            like(first[6], at[6]),
+            like(first[7], at[7]),
+            nothing,
+            like(first[8], at[8]),
+            like(first[9], at[9]),
+        )

@@ -60,7 +60,9 @@ def multiplied(x, weight, gain, eps):
     if n > FEW_ROWS:
         if not gemm.width():
             return tiled.linear(tiled.rms_norm(x, gain, eps) if len(gain) else x, weight)
-        return gemm.unpacked(many_rows(x, weight, gain, eps), np.empty((n, d_out), np.float32)).reshape(*x.shape[:-1], d_out)
+        return gemm.unpacked(
+            many_rows(x, weight, gain, eps), np.empty((n, d_out), np.float32)
+        ).reshape(*x.shape[:-1], d_out)
     y = np.zeros((n, d_out), np.float32)
     add_product(*stored(weight), rows_of(x), bits(gain), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_out)
@@ -80,10 +82,19 @@ def norm_swiglu(x, norm_weight, eps, weight, bias=None):
     if n > FEW_ROWS:
         if not gemm.width():
             return NotImplemented
-        y = gemm.unpacked(gated_panels(x, norm_weight, eps, weight, bias), np.empty((n, d_ff), np.float32))
+        y = gemm.unpacked(
+            gated_panels(x, norm_weight, eps, weight, bias), np.empty((n, d_ff), np.float32)
+        )
     else:
         y = np.empty((n, d_ff), np.float32)
-        gated_product(*stored(weight), rows_of(x), bits(norm_weight), np.float32(eps), bias_or_nothing(bias), y)
+        gated_product(
+            *stored(weight),
+            rows_of(x),
+            bits(norm_weight),
+            np.float32(eps),
+            bias_or_nothing(bias),
+            y,
+        )
     return y.reshape(*x.shape[:-1], d_ff)
 
 
@@ -101,7 +112,11 @@ def gated_panels(x, norm_weight, eps, weight, bias):
 
 def linear_add(x, weight, residual, bias=None):
     """Compute linear, then add."""
-    fits = fits_product(x, weight, bias) and tiled.is_float32(residual) and residual.shape == (*x.shape[:-1], len(weight))
+    fits = (
+        fits_product(x, weight, bias)
+        and tiled.is_float32(residual)
+        and residual.shape == (*x.shape[:-1], len(weight))
+    )
     if not fits:
         return NotImplemented
     d_out, d_in = weight.shape
@@ -128,7 +143,12 @@ def fits_gated(x, gain, weight, bias):
 
 def fits_gain(x, gain):
     """Tell whether a gain is one that the kernels are made for."""
-    return type(gain) is np.ndarray and gain.shape == x.shape[-1:] and gain.dtype in BITS and is_row_major(gain)
+    return (
+        type(gain) is np.ndarray
+        and gain.shape == x.shape[-1:]
+        and gain.dtype in BITS
+        and is_row_major(gain)
+    )
 
 
 def bits(x):
@@ -151,9 +171,16 @@ def fits_product(x, weight, bias=None):
 def fits_weight(weight, d_in, bias=None):
     """Tell whether a weight is one that the kernels are made for."""
     if isinstance(weight, Int8Weight):
-        return (type(weight.values) is np.ndarray and (weight.values.dtype, weight.scales.dtype) == (np.int8, np.float32)
-                and weight.shape[1] == d_in > 0 and d_in % GROUP == 0 and len(weight) > 0
-                and is_row_major(weight.values) and is_row_major(weight.scales) and tiled.fits_bias(bias, weight))
+        return (
+            type(weight.values) is np.ndarray
+            and (weight.values.dtype, weight.scales.dtype) == (np.int8, np.float32)
+            and weight.shape[1] == d_in > 0
+            and d_in % GROUP == 0
+            and len(weight) > 0
+            and is_row_major(weight.values)
+            and is_row_major(weight.scales)
+            and tiled.fits_bias(bias, weight)
+        )
     return tiled.fits_weight(weight, d_in, bias)
 
 
@@ -204,7 +231,11 @@ def one_token(step, n_batch, d_head):
     """
     keys, values, slots = reserve_slots(step.cache, step.layer, n_batch, step.n_kv_head, d_head)
     seen = visible(step.mask, slots, n_batch, step.n_head)
-    return (*flat(step.cos, step.sin), keys, values, seen) if fits_kept(keys, values) and seen is not None else None
+    return (
+        (*flat(step.cos, step.sin), keys, values, seen)
+        if fits_kept(keys, values) and seen is not None
+        else None
+    )
 
 
 def flat(*tables):
@@ -221,7 +252,9 @@ def reserve_slots(cache, layer, n_batch, n_kv_head, d_head):
 
 def fits_kept(*arrays):
     """Tell whether cached keys and values are what the kernels are made for: float32, the channels of a head side by side."""
-    return tiled.is_float32(*arrays) and all(x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable for x in arrays)
+    return tiled.is_float32(*arrays) and all(
+        x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable for x in arrays
+    )
 
 
 def slots_first(x):
@@ -235,11 +268,20 @@ def slots_first(x):
 def fits_rope(shape, cos, sin, n_head, n_kv_head):
     """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq, (n_head+2*n_kv_head)*d_head]."""
     n_all = n_head + 2 * n_kv_head
-    return (tiled.is_float32(cos, sin) and len(shape) == 3 and math.prod(shape) > 0
-            and min(n_head, n_kv_head) > 0 and shape[-1] % n_all == 0 and n_head % n_kv_head == 0
-            and cos.shape == sin.shape and cos.ndim in (2, 3) and cos.shape[-2] == shape[1]
-            and cos.shape[-1] % 2 == 0 and 0 < cos.shape[-1] <= shape[-1] // n_all
-            and (cos.ndim == 2 or cos.shape[0] in (1, shape[0])))
+    return (
+        tiled.is_float32(cos, sin)
+        and len(shape) == 3
+        and math.prod(shape) > 0
+        and min(n_head, n_kv_head) > 0
+        and shape[-1] % n_all == 0
+        and n_head % n_kv_head == 0
+        and cos.shape == sin.shape
+        and cos.ndim in (2, 3)
+        and cos.shape[-2] == shape[1]
+        and cos.shape[-1] % 2 == 0
+        and 0 < cos.shape[-1] <= shape[-1] // n_all
+        and (cos.ndim == 2 or cos.shape[0] in (1, shape[0]))
+    )
 
 
 def rope_attention_many(qkv, step):
@@ -249,18 +291,34 @@ def rope_attention_many(qkv, step):
     n_batch, n_seq, _ = qkv.shape
     k = ops.split_qkv(qkv, n_head, n_kv_head)[1]
     if cache is None:
-        keys, values, slots = np.empty(k.shape, np.float32), np.empty(k.shape, np.float32), range(n_seq)
+        keys, values, slots = (
+            np.empty(k.shape, np.float32),
+            np.empty(k.shape, np.float32),
+            range(n_seq),
+        )
     else:
         keys, values, slots = cache.extend(step.layer, k, k)
     if not fits_kept(keys, values):
         return NotImplemented
-    qkv, *tables = map(row_major, (qkv, *(np.broadcast_to(x, (n_batch, *x.shape[-2:])) for x in (cos, sin))))
+    qkv, *tables = map(
+        row_major, (qkv, *(np.broadcast_to(x, (n_batch, *x.shape[-2:])) for x in (cos, sin)))
+    )
     band = (-FAR, FAR) if mask is None else getattr(mask, "band", None)
     if band is None or not gemm.width():
         return attend_by_blocks(qkv, *tables, n_head, n_kv_head, mask, keys, values, slots)
     y = np.empty((n_batch, n_seq, n_head * k.shape[-1]), np.float32)
     panels = scratch("queries", (get_num_threads(), PANELS, k.shape[-1], gemm.width()), np.float32)
-    attend_many(qkv, *tables, slots_first(keys), slots_first(values), n_head, band, panels, y, np.zeros(1, np.int64))
+    attend_many(
+        qkv,
+        *tables,
+        slots_first(keys),
+        slots_first(values),
+        n_head,
+        band,
+        panels,
+        y,
+        np.zeros(1, np.int64),
+    )
     return y
 
 
@@ -269,10 +327,16 @@ def attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots
     heads = ops.split_qkv(qkv, n_head, n_kv_head)
     n_batch, _, n_seq, _ = heads[0].shape
     q = np.empty(heads[0].shape, np.float32)
-    parts = [(x[b, h], cos[b], sin[b], y[b, h, y.shape[-2] - n_seq :], y is not values)
-             for x, y in zip(heads, (q, keys, values), strict=True) for b in range(n_batch) for h in range(x.shape[1])]
+    parts = [
+        (x[b, h], cos[b], sin[b], y[b, h, y.shape[-2] - n_seq :], y is not values)
+        for x, y in zip(heads, (q, keys, values), strict=True)
+        for b in range(n_batch)
+        for h in range(x.shape[1])
+    ]
     run_blocks(lambda part: rotate_all(*part), parts)
-    y, _ = tiled.attend(q, keys, values, mask, None, range(slots.stop - n_seq, slots.stop), slots, fold_scores)
+    y, _ = tiled.attend(
+        q, keys, values, mask, None, range(slots.stop - n_seq, slots.stop), slots, fold_scores
+    )
     return ops.merge_heads(y)
 
 
@@ -282,7 +346,11 @@ def visible(mask, slots, n_batch, n_head):
     None where its heads see different ones.
     """
     slot = slots.stop - 1
-    bound = ALL if mask is None else getattr(mask, "bound", tiled.unknown)(slot, slot, slots.start, slot)
+    bound = (
+        ALL
+        if mask is None
+        else getattr(mask, "bound", tiled.unknown)(slot, slot, slots.start, slot)
+    )
     if bound == ALL:
         return np.zeros((0, len(slots)), bool)
     q = np.broadcast_to(np.float32(0), (n_batch, n_head, 1, 1))  # its shape is asked for

@@ -28,7 +28,11 @@ def linear(x, weight, bias=None):
         return ops.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     few = len(rows) <= FEW_ROWS
-    y = product_few(rows, weight) if few else np.ascontiguousarray(columns_product(np.ascontiguousarray(rows.T), weight).T)
+    y = (
+        product_few(rows, weight)
+        if few
+        else np.ascontiguousarray(columns_product(np.ascontiguousarray(rows.T), weight).T)
+    )
     if bias is not None:
         y += bias.astype(np.float32, copy=False)
     return y.reshape(*x.shape[:-1], len(weight))
@@ -37,7 +41,10 @@ def linear(x, weight, bias=None):
 def columns_product(columns, weight, widen=None):
     """Return `weight @ columns`, [d_out, n]: so BLAS is some 8 % faster than with rows, and a block of the result is contiguous."""
     y = np.empty((len(weight), columns.shape[1]), np.float32)
-    run_blocks(lambda span: np.dot((widen or widened)(weight[span]), columns, out=y[span]), weight_blocks(weight, BLOCK_MANY))
+    run_blocks(
+        lambda span: np.dot((widen or widened)(weight[span]), columns, out=y[span]),
+        weight_blocks(weight, BLOCK_MANY),
+    )
     return y
 
 
@@ -45,8 +52,14 @@ def product_few(rows, weight):
     """Return `rows @ weight.T` for a few rows."""
     y = np.empty((len(rows), len(weight)), np.float32)
     product_of = _product_bf16 if weight.dtype == DTYPES["bfloat16"] else _product
-    halves = [np.ascontiguousarray(rows[:, n::2]) for n in (0, 1)] if product_of is _product_bf16 else rows
-    run_blocks(lambda span: product_of(halves, weight[span], y[:, span]), weight_blocks(weight, BLOCK_FEW))
+    halves = (
+        [np.ascontiguousarray(rows[:, n::2]) for n in (0, 1)]
+        if product_of is _product_bf16
+        else rows
+    )
+    run_blocks(
+        lambda span: product_of(halves, weight[span], y[:, span]), weight_blocks(weight, BLOCK_FEW)
+    )
     return y
 
 
@@ -102,13 +115,23 @@ def fits_linear(x, weight, bias=None):
 
 def fits_weight(weight, d_in, bias=None):
     """Tell whether a weight is one that the kernels are made for."""
-    return (type(weight) is np.ndarray and weight.ndim == 2 and is_row_major(weight) and weight.dtype in STORED
-            and weight.shape[1] == d_in > 0 and d_in % 2 == 0 and len(weight) > 0 and fits_bias(bias, weight))
+    return (
+        type(weight) is np.ndarray
+        and weight.ndim == 2
+        and is_row_major(weight)
+        and weight.dtype in STORED
+        and weight.shape[1] == d_in > 0
+        and d_in % 2 == 0
+        and len(weight) > 0
+        and fits_bias(bias, weight)
+    )
 
 
 def fits_bias(bias, weight):
     """Tell whether a bias, where there is one, goes with a weight."""
-    return bias is None or (type(bias) is np.ndarray and bias.shape == weight.shape[:1] and bias.dtype in STORED)
+    return bias is None or (
+        type(bias) is np.ndarray and bias.shape == weight.shape[:1] and bias.dtype in STORED
+    )
 
 
 FLOAT32 = np.dtype(np.float32)
@@ -117,7 +140,9 @@ STORED = frozenset(DTYPES[name] for name in ("bfloat16", "float16", "float32"))
 
 def is_float32(*arrays):
     """Tell whether all are NumPy arrays of float32 with at least one axis."""
-    for x in arrays:  # called for every operation: a generator would take as long as the check itself
+    for (
+        x
+    ) in arrays:  # called for every operation: a generator would take as long as the check itself
         if type(x) is not np.ndarray or x.dtype != FLOAT32 or x.ndim == 0:
             return False
     return True
@@ -129,13 +154,22 @@ def is_float32(*arrays):
 @ieee_semantics
 def rms_norm(x, weight, eps):
     """Compute `npllm.ops.rms_norm` in blocks of rows."""
-    if not (is_float32(x) and x.size and type(weight) is np.ndarray and weight.shape == x.shape[-1:] and weight.dtype in STORED):
+    if not (
+        is_float32(x)
+        and x.size
+        and type(weight) is np.ndarray
+        and weight.shape == x.shape[-1:]
+        and weight.dtype in STORED
+    ):
         return ops.rms_norm(x, weight, eps)
     rows, gain = x.reshape(-1, x.shape[-1]), weight.astype(np.float32, copy=False)
     y = np.empty(rows.shape, np.float32)
 
     def norm(span):
-        root = np.sqrt(np.vecdot(rows[span], rows[span])[:, None] / np.float32(rows.shape[-1]) + np.float32(eps))
+        root = np.sqrt(
+            np.vecdot(rows[span], rows[span])[:, None] / np.float32(rows.shape[-1])
+            + np.float32(eps)
+        )
         np.divide(rows[span], root, out=y[span])
         y[span] *= gain
 
@@ -178,18 +212,46 @@ def over_rows(function, rows):
 # --------------------------------------------------------------------------------------------------------------- attention
 
 
-def blockwise_attention(q, k, v, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None, return_lse=False):
+def blockwise_attention(
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    bias=None,
+    scale=None,
+    softcap=None,
+    q_slots=None,
+    k_slots=None,
+    return_lse=False,
+):
     """Compute `npllm.ops.blockwise_attention`: a tile of scores in one buffer, changed in place, the heads on all threads."""
     if not fits_attention(q, k, v, mask, bias, softcap):
-        return ops.blockwise_attention(q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, q_slots=q_slots,
-                                       k_slots=k_slots, return_lse=return_lse)
+        return ops.blockwise_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            q_slots=q_slots,
+            k_slots=k_slots,
+            return_lse=return_lse,
+        )
     y, lse = attend(q, k, v, mask, scale, q_slots, k_slots)
     return (y, lse) if return_lse else y
 
 
 def fits_attention(q, k, v, mask, bias, softcap):
     """Tell whether this is attention that the kernels are made for; the definition does the others, and raises the errors."""
-    return bias is None and softcap is None and is_float32(q, k, v) and q.size > 0 and (mask is None or callable(mask))
+    return (
+        bias is None
+        and softcap is None
+        and is_float32(q, k, v)
+        and q.size > 0
+        and (mask is None or callable(mask))
+    )
 
 
 @ieee_semantics
@@ -199,7 +261,10 @@ def attend(q, k, v, mask, scale, q_slots, k_slots, fold=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     n_batch, n_head, n_seq, n_kv_head = prod(q.shape[:-3]), q.shape[-3], q.shape[-2], k.shape[-3]
     group = n_head // n_kv_head
-    y, lse = np.empty((*q.shape[:-1], v.shape[-1]), np.float32), np.empty((*q.shape[:-1], 1), np.float32)
+    y, lse = (
+        np.empty((*q.shape[:-1], v.shape[-1]), np.float32),
+        np.empty((*q.shape[:-1], 1), np.float32),
+    )
     lead = (n_batch, n_kv_head, group, n_seq)
     heads = [x.reshape(*lead, x.shape[-1]) for x in (q, y, lse)]
     keys, values = (x.reshape(n_batch, n_kv_head, *x.shape[-2:]) for x in (k, v))
@@ -209,7 +274,14 @@ def attend(q, k, v, mask, scale, q_slots, k_slots, fold=None):
 
         def one_head(at, rows=rows, seen=seen):
             mine = [(columns, see if see is None else see[at]) for columns, see in seen]
-            _attend(*(x[at][:, rows] for x in heads), keys[at], values[at], scale, mine, fold or fold_scores)
+            _attend(
+                *(x[at][:, rows] for x in heads),
+                keys[at],
+                values[at],
+                scale,
+                mine,
+                fold or fold_scores,
+            )
 
         run_blocks(one_head, at_all)
     return y, lse[..., 0]
@@ -226,8 +298,15 @@ def _visible(mask, q, i, k_slots, lead):
         elif bound != NONE:
             see = np.asarray(evaluate_mask(np, mask, q, i, j), bool)
             if see.ndim > 2:  # it differs by sequence or by head
-                see = np.broadcast_to(see, (*q.shape[:-2], len(i), len(j))).reshape(n_batch, n_kv_head, group, len(i), len(j))
-            yield columns, np.broadcast_to(see, (n_batch, n_kv_head, see.shape[2] if see.ndim > 2 else 1, len(i), len(j)))
+                see = np.broadcast_to(see, (*q.shape[:-2], len(i), len(j))).reshape(
+                    n_batch, n_kv_head, group, len(i), len(j)
+                )
+            yield (
+                columns,
+                np.broadcast_to(
+                    see, (n_batch, n_kv_head, see.shape[2] if see.ndim > 2 else 1, len(i), len(j))
+                ),
+            )
 
 
 def unknown(*_):
@@ -237,7 +316,11 @@ def unknown(*_):
 
 def _ends(slots):
     """Smallest and largest slot."""
-    return (min(slots[0], slots[-1]), max(slots[0], slots[-1])) if isinstance(slots, range) else (slots.min(), slots.max())
+    return (
+        (min(slots[0], slots[-1]), max(slots[0], slots[-1]))
+        if isinstance(slots, range)
+        else (slots.min(), slots.max())
+    )
 
 
 def _attend(q, y, lse, k, v, scale, seen, fold):
@@ -261,7 +344,9 @@ def _attend(q, y, lse, k, v, scale, seen, fold):
 def fold_scores(s, m, total, a):
     """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to date, all in place."""
     m_new = np.maximum(m, s.max(axis=1, keepdims=True))
-    shift = np.where(m_new == -np.inf, np.float32(0), m_new)  # nothing seen yet: any finite number will do
+    shift = np.where(
+        m_new == -np.inf, np.float32(0), m_new
+    )  # nothing seen yet: any finite number will do
     s -= shift
     np.exp(s, out=s)
     decay = np.exp(m - shift)
@@ -271,5 +356,11 @@ def fold_scores(s, m, total, a):
     m[...] = m_new
 
 
-TILED = replace(ops.reference, name="tiled",
-                linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=blockwise_attention)
+TILED = replace(
+    ops.reference,
+    name="tiled",
+    linear=linear,
+    rms_norm=rms_norm,
+    swiglu=swiglu,
+    attention=blockwise_attention,
+)

@@ -18,13 +18,37 @@ from npllm.kernels.cuda.rope import rope_attention
 from npllm.kernels.cuda.rows import rms_norm, swiglu
 from npllm.ops import blockwise
 
-__all__ = ["CUDA", "HEADS", "MOST_ROWS", "OPTIONS", "VARIANTS", "WIDEST", "attention", "cuda_ops",
-           "linear", "linear_add", "norm_linear", "norm_swiglu", "rms_norm", "rope_attention",
-           "source", "swiglu"]
+__all__ = [
+    "CUDA",
+    "HEADS",
+    "MOST_ROWS",
+    "OPTIONS",
+    "VARIANTS",
+    "WIDEST",
+    "attention",
+    "cuda_ops",
+    "linear",
+    "linear_add",
+    "norm_linear",
+    "norm_swiglu",
+    "rms_norm",
+    "rope_attention",
+    "source",
+    "swiglu",
+]
 
-CUDA = replace(blockwise, linear=linear, rms_norm=rms_norm, swiglu=swiglu, attention=attention,
-               rope_attention=rope_attention, norm_linear=norm_linear, norm_swiglu=norm_swiglu,
-               linear_add=linear_add, name="cuda")
+CUDA = replace(
+    blockwise,
+    linear=linear,
+    rms_norm=rms_norm,
+    swiglu=swiglu,
+    attention=attention,
+    rope_attention=rope_attention,
+    norm_linear=norm_linear,
+    norm_swiglu=norm_swiglu,
+    linear_add=linear_add,
+    name="cuda",
+)
 
 _TYPES = tuple(ENTRIES.values())
 _WIDTHS = tuple(range(32, WIDEST + 1, 32))
@@ -36,8 +60,12 @@ VARIANTS = {
     "swiglu": [()],
     "rope_append": [()],
     "attention": [(("ENTRY", name), ("HEAD", d_head)) for d_head in HEADS for name in _TYPES],
-    "attend_one": [(("ENTRY", name), ("GROUP", group), ("HEAD", d_head))
-                   for d_head in _WIDTHS for group in GROUPS for name in _TYPES],
+    "attend_one": [
+        (("ENTRY", name), ("GROUP", group), ("HEAD", d_head))
+        for d_head in _WIDTHS
+        for group in GROUPS
+        for name in _TYPES
+    ],
     "attend_merge": [(("HEAD", d_head),) for d_head in _WIDTHS],
 }
 

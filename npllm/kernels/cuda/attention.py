@@ -22,9 +22,19 @@ SPLIT, ONE_THREADS, MERGE_THREADS = 128, 128, 256  # of attend_one.cu and attend
 GROUPS = (1, 4)  # query heads of a block of attend_one.cu; a larger group takes several blocks
 
 
-def attention(q: Array, k: Array, v: Array, *, mask: Any = None, bias: Array | None = None,
-              scale: float | None = None, softcap: float | None = None, q_slots: Any = None,
-              k_slots: Any = None, return_lse: bool = False) -> Any:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Any = None,
+    bias: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_slots: Any = None,
+    k_slots: Any = None,
+    return_lse: bool = False,
+) -> Any:
     """Attend block by block: the twin of `npllm.ops.attention`.
 
     Heads have 64, 96 or 128 channels; for one query any multiple of 32 up to 256.  Masks that are a
@@ -43,27 +53,61 @@ def attention(q: Array, k: Array, v: Array, *, mask: Any = None, bias: Array | N
             scale = q.shape[-1] ** -0.5 if scale is None else scale
             run = _attend_one if n_seq == 1 else _attend_many
             return run(array_namespace(q, k, v), q, k, v, q_slot, k_slot, band, scale)
-    return blockwise.attention(q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap,
-                               q_slots=q_slots, k_slots=k_slots, return_lse=return_lse)
+    return blockwise.attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        q_slots=q_slots,
+        k_slots=k_slots,
+        return_lse=return_lse,
+    )
 
 
-def _attend_many(xp: Any, q: Array, k: Array, v: Array, q_slot: int, k_slot: int, band: tuple,
-                 scale: float) -> Array:
+def _attend_many(
+    xp: Any, q: Array, k: Array, v: Array, q_slot: int, k_slot: int, band: tuple, scale: float
+) -> Array:
     """Launch attention.cu.  `q_slot`, `k_slot`: where the first query and the first key stand."""
     k, v = _whole_rows(k, xp), _whole_rows(v, xp)
     *lead, n_head, n_seq, d_head = q.shape
     q, y = xp.ascontiguousarray(q), _heads_side_by_side(xp, q)
     n_tiles, (low, high, start) = -(-n_seq // QUERIES), band
-    sizes = (n_tiles, n_head, k.shape[-3], n_seq, k.shape[-2], *head_steps(k), *head_steps(v),
-             *head_steps(y), q_slot, k_slot, low, high)
-    launching.launch("attention", (("ENTRY", entry(k)), ("HEAD", d_head)),
-                     n_tiles * n_head * prod(lead), THREADS, q, k, v, pointer(start), y,
-                     *map(np.int64, sizes), np.float32(scale))
+    sizes = (
+        n_tiles,
+        n_head,
+        k.shape[-3],
+        n_seq,
+        k.shape[-2],
+        *head_steps(k),
+        *head_steps(v),
+        *head_steps(y),
+        q_slot,
+        k_slot,
+        low,
+        high,
+    )
+    launching.launch(
+        "attention",
+        (("ENTRY", entry(k)), ("HEAD", d_head)),
+        n_tiles * n_head * prod(lead),
+        THREADS,
+        q,
+        k,
+        v,
+        pointer(start),
+        y,
+        *map(np.int64, sizes),
+        np.float32(scale),
+    )
     return y
 
 
-def _attend_one(xp: Any, q: Array, k: Array, v: Array, q_slot: int, k_slot: int, band: tuple,
-                scale: float) -> Array:
+def _attend_one(
+    xp: Any, q: Array, k: Array, v: Array, q_slot: int, k_slot: int, band: tuple, scale: float
+) -> Array:
     """Launch attend_one.cu, and attend_merge.cu where there is more than one split."""
     k, v, q = _packed_rows(k, xp), _packed_rows(v, xp), xp.ascontiguousarray(q)
     *lead, n_head, _, d_head = q.shape
@@ -74,14 +118,44 @@ def _attend_one(xp: Any, q: Array, k: Array, v: Array, q_slot: int, k_slot: int,
     y, parts = xp.empty(q.shape, dtype=xp.float32), None
     if n_split > 1:
         parts = xp.empty((n_rows * n_split * (d_head + 2),), dtype=xp.float32)
-    sizes = (n_batch, n_head, n_kv_head, n_ctx, n_split, *head_steps(k), *head_steps(v), q_slot,
-             k_slot, low, high)
-    launching.launch("attend_one", (("ENTRY", entry(k)), ("GROUP", group), ("HEAD", d_head)),
-                     n_blocks * n_split, ONE_THREADS, q, k, v, pointer(start), y, pointer(parts),
-                     *map(np.int64, sizes), np.float32(scale))
+    sizes = (
+        n_batch,
+        n_head,
+        n_kv_head,
+        n_ctx,
+        n_split,
+        *head_steps(k),
+        *head_steps(v),
+        q_slot,
+        k_slot,
+        low,
+        high,
+    )
+    launching.launch(
+        "attend_one",
+        (("ENTRY", entry(k)), ("GROUP", group), ("HEAD", d_head)),
+        n_blocks * n_split,
+        ONE_THREADS,
+        q,
+        k,
+        v,
+        pointer(start),
+        y,
+        pointer(parts),
+        *map(np.int64, sizes),
+        np.float32(scale),
+    )
     if parts is not None:
-        launching.launch("attend_merge", (("HEAD", d_head),), n_rows, MERGE_THREADS, parts, y,
-                         np.int64(n_rows), np.int64(n_split))
+        launching.launch(
+            "attend_merge",
+            (("HEAD", d_head),),
+            n_rows,
+            MERGE_THREADS,
+            parts,
+            y,
+            np.int64(n_rows),
+            np.int64(n_split),
+        )
     return y
 
 

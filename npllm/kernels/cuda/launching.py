@@ -9,8 +9,20 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 
-__all__ = ["ALIGNMENT", "ENTRIES", "NULL", "OPTIONS", "aligned", "compiled", "entry", "even_rows",
-           "launch", "pointer", "source", "steps"]
+__all__ = [
+    "ALIGNMENT",
+    "ENTRIES",
+    "NULL",
+    "OPTIONS",
+    "aligned",
+    "compiled",
+    "entry",
+    "even_rows",
+    "launch",
+    "pointer",
+    "source",
+    "steps",
+]
 
 Array = Any
 

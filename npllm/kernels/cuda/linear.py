@@ -41,16 +41,18 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return _launch(x, weight, bias=bias)
 
 
-def norm_linear(x: Array, norm_weight: Array, eps: float, weight: Array,
-                bias: Array | None = None) -> Array:
+def norm_linear(
+    x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array | None = None
+) -> Array:
     """Normalise and multiply by a weight: rms_norm and linear in one kernel."""
     if not (_fits(x, weight, bias) and _is_vector(norm_weight, weight, 1)):
         return NotImplemented
     return _launch(x, weight, gain=norm_weight, eps=eps, bias=bias)
 
 
-def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array,
-                bias: Array | None = None) -> Array:
+def norm_swiglu(
+    x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array | None = None
+) -> Array:
     """Normalise, multiply and gate: rms_norm, linear and swiglu in one kernel."""
     fits = _fits(x, weight, bias) and _is_vector(norm_weight, weight, 1)
     if not fits or weight.shape[0] % 2:
@@ -84,8 +86,16 @@ def _is_vector(x: Array, weight: Array, axis: int) -> bool:
     return x.dtype == weight.dtype and x.shape == weight.shape[axis : axis + 1]
 
 
-def _launch(x: Array, weight: Array, *, gain: Array | None = None, eps: float = 0.0,
-            bias: Array | None = None, residual: Array | None = None, gated: bool = False) -> Array:
+def _launch(
+    x: Array,
+    weight: Array,
+    *,
+    gain: Array | None = None,
+    eps: float = 0.0,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    gated: bool = False,
+) -> Array:
     """Run linear.cu on what fits it; return y [..., d_out], d_out / 2 channels where gated."""
     xp, (d_out, d_in) = array_namespace(x, weight), weight.shape
     half = d_out // 2 if gated else 0
@@ -95,7 +105,17 @@ def _launch(x: Array, weight: Array, *, gain: Array | None = None, eps: float = 
     n_rows = x.size // d_in
     rows = next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
     outs = WARPS * (4 if rows >= 4 else 2)  # of a block
-    launching.launch("linear", (("ENTRY", entry(weight)), ("ROWS", rows)),
-                     -(-d_out // outs) * -(-n_rows // rows), THREADS, x, weight, *vectors, y,
-                     *map(np.uint32, (n_rows, d_in, d_out, half)), np.int64(x_row), np.float32(eps))
+    launching.launch(
+        "linear",
+        (("ENTRY", entry(weight)), ("ROWS", rows)),
+        -(-d_out // outs) * -(-n_rows // rows),
+        THREADS,
+        x,
+        weight,
+        *vectors,
+        y,
+        *map(np.uint32, (n_rows, d_in, d_out, half)),
+        np.int64(x_row),
+        np.float32(eps),
+    )
     return y

@@ -50,9 +50,20 @@ def _rope_append(xp: Any, qkv: Array, cos: Array, sin: Array, q: Array, k: Array
     d_rope = cos.shape[-1]
     table_batch = n_seq * d_rope if cos.ndim == 3 and cos.shape[0] == n_batch > 1 else 0
     sizes = qkv.size, n_seq, n_head, k.shape[1], d_head, d_rope
-    launching.launch("rope_append", (), -(-qkv.size // THREADS), THREADS, qkv, cos, sin, q, k, v,
-                     *map(np.uint32, sizes),
-                     *map(np.int64, (table_batch, *head_steps(k), *head_steps(v))))
+    launching.launch(
+        "rope_append",
+        (),
+        -(-qkv.size // THREADS),
+        THREADS,
+        qkv,
+        cos,
+        sin,
+        q,
+        k,
+        v,
+        *map(np.uint32, sizes),
+        *map(np.int64, (table_batch, *head_steps(k), *head_steps(v))),
+    )
 
 
 def _tables_fit(qkv: Array, cos: Array, n_heads: int) -> bool:

@@ -25,8 +25,17 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     xp = array_namespace(x, weight)
     x, weight = xp.ascontiguousarray(x), xp.ascontiguousarray(weight)
     y, d_model = xp.empty(x.shape, dtype=xp.float32), x.shape[-1]
-    launching.launch("rms_norm", (("ENTRY", name),), x.size // d_model, THREADS, x, weight, y,
-                     np.int64(d_model), np.float32(eps))
+    launching.launch(
+        "rms_norm",
+        (("ENTRY", name),),
+        x.size // d_model,
+        THREADS,
+        x,
+        weight,
+        y,
+        np.int64(d_model),
+        np.float32(eps),
+    )
     return y
 
 
@@ -38,6 +47,17 @@ def swiglu(gate: Array, up: Array) -> Array:
     xp = array_namespace(gate, up)
     (gate, gate_row), (up, up_row) = even_rows(gate, xp), even_rows(up, xp)
     y = xp.empty(gate.shape, dtype=xp.float32)
-    launching.launch("swiglu", (), -(-y.size // THREADS), THREADS, gate, up, y, np.uint32(y.size),
-                     np.uint32(gate.shape[-1]), np.int64(gate_row), np.int64(up_row))
+    launching.launch(
+        "swiglu",
+        (),
+        -(-y.size // THREADS),
+        THREADS,
+        gate,
+        up,
+        y,
+        np.uint32(y.size),
+        np.uint32(gate.shape[-1]),
+        np.int64(gate_row),
+        np.int64(up_row),
+    )
     return y

@@ -21,6 +21,26 @@ from npllm.ops.mask.sparse import (
 )
 from npllm.ops.mask.table import to_bool
 
-__all__ = ["ALL", "NONE", "SOME", "Rule", "band", "bidirectional", "block_local", "causal", "dilated_window", "documents", "fixed",
-           "global_tokens", "left_padding", "lookback", "longformer_window", "padding", "prefix_lm", "random_blocks",
-           "sliding_window", "strided", "to_bool"]
+__all__ = [
+    "ALL",
+    "NONE",
+    "SOME",
+    "Rule",
+    "band",
+    "bidirectional",
+    "block_local",
+    "causal",
+    "dilated_window",
+    "documents",
+    "fixed",
+    "global_tokens",
+    "left_padding",
+    "lookback",
+    "longformer_window",
+    "padding",
+    "prefix_lm",
+    "random_blocks",
+    "sliding_window",
+    "strided",
+    "to_bool",
+]

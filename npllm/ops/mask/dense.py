@@ -6,7 +6,15 @@ from npllm.arrays import host_range
 from npllm.errors import NpllmValueError
 from npllm.ops.mask.rule import ALL, FAR, NONE, SOME, Rule
 
-__all__ = ["at_least", "bidirectional", "causal", "check_slots", "lookback", "prefix_lm", "sliding_window"]
+__all__ = [
+    "at_least",
+    "bidirectional",
+    "causal",
+    "check_slots",
+    "lookback",
+    "prefix_lm",
+    "sliding_window",
+]
 
 
 def bidirectional():
@@ -137,5 +145,7 @@ def check_slots(slots, n):
     """Raise for slots on the host beyond the n that a rule knows: they would be read from the other end, or from another row."""
     lowest_highest = host_range(slots)
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < n):
-        raise NpllmValueError(f"slots must lie in 0 ... {n - 1}, all that this mask rule was made for, got {lowest_highest[0]} ... "
-                              f"{lowest_highest[1]}")
+        raise NpllmValueError(
+            f"slots must lie in 0 ... {n - 1}, all that this mask rule was made for, got {lowest_highest[0]} ... "
+            f"{lowest_highest[1]}"
+        )

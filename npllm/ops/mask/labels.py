@@ -39,7 +39,9 @@ def padding(valid):
     xp = array_namespace(valid)
     expect_shape("valid", valid, n_batch=None, n_ctx=None)
     if valid.dtype != xp.bool:
-        raise NpllmTypeError(f"valid must be a bool array (True = holds a token), got dtype {valid.dtype}")
+        raise NpllmTypeError(
+            f"valid must be a bool array (True = holds a token), got dtype {valid.dtype}"
+        )
 
     def bound(_, __, j_low, j_high):
         block = _on_host(valid, j_low, j_high)
@@ -146,4 +148,8 @@ def _labels_at(xp, labels, slots):
 
 def _on_host(labels, low, high):
     """Labels of a run of slots where they can be looked at for free; None on a device, and for slots that have no label."""
-    return labels[:, low : high + 1] if isinstance(labels, np.ndarray) and 0 <= low <= high < labels.shape[1] else None
+    return (
+        labels[:, low : high + 1]
+        if isinstance(labels, np.ndarray) and 0 <= low <= high < labels.shape[1]
+        else None
+    )

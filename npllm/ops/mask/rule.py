@@ -58,13 +58,22 @@ class Rule:
         return self.visible(i, j)
 
     def __and__(self, other):
-        left_band = _both(self.left_band, other.left_band) if self.left_band and other.left_band else None
+        left_band = (
+            _both(self.left_band, other.left_band) if self.left_band and other.left_band else None
+        )
         band = left_band[:2] if self.band and other.band else None
-        return Rule(lambda i, j: self(i, j) & other(i, j), lambda *block: min(self.bound(*block), other.bound(*block)), band,
-                    left_band)
+        return Rule(
+            lambda i, j: self(i, j) & other(i, j),
+            lambda *block: min(self.bound(*block), other.bound(*block)),
+            band,
+            left_band,
+        )
 
     def __or__(self, other):
-        return Rule(lambda i, j: self(i, j) | other(i, j), lambda *block: max(self.bound(*block), other.bound(*block)))
+        return Rule(
+            lambda i, j: self(i, j) | other(i, j),
+            lambda *block: max(self.bound(*block), other.bound(*block)),
+        )
 
     def __invert__(self):
         return Rule(lambda i, j: ~self(i, j), lambda *block: ALL - self.bound(*block))

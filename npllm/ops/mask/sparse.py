@@ -7,7 +7,16 @@ from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.ops.mask.dense import at_least, causal, check_slots
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
 
-__all__ = ["band", "block_local", "dilated_window", "fixed", "global_tokens", "longformer_window", "random_blocks", "strided"]
+__all__ = [
+    "band",
+    "block_local",
+    "dilated_window",
+    "fixed",
+    "global_tokens",
+    "longformer_window",
+    "random_blocks",
+    "strided",
+]
 
 
 def band(before, after):
@@ -33,7 +42,13 @@ def band(before, after):
 
     def bound(i_low, i_high, j_low, j_high):
         farthest, nearest = i_high - j_low, i_low - j_high  # the range of i - j in the block
-        return NONE if farthest < -after or nearest > before else ALL if farthest <= before and nearest >= -after else SOME
+        return (
+            NONE
+            if farthest < -after or nearest > before
+            else ALL
+            if farthest <= before and nearest >= -after
+            else SOME
+        )
 
     return Rule(lambda i, j: (i - j <= before) & (i - j >= -after), bound)
 
@@ -133,7 +148,9 @@ def fixed(stride, c):
         raise NpllmValueError(f"c must be at most stride = {stride}, got {c}")
 
     def bound(_, __, j_low, j_high):
-        first = j_low if j_low % stride >= stride - c else j_low - j_low % stride + stride - c  # the next summary slot
+        first = (
+            j_low if j_low % stride >= stride - c else j_low - j_low % stride + stride - c
+        )  # the next summary slot
         inside_one = j_low % stride >= stride - c and j_low // stride == j_high // stride
         return ALL if inside_one or c == stride else NONE if first > j_high else SOME
 
@@ -199,9 +216,17 @@ def global_tokens(slots):
         return _is_in(i, chosen) | _is_in(j, chosen)
 
     def bound(i_low, i_high, j_low, j_high):
-        counts = [(np.searchsorted(chosen, high + 1) - np.searchsorted(chosen, low), high - low + 1)
-                  for low, high in ((i_low, i_high), (j_low, j_high))]
-        return ALL if any(n == size for n, size in counts) else SOME if any(n for n, _ in counts) else NONE
+        counts = [
+            (np.searchsorted(chosen, high + 1) - np.searchsorted(chosen, low), high - low + 1)
+            for low, high in ((i_low, i_high), (j_low, j_high))
+        ]
+        return (
+            ALL
+            if any(n == size for n, size in counts)
+            else SOME
+            if any(n for n, _ in counts)
+            else NONE
+        )
 
     return Rule(visible, bound)
 
@@ -242,7 +267,9 @@ def random_blocks(block, n_blocks, n_random, seed):
     if n_random > n_blocks:
         raise NpllmValueError(f"n_random must be at most n_blocks = {n_blocks}, got {n_random}")
     rng = np.random.Generator(np.random.Philox(key=seed))
-    drawn = np.argsort(rng.random((n_blocks, n_blocks)), axis=1, kind="stable") < n_random  # n_random per row
+    drawn = (
+        np.argsort(rng.random((n_blocks, n_blocks)), axis=1, kind="stable") < n_random
+    )  # n_random per row
 
     def visible(i, j):
         xp = array_namespace(i, j)
