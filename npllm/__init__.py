@@ -1,4 +1,5 @@
-"""npllm: the Phi-3 family of language models as plain NumPy and CuPy functions, with the mathematics in the open.
+"""npllm: the Phi-3 family of language models as plain NumPy and CuPy functions, with the
+mathematics in the open.
 
     import npllm
     model = npllm.load()                                  # the default checkpoint, fetched on first use
@@ -16,8 +17,8 @@ The words for axes, the same in every docstring and error:
     n_pos, n_label       rows of a position table; classes of a classifier   max_position_embeddings, num_labels
     n_group, n_split     key/value heads after pooling; parts of a result
 
-`n_` counts things, `d_` is the width of a vector.  Queries, keys and values are [n_batch, n_head, n_seq, d_head]: heads before
-positions.  Weights are [d_out, d_in], as in the checkpoint.
+`n_` counts things, `d_` is the width of a vector.  Queries, keys and values are [n_batch, n_head,
+n_seq, d_head]: heads before positions.  Weights are [d_out, d_in], as in the checkpoint.
 """
 
 import importlib

@@ -1,11 +1,13 @@
 """The backend switch: the only file that knows that more than one array library exists.
 
-An op never names a library.  It asks its inputs, `xp = array_namespace(x, weight)`, and computes with what they are made of:
-NumPy on the CPU, CuPy on a GPU, or any other library of the Python array API standard.
-The switch itself is one word at the place where arrays are born: `npllm.load(path, backend="cupy")`.
+An op never names a library.  It asks its inputs, `xp = array_namespace(x, weight)`, and computes
+with what they are made of: NumPy on the CPU, CuPy on a GPU, or any other library of the Python
+array API standard.  The switch itself is one word at the place where arrays are born:
+`npllm.load(path, backend="cupy")`.
 
-16-bit floats are for storage only.  `widen` is the only place that knows about bfloat16, which is no NumPy type
-(`ml_dtypes` adds it) and which `isdtype`, `finfo` and type promotion do not understand.
+16-bit floats are for storage only.  `widen` is the only place that knows about bfloat16, which is
+no NumPy type (`ml_dtypes` adds it) and which `isdtype`, `finfo` and type promotion do not
+understand.
 """
 
 import importlib
@@ -89,12 +91,13 @@ def array_namespace(*arrays):
     Raises
     ------
     NpllmTypeError
-        For a mixture of libraries, for what is no array (a list, a number, a torch tensor), and for NumPy arrays in another byte
-        order than the machine's.
+        For a mixture of libraries, for what is no array (a list, a number, a torch tensor), and for
+        NumPy arrays in another byte order than the machine's.
 
     Notes
     -----
-    CuPy 14's functions follow the standard, but its arrays do not name their library, so they are known by their type.
+    CuPy 14's functions follow the standard, but its arrays do not name their library, so they are
+    known by their type.
 
     Source: Python array API standard 2023.12, `__array_namespace__`.
     """
@@ -233,14 +236,18 @@ def asarray(x, xp):
 
 
 def to_numpy(x):
-    """Bring an array of any library to the host: the one crossing from a device.  A NumPy array is returned as it is."""
+    """Bring an array of any library to the host: the one crossing from a device.  A NumPy array is
+    returned as it is.
+    """
     if isinstance(x, np.ndarray):
         return x
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
 def native(x):
-    """Bring a NumPy array into the byte order of the machine: itself, or a copy with the same values."""
+    """Bring a NumPy array into the byte order of the machine: itself, or a copy with the same
+    values.
+    """
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
@@ -265,7 +272,8 @@ def widen(x, dtype=None):
     Returns
     -------
     y : array [...]
-        `x` itself where it has that dtype already, else a copy.  Widening is exact; float64 to float32 rounds to nearest.
+        `x` itself where it has that dtype already, else a copy.  Widening is exact; float64 to
+        float32 rounds to nearest.
 
     Raises
     ------
@@ -297,13 +305,14 @@ def round_to(x, dtype):
     Returns
     -------
     y : array [...]
-        float32.  Beyond the largest finite value of the type plus half a step: infinity.  Below its smallest normal value the
-        step stays fixed.  NaN stays NaN.
+        float32.  Beyond the largest finite value of the type plus half a step: infinity.  Below its
+        smallest normal value the step stays fixed.  NaN stays NaN.
 
     Raises
     ------
     NpllmTypeError
-        When `x` is not float32.  From float64 the step over float32, which some libraries take, would round twice.
+        When `x` is not float32.  From float64 the step over float32, which some libraries take,
+        would round twice.
     NpllmValueError
         For another `dtype`.
 
@@ -321,7 +330,9 @@ def round_to(x, dtype):
 
 
 def stable_argsort(x, xp):
-    """Sort the last axis, ascending; return the order [..., n], equal entries in the order in which they stand."""
+    """Sort the last axis, ascending; return the order [..., n], equal entries in the order in which
+    they stand.
+    """
     if xp.__name__ == "cupy":  # has no other sort, and does not know the word of the standard
         return xp.argsort(x, axis=-1)
     return xp.argsort(x, axis=-1, stable=True)
@@ -333,8 +344,8 @@ def largest(x, n, xp):
     Returns
     -------
     indices : integer array [..., n]
-        The largest first; equal entries in the order in which they stand, but for those that equal the n-th largest: which of
-        them are among the n is left open.
+        The largest first; equal entries in the order in which they stand, but for those that equal
+        the n-th largest: which of them are among the n is left open.
     """
     if xp is not np or n == x.shape[-1]:
         return stable_argsort(-x, xp)[..., :n]
@@ -345,9 +356,11 @@ def largest(x, n, xp):
 
 
 def entries_at_once(x):
-    """Say how many entries of a stored weight to widen to float32 at a time: what fits a fast memory, and is worth a call.
+    """Say how many entries of a stored weight to widen to float32 at a time: what fits a fast
+    memory, and is worth a call.
 
-    2**19 on the host, 2 MiB, which stays in a core's cache; 2**26 on a device, 256 MiB, so that the product of a block fills it.
+    2**19 on the host, 2 MiB, which stays in a core's cache; 2**26 on a device, 256 MiB, so that the
+    product of a block fills it.
     """
     return HOST_ENTRIES if array_namespace(x) is not sys.modules.get("cupy") else DEVICE_ENTRIES
 
@@ -358,7 +371,9 @@ def is_integer(x):
 
 
 def as_index(ids):
-    """Turn uint64, which NumPy does not take for an index, into int64; return other integers as they are."""
+    """Turn uint64, which NumPy does not take for an index, into int64; return other integers as
+    they are.
+    """
     if _dtype_name(ids) != "uint64":
         return ids
     xp = array_namespace(ids)
@@ -371,9 +386,11 @@ def n_bytes(x):
 
 
 def host_range(x):
-    """Return (smallest, largest) of an integer array on the host; None for an empty one, and for one on a device.
+    """Return (smallest, largest) of an integer array on the host; None for an empty one, and for
+    one on a device.
 
-    Looking at a value on a device would stall the stream, so ids are checked before they are moved there.
+    Looking at a value on a device would stall the stream, so ids are checked before they are moved
+    there.
     """
     if not isinstance(x, np.ndarray) or x.size == 0:
         return None
@@ -381,7 +398,8 @@ def host_range(x):
 
 
 def expect_shape(name, x, **axes):
-    """Raise unless the last axes of `x` have the given sizes, naming them: `weight must be [d_model] = [3072], got [3071]`.
+    """Raise unless the last axes of `x` have the given sizes, naming them: `weight must be
+    [d_model] = [3072], got [3071]`.
 
     Parameters
     ----------
@@ -389,7 +407,8 @@ def expect_shape(name, x, **axes):
         What the caller calls the array.
     x : array
     **axes : int or None
-        Axis name to size, in order; None accepts any size.  A leading `dots=None` accepts any further axes in front.
+        Axis name to size, in order; None accepts any size.  A leading `dots=None` accepts any
+        further axes in front.
     """
     more = "dots" in axes
     sizes = [size for axis, size in axes.items() if axis != "dots"]
@@ -406,5 +425,7 @@ def expect_shape(name, x, **axes):
 
 
 def _dtype_name(x):
-    """Name of an array's dtype, alike in NumPy ("float32"), CuPy and libraries that write "array_api_strict.float32"."""
+    """Name of an array's dtype, alike in NumPy ("float32"), CuPy and libraries that write
+    "array_api_strict.float32".
+    """
     return str(x.dtype).rsplit(".", 1)[-1]

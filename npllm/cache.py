@@ -1,4 +1,6 @@
-"""The KV cache: keys and values of the tokens seen so far.  The only mutable object of a forward pass."""
+"""The KV cache: keys and values of the tokens seen so far.  The only mutable object of a forward
+pass.
+"""
 
 from collections.abc import Callable, Sequence
 from threading import Lock
@@ -21,9 +23,9 @@ SMALLEST_CAPACITY = 64  # slots of the first allocation
 class KVCache:
     """Keys and values of every layer, for n_batch sequences that grow together.
 
-    Room grows geometrically: a full array is replaced by one of twice the size, up to the context length, so that appending n
-    tokens one by one copies O(n) keys in all.  With a sliding window only the keys that a coming query can still see are kept,
-    and the arrays stop growing.
+    Room grows geometrically: a full array is replaced by one of twice the size, up to the context
+    length, so that appending n tokens one by one copies O(n) keys in all.  With a sliding window
+    only the keys that a coming query can still see are kept, and the arrays stop growing.
 
     Parameters
     ----------
@@ -40,18 +42,20 @@ class KVCache:
     n_ctx : int
         Slots used so far: tokens of the sequence, padding included.
     ids, positions : integer array [n_batch, n_ctx]
-        NumPy; what stands in each slot.  A row is computed anew from them when its RoPE frequencies change.
+        NumPy; what stands in each slot.  A row is computed anew from them when its RoPE frequencies
+        change.
     valid : bool array [n_batch, n_ctx]
         NumPy; False where a slot holds padding.
     choice : integer array [n_batch]
-        NumPy; which RoPE frequencies the keys of each row were rotated with (`npllm.models.rope.frequency_choice`).
+        NumPy; which RoPE frequencies the keys of each row were rotated with
+        (`npllm.models.rope.frequency_choice`).
 
     Notes
     -----
-    A forward pass works on a draft (`transact`): it appends layer by layer and then calls `advance`.
-    One that fails, wherever it does, leaves the cache as it was.  Keys are stored after RoPE.
-    A cache keeps the weights of its owner alive.  `copy.copy` and `copy.deepcopy` are `copy`; a
-    cache that was pickled belongs to the model of its next call.
+    A forward pass works on a draft (`transact`): it appends layer by layer and then calls
+    `advance`.  One that fails, wherever it does, leaves the cache as it was.  Keys are stored after
+    RoPE.  A cache keeps the weights of its owner alive.  `copy.copy` and `copy.deepcopy` are
+    `copy`; a cache that was pickled belongs to the model of its next call.
 
     Source: `DynamicCache` and `DynamicSlidingWindowLayer` in Transformers.
     """
@@ -158,7 +162,8 @@ class KVCache:
         Returns
         -------
         k, v : array [n_batch, n_kv_head, n_kept + n_seq, d_head]
-            Views of the keys and values that the new tokens can see, their own included; valid until the next call.
+            Views of the keys and values that the new tokens can see, their own included; valid
+            until the next call.
         slots : range
             Where they stand in the sequence.
         """
@@ -169,7 +174,8 @@ class KVCache:
         return keys, values, slots
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, range]:
-        """Make room for new tokens in one layer, for a kernel that writes their keys and values itself.
+        """Make room for new tokens in one layer, for a kernel that writes their keys and values
+        itself.
 
         Parameters
         ----------
@@ -186,8 +192,8 @@ class KVCache:
         Raises
         ------
         NpllmValueError
-            When the cache is full, has no such layer, or was filled with another number of sequences or shape of heads,
-            or in float32 where these are float64.
+            When the cache is full, has no such layer, or was filled with another number of
+            sequences or shape of heads, or in float32 where these are float64.
         """
         n_seq, n_ctx, layers = k.shape[-2], self.n_ctx, self._layers
         self.check_room(k.shape[0], n_seq)
@@ -226,7 +232,8 @@ class KVCache:
         k, v : array [n_batch, n_kv_head, n_kept, d_head]
             Views, valid until the next call.
         slots : range
-            Where they stand in the sequence; empty, and both arrays None, where the layer was never filled.
+            Where they stand in the sequence; empty, and both arrays None, where the layer was never
+            filled.
         """
         if self._layers[layer] is None:
             return None, None, range(0)
@@ -279,12 +286,14 @@ class KVCache:
         self._state = self._state._replace(layers=layers, choice=choice)
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Let row r of the cache hold what row rows[r] holds now, keys and values and all that is known of them.
+        """Let row r of the cache hold what row rows[r] holds now, keys and values and all that is
+        known of them.
 
         Parameters
         ----------
         rows : list of int
-            A row may be named several times, or not at all: the cache then grows or shrinks to len(rows) sequences.
+            A row may be named several times, or not at all: the cache then grows or shrinks to
+            len(rows) sequences.
 
         Raises
         ------
@@ -361,7 +370,9 @@ class KVCache:
         return 0 if self.window is None else max(0, self.n_ctx - self.window + 1)
 
     def _capacity(self, needed: int) -> int:
-        """A power of two times SMALLEST_CAPACITY, at most the context length; with a window, room to spare before the next move."""
+        """A power of two times SMALLEST_CAPACITY, at most the context length; with a window, room
+        to spare before the next move.
+        """
         if self.window is not None and needed >= self.window:
             needed += self.window // 2
         capacity = SMALLEST_CAPACITY

@@ -56,9 +56,10 @@ def load_encoder(folder, *, dtype=None, ops=None, xp=np):
 
     Notes
     -----
-    A text is cut to the first of these that the folder states, and never longer than `max_position_embeddings`:
-    max_seq_length of sentence_bert_config.json, model_max_length of tokenizer_config.json, and, which
-    sentence-transformers does not read in its own folders, the truncation of tokenizer.json.
+    A text is cut to the first of these that the folder states, and never longer than
+    `max_position_embeddings`: max_seq_length of sentence_bert_config.json, model_max_length of
+    tokenizer_config.json, and, which sentence-transformers does not read in its own folders, the
+    truncation of tokenizer.json.
 
     Source: `SentenceTransformer` in the library sentence-transformers, whose files these are.
     """
@@ -95,7 +96,8 @@ class Encoder:
     tokenizer : Tokenizer, optional
         Is set to truncate at `max_length`.
     max_length : int, optional
-        Most tokens of a text, special ones included; what lies beyond is cut off.  Default: `max_position_embeddings`.
+        Most tokens of a text, special ones included; what lies beyond is cut off.  Default:
+        `max_position_embeddings`.
     folder : Path, optional
         Where it came from.
     settings : SentenceSettings, optional
@@ -104,7 +106,8 @@ class Encoder:
     Raises
     ------
     NpllmValueError
-        When max_length leaves no room for a token beside the special ones, or exceeds `max_position_embeddings`.
+        When max_length leaves no room for a token beside the special ones, or exceeds
+        `max_position_embeddings`.
     """
 
     def __init__(
@@ -186,7 +189,9 @@ class Encoder:
         )
 
     def with_ops(self, **ops: Callable) -> "Encoder":
-        """Return the same encoder with some operations of its set replaced; see `npllm.Model.with_ops`."""
+        """Return the same encoder with some operations of its set replaced; see
+        `npllm.Model.with_ops`.
+        """
         return Encoder(
             self.config,
             self.params,
@@ -198,7 +203,8 @@ class Encoder:
         )
 
     def embed(self, texts, *, normalize=True, prompt=None, prompt_name=None):
-        """Turn each text into one vector, by default the mean over its tokens, the special ones included.
+        """Turn each text into one vector, by default the mean over its tokens, the special ones
+        included.
 
             e = modules(pool_t(hidden[t, :])),   divided by sqrt(sum_i e_i**2) where normalize is true
 
@@ -207,33 +213,36 @@ class Encoder:
         texts : list of str
             Longer ones than `max_length` tokens are cut.
         normalize : bool
-            Give all vectors length 1, so that their products are cosines.  False leaves them as the folder's modules
-            give them, of which one may be a Normalize.
+            Give all vectors length 1, so that their products are cosines.  False leaves them as the
+            folder's modules give them, of which one may be a Normalize.
         prompt : str, optional
             What to write in front of every text; "" for nothing.
         prompt_name : str, optional
-            One of `settings.prompts`.  With neither, the folder's default prompt is written, if there is one.
+            One of `settings.prompts`.  With neither, the folder's default prompt is written, if
+            there is one.
 
         Returns
         -------
         embeddings : array [n_text, d_out]
-            NumPy float32, or float64 when the weights are; d_out is d_model, unless the folder's modules change it.
+            NumPy float32, or float64 when the weights are; d_out is d_model, unless the folder's
+            modules change it.
 
         Raises
         ------
         NpllmTypeError
             When `texts` is no list of str.
         NpllmValueError
-            When the folder has no tokenizer, or no prompt of that name; for both a prompt and a name;
-            when an embedding is not finite.
+            When the folder has no tokenizer, or no prompt of that name; for both a prompt and a
+            name; when an embedding is not finite.
 
         Notes
         -----
-        Texts of like length go through the layers together; the order of the result is that of `texts`.  A text without
-        any token (where the tokenizer adds no special ones) is pooled to the vector 0.
+        Texts of like length go through the layers together; the order of the result is that of
+        `texts`.  A text without any token (where the tokenizer adds no special ones) is pooled to
+        the vector 0.
 
-        Source: "Sentence-BERT" (Reimers and Gurevych 2019), section 3; `SentenceTransformer.encode` in
-        sentence-transformers 6.2.
+        Source: "Sentence-BERT" (Reimers and Gurevych 2019), section 3; `SentenceTransformer.encode`
+        in sentence-transformers 6.2.
         """
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise NpllmTypeError(f"texts must be a list of str, got {quote(texts)}")
@@ -272,7 +281,9 @@ class Encoder:
         return prompts[name]
 
     def _prompt_length(self, prompt):
-        """How many tokens of a text are its prompt: those of the prompt alone, but for the one that ends it."""
+        """How many tokens of a text are its prompt: those of the prompt alone, but for the one that
+        ends it.
+        """
         if not prompt or self.settings.head.include_prompt:
             return 0
         encoding = self.tokenizer.backend.encode(prompt)
@@ -334,7 +345,9 @@ def cosine_similarities(embeddings):
 
 
 def _batches(lengths):
-    """Cut the rows, the shortest first, into batches of at most BATCH_TOKENS with padding; rows without tokens are in none."""
+    """Cut the rows, the shortest first, into batches of at most BATCH_TOKENS with padding; rows
+    without tokens are in none.
+    """
     batch = []
     for i in np.argsort(lengths, kind="stable").tolist():
         if batch and lengths[i] * (len(batch) + 1) > BATCH_TOKENS:
@@ -347,7 +360,9 @@ def _batches(lengths):
 
 
 def _pad(rows, fill):
-    """Ids [n_batch, n_seq] of rows of unequal length, padded on the right, and where they hold tokens."""
+    """Ids [n_batch, n_seq] of rows of unequal length, padded on the right, and where they hold
+    tokens.
+    """
     valid = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
     ids = np.full(valid.shape, fill)
     ids[valid] = np.concatenate(rows)

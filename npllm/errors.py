@@ -1,6 +1,7 @@
 """The errors a user can cause.  All are `NpllmError`; each is also the built-in error that it is.
 
-A message names what was wrong in axis names, quotes both sides (wanted and got) and says what to do.
+A message names what was wrong in axis names, quotes both sides (wanted and got) and says what to
+do.
 """
 
 __all__ = [

@@ -55,16 +55,18 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     Parameters
     ----------
     path : str or Path, optional
-        A folder with config.json and safetensors, or the name of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").
-        None: the default checkpoint, fetched on first use.
+        A folder with config.json and safetensors, or the name of a fetched checkpoint
+        ("microsoft/Phi-3-mini-4k-instruct").  None: the default checkpoint, fetched on first use.
     backend : str
         "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
     dtype : str, optional
-        Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8" (matrices in 8 bits with a scale for
-        every 64 entries); None: as stored.  With "float64" everything is computed in float64.
+        Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8"
+        (matrices in 8 bits with a scale for every 64 entries); None: as stored.  With "float64"
+        everything is computed in float64.
     ops : Ops or str, optional
-        None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the definitions; "blockwise": the definitions
-        with blockwise attention; "cuda": the CUDA kernels, which are the fastest set on CuPy; or your own.
+        None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
+        definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA
+        kernels, which are the fastest set on CuPy; or your own.
 
     Returns
     -------
@@ -76,7 +78,8 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     NpllmOSError
         When the folder or a file of it is missing or unreadable.
     NpllmValueError
-        When its content is contradictory or not implemented; when `backend="cupy"` finds no driver or device.
+        When its content is contradictory or not implemented; when `backend="cupy"` finds no driver
+        or device.
     MissingExtraError
         When `backend="cupy"` and CuPy is not installed.
     """
@@ -175,7 +178,8 @@ class Model:
         logits_to_keep=0,
         tap=None,
     ):
-        """Score every possible next token after each given token; of a classifier, score its classes.
+        """Score every possible next token after each given token; of a classifier, score its
+        classes.
 
             logits = lm_head(hidden),   hidden = model(input_ids)
 
@@ -183,28 +187,33 @@ class Model:
         ----------
         input_ids : integer array [n_batch, n_seq]
         attention_mask : array [n_batch, n_ctx], optional
-            1 for a token, 0 for padding, cached ones included.  Default: no padding among the new tokens.
+            1 for a token, 0 for padding, cached ones included.  Default: no padding among the new
+            tokens.
         position_ids : integer array [n_seq], optional
             Or [n_batch, n_seq].  Default: counted along the attention mask.
         cache : KVCache, optional
-            From `new_cache`; is appended to, and `input_ids` are then the new tokens only.  A call that raises leaves it as it was.
+            From `new_cache`; is appended to, and `input_ids` are then the new tokens only.  A call
+            that raises leaves it as it was.
         logits_to_keep : int
             Only the last so many positions; 0: all.
         tap : function (name, array) -> array, optional
-            Sees, and may replace, every named value listed in `npllm.models.taps`; the model then runs operation by operation.
+            Sees, and may replace, every named value listed in `npllm.models.taps`; the model then
+            runs operation by operation.
 
         Returns
         -------
         logits : array [n_batch, n_seq, n_vocab]
-            float32, or float64 when the weights are.  [n_batch, n_seq, n_label] of a token classifier, [n_batch, n_label] of a
-            sequence classifier, which scores the last token of each row that is no padding: by the attention mask where one is
-            given, else by the pad id.
+            float32, or float64 when the weights are.  [n_batch, n_seq, n_label] of a token
+            classifier, [n_batch, n_label] of a sequence classifier, which scores the last token of
+            each row that is no padding: by the attention mask where one is given, else by the pad
+            id.
 
         Raises
         ------
         NpllmTypeError, NpllmValueError
-            When ids are no integers or out of range, the context overflows, shapes do not fit, or the cache belongs to
-            another model: other weights, another mask.  A copy of this model with other ops may continue it.
+            When ids are no integers or out of range, the context overflows, shapes do not fit, or
+            the cache belongs to another model: other weights, another mask.  A copy of this model
+            with other ops may continue it.
         NpllmRuntimeError
             When another call is using the cache.
 
@@ -244,7 +253,9 @@ class Model:
         )
 
     def _transact(self, cache: KVCache | None, call: Callable[[KVCache | None], Any]) -> Any:
-        """Run a forward pass: every one goes through here, so that a cache takes it over wholly or not at all."""
+        """Run a forward pass: every one goes through here, so that a cache takes it over wholly or
+        not at all.
+        """
         if cache is None:
             return call(None)
         if not isinstance(cache, KVCache):
@@ -260,7 +271,9 @@ class Model:
         )
 
     def _hidden(self, input_ids, attention_mask, position_ids, cache, tap):
-        """Check the arguments, and send the tokens through the layers, in chunks where a cache keeps what was computed."""
+        """Check the arguments, and send the tokens through the layers, in chunks where a cache
+        keeps what was computed.
+        """
         ids = self.check_ids(input_ids)
         self._check_room(ids, cache)
         n_past = 0 if cache is None else cache.n_ctx
@@ -312,7 +325,9 @@ class Model:
         return hidden
 
     def _padding(self, valid):
-        """The rule that hides padding; padding on the left, which a kernel can evaluate, is told by the first slot of each row."""
+        """The rule that hides padding; padding on the left, which a kernel can evaluate, is told by
+        the first slot of each row.
+        """
         n_ctx = valid.shape[1]
         start = np.where(valid.any(axis=1), valid.argmax(axis=1), n_ctx)
         if (valid == (np.arange(n_ctx) >= start[:, None])).all():
@@ -320,7 +335,9 @@ class Model:
         return _ops.mask.padding(asarray(valid, self._xp))
 
     def _rope_tables(self, positions, choice):
-        """Cosines and sines [n_seq, d_rope]; [n_batch, n_seq, d_rope] where positions or frequencies differ by row."""
+        """Cosines and sines [n_seq, d_rope]; [n_batch, n_seq, d_rope] where positions or
+        frequencies differ by row.
+        """
         inv_freq = self._frequencies(int(choice[0]))
         if (choice != choice[0]).any():
             inv_freq = self._xp.stack([self._frequencies(int(c)) for c in choice])[
@@ -345,7 +362,9 @@ class Model:
         return np.array([rope.frequency_choice(self.config, int(length)) for length in lengths])
 
     def _recompute_rows(self, cache, choice):
-        """Compute cached rows anew whose frequencies change: to rotate their keys again would not be enough."""
+        """Compute cached rows anew whose frequencies change: to rotate their keys again would not
+        be enough.
+        """
         rows = np.flatnonzero(cache.choice != choice) if cache.n_ctx else []
         if len(rows) == 0:
             return
@@ -363,7 +382,8 @@ class Model:
         cache.replace_rows(rows.tolist(), fresh)
 
     def lm_head(self, hidden, *, tap=None):
-        """Score every token of the vocabulary for any hidden states [..., d_model]; returns logits [..., n_vocab].
+        """Score every token of the vocabulary for any hidden states [..., d_model]; returns logits
+        [..., n_vocab].
 
         `tap` sees `lm_head.input` and `lm_head`, as in `__call__`.
         """
@@ -402,8 +422,9 @@ class Model:
         Parameters
         ----------
         mask : Rule, list of Rule or None
-            For all layers, or one for each layer (an alternating full and sparse stack as in GPT-3 is a list).  It replaces the
-            checkpoint's own rule, so that a causal one must say so: `causal() & ...`.  None: the checkpoint's own.
+            For all layers, or one for each layer (an alternating full and sparse stack as in GPT-3
+            is a list).  It replaces the checkpoint's own rule, so that a causal one must say so:
+            `causal() & ...`.  None: the checkpoint's own.
 
         Returns
         -------
@@ -420,7 +441,8 @@ class Model:
         -----
         Padding is hidden in any case.
 
-        Source: "Language Models are Few-Shot Learners" (Brown et al. 2020), section 2.1, alternating dense and sparse layers.
+        Source: "Language Models are Few-Shot Learners" (Brown et al. 2020), section 2.1,
+        alternating dense and sparse layers.
         """
         rules = mask if isinstance(mask, list | tuple) else [mask] if mask is not None else []
         if not all(isinstance(rule, _ops.mask.Rule) for rule in rules):
@@ -448,8 +470,8 @@ class Model:
         Parameters
         ----------
         **ops : callable
-            By name, with the signatures of `npllm.ops`.  A slot that contains a replaced part is emptied,
-            so that the new part runs; everything else stays as fast as it was.
+            By name, with the signatures of `npllm.ops`.  A slot that contains a replaced part is
+            emptied, so that the new part runs; everything else stays as fast as it was.
 
         Returns
         -------
@@ -458,8 +480,8 @@ class Model:
         Raises
         ------
         NpllmTypeError
-            For a name that no operation has.  While the model runs: when a replaced operation returns another library or dtype
-            than its definition.
+            For a name that no operation has.  While the model runs: when a replaced operation
+            returns another library or dtype than its definition.
         NpllmValueError
             While the model runs: when it returns another shape.
 
@@ -478,7 +500,9 @@ class Model:
         )
 
     def mask_rule(self, layer=0):
-        """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's sliding window."""
+        """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's
+        sliding window.
+        """
         if self.mask is None:
             window = self.config.sliding_window
             return _ops.mask.causal() if window is None else _ops.mask.sliding_window(window)
@@ -509,12 +533,15 @@ class Model:
         Parameters
         ----------
         prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
-            Messages are {"role": ..., "content": ...} and go through the checkpoint's chat template.
+            Messages are {"role": ..., "content": ...} and go through the checkpoint's chat
+            template.
         max_new_tokens : int
         do_sample : bool, optional
-            False: greedy.  None: sample where an option below asks for it, else as generation_config.json says, else greedy.
+            False: greedy.  None: sample where an option below asks for it, else as
+            generation_config.json says, else greedy.
         temperature, top_k, top_p, min_p, repetition_penalty : number, optional
-            See `npllm.ops`.  None: as generation_config.json says, else off.  temperature=0 is greedy.
+            See `npllm.ops`.  None: as generation_config.json says, else off.  temperature=0 is
+            greedy.
         seed : int, optional
             Replays the same draw.
         stop : str or list of str, optional
@@ -527,14 +554,15 @@ class Model:
         Returns
         -------
         text : str or list of str
-            The new text only, for text and messages; for an array of ids int64 [n_batch, n_prompt + n_new], the prompt included,
-            rows that ended early filled with the pad id (else the first stop id).
+            The new text only, for text and messages; for an array of ids int64 [n_batch, n_prompt +
+            n_new], the prompt included, rows that ended early filled with the pad id (else the
+            first stop id).
 
         Raises
         ------
         NpllmTypeError, NpllmValueError
-            For contradictory options (do_sample=False with a temperature), values out of range, a prompt beyond the context
-            length; before any work is done.
+            For contradictory options (do_sample=False with a temperature), values out of range, a
+            prompt beyond the context length; before any work is done.
 
         Notes
         -----
@@ -605,14 +633,15 @@ class Model:
         ----------
         prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
         **options
-            num_beams=4, num_return_sequences=1, max_new_tokens=50, length_penalty=1.0, early_stopping=False, repetition_penalty,
-            attention_mask; see `npllm.decoding.beam.beam_search`, where the formula stands.
+            num_beams=4, num_return_sequences=1, max_new_tokens=50, length_penalty=1.0,
+            early_stopping=False, repetition_penalty, attention_mask; see
+            `npllm.decoding.beam.beam_search`, where the formula stands.
 
         Returns
         -------
         answers : list of dict, or Beams
-            For text and messages [{"text", "score"}, ...], the best first, and a list of such lists for a list of prompts; for an
-            array of ids `Beams(sequences, scores)`.
+            For text and messages [{"text", "score"}, ...], the best first, and a list of such lists
+            for a list of prompts; for an array of ids `Beams(sequences, scores)`.
 
         Notes
         -----
@@ -633,7 +662,8 @@ class Model:
         attention_mask : array [n_batch, n_prompt], optional
             Only with an array of ids: 0 for padding on the left.
         **filters
-            temperature, top_k, top_p, min_p, repetition_penalty; what is left out is off, whatever generation_config.json says.
+            temperature, top_k, top_p, min_p, repetition_penalty; what is left out is off, whatever
+            generation_config.json says.
 
         Returns
         -------
@@ -662,7 +692,9 @@ class Model:
         return self.tokenizer
 
     def check_attention_mask(self, attention_mask, shape, n_past, cache=None):
-        """Return which slots hold tokens, as a NumPy bool array [n_batch, n_ctx]; default: all the new ones do."""
+        """Return which slots hold tokens, as a NumPy bool array [n_batch, n_ctx]; default: all the
+        new ones do.
+        """
         n_batch, n_seq = shape
         if attention_mask is None:
             past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
@@ -691,7 +723,9 @@ class Model:
         return f"<npllm.Model {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"
 
     def check_ids(self, input_ids):
-        """Return ids as int64 NumPy array; raise unless they are integers [n_batch, n_seq] of the vocabulary."""
+        """Return ids as int64 NumPy array; raise unless they are integers [n_batch, n_seq] of the
+        vocabulary.
+        """
         ids = host_integers("input_ids", input_ids)
         if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
             raise NpllmTypeError(
@@ -716,7 +750,9 @@ class Model:
             )
 
     def _last_tokens(self, input_ids, attention_mask):
-        """Where each row's last token stands that is no padding; 0 for a row of padding only, as in Transformers."""
+        """Where each row's last token stands that is no padding; 0 for a row of padding only, as in
+        Transformers.
+        """
         ids = self.check_ids(input_ids)
         valid = np.ones(ids.shape, dtype=bool)
         if attention_mask is not None:
@@ -726,7 +762,9 @@ class Model:
         return (np.arange(ids.shape[1]) * valid).argmax(axis=1)
 
     def _positions(self, position_ids, valid, shape):
-        """Positions [n_seq] or [n_batch, n_seq]: the given ones, else each row's count of tokens so far."""
+        """Positions [n_seq] or [n_batch, n_seq]: the given ones, else each row's count of tokens so
+        far.
+        """
         n_batch, n_seq = shape
         if position_ids is None:
             if valid.all():
@@ -758,9 +796,10 @@ def pipeline(task, model=None):
     Returns
     -------
     pipe : function (prompt, *, return_full_text=True, **options) -> list of dict
-        `pipe(prompt, max_new_tokens=50, return_full_text=False, do_sample=False)` returns [{"generated_text": "..."}]; a list of
-        prompts returns one such list for each.  With messages and the full text, "generated_text" is the conversation with the
-        assistant's message appended.  Options are those of `Model.generate`.
+        `pipe(prompt, max_new_tokens=50, return_full_text=False, do_sample=False)` returns
+        [{"generated_text": "..."}]; a list of prompts returns one such list for each.  With
+        messages and the full text, "generated_text" is the conversation with the assistant's
+        message appended.  Options are those of `Model.generate`.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Threads for the kernels: one pool, and one owner of the cores at a time.
 
-Blocks of a product run on the threads of the pool, each calling a BLAS that keeps to one thread.  If BLAS started threads of its
-own under each of them, there would be more threads than cores.
+Blocks of a product run on the threads of the pool, each calling a BLAS that keeps to one thread.
+If BLAS started threads of its own under each of them, there would be more threads than cores.
 """
 
 import contextlib
@@ -58,9 +58,11 @@ def blas_threads():
 
 @cache
 def n_threads():
-    """Count the threads to use: as many as BLAS found cores for, which `OPENBLAS_NUM_THREADS` and the like limit.
+    """Count the threads to use: as many as BLAS found cores for, which `OPENBLAS_NUM_THREADS` and
+    the like limit.
 
-    Without threadpoolctl it is 1: BLAS cannot be kept to one thread, so the blocks of a product run one after the other.
+    Without threadpoolctl it is 1: BLAS cannot be kept to one thread, so the blocks of a product run
+    one after the other.
     """
     return blas_threads()
 
@@ -74,10 +76,12 @@ def _pool():
 
 @contextlib.contextmanager
 def _one_blas_thread():
-    """Keep BLAS to one thread while anybody is inside: the first to come sets the limit, the last to go lifts it.
+    """Keep BLAS to one thread while anybody is inside: the first to come sets the limit, the last
+    to go lifts it.
 
-    Ctrl-C can raise at any line.  A caller is therefore a mark in a set, not a step of a counter: removing it is right whether it
-    was added or not, and a limit that is missing is set by the next caller.
+    Ctrl-C can raise at any line.  A caller is therefore a mark in a set, not a step of a counter:
+    removing it is right whether it was added or not, and a limit that is missing is set by the next
+    caller.
     """
     global _limit
     caller = object()
@@ -133,10 +137,11 @@ def run_blocks(function, blocks):
 
 
 def scratch(name, shape, dtype):
-    """Lend a buffer of this thread's own, not cleared; it is valid until the thread asks for `name` again.
+    """Lend a buffer of this thread's own, not cleared; it is valid until the thread asks for `name`
+    again.
 
-    A new array costs the time in which the system clears its pages; one of more than KEPT bytes is new each time all the same, so
-    that the longest input ever seen does not occupy memory for good.
+    A new array costs the time in which the system clears its pages; one of more than KEPT bytes is
+    new each time all the same, so that the longest input ever seen does not occupy memory for good.
     """
     buffers = _local.__dict__.setdefault("buffers", {})
     size = prod(shape)

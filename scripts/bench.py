@@ -9,9 +9,9 @@
     python scripts/bench.py checkouts A B       prefill and decoding of two checkouts of npllm, alternating
     python scripts/bench.py attention           the definition, both schedules, a window, and torch, by length of the sequence
 
-Every contender is a process of its own; they take turns (A B A B ...), so that a machine that slows down slows all of them.
-Reported are medians and ratios.  OPENBLAS_CORETYPE, which fixes OpenBLAS to one set of kernels, is removed from the children's
-environment, and the report says so.
+Every contender is a process of its own; they take turns (A B A B ...), so that a machine that slows
+down slows all of them.  Reported are medians and ratios.  OPENBLAS_CORETYPE, which fixes OpenBLAS
+to one set of kernels, is removed from the children's environment, and the report says so.
 """
 
 import functools
@@ -199,7 +199,9 @@ def main():
 @click.argument("folder")
 @click.argument("dtype")
 def child(name, folder, dtype):
-    """Serve measurements: a JSON task a line on standard input, a JSON answer a line on standard output."""
+    """Serve measurements: a JSON task a line on standard input, a JSON answer a line on standard
+    output.
+    """
     run = CONTENDERS[name](folder, dtype or None)
     version = (
         npllm.__version__
@@ -328,7 +330,9 @@ for _ in sys.stdin:
 @click.option("-n", "--n-new", default=64, show_default=True)
 @click.option("-r", "--repeat", default=9, show_default=True)
 def checkouts(checkouts, path, n_prompt, n_new, repeat):
-    """Time prefill and decoding of several checkouts of npllm, which take turns; only functions of `npllm` are used."""
+    """Time prefill and decoding of several checkouts of npllm, which take turns; only functions of
+    `npllm` are used.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
     command = [
         sys.executable,
@@ -429,7 +433,9 @@ def generate(path, n_new, repeat, engines, as_json):
 @click.argument("name")
 @click.argument("folder")
 def engine(name, folder):
-    """Serve one contender: a JSON task a line on standard input, a list of seconds on standard output."""
+    """Serve one contender: a JSON task a line on standard input, a list of seconds on standard
+    output.
+    """
     kind, _, dtype = name.partition(":")
     contender = contenders.CONTENDERS[kind](folder, dtype)
     rng = np.random.default_rng(0)
@@ -474,12 +480,16 @@ class Engine(Child):
 
 @main.command(hidden=True)
 def limits():
-    """Print what the machine can do, for a process that wants to know it under a child's environment."""
+    """Print what the machine can do, for a process that wants to know it under a child's
+    environment.
+    """
     print(json.dumps(profile.machine_limits()))
 
 
 def pinned(threads):
-    """The environment of a child: as many threads as asked for, and BLAS free to choose its kernels."""
+    """The environment of a child: as many threads as asked for, and BLAS free to choose its
+    kernels.
+    """
     kept = {
         key: value
         for key, value in os.environ.items()
@@ -559,7 +569,9 @@ ENGINES = (
 @click.option("--prompts", default="256,1024", show_default=True)
 @click.option("-n", "--n-new", default=16, show_default=True)
 def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_new):
-    """Time prefill and decoding of every engine that is installed, on the same weights and ids, in turns."""
+    """Time prefill and decoding of every engine that is installed, on the same weights and ids, in
+    turns.
+    """
     folder = bench_folder(path, config, layers)
     names = [name for name in engines.split(",") if contenders.installed(name.partition(":")[0])]
     running = {name: Engine(name, folder, threads) for name in names}
@@ -592,7 +604,9 @@ def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_
 
 
 def median_limits(runs):
-    """The limits of a machine that changes while it is measured: of each probe the median of all rounds, and of those the best."""
+    """The limits of a machine that changes while it is measured: of each probe the median of all
+    rounds, and of those the best.
+    """
     probes = {
         kind: {name: statistics.median(run[kind][name] for run in runs) for name in runs[0][kind]}
         for kind in ("read_probes", "sgemm")
@@ -605,7 +619,9 @@ def median_limits(runs):
 
 
 def matrix_parameters(folder):
-    """Entries of the matrices that a token passes: of the layers, and of lm_head, which prefill uses for one row only."""
+    """Entries of the matrices that a token passes: of the layers, and of lm_head, which prefill
+    uses for one row only.
+    """
     config = npllm.Config.from_json(folder)
     shapes = expected_shapes(config)
     layers = sum(
@@ -623,7 +639,9 @@ BYTES = {
 
 
 def speed_table(result):
-    """Lines of a Markdown table: medians, the share of the machine's limit, and how npllm's bfloat16 compares."""
+    """Lines of a Markdown table: medians, the share of the machine's limit, and how npllm's
+    bfloat16 compares.
+    """
     n_read, n_layers = sum(result["parameters"].values()), result["parameters"]["layers"]
     read, sgemm = result["limits"]["read"], result["limits"]["flops"]
     medians = {
@@ -661,7 +679,9 @@ def speed_table(result):
 @click.option("--contexts", default="128,1024,4096", show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)
 def context(path, config, layers, threads, repeat, json_path, contexts, dtype):
-    """Time one token more by the length of the context, beside what its keys and values take to read."""
+    """Time one token more by the length of the context, beside what its keys and values take to
+    read.
+    """
     folder = bench_folder(path, config, layers)
     engine_, settings = Engine(f"npllm:{dtype}", folder, threads), npllm.Config.from_json(folder)
     engine_.seconds(32, 2)
@@ -751,7 +771,9 @@ def attend(name, sizes, repeat):
 @click.option("-r", "--repeat", default=3, show_default=True)
 @click.option("--plot", type=click.Path(), help="Draw the table into this PNG.")
 def attention(longest, n_head, d_head, window, most, repeat, plot):
-    """Time causal self-attention in float32 by length, each kind and length in a process of its own."""
+    """Time causal self-attention in float32 by length, each kind and length in a process of its
+    own.
+    """
     names = ["definition", "flash 1", "flash 2", f"window {window}"] + ["torch"] * installed(
         "transformers"
     )

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Check npllm on Microsoft's own weights, against the numbers that Transformers' test file publishes.
+"""Check npllm on Microsoft's own weights, against the numbers that Transformers' test file
+publishes.
 
     python scripts/check_real_phi3.py PATH        PATH: a folder with Phi-3-mini-4k-instruct or Phi-3-mini-128k-instruct
 
-Compared are logits in float32 (weights as stored), and the greedy answer to one question.  Exit code 0: agrees; 1: differs, or
-PATH is another model.  The whole takes the memory of the weights and little more.
+Compared are logits in float32 (weights as stored), and the greedy answer to one question.  Exit
+code 0: agrees; 1: differs, or PATH is another model.  The whole takes the memory of the weights and
+little more.
 """
 
 import json
@@ -21,8 +23,9 @@ from npllm.config.strict_json import read_json
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.model import checkpoint_folder
 
-# Source: tests/models/phi3/test_modeling_phi3.py in Transformers: logits[0, :2, :30], compared there in float32 with
-# assert_close(rtol=1e-4, atol=1e-4).  The file had other numbers earlier; the weights on the hub were replaced as well.
+# Source: tests/models/phi3/test_modeling_phi3.py in Transformers: logits[0, :2, :30], compared
+# there in float32 with assert_close(rtol=1e-4, atol=1e-4).  The file had other numbers earlier; the
+# weights on the hub were replaced as well.
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 INPUT_IDS = [1212, 318, 281, 1672, 2643, 290, 428, 318, 257, 1332]
 MESSAGES = [
@@ -111,7 +114,9 @@ def published_for(config, folder):
 
 
 def read_expected(path):
-    """Read other expected numbers: {"logits": {name: rows}, "input_ids": [...], "messages": [...], "text": ..., "prompt": ...}."""
+    """Read other expected numbers: {"logits": {name: rows}, "input_ids": [...], "messages": [...],
+    "text": ..., "prompt": ...}.
+    """
     expected = read_json(path)
     logits, ids = expected.get("logits"), expected.get("input_ids", INPUT_IDS)
     shapes = (
@@ -132,7 +137,9 @@ def read_expected(path):
 
 
 def compare_logits(model, expected):
-    """Compare the first rows of logits with every published version; returns one row of the table for each."""
+    """Compare the first rows of logits with every published version; returns one row of the table
+    for each.
+    """
     hidden = model.model(np.array([expected["input_ids"]]))
     n_row = max(len(rows) for rows in expected["logits"].values())
     logits = to_numpy(model.lm_head(hidden[:, :n_row]))[0].astype(np.float64)
@@ -159,7 +166,9 @@ def _compare(name, logits, want):
 
 
 def compare_text(model, expected):
-    """Tell whether the published answer is the greedy one: the logits that its tokens lack from the best ones, at most."""
+    """Tell whether the published answer is the greedy one: the logits that its tokens lack from the
+    best ones, at most.
+    """
     row = {"check": "greedy answer", "error": None, "allowed": NEAR_TIE}
     if expected["text"] is None or model.tokenizer is None:
         return row | {"verdict": "skipped: no text to compare, or no tokenizer.json"}
@@ -183,7 +192,9 @@ def compare_text(model, expected):
 
 
 def check(model, expected):
-    """Compare everything; the model agrees when one published version of the logits does and the text does not differ."""
+    """Compare everything; the model agrees when one published version of the logits does and the
+    text does not differ.
+    """
     logits, text = compare_logits(model, expected), compare_text(model, expected)
     agrees = any(row["verdict"] == "agrees" for row in logits) and not text["verdict"].startswith(
         "differs"

@@ -1,7 +1,8 @@
 """The engines that bench.py measures, each behind the same two words: `reset()` and `feed(ids)`.
 
-`feed` sends token ids [n_batch, n_seq] through the model after those that it was fed before, and computes the logits of the last
-one of each row.  Every contender gets the same checkpoint, the same ids and the same number of threads.
+`feed` sends token ids [n_batch, n_seq] through the model after those that it was fed before, and
+computes the logits of the last one of each row.  Every contender gets the same checkpoint, the same
+ids and the same number of threads.
 """
 
 import os
@@ -14,7 +15,9 @@ N_CTX = 8192
 
 
 class Npllm:
-    """The library itself; `dtype` of the weights, and optionally the set of operations: "bfloat16", "bfloat16/tiled"."""
+    """The library itself; `dtype` of the weights, and optionally the set of operations: "bfloat16",
+    "bfloat16/tiled".
+    """
 
     def __init__(self, folder, dtype):
         import npllm
@@ -145,7 +148,9 @@ GGUF_LAYER = {
 
 
 def gguf_file(folder, dtype):
-    """Write the weights of a Phi-3 folder as a GGUF file beside them, once; without a vocabulary, since ids come and logits go."""
+    """Write the weights of a Phi-3 folder as a GGUF file beside them, once; without a vocabulary,
+    since ids come and logits go.
+    """
     from pathlib import Path
 
     path = Path(folder) / f"bench-{dtype}.gguf"

@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Mutate valid checkpoint folders and load them: only NpllmError may come out, nothing may hang, no memory beyond the files' size.
+"""Mutate valid checkpoint folders and load them: only NpllmError may come out, nothing may hang, no
+memory beyond the files' size.
 
     python scripts/fuzz.py --n 200000 --seed 0 [--minutes 10] [--jobs 2]
     python scripts/fuzz.py --seed 0 --only 4711 --keep folder      # one case again; leaves its files in `folder`
 
-A case is a function of (seed, number): a folder of the family, scaled down, with one file mutated once to three times, at the
-level of bytes or of what the file means.  Every case reads the headers, loads the folder, runs one forward pass, encodes, decodes
-and renders the chat template.  It fails when anything but an NpllmError comes out, when it takes longer than LIMIT_SECONDS, or when
-memory grows by more than LIMIT_BYTES beyond what its files hold.
+A case is a function of (seed, number): a folder of the family, scaled down, with one file mutated
+once to three times, at the level of bytes or of what the file means.  Every case reads the headers,
+loads the folder, runs one forward pass, encodes, decodes and renders the chat template.  It fails
+when anything but an NpllmError comes out, when it takes longer than LIMIT_SECONDS, or when memory
+grows by more than LIMIT_BYTES beyond what its files hold.
 """
 
 import argparse
@@ -572,7 +574,9 @@ def places(value, path=()):
 
 
 def mutate_json(value, rng):
-    """Change one place of a JSON value: another value, a near one, away, renamed, moved, or added to."""
+    """Change one place of a JSON value: another value, a near one, away, renamed, moved, or added
+    to.
+    """
     found = places(value)
     if not found or not isinstance(value, dict):
         return nasty(rng)
@@ -725,7 +729,9 @@ def mutate_header(data, rng):
 
 
 def mutate_layout(data, rng):
-    """Rewrite a safetensors file so that its header stays true: other order, dtype, shape, alignment, tensors or numbers."""
+    """Rewrite a safetensors file so that its header stays true: other order, dtype, shape,
+    alignment, tensors or numbers.
+    """
     try:
         n_header = int.from_bytes(data[:8], "little")
         header, body = json.loads(data[8 : 8 + n_header]), data[8 + n_header :]
@@ -865,7 +871,8 @@ def use(model, kind):
 def run_case(folder, kind="", ops=None):
     """Load and use a folder; return (whether the headers were read, the first error or None).
 
-    kind says what was mutated, and leaves out what does not depend on it; "": everything.  ops: the set that the model runs on.
+    kind says what was mutated, and leaves out what does not depend on it; "": everything.  ops: the
+    set that the model runs on.
     """
     headers = attempt(lambda: read_entries(folder)) is None
     found = []
@@ -895,7 +902,9 @@ def category(error):
 
 
 class Worker:
-    """Writes folders and runs cases.  Only the files that a case changes are written, and afterwards put back."""
+    """Writes folders and runs cases.  Only the files that a case changes are written, and
+    afterwards put back.
+    """
 
     def __init__(self, seed, scratch):
         self.seed, self.scratch, self.folders = seed, Path(scratch), valid_folders()
@@ -984,7 +993,9 @@ def work(seed, numbers, stop_at, queue, progress, scratch, address_space):
 
 
 def fuzz(n, seed, minutes, jobs, address_space=1 << 30):
-    """Run n cases in `jobs` processes; return their sums and the failures, a process that died among them."""
+    """Run n cases in `jobs` processes; return their sums and the failures, a process that died
+    among them.
+    """
     context = multiprocessing.get_context("fork")
     queue, stop_at = context.Queue(), time.monotonic() + 60 * minutes
     shared = Path("/dev/shm")

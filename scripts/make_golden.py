@@ -2,10 +2,12 @@
 
     python scripts/make_golden.py
 
-Needs torch and transformers.  Each file is one model: config, weights, inputs, and results in float32 and in float64.
+Needs torch and transformers.  Each file is one model: config, weights, inputs, and results in
+float32 and in float64.
 
-Transformers' own float64 rounds to float32 in places (RMSNorm, softmax and the RoPE tables name the type), so the float64 results
-come from a copy of its Phi-3 module in which these places say float64.  The inverse frequencies stay float32 in both.
+Transformers' own float64 rounds to float32 in places (RMSNorm, softmax and the RoPE tables name the
+type), so the float64 results come from a copy of its Phi-3 module in which these places say
+float64.  The inverse frequencies stay float32 in both.
 """
 
 import importlib.util
@@ -74,7 +76,9 @@ def float64_module():
 
 
 def random_model(seed, config):
-    """A float32 model, its weights rounded to float16 so that the file can hold them in half the space."""
+    """A float32 model, its weights rounded to float16 so that the file can hold them in half the
+    space.
+    """
     torch.manual_seed(seed)
     model = modeling_phi3.Phi3ForCausalLM(config).eval()
     with torch.no_grad():

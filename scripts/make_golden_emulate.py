@@ -1,6 +1,8 @@
-"""Make tests/golden/emulate_*.npz: logits of tiny models that Transformers runs in a 16-bit type on the CPU, as bits.
+"""Make tests/golden/emulate_*.npz: logits of tiny models that Transformers runs in a 16-bit type on
+the CPU, as bits.
 
-With --measure, print what the docstring of npllm.ops.emulate states: differences, and agreement op by op; write nothing.
+With --measure, print what the docstring of npllm.ops.emulate states: differences, and agreement op
+by op; write nothing.
 """
 
 import argparse
@@ -65,7 +67,9 @@ def transformers_model(folder, dtype):
 
 
 def pair(content, seed, dtype):
-    """The same weights as Transformers' model in a 16-bit type, and as ours with the operations that emulate it."""
+    """The same weights as Transformers' model in a 16-bit type, and as ours with the operations
+    that emulate it.
+    """
     weights = family.tensors(content, seed, NUMPY[dtype])
     with tempfile.TemporaryDirectory() as folder:
         family.write(folder, content, weights)
@@ -90,7 +94,8 @@ def cached(theirs, ids):
 
 @torch.no_grad()
 def compute(theirs, dtype, n_short, seed):
-    """Everything a golden file compares; None where PyTorch's kernels for many tokens and for one do not agree with each other.
+    """Everything a golden file compares; None where PyTorch's kernels for many tokens and for one
+    do not agree with each other.
 
     They sum in different orders, and which one of them is to be met would be a matter of the CPU.
     """
@@ -178,7 +183,9 @@ def report(title, got, want):
 
 @torch.no_grad()
 def measure_one(name, folder, theirs, dtype, ids):
-    """Compare Transformers in 16 bits, the default operations and the emulation, with float64 and with each other."""
+    """Compare Transformers in 16 bits, the default operations and the emulation, with float64 and
+    with each other.
+    """
     hf = theirs(torch.tensor(ids), use_cache=False).logits.float().numpy()
     default, emulated, exact = (
         npllm.load(folder, **options)(ids)
@@ -193,7 +200,9 @@ def measure_one(name, folder, theirs, dtype, ids):
 
 @torch.no_grad()
 def measure_ops(theirs, emulated, ids):
-    """Give each linear and norm of the emulation the very input that Transformers' had: the share of equal outputs."""
+    """Give each linear and norm of the emulation the very input that Transformers' had: the share
+    of equal outputs.
+    """
     equal = {}
 
     def compare(module, inputs, output):

@@ -1,10 +1,12 @@
-"""Write tests/golden/family_*.npz: logits of scaled-down published models, made by Hugging Face Transformers.
+"""Write tests/golden/family_*.npz: logits of scaled-down published models, made by Hugging Face
+Transformers.
 
     python scripts/make_golden_family.py
 
-Needs torch, transformers, and the published config.json files in ../shared/configs.  Each file holds the scaled config.json, the
-versions that made it, and a hash of the random weights, which `tests/family.py` makes again on any machine; eager attention in
-float32 on the CPU.  Where longrope switches its factors, the logits are those of a full forward pass at that length.
+Needs torch, transformers, and the published config.json files in ../shared/configs.  Each file
+holds the scaled config.json, the versions that made it, and a hash of the random weights, which
+`tests/family.py` makes again on any machine; eager attention in float32 on the CPU.  Where longrope
+switches its factors, the logits are those of a full forward pass at that length.
 """
 
 import json

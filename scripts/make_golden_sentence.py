@@ -1,9 +1,10 @@
-"""Write tests/golden/sentence.json: vectors of tiny folders, made by the library sentence-transformers.
+"""Write tests/golden/sentence.json: vectors of tiny folders, made by the library
+sentence-transformers.
 
     python scripts/make_golden_sentence.py
 
-Needs sentence-transformers, which brings torch and transformers.  The folders are those of `tests/sentence.py`, which makes them
-again on any machine; float32 on the CPU.
+Needs sentence-transformers, which brings torch and transformers.  The folders are those of
+`tests/sentence.py`, which makes them again on any machine; float32 on the CPU.
 """
 
 import json

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Write tests/golden/tokenizer_family.json and tests/golden/tokenizers: what Transformers makes of many strings and chats.
+"""Write tests/golden/tokenizer_family.json and tests/golden/tokenizers: what Transformers makes of
+many strings and chats.
 
     python scripts/make_golden_tokenizers.py FOLDER
 
-FOLDER holds the tokenizers of the family, one folder each (FAMILY in tests/nasty.py, which has the strings as well).  Beside the
-ids, each tokenizer.json is written again with only those tokens and merges that can matter for the strings, under their own ids,
-so that the ids can be checked anywhere.  Needs transformers.
+FOLDER holds the tokenizers of the family, one folder each (FAMILY in tests/nasty.py, which has the
+strings as well).  Beside the ids, each tokenizer.json is written again with only those tokens and
+merges that can matter for the strings, under their own ids, so that the ids can be checked
+anywhere.  Needs transformers.
 """
 
 import json
@@ -23,7 +25,9 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
 def trim(content, texts):
-    """Leave out every token that is no part of any text, and its merges: on those texts BPE then takes the same steps."""
+    """Leave out every token that is no part of any text, and its merges: on those texts BPE then
+    takes the same steps.
+    """
     model, added = (
         content["model"],
         {token["content"]: token["id"] for token in content["added_tokens"]},
@@ -53,7 +57,9 @@ def trim(content, texts):
 
 
 def _byte_letters():
-    """Return the letter that stands for each byte in byte-level vocabularies: printable ones for themselves."""
+    """Return the letter that stands for each byte in byte-level vocabularies: printable ones for
+    themselves.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -68,7 +74,9 @@ def write_json(path, content):
 
 
 def golden(theirs, texts):
-    """What Transformers makes of all texts and conversations; a decoded text only where it is not the text itself."""
+    """What Transformers makes of all texts and conversations; a decoded text only where it is not
+    the text itself.
+    """
     ids = [theirs(text).input_ids for text in texts]
     decoded = [theirs.decode(row) for row in ids]
     chat = {

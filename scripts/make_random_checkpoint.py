@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Write a checkpoint with random bfloat16 weights, of any size: for measuring, and for trying a shape without its weights.
+"""Write a checkpoint with random bfloat16 weights, of any size: for measuring, and for trying a
+shape without its weights.
 
     python scripts/make_random_checkpoint.py CONFIG.json FOLDER --shards 2 [--layers N]
 
-The weights are normal with standard deviation 0.02 (norms are 1), cut from one block of random numbers at random places, so that
-7 GB take seconds and little memory.  There is no tokenizer: the model takes token ids.
+The weights are normal with standard deviation 0.02 (norms are 1), cut from one block of random
+numbers at random places, so that 7 GB take seconds and little memory.  There is no tokenizer: the
+model takes token ids.
 """
 
 import argparse
@@ -86,7 +88,9 @@ def write_checkpoint(config, folder, *, shards=1, layers=None, seed=0):
 
 
 def random_block(rng, largest):
-    """Draw the numbers that weights are cut from: BLOCK of them, fewer where the largest tensor is small."""
+    """Draw the numbers that weights are cut from: BLOCK of them, fewer where the largest tensor is
+    small.
+    """
     n = min(BLOCK, 2 * largest)
     return (rng.standard_normal(n, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
 

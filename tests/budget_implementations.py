@@ -1,4 +1,6 @@
-"""Correct float32 implementations of every operation, in several orders of summation.  They share no code with npllm."""
+"""Correct float32 implementations of every operation, in several orders of summation.  They share
+no code with npllm.
+"""
 
 import math
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-# Largest accepted |actual - desired|, as a fraction of the largest |desired|: a few units of the last place of each dtype.
+# Largest accepted |actual - desired|, as a fraction of the largest |desired|: a few units of the
+# last place of each dtype.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 # The smallest positive number of each dtype: below it a result rounds to zero.
@@ -10,20 +11,23 @@ UNDERFLOW = {"float64": 5e-324, "float32": 1.5e-45, "float16": 6e-8, "bfloat16":
 
 
 def close(actual, desired, *, dtype=None, times=1.0):
-    """Raise AssertionError unless two arrays agree in library, dtype, shape and values; say which of them differs.
+    """Raise AssertionError unless two arrays agree in library, dtype, shape and values; say which
+    of them differs.
 
     Parameters
     ----------
     actual, desired : array
     dtype : dtype or str, optional
-        What `actual` must have, where `desired` comes from a float64 oracle.  None: the dtype of `desired`.
+        What `actual` must have, where `desired` comes from a float64 oracle.  None: the dtype of
+        `desired`.
     times : float
-        Multiplies the tolerance of that dtype: the one knob, for long sums and large scores.  0 asks for equal bits
-        (but for the sign of a zero).
+        Multiplies the tolerance of that dtype: the one knob, for long sums and large scores.  0
+        asks for equal bits (but for the sign of a zero).
 
     Notes
     -----
-    NaN on either side never passes.  Infinities must stand in the same places.  Integers and booleans must be equal.
+    NaN on either side never passes.  Infinities must stand in the same places.  Integers and
+    booleans must be equal.
     """
     __tracebackhide__ = True
     _same("array library", _library(actual), _library(desired))

@@ -1,4 +1,6 @@
-"""The slots of a set called with plain arguments: its kernel, else the composition that npllm/models/phi3.py spells out."""
+"""The slots of a set called with plain arguments: its kernel, else the composition that
+npllm/models/phi3.py spells out.
+"""
 
 from npllm import ops
 from npllm.models import phi3

@@ -64,7 +64,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
-    """A test that needs a package which this machine lacks is skipped, unless everything is required."""
+    """A test that needs a package which this machine lacks is skipped, unless everything is
+    required.
+    """
     try:
         return (yield)
     except ImportError as error:

@@ -1,4 +1,6 @@
-"""Models of the family with few channels: real config.json files scaled down, reproducible weights, checkpoint folders."""
+"""Models of the family with few channels: real config.json files scaled down, reproducible weights,
+checkpoint folders.
+"""
 
 import contextlib
 import hashlib
@@ -39,8 +41,8 @@ def shared_file(*parts):
 def scaled(content):
     """Shrink a published config.json, and keep every ratio and feature of it.
 
-    Lengths in tokens by SHRINK, heads to a fourth, channels of a head to an eighth, layers to 3, ids to the end of a small
-    vocabulary; longrope factors are cut to every eighth.
+    Lengths in tokens by SHRINK, heads to a fourth, channels of a head to an eighth, layers to 3,
+    ids to the end of a small vocabulary; longrope factors are cut to every eighth.
     """
     small = content.copy()
     n_head, n_kv_head, d_model = (
@@ -89,9 +91,11 @@ def renamed(content):
 
 
 def tensors(content, seed=0, dtype=np.float32):
-    """Every tensor that a checkpoint of this config.json holds, the same on any machine and any version of NumPy.
+    """Every tensor that a checkpoint of this config.json holds, the same on any machine and any
+    version of NumPy.
 
-    Matrices have entries of size about 1 / sqrt(d_in), those of q, k and v more, so that attention is far from flat.
+    Matrices have entries of size about 1 / sqrt(d_in), those of q, k and v more, so that attention
+    is far from flat.
     """
     source = np.random.PCG64(seed)
     result = {}
@@ -138,7 +142,9 @@ def load(content, weights=None, **options):
 
 
 def longrope(n_original=8, **changes):
-    """Content of a config.json with longrope: 8 rotated channels a head, factors that change every angle at the switch."""
+    """Content of a config.json with longrope: 8 rotated channels a head, factors that change every
+    angle at the switch.
+    """
     rope = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [*N_LONG]}
     return tiny.config_dict(
         **{
@@ -214,9 +220,10 @@ def failing(model, n_calls):
 class Trial:
     """What a model of a scaled config is asked, the same for us and for Transformers.
 
-    ids [1, n]: one sequence, over the longrope switch where there is one.  lengths: where its last logits are compared.
-    calls: how a cached run is cut, over the window and over the switch.  prompt [1, n]: to be continued by n_new tokens.
-    rows, mask [2, n]: two sequences, one of them padded on the left, below the switch.
+    ids [1, n]: one sequence, over the longrope switch where there is one.  lengths: where its last
+    logits are compared.  calls: how a cached run is cut, over the window and over the switch.
+    prompt [1, n]: to be continued by n_new tokens.  rows, mask [2, n]: two sequences, one of them
+    padded on the left, below the switch.
     """
 
     def __init__(self, content):

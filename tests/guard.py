@@ -1,18 +1,22 @@
-"""A stand-in for CuPy that needs no GPU: arrays that refuse what CuPy's refuse, and what would silently stall or go wrong there.
+"""A stand-in for CuPy that needs no GPU: arrays that refuse what CuPy's refuse, and what would
+silently stall or go wrong there.
 
-`Array` wraps a NumPy array and is no NumPy array.  `xp` is its library, with CuPy's function names and CuPy's argument names only.
-`installed(monkeypatch)` puts it in the place of CuPy, so that `npllm.load(path, backend="cupy")` runs on it.
+`Array` wraps a NumPy array and is no NumPy array.  `xp` is its library, with CuPy's function names
+and CuPy's argument names only.  `installed(monkeypatch)` puts it in the place of CuPy, so that
+`npllm.load(path, backend="cupy")` runs on it.
 
-Refused as CuPy does: conversion to NumPy behind the caller's back (`__array__`), lists and NumPy arrays in operations, batched
-products of 16-bit types, argument names that CuPy does not have.
-Refused although CuPy would do it, since it waits for the device or gives another answer than NumPy: `float(x)`, `int(x)`, `bool(x)`,
-iteration, `item`, `tolist` outside an explicit `get`; indexing with a bool array; NumPy scalars, whose float64 widens float32; arithmetic
-on bfloat16, which is for storage.
-Copied although it is a trap: an index out of range wraps around instead of raising; a reduction gives a 0-d array.
+Refused as CuPy does: conversion to NumPy behind the caller's back (`__array__`), lists and NumPy
+arrays in operations, batched products of 16-bit types, argument names that CuPy does not have.
+Refused although CuPy would do it, since it waits for the device or gives another answer than NumPy:
+`float(x)`, `int(x)`, `bool(x)`, iteration, `item`, `tolist` outside an explicit `get`; indexing
+with a bool array; NumPy scalars, whose float64 widens float32; arithmetic on bfloat16, which is for
+storage.  Copied although it is a trap: an index out of range wraps around instead of raising; a
+reduction gives a 0-d array.
 
-`OPERATIONS` counts what a device would have to do, by name: every launch of a kernel, function, operator, `astype`, assignment, and
-copy to or from the host.  Views (slices, `permute_dims`, `reshape` of what is contiguous) and `empty`, which hand out memory, are
-none.  `empty` is full of NaN, so that nobody gets by with what a kernel forgot to write.
+`OPERATIONS` counts what a device would have to do, by name: every launch of a kernel, function,
+operator, `astype`, assignment, and copy to or from the host.  Views (slices, `permute_dims`,
+`reshape` of what is contiguous) and `empty`, which hand out memory, are none.  `empty` is full of
+NaN, so that nobody gets by with what a kernel forgot to write.
 """
 
 import ctypes
@@ -231,7 +235,8 @@ UFUNCS = {
     name: 1
     for name in ("exp", "log", "tanh", "sqrt", "sin", "cos", "abs", "isnan", "isfinite", "isinf")
 } | {"maximum": 2, "minimum": 2, "where": 3}
-# name -> the names of its arguments in CuPy, of which `npllm` uses some; the first is an array, of ARRAYS a sequence of them
+# name -> the names of its arguments in CuPy, of which `npllm` uses some; the first is an array, of
+# ARRAYS a sequence of them
 FUNCTIONS = {
     "reshape": ("a", "newshape"),
     "permute_dims": ("a", "axes"),
@@ -378,7 +383,9 @@ class Runtime:
 
 
 class Pointer:
-    """`cupy.cuda.MemoryPointer`: a place in an array.  Copies from the host are queued and happen late, when they are waited for."""
+    """`cupy.cuda.MemoryPointer`: a place in an array.  Copies from the host are queued and happen
+    late, when they are waited for.
+    """
 
     def __init__(self, ptr, owner):
         self.ptr, self.owner = ptr, owner
@@ -426,7 +433,9 @@ class Event:
 
 
 class PinnedMemory(bytearray):
-    """`cupy.cuda.PinnedMemoryPointer`: memory that NumPy can view, with an address; counts what is alive at a time."""
+    """`cupy.cuda.PinnedMemoryPointer`: memory that NumPy can view, with an address; counts what is
+    alive at a time.
+    """
 
     alive = 0
     most = 0
@@ -487,7 +496,9 @@ def installed(monkeypatch):
 
 
 def moved(x):
-    """Turn NumPy arrays, also those in a dict, list or tuple, into arrays of the stand-in; leave the rest."""
+    """Turn NumPy arrays, also those in a dict, list or tuple, into arrays of the stand-in; leave
+    the rest.
+    """
     if isinstance(x, dict):
         return {name: moved(value) for name, value in x.items()}
     if isinstance(x, tuple) and hasattr(x, "_fields"):

@@ -1,4 +1,6 @@
-"""The same values laid out in memory in other ways, each inside a larger buffer whose other entries are NaN or out of range."""
+"""The same values laid out in memory in other ways, each inside a larger buffer whose other entries
+are NaN or out of range.
+"""
 
 import numpy as np
 
@@ -101,7 +103,9 @@ def memory_of(x):
 
 
 class Allocator:
-    """Stands for NumPy, or for `scratch`, in a module of kernels: what it lends has bands, and `check` looks at them."""
+    """Stands for NumPy, or for `scratch`, in a module of kernels: what it lends has bands, and
+    `check` looks at them.
+    """
 
     def __init__(self):
         self.lent = []

@@ -346,7 +346,9 @@ def strings():
 
 
 def make_folder(folder, family, name):
-    """Put the files of one tokenizer into one folder, with the config.json that makes Transformers take its Phi-3 path."""
+    """Put the files of one tokenizer into one folder, with the config.json that makes Transformers
+    take its Phi-3 path.
+    """
     folder.mkdir(parents=True)
     tokenizer, settings = (Path(family) / part for part in FAMILY[name])
     for file in (

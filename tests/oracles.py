@@ -1,4 +1,6 @@
-"""Naive formulas to compare the ops with: float64, one entry at a time.  They share no code with npllm."""
+"""Naive formulas to compare the ops with: float64, one entry at a time.  They share no code with
+npllm.
+"""
 
 import math
 
@@ -40,7 +42,9 @@ def swiglu(gate, up):
 
 
 def gated_bound(rows, weight):
-    """How far float32 may be off in swiglu(rows @ weight.T): 2e-6 of what the sums would be if nothing in them cancelled."""
+    """How far float32 may be off in swiglu(rows @ weight.T): 2e-6 of what the sums would be if
+    nothing in them cancelled.
+    """
     sums = np.abs(f64(rows)) @ np.abs(f64(weight)).T
     return (
         2e-6 * sums[..., : len(weight) // 2] * (1 + sums[..., len(weight) // 2 :])
@@ -54,7 +58,9 @@ def softmax(row):
 
 
 def rope(x, positions, inv_freq, scale=1.0, interleaved=False):
-    """Each pair of channels as a complex number, multiplied by scale * exp(1j * phase); positions [n_batch or 1, n_seq]."""
+    """Each pair of channels as a complex number, multiplied by scale * exp(1j * phase); positions
+    [n_batch or 1, n_seq].
+    """
     y, half = f64(x).copy(), len(inv_freq)
     for *at, n in np.ndindex(x.shape[:-1]):
         turn = scale * np.exp(
@@ -71,7 +77,9 @@ def rope(x, positions, inv_freq, scale=1.0, interleaved=False):
 
 
 def attention(q, k, v, visible, bias=None, scale=None, softcap=None):
-    """Return (y, lse, weights), one query and one key at a time; visible is a full bool array [..., n_head, n_seq, n_ctx]."""
+    """Return (y, lse, weights), one query and one key at a time; visible is a full bool array [...,
+    n_head, n_seq, n_ctx].
+    """
     q, k, v = f64(q), f64(k), f64(v)
     bias = np.broadcast_to(0.0 if bias is None else f64(bias), visible.shape)
     group = q.shape[-3] // k.shape[-3]

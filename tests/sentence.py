@@ -1,4 +1,6 @@
-"""Tiny sentence-transformers folders, the same on any machine: what their files say, and what is asked of them."""
+"""Tiny sentence-transformers folders, the same on any machine: what their files say, and what is
+asked of them.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple

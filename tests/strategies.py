@@ -1,4 +1,6 @@
-"""What the tests draw: arrays, mask rules beside what they should say, attention calls, and calls that docstrings describe."""
+"""What the tests draw: arrays, mask rules beside what they should say, attention calls, and calls
+that docstrings describe.
+"""
 
 import inspect
 import os
@@ -33,7 +35,9 @@ def examples(n):
 
 
 def normal(shape, dtype=np.float32, scale=1.0):
-    """Draw an array of normally distributed values: Hypothesis draws the seed, which is enough for a law that holds for any."""
+    """Draw an array of normally distributed values: Hypothesis draws the seed, which is enough for
+    a law that holds for any.
+    """
     return seeds.map(
         lambda seed: (scale * np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
     )
@@ -186,7 +190,9 @@ class Documented:
 
     @property
     def axes(self):
-        """Axis names of an array ("n_seq", "d_rope/2", "..."), the largest ones where it broadcasts; None for what is no array."""
+        """Axis names of an array ("n_seq", "d_rope/2", "..."), the largest ones where it
+        broadcasts; None for what is no array.
+        """
         match = re.match(r"(?:integer |bool )?array \[(.*?)\]", self.type)
         match = match or (
             "array" in self.type and re.search(r"broadcasts\s+to\s+\[(.*?)\]", self.text)
@@ -204,7 +210,9 @@ class Documented:
 
 
 def documented(op, section):
-    """Read a section of a numpydoc docstring: a Documented for each name; "As in `other`" is looked up there."""
+    """Read a section of a numpydoc docstring: a Documented for each name; "As in `other`" is looked
+    up there.
+    """
     doc = inspect.getdoc(op)
     match = re.search(
         rf"^{section}\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", doc, re.MULTILINE | re.DOTALL
@@ -233,7 +241,8 @@ OPS = {
     for name, op in vars(module).items()
     if name in module.__all__ and inspect.isfunction(op)
 }
-# Those that follow the library of an array that they need; the others make arrays, or take them as an option.
+# Those that follow the library of an array that they need; the others make arrays, or take them as
+# an option.
 ARRAY_OPS = {
     name: op
     for name, op in OPS.items()
@@ -316,7 +325,9 @@ def axis_sizes(draw):
 
 
 def shape_of(axes, axis):
-    """Turn axis names into a shape: products and quotients are computed, `...` stands for any number of axes."""
+    """Turn axis names into a shape: products and quotients are computed, `...` stands for any
+    number of axes.
+    """
     shape = []
     for name in axes:
         shape += axis["..."] if name == "..." else [eval(name.replace("/", "//"), {}, axis)]
@@ -325,7 +336,9 @@ def shape_of(axes, axis):
 
 @st.composite
 def documented_calls(draw, op, dtype=None):
-    """Draw keyword arguments for an op as its docstring describes them, and the axis sizes they were made from."""
+    """Draw keyword arguments for an op as its docstring describes them, and the axis sizes they
+    were made from.
+    """
     axis, arguments = draw(axis_sizes()), {}
     dtype = draw(compute_dtypes) if dtype is None else dtype
     for entry in documented(op, "Parameters"):

@@ -1,4 +1,6 @@
-"""Every op on arrays of the strictest library, on read-only arrays, on mixtures, and on what is no array."""
+"""Every op on arrays of the strictest library, on read-only arrays, on mixtures, and on what is no
+array.
+"""
 
 import numpy as np
 import optional

@@ -1,4 +1,6 @@
-"""attention_io: the formulas beside counted loads, FlashAttention's choice of blocks, and the peak memory of the schedules."""
+"""attention_io: the formulas beside counted loads, FlashAttention's choice of blocks, and the peak
+memory of the schedules.
+"""
 
 import math
 
@@ -35,7 +37,9 @@ def test_the_formulas_count_what_a_run_moves(n, d, block, dtype):
 
 
 def naive_bytes(n, d, itemsize):
-    """Algorithm 0 of the paper, step by step: load q, k, write s; load s, write w; load w, v, write y."""
+    """Algorithm 0 of the paper, step by step: load q, k, write s; load s, write w; load w, v, write
+    y.
+    """
     q = k = v = y = n * d
     s = w = n * n
     return ((q + k + s) + (s + w) + (w + v + y)) * itemsize
@@ -73,7 +77,9 @@ def test_shared_key_and_value_heads_are_fetched_once(n, d, n_kv_head, group):
 
 @given(st.integers(1, 60), st.integers(1, 20), st.tuples(st.integers(1, 9), st.integers(1, 9)))
 def test_skipped_blocks_are_not_fetched(n, w, block):
-    """The schedule of FlashAttention-2 under a window: keys and values of the blocks that the window touches, and no others."""
+    """The schedule of FlashAttention-2 under a window: keys and values of the blocks that the
+    window touches, and no others.
+    """
     keys = 0
     for a in range(0, n, block[0]):
         b = min(a + block[0], n) - 1
@@ -89,7 +95,9 @@ def test_skipped_blocks_are_not_fetched(n, w, block):
 
 @given(st.integers(1, 4096), st.integers(1, 128), st.integers(1, 10**6), st.sampled_from([2, 4, 8]))
 def test_blocks_that_fit_the_fast_memory_are_those_of_the_paper(n, d, sram, itemsize):
-    """Algorithm 1, line 1: B_c = ceil(M / 4d), B_r = min(B_c, d), M the numbers that fit; k, v, q and y blocks then do fit."""
+    """Algorithm 1, line 1: B_c = ceil(M / 4d), B_r = min(B_c, d), M the numbers that fit; k, v, q
+    and y blocks then do fit.
+    """
     b_c = math.ceil(sram / itemsize / (4 * d))
     io = attention_io(n, d, sram=sram, itemsize=itemsize)
     assert io["block"] == (min(b_c, d), b_c)
@@ -97,7 +105,9 @@ def test_blocks_that_fit_the_fast_memory_are_those_of_the_paper(n, d, sram, item
 
 
 def test_the_gain_is_that_of_the_paper():
-    """Theorem 2: n**2 * d**2 / sram in place of n**2, so that half the fast memory is twice the bytes."""
+    """Theorem 2: n**2 * d**2 / sram in place of n**2, so that half the fast memory is twice the
+    bytes.
+    """
     io, half = attention_io(8192, 64, sram=200_000), attention_io(8192, 64, sram=100_000)
     assert io["flash_1"] < io["naive"] / 3 and io["flash_2"] < io["naive"] / 1.9
     assert 1.9 < half["flash_1"] / io["flash_1"] < 2 and half["naive"] == io["naive"]
@@ -133,7 +143,9 @@ def test_sizes_that_count_nothing_raise(arguments, message):
 def test_peak_memory_is_that_of_the_sums_and_a_few_tiles(
     traced_peak_once, n, block_q, block_k, share, outer
 ):
-    """A small share of the table of scores.  Sums and results: at most 3 times n * (d + 2); a tile: 4 of floats, 2 of slots."""
+    """A small share of the table of scores.  Sums and results: at most 3 times n * (d + 2); a tile:
+    4 of floats, 2 of slots.
+    """
     d = 8
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, n, d)).astype(np.float32)
     peak = traced_peak_once(

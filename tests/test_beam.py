@@ -1,4 +1,6 @@
-"""Beam search against Transformers' generate, against an exhaustive search, and the cache that is put in another order."""
+"""Beam search against Transformers' generate, against an exhaustive search, and the cache that is
+put in another order.
+"""
 
 import itertools
 import json
@@ -227,7 +229,9 @@ class Table(npllm.Model):
 
 @pytest.mark.parametrize(("early_stopping", "second"), [(True, [10, 2]), ("never", [10, 11, 2])])
 def test_with_a_penalty_below_zero_the_next_token_is_the_best_chance(early_stopping, second):
-    """After 10, 11 the sum is log 1/4, as after 2.  It can still end at once, and beat 10, 2; after 50 tokens it could not."""
+    """After 10, 11 the sum is log 1/4, as after 2.  It can still end at once, and beat 10, 2; after
+    50 tokens it could not.
+    """
     model = Table({5: {10: 0.5, 2: 0.25}, 10: {11: 0.5, 2: 0.4}, 11: {2: 1.0}}, 2)
     beams = model.beam_search(
         np.array([[5]]),
@@ -467,7 +471,9 @@ def torch_and_transformers():
 
 
 def check_against(hf, model, ids, valid, stops, options, tolerance):
-    """Compare all answers and scores; Transformers adds in float32, so the tolerance is relative where scores are large."""
+    """Compare all answers and scores; Transformers adds in float32, so the tolerance is relative
+    where scores are large.
+    """
     torch, _ = torch_and_transformers()
     n_return = options["num_return_sequences"]
     with torch.no_grad():

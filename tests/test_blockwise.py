@@ -1,4 +1,6 @@
-"""blockwise_attention under every rule: both schedules, split keys, merged parts, and which blocks are visited."""
+"""blockwise_attention under every rule: both schedules, split keys, merged parts, and which blocks
+are visited.
+"""
 
 import itertools
 
@@ -32,7 +34,9 @@ def slots(draw, n):
 
 @st.composite
 def calls(draw, dtype=None):
-    """(q, k, v, options, visible): a call of blockwise_attention with a rule, and the table of what that shows, from the formula."""
+    """(q, k, v, options, visible): a call of blockwise_attention with a rule, and the table of what
+    that shows, from the formula.
+    """
     n_kv_head, group, n_seq, n_ctx = (draw(st.integers(1, high)) for high in (2, 3, 12, 16))
     d_head, d_value, rng = (
         draw(st.integers(1, 4)),
@@ -200,7 +204,9 @@ def test_split_keys_take_a_table_as_well_as_a_rule(call, n_split):
 
 @st.composite
 def parts(draw):
-    """Results over some sets of keys: y [n, heads, rows, d] and lse, where whole sets may have shown a row nothing."""
+    """Results over some sets of keys: y [n, heads, rows, d] and lse, where whole sets may have
+    shown a row nothing.
+    """
     rng, n, dtype = (
         np.random.default_rng(draw(seeds)),
         draw(st.integers(1, 6)),
@@ -268,7 +274,9 @@ def test_parts_come_back_in_the_dtype_of_y_and_lse_of_another_shape_raises():
 
 
 def visits(rule, n, block_q, block_k, outer="queries", *, d=1):
-    """Count (blocks visited, blocks whose mask is evaluated) while n queries attend to n keys, one head of width d."""
+    """Count (blocks visited, blocks whose mask is evaluated) while n queries attend to n keys, one
+    head of width d.
+    """
     evaluated, moved = [], []
 
     def visible(i, j):
@@ -297,7 +305,9 @@ def spans(n, size):
 
 
 def test_a_window_of_2047_at_32768_visits_its_band_of_blocks_and_no_more():
-    """Phi-3-mini-4k's window: queries a ... b meet keys a - 2046 ... b, whose blocks are counted by division."""
+    """Phi-3-mini-4k's window: queries a ... b meet keys a - 2046 ... b, whose blocks are counted by
+    division.
+    """
     n, w, block_q, block_k = 32768, 2047, 512, 1024
     first, last = (
         np.array([div(a, b) for a, b in spans(n, block_q)])
@@ -356,7 +366,9 @@ def test_where_all_is_visible_no_mask_is_evaluated(n, block_q, block_k, outer):
 
 
 def test_slots_decide_what_is_visited_and_not_the_order_of_the_arrays():
-    """Keys that stand in slots 100 ... are ahead of queries in 0 ...; a gap in a range is no reason to visit."""
+    """Keys that stand in slots 100 ... are ahead of queries in 0 ...; a gap in a range is no reason
+    to visit.
+    """
     asked = []
     rule = Rule(lambda i, j: j <= i, lambda *block: asked.append(block) or causal().bound(*block))
     x = np.ones((1, 4, 2))

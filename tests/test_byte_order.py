@@ -1,4 +1,6 @@
-"""Integers of every width and arrays of every byte order, at every door: taken for the values they hold, or refused in one way."""
+"""Integers of every width and arrays of every byte order, at every door: taken for the values they
+hold, or refused in one way.
+"""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,6 @@
-"""A call that raises, wherever it does, has either happened wholly or not at all: what follows has the same bits as without it."""
+"""A call that raises, wherever it does, has either happened wholly or not at all: what follows has
+the same bits as without it.
+"""
 
 import contextlib
 import linecache
@@ -87,7 +89,9 @@ def made(scene, set_=ops.blockwise):
 
 
 def check(scene, model, broken, want):
-    """Let one step fail, then go on: with a shorter step in its place, and with what was left to do; return whether it failed."""
+    """Let one step fail, then go on: with a shorter step in its place, and with what was left to
+    do; return whether it failed.
+    """
     _, n_batch, _, _, at = SCENES[scene]
     cache = model.new_cache(n_batch)
     play(scene, model, cache, 0, at)
@@ -113,7 +117,9 @@ def shorter(model, cache):
 
 
 def wanted(scene, model):
-    """What every step gives where nothing fails, and the shorter one in the place of the step that will."""
+    """What every step gives where nothing fails, and the shorter one in the place of the step that
+    will.
+    """
     _, n_batch, _, _, at = SCENES[scene]
     instead = model.new_cache(n_batch)
     play(scene, model, instead, 0, at)
@@ -122,9 +128,11 @@ def wanted(scene, model):
 
 @contextlib.contextmanager
 def at_line(number, model, lines):
-    """Raise at the n-th line of the package that is reached; count them all where it is never reached.
+    """Raise at the n-th line of the package that is reached; count them all where it is never
+    reached.
 
-    A `with` line is reached again when its block is left.  CPython takes no interrupt there, so nothing is injected.
+    A `with` line is reached again when its block is left.  CPython takes no interrupt there, so
+    nothing is injected.
     """
     entered = set()
 
@@ -226,7 +234,9 @@ def at_op(number, model, after, calls):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("scene", [scene for scene in SCENES if scene != "reorder"])
 def test_a_fault_in_any_operation(scene, after):
-    """From the embedding to the product that gives the logits, in every layer and chunk, in rows that are computed anew."""
+    """From the embedding to the product that gives the logits, in every layer and chunk, in rows
+    that are computed anew.
+    """
     model, calls = made(scene), []
     want = wanted(scene, model)
     assert not check(scene, model, lambda: at_op(-1, model, after, calls), want)

@@ -1,4 +1,6 @@
-"""A cache serves the model that made it, one call at a time, and is copied with all that it is bound to."""
+"""A cache serves the model that made it, one call at a time, and is copied with all that it is
+bound to.
+"""
 
 import copy
 import dataclasses

@@ -1,4 +1,6 @@
-"""npllm.checkpoints.safetensors: safetensors become views of the mapped file, or the error says everything that is wrong."""
+"""npllm.checkpoints.safetensors: safetensors become views of the mapped file, or the error says
+everything that is wrong.
+"""
 
 import json
 import tracemalloc

@@ -1,4 +1,6 @@
-"""Checkpoints whose tensors are stored in several dtypes: nothing is rounded that nobody asked to round."""
+"""Checkpoints whose tensors are stored in several dtypes: nothing is rounded that nobody asked to
+round.
+"""
 
 import itertools
 
@@ -31,7 +33,9 @@ choice = st.sampled_from(FLOATS)
 
 
 def mixed(dtypes):
-    """Tensors of a Llama layer whose parts have the given dtypes in turn, with values that none of the narrower ones holds."""
+    """Tensors of a Llama layer whose parts have the given dtypes in turn, with values that none of
+    the narrower ones holds.
+    """
     tensors, turn = family.tensors(BIASED, dtype=np.float64), itertools.cycle(dtypes)
     for name in itertools.chain.from_iterable(FUSED.values()):
         full = f"model.layers.0.{name}"

@@ -1,4 +1,6 @@
-"""Tensors of a file that are, or seem, superfluous: tied matrices that differ, old RoPE buffers, heads of another task."""
+"""Tensors of a file that are, or seem, superfluous: tied matrices that differ, old RoPE buffers,
+heads of another task.
+"""
 
 import os
 import warnings

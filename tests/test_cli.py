@@ -1,4 +1,6 @@
-"""The npllm command: results on stdout, the rest on stderr, exit codes 0, 1 and 2, and no traceback whatever happens."""
+"""The npllm command: results on stdout, the rest on stderr, exit codes 0, 1 and 2, and no traceback
+whatever happens.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Every shape that a docstring states is executed: sizes are drawn for its axis names, and the op is called."""
+"""Every shape that a docstring states is executed: sizes are drawn for its axis names, and the op
+is called.
+"""
 
 import inspect
 import re
@@ -18,7 +20,9 @@ OTHERS = {"float": float, "Rule": Rule, "Ops": ops.Ops, "dict": dict}
 
 
 def check(op, arguments, axis):
-    """Call an op; raise AssertionError unless it returns what its docstring states for these axis sizes."""
+    """Call an op; raise AssertionError unless it returns what its docstring states for these axis
+    sizes.
+    """
     stated = [
         entry
         for entry in documented(op, "Returns")

@@ -1,4 +1,6 @@
-"""npllm.checkpoints.convert_gguf: a Llama GGUF file becomes a Phi-3 folder that computes the same function."""
+"""npllm.checkpoints.convert_gguf: a Llama GGUF file becomes a Phi-3 folder that computes the same
+function.
+"""
 
 import json
 
@@ -54,7 +56,9 @@ METADATA = {
 
 
 def random_tensors(seed=0):
-    """A small Llama in GGUF's names and orientation: rows are outputs, q and k rows in interleaved RoPE order."""
+    """A small Llama in GGUF's names and orientation: rows are outputs, q and k rows in interleaved
+    RoPE order.
+    """
     rng = np.random.default_rng(seed)
     shapes = {"token_embd.weight": (len(TOKENS), D_MODEL), "output_norm.weight": (D_MODEL,)}
     for i in range(N_LAYER):
@@ -399,7 +403,9 @@ def test_errors_are_of_npllm():
 
 @pytest.mark.live
 def test_transformers_computes_the_same_from_both_layouts(tmp_path):
-    """LlamaForCausalLM on the original weights = Phi3ForCausalLM on the folder made from their GGUF."""
+    """LlamaForCausalLM on the original weights = Phi3ForCausalLM on the folder made from their
+    GGUF.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

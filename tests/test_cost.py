@@ -1,4 +1,6 @@
-"""The formulas of npllm.analysis.cost against a run that counts, number by number, and against what is known of real checkpoints."""
+"""The formulas of npllm.analysis.cost against a run that counts, number by number, and against what
+is known of real checkpoints.
+"""
 
 import json
 import math
@@ -20,7 +22,9 @@ WINDOWS = st.sampled_from([None, 1, 2, 3, 4, 6, 40])
 
 @st.composite
 def contents(draw):
-    """A config.json of any shape: MHA, GQA and MQA, tied or not, windows, partial RoPE, Llama with biases."""
+    """A config.json of any shape: MHA, GQA and MQA, tied or not, windows, partial RoPE, Llama with
+    biases.
+    """
     n_kv_head, group, d_head = (
         draw(st.integers(1, 3)),
         draw(st.integers(1, 3)),
@@ -142,7 +146,9 @@ def test_visible_pairs_are_those_of_the_mask(n_seq, n_past, window):
 @settings(max_examples=30)
 @given(content=contents(), n_batch=st.integers(1, 3), n=st.integers(1, 40))
 def test_the_kv_cache_holds_what_the_formula_says(content, n_batch, n):
-    """At the last step attention is given the keys and values of every token that the last query sees."""
+    """At the last step attention is given the keys and values of every token that the last query
+    sees.
+    """
     model, held = family.model(content, content["torch_dtype"]), []
 
     def attention(q, k, v, **options):

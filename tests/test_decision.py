@@ -1,4 +1,6 @@
-"""NaN and infinity never become a token or a figure: the last look, where every decision passes through it."""
+"""NaN and infinity never become a token or a figure: the last look, where every decision passes
+through it.
+"""
 
 import guard
 import numpy as np
@@ -179,7 +181,9 @@ def special(dtype):
 
 @given(st.data(), st.sampled_from([np.float32, np.float64]), st.sampled_from(list(FILTER_ORDERS)))
 def test_a_distribution_sums_to_one_or_the_error_says_why(data, dtype, order):
-    """Whatever the logits and the options: and the blame goes to the logits if they are none, else to a filter by its name."""
+    """Whatever the logits and the options: and the blame goes to the logits if they are none, else
+    to a filter by its name.
+    """
     n = data.draw(st.integers(1, 6))
     logits = np.array([data.draw(st.lists(special(dtype), min_size=n, max_size=n))]).astype(dtype)
     options = {
@@ -216,7 +220,9 @@ def test_a_distribution_sums_to_one_or_the_error_says_why(data, dtype, order):
     st.sampled_from([5e-324, 1e-320, 1e-46, 1e-40, 1e-38, 1e-20, 9e-7]),
 )
 def test_the_colder_the_nearer_to_the_best_token(data, dtype, t):
-    """At a temperature that separates any two logits, the likeliest tokens share all of the probability, ties evenly."""
+    """At a temperature that separates any two logits, the likeliest tokens share all of the
+    probability, ties evenly.
+    """
     logits = np.array(
         [
             data.draw(

@@ -1,4 +1,6 @@
-"""The exact next-token distribution: what sampling draws from, what Transformers' processors leave, and what their order changes."""
+"""The exact next-token distribution: what sampling draws from, what Transformers' processors leave,
+and what their order changes.
+"""
 
 import math
 import os
@@ -117,7 +119,9 @@ def test_sampling_with_evenly_spread_u_reproduces_it(seed, options):
 
 
 def test_the_orders_differ_where_a_temperature_meets_top_p():
-    """Probabilities 1/2, 1/4, 1/8, 1/8.  Hot first: 0.37, 0.26, 0.18, 0.18, of which top_p 0.7 needs three; cold nucleus first: two."""
+    """Probabilities 1/2, 1/4, 1/8, 1/8.  Hot first: 0.37, 0.26, 0.18, 0.18, of which top_p 0.7
+    needs three; cold nucleus first: two.
+    """
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.125]))
     hot_first = next_token_distribution(logits, temperature=2.0, top_p=0.7)
     hot_last = next_token_distribution(logits, temperature=2.0, top_p=0.7, order="llama.cpp")
@@ -128,7 +132,9 @@ def test_the_orders_differ_where_a_temperature_meets_top_p():
 
 @pytest.mark.parametrize("order", FILTER_ORDERS)
 def test_top_p_comes_before_min_p(order):
-    """Of 0.4, 0.3, 0.2, 0.1 top_p 0.75 leaves three, and min_p 0.45 all of them; min_p first would leave 0.44, 0.33, 0.22 and top_p two."""
+    """Of 0.4, 0.3, 0.2, 0.1 top_p 0.75 leaves three, and min_p 0.45 all of them; min_p first would
+    leave 0.44, 0.33, 0.22 and top_p two.
+    """
     p = next_token_distribution(
         np.log(np.array([0.4, 0.3, 0.2, 0.1])), top_p=0.75, min_p=0.45, order=order
     )

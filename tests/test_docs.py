@@ -1,4 +1,6 @@
-"""The pages under docs/: their examples run in the order they stand, are short, and name what there is."""
+"""The pages under docs/: their examples run in the order they stand, are short, and name what there
+is.
+"""
 
 import contextlib
 import io

@@ -60,7 +60,9 @@ def same_bits(got, want):
 
 @pytest.mark.parametrize("dtype", NUMPY)
 def test_every_pattern_and_what_lies_between(dtype):
-    """Every 16-bit value, the middle to its neighbour, and one float32 step to either side of that middle."""
+    """Every 16-bit value, the middle to its neighbour, and one float32 step to either side of that
+    middle.
+    """
     values = np.sort(np.arange(2**15, dtype=np.uint16).view(NUMPY[dtype]).astype(np.float32))
     values = values[np.isfinite(values)]
     middle = np.concatenate(
@@ -136,7 +138,9 @@ def load(golden, name, **options):
 
 
 def bits(x, name):
-    """Values as the integers of their 16 bits (name: a golden file, or a type); they must be such values to begin with."""
+    """Values as the integers of their 16 bits (name: a golden file, or a type); they must be such
+    values to begin with.
+    """
     dtype = name.split("_")[0]
     assert x.dtype == np.float32
     with np.errstate(over="ignore"):
@@ -244,7 +248,9 @@ def test_no_point_at_all_is_the_default():
 
 
 def test_a_row_that_sees_no_key_is_the_mean_of_all_values():
-    """finfo.min is added to every score, and in float16 must swallow them: without rounding the sum, they would show."""
+    """finfo.min is added to every score, and in float16 must swallow them: without rounding the
+    sum, they would show.
+    """
     rng = np.random.default_rng(0)
     q, k, v = (
         round_to(rng.standard_normal((1, 2, 4, 8)).astype(np.float32), "float16") for _ in range(3)
@@ -407,7 +413,9 @@ def drawn(seed):
 
 
 def live_shares(transformers, tmp_path, dtype, seeds):
-    """Share of equal bits for each drawn config: prefill short and long of the longrope switch, and cached decode."""
+    """Share of equal bits for each drawn config: prefill short and long of the longrope switch, and
+    cached decode.
+    """
     import torch
 
     shares = []

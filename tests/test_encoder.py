@@ -1,4 +1,6 @@
-"""BERT encoders: tiny random folders beside a naive float64 oracle, what texts become, and every refusal."""
+"""BERT encoders: tiny random folders beside a naive float64 oracle, what texts become, and every
+refusal.
+"""
 
 import json
 import math
@@ -139,7 +141,9 @@ ACTIVATION_ORACLES = {
 
 
 def hidden_oracle(w, config, ids, types=None):
-    """Hidden states [n_seq, d_model] of one text without padding, position by position and head by head."""
+    """Hidden states [n_seq, d_model] of one text without padding, position by position and head by
+    head.
+    """
     w = {name: x.astype(np.float64) for name, x in w.items()}
     d_head, n = config.hidden_size // config.num_attention_heads, len(ids)
     x = np.array(

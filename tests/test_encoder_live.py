@@ -1,4 +1,6 @@
-"""The published MiniLM and tiny random BERTs beside Transformers' BertModel, wherever torch is installed."""
+"""The published MiniLM and tiny random BERTs beside Transformers' BertModel, wherever torch is
+installed.
+"""
 
 import os
 

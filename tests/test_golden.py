@@ -1,4 +1,6 @@
-"""Golden values: what Hugging Face Transformers computed for tiny random models (scripts/make_golden.py), without torch."""
+"""Golden values: what Hugging Face Transformers computed for tiny random models
+(scripts/make_golden.py), without torch.
+"""
 
 import json
 from pathlib import Path
@@ -137,7 +139,9 @@ def test_every_named_value(golden):
 
 
 def per_layer(golden):
-    """For each layer: its weights, and what Transformers computed, by leaf name; `in` is the residual stream that came in."""
+    """For each layer: its weights, and what Transformers computed, by leaf name; `in` is the
+    residual stream that came in.
+    """
     taps, weights = golden.under("float32/tap/"), golden.under("weight/")
     for number in range(golden.n_layer):
         at = f"model.layers.{number}"

@@ -1,4 +1,6 @@
-"""Scaled-down published models against files that Transformers made (scripts/make_golden_family.py); needs no torch."""
+"""Scaled-down published models against files that Transformers made
+(scripts/make_golden_family.py); needs no torch.
+"""
 
 import json
 from functools import lru_cache
@@ -85,7 +87,9 @@ def test_a_cached_run_gives_the_same_at_every_length(path, prefill_chunk):
 
 @each_file
 def test_left_padding(path):
-    """spec 8.25, 8.26.  Kernels get twice the bound: they lie up to 1.1e-5 from float64 here, this file and the definitions 4e-6."""
+    """spec 8.25, 8.26.  Kernels get twice the bound: they lie up to 1.1e-5 from float64 here, this
+    file and the definitions 4e-6.
+    """
     _, model, trial, golden = _read(path)
     plain = npllm.Model(model.config, model.params, ops=npllm.ops.reference)
     close(plain(trial.rows, attention_mask=trial.mask)[:, -1], golden["left_padded"], times=SAME)
@@ -106,7 +110,9 @@ def test_greedy_generate(path):
 
 
 def _rows(change):
-    """Reorder the rows of every qkv_proj: `change` gets and gives q, k, v as [heads, d_head, d_model]."""
+    """Reorder the rows of every qkv_proj: `change` gets and gives q, k, v as [heads, d_head,
+    d_model].
+    """
 
     def changed(weights, config):
         d_head, n_head, n_kv_head = (
@@ -194,7 +200,9 @@ OTHER_OPS = {
 
 @pytest.mark.parametrize("name", [*OTHER_LAYOUTS, *OTHER_OPS])
 def test_another_convention_is_told_apart(name):
-    """spec 8.5 ... 8.10: on Phi-4-mini, which has grouped heads, partial rotation and a factor; 1 % is a thousand times rounding."""
+    """spec 8.5 ... 8.10: on Phi-4-mini, which has grouped heads, partial rotation and a factor; 1 %
+    is a thousand times rounding.
+    """
     about, model, trial, golden = _read(next(path for path in FILES if "phi_4_mini" in path.stem))
     if name in OTHER_LAYOUTS:
         other = family.load(

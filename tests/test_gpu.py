@@ -1,7 +1,8 @@
-"""On a GPU: every op, every kernel, the whole model and the default checkpoint in CuPy beside NumPy.
+"""On a GPU: every op, every kernel, the whole model and the default checkpoint in CuPy beside
+NumPy.
 
-Run by `scripts/check_gpu.sh` (or `pytest -m gpu`).  Without a GPU these tests do not run, and when they are asked for they fail.
-Figures go to the JSON file that NPLLM_GPU_FIGURES names.
+Run by `scripts/check_gpu.sh` (or `pytest -m gpu`).  Without a GPU these tests do not run, and when
+they are asked for they fail.  Figures go to the JSON file that NPLLM_GPU_FIGURES names.
 """
 
 import json
@@ -428,7 +429,9 @@ def test_weights_arrive_unchanged(default_folder, dtype):
 
 @every_set
 def test_logits_of_the_default_model(default_folder, set_):
-    """float32 weights: within 1e-3 of NumPy's.  bfloat16 weights: within 1.5 times the error of NumPy, which rounds nowhere else either."""
+    """float32 weights: within 1e-3 of NumPy's.  bfloat16 weights: within 1.5 times the error of
+    NumPy, which rounds nowhere else either.
+    """
     exact = npllm.load(default_folder, dtype="float64")
     ids = np.array([exact.tokenizer.encode(TEXT)])
     exact = exact(ids)
@@ -465,7 +468,9 @@ def test_greedy_text_of_the_default_model(default_folder, set_):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_decode_step_waits_once(default_folder):
-    """As on the stand-in: nothing between the ids and the logits waits for the device.  (CuPy's own detector; deprecated, so optional.)"""
+    """As on the stand-in: nothing between the ids and the logits waits for the device.  (CuPy's own
+    detector; deprecated, so optional.)
+    """
     import cupyx
 
     if not hasattr(cupyx, "allow_synchronize"):

@@ -1,4 +1,6 @@
-"""The whole package on arrays that refuse what CuPy's refuse (tests/guard.py), beside the same in NumPy; and each refusal by itself."""
+"""The whole package on arrays that refuse what CuPy's refuse (tests/guard.py), beside the same in
+NumPy; and each refusal by itself.
+"""
 
 import inspect
 import re
@@ -369,7 +371,9 @@ def test_a_tap_sees_device_arrays_and_may_replace_them():
     ids=str,
 )
 def test_the_same_seed_gives_the_same_text(kind, options):
-    """Greedy and sampled, cached and not, a batch with padding; over the switch of longrope and beyond the window."""
+    """Greedy and sampled, cached and not, a batch with padding; over the switch of longrope and
+    beyond the window.
+    """
     numpy_model, model = model_pair(**KINDS[kind])
     ids, mask = tiny.random_ids(3, 9), np.ones((3, 9), int)
     mask[1, :3], mask[2, :8] = 0, 0
@@ -519,7 +523,9 @@ def test_commands_say_the_same(command, tmp_path):
 
 
 def test_measuring_waits_for_the_device():
-    """A run that ended when its kernels were queued, not when they were done, would be too good to be true."""
+    """A run that ended when its kernels were queued, not when they were done, would be too good to
+    be true.
+    """
     _, model = model_pair()
     before = guard.Gets.n
     report.speed(model, n_prompt=4, n_new=3, repeat=2)
@@ -536,7 +542,9 @@ def test_emulation_runs_on_it():
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_decode_step_waits_for_the_device_once(options, padded):
-    """The logits of the last position come to the host, where the one sampler draws: nothing else is fetched."""
+    """The logits of the last position come to the host, where the one sampler draws: nothing else
+    is fetched.
+    """
     _, model = model_pair(**KINDS["window"])
     ids, mask = tiny.random_ids(2, 6), np.ones((2, 6), int)
     mask[0, : 2 * padded] = 0

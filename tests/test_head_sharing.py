@@ -1,4 +1,6 @@
-"""Shared key/value heads: MHA, GQA and MQA are one code path; pooled heads; the bytes of keys and values that each choice costs."""
+"""Shared key/value heads: MHA, GQA and MQA are one code path; pooled heads; the bytes of keys and
+values that each choice costs.
+"""
 
 import numpy as np
 import pytest
@@ -34,7 +36,9 @@ every_op = pytest.mark.parametrize("name", OPS)
 @every_op
 @given(any_rule, st.integers(1, 4), st.integers(1, 4), seeds)
 def test_shared_heads_are_repeated_heads(name, pair, n_kv_head, group, seed):
-    """Convention C8: heads h and h + 1 read the same keys; a tiling, where h and h + n_kv_head do, is another result."""
+    """Convention C8: heads h and h + 1 read the same keys; a tiling, where h and h + n_kv_head do,
+    is another result.
+    """
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((2, n_kv_head * group, 9, 3))
     k, v = (rng.standard_normal((2, n_kv_head, N, width)) for width in (3, 2))
@@ -97,7 +101,9 @@ def test_pooling_in_two_steps_is_pooling_in_one(groups, seed):
 
 
 def test_heads_that_are_alike_pool_to_the_same_attention():
-    """Where the heads of a group hold one matrix, the checkpoint with fewer of them computes the same."""
+    """Where the heads of a group hold one matrix, the checkpoint with fewer of them computes the
+    same.
+    """
     rng = np.random.default_rng(0)
     x, w_q = rng.standard_normal((1, 7, 12)), rng.standard_normal((24, 12))
     w_k, w_v = (
@@ -159,7 +165,9 @@ def test_the_arrays_of_a_cache_cost_what_the_formula_says(
 
 
 def test_each_choice_saves_its_share_in_a_model():
-    """4 query heads of 8 channels over 2 layers in float32: MHA 512 bytes a token, GQA 256, MQA 128."""
+    """4 query heads of 8 channels over 2 layers in float32: MHA 512 bytes a token, GQA 256, MQA
+    128.
+    """
     sizes = {}
     for n_kv_head in (4, 2, 1):
         model = tiny.model(num_key_value_heads=n_kv_head)
@@ -174,7 +182,9 @@ def test_each_choice_saves_its_share_in_a_model():
 def test_a_pooled_model_is_the_model_with_each_head_replaced_by_the_mean_of_its_group(
     data, n_group
 ):
-    """The weights [4 heads] after pooling and repeating again: the same projections, seen through the grouped path."""
+    """The weights [4 heads] after pooling and repeating again: the same projections, seen through
+    the grouped path.
+    """
     rng = np.random.default_rng(data.draw(seeds))
     x, w = data.draw(normal((2, 6, 12), np.float64)), rng.standard_normal((3, 4 * 3, 12))
     q = split_heads(linear(x, w[0]), 4)

@@ -1,4 +1,6 @@
-"""Classifiers: `score` on top of the hidden state, of the last token that is no padding or of every token."""
+"""Classifiers: `score` on top of the hidden state, of the last token that is no padding or of every
+token.
+"""
 
 import family
 import numpy as np
@@ -42,7 +44,9 @@ def _by_hand(model, row):
 
 @given(rows, st.sampled_from(["left", "right"]), st.booleans())
 def test_a_sequence_is_scored_by_its_last_token_on_either_side_of_the_padding(rows, side, masked):
-    """spec 8.37: by the mask where one is given; by the pad id alone, padding on the right only is invisible to the tokens."""
+    """spec 8.37: by the mask where one is given; by the pad id alone, padding on the right only is
+    invisible to the tokens.
+    """
     model = _model()
     ids, mask = family.padded(rows, PAD) if side == "left" else _right(rows)
     expected = np.stack([_by_hand(model, row) for row in rows])

@@ -1,4 +1,6 @@
-"""Hostile and broken input: only NpllmError comes out, with a message that says what is wrong; nothing hangs, nothing large is made."""
+"""Hostile and broken input: only NpllmError comes out, with a message that says what is wrong;
+nothing hangs, nothing large is made.
+"""
 
 import importlib.util
 import json
@@ -1207,7 +1209,9 @@ FUZZ = {
 @settings(max_examples=100, **FUZZ)
 @given(number=st.integers(0, 2**40))
 def test_mutated_folders(worker, number):
-    """Without the compiled set: Numba would compile for every mixture of dtypes that a mutation makes."""
+    """Without the compiled set: Numba would compile for every mixture of dtypes that a mutation
+    makes.
+    """
     check_case(worker, number, npllm.kernels.tiled_ops())
 
 

@@ -1,4 +1,6 @@
-"""Every kernel against the definition whose place it takes, in both sets: values, signatures, errors, and what it hands back."""
+"""Every kernel against the definition whose place it takes, in both sets: values, signatures,
+errors, and what it hands back.
+"""
 
 import gc
 import inspect
@@ -958,7 +960,9 @@ def test_blocks_all_run_and_blas_has_its_threads_back():
 
 
 def test_an_interrupt_on_the_way_in_leaves_the_limit_usable():
-    """A counter of callers stayed too high, and BLAS had all its threads under every block from then on."""
+    """A counter of callers stayed too high, and BLAS had all its threads under every block from
+    then on.
+    """
     code = threads._one_blas_thread.__wrapped__.__code__
     source, first = inspect.getsourcelines(code)
     on_the_way_in = [first + at for at, text in enumerate(source) if text.startswith(" " * 12)]

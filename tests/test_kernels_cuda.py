@@ -1,6 +1,8 @@
-"""The CUDA kernels without a GPU: they compile for four architectures, and the same text, run on the CPU, agrees with the definitions.
+"""The CUDA kernels without a GPU: they compile for four architectures, and the same text, run on
+the CPU, agrees with the definitions.
 
-NPLLM_REQUIRE_CUDA_BUILD=1 makes a missing compiler (NVRTC for the first, g++ for the second) a failure instead of a skip.
+NPLLM_REQUIRE_CUDA_BUILD=1 makes a missing compiler (NVRTC for the first, g++ for the second) a
+failure instead of a skip.
 """
 
 import inspect
@@ -67,7 +69,9 @@ OF_CUPY = (
 
 @needs_nvrtc
 def test_the_options_are_those_of_cupy(monkeypatch):
-    """CuPy's own way from a source to the compiler, stopped there: it adds -ftz=true, and nothing that these tests do not know."""
+    """CuPy's own way from a source to the compiler, stopped there: it adds -ftz=true, and nothing
+    that these tests do not know.
+    """
     from cupy.cuda import compiler
 
     class Stop(Exception):
@@ -149,7 +153,9 @@ def build(kernel, architecture, variants, record_property):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", cuda.VARIANTS)
 def test_every_variant_compiles_without_spills(kernel, architecture, record_property):
-    """The report (registers, shared memory) is a property of the test: `pytest --junitxml` keeps it, `-s` prints it."""
+    """The report (registers, shared memory) is a property of the test: `pytest --junitxml` keeps
+    it, `-s` prints it.
+    """
     build(kernel, architecture, filter(common, cuda.VARIANTS[kernel]), record_property)
 
 
@@ -330,7 +336,9 @@ def projected(draw):
 @given(projected(), st.booleans(), st.integers(0, 3), st.sampled_from([None, 3, 40]))
 @settings(max_examples=40)
 def test_rope_attention_with_and_without_a_cache(call, cached, n_before, window):
-    """Keys and values stand in the cache as the definition would have put them, also behind earlier ones."""
+    """Keys and values stand in the cache as the definition would have put them, also behind earlier
+    ones.
+    """
     qkv, cos, sin, n_head, n_kv_head = call
     n_batch, n_seq, _ = qkv.shape
     d_head = qkv.shape[-1] // (n_head + 2 * n_kv_head)

@@ -1,4 +1,6 @@
-"""Numbers and sizes at the edge, in every set: all exponents, infinity, NaN, eps = 0, axes of length 0."""
+"""Numbers and sizes at the edge, in every set: all exponents, infinity, NaN, eps = 0, axes of
+length 0.
+"""
 
 import itertools
 import math
@@ -63,7 +65,9 @@ def tested(request):
 
 
 def sweep(n):
-    """float32 of every exponent and both signs, n of each, densely about 0, and the special ones; a multiple of 16."""
+    """float32 of every exponent and both signs, n of each, densely about 0, and the special ones; a
+    multiple of 16.
+    """
     bits = np.arange(512, dtype=np.uint32)[:, None] << 23 | np.random.default_rng(0).integers(
         0, 2**23, (512, n), np.uint32
     )
@@ -75,7 +79,9 @@ def sweep(n):
 
 
 def units(got, want):
-    """|got - want| in units of the last place of float32 [...], NaN where either is; infinities and NaN must be in one place."""
+    """|got - want| in units of the last place of float32 [...], NaN where either is; infinities and
+    NaN must be in one place.
+    """
     with np.errstate(all="ignore"):
         rounded = want.astype(np.float32)
         place = np.maximum(2.0 ** (np.frexp(np.abs(want))[1] - 24.0), SMALLEST)
@@ -118,7 +124,9 @@ def gates(o, x, length):
 
 
 def gates_inside(n_rows):
-    """silu(x) as it is computed inside the fusions of the compiled set: of a few rows, and of panels; x in the bias of gate."""
+    """silu(x) as it is computed inside the fusions of the compiled set: of a few rows, and of
+    panels; x in the bias of gate.
+    """
 
     def silu(x):
         y = [
@@ -186,7 +194,8 @@ def test_the_tanh_form_of_gelu_over_all_exponents(tested):
     x = sweep(20)
     turn = in_float64(lambda x: math.sqrt(2 / math.pi) * (x + 0.044715 * x**3), x)
     want = in_float64(lambda x: x / (1 + np.exp(-2 * turn)), x)
-    # float32 rounds the argument of exp, up to 104, seven times: it is off by up to 104 * 7 / 2 units
+    # float32 rounds the argument of exp, up to 104, seven times: it is off by up to 104 * 7 / 2
+    # units
     assert units(tested.gelu(x, "tanh"), want).max() <= 364
 
 

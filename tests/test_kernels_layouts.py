@@ -1,4 +1,6 @@
-"""No op takes memory order for logical order: every op of every set, its arguments laid out in memory in every way."""
+"""No op takes memory order for logical order: every op of every set, its arguments laid out in
+memory in every way.
+"""
 
 import importlib
 
@@ -244,7 +246,9 @@ def result(op, arguments):
 
 
 def agree(op, definition, arguments):
-    """Compare an op with its definition on contiguous copies, and the arguments with what they were."""
+    """Compare an op with its definition on contiguous copies, and the arguments with what they
+    were.
+    """
     arrays = [x for value in arguments.values() for x in arrays_in(value)]
     before = [memory_of(x).tobytes() for x in arrays]
     want = result(

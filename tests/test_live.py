@@ -1,4 +1,6 @@
-"""The same model live in Hugging Face Transformers, wherever torch is installed; NPLLM_REQUIRE_LIVE=1 makes its absence a failure."""
+"""The same model live in Hugging Face Transformers, wherever torch is installed;
+NPLLM_REQUIRE_LIVE=1 makes its absence a failure.
+"""
 
 import os
 
@@ -324,7 +326,8 @@ def test_each_filter_is_that_of_transformers(seed, n_vocab):
     close(ops.temperature(logits, t), hf_filter(transformers.TemperatureLogitsWarper(t), logits))
     close(ops.top_k(logits, k), hf_filter(transformers.TopKLogitsWarper(k), logits), times=0)
     close(ops.min_p(logits, p), hf_filter(transformers.MinPLogitsWarper(p), logits), times=0)
-    # of equal logits at the edge of top_p, Transformers keeps whichever its sort put last: as many, and of the same value
+    # of equal logits at the edge of top_p, Transformers keeps whichever its sort put last: as many,
+    # and of the same value
     close(
         np.sort(ops.top_p(logits, p)),
         np.sort(hf_filter(transformers.TopPLogitsWarper(p), logits)),
@@ -429,7 +432,8 @@ def test_over_512_tokens_float32_is_as_exact_as_transformers(
         f"from float64: ours {our_error:.3g} (rms {our_rms:.3g}), Transformers {their_error:.3g} (rms {their_rms:.3g})"
     )
     assert apart <= 1e-5
-    # whose largest error is smaller depends on the order in which the BLAS of the day adds up: 0.8 to 1.15 times theirs was seen
+    # whose largest error is smaller depends on the order in which the BLAS of the day adds up: 0.8
+    # to 1.15 times theirs was seen
     assert our_error <= 1.5 * their_error and our_rms <= 1.1 * their_rms
     fast_error, fast_rms = (
         np.abs(fast - exact).max() / largest,

@@ -70,7 +70,9 @@ def _both(**changes):
     ],
 )
 def test_a_llama_folder_gives_the_very_bits_of_the_same_weights_fused(changes):
-    """spec 8.53, 8.34: tied or not, every grouping of heads, head_dim beside the width of the model."""
+    """spec 8.53, 8.34: tied or not, every grouping of heads, head_dim beside the width of the
+    model.
+    """
     llama, phi3 = _both(**changes)
     ids = family.ids_of(llama.config, (2, 11))
     close(llama(ids), phi3(ids), times=0)
@@ -81,7 +83,9 @@ def test_a_llama_folder_gives_the_very_bits_of_the_same_weights_fused(changes):
 
 @given(st.sampled_from(["float32", "float16", "bfloat16"]), st.integers(0, 99))
 def test_split_and_fused_are_the_same_bytes(dtype, seed):
-    """spec 8.53: cutting the fused rows again gives every tensor back, byte for byte; the rest is the file's own."""
+    """spec 8.53: cutting the fused rows again gives every tensor back, byte for byte; the rest is
+    the file's own.
+    """
     weights = family.tensors(LLAMA, seed, npllm.arrays.dtype_named(dtype))
     layers = family.load(LLAMA | {"torch_dtype": dtype}, weights).params.layers
     for number, layer in enumerate(layers):
@@ -213,7 +217,9 @@ def test_linear_turns_position_m_like_position_m_over_factor():
 def test_positions_four_times_as_far_apart_turn_like_plain_ones_under_a_linear_factor_of_four(
     cached,
 ):
-    """spec 8.21: explicit positions are what RoPE sees, to the bit, since the factor is a power of two."""
+    """spec 8.21: explicit positions are what RoPE sees, to the bit, since the factor is a power of
+    two.
+    """
     linear, plain = (
         family.model(LLAMA | {"rope_scaling": x}) for x in ({"type": "linear", "factor": 4.0}, None)
     )
@@ -256,7 +262,9 @@ def test_llama3_keeps_short_waves_slows_long_ones_and_blends_between(
 
 @given(st.integers(4, 40), st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 16))
 def test_dynamic_rope_with_a_cache_is_a_full_pass_at_every_length(first, calls, chunk):
-    """Its base grows with every token beyond the context of the training, so that every call computes the row anew."""
+    """Its base grows with every token beyond the context of the training, so that every call
+    computes the row anew.
+    """
     model = family.model(
         LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 20}
     )
@@ -294,7 +302,9 @@ def test_yarn_slows_long_waves_and_keeps_short_ones():
 
 @pytest.mark.parametrize("truncate", [True, False])
 def test_yarn_by_its_formula_in_float64(truncate):
-    """Between the pairs that turn beta_fast and beta_slow times in the original context, the factor sets in linearly."""
+    """Between the pairs that turn beta_fast and beta_slow times in the original context, the factor
+    sets in linearly.
+    """
     d, base, factor, original, fast, slow = 64, 10000.0, 4.0, 512, 20.0, 2.0
     config = _config(
         {
@@ -355,7 +365,9 @@ def test_head_dim_is_what_the_file_says_and_not_the_width_over_the_heads(head_di
 
 
 def test_a_llama_folder_has_no_window():
-    """A key of Mistral's in a Llama file changes nothing in Transformers; here it is not followed in silence."""
+    """A key of Mistral's in a Llama file changes nothing in Transformers; here it is not followed
+    in silence.
+    """
     with pytest.warns(UserWarning, match="sliding_window"):
         assert Config.from_json(LLAMA | {"sliding_window": 8}).sliding_window is None
 

@@ -1,4 +1,6 @@
-"""LongRoPE with a cache: whatever came before, the last logits of a row are those of that row alone, computed anew."""
+"""LongRoPE with a cache: whatever came before, the last logits of a row are those of that row
+alone, computed anew.
+"""
 
 import family
 import numpy as np
@@ -40,7 +42,9 @@ def _model(kind="longrope", dtype="float64"):
 
 
 def _check(model, kind_of_check, lengths, chunks, seed, prefill):
-    """Run left-padded rows through one cache, chunk by chunk; compare the last logits of every row after every call."""
+    """Run left-padded rows through one cache, chunk by chunk; compare the last logits of every row
+    after every call.
+    """
     rng = np.random.default_rng(seed)
     rows = [list(rng.integers(3, 60, length)) for length in lengths]
     cache, new = model.new_cache(len(rows)), family.padded(rows)[0]
@@ -121,7 +125,9 @@ def test_the_factor_scales_the_rotated_channels_below_the_switch_too():
 
 
 def test_channels_that_do_not_turn_are_not_scaled():
-    """spec 8.6, 8.10: the rest of the head passes through as it was; the first d_rope channels are q and k times the factor at 0."""
+    """spec 8.6, 8.10: the rest of the head passes through as it was; the first d_rope channels are
+    q and k times the factor at 0.
+    """
     model = _model("partial")
     seen = {}
     model(np.array([[5]]), tap=lambda name, x: seen.setdefault(name, x))
@@ -135,7 +141,9 @@ def test_channels_that_do_not_turn_are_not_scaled():
 
 
 def _computed_anew(model):
-    """A list that gains, for each call that computes rows anew, how many: the model makes a cache for them."""
+    """A list that gains, for each call that computes rows anew, how many: the model makes a cache
+    for them.
+    """
     counts, new_cache = [], model.new_cache
     model.new_cache = lambda n_batch: counts.append(n_batch) or new_cache(n_batch)
     return counts
@@ -211,7 +219,9 @@ def test_keys_left_as_they_were_would_be_wrong():
 
 
 def test_keys_rotated_again_would_be_wrong_beyond_the_first_layer():
-    """spec 8.15: deeper keys depend on hidden states that were computed with the short factors; with one layer it is enough."""
+    """spec 8.15: deeper keys depend on hidden states that were computed with the short factors;
+    with one layer it is enough.
+    """
     for n_layer, enough in ((1, True), (3, False)):
         model = family.model(family.longrope(num_hidden_layers=n_layer))
         ids = family.ids_of(model.config, (1, 9))
@@ -230,7 +240,9 @@ def test_keys_rotated_again_would_be_wrong_beyond_the_first_layer():
 
 @given(start=st.integers(0, 30), n=st.integers(1, 12), split=st.integers(1, 11))
 def test_explicit_positions_choose_the_factors_and_match_a_shifted_run(start, n, split):
-    """spec 8.21: [n_seq], [1, n_seq] and [n_batch, n_seq] say the same; a cache sees the largest position so far."""
+    """spec 8.21: [n_seq], [1, n_seq] and [n_batch, n_seq] say the same; a cache sees the largest
+    position so far.
+    """
     model, ids = _model(), family.ids_of(_model().config, (2, n), seed=start)
     positions = np.arange(start, start + n)
     whole = model(ids, position_ids=positions)
@@ -264,7 +276,9 @@ def test_explicit_positions_beyond_the_original_length_are_long():
 
 
 def test_positions_that_go_back_do_not_make_the_row_short_again():
-    """spec 8.21: the cached tokens count too, as in one pass over all of them; Transformers looks at the call's own positions."""
+    """spec 8.21: the cached tokens count too, as in one pass over all of them; Transformers looks
+    at the call's own positions.
+    """
     model, ids, positions = (
         _model(),
         family.ids_of(_model().config, (1, 8)),
@@ -296,7 +310,9 @@ def test_positions_default_to_the_number_of_cached_tokens():
 )
 @settings(max_examples=80)
 def test_a_call_that_fails_midway_leaves_the_cache_usable(kind, n_calls, lengths, then):
-    """At any layer, in any chunk, while a row is computed anew or not: the next call goes on as if nothing had happened."""
+    """At any layer, in any chunk, while a row is computed anew or not: the next call goes on as if
+    nothing had happened.
+    """
     model = _model(kind)
     seen = list(family.ids_of(model.config, (2, lengths[0]), seed=n_calls))
     cache = model.new_cache(2)
@@ -316,7 +332,9 @@ def test_a_call_that_fails_midway_leaves_the_cache_usable(kind, n_calls, lengths
 
 
 def test_a_long_call_that_fails_does_not_leave_long_keys_behind_a_short_one():
-    """The row was already computed anew for the length that never came; the shorter call that follows finds it out."""
+    """The row was already computed anew for the length that never came; the shorter call that
+    follows finds it out.
+    """
     model, ids = _model(), family.ids_of(_model().config, (1, 12))
     cache = model.new_cache()
     model(ids[:, :6], cache=cache)

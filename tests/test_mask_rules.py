@@ -1,4 +1,6 @@
-"""Every mask rule beside the formula of its paper, what the bounds promise, and rules inside a model."""
+"""Every mask rule beside the formula of its paper, what the bounds promise, and rules inside a
+model.
+"""
 
 from functools import lru_cache
 
@@ -52,7 +54,9 @@ def _strided(n):
 
 
 def _fixed(n, c):
-    """Child et al. 2019: A1 = {j : floor(j / l) = floor(i / l)}; A2 = {j : j mod l in l - c ... l - 1}; of j <= i."""
+    """Child et al. 2019: A1 = {j : floor(j / l) = floor(i / l)}; A2 = {j : j mod l in l - c ... l -
+    1}; of j <= i.
+    """
     return mask.fixed(
         n, c
     ), lambda _, i, j: j <= i and (j // n == i // n or j % n in range(n - c, n))
@@ -158,7 +162,9 @@ banded = st.sampled_from(
 
 @given(st.lists(banded, min_size=1, max_size=4))
 def test_the_band_of_a_rule_says_all_that_the_rule_shows(pairs):
-    """What a kernel evaluates in the rule's place: a band of distances, from a first slot on where rows are padded."""
+    """What a kernel evaluates in the rule's place: a band of distances, from a first slot on where
+    rows are padded.
+    """
     rule = pairs[0][0]
     for other, _ in pairs[1:]:
         rule = rule & other
@@ -469,7 +475,9 @@ def test_cached_decoding_equals_the_recomputation_under_any_causal_rule(
 @given(st.lists(any_rule, min_size=2, max_size=2), seeds)
 @settings(max_examples=20)
 def test_a_model_runs_each_layer_under_its_own_rule(model, pairs, seed):
-    """The definition with the table of each layer, one after the other, is handed exactly these masks."""
+    """The definition with the table of each layer, one after the other, is handed exactly these
+    masks.
+    """
     ids, seen = tiny.random_ids(N_BATCH, N, seed), []
 
     def attention(q, k, v, *, mask, **slots):
@@ -530,7 +538,9 @@ def test_padding_is_hidden_under_a_rule_of_ones_own(model):
 
 @lru_cache
 def in_float32(folder):
-    """The default checkpoint with its weights widened once: the same numbers as stored in 16 bits, ten times as fast on a CPU."""
+    """The default checkpoint with its weights widened once: the same numbers as stored in 16 bits,
+    ten times as fast on a CPU.
+    """
     return npllm.load(folder, dtype="float32")
 
 

@@ -58,7 +58,9 @@ SIZES = {
 
 
 def named_values(cached):
-    """Every name that a tap of the two-layer model sees, in order, with its axes as `npllm.models.taps` lists them."""
+    """Every name that a tap of the two-layer model sees, in order, with its axes as
+    `npllm.models.taps` lists them.
+    """
     rows = [
         (name, axes.strip("[]").split(", "))
         for name, (axes, _) in taps.NAMES.items()

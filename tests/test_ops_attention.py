@@ -1,4 +1,6 @@
-"""attention_weights, attention and blockwise_attention: the definition beside a loop, and the blockwise form beside the definition."""
+"""attention_weights, attention and blockwise_attention: the definition beside a loop, and the
+blockwise form beside the definition.
+"""
 
 import itertools
 import re

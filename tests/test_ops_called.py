@@ -1,4 +1,6 @@
-"""Every op that a model calls goes through its set: a replaced one fires, in every architecture that has it."""
+"""Every op that a model calls goes through its set: a replaced one fires, in every architecture
+that has it.
+"""
 
 from collections import Counter
 

@@ -1,4 +1,6 @@
-"""Packing: a valid, tight placement; documents in one row score as they do alone; restarting positions is not what separates them."""
+"""Packing: a valid, tight placement; documents in one row score as they do alone; restarting
+positions is not what separates them.
+"""
 
 import itertools
 import math
@@ -34,7 +36,9 @@ def test_every_document_stands_once_in_a_row_that_has_room(job):
 
 @given(jobs)
 def test_rows_are_those_of_first_fit_decreasing(job):
-    """The textbook form: take the longest that is left, put it into the first row where it fits, ties by number."""
+    """The textbook form: take the longest that is left, put it into the first row where it fits,
+    ties by number.
+    """
     lengths, capacity = job
     rows, left = [], list(enumerate(lengths))
     while left:
@@ -135,7 +139,9 @@ def test_a_layout_holds_each_document_with_its_own_positions_and_label(job, seed
 
 
 def alone(model, ids):
-    """Log-probability of every token after the first, one document at a time, by a loop over its tokens."""
+    """Log-probability of every token after the first, one document at a time, by a loop over its
+    tokens.
+    """
     logits = np.asarray(model(np.array([ids]))[0], dtype=np.float64)
     return np.array(
         [row[token] - np.logaddexp.reduce(row) for row, token in zip(logits, ids[1:], strict=False)]
@@ -179,7 +185,9 @@ def test_several_documents_do_share_a_row():
 
 
 def packed_by_hand(model, ids, *, restart, apart):
-    """Hidden states of two documents in one row: with positions that restart or go on, with or without the rule."""
+    """Hidden states of two documents in one row: with positions that restart or go on, with or
+    without the rule.
+    """
     n = [len(document) for document in ids]
     positions = np.concatenate([np.arange(n[0]), np.arange(n[1])]) if restart else np.arange(sum(n))
     rule = causal() & documents(np.repeat([[0, 1]], n, axis=1)) if apart else causal()
@@ -189,7 +197,9 @@ def packed_by_hand(model, ids, *, restart, apart):
 
 
 def test_restarting_the_positions_alone_leaks():
-    """Convention C19: the second document still sees the first; under RoPE only the rule keeps them apart, restart or not."""
+    """Convention C19: the second document still sees the first; under RoPE only the rule keeps them
+    apart, restart or not.
+    """
     model = tiny.model(dtype=np.float64)
     ids = [document for document in some_documents(3, longest=12) if len(document) > 4][:2]
     desired = model.model(np.array([ids[1]]))[0]
@@ -227,7 +237,9 @@ def test_nothing_to_score_gives_nothing():
     ],
 )
 def test_documents_that_cannot_be_scored_raise(ids, options):
-    """Empty, beyond the context, beyond the row, not in the vocabulary, text without a tokenizer, a row beyond the context."""
+    """Empty, beyond the context, beyond the row, not in the vocabulary, text without a tokenizer, a
+    row beyond the context.
+    """
     with pytest.raises(NpllmError):
         score_packed(tiny.model(), ids, **options)
 

@@ -1,4 +1,6 @@
-"""Pictures: every rule in one, the weights of one head and of all, and what happens without matplotlib."""
+"""Pictures: every rule in one, the weights of one head and of all, and what happens without
+matplotlib.
+"""
 
 import sys
 import warnings

@@ -1,4 +1,6 @@
-"""Positions: rotations as matrices, pairs and complex numbers, equal to each other; sinusoids, and learned vectors."""
+"""Positions: rotations as matrices, pairs and complex numbers, equal to each other; sinusoids, and
+learned vectors.
+"""
 
 import math
 
@@ -89,7 +91,9 @@ def test_matrices_keep_the_axes_of_the_positions():
 
 
 def to_pairs(half):
-    """The permutation from half-split to interleaved channels: channel c of the pairs is channel ORDER[c] of the halves."""
+    """The permutation from half-split to interleaved channels: channel c of the pairs is channel
+    ORDER[c] of the halves.
+    """
     return np.array([c // 2 + half * (c % 2) for c in range(2 * half)])
 
 
@@ -177,7 +181,9 @@ def test_a_complex_product_that_does_not_fit_raises(shape, n, half):
     st.integers(1, 9), st.integers(0, 5000), st.integers(1, 8), st.sampled_from([10000.0, 100.0])
 )
 def test_sinusoids_follow_the_formula(n_seq, start, half, base):
-    """Vaswani et al. 2017, section 3.5: the even channels sines, the odd ones cosines of the same angle."""
+    """Vaswani et al. 2017, section 3.5: the even channels sines, the odd ones cosines of the same
+    angle.
+    """
     d = 2 * half
     angle = [
         [(start + n) / math.pow(base, 2 * (c // 2) / d) for c in range(d)] for n in range(n_seq)

@@ -1,4 +1,6 @@
-"""The profile: what it counts is what the formulas of `npllm.analysis.cost` say, on sets with kernels in their slots and without."""
+"""The profile: what it counts is what the formulas of `npllm.analysis.cost` say, on sets with
+kernels in their slots and without.
+"""
 
 import pytest
 from tiny import model, random_ids

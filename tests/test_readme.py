@@ -80,7 +80,9 @@ TOPICS = [
 
 
 def chapter_rows():
-    """The rows of the table of the chapter: (cell of the topic, of the functions, of the command or example)."""
+    """The rows of the table of the chapter: (cell of the topic, of the functions, of the command or
+    example).
+    """
     section = README.split("## The chapter, section by section", 1)[1].split("\n## ", 1)[0]
     return [
         tuple(cell.strip() for cell in line.strip("|").split("|"))

@@ -18,8 +18,8 @@ MINI = ((3072, 32), (32, 32, 96), 8192, 32064, 10000.0)
 MEDIUM = ((5120, 40), (40, 10, 128), 17920, 32064, 10000.0)
 PHI4_MINI = ((3072, 32), (24, 8, 128), 8192, 200064, 10000.0)
 SHORT, LONG = (4096, 4096), (131072, 4096)
-# file: (hidden, layers), (heads, kv heads, head_dim), intermediate, vocab, theta; rope type, rotated channels, (max, original max),
-# window, tied, (bos, eos, pad), dtype
+# file: (hidden, layers), (heads, kv heads, head_dim), intermediate, vocab, theta; rope type,
+# rotated channels, (max, original max), window, tied, (bos, eos, pad), dtype
 TABLE = {
     "phi-3-mini-4k-instruct.dotnet-machinelearning": (
         *MINI,
@@ -207,7 +207,9 @@ def _config(name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_published_config_says_what_the_table_says_and_warns_of_nothing(name):
-    """spec 8.30, 8.32, 8.35 (pad null, torch_dtype), 8.38: the su files parse, integer theta, auto_map is not followed."""
+    """spec 8.30, 8.32, 8.35 (pad null, torch_dtype), 8.38: the su files parse, integer theta,
+    auto_map is not followed.
+    """
     config = _config(name)
     rope_parameters = config.rope_parameters
     assert TABLE[name] == (
@@ -249,7 +251,9 @@ def test_the_shapes_add_up_to_the_published_number_of_parameters(name):
 
 @pytest.mark.parametrize("name", TORCH)
 def test_frequencies_and_attention_factor_equal_torchs(name):
-    """spec 8.3: within 1 unit of the last place in all but one entry of each array; the factor exactly."""
+    """spec 8.3: within 1 unit of the last place in all but one entry of each array; the factor
+    exactly.
+    """
     config, made = (
         _config(TORCH[name]),
         np.load(family.shared_file("spec", "real_inv_freq_torch.npz")),
@@ -378,7 +382,9 @@ PHI_4 = {
 
 
 def _write_holes(folder, n_shards):
-    """A folder of phi-4's size whose files hold headers and, beyond them, nothing that takes room on the disk."""
+    """A folder of phi-4's size whose files hold headers and, beyond them, nothing that takes room
+    on the disk.
+    """
     names, weight_map = sorted(expected_shapes(Config.from_json(PHI_4)).items()), {}
     for shard in range(n_shards):
         file, entries, stop = f"model-{shard + 1:05}-of-{n_shards:05}.safetensors", {}, 0

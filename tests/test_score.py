@@ -1,4 +1,6 @@
-"""Scoring: log-probabilities by their definition, windows that score each token once, perplexity as Transformers' model has it."""
+"""Scoring: log-probabilities by their definition, windows that score each token once, perplexity as
+Transformers' model has it.
+"""
 
 import json
 import math

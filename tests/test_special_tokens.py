@@ -1,4 +1,6 @@
-"""Special tokens that tokenizer.json does not list: ids, what leaks into an answer, and what a template sees."""
+"""Special tokens that tokenizer.json does not list: ids, what leaks into an answer, and what a
+template sees.
+"""
 
 import os
 import tempfile

@@ -44,7 +44,9 @@ def implementations(op, inputs):
 
 
 def largest_share(op, n, seed, dtype="float32"):
-    """Run n cases; raise for an output that is wrong, else return the largest share of the statistical budget."""
+    """Run n cases; raise for an output that is wrong, else return the largest share of the
+    statistical budget.
+    """
     rng, largest = np.random.default_rng([seed, *op.encode()]), 0.0
     for case in range(n):
         inputs = INPUTS[op](rng)
@@ -113,7 +115,9 @@ def test_each_operation_has_a_dozen_mistakes(op):
 
 @every_op
 def test_float64_is_judged_by_more_digits(op):
-    """The gold in float64 is itself inside a float64 budget around 40 digits; the definitions in float64 are too."""
+    """The gold in float64 is itself inside a float64 budget around 40 digits; the definitions in
+    float64 are too.
+    """
     pytest.importorskip("mpmath", reason="needs mpmath (npllm[test])")
     rng, largest = np.random.default_rng(SEED), 0.0
     for _ in range(3):
@@ -133,7 +137,9 @@ def test_float64_is_judged_by_more_digits(op):
 
 
 def in_float64(op, rng):
-    """Few inputs that float32 does not hold; rope by its tables, since a base leaves open how frequencies are rounded."""
+    """Few inputs that float32 does not hold; rope by its tables, since a base leaves open how
+    frequencies are rounded.
+    """
     inputs = {
         name: x.astype(np.float64) * (1 + 1e-9 * rng.standard_normal(x.shape))
         if getattr(x, "dtype", None) == np.float32

@@ -1,4 +1,6 @@
-"""Verdicts: within, wrong, not decidable, no gold; the model that explains an error, and where it lives."""
+"""Verdicts: within, wrong, not decidable, no gold; the model that explains an error, and where it
+lives.
+"""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,6 @@
-"""npllm.text.tokenizer: text to ids and back, streams of text, and chat templates in a sandbox; on tiny tokenizers of both forms."""
+"""npllm.text.tokenizer: text to ids and back, streams of text, and chat templates in a sandbox; on
+tiny tokenizers of both forms.
+"""
 
 import os
 from pathlib import Path

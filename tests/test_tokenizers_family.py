@@ -1,7 +1,8 @@
-"""The real tokenizers of the family give Transformers' ids, texts and chats: by golden file, and live where it is installed.
+"""The real tokenizers of the family give Transformers' ids, texts and chats: by golden file, and
+live where it is installed.
 
-The cut-down tokenizers in golden/tokenizers always run; the whole ones where NPLLM_TOKENIZERS, or ../shared/tokenizers beside the
-checkout, holds them.
+The cut-down tokenizers in golden/tokenizers always run; the whole ones where NPLLM_TOKENIZERS, or
+../shared/tokenizers beside the checkout, holds them.
 """
 
 import json
@@ -35,7 +36,9 @@ def cut_down(name):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Function name -> folder of the whole tokenizer, as a checkpoint has it; of the cut-down one where the whole is not here."""
+    """Function name -> folder of the whole tokenizer, as a checkpoint has it; of the cut-down one
+    where the whole is not here.
+    """
     if not WHOLE.is_dir():
         return CUT_DOWN.joinpath
     return cache(lambda name: make_folder(tmp_path_factory.mktemp("family") / name, WHOLE, name))
@@ -217,7 +220,9 @@ def test_live_added_tokens_of_tokenizer_config_count(change, theirs, folder, tmp
 
 @pytest.mark.parametrize("name", PHI3)
 def test_text_starts_with_its_own_space(name, tokenizer):
-    """The first word carries a ▁, a leading space adds a second, and the empty text is empty (spec 8.43)."""
+    """The first word carries a ▁, a leading space adds a second, and the empty text is empty (spec
+    8.43).
+    """
     encode = tokenizer(name).encode
     assert encode("The capital of France is") == [450, 7483, 310, 3444, 338]
     assert encode(" The capital of France is") == [29871, 450, 7483, 310, 3444, 338]
@@ -231,7 +236,9 @@ def test_text_starts_with_its_own_space(name, tokenizer):
 
 
 def test_space_after_a_special_token(tokenizer):
-    """Text after a special token gets a ▁ of its own; a space in between is swallowed where the token strips (spec 8.43)."""
+    """Text after a special token gets a ▁ of its own; a space in between is swallowed where the
+    token strips (spec 8.43).
+    """
     for name in ("phi-3-mini", "phi-3-medium"):
         mini = tokenizer(name)
         assert mini.encode("a<|end|>b") == mini.encode("a<|end|> b") == [263, 32007, 289]
@@ -280,7 +287,9 @@ def test_ids_without_a_token_decode_to_nothing(name, ids, tokenizer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_beginning_token_by_default(name, tokenizer):
-    """The post-processor decides, and none of the family adds one, whatever tokenizer_config.json says (spec 8.47)."""
+    """The post-processor decides, and none of the family adds one, whatever tokenizer_config.json
+    says (spec 8.47).
+    """
     ours = tokenizer(name)
     assert ours.encode("The capital") == ours.encode("The capital", add_special_tokens=False)
 
@@ -302,7 +311,9 @@ def test_beginning_token_on_request(text, ids):
 
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
 def test_never_two_beginning_tokens(add_bos_token):
-    """A text that begins with one, as a chat template writes it, gets no other; one typed by hand stays (spec 8.47)."""
+    """A text that begins with one, as a chat template writes it, gets no other; one typed by hand
+    stays (spec 8.47).
+    """
     ours = Tokenizer.from_folder(CUT_DOWN / "phi-3", add_bos_token=add_bos_token)
     chat = ours.apply_chat_template(GOLDEN["messages"]["one"])
     assert chat.startswith("<s>")
@@ -315,7 +326,9 @@ def test_never_two_beginning_tokens(add_bos_token):
     ("add_bos_token", "wanted"), [(None, [1, 263]), (True, [1, 263]), (False, [263])]
 )
 def test_beginning_token_of_a_post_processor(add_bos_token, wanted, tmp_path):
-    """The option overrules a post-processor that adds one; without it, the post-processor is heeded (spec 8.47)."""
+    """The option overrules a post-processor that adds one; without it, the post-processor is heeded
+    (spec 8.47).
+    """
     folder = CUT_DOWN / "phi-3"
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     content["post_processor"]["single"].insert(0, {"SpecialToken": {"id": "<s>", "type_id": 0}})
@@ -335,7 +348,9 @@ def test_beginning_token_of_a_post_processor(add_bos_token, wanted, tmp_path):
 @pytest.mark.live
 @pytest.mark.parametrize("name", NAMES)
 def test_live_beginning_token_on_request(name, folder, theirs):
-    """add_bos_token=True means what it means in Transformers, except that it never gives two (spec 8.47)."""
+    """add_bos_token=True means what it means in Transformers, except that it never gives two (spec
+    8.47).
+    """
     from transformers import AutoTokenizer
 
     assert theirs
@@ -371,7 +386,9 @@ def test_chat_is_transformers_chat(name, conversation, tokenizer):
 @pytest.mark.live
 @pytest.mark.parametrize("name", NAMES)
 def test_live_chat_of_any_conversation(name, ours, theirs):
-    """Law: whatever is said, the text is Transformers', tools in the system message included (spec 8.41)."""
+    """Law: whatever is said, the text is Transformers', tools in the system message included (spec
+    8.41).
+    """
     ours, hf = ours(name), theirs(name)
     message = st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": TEXTS},
@@ -560,7 +577,9 @@ def test_a_template_may_shorten_what_the_assistant_said():
 
 
 def test_end_of_text_closes_a_conversation_without_generation_prompt(tokenizer):
-    """Where the template says so: Phi-3-mini and Phi-4-mini do, medium and phi-4 do not (spec 8.49)."""
+    """Where the template says so: Phi-3-mini and Phi-4-mini do, medium and phi-4 do not (spec
+    8.49).
+    """
     ends = {
         name: rendered(tokenizer(name), KNIGHT[1:], end=False).endswith("<|endoftext|>")
         for name in NAMES
@@ -653,6 +672,8 @@ def test_stream_gives_each_character_as_soon_as_it_is_whole(tokenizer):
 
 
 def test_golden_file_holds_the_strings_of_today():
-    """scripts/make_golden_tokenizers.py must run again where the strings change; there are hundreds."""
+    """scripts/make_golden_tokenizers.py must run again where the strings change; there are
+    hundreds.
+    """
     assert (GOLDEN["strings"], GOLDEN["messages"], NAMES) == (strings(), MESSAGES, list(FAMILY))
     assert len(GOLDEN["strings"]) > 500

@@ -1,4 +1,6 @@
-"""The block of 2017: LayerNorm, ReLU, GELU and the error function, post-norm and pre-norm, beside torch where it is installed."""
+"""The block of 2017: LayerNorm, ReLU, GELU and the error function, post-norm and pre-norm, beside
+torch where it is installed.
+"""
 
 import math
 import os

@@ -72,7 +72,9 @@ def test_a_buffer_that_is_not_waited_for_is_noticed(monkeypatch):
     ids=["phi3", "llama"],
 )
 def test_a_checkpoint_arrives_as_numpy_would_have_loaded_it(tmp_path, family, dtype):
-    """Fused tensors and those that are put together from several; the pinned buffers are all that is ever held beside the files."""
+    """Fused tensors and those that are put together from several; the pinned buffers are all that
+    is ever held beside the files.
+    """
     folder = tiny.write_folder(tmp_path, dtype=ml_dtypes.bfloat16, **family)
     config = Config.from_json(folder)
     alive, PinnedMemory.most = PinnedMemory.alive, 0

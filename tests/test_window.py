@@ -44,7 +44,9 @@ def _one_layer():
 
 @pytest.mark.parametrize("n_seq", [5, 6, 7])
 def test_a_query_sees_exactly_the_last_w_tokens_its_own_included(n_seq):
-    """spec 8.22: T = W, W + 1, W + 2; changing token j changes position i just where i - W < j <= i."""
+    """spec 8.22: T = W, W + 1, W + 2; changing token j changes position i just where i - W < j <=
+    i.
+    """
     model, ids = _one_layer(), family.ids_of(_one_layer().config, (1, n_seq))
     before = model(ids)[0]
     for j in range(n_seq):
@@ -106,7 +108,9 @@ def test_any_sequence_of_cached_calls_equals_one_shot(window, calls):
     chunk=st.integers(1, 16),
 )
 def test_left_padding_takes_slots_of_the_window_and_changes_no_row(window, lengths, chunk):
-    """spec 8.25, 8.26: slots between two tokens of a left-padded row are as many as without padding."""
+    """spec 8.25, 8.26: slots between two tokens of a left-padded row are as many as without
+    padding.
+    """
     model, rng = _model(window), np.random.default_rng(chunk)
     rows = [rng.integers(3, 60, length) for length in lengths]
     ids, mask = family.padded(rows)
@@ -153,7 +157,9 @@ def test_keys_that_a_failed_call_pushed_out_of_the_window_come_back(window, n, l
 
 
 def test_memory_stops_growing():
-    """Ten times the tokens, the same bytes; a prompt that came at once leaves no more than the room of one call."""
+    """Ten times the tokens, the same bytes; a prompt that came at once leaves no more than the room
+    of one call.
+    """
     model = _model(8, 4096, "float32")
     cache, ids = model.new_cache(), family.ids_of(model.config, (1, 2000))
     sizes = []
@@ -185,7 +191,9 @@ def test_the_cache_hands_out_the_slots_that_the_window_can_see():
 
 
 def test_caches_share_nothing():
-    """spec 8.28: two caches of one model, run in turns; a deep copy goes its own way; a new one holds 0 tokens."""
+    """spec 8.28: two caches of one model, run in turns; a deep copy goes its own way; a new one
+    holds 0 tokens.
+    """
     model = _model(6)
     ids = family.ids_of(model.config, (2, 30))
     a, b = model.new_cache(), model.new_cache()

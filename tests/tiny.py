@@ -1,4 +1,6 @@
-"""Tiny Phi-3 checkpoint folders with fixed random weights, tiny tokenizers, and a model that says what it is told to."""
+"""Tiny Phi-3 checkpoint folders with fixed random weights, tiny tokenizers, and a model that says
+what it is told to.
+"""
 
 import json
 from pathlib import Path
@@ -61,7 +63,9 @@ def weights(config=None, seed=0, dtype=np.float32):
 
 
 def write_safetensors(path, tensors, *, pad=True, header=None):
-    """Write a safetensors file; `pad=False` puts the data at an odd byte, `header` replaces the header's text."""
+    """Write a safetensors file; `pad=False` puts the data at an odd byte, `header` replaces the
+    header's text.
+    """
     names, entries, stop = {np.dtype(value): key for key, value in DTYPES.items()}, {}, 0
     for name, x in tensors.items():
         start, stop = stop, stop + x.nbytes
@@ -94,7 +98,8 @@ def write_folder(
 ):
     """Write a checkpoint folder: config.json, model.safetensors, and what else is given.
 
-    tokenizer: of the tokenizers library; settings: content of tokenizer_config.json; generation: of generation_config.json.
+    tokenizer: of the tokenizers library; settings: content of tokenizer_config.json; generation: of
+    generation_config.json.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -116,7 +121,9 @@ def write_json(path, content):
 
 
 def model(*, ops=None, seed=0, dtype=np.float32, **changes):
-    """A model with random weights that came from no folder; as those of a checkpoint they are read-only."""
+    """A model with random weights that came from no folder; as those of a checkpoint they are
+    read-only.
+    """
     content = config_dict(**changes)
     config = Config.from_json(content)
     w = weights(content, seed, dtype)
@@ -183,7 +190,9 @@ MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ã
 
 
 def byte_level():
-    """Six special tokens, every byte (id 6 on), and a few merges: the form of GPT-2's, Phi-4's and the default tokenizer."""
+    """Six special tokens, every byte (id 6 on), and a few merges: the form of GPT-2's, Phi-4's and
+    the default tokenizer.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *map("".join, MERGES)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=MERGES))
@@ -196,7 +205,9 @@ def byte_level():
 
 
 def sentencepiece():
-    """Byte tokens <0xNN> for what the vocabulary lacks, and ▁ for a space: the form of Phi-3's tokenizer."""
+    """Byte tokens <0xNN> for what the vocabulary lacks, and ▁ for a space: the form of Phi-3's
+    tokenizer.
+    """
     pieces = ["▁", *"abcdehlorw", "é", "▁hello", "▁w", "日", "▁本"]
     merges = [("▁", "w"), ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello")]
     vocab = [
@@ -234,7 +245,8 @@ def sentencepiece():
 
 
 class Scripted(npllm.Model):
-    """A model that says what it is told to: row r answers `script[r]`, then spaces, whatever the prompt.
+    """A model that says what it is told to: row r answers `script[r]`, then spaces, whatever the
+    prompt.
 
     generation: content of generation_config.json as GenerationConfig's fields.
     """

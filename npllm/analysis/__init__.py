@@ -1,4 +1,5 @@
 """What is measured or counted of a model: scores, costs, times, plots, reports.
 
-Belongs here: functions that return numbers for a reader.  Does not: layout on a terminal (cli/), correctness (testing/).
+Belongs here: functions that return numbers for a reader.  Does not: layout on a terminal (cli/),
+correctness (testing/).
 """

@@ -1,7 +1,8 @@
-"""What a model costs: parameters, operations, bytes moved and bytes of KV cache, as formulas of its configuration.
+"""What a model costs: parameters, operations, bytes moved and bytes of KV cache, as formulas of its
+configuration.
 
-Nothing here runs a model or needs weights.  Each formula is confirmed by `counting_ops`, a set of ops that counts while it runs:
-the tests compare the two number by number.
+Nothing here runs a model or needs weights.  Each formula is confirmed by `counting_ops`, a set of
+ops that counts while it runs: the tests compare the two number by number.
 
 What counts (the conventions that the formulas and the counting run share):
 
@@ -15,9 +16,10 @@ What counts (the conventions that the formulas and the counting run share):
     swiglu          5 for each channel: -x, exp, 1 +, the quotient, times up
     embed           none
 
-Bytes: each op reads its arguments once and writes its result once, as if nothing stayed in fast memory between two ops and
-nothing went there and back within one.  `embed` reads only the rows it gathers.  Sums of the residual stream (2 d_model for each
-token and layer) and copies into the cache belong to no op and are not counted; nor is the evaluation of masks.
+Bytes: each op reads its arguments once and writes its result once, as if nothing stayed in fast
+memory between two ops and nothing went there and back within one.  `embed` reads only the rows it
+gathers.  Sums of the residual stream (2 d_model for each token and layer) and copies into the cache
+belong to no op and are not counted; nor is the evaluation of masks.
 """
 
 from typing import NamedTuple
@@ -82,7 +84,8 @@ def parameter_counts(config):
 
     Notes
     -----
-    Source: the shapes of `Phi3ForCausalLM` in Transformers; `npllm.checkpoints.phi3_layout.expected_shapes` lists them one by one.
+    Source: the shapes of `Phi3ForCausalLM` in Transformers;
+    `npllm.checkpoints.phi3_layout.expected_shapes` lists them one by one.
     """
     _require_lm(config)
     d, n_layer = config.hidden_size, config.num_hidden_layers
@@ -99,7 +102,8 @@ def parameter_counts(config):
 
 
 def visible_pairs(n_seq, n_past=0, window=None):
-    """Count the pairs of a query and a key that it sees, for n_seq queries after n_past cached tokens.
+    """Count the pairs of a query and a key that it sees, for n_seq queries after n_past cached
+    tokens.
 
         sum_(i = n_past ... n_past + n_seq - 1) min(i + 1, window)
 
@@ -146,7 +150,8 @@ def forward_cost(config, n_seq, *, n_past=0, n_batch=1, n_logits=1, dtype=None):
     n_logits : int
         Positions of each sequence whose logits are computed: 1 to generate, n_seq to score.
     dtype : str, optional
-        Of the weights; default: as the configuration says.  Activations are float32, float64 for "float64".
+        Of the weights; default: as the configuration says.  Activations are float32, float64 for
+        "float64".
 
     Returns
     -------
@@ -160,9 +165,11 @@ def forward_cost(config, n_seq, *, n_past=0, n_batch=1, n_logits=1, dtype=None):
 
     Notes
     -----
-    Without padding; no op is fused.  With a cache and a window, attention is given min(n_past, window - 1) + n_seq keys.
+    Without padding; no op is fused.  With a cache and a window, attention is given min(n_past,
+    window - 1) + n_seq keys.
 
-    Source: "Scaling Laws for Neural Language Models" (Kaplan et al. 2020), table 1, with everything it leaves out.
+    Source: "Scaling Laws for Neural Language Models" (Kaplan et al. 2020), table 1, with everything
+    it leaves out.
     """
     _check(config, n_seq, n_past, n_batch, n_logits)
     size = _Sizes(config, n_seq, n_past, n_batch, n_logits, dtype)
@@ -178,7 +185,8 @@ def forward_cost(config, n_seq, *, n_past=0, n_batch=1, n_logits=1, dtype=None):
 
 
 def prefill_cost(config, n_prompt, *, n_batch=1, chunk=512, dtype=None):
-    """Cost of reading a prompt into the cache, `chunk` tokens at a time, up to the first token's logits.
+    """Cost of reading a prompt into the cache, `chunk` tokens at a time, up to the first token's
+    logits.
 
         cost = sum over the chunks of forward_cost(n, n_past = tokens before it), logits for the last position only
 
@@ -210,7 +218,9 @@ def prefill_cost(config, n_prompt, *, n_batch=1, chunk=512, dtype=None):
 
 
 def decode_cost(config, n_context, *, n_batch=1, dtype=None):
-    """Cost of one more token for each sequence, with n_context tokens in the cache: `forward_cost` of one token."""
+    """Cost of one more token for each sequence, with n_context tokens in the cache: `forward_cost`
+    of one token.
+    """
     return forward_cost(config, 1, n_past=n_context, n_batch=n_batch, dtype=dtype)
 
 
@@ -236,8 +246,9 @@ def uncached_flops(config, n, *, n_batch=1):
 
     Notes
     -----
-    In closed form, since flops are linear in tokens t, visible pairs p and logits: the cached run has t = n and
-    p = visible_pairs(n); the other has t = n (n + 1) / 2 and the sum of visible_pairs(i), i = 1 ... n.
+    In closed form, since flops are linear in tokens t, visible pairs p and logits: the cached run
+    has t = n and p = visible_pairs(n); the other has t = n (n + 1) / 2 and the sum of
+    visible_pairs(i), i = 1 ... n.
     """
     _check(config, n, 0, n_batch, 1)
     window = config.sliding_window
@@ -275,9 +286,11 @@ def kv_cache_bytes(config, n_context, *, n_batch=1, n_kv_head=None, window=None,
 
     Notes
     -----
-    Of the keys that the last of the n_context queries sees.  `KVCache` holds room for growth besides.
+    Of the keys that the last of the n_context queries sees.  `KVCache` holds room for growth
+    besides.
 
-    Source: "Fast Transformer Decoding" (Shazeer 2019), section 2.4; "GQA" (Ainslie et al. 2023), section 2.2.
+    Source: "Fast Transformer Decoding" (Shazeer 2019), section 2.4; "GQA" (Ainslie et al. 2023),
+    section 2.2.
     """
     n_kv_head = config.num_key_value_heads if n_kv_head is None else n_kv_head
     kept = n_context if window is None else min(n_context, window)
@@ -285,12 +298,14 @@ def kv_cache_bytes(config, n_context, *, n_batch=1, n_kv_head=None, window=None,
 
 
 def kv_table(config, n_context, *, n_batch=1, itemsize=4):
-    """Bytes of KV cache, had the model as many key heads as query heads (MHA), its own (GQA), or one (MQA), and a window.
+    """Bytes of KV cache, had the model as many key heads as query heads (MHA), its own (GQA), or
+    one (MQA), and a window.
 
     Returns
     -------
     table : dict of str to dict
-        "mha", "gqa" and "mqa" -> {"n_kv_head", "full", "window"}; "window" is None where the model has none.
+        "mha", "gqa" and "mqa" -> {"n_kv_head", "full", "window"}; "window" is None where the model
+        has none.
     """
     heads = {"mha": config.num_attention_heads, "gqa": config.num_key_value_heads, "mqa": 1}
     same = {"n_batch": n_batch, "itemsize": itemsize}
@@ -326,7 +341,8 @@ def cost_facts(config, n_context, *, n_batch=1, dtype=None):
     Raises
     ------
     NpllmValueError
-        When the context and one token more exceed the context length, or the model is no language model.
+        When the context and one token more exceed the context length, or the model is no language
+        model.
     """
     parameters = parameter_counts(config)
     prefill, decode = (
@@ -435,7 +451,9 @@ def _swiglu(z):
 
 
 def _rates(config, n_batch):
-    """Flops for each token, visible pair and logit row of a sequence, times n_batch: what `forward_cost` is linear in."""
+    """Flops for each token, visible pair and logit row of a sequence, times n_batch: what
+    `forward_cost` is linear in.
+    """
     per_token = total(forward_cost(config, 1, n_batch=n_batch, n_logits=0)).flops
     pair = (
         n_batch
@@ -521,8 +539,8 @@ def counting_ops(ops=reference):
 
     Notes
     -----
-    Knows nothing of the model: operations follow from the shapes of the arguments, visible pairs from the mask itself, bytes from
-    the arrays.
+    Knows nothing of the model: operations follow from the shapes of the arguments, visible pairs
+    from the mask itself, bytes from the arrays.
     """
     costs = {}
 
@@ -567,7 +585,9 @@ COUNTS = {
 
 
 def bytes_moved(name, args, options, y):
-    """Bytes of all arrays that go in and come out; of an embedding matrix only the rows that are gathered."""
+    """Bytes of all arrays that go in and come out; of an embedding matrix only the rows that are
+    gathered.
+    """
     arrays = [
         x
         for x in (*args, *options.values(), *(y if isinstance(y, tuple) else (y,)))

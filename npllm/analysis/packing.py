@@ -37,7 +37,8 @@ def pack(lengths, capacity):
     -----
     At most 11/9 of the best number of rows, plus 6/9.
 
-    Source: "Near-Optimal Bin Packing Algorithms" (Johnson 1973); "Efficient Sequence Packing" (Krell et al. 2021).
+    Source: "Near-Optimal Bin Packing Algorithms" (Johnson 1973); "Efficient Sequence Packing"
+    (Krell et al. 2021).
     """
     _check_lengths(lengths, capacity)
     rows, room = [], []
@@ -61,13 +62,16 @@ def _check_lengths(lengths, capacity):
 
 
 def utilisation(rows, lengths):
-    """Tell which part of the computed slots holds tokens, when every row is as long as the longest one."""
+    """Tell which part of the computed slots holds tokens, when every row is as long as the longest
+    one.
+    """
     filled = [sum(lengths[number] for number in row) for row in rows]
     return sum(filled) / (len(filled) * max(filled)) if filled else 1.0
 
 
 def score_packed(model, documents, *, capacity=None, n_rows=4):
-    """Score documents token by token, several to a row: the log-probability of each token after those before it.
+    """Score documents token by token, several to a row: the log-probability of each token after
+    those before it.
 
         score[t] = log softmax(logits after tokens 0 ... t-1)[token t],   t = 1 ... n - 1
 
@@ -93,9 +97,10 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
 
     Notes
     -----
-    Each document gets its own positions (0 ...) and sees only itself (`ops.mask.documents`), so the scores are those it has alone.
-    That holds for mask rules of the distance i - j (causal, windows, bands, strides); a rule that goes by absolute slots (fixed,
-    block_local, global_tokens, random_blocks, prefix_lm) means other slots in a packed row.
+    Each document gets its own positions (0 ...) and sees only itself (`ops.mask.documents`), so the
+    scores are those it has alone.  That holds for mask rules of the distance i - j (causal,
+    windows, bands, strides); a rule that goes by absolute slots (fixed, block_local, global_tokens,
+    random_blocks, prefix_lm) means other slots in a packed row.
 
     Source: "Efficient Sequence Packing without Cross-contamination" (Krell et al. 2021).
     """
@@ -122,7 +127,9 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
 
 
 def _pack_alike(lengths, capacity, choices):
-    """Pack documents by themselves that use the same RoPE frequencies: a row has one set, and longrope goes by the length."""
+    """Pack documents by themselves that use the same RoPE frequencies: a row has one set, and
+    longrope goes by the length.
+    """
     rows = []
     for choice in sorted(set(choices)):
         alike = [number for number, other in enumerate(choices) if other == choice]
@@ -133,7 +140,8 @@ def _pack_alike(lengths, capacity, choices):
 
 
 def layout(rows, ids):
-    """Lay documents out in rows: token ids, positions that restart, and a label for each document (0 for the empty rest).
+    """Lay documents out in rows: token ids, positions that restart, and a label for each document
+    (0 for the empty rest).
 
     Returns
     -------

@@ -1,4 +1,6 @@
-"""Pictures: the mask rules side by side, and the weights of a head as a heat map.  Needs matplotlib, `npllm[plot]`."""
+"""Pictures: the mask rules side by side, and the weights of a head as a heat map.  Needs
+matplotlib, `npllm[plot]`.
+"""
 
 import numpy as np
 

@@ -1,9 +1,11 @@
 """Where the time of a model goes: every operation of a run, beside what the machine could do.
 
-An operation that does F operations and moves B bytes takes at least max(F / sgemm, B / read) seconds, where sgemm and read are the
-machine's own rates, measured by `machine_limits`; that bound over the time it took is its share of the limit.
+An operation that does F operations and moves B bytes takes at least max(F / sgemm, B / read)
+seconds, where sgemm and read are the machine's own rates, measured by `machine_limits`; that bound
+over the time it took is its share of the limit.
 
-Source: "Roofline: An Insightful Visual Performance Model for Multicore Architectures" (Williams, Waterman and Patterson 2009).
+Source: "Roofline: An Insightful Visual Performance Model for Multicore Architectures" (Williams,
+Waterman and Patterson 2009).
 """
 
 import statistics
@@ -39,9 +41,10 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
     Returns
     -------
     facts : dict
-        "limits", and for "prefill" and "decode": "seconds" of the whole (one token of decoding), and "ops", a list of dicts with
-        "op", shape of its "weight", "calls", "seconds", "share" of the whole, "bytes", "flops" and share "of_limit" (None without
-        limits); "between_seconds" is what no op accounts for: the Python between them, less what a set saves that runs all layers
+        "limits", and for "prefill" and "decode": "seconds" of the whole (one token of decoding),
+        and "ops", a list of dicts with "op", shape of its "weight", "calls", "seconds", "share" of
+        the whole, "bytes", "flops" and share "of_limit" (None without limits); "between_seconds" is
+        what no op accounts for: the Python between them, less what a set saves that runs all layers
         as one kernel.
 
     Raises
@@ -122,7 +125,8 @@ def _summary(runs, n_step, limits):
 
 
 def timed_ops(ops, cuda=None):
-    """Wrap a set of ops so that it times and counts each call; layers and their halves are taken apart, other slots stay whole.
+    """Wrap a set of ops so that it times and counts each call; layers and their halves are taken
+    apart, other slots stay whole.
 
     Parameters
     ----------
@@ -134,7 +138,8 @@ def timed_ops(ops, cuda=None):
     -------
     timed : Ops
     calls : dict
-        (op, shape of the weight or None) -> [calls, seconds, operations, bytes moved]; empty at first.
+        (op, shape of the weight or None) -> [calls, seconds, operations, bytes moved]; empty at
+        first.
     """
     calls = defaultdict(lambda: [0, 0.0, 0, 0])
 
@@ -167,7 +172,9 @@ def timed_ops(ops, cuda=None):
 
 
 def count(name, args, options, y):
-    """Operations and bytes of a call, as `npllm.analysis.cost` counts; values inside a slot are not moved."""
+    """Operations and bytes of a call, as `npllm.analysis.cost` counts; values inside a slot are not
+    moved.
+    """
     if name == "rope_attention":
         qkv, step = args
         return _count_rope_attention(qkv, *step[:4], y=y, mask=step.mask, cache=step.cache)
@@ -187,7 +194,9 @@ def count(name, args, options, y):
 
 
 def _count_rope_attention(qkv, cos, sin, n_head, n_kv_head, *, y, mask, cache):
-    """The rotation of queries and keys, and the pairs that the mask lets through; the keys and values of all slots are read."""
+    """The rotation of queries and keys, and the pairs that the mask lets through; the keys and
+    values of all slots are read.
+    """
     q, k, _ = split_qkv(qkv, n_head, n_kv_head)
     n_past = 0 if cache is None else cache.n_ctx
     shape = (*k.shape[:-2], n_past + k.shape[-2], k.shape[-1])
@@ -207,7 +216,8 @@ def _count_rope_attention(qkv, cos, sin, n_head, n_kv_head, *, y, mask, cache):
 
 
 def machine_limits():
-    """Measure what the machine can do: bytes/s read, by the best of several probes, and float32 operations/s of NumPy's product.
+    """Measure what the machine can do: bytes/s read, by the best of several probes, and float32
+    operations/s of NumPy's product.
 
     Returns
     -------
@@ -229,7 +239,9 @@ def machine_limits():
 
 
 def _read_probes(size=2**30):
-    """Bytes/s of reading a gigabyte that no cache holds: two sums by threads, BLAS, and the kernel of decoding itself."""
+    """Bytes/s of reading a gigabyte that no cache holds: two sums by threads, BLAS, and the kernel
+    of decoding itself.
+    """
     x = np.random.default_rng(0).standard_normal(size // 4, dtype=np.float32)
     blocks, vector = np.split(x, 64), np.ones((1, 8192), np.float32)
     matrix = x.view(np.uint16)

@@ -73,7 +73,8 @@ THREAD_VARIABLES = (
 
 
 def machine_facts():
-    """Describe what npllm would run on: versions, BLAS and its threads, CuPy and the GPU or why there is none.
+    """Describe what npllm would run on: versions, BLAS and its threads, CuPy and the GPU or why
+    there is none.
 
     Returns
     -------
@@ -140,7 +141,9 @@ def _int8_error(weight, n_rows=512):
 
 
 def _kernel_facts():
-    """Which set of operations `load` picks on this machine and why, its threads, and how long compiling takes."""
+    """Which set of operations `load` picks on this machine and why, its threads, and how long
+    compiling takes.
+    """
     reason, seconds = kernels.why_not_compiled(), kernels.seconds_to_prepare()
     facts = {
         "set": kernels.fastest_ops().name,
@@ -164,7 +167,8 @@ def checkpoint_facts(folder):
     Returns
     -------
     facts : dict
-        `kv_bytes_per_token` counts keys and values of all layers in float32, in which the CPU keeps them.
+        `kv_bytes_per_token` counts keys and values of all layers in float32, in which the CPU keeps
+        them.
 
     Raises
     ------
@@ -220,8 +224,8 @@ def next_tokens(model, prompt, n, *, order="transformers", **filters):
     Returns
     -------
     rows : list of dict
-        Each {"id", "text", "logit", "probability"}, the most likely first; the logit is the model's own, the probability that
-        after the filters.  Tokens that a filter excludes are left out.
+        Each {"id", "text", "logit", "probability"}, the most likely first; the logit is the model's
+        own, the probability that after the filters.  Tokens that a filter excludes are left out.
     """
     ids, valid, _, _ = prepare(model, prompt)
     logits = last_logits(model, ids, attention_mask=valid)
@@ -252,7 +256,8 @@ def score_facts(model, text, **options):
     Returns
     -------
     facts : dict
-        "tokens": a list of {"id", "text", "log_probability"}, None for the first; "log_probability" and "perplexity" of the whole.
+        "tokens": a list of {"id", "text", "log_probability"}, None for the first; "log_probability"
+        and "perplexity" of the whole.
     """
     scored = score(model, text, **options)
     each = [None, *map(float, scored.log_probs)]
@@ -334,7 +339,8 @@ def attention_rows(steps):
     Returns
     -------
     rows : list of dict
-        Each {"slot", "token", "score", "weight", "weighted_value"}, the last as the length of the vector.
+        Each {"slot", "token", "score", "weight", "weighted_value"}, the last as the length of the
+        vector.
     """
     lengths = np.linalg.norm(steps.weighted_values, axis=1)
     keys = zip(steps.tokens, steps.scores, steps.weights, lengths, strict=True)
@@ -366,7 +372,8 @@ def generate_timed(model, prompt, write, *, echo=False, **options):
     Returns
     -------
     stats : dict
-        Seconds and tokens/s of the prompt (up to the first new token) and of the generation after it, bytes of peak memory.
+        Seconds and tokens/s of the prompt (up to the first new token) and of the generation after
+        it, bytes of peak memory.
     """
     ids, valid, (stream,), settings = prepare(model, prompt, **options)
     if echo and isinstance(prompt, str):
@@ -405,7 +412,8 @@ def speed(model, *, n_prompt=51, n_new=32, repeat=3, seed=0):
     Returns
     -------
     facts : dict
-        Medians over `repeat` runs after a warm-up, in tokens per second.  A run ends when its logits are on the host.
+        Medians over `repeat` runs after a warm-up, in tokens per second.  A run ends when its
+        logits are on the host.
     """
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt))
     to_numpy(model(ids[:, :2]))  # warm up: the first touch reads the mapped weights
@@ -444,8 +452,9 @@ def compare_sets(model, others, **sizes):
     Returns
     -------
     facts : dict
-        "sets": what `speed` found, in the order measured, the model's own set first; "speedup": the tokens per second of the
-        model's own set over those of each other, by the name of that set and of what was measured.
+        "sets": what `speed` found, in the order measured, the model's own set first; "speedup": the
+        tokens per second of the model's own set over those of each other, by the name of that set
+        and of what was measured.
     """
     backend = backend_name(array_namespace(model.params.embed_tokens))
     models = [model, *(model.on(kernels.choose_ops(name, backend)) for name in others)]
@@ -475,7 +484,9 @@ def set_lines(facts):
 
 
 def peak_memory():
-    """Bytes of memory that this process held at most, mapped weights that were touched included; 0 where the system cannot tell."""
+    """Bytes of memory that this process held at most, mapped weights that were touched included; 0
+    where the system cannot tell.
+    """
     try:
         import resource
     except ImportError:  # Windows

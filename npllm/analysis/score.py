@@ -1,4 +1,6 @@
-"""Scoring: how likely a model finds a text, token by token; and its perplexity, by windows that slide over a text of any length."""
+"""Scoring: how likely a model finds a text, token by token; and its perplexity, by windows that
+slide over a text of any length.
+"""
 
 import contextlib
 import math
@@ -57,8 +59,9 @@ def windows(n, max_length, stride):
     max_length : int
         Tokens of a window, at least 2.
     stride : int
-        By how much the next window is moved on, 1 ... max_length - 1.  Each token but the first max_length is scored with
-        at least max_length - stride tokens before it: 1 is the most accurate, and the slowest.
+        By how much the next window is moved on, 1 ... max_length - 1.  Each token but the first
+        max_length is scored with at least max_length - stride tokens before it: 1 is the most
+        accurate, and the slowest.
 
     Returns
     -------
@@ -73,8 +76,8 @@ def windows(n, max_length, stride):
     -----
     Without an overlap the first token of a window would have nothing before it, and no score.
 
-    Source: "Perplexity of fixed-length models" in the documentation of Transformers, which weighs each window by one token
-    too few.
+    Source: "Perplexity of fixed-length models" in the documentation of Transformers, which weighs
+    each window by one token too few.
     """
     if max_length < 2 or not 1 <= stride < max_length:
         raise NpllmValueError(
@@ -116,14 +119,17 @@ def score(model, text, *, max_length=None, stride=None, progress=False):
     Raises
     ------
     NpllmTypeError, NpllmValueError
-        When the text has fewer than two tokens, max_length does not fit the context, or a logit is NaN or +inf.
+        When the text has fewer than two tokens, max_length does not fit the context, or a logit is
+        NaN or +inf.
 
     Notes
     -----
-    Logits and their log-softmax are in float32 (float64 when the weights are), the sums over tokens in float64.  Logits of 128
-    positions exist at a time.  `npllm.analysis.packing.score_packed` scores many short documents at once.
+    Logits and their log-softmax are in float32 (float64 when the weights are), the sums over tokens
+    in float64.  Logits of 128 positions exist at a time.  `npllm.analysis.packing.score_packed`
+    scores many short documents at once.
 
-    Source: "A Neural Probabilistic Language Model" (Bengio et al. 2003), section 2; `ForCausalLMLoss` in Transformers.
+    Source: "A Neural Probabilistic Language Model" (Bengio et al. 2003), section 2;
+    `ForCausalLMLoss` in Transformers.
     """
     ids = _ids(model, text)
     max_length = min(WINDOW, model.config.context_length) if max_length is None else max_length
@@ -142,7 +148,8 @@ def score(model, text, *, max_length=None, stride=None, progress=False):
 
 
 def perplexity(log_probs):
-    """Turn log-probabilities into perplexity: how many equally likely tokens the model wavers between, on average.
+    """Turn log-probabilities into perplexity: how many equally likely tokens the model wavers
+    between, on average.
 
         perplexity = exp(-mean_t log_probs[t])
 
@@ -165,7 +172,8 @@ def perplexity(log_probs):
     -----
     Depends on the tokenizer: models with other vocabularies compare by bits per byte only.
 
-    Source: "Perplexity, a measure of the difficulty of speech recognition tasks" (Jelinek et al. 1977).
+    Source: "Perplexity, a measure of the difficulty of speech recognition tasks" (Jelinek et al.
+    1977).
     """
     if len(log_probs) == 0:
         raise NpllmValueError(
@@ -190,7 +198,8 @@ def perplexity_facts(model, text, **options):
     Returns
     -------
     facts : dict
-        `bits_per_byte` spreads the log-probability over the bytes of the text in UTF-8; tokens_per_second counts scored tokens.
+        `bits_per_byte` spreads the log-probability over the bytes of the text in UTF-8;
+        tokens_per_second counts scored tokens.
     """
     begin = time.perf_counter()
     scored = score(model, text, **options)
@@ -224,7 +233,9 @@ def _ids(model, text):
 
 
 def _score_window(model, ids, window):
-    """Log-probabilities of the tokens first ... stop - 1, each from the hidden state one place before it, in blocks of rows."""
+    """Log-probabilities of the tokens first ... stop - 1, each from the hidden state one place
+    before it, in blocks of rows.
+    """
     hidden = model.model(ids[None, window.start : window.stop - 1])[
         0, window.first - 1 - window.start :, :
     ]
@@ -239,7 +250,9 @@ def _score_window(model, ids, window):
 
 @contextlib.contextmanager
 def _progress_bar(total, wanted):
-    """Yield a function (n) that moves a bar on stderr; one that does nothing where tqdm is missing or nobody looks."""
+    """Yield a function (n) that moves a bar on stderr; one that does nothing where tqdm is missing
+    or nobody looks.
+    """
     try:
         from tqdm import tqdm
     except ImportError:

@@ -14,7 +14,9 @@ __all__ = ["AttentionSteps", "attention_steps"]
 
 
 class AttentionSteps(NamedTuple):
-    """The four steps of attention at one position of one head, and the weights of all heads of the layer."""
+    """The four steps of attention at one position of one head, and the weights of all heads of the
+    layer.
+    """
 
     tokens: list  # n_ctx texts
     scores: np.ndarray  # [n_ctx]: 1. relevance, scale * q . k
@@ -46,7 +48,8 @@ def attention_steps(model, prompt, *, layer, head, position=-1):
     Raises
     ------
     NpllmValueError
-        When layer, head or position does not exist; names the range.  When there are several prompts, or q, k or v is not finite.
+        When layer, head or position does not exist; names the range.  When there are several
+        prompts, or q, k or v is not finite.
 
     Notes
     -----
@@ -78,7 +81,9 @@ def attention_steps(model, prompt, *, layer, head, position=-1):
 
 
 def _queries_keys_values(model, ids, layer):
-    """What a tap sees of one layer: q [1, n_head, n_seq, d_head], k and v [1, n_kv_head, n_seq, d_head], after RoPE."""
+    """What a tap sees of one layer: q [1, n_head, n_seq, d_head], k and v [1, n_kv_head, n_seq,
+    d_head], after RoPE.
+    """
     seen = {}
 
     def tap(name, x):

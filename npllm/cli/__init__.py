@@ -1,6 +1,7 @@
 """The `npllm` command.
 
-Belongs here: arguments and the layout of text, one file a group of commands.  Does not: any computation (analysis/, `Model`).
+Belongs here: arguments and the layout of text, one file a group of commands.  Does not: any
+computation (analysis/, `Model`).
 """
 
 from npllm.cli import testing

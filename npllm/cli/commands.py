@@ -1,4 +1,6 @@
-"""The `npllm` command: argument parsing only.  Results go to stdout, progress and statistics to stderr."""
+"""The `npllm` command: argument parsing only.  Results go to stdout, progress and statistics to
+stderr.
+"""
 
 import functools
 import io
@@ -28,7 +30,9 @@ from npllm.text.tokenizer import Tokenizer
 
 
 class _Group(click.Group):
-    """Turns an NpllmError into one line on stderr and exit code 1; what a terminal's encoding cannot show, into question marks."""
+    """Turns an NpllmError into one line on stderr and exit code 1; what a terminal's encoding
+    cannot show, into question marks.
+    """
 
     def invoke(self, ctx):
         for stream in (sys.stdout, sys.stderr):
@@ -104,7 +108,9 @@ def _load_causal(path, **options):
 
 
 def _sampling_options(command):
-    """Add the options of `Model.generate`, under Hugging Face's long names and llama.cpp's short ones."""
+    """Add the options of `Model.generate`, under Hugging Face's long names and llama.cpp's short
+    ones.
+    """
     options = [
         click.option(
             "-n", "--max-new-tokens", type=click.IntRange(min=0), default=256, show_default=True
@@ -138,7 +144,9 @@ def _sampling_options(command):
 
 
 def _read_prompt(prompt, chat=False):
-    """The prompt, from standard input where it is "-"; as a message where the chat template is wanted."""
+    """The prompt, from standard input where it is "-"; as a message where the chat template is
+    wanted.
+    """
     text = _from_stdin(sys.stdin.read) if prompt == "-" else prompt
     return [{"role": "user", "content": text}] if chat else text
 
@@ -194,7 +202,9 @@ def generate(prompt, model, chat, as_json, **options):
 @_sampling_options
 @click.option("--system", metavar="TEXT", help="System message.")
 def chat(model, system, **options):
-    """Talk with the model.  /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    """Talk with the model.  /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops
+    an answer.
+    """
     model = model()
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -212,7 +222,9 @@ def chat(model, system, **options):
 
 
 def _read_line():
-    """One line of the user, with line editing where the terminal has it; None at the end of input, empty after Ctrl-C."""
+    """One line of the user, with line editing where the terminal has it; None at the end of input,
+    empty after Ctrl-C.
+    """
     try:
         import readline  # noqa: F401 - importing it is what switches line editing on
     except ImportError:
@@ -227,7 +239,9 @@ def _read_line():
 
 
 def _answer(model, messages, options):
-    """Print the answer to a conversation and return the conversation with it; Ctrl-C keeps what was said so far."""
+    """Print the answer to a conversation and return the conversation with it; Ctrl-C keeps what was
+    said so far.
+    """
     said = []
 
     def write(piece):
@@ -273,7 +287,9 @@ def _answer(model, messages, options):
 @_chat_option
 @_json_option
 def topk(prompt, model, n, chat, as_json, **filters):
-    """Show the most likely next tokens after PROMPT, and their probabilities after the filters given."""
+    """Show the most likely next tokens after PROMPT, and their probabilities after the filters
+    given.
+    """
     rows = report.next_tokens(model(), _read_prompt(prompt, chat), n, **filters)
     if as_json:
         _print_json(rows)
@@ -365,7 +381,9 @@ def score(text, model, as_json):
 )
 @_json_option
 def perplexity(file, model, max_length, stride, as_json):
-    """Measure the perplexity of a text FILE ("-": standard input) of any length, with windows that overlap."""
+    """Measure the perplexity of a text FILE ("-": standard input) of any length, with windows that
+    overlap.
+    """
     facts = perplexity_facts(
         model(), _read_file(file), max_length=max_length, stride=stride, progress=True
     )
@@ -436,7 +454,9 @@ def embed(texts, path, as_json):
 )
 @_json_option
 def cost(path, context, batch, dtype, as_json):
-    """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json alone, no weights."""
+    """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json alone,
+    no weights.
+    """
     config = Config.from_json(path if path and path.endswith(".json") else checkpoint_folder(path))
     facts = cost_facts(config, context, n_batch=batch, dtype=dtype)
     if as_json:
@@ -523,7 +543,9 @@ def _print_facts(facts, as_json):
     "--token", help="Hugging Face access token, for gated repositories.", envvar="HF_TOKEN"
 )
 def fetch_command(name, revision, token):
-    """Fetch the default checkpoint, all-minilm-l6-v2, or any Hugging Face repository OWNER/NAME (safetensors, json, templates)."""
+    """Fetch the default checkpoint, all-minilm-l6-v2, or any Hugging Face repository OWNER/NAME
+    (safetensors, json, templates).
+    """
     click.echo(str(fetch(name, revision=revision, token=token)))
 
 
@@ -600,7 +622,9 @@ def bench(model, as_json, by_op, against, **sizes):
 @click.option("--all-heads", is_flag=True)
 @_json_option
 def attention(model, prompt, layer, head, position, plot, all_heads, as_json):
-    """Show what one head looks at: relevance, weight and size of the weighted value, token by token."""
+    """Show what one head looks at: relevance, weight and size of the weighted value, token by
+    token.
+    """
     steps = attention_steps(model(), prompt, layer=layer, head=head, position=position)
     if plot:
         draw_weights(

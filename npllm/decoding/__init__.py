@@ -1,4 +1,5 @@
 """From logits to token ids: options, prompt, sampling, the loop, beam search.
 
-Belongs here: whatever decides the next token.  Does not: filters as array functions (ops/sampling), text (text/).
+Belongs here: whatever decides the next token.  Does not: filters as array functions (ops/sampling),
+text (text/).
 """

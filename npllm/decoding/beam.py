@@ -1,4 +1,6 @@
-"""Beam search: keep the few likeliest unfinished answers at every step, instead of the likeliest token alone."""
+"""Beam search: keep the few likeliest unfinished answers at every step, instead of the likeliest
+token alone.
+"""
 
 from typing import Any, NamedTuple
 
@@ -35,9 +37,9 @@ def beam_search(
 
         score(y) = sum_(t = 1 ... n) log p(y_t | prompt, y_1 ... y_(t-1)) / n ** length_penalty
 
-    At each step every running answer is continued with every token.  Of the num_beams best continuations those that end (with a
-    stop id, or because max_new_tokens is reached) compete for the num_beams places among the finished answers; the num_beams best
-    that do not end run on.
+    At each step every running answer is continued with every token.  Of the num_beams best
+    continuations those that end (with a stop id, or because max_new_tokens is reached) compete for
+    the num_beams places among the finished answers; the num_beams best that do not end run on.
 
     Parameters
     ----------
@@ -53,9 +55,10 @@ def beam_search(
     length_penalty : float
         0 compares sums, which favours short answers; 1 compares means; more favours long ones.
     early_stopping : bool or "never"
-        When a prompt is done: True, as soon as num_beams answers are finished.  False: when besides the best running answer, at
-        its present length, scores no higher than the worst finished one.  "never": when it could not do so at its best possible
-        length either, which for a positive length penalty is max_new_tokens.
+        When a prompt is done: True, as soon as num_beams answers are finished.  False: when besides
+        the best running answer, at its present length, scores no higher than the worst finished
+        one.  "never": when it could not do so at its best possible length either, which for a
+        positive length penalty is max_new_tokens.
     repetition_penalty : float, optional
         None: as generation_config.json says.  Applies to log-probabilities, as in Transformers.
 
@@ -70,13 +73,16 @@ def beam_search(
 
     Notes
     -----
-    Adds in float64.  The prompt is computed once, not once for each beam; each prompt ends by itself, and its answers do not depend
-    on the others of the batch.  n counts the stop id.  Stopping looks at running answers only as they are, so that
-    `early_stopping=False` with a length penalty above 0 may miss a longer answer of a higher score.  Where the vocabulary has fewer
-    than num_beams tokens fewer answers run at first.  Transformers fills with the first stop id where the pad id is 0.
+    Adds in float64.  The prompt is computed once, not once for each beam; each prompt ends by
+    itself, and its answers do not depend on the others of the batch.  n counts the stop id.
+    Stopping looks at running answers only as they are, so that `early_stopping=False` with a length
+    penalty above 0 may miss a longer answer of a higher score.  Where the vocabulary has fewer than
+    num_beams tokens fewer answers run at first.  Transformers fills with the first stop id where
+    the pad id is 0.
 
-    Source: "Speech understanding systems" (Lowerre 1976, the Harpy system); length penalty: "Google's Neural Machine Translation
-    System" (Wu et al. 2016), equation 14, in the simpler form of `GenerationMixin._beam_search` in Transformers 5.23.
+    Source: "Speech understanding systems" (Lowerre 1976, the Harpy system); length penalty:
+    "Google's Neural Machine Translation System" (Wu et al. 2016), equation 14, in the simpler form
+    of `GenerationMixin._beam_search` in Transformers 5.23.
     """
     ids, valid, _, options = prepare(
         model,
@@ -117,7 +123,8 @@ def beam_texts(model, prompt, **options):
     Returns
     -------
     answers : list of dict
-        Each {"text", "score"}, the best first; for a list of prompts one such list for each.  The stop id is no part of the text.
+        Each {"text", "score"}, the best first; for a list of prompts one such list for each.  The
+        stop id is no part of the text.
     """
     tokenizer = model.require_tokenizer()
     ids, _, _, _ = prepare(model, prompt)
@@ -160,7 +167,9 @@ class _Search:
         self.done = False
 
     def step(self, log_probs):
-        """Continue every running answer; return for each that runs on which one it continues, and its new token."""
+        """Continue every running answer; return for each that runs on which one it continues, and
+        its new token.
+        """
         scores, parents, tokens = self._candidates(self._penalised(log_probs))
         n_token = self.tokens.shape[1] + 1
         ends = np.isin(tokens, self.stop) | (n_token == self.n_new)
@@ -193,7 +202,9 @@ class _Search:
         return check_scores(ops.repetition_penalty(log_probs, seen, self.penalty), name)
 
     def _candidates(self, log_probs):
-        """The best continuations: so many that num_beams are left even where each beam's best tokens are all stop ids."""
+        """The best continuations: so many that num_beams are left even where each beam's best
+        tokens are all stop ids.
+        """
         totals = (self.scores[:, None] + log_probs).ravel()
         n = min(max(2, 1 + len(self.stop)) * self.num_beams, totals.size)
         best = np.argpartition(-totals, n - 1)[:n]
@@ -214,7 +225,9 @@ class _Search:
 
 
 def _run(model, ids, valid, searches):
-    """Send prompts, and then the last tokens of all running answers, through the model until every search is done."""
+    """Send prompts, and then the last tokens of all running answers, through the model until every
+    search is done.
+    """
     cache = model.new_cache(len(ids))
     owners = list(range(len(ids)))  # which search each row of the cache belongs to
     options = {"attention_mask": valid}
@@ -234,7 +247,9 @@ def _run(model, ids, valid, searches):
 
 
 def _collect(ids, searches, n_return, fill):
-    """Put the best answers into one array; where fewer are finished than asked for, the last is repeated with a score of -inf."""
+    """Put the best answers into one array; where fewer are finished than asked for, the last is
+    repeated with a score of -inf.
+    """
     best = [
         [*search.finished, *[(-np.inf, search.finished[-1][1])] * n_return][:n_return]
         for search in searches

@@ -69,7 +69,9 @@ NO_FILTER = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedily, or drawn after the filters.  None switches a filter off."""
+    """How the next token is chosen: greedily, or drawn after the filters.  None switches a filter
+    off.
+    """
 
     do_sample: bool = False
     temperature: float | None = None
@@ -136,7 +138,8 @@ def resolve_sampling(defaults, *, do_sample=None, repetition_penalty=None, **fil
         None: True where a filter is given, else as the checkpoint says.
     repetition_penalty : float, optional
     **filters
-        temperature, top_k, top_p, min_p; None: as the checkpoint says, else off.  temperature=0 means greedy.
+        temperature, top_k, top_p, min_p; None: as the checkpoint says, else off.  temperature=0
+        means greedy.
 
     Returns
     -------
@@ -233,18 +236,20 @@ def filter_logits(logits, sampling, seen=None, order="transformers"):
     Raises
     ------
     NpllmValueError
-        For another order, for a repetition penalty without `seen`, and where a filter leaves a row on the host that is no
-        distribution: names the filter.
+        For another order, for a repetition penalty without `seen`, and where a filter leaves a row
+        on the host that is no distribution: names the filter.
 
     Notes
     -----
-    With the temperature last, top_p and min_p see the model's own probabilities, so that a high temperature lets no further tokens
-    in.  The orders agree at temperature 1, and where only top_k is used.  Two things of llama.cpp are not followed: it cuts ties
-    with the k-th largest logit arbitrarily, and its penalty looks at the last 64 tokens only (give `seen` accordingly).
+    With the temperature last, top_p and min_p see the model's own probabilities, so that a high
+    temperature lets no further tokens in.  The orders agree at temperature 1, and where only top_k
+    is used.  Two things of llama.cpp are not followed: it cuts ties with the k-th largest logit
+    arbitrarily, and its penalty looks at the last 64 tokens only (give `seen` accordingly).
 
-    Source: `GenerationMixin._get_logits_processor` in Transformers; `common_params_sampling.samplers` in llama.cpp's
-    common/common.h: penalties, dry, top_n_sigma, top_k, typ_p, top_p, min_p, xtc, temperature, of which the default leaves those
-    that are not named here switched off.
+    Source: `GenerationMixin._get_logits_processor` in Transformers;
+    `common_params_sampling.samplers` in llama.cpp's common/common.h: penalties, dry, top_n_sigma,
+    top_k, typ_p, top_p, min_p, xtc, temperature, of which the default leaves those that are not
+    named here switched off.
     """
     if order not in FILTER_ORDERS:
         raise NpllmValueError(f"order must be one of {', '.join(FILTER_ORDERS)}, got {order!r}")
@@ -299,8 +304,9 @@ def next_token_distribution(
     Raises
     ------
     NpllmValueError
-        For values out of range, another order, for a repetition penalty without `seen`, and for logits of which a row is no
-        distribution (NaN, +inf, nothing but -inf), before the filters or after one.
+        For values out of range, another order, for a repetition penalty without `seen`, and for
+        logits of which a row is no distribution (NaN, +inf, nothing but -inf), before the filters
+        or after one.
 
     Notes
     -----
@@ -323,12 +329,13 @@ def next_token_distribution(
 
 
 def uniforms(seed, n_batch, step):
-    """Draw one uniform number in [0, 1) for each sequence: a function of (seed, sequence, step) and of nothing else.
+    """Draw one uniform number in [0, 1) for each sequence: a function of (seed, sequence, step) and
+    of nothing else.
 
     Notes
     -----
-    Source: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al. 2011), Philox 4x64; a counter-based generator replays the
-    same numbers for any batch and backend.
+    Source: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al. 2011), Philox 4x64; a
+    counter-based generator replays the same numbers for any batch and backend.
     """
     keys = [
         np.array([seed, sequence], dtype=np.uint64) for sequence in range(n_batch)
@@ -395,7 +402,8 @@ def generate_tokens(
 
 
 def last_logits(model, ids, **options):
-    """Send new tokens through the model; NumPy logits [n_batch, n_vocab] after the last one, of which each row is a distribution.
+    """Send new tokens through the model; NumPy logits [n_batch, n_vocab] after the last one, of
+    which each row is a distribution.
 
     Raises
     ------
@@ -427,7 +435,9 @@ class TextStream:
         self._held, self.ended = "", False
 
     def push(self, token):
-        """Take a token; return the text that is now certain to belong to the answer, and set `ended` at its end."""
+        """Take a token; return the text that is now certain to belong to the answer, and set
+        `ended` at its end.
+        """
         if int(token) in self._stop_ids:
             return self.close()
         if self._detokenizer is None:

@@ -1,7 +1,9 @@
-"""Kernels: the same operations, fast.  Same names, same signatures, same results as the definitions in `npllm.ops`.
+"""Kernels: the same operations, fast.  Same names, same signatures, same results as the definitions
+in `npllm.ops`.
 
-Each set is an `Ops`, and each of its kernels is tested against the definition whose place it takes.  What a kernel is not made for
-(float64, another array library, an unusual shape) it hands to the definition, which also raises the errors.
+Each set is an `Ops`, and each of its kernels is tested against the definition whose place it takes.
+What a kernel is not made for (float64, another array library, an unusual shape) it hands to the
+definition, which also raises the errors.
 """
 
 import importlib
@@ -31,8 +33,9 @@ def choose_ops(ops, backend="numpy"):
     Parameters
     ----------
     ops : Ops, str or None
-        A set; or its name: "fast" (None as well) for the fastest of the backend, "cuda" for the CUDA kernels, "blockwise" for the
-        definitions with blockwise attention, "reference" for the definitions.
+        A set; or its name: "fast" (None as well) for the fastest of the backend, "cuda" for the
+        CUDA kernels, "blockwise" for the definitions with blockwise attention, "reference" for the
+        definitions.
     backend : str
         "numpy" or "cupy": where the arrays live.
 
@@ -64,7 +67,8 @@ def fastest_ops(backend="numpy"):
     Parameters
     ----------
     backend : str
-        "numpy": the compiled set where Numba can be imported, else the tiled one.  "cupy": the CUDA kernels.
+        "numpy": the compiled set where Numba can be imported, else the tiled one.  "cupy": the CUDA
+        kernels.
 
     Returns
     -------
@@ -77,7 +81,9 @@ def fastest_ops(backend="numpy"):
 
 @cache
 def tiled_ops():
-    """Return the set in plain NumPy: blocks that fit a core's cache, on as many threads as BLAS would use."""
+    """Return the set in plain NumPy: blocks that fit a core's cache, on as many threads as BLAS
+    would use.
+    """
     return importlib.import_module("npllm.kernels.cpu.tiled").TILED
 
 
@@ -108,7 +114,8 @@ def why_not_compiled():
 
 
 def seconds_to_prepare(dtype="bfloat16"):
-    """Call every compiled kernel once, and return the time: Numba compiles them at the first use on a machine and keeps the result.
+    """Call every compiled kernel once, and return the time: Numba compiles them at the first use on
+    a machine and keeps the result.
 
     Parameters
     ----------

@@ -1,1 +1,3 @@
-"""The wiring: how operations make a block, and blocks a model.  Everything here takes the set of ops as an argument."""
+"""The wiring: how operations make a block, and blocks a model.  Everything here takes the set of
+ops as an argument.
+"""

@@ -4,7 +4,8 @@ __all__ = ["describe"]
 
 
 def describe(config):
-    """Draw the tree of modules that Transformers prints for the same folder: `str(model) == str(hf_model)`.
+    """Draw the tree of modules that Transformers prints for the same folder: `str(model) ==
+    str(hf_model)`.
 
     Parameters
     ----------
@@ -89,7 +90,9 @@ def _describe_phi3(config):
 
 
 def _describe_llama(config):
-    """Lines of attention and feed-forward network of a Llama layer, split as Transformers keeps them."""
+    """Lines of attention and feed-forward network of a Llama layer, split as Transformers keeps
+    them.
+    """
     d_model, d_ff = config.hidden_size, config.intermediate_size
     d_q, d_kv = (
         config.num_attention_heads * config.head_dim,

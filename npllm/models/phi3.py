@@ -1,4 +1,5 @@
-"""Phi-3: the decoder layer, and the stack of them.  Composition only; the mathematics is in `npllm.ops`.
+"""Phi-3: the decoder layer, and the stack of them.  Composition only; the mathematics is in
+`npllm.ops`.
 
 A set of operations may hold a kernel for a stretch of this file (`npllm.ops.SLOTS`).  Before each
 stretch the set is asked for it; what follows is what the kernel has to compute.
@@ -92,7 +93,8 @@ def decoder_layers(x: Array, layers: Any, step: Step, ops: Ops, tap: Tap | None 
 
 
 def decoder_layer(x: Array, layer: Any, step: Step, ops: Ops, tap: Tap | None = None) -> Array:
-    """Add attention and then the feed-forward network to the residual stream, each after its own norm.
+    """Add attention and then the feed-forward network to the residual stream, each after its own
+    norm.
 
         x = x + self_attention(rms_norm(x));   x = x + mlp(rms_norm(x))
 
@@ -174,7 +176,8 @@ def mlp_block(x: Array, layer: Any, step: Step, ops: Ops, named: NamedTap = UNTA
 
     Notes
     -----
-    Source: `Phi3MLP` in Transformers; "GLU Variants Improve Transformer" (Shazeer 2020), equation 6.
+    Source: `Phi3MLP` in Transformers; "GLU Variants Improve Transformer" (Shazeer 2020), equation
+    6.
     """
     y = _kernel(ops.mlp_block, x, layer, step)
     if y is not None:

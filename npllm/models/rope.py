@@ -1,4 +1,6 @@
-"""Which RoPE frequencies a sequence uses: from the names of config.json to the functions of `npllm.ops.frequencies`."""
+"""Which RoPE frequencies a sequence uses: from the names of config.json to the functions of
+`npllm.ops.frequencies`.
+"""
 
 from npllm import ops
 
@@ -21,13 +23,13 @@ def frequency_choice(config, length):
     Returns
     -------
     choice : int
-        A sequence whose choice changes must be computed anew: beyond the first layer, cached keys and values depend on hidden
-        states that were computed with the old frequencies.
+        A sequence whose choice changes must be computed anew: beyond the first layer, cached keys
+        and values depend on hidden states that were computed with the old frequencies.
 
     Notes
     -----
-    Each sequence goes by its own length.  Transformers goes by the longest of the batch, so that a short prompt gives other
-    numbers beside a long one.
+    Each sequence goes by its own length.  Transformers goes by the longest of the batch, so that a
+    short prompt gives other numbers beside a long one.
 
     Source: `dynamic_rope_update` in Transformers.
     """
@@ -78,7 +80,9 @@ def frequencies(config, choice):
 
 
 def attention_factor(config):
-    """By how much cos and sin are scaled: as the file says, else by the formula of the rope type, else 1."""
+    """By how much cos and sin are scaled: as the file says, else by the formula of the rope type,
+    else 1.
+    """
     rope = config.rope_parameters
     if rope.rope_type not in ("longrope", "yarn"):
         return 1.0

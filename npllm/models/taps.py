@@ -1,4 +1,6 @@
-"""The values of a forward pass that a tap sees: their names, axes and formulas, and how a tap is called."""
+"""The values of a forward pass that a tap sees: their names, axes and formulas, and how a tap is
+called.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +70,8 @@ NAMES = {
     "lm_head": ("[n_batch, n_kept, n_vocab]", "W_lm_head @ lm_head.input"),
 }
 
-# On request only, since they are n_seq x n_ctx: `tap.pairs` must be true.  They are shown, and cannot be replaced.
+# On request only, since they are n_seq x n_ctx: `tap.pairs` must be true.  They are shown, and
+# cannot be replaced.
 PAIRS = {
     "model.layers.N.self_attn.mask": ("[..., n_seq, n_ctx]", "True where a query sees a key"),
     "model.layers.N.self_attn.weights": (

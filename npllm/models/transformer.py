@@ -1,4 +1,6 @@
-"""The block of 2017 and its relatives: post-norm or pre-norm, encoder, decoder with cross-attention, wired from the same ops."""
+"""The block of 2017 and its relatives: post-norm or pre-norm, encoder, decoder with
+cross-attention, wired from the same ops.
+"""
 
 from typing import Any, NamedTuple
 
@@ -85,7 +87,8 @@ class TransformerParams(NamedTuple):
 
 
 def multi_head_attention(x, memory, params, n_head, ops, mask=None):
-    """Let the positions of `x` gather from the positions of `memory`; self-attention where the two are the same.
+    """Let the positions of `x` gather from the positions of `memory`; self-attention where the two
+    are the same.
 
         y = o_proj(merge_heads(attention(q, k, v))),   q = q_proj(x),  k = k_proj(memory),  v = v_proj(memory)
 
@@ -105,7 +108,8 @@ def multi_head_attention(x, memory, params, n_head, ops, mask=None):
 
     Notes
     -----
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2; `torch.nn.MultiheadAttention`.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2;
+    `torch.nn.MultiheadAttention`.
     """
     d_head = params.q_proj.shape[0] // n_head
     q = split_heads(ops.linear(x, params.q_proj, params.q_bias), n_head)
@@ -197,7 +201,8 @@ def encoder_layer(
 
     Notes
     -----
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.1; `torch.nn.TransformerEncoderLayer`.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.1;
+    `torch.nn.TransformerEncoderLayer`.
     """
     activation = ops.relu if activation is None else activation
     x = sublayer(
@@ -231,7 +236,8 @@ def decoder_layer(
     norm_first=False,
     eps=1e-5,
 ):
-    """Causal self-attention, cross-attention to the encoder's output, then the feed-forward network.
+    """Causal self-attention, cross-attention to the encoder's output, then the feed-forward
+    network.
 
     Parameters
     ----------
@@ -253,7 +259,8 @@ def decoder_layer(
 
     Notes
     -----
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.1; `torch.nn.TransformerDecoderLayer`.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.1;
+    `torch.nn.TransformerDecoderLayer`.
     """
     activation = ops.relu if activation is None else activation
     mask = rules.causal() if mask is None else mask

@@ -1,8 +1,9 @@
-"""Every operation of the model as a plain function of arrays, and `Ops`, the set of them that a model runs on.
+"""Every operation of the model as a plain function of arrays, and `Ops`, the set of them that a
+model runs on.
 
-The functions in this folder are the *definitions*: formula in the docstring, the same formula in the code, nothing but the array
-API standard.  A model is given an `Ops` and calls `ops.attention(...)`; which implementation stands behind the name is the
-caller's choice:
+The functions in this folder are the *definitions*: formula in the docstring, the same formula in
+the code, nothing but the array API standard.  A model is given an `Ops` and calls
+`ops.attention(...)`; which implementation stands behind the name is the caller's choice:
 
     model = npllm.load(path, ops=npllm.ops.reference.replace(attention=my_attention))
 """

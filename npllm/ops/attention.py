@@ -1,7 +1,7 @@
 """Attention as it is defined, with the table of all weights.
 
-The blockwise form (`npllm.ops.blockwise`) is derived independently and shares no arithmetic with it, only the check of the
-arguments and the default slots.
+The blockwise form (`npllm.ops.blockwise`) is derived independently and shares no arithmetic with
+it, only the check of the arguments and the default slots.
 """
 
 from npllm.arrays import (
@@ -21,7 +21,8 @@ __all__ = ["attention", "attention_weights"]
 def attention_weights(
     q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None
 ):
-    """Say how much each query attends to each key: the relevance of every position, as a distribution.
+    """Say how much each query attends to each key: the relevance of every position, as a
+    distribution.
 
         s[h, i, j] = scale * sum_c q[h, i, c] * k[h // group, j, c],   group = n_head / n_kv_head
         s = softcap * tanh(s / softcap), if a softcap is given;  s = s + bias, if one is given
@@ -33,8 +34,8 @@ def attention_weights(
     k : array [..., n_kv_head, n_ctx, d_head]
         Query head h reads key head h // group.
     mask : Rule, function or bool array, optional
-        A rule `mask(i, j)` of slots (see `npllm.ops.mask`), or a bool array that broadcasts to [..., n_head, n_seq, n_ctx], True
-        where visible.  None: every key is visible.
+        A rule `mask(i, j)` of slots (see `npllm.ops.mask`), or a bool array that broadcasts to
+        [..., n_head, n_seq, n_ctx], True where visible.  None: every key is visible.
     bias : array, optional
         Added to the scores; broadcasts to [..., n_head, n_seq, n_ctx].  -inf excludes.
     scale : float, optional
@@ -42,7 +43,8 @@ def attention_weights(
     softcap : float, optional
         Bounds the scores to -softcap ... softcap.
     q_slots : integer array [n_seq], optional
-        Place of each query in the sequence, for the rule; also a `range`.  Default: the last n_seq slots of the keys.
+        Place of each query in the sequence, for the rule; also a `range`.  Default: the last n_seq
+        slots of the keys.
     k_slots : integer array [n_ctx], optional
         Place of each key; also a `range`.  Default: 0 ... n_ctx - 1.
 
@@ -60,8 +62,9 @@ def attention_weights(
     -----
     Computes in float32 (float64 when any input is), and rounds once.
 
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 1; grouped heads: "GQA" (Ainslie et al. 2023);
-    `eager_attention_forward` in Transformers, which gives a row without a visible key the mean of all values instead.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 1; grouped heads: "GQA"
+    (Ainslie et al. 2023); `eager_attention_forward` in Transformers, which gives a row without a
+    visible key the mean of all values instead.
     """
     xp = array_namespace(q, k, bias)
     q_slots, k_slots = check_attention(xp, q, k, None, mask, bias, q_slots, k_slots)
@@ -84,7 +87,8 @@ def attention(
     k_slots=None,
     return_lse=False,
 ):
-    """Replace each query by the mean of the values, weighted by the relevance of their keys: the definition.
+    """Replace each query by the mean of the values, weighted by the relevance of their keys: the
+    definition.
 
         y[h, i, :] = sum_j w[h, i, j] * v[h // group, j, :],   w = attention_weights(q, k, ...)
 
@@ -103,7 +107,8 @@ def attention(
     y : array [..., n_head, n_seq, d_value]
         In the dtype of `q`.  A row that sees no key is zero.
     lse : array [..., n_head, n_seq]
-        Only with `return_lse`: log sum_(j visible) exp(s[h, i, j]) in the compute dtype; -inf where no key is visible.
+        Only with `return_lse`: log sum_(j visible) exp(s[h, i, j]) in the compute dtype; -inf where
+        no key is visible.
 
     Raises
     ------
@@ -112,9 +117,11 @@ def attention(
 
     Notes
     -----
-    Holds the table of all n_seq x n_ctx weights: for reading and for checking.  Computes in float32 (float64 when any input is).
+    Holds the table of all n_seq x n_ctx weights: for reading and for checking.  Computes in float32
+    (float64 when any input is).
 
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 1; `eager_attention_forward` in Transformers.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), equation 1; `eager_attention_forward`
+    in Transformers.
     """
     xp = array_namespace(q, k, v, bias)
     q_slots, k_slots = check_attention(xp, q, k, v, mask, bias, q_slots, k_slots)
@@ -158,7 +165,9 @@ def _softmax_visible(xp, s, visible):
 
 
 def evaluate_mask(xp, mask, q, q_slots, k_slots):
-    """Evaluate a rule on [n_seq, 1] and [1, n_ctx] slots; an array and None are returned as they are."""
+    """Evaluate a rule on [n_seq, 1] and [1, n_ctx] slots; an array and None are returned as they
+    are.
+    """
     if not callable(mask):
         return mask
     i, j = (
@@ -171,7 +180,9 @@ def evaluate_mask(xp, mask, q, q_slots, k_slots):
 
 
 def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
-    """Raise for arguments that do not fit; return the slots, the default ones where they were left out."""
+    """Raise for arguments that do not fit; return the slots, the default ones where they were left
+    out.
+    """
     expect_shape("q", q, dots=None, n_head=None, n_seq=None, d_head=None)
     expect_shape("k", k, dots=None, n_kv_head=None, n_ctx=None, d_head=q.shape[-1])
     n_head, n_seq, n_kv_head, n_ctx = q.shape[-3], q.shape[-2], k.shape[-3], k.shape[-2]
@@ -218,7 +229,9 @@ def _check_broadcast(name, x, shape):
 
 
 def resolve_slots(xp, name, slots, axis, n, first):
-    """Check given slots, and widen them to int64, in which a rule may subtract; without any, n of them from `first`."""
+    """Check given slots, and widen them to int64, in which a rule may subtract; without any, n of
+    them from `first`.
+    """
     if slots is None:
         return range(first, first + n)
     if not isinstance(slots, range) and not (is_integer(slots) and slots.ndim == 1):

@@ -1,4 +1,6 @@
-"""How many bytes attention moves between slow and fast memory: the count that FlashAttention is about."""
+"""How many bytes attention moves between slow and fast memory: the count that FlashAttention is
+about.
+"""
 
 from npllm.errors import NpllmValueError
 
@@ -6,7 +8,8 @@ __all__ = ["attention_io"]
 
 
 def attention_io(n, d, block=None, sram=100_000, itemsize=4):
-    """Count the bytes that one head of attention moves between slow and fast memory, without a mask.
+    """Count the bytes that one head of attention moves between slow and fast memory, without a
+    mask.
 
         naive   = (4 * n * d + 4 * n**2) * itemsize                  q, k, v, y once; s and w written and read
         flash_1 = (2 * n * d + ceil(n / b_k) * (3 * n * d + 4 * n)) * itemsize
@@ -19,8 +22,9 @@ def attention_io(n, d, block=None, sram=100_000, itemsize=4):
     d : int
         Width of a head.
     block : int or tuple of two int, optional
-        Queries and keys of a block: both alike, or (b_q, b_k).  Default: the largest that FlashAttention's rule allows in `sram`,
-        b_k = ceil(sram / (4 * d * itemsize)), b_q = min(b_k, d).
+        Queries and keys of a block: both alike, or (b_q, b_k).  Default: the largest that
+        FlashAttention's rule allows in `sram`, b_k = ceil(sram / (4 * d * itemsize)), b_q =
+        min(b_k, d).
     sram : int
         Bytes of fast memory, where no block is given.
     itemsize : int
@@ -38,10 +42,12 @@ def attention_io(n, d, block=None, sram=100_000, itemsize=4):
 
     Notes
     -----
-    `blockwise_attention(..., moved=...)` counts the same bytes while it runs.  flash_1 fetches q and, to and fro, the running sum,
-    row maximum and row sum for every block of keys; flash_2 keeps them, and writes y and the log-sum-exp once.
+    `blockwise_attention(..., moved=...)` counts the same bytes while it runs.  flash_1 fetches q
+    and, to and fro, the running sum, row maximum and row sum for every block of keys; flash_2 keeps
+    them, and writes y and the log-sum-exp once.
 
-    Source: "FlashAttention" (Dao et al. 2022), theorem 2 and algorithm 1; "FlashAttention-2" (Dao 2023), algorithm 1.
+    Source: "FlashAttention" (Dao et al. 2022), theorem 2 and algorithm 1; "FlashAttention-2" (Dao
+    2023), algorithm 1.
     """
     if block is None:
         b_k = -(-sram // max(1, 4 * d * itemsize))

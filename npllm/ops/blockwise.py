@@ -1,4 +1,6 @@
-"""Attention block by block with an online softmax: the two schedules of FlashAttention, and the merge of partial results."""
+"""Attention block by block with an online softmax: the two schedules of FlashAttention, and the
+merge of partial results.
+"""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -39,7 +41,8 @@ def blockwise_attention(
 ):
     """Compute `attention` block by block, in memory that does not grow with n_seq x n_ctx.
 
-    For each block of queries, visit the blocks of keys j and keep a running maximum m, sum l and weighted sum a:
+    For each block of queries, visit the blocks of keys j and keep a running maximum m, sum l and
+    weighted sum a:
 
         m' = max(m, max_j s_j),   l' = l * exp(m - m') + sum_j exp(s_j - m')
         a' = a * exp(m - m') + sum_j exp(s_j - m') * v_j;   at the end  y = a / l,  lse = m + log(l)
@@ -54,11 +57,13 @@ def blockwise_attention(
     block_q, block_k : int
         Queries and keys of a block; they change the order of summation only.
     outer : str
-        Which blocks the outer loop runs over.  "queries" is the schedule of FlashAttention-2: the running state of a block of
-        queries stays at hand until it is done.  "keys" is that of FlashAttention-1: a block of keys and values is fetched once,
-        and the states of all queries come and go.  The result is the same.
+        Which blocks the outer loop runs over.  "queries" is the schedule of FlashAttention-2: the
+        running state of a block of queries stays at hand until it is done.  "keys" is that of
+        FlashAttention-1: a block of keys and values is fetched once, and the states of all queries
+        come and go.  The result is the same.
     moved : function (n_bytes), optional
-        Is told of every block that the schedule fetches from slow memory or puts back there; see `attention_io`.
+        Is told of every block that the schedule fetches from slow memory or puts back there; see
+        `attention_io`.
 
     Returns
     -------
@@ -70,16 +75,18 @@ def blockwise_attention(
     Raises
     ------
     NpllmValueError
-        When the shapes do not fit, n_head is no multiple of n_kv_head, a block size is below 1, or `outer` is neither word.
+        When the shapes do not fit, n_head is no multiple of n_kv_head, a block size is below 1, or
+        `outer` is neither word.
 
     Notes
     -----
-    Computes in float32 (float64 when any input is); 16-bit keys and values are widened block by block.  A block of which the
-    rule excludes all is skipped; where the rule excludes nothing, no mask is made.  Slots on a GPU are read on the host for
-    that: give a `range`, or leave them out, to spare the stream.
+    Computes in float32 (float64 when any input is); 16-bit keys and values are widened block by
+    block.  A block of which the rule excludes all is skipped; where the rule excludes nothing, no
+    mask is made.  Slots on a GPU are read on the host for that: give a `range`, or leave them out,
+    to spare the stream.
 
-    Source: "Online normalizer calculation for softmax" (Milakov and Gimelshein 2018); "FlashAttention" (Dao et al. 2022),
-    algorithm 1; "FlashAttention-2" (Dao 2023), algorithm 1.
+    Source: "Online normalizer calculation for softmax" (Milakov and Gimelshein 2018);
+    "FlashAttention" (Dao et al. 2022), algorithm 1; "FlashAttention-2" (Dao 2023), algorithm 1.
     """
     xp = array_namespace(q, k, v, bias)
     q_slots, k_slots = check_attention(xp, q, k, v, mask, bias, q_slots, k_slots)
@@ -125,7 +132,8 @@ def merge_attention(y, lse):
 
     Notes
     -----
-    Source: "Flash-Decoding for long-context inference" (Dao et al. 2023); `merge_state` of other libraries.
+    Source: "Flash-Decoding for long-context inference" (Dao et al. 2023); `merge_state` of other
+    libraries.
     """
     xp = array_namespace(y, lse)
     expect_shape("lse", lse, **{f"axis_{n}": size for n, size in enumerate(y.shape[:-1])})
@@ -153,7 +161,8 @@ def split_kv_attention(
     k_slots=None,
     return_lse=False,
 ):
-    """Cut the keys into n_split runs, attend to each by itself, and merge: how one query uses many processors.
+    """Cut the keys into n_split runs, attend to each by itself, and merge: how one query uses many
+    processors.
 
         y = merge_attention of blockwise_attention(q, k_s, v_s) over the runs s
 
@@ -163,7 +172,8 @@ def split_kv_attention(
     k : array [..., n_kv_head, n_ctx, d_head]
     v : array [..., n_kv_head, n_ctx, d_value]
     n_split : int
-        At least 1; runs differ in length by at most one key, and more runs than keys are cut to one run a key.
+        At least 1; runs differ in length by at most one key, and more runs than keys are cut to one
+        run a key.
     mask, scale, softcap, q_slots, k_slots, return_lse
         As in `attention`.
 
@@ -209,7 +219,9 @@ def split_kv_attention(
 
 
 class _State(NamedTuple):
-    """What is known of a block of queries: maximum m, sum l and weighted sum a of the keys seen so far."""
+    """What is known of a block of queries: maximum m, sum l and weighted sum a of the keys seen so
+    far.
+    """
 
     rows: Any  # [..., n_kv_head, n_rows, d_head]: the query heads of a group stand together
     m: Any  # [..., n_kv_head, n_rows, 1]
@@ -278,7 +290,9 @@ class _Tiles(NamedTuple):
         return _State(q, m_new, l * decay + xp.sum(p, axis=-1, keepdims=True), a)
 
     def exclude(self, s, rows, columns, visible):
-        """Add the bias to the scores, and put -inf where nothing is to be seen; both know the query heads one by one."""
+        """Add the bias to the scores, and put -inf where nothing is to be seen; both know the query
+        heads one by one.
+        """
         xp, shape = self.xp, s.shape
         n_seq = rows.stop - rows.start
         s = xp.reshape(
@@ -321,7 +335,9 @@ def _outer_queries(tiles, q_blocks, k_blocks, moved):
 
 
 def _outer_keys(tiles, q_blocks, k_blocks, moved):
-    """FlashAttention-1: fetch a block of keys and values, and update the state of every block of queries with it."""
+    """FlashAttention-1: fetch a block of keys and values, and update the state of every block of
+    queries with it.
+    """
     states = [tiles.start(rows) for rows in q_blocks]
     for columns in k_blocks:
         moved(n_bytes(tiles.k[..., columns, :]) + n_bytes(tiles.v[..., columns, :]))

@@ -38,16 +38,17 @@ def embed(ids, weight):
     NpllmTypeError
         When `ids` are not integers.
     NpllmValueError
-        When an id on the host lies outside the vocabulary (negative ids too: they would silently count from the end), or
-        `weight` is no matrix.
+        When an id on the host lies outside the vocabulary (negative ids too: they would silently
+        count from the end), or `weight` is no matrix.
 
     Notes
     -----
-    Gathers first and widens then, so that a 16-bit embedding matrix is never widened whole.
-    Ids that live on a GPU are not looked at, since that would stall the stream; `Model` checks them on the host.
+    Gathers first and widens then, so that a 16-bit embedding matrix is never widened whole.  Ids
+    that live on a GPU are not looked at, since that would stall the stream; `Model` checks them on
+    the host.
 
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.4, without its factor sqrt(d_model), which Phi-3 does not
-    use; `embed_tokens` in Transformers' `Phi3Model`.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.4, without its factor
+    sqrt(d_model), which Phi-3 does not use; `embed_tokens` in Transformers' `Phi3Model`.
     """
     xp = array_namespace(ids, weight)
     expect_shape("weight", weight, n_vocab=None, d_model=None)
@@ -129,7 +130,8 @@ def add_positions(x, positions, weight):
 
     Notes
     -----
-    Source: "Convolutional Sequence to Sequence Learning" (Gehring et al. 2017), section 3.1; `BertEmbeddings` in Transformers.
+    Source: "Convolutional Sequence to Sequence Learning" (Gehring et al. 2017), section 3.1;
+    `BertEmbeddings` in Transformers.
     """
     xp = array_namespace(x, positions, weight)
     expect_shape("x", x, dots=None, n_seq=None, d_model=weight.shape[-1])

@@ -1,8 +1,9 @@
-"""Rounding as another engine rounds: the set of operations that repeats Transformers' 16-bit arithmetic bit by bit.
+"""Rounding as another engine rounds: the set of operations that repeats Transformers' 16-bit
+arithmetic bit by bit.
 
-A model that Transformers runs in bfloat16 rounds after every elementary step.  Each such place has a name here (`POINTS`); between
-two of them everything is float32, as it is inside PyTorch's kernels.  Activations stay float32 arrays, of values that the 16-bit
-type holds.
+A model that Transformers runs in bfloat16 rounds after every elementary step.  Each such place has
+a name here (`POINTS`); between two of them everything is float32, as it is inside PyTorch's
+kernels.  Activations stay float32 arrays, of values that the 16-bit type holds.
 """
 
 from functools import partial
@@ -45,7 +46,8 @@ POINTS = {
 
 
 def emulate(dtype, points=tuple(POINTS)):
-    """Make the set of operations that rounds where Transformers rounds when it runs in a 16-bit type.
+    """Make the set of operations that rounds where Transformers rounds when it runs in a 16-bit
+    type.
 
         model = npllm.load(folder, dtype="bfloat16", ops=npllm.ops.emulate("bfloat16"))
 
@@ -54,8 +56,8 @@ def emulate(dtype, points=tuple(POINTS)):
     dtype : str
         "bfloat16" or "float16"; the weights must be stored in it.
     points : collection of str
-        The places where it rounds, by the names below; the others stay float32.  Leave one out to see what it costs, or to find
-        the one that a kernel has forgotten.
+        The places where it rounds, by the names below; the others stay float32.  Leave one out to
+        see what it costs, or to find the one that a kernel has forgotten.
 
     Returns
     -------
@@ -69,22 +71,26 @@ def emulate(dtype, points=tuple(POINTS)):
 
     Notes
     -----
-    Attention is the eager form with its n x n table.  A row that sees no key gets what Transformers gives it, the mean of all
-    values (the lowest finite number is added to every score), where the definition gives zeros.
+    Attention is the eager form with its n x n table.  A row that sees no key gets what Transformers
+    gives it, the mean of all values (the lowest finite number is added to every score), where the
+    definition gives zeros.
 
-    Points: normalised and gain (rms_norm: the row before, and after, its product with the weight); linear (every product with a
-    matrix, bias included); tables (cos and sin); cos_part, sin_part, rotation (apply_rope: the products and their sum); scores,
-    scaled, masked, weights, values (attention: q k^T, times scale, plus mask, softmax, times v); silu, gated (swiglu); residual
+    Points: normalised and gain (rms_norm: the row before, and after, its product with the weight);
+    linear (every product with a matrix, bias included); tables (cos and sin); cos_part, sin_part,
+    rotation (apply_rope: the products and their sum); scores, scaled, masked, weights, values
+    (attention: q k^T, times scale, plus mask, softmax, times v); silu, gated (swiglu); residual
     (add).
 
-    Equal bits need equal sums, and their order depends on PyTorch's kernel and the CPU.  Here it is that of the instruction
-    VDPBF16PS: channel after channel in float32, the odd one of each pair first.  It was found by comparison, on a CPU with
-    AVX512_BF16 and PyTorch 2.13: there bfloat16 products of up to 512 channels came out equal in every entry tried; longer ones are
-    cut into blocks, which is not repeated.  Measured there, with `scripts/make_golden_emulate.py --measure` and the live tests: of
-    40 random tiny bfloat16 models 39 are equal in every logit, 99.98 % of all; in float16, where PyTorch sums in yet another
-    order, 78 % of the logits of 20 models.  A linear op of the default checkpoint, given the same input, is equal in 99.998 % of
-    its outputs (576 channels in; 1536: 99.98 %).  But 30 layers make any such last bit grow, and in the end 10 % of the logits
-    are equal.
+    Equal bits need equal sums, and their order depends on PyTorch's kernel and the CPU.  Here it is
+    that of the instruction VDPBF16PS: channel after channel in float32, the odd one of each pair
+    first.  It was found by comparison, on a CPU with AVX512_BF16 and PyTorch 2.13: there bfloat16
+    products of up to 512 channels came out equal in every entry tried; longer ones are cut into
+    blocks, which is not repeated.  Measured there, with `scripts/make_golden_emulate.py --measure`
+    and the live tests: of 40 random tiny bfloat16 models 39 are equal in every logit, 99.98 % of
+    all; in float16, where PyTorch sums in yet another order, 78 % of the logits of 20 models.  A
+    linear op of the default checkpoint, given the same input, is equal in 99.998 % of its outputs
+    (576 channels in; 1536: 99.98 %).  But 30 layers make any such last bit grow, and in the end 10
+    % of the logits are equal.
 
     Distance from float64, max and mean of the logits' |difference|:
 
@@ -93,9 +99,10 @@ def emulate(dtype, points=tuple(POINTS)):
         emulation of bfloat16             0.21, 0.018                    0.76, 0.12
         Transformers in bfloat16          0.21, 0.018 (the same bits)    0.95, 0.14
 
-    so that the default is the more accurate by four orders of magnitude.  Beside Transformers in bfloat16, the default is off by
-    0.95 and 0.14 on that checkpoint, the emulation by 1.1 and 0.13: two equally rough answers.  The most likely token of its 25
-    positions is Transformers' in 92 % (default) and 96 % (emulation), and that of float64 in 100 % and 96 %.
+    so that the default is the more accurate by four orders of magnitude.  Beside Transformers in
+    bfloat16, the default is off by 0.95 and 0.14 on that checkpoint, the emulation by 1.1 and 0.13:
+    two equally rough answers.  The most likely token of its 25 positions is Transformers' in 92 %
+    (default) and 96 % (emulation), and that of float64 in 100 % and 96 %.
 
     Source: `modeling_phi3.py` of Transformers 5.23 with `attn_implementation="eager"`.
     """
@@ -142,7 +149,9 @@ class _Rounding(NamedTuple):
         return widen(w)
 
     def expect(self, x, dtype):
-        """Raise for an array of another dtype: a float64 model has nothing to emulate, a float32 weight is not yet rounded."""
+        """Raise for an array of another dtype: a float64 model has nothing to emulate, a float32
+        weight is not yet rounded.
+        """
         if str(x.dtype) != dtype:
             raise NpllmTypeError(
                 f'emulate("{self.dtype}") takes weights stored in {self.dtype} and float32 activations, got '
@@ -177,9 +186,11 @@ def _linear(rounded, x, weight, bias=None):
 
 
 def _product(a, b, xp):
-    """Multiply matrices in float32, where each sum takes one channel after another, the odd one of each pair first.
+    """Multiply matrices in float32, where each sum takes one channel after another, the odd one of
+    each pair first.
 
-    Products of two 16-bit factors are exact in float32, so that nothing but the order of the sum decides about the last bits.
+    Products of two 16-bit factors are exact in float32, so that nothing but the order of the sum
+    decides about the last bits.
     """
     n = a.shape[-1]
     b = xp.reshape(xp.reshape(b, (-1,)), b.shape)  # rows in one piece, also of a transposed view
@@ -191,7 +202,9 @@ def _product(a, b, xp):
 
 
 def _rms_norm(rounded, x, weight, eps):
-    """Round the normalised row, and again its product with the gain; the root is taken as 1 / sqrt and multiplied by."""
+    """Round the normalised row, and again its product with the gain; the root is taken as 1 / sqrt
+    and multiplied by.
+    """
     xp = array_namespace(x, weight)
     expect_shape("weight", weight, d_model=x.shape[-1])
     normalised = x * (1 / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps))

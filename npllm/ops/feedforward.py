@@ -24,10 +24,12 @@ def silu(x):
 
     Notes
     -----
-    Computes in float32 (float64 when `x` is).  The exponential is taken of -|x| only, so that it cannot overflow:
-    sigmoid(x) = 1 / (1 + exp(-x)) for x >= 0, and exp(x) / (1 + exp(x)) below.  Of -inf the formula, and so the result, is NaN.
+    Computes in float32 (float64 when `x` is).  The exponential is taken of -|x| only, so that it
+    cannot overflow: sigmoid(x) = 1 / (1 + exp(-x)) for x >= 0, and exp(x) / (1 + exp(x)) below.  Of
+    -inf the formula, and so the result, is NaN.
 
-    Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 4.3; `torch.nn.functional.silu`.
+    Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 4.3;
+    `torch.nn.functional.silu`.
     """
     xp = array_namespace(x)
     wide = widen(x)
@@ -58,9 +60,11 @@ def swiglu(gate, up):
 
     Notes
     -----
-    Computes in float32 (float64 when either input is).  In a checkpoint the rows of `gate_up_proj` are gate first, then up.
+    Computes in float32 (float64 when either input is).  In a checkpoint the rows of `gate_up_proj`
+    are gate first, then up.
 
-    Source: "GLU Variants Improve Transformer" (Shazeer 2020), equation 5; `Phi3MLP` in Transformers.
+    Source: "GLU Variants Improve Transformer" (Shazeer 2020), equation 5; `Phi3MLP` in
+    Transformers.
     """
     xp = array_namespace(gate, up)
     if gate.shape != up.shape:
@@ -89,8 +93,8 @@ def relu(x):
 
     Notes
     -----
-    Source: "Rectified Linear Units Improve Restricted Boltzmann Machines" (Nair and Hinton 2010); the feed-forward network of
-    "Attention Is All You Need" (Vaswani et al. 2017), equation 2.
+    Source: "Rectified Linear Units Improve Restricted Boltzmann Machines" (Nair and Hinton 2010);
+    the feed-forward network of "Attention Is All You Need" (Vaswani et al. 2017), equation 2.
     """
     xp = array_namespace(x)
     wide = widen(x)
@@ -123,10 +127,12 @@ def gelu(x, approximate="none"):
 
     Notes
     -----
-    The exact form computes in float64 and rounds once; the other in float32 (float64 when `x` is).  Far below 0, where
-    the sums in the formulas cancel, 1 + erf(t) is computed as erfc(-t) and (1 + tanh(t)) / 2 as sigmoid(2 * t).
+    The exact form computes in float64 and rounds once; the other in float32 (float64 when `x` is).
+    Far below 0, where the sums in the formulas cancel, 1 + erf(t) is computed as erfc(-t) and (1 +
+    tanh(t)) / 2 as sigmoid(2 * t).
 
-    Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2; `torch.nn.functional.gelu`.
+    Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2;
+    `torch.nn.functional.gelu`.
     """
     xp = array_namespace(x)
     if approximate not in ("none", "tanh"):

@@ -1,7 +1,9 @@
-"""RoPE frequencies: by how much each pair of channels turns from one position to the next, and how contexts were lengthened.
+"""RoPE frequencies: by how much each pair of channels turns from one position to the next, and how
+contexts were lengthened.
 
-These are constants of a checkpoint, made of numbers and not of arrays, so they are NumPy arrays on the host.  A checkpoint was
-trained with their float32 values: they are rounded to float32 at the steps where PyTorch rounds them, also for a run in float64.
+These are constants of a checkpoint, made of numbers and not of arrays, so they are NumPy arrays on
+the host.  A checkpoint was trained with their float32 values: they are rounded to float32 at the
+steps where PyTorch rounds them, also for a run in float64.
 """
 
 import math
@@ -43,14 +45,16 @@ def rope_frequencies(d_rope, base=10000.0, factors=None):
     Raises
     ------
     NpllmValueError
-        When `d_rope` is odd or not positive, `base` is not positive, or the factors are not d_rope/2 positive numbers.
+        When `d_rope` is odd or not positive, `base` is not positive, or the factors are not
+        d_rope/2 positive numbers.
 
     Notes
     -----
-    The power is taken in float64 and rounded, which agrees with PyTorch's float32 power in more entries than NumPy's own does.
+    The power is taken in float64 and rounded, which agrees with PyTorch's float32 power in more
+    entries than NumPy's own does.
 
-    Source: "RoFormer" (Su et al. 2021), section 3.2.2, theta_i; "LongRoPE" (Ding et al. 2024), equation 1;
-    `_compute_longrope_parameters` in Transformers.
+    Source: "RoFormer" (Su et al. 2021), section 3.2.2, theta_i; "LongRoPE" (Ding et al. 2024),
+    equation 1; `_compute_longrope_parameters` in Transformers.
     """
     power = _powers(d_rope, base)
     if factors is None:
@@ -64,7 +68,8 @@ def rope_frequencies(d_rope, base=10000.0, factors=None):
 
 
 def longrope_scale(factor, n_original):
-    """Give the attention factor of LongRoPE, which scales cos and sin to keep the softmax as sharp over a longer context.
+    """Give the attention factor of LongRoPE, which scales cos and sin to keep the softmax as sharp
+    over a longer context.
 
         scale = sqrt(1 + ln(factor) / ln(n_original)),  1 where factor <= 1
 
@@ -81,7 +86,8 @@ def longrope_scale(factor, n_original):
 
     Notes
     -----
-    Source: "LongRoPE" (Ding et al. 2024), as released with Phi-3; `_compute_longrope_parameters` in Transformers.
+    Source: "LongRoPE" (Ding et al. 2024), as released with Phi-3; `_compute_longrope_parameters` in
+    Transformers.
     """
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(n_original))
 
@@ -103,8 +109,8 @@ def linear_frequencies(d_rope, base, factor):
 
     Notes
     -----
-    Source: "Extending Context Window of Large Language Models via Positional Interpolation" (Chen et al. 2023), equation 3;
-    `_compute_linear_scaling_rope_parameters` in Transformers.
+    Source: "Extending Context Window of Large Language Models via Positional Interpolation" (Chen
+    et al. 2023), equation 3; `_compute_linear_scaling_rope_parameters` in Transformers.
     """
     return rope_frequencies(d_rope, base) / np.float32(factor)
 
@@ -137,7 +143,8 @@ def dynamic_base(d_rope, base, factor, n_ctx, n_original):
 
     Notes
     -----
-    Source: "YaRN" (Peng et al. 2023), section 3.3, after a post by emozilla; `_compute_dynamic_ntk_parameters` in Transformers.
+    Source: "YaRN" (Peng et al. 2023), section 3.3, after a post by emozilla;
+    `_compute_dynamic_ntk_parameters` in Transformers.
     """
     if d_rope < 4:
         raise NpllmValueError(f"d_rope must be at least 4 for dynamic scaling, got {d_rope}")
@@ -146,7 +153,8 @@ def dynamic_base(d_rope, base, factor, n_ctx, n_original):
 
 
 def llama3_frequencies(d_rope, base, factor, low_freq_factor, high_freq_factor, n_original):
-    """Slow only the long waves: pairs that turn fewer than low_freq_factor times within the original context.
+    """Slow only the long waves: pairs that turn fewer than low_freq_factor times within the
+    original context.
 
         turns[i] = n_original * inv_freq[i] / (2 * pi)
         keep[i]  = clip((turns[i] - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
@@ -166,7 +174,8 @@ def llama3_frequencies(d_rope, base, factor, low_freq_factor, high_freq_factor, 
 
     Notes
     -----
-    Source: "The Llama 3 Herd of Models" (2024) and the code released with it; `_compute_llama3_parameters` in Transformers.
+    Source: "The Llama 3 Herd of Models" (2024) and the code released with it;
+    `_compute_llama3_parameters` in Transformers.
     """
     inv_freq = rope_frequencies(d_rope, base)
     wavelength = np.float32(2 * math.pi) / inv_freq
@@ -184,7 +193,8 @@ def llama3_frequencies(d_rope, base, factor, low_freq_factor, high_freq_factor, 
 def yarn_frequencies(
     d_rope, base, factor, n_original, beta_fast=32.0, beta_slow=1.0, truncate=True
 ):
-    """Slow the pairs that turn fewer than beta_slow times within the original context, keep those that turn beta_fast times.
+    """Slow the pairs that turn fewer than beta_slow times within the original context, keep those
+    that turn beta_fast times.
 
         index(turns) = d_rope * ln(n_original / (2 * pi * turns)) / (2 * ln(base))
         slow[i]      = clip((i - index(beta_fast)) / (index(beta_slow) - index(beta_fast)), 0, 1)
@@ -256,7 +266,9 @@ def yarn_scale(factor, mscale=None, mscale_all_dim=None):
 
 
 def _powers(d_rope, base):
-    """Base ** (2 * i / d_rope) in float32: the exponent is float32, the power is taken in float64 and rounded."""
+    """Base ** (2 * i / d_rope) in float32: the exponent is float32, the power is taken in float64
+    and rounded.
+    """
     if d_rope < 2 or d_rope % 2:
         raise NpllmValueError(f"d_rope must be even and at least 2, got {d_rope}")
     if not (base > 0 and math.isfinite(base)):

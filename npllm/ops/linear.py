@@ -40,8 +40,9 @@ def linear(x, weight, bias=None):
 
     Notes
     -----
-    Computes and accumulates in float32, in float64 when `x` or `weight` is; rounds once, at the end.  A 16-bit weight is widened
-    block of rows by block of rows, never as a whole (`npllm.arrays.entries_at_once`).
+    Computes and accumulates in float32, in float64 when `x` or `weight` is; rounds once, at the
+    end.  A 16-bit weight is widened block of rows by block of rows, never as a whole
+    (`npllm.arrays.entries_at_once`).
 
     Source: `torch.nn.Linear`.
     """
@@ -83,7 +84,8 @@ def split_heads(x, n_head):
 
     Notes
     -----
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2; the `view` and `transpose` of `Phi3Attention`.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2; the `view` and
+    `transpose` of `Phi3Attention`.
     """
     xp = array_namespace(x)
     expect_shape("x", x, dots=None, n_seq=None, width=None)
@@ -120,7 +122,8 @@ def merge_heads(x):
 
 
 def mean_pool_kv_heads(weight, n_kv_head, n_group):
-    """Average key or value heads in groups: how a multi-head checkpoint becomes one with grouped queries.
+    """Average key or value heads in groups: how a multi-head checkpoint becomes one with grouped
+    queries.
 
         y[g * d_head + i, :] = mean over the heads h of group g of weight[h * d_head + i, :]
 
@@ -172,7 +175,9 @@ def _swap(x, xp):
 
 
 def _row_blocks(weight, dtype):
-    """Cut a weight that must be widened into blocks of rows; one that has the compute dtype already stays whole."""
+    """Cut a weight that must be widened into blocks of rows; one that has the compute dtype already
+    stays whole.
+    """
     d_out, d_in = weight.shape
     if weight.dtype == dtype or d_out == 0:
         return [weight]

@@ -17,7 +17,8 @@ def rms_norm(x, weight, eps):
     weight : array [d_model]
         One gain for each channel.
     eps : float
-        Keeps a row of zeros finite; stands inside the root.  Phi-3 uses 1e-5.  With 0, a row of zeros gives NaN.
+        Keeps a row of zeros finite; stands inside the root.  Phi-3 uses 1e-5.  With 0, a row of
+        zeros gives NaN.
 
     Returns
     -------
@@ -31,10 +32,12 @@ def rms_norm(x, weight, eps):
 
     Notes
     -----
-    Computes in float32 (float64 when either input is) and rounds once, at the end.  Transformers rounds the normalised row to the
-    dtype of `x` before it multiplies by `weight`; with float32 activations the two are the same.
+    Computes in float32 (float64 when either input is) and rounds once, at the end.  Transformers
+    rounds the normalised row to the dtype of `x` before it multiplies by `weight`; with float32
+    activations the two are the same.
 
-    Source: "Root Mean Square Layer Normalization" (Zhang and Sennrich 2019), equation 4; `Phi3RMSNorm` in Transformers.
+    Source: "Root Mean Square Layer Normalization" (Zhang and Sennrich 2019), equation 4;
+    `Phi3RMSNorm` in Transformers.
     """
     xp = array_namespace(x, weight)
     expect_shape("x", x, dots=None, d_model=None)

@@ -19,8 +19,8 @@ __all__ = ["SLOTS", "Ops", "Step", "blockwise", "parts_of", "reference"]
 
 Array = Any
 
-# Stretches of a decoder layer that one kernel may take over: what each directly consists of.  What a
-# slot computes is the composition in npllm/models/phi3.py; there is no second definition of it.
+# Stretches of a decoder layer that one kernel may take over: what each directly consists of.  What
+# a slot computes is the composition in npllm/models/phi3.py; there is no second definition of it.
 SLOTS = {
     "norm_linear": ("rms_norm", "linear"),
     "norm_swiglu": ("norm_linear", "swiglu"),
@@ -41,8 +41,8 @@ def parts_of(slot: str) -> frozenset[str]:
 class Step(NamedTuple):
     """What stays the same from layer to layer of one call, and the number of the layer.
 
-    The tables are those of `rope_tables`.  `masks` holds one rule for each layer of the model; None:
-    every key is visible.
+    The tables are those of `rope_tables`.  `masks` holds one rule for each layer of the model;
+    None: every key is visible.
     """
 
     cos: Array  # [n_seq, d_rope], or [n_batch, n_seq, d_rope] where they differ by row
@@ -66,7 +66,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Ops:
-    """The set of operations that a model runs on: one callable for each name, with its definition's signature.
+    """The set of operations that a model runs on: one callable for each name, with its definition's
+    signature.
 
     A slot (the names in `SLOTS`) holds a kernel for a stretch of a layer, or None: the stretch then
     runs operation by operation, as `npllm.models.phi3` spells it out.  A kernel returns

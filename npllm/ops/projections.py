@@ -1,4 +1,6 @@
-"""The projections that have a name in every description of a transformer: Q, K and V, and the LM head."""
+"""The projections that have a name in every description of a transformer: Q, K and V, and the LM
+head.
+"""
 
 from typing import Any
 
@@ -45,7 +47,8 @@ def qkv_projection(
     -----
     Sums in the compute dtype of `linear`.
 
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2; `Phi3Attention` in Transformers.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.2; `Phi3Attention` in
+    Transformers.
     """
     return split_qkv(linear(x, weight, bias), n_head, n_kv_head)
 

@@ -30,10 +30,12 @@ def add(x, y):
 
     Notes
     -----
-    Computes in float32 (float64 when either input is) and rounds once.  It is an op, and not a `+` in the model, since it is a
-    place where engines round (`npllm.ops.emulate`) and where kernels fuse.
+    Computes in float32 (float64 when either input is) and rounds once.  It is an op, and not a `+`
+    in the model, since it is a place where engines round (`npllm.ops.emulate`) and where kernels
+    fuse.
 
-    Source: "Deep Residual Learning for Image Recognition" (He et al. 2015), equation 1; `Phi3DecoderLayer` in Transformers.
+    Source: "Deep Residual Learning for Image Recognition" (He et al. 2015), equation 1;
+    `Phi3DecoderLayer` in Transformers.
     """
     xp = array_namespace(x, y)
     if x.shape != y.shape:

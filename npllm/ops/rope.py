@@ -1,4 +1,6 @@
-"""Rotary position embedding (RoPE): each pair of channels is turned by an angle proportional to the position."""
+"""Rotary position embedding (RoPE): each pair of channels is turned by an angle proportional to the
+position.
+"""
 
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, widen
 from npllm.errors import NpllmValueError
@@ -55,8 +57,9 @@ def apply_rope(x, cos, sin, *, interleaved=False):
         From `rope_tables`; or [n_batch, n_seq, d_rope], to which the head axis is added here.
     sin : array [n_seq, d_rope]
     interleaved : bool
-        False pairs channel i with i + d_rope/2 (Phi-3, Llama in Transformers' layout, GPT-NeoX); True pairs 2i with 2i + 1
-        (RoFormer's paper, GPT-J, Llama as published by Meta).  The tables are the same for both.
+        False pairs channel i with i + d_rope/2 (Phi-3, Llama in Transformers' layout, GPT-NeoX);
+        True pairs 2i with 2i + 1 (RoFormer's paper, GPT-J, Llama as published by Meta).  The tables
+        are the same for both.
 
     Returns
     -------
@@ -131,7 +134,8 @@ def apply_rope_complex(x, positions, inv_freq, *, interleaved=False):
     -----
     Computes in complex64 (complex128 when `x` or `inv_freq` is float64).
 
-    Source: "RoFormer" (Su et al. 2021), equation 12; the code released with "LLaMA" (Touvron et al. 2023), interleaved.
+    Source: "RoFormer" (Su et al. 2021), equation 12; the code released with "LLaMA" (Touvron et al.
+    2023), interleaved.
     """
     xp = array_namespace(x, positions, inv_freq)
     dtype = compute_dtype(x, inv_freq)
@@ -152,7 +156,8 @@ def apply_rope_complex(x, positions, inv_freq, *, interleaved=False):
 
 
 def rotation_matrix(positions, inv_freq):
-    """Write the rotation of a position out as a matrix: orthogonal, with a 2 x 2 rotation for each pair of channels.
+    """Write the rotation of a position out as a matrix: orthogonal, with a 2 x 2 rotation for each
+    pair of channels.
 
         R[i, i] = R[i + d_rope/2, i + d_rope/2] = cos(phase_i)
         R[i + d_rope/2, i] = sin(phase_i) = -R[i, i + d_rope/2],   phase_i = position * inv_freq[i]

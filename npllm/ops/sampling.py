@@ -1,7 +1,8 @@
 """From logits to the next token: filters that map logits to logits, and the draw.
 
-The filters follow Transformers: each excludes a token by giving it -inf, and softmax renormalises what is left.  The order in
-which they are applied matters, and engines differ in it: `npllm.decoding.loop.FILTER_ORDERS`.
+The filters follow Transformers: each excludes a token by giving it -inf, and softmax renormalises
+what is left.  The order in which they are applied matters, and engines differ in it:
+`npllm.decoding.loop.FILTER_ORDERS`.
 """
 
 from npllm.arrays import array_namespace, expect_shape, largest, to_numpy, widen
@@ -43,9 +44,11 @@ def softmax(x, axis=-1):
 
     Notes
     -----
-    Computes in float32 (float64 when `x` is).  Without the shift by m, which changes nothing, exp would overflow.
+    Computes in float32 (float64 when `x` is).  Without the shift by m, which changes nothing, exp
+    would overflow.
 
-    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.4; `torch.nn.functional.softmax`.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.4;
+    `torch.nn.functional.softmax`.
     """
     xp = array_namespace(x)
     wide = widen(x)
@@ -75,8 +78,8 @@ def log_softmax(x, axis=-1):
 
     Notes
     -----
-    Computes in float32 (float64 when `x` is).  The logarithm of `softmax` would be -inf where the probability is below the
-    smallest float.
+    Computes in float32 (float64 when `x` is).  The logarithm of `softmax` would be -inf where the
+    probability is below the smallest float.
 
     Source: `torch.nn.functional.log_softmax`.
     """
@@ -115,7 +118,8 @@ def repetition_penalty(logits, seen, penalty):
 
     Notes
     -----
-    Source: "CTRL" (Keskar et al. 2019), section 4.1; `RepetitionPenaltyLogitsProcessor` in Transformers.
+    Source: "CTRL" (Keskar et al. 2019), section 4.1; `RepetitionPenaltyLogitsProcessor` in
+    Transformers.
     """
     xp = array_namespace(logits, seen)
     if seen.dtype != xp.bool:
@@ -151,10 +155,11 @@ def temperature(logits, t):
 
     Notes
     -----
-    The shift by m changes no distribution, and makes logits / t finite for every t.  It computes in float64, since in float32 a
-    t below 1e-45 is 0.
+    The shift by m changes no distribution, and makes logits / t finite for every t.  It computes in
+    float64, since in float32 a t below 1e-45 is 0.
 
-    Source: "Distilling the Knowledge in a Neural Network" (Hinton et al. 2015), equation 1; `TemperatureLogitsWarper`.
+    Source: "Distilling the Knowledge in a Neural Network" (Hinton et al. 2015), equation 1;
+    `TemperatureLogitsWarper`.
     """
     xp = array_namespace(logits)
     if not t > 0:
@@ -191,7 +196,8 @@ def top_k(logits, k):
     -----
     Ties with the k-th largest are kept, so that more than k may remain.
 
-    Source: "Hierarchical Neural Story Generation" (Fan et al. 2018), section 5.4; `TopKLogitsWarper` in Transformers.
+    Source: "Hierarchical Neural Story Generation" (Fan et al. 2018), section 5.4;
+    `TopKLogitsWarper` in Transformers.
     """
     xp = array_namespace(logits)
     if k < 1:
@@ -202,7 +208,8 @@ def top_k(logits, k):
 
 
 def top_p(logits, p):
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least p (nucleus sampling).
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least p (nucleus
+    sampling).
 
         y[i] = logits[i] where the sum of all probabilities that rank before i is below p, else -inf
 
@@ -223,11 +230,12 @@ def top_p(logits, p):
 
     Notes
     -----
-    The token that crosses p is kept.  Equal logits rank by their id, lower first.  Probabilities are summed in float64.
-    Looks at one number on the host: how many tokens are not excluded yet.  Only those are sorted, so that `top_k` in front of it
-    saves the sort of the vocabulary.
+    The token that crosses p is kept.  Equal logits rank by their id, lower first.  Probabilities
+    are summed in float64.  Looks at one number on the host: how many tokens are not excluded yet.
+    Only those are sorted, so that `top_k` in front of it saves the sort of the vocabulary.
 
-    Source: "The Curious Case of Neural Text Degeneration" (Holtzman et al. 2019), section 3.1; `TopPLogitsWarper`.
+    Source: "The Curious Case of Neural Text Degeneration" (Holtzman et al. 2019), section 3.1;
+    `TopPLogitsWarper`.
     """
     xp = array_namespace(logits)
     if not 0 <= p <= 1:
@@ -277,7 +285,8 @@ def min_p(logits, p):
 
     Notes
     -----
-    Source: "Turning Up the Heat: Min-p Sampling" (Nguyen et al. 2024), section 3; `MinPLogitsWarper` in Transformers.
+    Source: "Turning Up the Heat: Min-p Sampling" (Nguyen et al. 2024), section 3;
+    `MinPLogitsWarper` in Transformers.
     """
     xp = array_namespace(logits)
     if not 0 <= p <= 1:
@@ -335,12 +344,13 @@ def sample(logits, u):
     Raises
     ------
     NpllmValueError
-        When `u` does not have the shape of the rows or lies outside 0 <= u < 1, or a row excludes every token or holds NaN or inf.
+        When `u` does not have the shape of the rows or lies outside 0 <= u < 1, or a row excludes
+        every token or holds NaN or inf.
 
     Notes
     -----
-    Looks at two truth values on the host.  Sums in float64.  Where rounding leaves the whole sum at or below `u`, the last token
-    that is not excluded is drawn.
+    Looks at two truth values on the host.  Sums in float64.  Where rounding leaves the whole sum at
+    or below `u`, the last token that is not excluded is drawn.
 
     Source: "Non-Uniform Random Variate Generation" (Devroye 1986), section III.2.
     """

@@ -4,7 +4,8 @@ from npllm.arrays import array_namespace, ieee_semantics, widen
 
 __all__ = ["erf", "erfc"]
 
-# Coefficients of Cody's three rational approximations, highest power first but for the last, which comes first.
+# Coefficients of Cody's three rational approximations, highest power first but for the last, which
+# comes first.
 SMALL = (
     (
         1.85777706184603153e-1,
@@ -84,9 +85,9 @@ def erf(x):
 
     Notes
     -----
-    Computes in float64 and rounds once; relative error below 5e-16.  With y = |x| and rational functions R_1, R_2, R_3:
-    y * R_1(y**2) up to 0.46875; 1 - exp(-y**2) * R_2(y) up to 4;
-    1 - exp(-y**2) / y * (1 / sqrt(pi) - R_3(1 / y**2) / y**2) beyond.
+    Computes in float64 and rounds once; relative error below 5e-16.  With y = |x| and rational
+    functions R_1, R_2, R_3: y * R_1(y**2) up to 0.46875; 1 - exp(-y**2) * R_2(y) up to 4; 1 -
+    exp(-y**2) / y * (1 / sqrt(pi) - R_3(1 / y**2) / y**2) beyond.
 
     Source: "Rational Chebyshev Approximations for the Error Function" (Cody 1969).
     """

@@ -1,14 +1,15 @@
 """Chat templates: Jinja from a stranger, run within limits.
 
-A template comes with the checkpoint, and anybody can publish one.  Jinja's sandbox keeps it away from Python's internals, but not
-from work without end: `'a' * 10**9`, loops in loops, a string that doubles.  So here a template has an allowance, and pays from
-it for every step (entering a block, one item of a filter) and for every value it makes, by its size.  Values are weighed with all
-that they hold, counted as often as they hold it, so that no small list stands for a huge text.  An operation whose result can be
-larger than what it is made of is estimated before it runs (`*`, `**`, join, replace, indent), or is not there (center, format).
-There is a deadline as well.
+A template comes with the checkpoint, and anybody can publish one.  Jinja's sandbox keeps it away
+from Python's internals, but not from work without end: `'a' * 10**9`, loops in loops, a string that
+doubles.  So here a template has an allowance, and pays from it for every step (entering a block,
+one item of a filter) and for every value it makes, by its size.  Values are weighed with all that
+they hold, counted as often as they hold it, so that no small list stands for a huge text.  An
+operation whose result can be larger than what it is made of is estimated before it runs (`*`, `**`,
+join, replace, indent), or is not there (center, format).  There is a deadline as well.
 
-What this does not do: it bounds memory to some 100 MB and time to some seconds, no less, and it cannot help against a fault in
-Python or Jinja themselves.
+What this does not do: it bounds memory to some 100 MB and time to some seconds, no less, and it
+cannot help against a fault in Python or Jinja themselves.
 """
 
 import copy
@@ -73,11 +74,13 @@ def render(source, messages, names):
     Raises
     ------
     NpllmValueError
-        When the template is too long, is no Jinja, fails, refuses, reaches for what is not allowed, or asks for too much work.
+        When the template is too long, is no Jinja, fails, refuses, reaches for what is not allowed,
+        or asks for too much work.
 
     Notes
     -----
-    Source: `render_jinja_template` in Transformers (trim_blocks, lstrip_blocks, loop controls, a tojson that escapes nothing).
+    Source: `render_jinja_template` in Transformers (trim_blocks, lstrip_blocks, loop controls, a
+    tojson that escapes nothing).
     """
     if len(source) > LARGEST_TEMPLATE:
         raise NpllmValueError(
@@ -107,7 +110,9 @@ def _paid(visit):
 
 
 class _Compiler(CodeGenerator):
-    """Writes the Python code of a template, with a payment in every block and around every value that is built in place."""
+    """Writes the Python code of a template, with a payment in every block and around every value
+    that is built in place.
+    """
 
     def blockvisit(self, nodes, frame):
         self.writeline("environment.spend(1)")
@@ -214,7 +219,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return "".join(pieces)
 
     def is_safe_attribute(self, obj, attr, value):
-        """Tell whether a template may use an attribute; of text and numbers, only methods that keep within its size."""
+        """Tell whether a template may use an attribute; of text and numbers, only methods that keep
+        within its size.
+        """
         allowed = not isinstance(obj, int | float | bytes) and (
             attr in STRING_METHODS or not isinstance(obj, str)
         )
@@ -257,7 +264,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _weigh(value, most):
-    """Size of a value and of all that it holds, counted as often as it holds it; counting stops above `most`."""
+    """Size of a value and of all that it holds, counted as often as it holds it; counting stops
+    above `most`.
+    """
     total, rest = 0, [value]
     while rest and total <= most:
         value = rest.pop()
@@ -312,7 +321,9 @@ def _replace_size(text, old, new, *_, **__):
 
 
 def _indent_size(text, width=4, *_, **__):
-    """How large an indented text can be.  Of a list, Jinja's filter would write into the list itself."""
+    """How large an indented text can be.  Of a list, Jinja's filter would write into the list
+    itself.
+    """
     if not isinstance(text, str):
         raise SecurityError(f"indent: expected a text, got {type(text).__name__!r}")
     width = width if isinstance(width, int) else len(width)

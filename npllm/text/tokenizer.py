@@ -1,4 +1,6 @@
-"""Text to token ids and back: a thin wrapper of the `tokenizers` library, the chat template, and a detokeniser for streams."""
+"""Text to token ids and back: a thin wrapper of the `tokenizers` library, the chat template, and a
+detokeniser for streams.
+"""
 
 import contextlib
 import importlib
@@ -26,9 +28,9 @@ class Tokenizer:
     chat_template : str or None
         Jinja source.
     special_tokens : dict of str to str
-        Text of bos_token, eos_token, unk_token, sep_token, pad_token, cls_token and mask_token, as far as
-        the folder names them, and of those that it alone has (`image_token`).  The chat template sees them
-        under these names.
+        Text of bos_token, eos_token, unk_token, sep_token, pad_token, cls_token and mask_token, as
+        far as the folder names them, and of those that it alone has (`image_token`).  The chat
+        template sees them under these names.
     add_bos_token : bool, optional
         Whether `encode` begins with bos_token.  None: as the post-processor in tokenizer.json does.
 
@@ -39,9 +41,10 @@ class Tokenizer:
 
     Notes
     -----
-    The entry `add_bos_token` of tokenizer_config.json is not heeded, as in Transformers 5.23: the post-processor decides (Phi-3 of
-    April 2024 says true there and has none).  However bos_token comes to be added, it is not added to a text that begins with it;
-    Transformers would write it twice.
+    The entry `add_bos_token` of tokenizer_config.json is not heeded, as in Transformers 5.23: the
+    post-processor decides (Phi-3 of April 2024 says true there and has none).  However bos_token
+    comes to be added, it is not added to a text that begins with it; Transformers would write it
+    twice.
 
     Source: `TokenizersBackend` in Transformers.
     """
@@ -63,7 +66,8 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path, *, add_bos_token=None):
-        """Read tokenizer.json, and where they are present tokenizer_config.json, chat_template.jinja and older files.
+        """Read tokenizer.json, and where they are present tokenizer_config.json,
+        chat_template.jinja and older files.
 
         Parameters
         ----------
@@ -104,7 +108,8 @@ class Tokenizer:
         text : str
             Special strings in it (`<|end|>`) become their ids.
         add_special_tokens : bool
-            Let the tokenizer add what its post-processor adds (a beginning-of-sequence token, for some).
+            Let the tokenizer add what its post-processor adds (a beginning-of-sequence token, for
+            some).
 
         Returns
         -------
@@ -167,22 +172,25 @@ class Tokenizer:
         Returns
         -------
         text : str
-            To be encoded with `add_special_tokens=False`: the template writes the special tokens itself.
+            To be encoded with `add_special_tokens=False`: the template writes the special tokens
+            itself.
 
         Raises
         ------
         NpllmValueError
-            When the folder has no chat template, a message is malformed, or the template fails or refuses.
+            When the folder has no chat template, a message is malformed, or the template fails or
+            refuses.
 
         Warns
         -----
         UserWarning
-            When the template leaves out a message that is not the assistant's: Phi-3-medium's has no system messages.
+            When the template leaves out a message that is not the assistant's: Phi-3-medium's has
+            no system messages.
 
         Notes
         -----
-        The template comes with the checkpoint and is not trusted: it runs in a sandbox, within the limits of
-        `npllm.text.chat_template`.
+        The template comes with the checkpoint and is not trusted: it runs in a sandbox, within the
+        limits of `npllm.text.chat_template`.
 
         Source: `apply_chat_template` in Transformers.
         """
@@ -219,7 +227,9 @@ class Tokenizer:
         return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
 
     def token_text(self, token):
-        """Text of one token by itself, for tables; special tokens under their name, and ids without a token as <id>."""
+        """Text of one token by itself, for tables; special tokens under their name, and ids without
+        a token as <id>.
+        """
         text = self.decode([token], skip_special_tokens=False)
         return text or self.backend.id_to_token(int(token)) or f"<{int(token)}>"
 
@@ -227,13 +237,15 @@ class Tokenizer:
 class Detokenizer:
     """Text of a growing sequence of ids, piece by piece: joined, the pieces are the decoded whole.
 
-    A piece is what the new ids add to the text; while the end is half a character, it is held back.  A run of byte tokens
-    (`<0xE2>`) is held back until it ends: its bytes are decoded together, and one wrong byte turns all of them into U+FFFD.
+    A piece is what the new ids add to the text; while the end is half a character, it is held back.
+    A run of byte tokens (`<0xE2>`) is held back until it ends: its bytes are decoded together, and
+    one wrong byte turns all of them into U+FFFD.
 
     Notes
     -----
-    Decoding token by token would lose spaces, since a decoder strips the first one of every call.  The difference is taken
-    between two decodes that begin at the last piece, so that the work does not grow with the length of the text.
+    Decoding token by token would lose spaces, since a decoder strips the first one of every call.
+    The difference is taken between two decodes that begin at the last piece, so that the work does
+    not grow with the length of the text.
     """
 
     def __init__(self, tokenizer):
@@ -272,7 +284,9 @@ class Detokenizer:
 
 @contextlib.contextmanager
 def _library_errors(kind, message):
-    """Raise an error of npllm for whatever the tokenizers library raises: bare Exceptions, and panics, which are none."""
+    """Raise an error of npllm for whatever the tokenizers library raises: bare Exceptions, and
+    panics, which are none.
+    """
     try:
         yield
     except BaseException as error:
@@ -308,7 +322,9 @@ def _warn_of_left_out(messages, text):
 
 
 def _chat_template(folder, settings):
-    """The chat template: a file of its own, or an entry of tokenizer_config.json (a string, or a list of named ones)."""
+    """The chat template: a file of its own, or an entry of tokenizer_config.json (a string, or a
+    list of named ones).
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:

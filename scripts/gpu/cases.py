@@ -105,7 +105,8 @@ def attention(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
 
 
 def attend_one(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
-    """One query of every head over so many keys that they are split; a head of keys for one or more.
+    """One query of every head over so many keys that they are split; a head of keys for one or
+    more.
 
     The kernel that merges the splits has no type and no group: it takes the plainest.
     """

@@ -1,8 +1,10 @@
-"""Attention in the compiled set: rotation, the cache, scores, softmax and weighted sum in one kernel.
+"""Attention in the compiled set: rotation, the cache, scores, softmax and weighted sum in one
+kernel.
 
-Many queries: a task is some queries of one key/value head, those of all its query heads side by side: 64 columns (16 without
-AVX-512) are a panel, as in `gemm`.  For each block of keys, S = K Q [n_key, columns] and Y += V^T P [d_head, columns] are the tiles
-of `gemm`, and the softmax between them runs down the columns, so that nothing is ever summed across a vector.
+Many queries: a task is some queries of one key/value head, those of all its query heads side by
+side: 64 columns (16 without AVX-512) are a panel, as in `gemm`.  For each block of keys, S = K Q
+[n_key, columns] and Y += V^T P [d_head, columns] are the tiles of `gemm`, and the softmax between
+them runs down the columns, so that nothing is ever summed across a vector.
 
 Source: "FlashAttention-2" (Dao 2023), section 3.1: queries outside, keys inside.
 """
@@ -33,7 +35,9 @@ PANELS = 8  # of a task
 
 @kernel(nogil=True)
 def rotate(x, cos, sin, y):
-    """Rotary position embedding of one head of one token, channel i with channel i + d_rope/2; y may be x."""
+    """Rotary position embedding of one head of one token, channel i with channel i + d_rope/2; y
+    may be x.
+    """
     half = len(cos) // 2
     for i in range(half):
         first, second = x[i], x[i + half]
@@ -45,11 +49,13 @@ def rotate(x, cos, sin, y):
 
 @kernel(parallel=True)
 def attend_many(qkv, cos, sin, keys, values, n_head, band, panels, y, counter):
-    """Write the keys and values of new tokens into the last columns, and attend; whichever thread is free takes the next task.
+    """Write the keys and values of new tokens into the last columns, and attend; whichever thread
+    is free takes the next task.
 
-    qkv [n_batch, n_seq, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch, n_seq, d_rope], keys and values [n_ctx, n_batch,
-    n_kv_head, d_head], the first n_ctx - n_seq filled; a query sees the keys at distances band[0] <= i - j < band[1]; panels
-    [n_thread, PANELS, d_head, columns] are room for queries; y [n_batch, n_seq, n_head*d_head].
+    qkv [n_batch, n_seq, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch, n_seq, d_rope], keys
+    and values [n_ctx, n_batch, n_kv_head, d_head], the first n_ctx - n_seq filled; a query sees the
+    keys at distances band[0] <= i - j < band[1]; panels [n_thread, PANELS, d_head, columns] are
+    room for queries; y [n_batch, n_seq, n_head*d_head].
     """
     n_ctx, n_batch, n_kv_head = keys.shape[:3]
     n_seq, group, columns = qkv.shape[1], n_head // n_kv_head, panels.shape[3]
@@ -104,7 +110,9 @@ def append(token, cos, sin, n_head, keys, values):
 
 @kernel(nogil=True)
 def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
-    """One task: columns start ... stop - 1, of which column c is token c // group with head c % group of the group."""
+    """One task: columns start ... stop - 1, of which column c is token c // group with head c %
+    group of the group.
+    """
     n_ctx, d_head = keys.shape
     columns, n_past = q.shape[2], n_ctx - len(qkv)
     n_panel = (stop - start + columns - 1) // columns
@@ -146,7 +154,9 @@ def attend_part(qkv, cos, sin, keys, values, group, h, start, stop, band, q, y):
 
 @kernel(nogil=True)
 def pack_queries(qkv, cos, sin, group, h, start, stop, q):
-    """Rotate queries, scale them by 1 / sqrt(d_head), and write them into panels; columns without a query are 0."""
+    """Rotate queries, scale them by 1 / sqrt(d_head), and write them into panels; columns without a
+    query are 0.
+    """
     d_head, columns = q.shape[1:]
     row, scale = np.empty(d_head, np.float32), np.float32(1 / np.sqrt(d_head))
     q[(stop - start) // columns :] = 0
@@ -159,7 +169,9 @@ def pack_queries(qkv, cos, sin, group, h, start, stop, q):
 
 @kernel(nogil=True)
 def hide(scores, n_key, start, group, shift, band):
-    """Set the scores of pairs outside the band to -inf; column c is token (start + c) // group, whose slot - j is `shift` more."""
+    """Set the scores of pairs outside the band to -inf; column c is token (start + c) // group,
+    whose slot - j is `shift` more.
+    """
     columns = scores.shape[1]
     for c in range(columns):
         distance = (start + c) // group + shift  # to the first key of the block
@@ -171,7 +183,9 @@ def hide(scores, n_key, start, group, shift, band):
 
 @kernel(nogil=True)
 def fold(scores, n_key, largest, sums, weighted):
-    """Turn a block of scores into exp(s - maximum), and bring maximum, sum and weighted sum of every column up to date."""
+    """Turn a block of scores into exp(s - maximum), and bring maximum, sum and weighted sum of
+    every column up to date.
+    """
     columns, one, zero = scores.shape[1], splat(np.float32(1)), splat(np.float32(0))
     shift, decay = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for c in range(0, columns, LANES):
@@ -212,7 +226,9 @@ def rotate_all(x, cos, sin, y, turned):
 
 @kernel(nogil=True)
 def fold_scores(s, m, sums, a):
-    """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to date, all in place."""
+    """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to
+    date, all in place.
+    """
     for k in range(len(s)):
         largest = m[k, 0]
         for x in s[k]:
@@ -232,10 +248,12 @@ def fold_scores(s, m, sums, a):
 
 @kernel(parallel=True)
 def attend_step(qkv, cos, sin, keys, values, seen, n_head, y):
-    """Rotate one token of each sequence, write its key and value into the last column, and attend; heads on all threads.
+    """Rotate one token of each sequence, write its key and value into the last column, and attend;
+    heads on all threads.
 
-    qkv [n_batch, 1, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch or 1, d_rope], keys and values [n_ctx, n_batch, n_kv_head,
-    d_head], seen [n_batch or 1, n_ctx] or without a row, y [n_batch, 1, n_head*d_head].
+    qkv [n_batch, 1, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch or 1, d_rope], keys and
+    values [n_ctx, n_batch, n_kv_head, d_head], seen [n_batch or 1, n_ctx] or without a row, y
+    [n_batch, 1, n_head*d_head].
     """
     n_ctx, n_batch, n_kv_head, d_head = keys.shape
     group = n_head // n_kv_head

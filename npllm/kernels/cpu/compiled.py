@@ -1,7 +1,8 @@
 """The set compiled with Numba: a layer, all layers, and the parts of `parts`.
 
-While decoding, Python is what a small model waits for: its next kernel begins when Python, which the weights have pushed out of the
-caches, has looked at every argument.  So half a layer is one kernel, and so are all layers, wherever they are alike.
+While decoding, Python is what a small model waits for: its next kernel begins when Python, which
+the weights have pushed out of the caches, has looked at every argument.  So half a layer is one
+kernel, and so are all layers, wherever they are alike.
 """
 
 from dataclasses import replace
@@ -67,7 +68,9 @@ def attention_block(x, layer, step):
 
 
 def mlp_block(x, layer, step):
-    """Compute the second half of a layer: one kernel for a few rows; panels from the norm to the sum for many."""
+    """Compute the second half of a layer: one kernel for a few rows; panels from the norm to the
+    sum for many.
+    """
     gain, gate_up, down = layer.post_attention_layernorm, layer.gate_up_proj, layer.down_proj
     gate_up_bias, down_bias = layer.gate_up_bias, layer.down_bias
     if not fits_mlp(x, gain, gate_up, down, gate_up_bias, down_bias):
@@ -106,7 +109,9 @@ def decoder_layers(x, layers, step):
 
 
 def one_step(x, layers, step):
-    """One token of a few sequences through all layers; None where they are not what `layers_step` is made for."""
+    """One token of a few sequences through all layers; None where they are not what `layers_step`
+    is made for.
+    """
     gain, qkv_proj, o_proj, *mlp = weights_of(layers[0])
     if not (fits_step(x, gain, qkv_proj, o_proj, step) and fits_mlp(x, *mlp)):
         return None
@@ -138,7 +143,9 @@ def one_step(x, layers, step):
 
 
 def fits_step(x, norm_weight, qkv_weight, o_weight, step, qkv_bias=None, o_bias=None):
-    """Tell whether the attention of one token of a few sequences is what `attention_step` is made for."""
+    """Tell whether the attention of one token of a few sequences is what `attention_step` is made
+    for.
+    """
     if not (
         fits_product(x, qkv_weight, qkv_bias)
         and fits_gain(x, norm_weight)
@@ -171,12 +178,15 @@ WEIGHTS = (
     "down_proj",
 )
 BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
-# cache -> layers, arrays, table: to look at all weights for every token would take as long as a layer
+# cache -> layers, arrays, table: to look at all weights for every token would take as long as a
+# layer
 _KNOWN: WeakKeyDictionary[KVCache, tuple[tuple, list, np.ndarray | None]] = WeakKeyDictionary()
 
 
 def known_table(layers, cache):
-    """Where the arrays of each layer lie, [n_layer, 10] in the order of `arrays_of`; None where layers differ or have biases."""
+    """Where the arrays of each layer lie, [n_layer, 10] in the order of `arrays_of`; None where
+    layers differ or have biases.
+    """
     if cache not in _KNOWN or _KNOWN[cache][0] is not layers:
         same = all(all(map(alike, weights_of(layer), weights_of(layers[0]))) for layer in layers)
         plain = all(getattr(layer, name) is None for layer in layers for name in BIASES)
@@ -241,7 +251,9 @@ COMPILED = replace(
 
 
 def call_all(dtype):
-    """Call every kernel once with small read-only weights, as a checkpoint's are, so that all of them are compiled."""
+    """Call every kernel once with small read-only weights, as a checkpoint's are, so that all of
+    them are compiled.
+    """
 
     def frozen(*shape):
         x = np.zeros(shape, DTYPES["bfloat16" if dtype == "int8" else dtype])

@@ -1,10 +1,13 @@
-"""The matrix product of many rows: as BLAS does it, but from stored weights, which are widened tile by tile where they are used.
+"""The matrix product of many rows: as BLAS does it, but from stored weights, which are widened tile
+by tile where they are used.
 
-The rows of x are packed into panels of 64 columns (16 without AVX-512), [n_panel, d_in, columns].  A task is a band of 96 rows of
-the weight; for each run of channels it widens its part of the band into the second-level cache, and passes it over all panels, six
-rows at a time: 6 x 64 sums stay in 24 registers, 6 x 16 in 12.
+The rows of x are packed into panels of 64 columns (16 without AVX-512), [n_panel, d_in, columns].
+A task is a band of 96 rows of the weight; for each run of channels it widens its part of the band
+into the second-level cache, and passes it over all panels, six rows at a time: 6 x 64 sums stay in
+24 registers, 6 x 16 in 12.
 
-Source: "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Geijn 2008), section 4.2.
+Source: "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Geijn 2008), section
+4.2.
 """
 
 from functools import cache
@@ -41,13 +44,17 @@ AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 @cache
 def width():
-    """Columns of a panel: what the registers of this processor hold the sums of; 0 for one that is left to BLAS."""
+    """Columns of a panel: what the registers of this processor hold the sums of; 0 for one that is
+    left to BLAS.
+    """
     features = llvmlite.binding.get_host_cpu_features()
     return WIDE if features.get("avx512f") else NARROW if features.get("fma") else 0
 
 
 def packed(rows, gain, eps):
-    """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns] in a buffer, the last filled up with zeros."""
+    """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns] in a buffer,
+    the last filled up with zeros.
+    """
     n, d = rows.shape
     columns = NARROW if n <= NARROW else width()
     panels = scratch("x panels", (-(-n // columns), d, columns), np.float32)
@@ -56,7 +63,9 @@ def packed(rows, gain, eps):
 
 
 def product(panels, weight, scales):
-    """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns] in a buffer."""
+    """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns]
+    in a buffer.
+    """
     d_out = len(weight)
     y = scratch("y panels", (len(panels), -(-d_out // TALL) * TALL, panels.shape[2]), np.float32)
     wide = scratch("band", (get_num_threads(), BAND, DEPTH), np.float32)
@@ -91,7 +100,9 @@ def root_mean_square(x, eps):
 
 @kernel(nogil=True)
 def pack(rows, gain, eps, panel):
-    """Transpose up to 64 rows into a panel, 16 x 16 entries at a time; each row is normalised where there is a gain."""
+    """Transpose up to 64 rows into a panel, 16 x 16 entries at a time; each row is normalised where
+    there is a gain.
+    """
     n, d = rows.shape
     roots = np.ones(n, np.float32)
     if len(gain):
@@ -134,9 +145,11 @@ def put(y, at, a, b, c, d, more):
 
 @kernel(nogil=True)
 def multiply_tile(m, w, row, step, panels, x, depth, y, at, more):
-    """Y [6, 64] at `at`, set to or (more) increased by a matrix [6, depth] times panel [depth, 64] at x.
+    """Y [6, 64] at `at`, set to or (more) increased by a matrix [6, depth] times panel [depth, 64]
+    at x.
 
-    The matrix begins at w of m, with `row` entries from one row to the next and `step` from one channel to the next.
+    The matrix begins at w of m, with `row` entries from one row to the next and `step` from one
+    channel to the next.
     """
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = splat(np.float32(0))
     d0 = d1 = d2 = d3 = e0 = e1 = e2 = e3 = f0 = f1 = f2 = f3 = splat(np.float32(0))
@@ -189,7 +202,8 @@ def multiply_narrow(m, w, row, step, panels, x, depth, y, at, more):
 
 @kernel(nogil=True)
 def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more, coming):
-    """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in `multiply_tile`, times a panel.
+    """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in
+    `multiply_tile`, times a panel.
 
     The part of a panel at `coming`, which the next call reads, is fetched meanwhile.
     """
@@ -215,7 +229,9 @@ def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more, coming):
 
 @kernel(nogil=True)
 def widen_run(weight, scales, row, start, depth, wide, r, real):
-    """Write channels start ... start + depth - 1 of a row of the weight into row r of the buffer; zeros where there is no row."""
+    """Write channels start ... start + depth - 1 of a row of the weight into row r of the buffer;
+    zeros where there is no row.
+    """
     if not real:
         wide[r, :depth] = 0
         return
@@ -232,7 +248,9 @@ def widen_run(weight, scales, row, start, depth, wide, r, real):
 
 @kernel(nogil=True)
 def even_run(d_in, most):
-    """Channels of a run: at most so many, a multiple of LANES, and no short run at the end that is not worth its sums."""
+    """Channels of a run: at most so many, a multiple of LANES, and no short run at the end that is
+    not worth its sums.
+    """
     n_run = (d_in + most - 1) // most
     return ((d_in + n_run - 1) // n_run + LANES - 1) // LANES * LANES
 
@@ -271,7 +289,9 @@ def unpack_all(panels, y, add):
 
 @kernel(parallel=True)
 def multiply_all(weight, scales, panels, wide, y, counter):
-    """All bands of the product: whichever thread is free takes the next one, so that a core that is busy otherwise gets fewer."""
+    """All bands of the product: whichever thread is free takes the next one, so that a core that is
+    busy otherwise gets fewer.
+    """
     d_out = len(weight)
     for thread in prange(len(wide)):
         first = take(counter) * BAND

@@ -1,8 +1,10 @@
-"""Products of a few rows: the weights are read once, straight from where they lie, and that is the time it takes.
+"""Products of a few rows: the weights are read once, straight from where they lie, and that is the
+time it takes.
 
-A weight is widened in registers, `fma(load(weight, p), load(x, i), acc)`; several distant streams of its rows are read at once, and
-each is fetched ahead.  `attention_step` and `mlp_step` are the halves of a layer: between two kernels the memory would wait for
-Python, for longer than it takes to read the weights of a small model.
+A weight is widened in registers, `fma(load(weight, p), load(x, i), acc)`; several distant streams
+of its rows are read at once, and each is fetched ahead.  `attention_step` and `mlp_step` are the
+halves of a layer: between two kernels the memory would wait for Python, for longer than it takes to
+read the weights of a small model.
 """
 
 import numpy as np
@@ -55,7 +57,9 @@ def rest(weight, p, x):
 
 @kernel()
 def distance(d_out, streams):
-    """Rows between streams that share d_out rows: odd, since streams a power of two of bytes apart take each other's banks."""
+    """Rows between streams that share d_out rows: odd, since streams a power of two of bytes apart
+    take each other's banks.
+    """
     return (d_out + streams - 1) // streams | 1
 
 
@@ -88,7 +92,9 @@ def dot_four(weight, p, q, r, s, x, n):
 
 @kernel()
 def dot_two_by_four(weight, p, q, x, k, n):
-    """Products of two rows of a weight, which begin at p and q, with four vectors: rows k ... k + 3 of x."""
+    """Products of two rows of a weight, which begin at p and q, with four vectors: rows k ... k + 3
+    of x.
+    """
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(np.float32(0))
     k0, k1, k2, k3 = k * n, (k + 1) * n, (k + 2) * n, (k + 3) * n
     whole = n // STEP * STEP
@@ -133,7 +139,9 @@ def dot_four_int8(values, scales, p, q, r, s, x):
 
 @kernel(parallel=True)
 def add_product_one(weight, x, y):
-    """Compute y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read at once."""
+    """Compute y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read
+    at once.
+    """
     d_out, d_in = weight.shape
     n, last = distance(d_out, 4), (d_out - 1) * d_in
     for o in prange(n):
@@ -154,7 +162,9 @@ def add_product_one(weight, x, y):
 
 @kernel(parallel=True)
 def add_product_int8(values, scales, x, y):
-    """Compute y [n, d_out] += x [n, d_in] @ weight.T, of a weight in 8 bits; four distant streams of rows are read at once."""
+    """Compute y [n, d_out] += x [n, d_in] @ weight.T, of a weight in 8 bits; four distant streams
+    of rows are read at once.
+    """
     d_out, d_in = values.shape
     n, last = distance(d_out, 4), (d_out - 1) * d_in
     for o in prange(n):
@@ -176,7 +186,9 @@ def add_product_int8(values, scales, x, y):
 
 @kernel(parallel=True)
 def add_product_few(weight, x, y):
-    """Compute y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of rows are read at once."""
+    """Compute y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of
+    rows are read at once.
+    """
     d_out, d_in = weight.shape
     n = distance(d_out, 2)
     for o in prange(n):
@@ -191,7 +203,9 @@ def add_product_few(weight, x, y):
 
 @kernel()
 def ready(weight, x, gain, eps):
-    """The rows of x as products want them: normalised where there is a gain, padded to a multiple of 4, in the weight's order."""
+    """The rows of x as products want them: normalised where there is a gain, padded to a multiple
+    of 4, in the weight's order.
+    """
     n, d = x.shape
     rows = np.zeros((1 if n == 1 else (n + 3) // 4 * 4, d), np.float32)
     for k in range(n):
@@ -224,7 +238,9 @@ def add_product(weight, scales, x, gain, eps, y):
 
 @kernel()
 def gated_product(weight, scales, x, gain, eps, bias, y):
-    """Compute y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T, with a bias where there is one."""
+    """Compute y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T, with a bias where
+    there is one.
+    """
     d_ff = y.shape[1]
     both = np.zeros((len(x), 2 * d_ff), np.float32)
     if len(bias):
@@ -249,7 +265,9 @@ def gate(g, u, y):
 
 @kernel(parallel=True)
 def gate_all(both, y):
-    """Compute y = silu(g) * u in panels: y [n_panel, d_ff, columns], and both [n_panel, at least 2*d_ff, columns] is g, then u."""
+    """Compute y = silu(g) * u in panels: y [n_panel, d_ff, columns], and both [n_panel, at least
+    2*d_ff, columns] is g, then u.
+    """
     d_ff = y.shape[1]
     for p in prange(len(both)):
         for i in range(d_ff):
@@ -281,7 +299,9 @@ def attention_step(
     o_weight,
     o_scales,
 ):
-    """Add to x [n, d_model], a token of each sequence, in place: o_weight @ attention of heads of rms_norm(x) @ qkv_weight.T."""
+    """Add to x [n, d_model], a token of each sequence, in place: o_weight @ attention of heads of
+    rms_norm(x) @ qkv_weight.T.
+    """
     n = len(x)
     qkv = np.zeros((n, len(qkv_weight)), np.float32)
     if len(qkv_bias):
@@ -297,8 +317,9 @@ def attention_step(
 def layers_step(x, first, table, eps, cos, sin, seen, n_head):
     """Take x [n, d_model], one token of each sequence, through all layers, in place.
 
-    first: of the first layer, gain, weight and scales of qkv_proj and of o_proj, gain, weight and scales of gate_up_proj and of
-    down_proj, keys, values; table [n_layer, 12]: where those of each layer lie.
+    first: of the first layer, gain, weight and scales of qkv_proj and of o_proj, gain, weight and
+    scales of gate_up_proj and of down_proj, keys, values; table [n_layer, 12]: where those of each
+    layer lie.
     """
     nothing = np.zeros(0, np.float32)
     for at in table:

@@ -1,6 +1,7 @@
 """How an array lies in memory: what a kernel that counts entries itself may be given.
 
-Every array that such a kernel reads passes through here once, where the kernel is entered; `simd` refuses others while it compiles.
+Every array that such a kernel reads passes through here once, where the kernel is entered; `simd`
+refuses others while it compiles.
 """
 
 from typing import Any
@@ -13,7 +14,9 @@ Array = Any
 
 
 def is_row_major(x: Array) -> bool:
-    """Tell whether entry i of an array, counted row by row, is entry i of its memory, and each at a multiple of its size."""
+    """Tell whether entry i of an array, counted row by row, is entry i of its memory, and each at a
+    multiple of its size.
+    """
     return x.flags.c_contiguous and x.flags.aligned
 
 

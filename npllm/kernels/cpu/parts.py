@@ -1,8 +1,10 @@
-"""Operations of the set compiled with Numba, below the layer.  What they compute is in the kernels that they call.
+"""Operations of the set compiled with Numba, below the layer.  What they compute is in the kernels
+that they call.
 
-A product of a few rows is bound by reading the weight and is `gemv`'s, one of many rows by arithmetic and is `gemm`'s; attention is
-in `attention`.  All run on Numba's threads; what they are not made for (a mask that is no band, a processor without FMA) takes the
-blocks and the threads of `tiled`.
+A product of a few rows is bound by reading the weight and is `gemv`'s, one of many rows by
+arithmetic and is `gemm`'s; attention is in `attention`.  All run on Numba's threads; what they are
+not made for (a mask that is no band, a processor without FMA) takes the blocks and the threads of
+`tiled`.
 """
 
 import math
@@ -208,7 +210,9 @@ def gelu_all(x, y):
 
 
 def rope_attention(qkv, step):
-    """Compute rotation, append and attention; one token a sequence takes one kernel, which writes into the cache itself."""
+    """Compute rotation, append and attention; one token a sequence takes one kernel, which writes
+    into the cache itself.
+    """
     cos, sin, n_head, n_kv_head = step[:4]
     if not (tiled.is_float32(qkv) and fits_rope(qkv.shape, cos, sin, n_head, n_kv_head)):
         return NotImplemented
@@ -225,7 +229,8 @@ def rope_attention(qkv, step):
 
 
 def one_token(step, n_batch, d_head):
-    """What attention of one new token a sequence needs: its rotation, keys and values with room for its own, and which it sees.
+    """What attention of one new token a sequence needs: its rotation, keys and values with room for
+    its own, and which it sees.
 
     None where keys are not float32, or heads see different ones.
     """
@@ -251,14 +256,17 @@ def reserve_slots(cache, layer, n_batch, n_kv_head, d_head):
 
 
 def fits_kept(*arrays):
-    """Tell whether cached keys and values are what the kernels are made for: float32, the channels of a head side by side."""
+    """Tell whether cached keys and values are what the kernels are made for: float32, the channels
+    of a head side by side.
+    """
     return tiled.is_float32(*arrays) and all(
         x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable for x in arrays
     )
 
 
 def slots_first(x):
-    """A view [n_ctx, n_batch, n_kv_head, d_head] of keys or values: contiguous at no length, so that Numba knows one type of it.
+    """A view [n_ctx, n_batch, n_kv_head, d_head] of keys or values: contiguous at no length, so
+    that Numba knows one type of it.
 
     A single head of a single sequence is contiguous always, which is another type.
     """
@@ -266,7 +274,9 @@ def slots_first(x):
 
 
 def fits_rope(shape, cos, sin, n_head, n_kv_head):
-    """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq, (n_head+2*n_kv_head)*d_head]."""
+    """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq,
+    (n_head+2*n_kv_head)*d_head].
+    """
     n_all = n_head + 2 * n_kv_head
     return (
         tiled.is_float32(cos, sin)
@@ -285,7 +295,9 @@ def fits_rope(shape, cos, sin, n_head, n_kv_head):
 
 
 def rope_attention_many(qkv, step):
-    """Many tokens: one kernel where the mask is a band of distances, else the blocks of the tiled set."""
+    """Many tokens: one kernel where the mask is a band of distances, else the blocks of the tiled
+    set.
+    """
     cos, sin, n_head, n_kv_head = step[:4]
     mask, cache = step.mask, step.cache
     n_batch, n_seq, _ = qkv.shape
@@ -323,7 +335,9 @@ def rope_attention_many(qkv, step):
 
 
 def attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots):
-    """Rotate queries into an array of their own, write keys and values into the last columns, and attend."""
+    """Rotate queries into an array of their own, write keys and values into the last columns, and
+    attend.
+    """
     heads = ops.split_qkv(qkv, n_head, n_kv_head)
     n_batch, _, n_seq, _ = heads[0].shape
     q = np.empty(heads[0].shape, np.float32)
@@ -341,7 +355,8 @@ def attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots
 
 
 def visible(mask, slots, n_batch, n_head):
-    """Which cached keys the query in the last slot sees, [n_batch or 1, n_ctx]; no row at all where it sees every one.
+    """Which cached keys the query in the last slot sees, [n_batch or 1, n_ctx]; no row at all where
+    it sees every one.
 
     None where its heads see different ones.
     """

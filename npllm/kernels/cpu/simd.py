@@ -1,11 +1,12 @@
 """Sixteen floats at a time: the few vector operations that the compiled kernels are written in.
 
-Numba compiles loops over single numbers and leaves it to LLVM to find the vectors in them, which fails where a loop also fetches
-ahead or widens 16-bit numbers.  Here a vector is a type of its own, so that a kernel says what it wants:
-`acc = fma(load(weight, p), load(x, i), acc)`.  LLVM turns sixteen floats into one register with AVX-512, two with AVX2, four with
-NEON.
+Numba compiles loops over single numbers and leaves it to LLVM to find the vectors in them, which
+fails where a loop also fetches ahead or widens 16-bit numbers.  Here a vector is a type of its own,
+so that a kernel says what it wants: `acc = fma(load(weight, p), load(x, i), acc)`.  LLVM turns
+sixteen floats into one register with AVX-512, two with AVX2, four with NEON.
 
-An array of 16-bit floats comes as its bits (Numba knows neither type): uint16 stands for bfloat16, int16 for float16.
+An array of 16-bit floats comes as its bits (Numba knows neither type): uint16 stands for bfloat16,
+int16 for float16.
 """
 
 import contextlib
@@ -48,10 +49,11 @@ SPINS = "30000"  # about a tenth of a millisecond: longer than the Python betwee
 
 
 def _start_threads():
-    """Start OpenMP's threads, which soon stop spinning when they have nothing to do: their own choice takes cores from others.
+    """Start OpenMP's threads, which soon stop spinning when they have nothing to do: their own
+    choice takes cores from others.
 
-    Numba starts them where it compiles or loads a parallel function, but not where it loads another that calls one: that one would
-    end in a segmentation fault.
+    Numba starts them where it compiles or loads a parallel function, but not where it loads another
+    that calls one: that one would end in a segmentation fault.
     """
     before = os.environ.get("GOMP_SPINCOUNT")
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # is read when the library is loaded
@@ -77,8 +79,9 @@ SOURCES = sorted(
 def kernel(**options):
     """Compile a function with Numba when it is first called, and keep the code for later processes.
 
-    Numba numbers the files of its cache by what the index lists, so that two processes which compile at the same time may write the
-    code of different argument types under one name, and a third would run the wrong one.  Here every process has names of its own.
+    Numba numbers the files of its cache by what the index lists, so that two processes which
+    compile at the same time may write the code of different argument types under one name, and a
+    third would run the wrong one.  Here every process has names of its own.
     """
 
     def decorate(function):
@@ -185,10 +188,11 @@ def single(_typing, array, index):
 
 @intrinsic
 def load_pairs(_typing, array, index):
-    """Thirty-two neighbouring entries as two vectors, in the order that `pairs` puts the other factor into.
+    """Thirty-two neighbouring entries as two vectors, in the order that `pairs` puts the other
+    factor into.
 
-    Of bfloat16 the even entries are the lower halves of 32-bit words and the odd ones the upper halves: a shift and a mask
-    widen them in place.  Of other types the first sixteen come first.
+    Of bfloat16 the even entries are the lower halves of 32-bit words and the odd ones the upper
+    halves: a shift and a mask widen them in place.  Of other types the first sixteen come first.
     """
     _row_major(array)
 
@@ -222,7 +226,9 @@ def load_pairs(_typing, array, index):
 
 @kernel()
 def pairs(weight, x):
-    """Put x in place into the order of `load_pairs(weight, ...)`: of every 32 entries the even ones, then the odd ones."""
+    """Put x in place into the order of `load_pairs(weight, ...)`: of every 32 entries the even
+    ones, then the odd ones.
+    """
     if is_bfloat16(weight):
         half = x[:LANES].copy()
         for start in range(0, len(x) // (2 * LANES) * 2 * LANES, 2 * LANES):
@@ -312,7 +318,9 @@ def total(_typing, a):
 
 @intrinsic
 def like(_typing, array, address):
-    """The array of the same type, shape and strides that lies at an address; who calls keeps it alive."""
+    """The array of the same type, shape and strides that lies at an address; who calls keeps it
+    alive.
+    """
 
     def generate(context, builder, signature, arguments):
         (kind, _), (array, address) = signature.args, arguments
@@ -326,7 +334,9 @@ def like(_typing, array, address):
 
 @intrinsic
 def memory(_typing, array):
-    """The memory of a strided array, from its first entry on, for a kernel that counts its strides; its length says nothing."""
+    """The memory of a strided array, from its first entry on, for a kernel that counts its strides;
+    its length says nothing.
+    """
     row = types.Array(array.dtype, 1, "C", readonly=not array.mutable, aligned=array.aligned)
 
     def generate(context, builder, signature, arguments):
@@ -357,7 +367,9 @@ def prefetch(_typing, array, index):
 
 @intrinsic
 def prefetch_pairs(_typing, array, index):
-    """Ask for every cache line of the thirty-two entries that `load_pairs` takes; harmless beyond the end."""
+    """Ask for every cache line of the thirty-two entries that `load_pairs` takes; harmless beyond
+    the end.
+    """
 
     def generate(context, builder, signature, arguments):
         kind, (array, index) = signature.args[0], arguments
@@ -372,7 +384,9 @@ def prefetch_pairs(_typing, array, index):
 
 @intrinsic
 def take(_typing, counter):
-    """Return counter[0] and add one to it, in one step that no other thread can divide: the next task of a shared list."""
+    """Return counter[0] and add one to it, in one step that no other thread can divide: the next
+    task of a shared list.
+    """
 
     def generate(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
@@ -401,7 +415,8 @@ def _fma(builder, a, b, c):
 
 
 def _exp_parts(builder, x, lowest, highest):
-    """Return y in 0.7 ... 1.42 and the integer n of e**x = y * 2**n, for x cut to lowest ... highest; y is NaN where x is, and n 0.
+    """Return y in 0.7 ... 1.42 and the integer n of e**x = y * 2**n, for x cut to lowest ...
+    highest; y is NaN where x is, and n 0.
 
     n = round(x / ln 2),   y = e**r,   r = x - n * ln 2
     """
@@ -426,7 +441,9 @@ def _times_power(builder, y, n):
 
 @intrinsic
 def exp(_typing, x):
-    """e**x, lane by lane, to 2 units in the last place; below -87.33654, where it is no normal number, 0; NaN stays NaN."""
+    """e**x, lane by lane, to 2 units in the last place; below -87.33654, where it is no normal
+    number, 0; NaN stays NaN.
+    """
 
     def generate(_context, builder, _signature, arguments):
         (x,) = arguments
@@ -439,10 +456,11 @@ def exp(_typing, x):
 
 @intrinsic
 def silu(_typing, x):
-    """Compute x / (1 + e**-x), lane by lane, to 4 units in the last place; -inf gives NaN, as the formula does.
+    """Compute x / (1 + e**-x), lane by lane, to 4 units in the last place; -inf gives NaN, as the
+    formula does.
 
-    Below 0: x * e**x / (1 + e**x).  Far below, e**x is no normal number, while its product with x is: the power of two comes in two
-    factors, the second of them last.
+    Below 0: x * e**x / (1 + e**x).  Far below, e**x is no normal number, while its product with x
+    is: the power of two comes in two factors, the second of them last.
     """
 
     def generate(_context, builder, _signature, arguments):

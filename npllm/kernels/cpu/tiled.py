@@ -1,4 +1,6 @@
-"""The set in plain NumPy: every operation in blocks that fit a core's cache, the blocks on all threads, in place."""
+"""The set in plain NumPy: every operation in blocks that fit a core's cache, the blocks on all
+threads, in place.
+"""
 
 from dataclasses import replace
 from itertools import product
@@ -23,7 +25,9 @@ BLOCK_Q, BLOCK_K = 256, 512  # a tile of scores is half a MiB
 
 @ieee_semantics
 def linear(x, weight, bias=None):
-    """Compute `npllm.ops.linear`: blocks of rows of the weight are widened into a buffer and multiplied there."""
+    """Compute `npllm.ops.linear`: blocks of rows of the weight are widened into a buffer and
+    multiplied there.
+    """
     if not fits_linear(x, weight, bias):
         return ops.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -39,7 +43,9 @@ def linear(x, weight, bias=None):
 
 
 def columns_product(columns, weight, widen=None):
-    """Return `weight @ columns`, [d_out, n]: so BLAS is some 8 % faster than with rows, and a block of the result is contiguous."""
+    """Return `weight @ columns`, [d_out, n]: so BLAS is some 8 % faster than with rows, and a block
+    of the result is contiguous.
+    """
     y = np.empty((len(weight), columns.shape[1]), np.float32)
     run_blocks(
         lambda span: np.dot((widen or widened)(weight[span]), columns, out=y[span]),
@@ -64,7 +70,9 @@ def product_few(rows, weight):
 
 
 def weight_blocks(weight, entries):
-    """Cut a weight into slices of rows of at most so many entries, and at least two for each thread."""
+    """Cut a weight into slices of rows of at most so many entries, and at least two for each
+    thread.
+    """
     d_out, d_in = weight.shape
     return spans(d_out, max(1, min(entries // d_in, -(-d_out // (2 * n_threads())))))
 
@@ -94,7 +102,9 @@ def widened(weight):
 
 
 def _product_bf16(halves, weight, y):
-    """One block of bfloat16, two neighbours at a time: a 32-bit word holds the even channel below and the odd one above."""
+    """One block of bfloat16, two neighbours at a time: a 32-bit word holds the even channel below
+    and the odd one above.
+    """
     pairs = weight.view(np.uint32)
     wide = scratch("weight", pairs.shape, np.uint32)
     np.left_shift(pairs, 16, out=wide)
@@ -104,12 +114,16 @@ def _product_bf16(halves, weight, y):
 
 
 def dot(a, b, name):
-    """Multiply matrices into a buffer of this thread; `np.dot` lets other threads run meanwhile, `np.matmul` often does not."""
+    """Multiply matrices into a buffer of this thread; `np.dot` lets other threads run meanwhile,
+    `np.matmul` often does not.
+    """
     return np.dot(a, b, out=scratch(name, (len(a), b.shape[1]), np.float32))
 
 
 def fits_linear(x, weight, bias=None):
-    """Tell whether a product is one that the kernels are made for; the definition does the others, and raises the errors."""
+    """Tell whether a product is one that the kernels are made for; the definition does the others,
+    and raises the errors.
+    """
     return is_float32(x) and x.size > 0 and fits_weight(weight, x.shape[-1], bias)
 
 
@@ -225,7 +239,9 @@ def blockwise_attention(
     k_slots=None,
     return_lse=False,
 ):
-    """Compute `npllm.ops.blockwise_attention`: a tile of scores in one buffer, changed in place, the heads on all threads."""
+    """Compute `npllm.ops.blockwise_attention`: a tile of scores in one buffer, changed in place,
+    the heads on all threads.
+    """
     if not fits_attention(q, k, v, mask, bias, softcap):
         return ops.blockwise_attention(
             q,
@@ -244,7 +260,9 @@ def blockwise_attention(
 
 
 def fits_attention(q, k, v, mask, bias, softcap):
-    """Tell whether this is attention that the kernels are made for; the definition does the others, and raises the errors."""
+    """Tell whether this is attention that the kernels are made for; the definition does the others,
+    and raises the errors.
+    """
     return (
         bias is None
         and softcap is None
@@ -288,7 +306,9 @@ def attend(q, k, v, mask, scale, q_slots, k_slots, fold=None):
 
 
 def _visible(mask, q, i, k_slots, lead):
-    """For a block of queries: the blocks of keys that any of them sees, and which of those; None where all see all."""
+    """For a block of queries: the blocks of keys that any of them sees, and which of those; None
+    where all see all.
+    """
     n_batch, n_kv_head, group, _ = lead
     for columns in spans(len(k_slots), BLOCK_K):
         j = k_slots[columns]
@@ -324,7 +344,9 @@ def _ends(slots):
 
 
 def _attend(q, y, lse, k, v, scale, seen, fold):
-    """One key/value head, one block of queries of its group: q [group, n_rows, d_head] -> y [group, n_rows, d_value]."""
+    """One key/value head, one block of queries of its group: q [group, n_rows, d_head] -> y [group,
+    n_rows, d_value].
+    """
     group, n_rows, d_head = q.shape
     rows = scratch("q", (group * n_rows, d_head), np.float32)
     np.multiply(q, np.float32(scale), out=rows.reshape(q.shape))
@@ -342,7 +364,9 @@ def _attend(q, y, lse, k, v, scale, seen, fold):
 
 
 def fold_scores(s, m, total, a):
-    """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to date, all in place."""
+    """Turn a tile of scores into exp(s - m), and bring maximum m, sum and weighted sum a up to
+    date, all in place.
+    """
     m_new = np.maximum(m, s.max(axis=1, keepdims=True))
     shift = np.where(
         m_new == -np.inf, np.float32(0), m_new

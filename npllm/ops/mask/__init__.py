@@ -1,9 +1,10 @@
 """Mask rules: which key may a query see?
 
-A rule is a function of two *slots*, the places of a query and of a key in the sequence: `rule(i, j)` is True where the query in
-slot i sees the key in slot j.  Rules combine with `&`, `|` and `~`.  Attention asks a rule only about the block that it is
-working on, so no n x n array exists; and it asks the rule's `bound` first, to skip a block of which nothing is visible and to
-drop the mask where everything is.
+A rule is a function of two *slots*, the places of a query and of a key in the sequence: `rule(i,
+j)` is True where the query in slot i sees the key in slot j.  Rules combine with `&`, `|` and `~`.
+Attention asks a rule only about the block that it is working on, so no n x n array exists; and it
+asks the rule's `bound` first, to skip a block of which nothing is visible and to drop the mask
+where everything is.
 """
 
 from npllm.ops.mask.dense import bidirectional, causal, lookback, prefix_lm, sliding_window

@@ -74,9 +74,11 @@ def sliding_window(w):
 
     Notes
     -----
-    Exactly w keys: the meaning of Transformers' `sliding_window` and llama.cpp's `n_swa`.  `lookback` is the other meaning.
+    Exactly w keys: the meaning of Transformers' `sliding_window` and llama.cpp's `n_swa`.
+    `lookback` is the other meaning.
 
-    Source: "Longformer" (Beltagy et al. 2020), section 3.1, one-sided; `sliding_window_overlay` in Transformers.
+    Source: "Longformer" (Beltagy et al. 2020), section 3.1, one-sided; `sliding_window_overlay` in
+    Transformers.
     """
     at_least("w", w, 1)
 
@@ -102,7 +104,8 @@ def lookback(w):
 
     Notes
     -----
-    Engines that hand a checkpoint's `sliding_window` to FlashAttention unchanged see one key more than the checkpoint says.
+    Engines that hand a checkpoint's `sliding_window` to FlashAttention unchanged see one key more
+    than the checkpoint says.
 
     Source: `flash_attn_func`, argument `window_size`.
     """
@@ -125,7 +128,8 @@ def prefix_lm(n_prefix):
 
     Notes
     -----
-    Source: "Exploring the Limits of Transfer Learning" (Raffel et al. 2019, T5), section 3.2.1, prefix LM.
+    Source: "Exploring the Limits of Transfer Learning" (Raffel et al. 2019, T5), section 3.2.1,
+    prefix LM.
     """
     at_least("n_prefix", n_prefix, 0)
 
@@ -142,7 +146,9 @@ def at_least(name, value, least):
 
 
 def check_slots(slots, n):
-    """Raise for slots on the host beyond the n that a rule knows: they would be read from the other end, or from another row."""
+    """Raise for slots on the host beyond the n that a rule knows: they would be read from the other
+    end, or from another row.
+    """
     lowest_highest = host_range(slots)
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < n):
         raise NpllmValueError(

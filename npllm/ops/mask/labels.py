@@ -63,8 +63,8 @@ def left_padding(start):
     Returns
     -------
     rule : Rule
-        Its array has the axes [n_batch, 1, ...]: the same for every head.  Equals `padding` of what is padded on the left, and is a
-        form that a kernel can evaluate (`Rule.left_band`).
+        Its array has the axes [n_batch, 1, ...]: the same for every head.  Equals `padding` of what
+        is padded on the left, and is a form that a kernel can evaluate (`Rule.left_band`).
 
     Raises
     ------
@@ -105,7 +105,8 @@ def documents(labels):
     Returns
     -------
     rule : Rule
-        Its array has the axes [n_batch, 1, ...]: the same for every head.  To be combined: `causal() & documents(labels)`.
+        Its array has the axes [n_batch, 1, ...]: the same for every head.  To be combined:
+        `causal() & documents(labels)`.
 
     Raises
     ------
@@ -116,11 +117,11 @@ def documents(labels):
 
     Notes
     -----
-    To restart the positions for each document does not keep documents apart: a query still sees the keys of the others.  This
-    rule is what separates them.
+    To restart the positions for each document does not keep documents apart: a query still sees the
+    keys of the others.  This rule is what separates them.
 
-    Source: "Exploring the Limits of Transfer Learning" (Raffel et al. 2019, T5), section 3.1.1 names the packing;
-    `packed_sequence_mask_function` in Transformers.
+    Source: "Exploring the Limits of Transfer Learning" (Raffel et al. 2019, T5), section 3.1.1
+    names the packing; `packed_sequence_mask_function` in Transformers.
     """
     xp = array_namespace(labels)
     expect_shape("labels", labels, n_batch=None, n_ctx=None)
@@ -147,7 +148,9 @@ def _labels_at(xp, labels, slots):
 
 
 def _on_host(labels, low, high):
-    """Labels of a run of slots where they can be looked at for free; None on a device, and for slots that have no label."""
+    """Labels of a run of slots where they can be looked at for free; None on a device, and for
+    slots that have no label.
+    """
     return (
         labels[:, low : high + 1]
         if isinstance(labels, np.ndarray) and 0 <= low <= high < labels.shape[1]

@@ -1,9 +1,10 @@
 """What a mask rule is.
 
-A rule is a function of two *slots*, the places of a query and of a key in the sequence: `rule(i, j)` is True where the query in
-slot i sees the key in slot j.  Rules combine with `&`, `|` and `~`.  Attention asks a rule only about the block that it is
-working on, so no n x n array exists; and it asks the rule's `bound` first, to skip a block of which nothing is visible and to
-drop the mask where everything is.
+A rule is a function of two *slots*, the places of a query and of a key in the sequence: `rule(i,
+j)` is True where the query in slot i sees the key in slot j.  Rules combine with `&`, `|` and `~`.
+Attention asks a rule only about the block that it is working on, so no n x n array exists; and it
+asks the rule's `bound` first, to skip a block of which nothing is visible and to drop the mask
+where everything is.
 """
 
 from collections.abc import Callable
@@ -32,16 +33,19 @@ class Rule:
     Parameters
     ----------
     visible : function (i, j) -> bool array
-        `i` and `j` are integer arrays of slots that broadcast against each other, usually [n_seq, 1] and [1, n_ctx].
-        The result may have further axes in front: [n_batch, 1, n_seq, n_ctx] for a rule that differs by sequence.
+        `i` and `j` are integer arrays of slots that broadcast against each other, usually [n_seq,
+        1] and [1, n_ctx].  The result may have further axes in front: [n_batch, 1, n_seq, n_ctx]
+        for a rule that differs by sequence.
     bound : function (i_low, i_high, j_low, j_high) -> NONE, SOME or ALL
-        What holds for every query slot in i_low ... i_high and key slot in j_low ... j_high, both ends included.
-        SOME is always a correct answer, NONE and ALL are promises.
+        What holds for every query slot in i_low ... i_high and key slot in j_low ... j_high, both
+        ends included.  SOME is always a correct answer, NONE and ALL are promises.
     band : tuple (low, high), optional
-        What a kernel may evaluate instead: the rule is exactly low <= i - j < high.  None: it is no such band.
+        What a kernel may evaluate instead: the rule is exactly low <= i - j < high.  None: it is no
+        such band.
     left_band : tuple (low, high, start), optional
-        The same for rows that are padded on the left: the rule is exactly low <= i - j < high and j >= start[batch].  `start` is an
-        integer array [n_batch], or None where nothing is padded, which is what a `band` implies.
+        The same for rows that are padded on the left: the rule is exactly low <= i - j < high and j
+        >= start[batch].  `start` is an integer array [n_batch], or None where nothing is padded,
+        which is what a `band` implies.
     """
 
     visible: Callable

@@ -35,7 +35,8 @@ def band(before, after):
 
     Notes
     -----
-    Source: "Generating Long Sequences with Sparse Transformers" (Child et al. 2019), section 4; local attention.
+    Source: "Generating Long Sequences with Sparse Transformers" (Child et al. 2019), section 4;
+    local attention.
     """
     at_least("before", before, 0)
     at_least("after", after, 0)
@@ -99,7 +100,8 @@ def dilated_window(w, dilation):
 
 
 def strided(stride):
-    """Let a query see the last `stride` slots before its own, and every `stride`-th slot before that.
+    """Let a query see the last `stride` slots before its own, and every `stride`-th slot before
+    that.
 
         visible(i, j) = j <= i and (i - j <= stride or (i - j) mod stride = 0)
 
@@ -115,7 +117,8 @@ def strided(stride):
 
     Notes
     -----
-    Source: "Generating Long Sequences with Sparse Transformers" (Child et al. 2019), section 4.2, strided attention.
+    Source: "Generating Long Sequences with Sparse Transformers" (Child et al. 2019), section 4.2,
+    strided attention.
     """
     at_least("stride", stride, 1)
     return band(stride, 0) | (causal() & _every(stride))
@@ -140,7 +143,8 @@ def fixed(stride, c):
 
     Notes
     -----
-    Source: "Generating Long Sequences with Sparse Transformers" (Child et al. 2019), section 4.2, fixed attention.
+    Source: "Generating Long Sequences with Sparse Transformers" (Child et al. 2019), section 4.2,
+    fixed attention.
     """
     at_least("stride", stride, 1)
     at_least("c", c, 1)
@@ -173,7 +177,8 @@ def block_local(block):
 
     Notes
     -----
-    Source: "Generating Wikipedia by Summarizing Long Sequences" (Liu et al. 2018), section 4.2.5, local attention.
+    Source: "Generating Wikipedia by Summarizing Long Sequences" (Liu et al. 2018), section 4.2.5,
+    local attention.
     """
     at_least("block", block, 1)
 
@@ -197,7 +202,8 @@ def global_tokens(slots):
     Returns
     -------
     rule : Rule
-        To be combined: `longformer_window(512) | global_tokens([0])`, in a causal model `causal() & (...)`.
+        To be combined: `longformer_window(512) | global_tokens([0])`, in a causal model `causal() &
+        (...)`.
 
     Raises
     ------
@@ -254,7 +260,8 @@ def random_blocks(block, n_blocks, n_random, seed):
     Raises
     ------
     NpllmValueError
-        For a count out of range; and when the rule is asked about a slot on the host beyond the n_blocks.
+        For a count out of range; and when the rule is asked about a slot on the host beyond the
+        n_blocks.
 
     Notes
     -----
