@@ -86,7 +86,24 @@ def adapt(
         raise NpllmValueError(f"op must be one of {', '.join(ADAPTERS)}, got {op!r}")
     call = AdaptedCall(fn, op, library, Layout(layout), dtype, mask, allow_nan)
     definition = _ops.attention if op == "attention" else getattr(_ops, op)
-    return wraps(definition)(ADAPTERS[op](call))
+    adapted = wraps(definition)(ADAPTERS[op](call))
+    adapted.npllm_features = _features(call)  # type: ignore[attr-defined]  # for `check`
+    return adapted
+
+
+def _features(call: AdaptedCall) -> frozenset[str]:
+    """Name the features of a check that an adapted function can take."""
+    if call.op != "attention":
+        from npllm.testing.laws.subjects import SUBJECTS
+
+        return frozenset(SUBJECTS[call.op].features if call.op in SUBJECTS else ())
+    features = {"gqa", "cache", "empty rows"}
+    if call.mask != "none":
+        features |= {"window", "padding", "slots"}
+    features |= {name for name in ("scale", "softcap") if call.accepts(name)}
+    if call.mask == "additive" or call.accepts("bias"):
+        features.add("bias")
+    return frozenset(features)
 
 
 def _row_op(call: AdaptedCall) -> Callable:
