@@ -5,9 +5,11 @@ computation (analysis/, `Model`).
 """
 
 from npllm.cli import testing
+from npllm.cli.check import check
 from npllm.cli.commands import main
 
 __all__ = ["main"]
 
 for _command in testing.COMMANDS:
     main.add_command(_command)
+main.add_command(check)
