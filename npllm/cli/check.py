@@ -1,37 +1,18 @@
 """The command `npllm check`: a function of the user's against every law of its operation."""
 
-import importlib
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from npllm.errors import NpllmError, NpllmValueError
+from npllm.errors import NpllmError
+from npllm.testing.naming import CHECKED, function_named, op_in
 
-__all__ = ["check", "function_named"]
+__all__ = ["check"]
 
 USAGE, WRONG, UNDECIDED = 2, 1, 3
-
-OPS = (
-    "attention",
-    "apply_rope",
-    "rope_tables",
-    "rope_frequencies",
-    "rope",
-    "rms_norm",
-    "linear",
-    "swiglu",
-    "qkv_projection",
-    "embed",
-    "lm_head",
-    "sampler",
-    "decoder",
-)
-"""Operations, written out so that `npllm --help` imports little."""
 
 LIBRARIES = ("numpy", "torch", "jax", "cupy", "dlpack", "array_api_strict")
 MASKS = ("rule", "bool", "inverted", "additive", "none")
@@ -39,7 +20,7 @@ MASKS = ("rule", "bool", "inverted", "additive", "none")
 
 @click.command()
 @click.argument("function", metavar="MODULE:FUNCTION")
-@click.option("--op", type=click.Choice(OPS), help="The operation. [from the function's name]")
+@click.option("--op", type=click.Choice(CHECKED), help="The operation. [from the function's name]")
 @click.option(
     "--library",
     type=click.Choice(LIBRARIES),
@@ -100,7 +81,7 @@ def checked(
     from npllm.testing import adapt
 
     fn = function_named(function)
-    op = op or _op_of(function)
+    op = op or op_in(function)
     if library is not None:
         fn = adapt(fn, op, library=library, layout=layout, mask=mask)
     asked = None if features is None else {name for name in features.split(",") if name}
@@ -112,37 +93,6 @@ def checked(
     facts["verdict"] = next((s for s in ("wrong", "not decidable") if s in states), "right")
     facts["to_do"] = _to_do(facts, error)
     return facts
-
-
-def function_named(text: str) -> Callable:
-    """Import a function by "module:name"; the current folder is looked in first.
-
-    Raises
-    ------
-    NpllmValueError
-        When there is no such module or function.
-    """
-    module, _, name = text.partition(":")
-    if not module or not name:
-        raise NpllmValueError(f'the function must be "module:function", got {text!r}')
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise NpllmValueError(f"{text} cannot be imported: {error}") from error
-    return found
-
-
-def _op_of(function: str) -> str:
-    """The operation that a function's name contains."""
-    name = function.rpartition(":")[2]
-    found = [op for op in sorted(OPS, key=len, reverse=True) if op in name]
-    if not found:
-        raise NpllmValueError(f"{name!r} names no operation; --op must be one of {', '.join(OPS)}")
-    return found[0]
 
 
 # ------------------------------------------------------------------ the rows of the table
@@ -203,7 +153,8 @@ def _add_large(facts: dict[str, Any], fn: Callable, n_seq: int, dtype: str) -> N
     facts["rows"].append(row)
     try:
         found = verdict("attention", {"q": q, "k": k, "v": v}, fn(q, k, v, mask=mask.causal()))
-        row |= {"status": "right" if found.status == "within" else found.status, "used": found.used}
+        used = found.used if np.isfinite(found.used) else None
+        row |= {"status": "right" if found.status == "within" else found.status, "used": used}
         facts["large"] = str(found)
     except Exception as error:  # whatever the user's function raises
         row |= {"status": "wrong", "used": None}
@@ -217,7 +168,7 @@ def _to_do(facts: dict[str, Any], error: Any) -> list[str]:
     if error is not None:
         names = error.diagnosis.names if error.diagnosis is not None else []
         steps = [f"mend {name}: see docs/conventions.md" for name in names]
-        return [*steps, f"run the smallest case again: {error.replay}"]
+        return [*steps, "run the smallest case again: the line behind replay"]
     if facts["verdict"] != "right":
         return ["look at where the large problem is wrong, and call npllm.testing.diagnose on it"]
     left_out = facts.get("left_out") or []

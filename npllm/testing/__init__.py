@@ -25,6 +25,7 @@ _WHERE = {
     "write_probes": "probes",
     "Bug": "planted",
     "bugs": "planted",
+    "under_test": "mutation",
     **dict.fromkeys(
         (
             "LawBroken",

@@ -15,6 +15,7 @@ from npllm.testing.attention_adapter import adapt_attention
 from npllm.testing.calls import AdaptedCall, holds_no_nan
 from npllm.testing.layouts import Layout
 from npllm.testing.libraries import LIBRARIES, from_numpy
+from npllm.testing.mutation import under_test
 
 __all__ = ["MASKS", "adapt"]
 
@@ -74,7 +75,8 @@ def adapt(
     Notes
     -----
     bfloat16 goes to torch by its bits.  JAX gets contiguous copies, torch gets views unless they
-    are read-only.
+    are read-only.  Where the environment variable NPLLM_MUTANT names a planted bug of the
+    operation, the bug is returned (`npllm mutants`).
     """
     if library not in LIBRARIES:
         raise NpllmValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")
@@ -86,8 +88,9 @@ def adapt(
         raise NpllmValueError(f"op must be one of {', '.join(ADAPTERS)}, got {op!r}")
     call = AdaptedCall(fn, op, library, Layout(layout), dtype, mask, allow_nan)
     definition = _ops.attention if op == "attention" else getattr(_ops, op)
-    adapted = wraps(definition)(ADAPTERS[op](call))
-    adapted.npllm_features = _features(call)  # type: ignore[attr-defined]  # for `check`
+    adapted = under_test(wraps(definition)(ADAPTERS[op](call)), op)
+    if adapted.__dict__.get("__wrapped__") is definition:  # no planted bug in its place
+        adapted.npllm_features = _features(call)  # type: ignore[attr-defined]  # for `check`
     return adapted
 
 
