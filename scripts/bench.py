@@ -30,7 +30,7 @@ import numpy as np
 import npllm
 from npllm import ops
 from npllm.analysis import profiling as profile
-from npllm.analysis import report
+from npllm.analysis.machine import peak_memory
 from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoints.fetch import weights_folder
 from npllm.checkpoints.phi3_layout import expected_shapes
@@ -218,7 +218,7 @@ def child(name, folder, dtype):
                 {
                     "seconds": time.perf_counter() - start,
                     "ids": ids,
-                    "peak_bytes": report.peak_memory(),
+                    "peak_bytes": peak_memory(),
                 }
             ),
             flush=True,
@@ -246,7 +246,7 @@ def cold(name, folder, dtype, n_prompt, n_new):
                 "loaded": loaded,
                 "first": first,
                 "last": time.time(),
-                "peak_bytes": report.peak_memory(),
+                "peak_bytes": peak_memory(),
             }
         ),
         flush=True,
@@ -449,7 +449,7 @@ def engine(name, folder):
             timed(contender.feed, ids[:, at : at + 1])
             for at in range(task["n_prompt"], ids.shape[1])
         ]
-        print(json.dumps({"seconds": seconds, "peak_bytes": report.peak_memory()}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory()}), flush=True)
 
 
 def timed(function, *arguments):
@@ -747,13 +747,13 @@ def write_json(path, result):
 def attend(name, sizes, repeat):
     """Run one kind of attention; print its seconds, and by how much memory grew."""
     run = attention_variant(name, *sizes)
-    before, seconds = report.peak_memory(), []
+    before, seconds = peak_memory(), []
     for _ in range(repeat):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
     print(
-        json.dumps({"seconds": statistics.median(seconds), "bytes": report.peak_memory() - before})
+        json.dumps({"seconds": statistics.median(seconds), "bytes": peak_memory() - before})
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from close import close
 
 from npllm import ops
-from npllm.analysis import report
+from npllm.analysis import inspect
 from npllm.checkpoints.phi3_layout import expected_shapes, load_params
 from npllm.config.config import Config
 from npllm.models import rope
@@ -411,7 +411,7 @@ def test_facts_of_a_29_gigabyte_checkpoint_come_at_once_from_the_headers_alone(
     folder = _write_holes(tmp_path, 6)
     monkeypatch.setattr(np, "memmap", lambda *_, **__: pytest.fail("a tensor was mapped"))
     start = time.perf_counter()
-    facts = report.checkpoint_facts(folder)
+    facts = inspect.checkpoint_facts(folder)
     assert time.perf_counter() - start < 0.5
     assert (facts["parameters"], facts["bytes"], facts["files"]) == (
         PARAMETERS["phi-4"],
