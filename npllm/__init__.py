@@ -1,5 +1,5 @@
-"""npllm: the Phi-3 family of language models as plain NumPy and CuPy functions, with the formulas in
-the docstrings.
+"""npllm: the Phi-3 family of language models as plain NumPy and CuPy functions, with formulas
+in the docstrings.
 
     import npllm
     model = npllm.load()                    # the default checkpoint, fetched on first use

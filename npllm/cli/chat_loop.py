@@ -9,6 +9,7 @@ from npllm.analysis.speed import generate_timed
 from npllm.cli.streams import from_stdin, print_stats, write
 from npllm.errors import NpllmError
 from npllm.model import Model
+from npllm.progress import report
 
 __all__ = ["run_chat"]
 
@@ -83,6 +84,6 @@ def _answer(model: Model, messages: Messages, options: dict[str, Any]) -> Messag
     except KeyboardInterrupt:
         click.echo(" [stopped]")
     except NpllmError as error:
-        click.echo(f"npllm: {error}; /reset starts a new conversation", err=True)
+        report(f"{error}; /reset starts a new conversation")
         return messages[:-1]
     return [*messages, _message("assistant", "".join(answer))]

@@ -17,6 +17,7 @@ from npllm.cli.streams import print_json, read_prompt
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 from npllm.model import checkpoint_folder
+from npllm.progress import write_line
 from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["COMMANDS"]
@@ -38,7 +39,7 @@ def tokens(text: str, path: str | None, chat: bool, as_json: bool) -> None:
         return
     for row in rows:
         click.echo(f"{row['id']:>7}  {row['text']!r}")
-    click.echo(f"{len(rows)} tokens", err=True)
+    write_line(f"{len(rows)} tokens")
 
 
 @click.command()

@@ -13,8 +13,8 @@ import click
 
 from npllm import __version__
 from npllm.cli import checkpoints, generation, measurements, predictions, testing, views
-from npllm.cli.streams import print_warning
 from npllm.errors import NpllmError
+from npllm.progress import report
 
 __all__ = ["main"]
 
@@ -27,18 +27,18 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
+            if isinstance(stream, io.TextIOWrapper) and not stream.closed:
                 stream.reconfigure(errors="replace")  # "?" for what the encoding lacks
         warnings.showwarning = _show_warning
         try:
             return super().invoke(ctx)
         except NpllmError as error:
-            click.echo(f"npllm: {error}", err=True)
+            report(str(error))
             ctx.exit(1)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print_warning(str(message))
+    report(f"warning: {message}")
 
 
 @click.group(

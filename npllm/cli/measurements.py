@@ -10,9 +10,10 @@ from npllm.analysis.profiling import profile
 from npllm.analysis.speed import compare_sets, speed
 from npllm.cli.layout import machine_lines, profile_lines, set_lines, speed_lines
 from npllm.cli.options import json_option, model_options
-from npllm.cli.streams import print_json, print_warning
+from npllm.cli.streams import print_json
 from npllm.kernels import SETS
 from npllm.model import Model
+from npllm.progress import report, write_line
 
 __all__ = ["COMMANDS"]
 
@@ -63,7 +64,7 @@ def bench(
     for line in lines(facts):
         click.echo(line)
     if lines is speed_lines:
-        click.echo(_sizes_line(facts), err=True)
+        write_line(_sizes_line(facts))
 
 
 def _measure(
@@ -95,8 +96,8 @@ def doctor(as_json: bool) -> None:
     for line in machine_lines(facts):
         click.echo(line)
     if "OPENBLAS_CORETYPE" in facts["environment"]:
-        print_warning(
-            "OPENBLAS_CORETYPE fixes the kernels of OpenBLAS; unset it for the best speed"
+        report(
+            "warning: OPENBLAS_CORETYPE fixes the kernels of OpenBLAS; unset it for the best speed"
         )
 
 

@@ -12,6 +12,7 @@ from npllm.cli.streams import print_json, read_file, read_prompt, write
 from npllm.decoding.loop import FILTER_ORDERS
 from npllm.encoder import cosine_similarities
 from npllm.model import Model, load
+from npllm.progress import write_line
 
 __all__ = ["COMMANDS"]
 
@@ -95,7 +96,7 @@ def perplexity(file: str, model: Load, as_json: bool, **options: Any) -> None:
         f"perplexity {facts['perplexity']:.4f}, {facts['bits_per_byte']:.4f} bits per byte, "
         f"{facts['tokens']} tokens"
     )
-    click.echo(f"{facts['tokens_per_second']:.1f} tokens/s, {facts['seconds']:.1f} s", err=True)
+    write_line(f"{facts['tokens_per_second']:.1f} tokens/s, {facts['seconds']:.1f} s")
 
 
 @click.command()

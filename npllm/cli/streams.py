@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.progress import write_line
 
 __all__ = [
     "from_stdin",
     "print_json",
     "print_stats",
-    "print_warning",
     "read_file",
     "read_prompt",
     "write",
@@ -56,28 +56,21 @@ def read_file(file: str) -> str:
 
 def print_json(data: Any) -> None:
     """Print one JSON value; escape what is not ASCII unless stdout is UTF-8."""
-    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
     click.echo(json.dumps(data, ensure_ascii=not is_utf8, indent=2))
 
 
 def write(text: str) -> None:
     """Print a piece of text and flush it."""
     click.echo(text, nl=False)
-    sys.stdout.flush()
-
-
-def print_warning(text: str) -> None:
-    """Print a warning on stderr, on one line."""
-    click.echo(f"npllm: warning: {text}", err=True)
 
 
 def print_stats(stats: dict[str, Any]) -> None:
     """Print speed and memory of a run on stderr."""
-    click.echo(
+    write_line(
         f"prompt {stats['prompt_tokens']} tokens, "
         f"{stats['prompt_tokens_per_second']:.1f} tokens/s; "
         f"generation {stats['new_tokens']} tokens, "
         f"{stats['new_tokens_per_second']:.1f} tokens/s; "
-        f"peak memory {stats['peak_bytes'] / 1e6:.0f} MB",
-        err=True,
+        f"peak memory {stats['peak_bytes'] / 1e6:.0f} MB"
     )
