@@ -201,6 +201,7 @@ import numpy as np
 model = npllm.load(sys.argv[2], ops="reference")
 ids = model.generate(np.array([[3, 4]]), max_new_tokens=2, use_cache=False)
 print(len(npllm.score.score(model, [3, 4, 5], progress=True).log_probs), ids.shape[1])
+sys.stderr = sys.__stderr__  # which Python flushes at its end
 """
 
 
