@@ -109,8 +109,8 @@ def published_for(config, folder):
             return "Phi-3-mini-128k-instruct", FORM | PUBLISHED["Phi-3-mini-128k-instruct"]
     raise NpllmValueError(
         f"{folder}: is neither Phi-3-mini-4k-instruct nor Phi-3-mini-128k-instruct, the only "
-        "models with published numbers: phi3, d_model 3072, 32 layers, 32 heads, n_vocab 32064, no RoPE scaling or longrope "
-        "with a short_factor that begins with 1.05 or 1.1; "
+        "models with published numbers: phi3, d_model 3072, 32 layers, 32 heads, n_vocab 32064, "
+        "no RoPE scaling or longrope with a short_factor that begins with 1.05 or 1.1; "
         f"got {', '.join(map(str, sizes))}, {rope.rope_type}"
     )
 
