@@ -31,14 +31,14 @@ __all__ = ["Encoder", "cosine_similarities", "load_encoder", "mean_pool"]
 BATCH_TOKENS = 2048  # that go through the layers at a time, padding included
 
 
-def load_encoder(folder, *, dtype=None, ops=None, xp=np):
+def load_encoder(folder, *, dtype=None, ops=None, xp=np, mmap=True):
     """Load an encoder from a checkpoint folder of model_type "bert".
 
     Parameters
     ----------
     folder : str or Path
         config.json and model.safetensors; tokenizer.json where texts are to be embedded.
-    dtype, ops
+    dtype, ops, mmap
         As in `npllm.load`.
     xp : module
         The array library to put the weights into.
@@ -65,9 +65,9 @@ def load_encoder(folder, *, dtype=None, ops=None, xp=np):
     """
     folder = Path(folder)
     config = BertConfig.from_json(folder)
-    settings = read_sentence_settings(folder, config.hidden_size, dtype)
+    settings = read_sentence_settings(folder, config.hidden_size, dtype, mmap)
     params = bert_layout.load_params(
-        folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated
+        folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated, mmap=mmap
     )
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None

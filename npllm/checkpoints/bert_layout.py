@@ -14,8 +14,8 @@ from npllm.checkpoints.safetensors import (
     TensorEntry,
     check_shapes,
     read_entries,
-    view_of,
 )
+from npllm.checkpoints.tensor_files import view_of
 from npllm.checkpoints.tensor_reader import TensorReader
 from npllm.checkpoints.unused import warn_of_unused
 from npllm.config.bert_config import BertConfig
@@ -44,6 +44,7 @@ def load_params(
     dtype: str | None = None,
     xp: Any = np,
     is_pooled: bool = False,
+    mmap: bool = True,
 ) -> BertParams:
     """Load the weights of a BERT folder.
 
@@ -51,7 +52,7 @@ def load_params(
     ----------
     folder : str or Path
     config : BertConfig
-    dtype, xp
+    dtype, xp, mmap
         As in `npllm.checkpoints.phi3_layout.load_params`.
     is_pooled : bool
         The folder states how hidden states become vectors, so an unused pooler needs no warning.
@@ -76,7 +77,7 @@ def load_params(
     entries = _without_prefix(read_entries(folder))
     check_shapes(folder, entries, expected_shapes(config), (POSITION_IDS, *POOLER))
     _warn_of_ignored(folder, entries, config, is_pooled)
-    reader = TensorReader(entries, dtype, xp)
+    reader = TensorReader(entries, dtype, xp, mmap=mmap)
     params = assemble(lambda name: reader.read([name]), config)
     reader.finish()
     return params

@@ -34,7 +34,9 @@ INPUT_NAMES = {
 }
 
 
-def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Head, bool]:
+def read_head(
+    folder: Path, d_model: int, dtype: str | None = None, mmap: bool = True
+) -> tuple[Head, bool]:
     """Read modules.json and the modules that it lists.
 
     Parameters
@@ -42,7 +44,7 @@ def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Hea
     folder : Path
     d_model : int
         Width of the encoder.
-    dtype : str, optional
+    dtype, mmap
         Of the weights of dense modules, as in `npllm.load`.
 
     Returns
@@ -71,7 +73,7 @@ def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Hea
         if name == "Normalize":
             modules.append(_read_normalize(folder / path))
         else:
-            dense = _read_dense(folder / path, width, dtype)
+            dense = _read_dense(folder / path, width, dtype, mmap)
             modules.append(dense)
             width = len(dense.weight)
     is_stated = pooling.is_file() or (folder / MODULES).is_file()
@@ -149,7 +151,7 @@ def _read_pooling_modes(read: Reader) -> list[str]:
     return names
 
 
-def _read_dense(folder: Path, width: int, dtype: str | None) -> Dense:
+def _read_dense(folder: Path, width: int, dtype: str | None, mmap: bool) -> Dense:
     """Read a dense module: config.json and model.safetensors of its folder."""
     file = folder / "config.json"
     read = Reader(read_json(file), file)
@@ -172,7 +174,7 @@ def _read_dense(folder: Path, width: int, dtype: str | None) -> Dense:
         shapes["linear.bias"] = (d_out,)
     entries = read_entries(folder)
     check_shapes(folder, entries, shapes)
-    reader = TensorReader(entries, dtype if dtype in DTYPES else None, np)
+    reader = TensorReader(entries, dtype if dtype in DTYPES else None, np, mmap=mmap)
     weight = reader.read(["linear.weight"])
     bias = reader.read(["linear.bias"]) if has_bias else None
     return Dense(weight, bias, name)

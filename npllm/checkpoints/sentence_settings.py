@@ -45,7 +45,7 @@ class SentenceSettings(NamedTuple):
 
 
 def read_sentence_settings(
-    folder: Path, d_model: int, dtype: str | None = None
+    folder: Path, d_model: int, dtype: str | None = None, mmap: bool = True
 ) -> SentenceSettings:
     """Read every file that sentence-transformers reads beside those of the encoder.
 
@@ -54,7 +54,7 @@ def read_sentence_settings(
     folder : Path
     d_model : int
         Width of the encoder.
-    dtype : str, optional
+    dtype, mmap
         Of the weights of dense modules, as in `npllm.load`.
 
     Returns
@@ -74,7 +74,7 @@ def read_sentence_settings(
     """
     max_length, do_lower_case = _read_sentence_config(folder)
     prompts, default, dimension = _read_settings(folder)
-    head, is_stated = read_head(folder, d_model, dtype)
+    head, is_stated = read_head(folder, d_model, dtype, mmap)
     head = head._replace(dimension=dimension)
     return SentenceSettings(head, prompts, default, max_length, do_lower_case, is_stated)
 
