@@ -24,6 +24,7 @@ from npllm.cache_owner import CacheOwner
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
 from npllm.checkpoints.phi3_layout import load_params
 from npllm.config.config import Config
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import read_json
 from npllm.decoding.beam import beam_search, beam_texts
 from npllm.decoding.loop import (
@@ -95,7 +96,7 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None, mmap=True):
         return load_encoder(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
     config = Config.from_json(folder)
     params = load_params(folder, config, dtype=dtype, xp=xp, progress=True, mmap=mmap)
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = Tokenizer.from_folder(folder) if is_present(folder / "tokenizer.json") else None
     return Model(
         config,
         params,

@@ -4,7 +4,7 @@ Only headers are read here; `npllm.checkpoints.tensor_files` reads tensors.
 """
 
 import json
-import os.path
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from npllm.config.regular_file import is_present, open_regular
 from npllm.config.strict_json import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.models.params import LayerParams, Params  # noqa: F401 - importable from here as before
@@ -67,9 +68,9 @@ def read_entries(folder: str | PathLike[str]) -> dict[str, TensorEntry]:
     """
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if os.path.isfile(single):
+    if is_present(single):
         return _read_header(single)
-    if not os.path.isfile(index):
+    if not is_present(index):
         raise NpllmOSError(
             f"{folder}: holds neither {single.name} nor {index.name}{_found_instead(folder)}"
         )
@@ -106,11 +107,12 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
 
     The safetensors library validates the header first.
     """
-    if not os.path.isfile(path):
+    if not is_present(path):
         raise NpllmOSError(f"{path}: no such file; is the download complete?")
     try:
-        with path.open("rb") as file:
-            n_header, n_bytes = int.from_bytes(file.read(8), "little"), os.path.getsize(path)
+        with open_regular(path) as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            n_bytes = os.fstat(file.fileno()).st_size
             if n_header > min(n_bytes - 8, LARGEST_HEADER):
                 raise ValueError(
                     f"its header should have {n_header} bytes, but the file has "

@@ -11,6 +11,7 @@ import numpy as np
 from npllm.arrays import DTYPES
 from npllm.checkpoints.safetensors import check_shapes, read_entries
 from npllm.checkpoints.tensor_reader import TensorReader
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import Reader, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import ACTIVATIONS, POOLINGS, Dense, Head, Normalize
@@ -76,14 +77,14 @@ def read_head(
             dense = _read_dense(folder / path, width, dtype, mmap)
             modules.append(dense)
             width = len(dense.weight)
-    is_stated = pooling.is_file() or (folder / MODULES).is_file()
+    is_stated = is_present(pooling) or is_present(folder / MODULES)
     return head._replace(modules=tuple(modules)), is_stated
 
 
 def _module_paths(folder: Path) -> list[tuple[str, str]]:
     """Return the modules after the Transformer, as (name, folder), the pooling first."""
     file = folder / MODULES
-    if not file.is_file():
+    if not is_present(file):
         return [("Pooling", "1_Pooling")]
     modules = [_module(file, entry) for entry in read_json(file, list)]
     names = [name for name, _ in modules]
@@ -122,7 +123,7 @@ def _module(file: Path, entry: Any) -> tuple[str, str]:
 
 def _read_pooling(file: Path, d_model: int) -> tuple[Head, int]:
     """Read 1_Pooling/config.json to a head, and return the width of its result as well."""
-    if not file.is_file():
+    if not is_present(file):
         return Head(), d_model
     read = Reader(read_json(file), file)
     width = read.size("embedding_dimension", read.size("word_embedding_dimension", d_model))
@@ -183,7 +184,7 @@ def _read_dense(folder: Path, width: int, dtype: str | None, mmap: bool) -> Dens
 def _read_normalize(folder: Path) -> Normalize:
     """Read a Normalize module; one that normalizes tokens is refused."""
     file = folder / "config.json"
-    if file.is_file():
+    if is_present(file):
         refuse_others(Reader(read_json(file), file), INPUT_NAMES)
     return Normalize()
 

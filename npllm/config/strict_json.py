@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.config.regular_file import read_text
+from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = [
     "LARGEST_SIZE",
@@ -81,12 +82,12 @@ def read_json(path: str | os.PathLike[str], kind: type[dict] | type[list] = dict
     Raises
     ------
     NpllmOSError
-        When the file is missing or cannot be read.
+        When the file is missing, cannot be read, or is no regular file.
     NpllmValueError
         When it is too large, not UTF-8, not JSON, nested too deeply, has duplicate keys, or is not
         of that kind.
     """
-    text = _read_text(path)
+    text = read_text(path, LARGEST_JSON)
     try:
         data = json.loads(text, object_pairs_hook=no_duplicates)
     except RecursionError:
@@ -97,26 +98,6 @@ def read_json(path: str | os.PathLike[str], kind: type[dict] | type[list] = dict
         wanted = "list [...]" if kind is list else "object {...}"
         raise NpllmValueError(f"{path}: must hold a JSON {wanted}, got {type(data).__name__}")
     return data
-
-
-def _read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 file of at most `LARGEST_JSON` bytes."""
-    try:
-        n_bytes = os.path.getsize(path)
-        if n_bytes > LARGEST_JSON:
-            raise NpllmValueError(
-                f"{path}: has {n_bytes} bytes; more than {LARGEST_JSON} are refused"
-            )
-        return Path(path).read_text(encoding="utf-8-sig")
-    except NpllmValueError:
-        raise
-    except UnicodeDecodeError as error:
-        raise NpllmValueError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NpllmOSError(f"{path}: cannot be read ({reason})") from None
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
