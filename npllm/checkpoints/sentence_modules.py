@@ -11,6 +11,7 @@ import numpy as np
 from npllm.arrays import DTYPES
 from npllm.checkpoints.safetensors import check_shapes, read_entries
 from npllm.checkpoints.tensor_reader import TensorReader
+from npllm.config import legacy_names
 from npllm.config.regular_file import is_present
 from npllm.config.strict_json import Reader, quote, read_json
 from npllm.errors import NpllmValueError
@@ -20,14 +21,6 @@ __all__ = ["read_head", "refuse_others"]
 
 MODULES = "modules.json"
 Neutral = dict[str, tuple[Any, ...]]
-LEGACY_POOLINGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 NAMES = ("Transformer", "Pooling", "Dense", "Normalize")
 INPUT_NAMES = {
     "module_input_name": (None, "sentence_embedding"),
@@ -140,7 +133,7 @@ def _read_pooling(file: Path, d_model: int) -> tuple[Head, int]:
 
 def _read_pooling_modes(read: Reader) -> list[str]:
     """Read the names of the poolings, in either spelling."""
-    legacy = [name for key, name in LEGACY_POOLINGS.items() if read.flag(key, False)]
+    legacy = [name for key, name in legacy_names.POOLINGS.items() if read.flag(key, False)]
     names = read.get("pooling_mode", legacy or ["mean"])
     names = [names] if isinstance(names, str) else names
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)

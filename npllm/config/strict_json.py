@@ -222,6 +222,10 @@ class Reader:
             self._fail(key, "a token id or null", value)
         return value
 
+    def padding_token(self, key: str) -> int | None:
+        """Read a token id, or null or -1 for none."""
+        return None if self.get(key) == -1 else self.token(key)
+
     def tokens(self, key: str) -> tuple[int, ...]:
         """Read a token id, a list of them or null."""
         value = self.get(key, [])
