@@ -21,6 +21,7 @@ __all__ = [
     "config_data",
     "is_token",
     "no_duplicates",
+    "parse_json",
     "printable",
     "quote",
     "read_json",
@@ -87,16 +88,28 @@ def read_json(path: str | os.PathLike[str], kind: type[dict] | type[list] = dict
         When it is too large, not UTF-8, not JSON, nested too deeply, has duplicate keys, or is not
         of that kind.
     """
-    text = read_text(path, LARGEST_JSON)
+    return parse_json(read_text(path, LARGEST_JSON), path, kind)
+
+
+def parse_json(
+    text: str, where: str | os.PathLike[str], kind: type[dict] | type[list] = dict
+) -> Any:
+    """Parse the text of a JSON object, or of a list; `where` names its source in messages.
+
+    Raises
+    ------
+    NpllmValueError
+        As `read_json`.
+    """
     try:
         data = json.loads(text, object_pairs_hook=no_duplicates)
     except RecursionError:
-        raise NpllmValueError(f"{path}: is nested too deeply to be a configuration") from None
+        raise NpllmValueError(f"{where}: is nested too deeply to be a configuration") from None
     except ValueError as error:
-        raise NpllmValueError(f"{path}: is not valid JSON ({error})") from None
+        raise NpllmValueError(f"{where}: is not valid JSON ({error})") from None
     if not isinstance(data, kind):
         wanted = "list [...]" if kind is list else "object {...}"
-        raise NpllmValueError(f"{path}: must hold a JSON {wanted}, got {type(data).__name__}")
+        raise NpllmValueError(f"{where}: must hold a JSON {wanted}, got {type(data).__name__}")
     return data
 
 
