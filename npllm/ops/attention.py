@@ -21,8 +21,7 @@ __all__ = ["attention", "attention_weights"]
 def attention_weights(
     q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None
 ):
-    """Say how much each query attends to each key: the relevance of every position, as a
-    distribution.
+    """Give the weight of each key for each query: the softmax of the scaled scores.
 
         s[h, i, j] = scale * sum_c q[h, i, c] * k[h // group, j, c],   group = n_head / n_kv_head
         s = softcap * tanh(s / softcap), if a softcap is given;  s = s + bias, if one is given
@@ -87,8 +86,7 @@ def attention(
     k_slots=None,
     return_lse=False,
 ):
-    """Replace each query by the mean of the values, weighted by the relevance of their keys: the
-    definition.
+    """Average the values for each query, weighted by softmax(q . k): the definition.
 
         y[h, i, :] = sum_j w[h, i, j] * v[h // group, j, :],   w = attention_weights(q, k, ...)
 

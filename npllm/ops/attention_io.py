@@ -8,8 +8,7 @@ __all__ = ["attention_io"]
 
 
 def attention_io(n, d, block=None, sram=100_000, itemsize=4):
-    """Count the bytes that one head of attention moves between slow and fast memory, without a
-    mask.
+    """Count the bytes that one unmasked head moves between slow and fast memory.
 
         naive   = (4 * n * d + 4 * n**2) * itemsize                  q, k, v, y once; s and w written and read
         flash_1 = (2 * n * d + ceil(n / b_k) * (3 * n * d + 4 * n)) * itemsize

@@ -161,8 +161,7 @@ def split_kv_attention(
     k_slots=None,
     return_lse=False,
 ):
-    """Cut the keys into n_split runs, attend to each by itself, and merge: how one query uses many
-    processors.
+    """Cut the keys into n_split parts, attend to each part alone, and merge (Flash-Decoding).
 
         y = merge_attention of blockwise_attention(q, k_s, v_s) over the runs s
 

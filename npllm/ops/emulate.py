@@ -46,8 +46,7 @@ POINTS = {
 
 
 def emulate(dtype, points=tuple(POINTS)):
-    """Make the set of operations that rounds where Transformers rounds when it runs in a 16-bit
-    type.
+    """Make the set of operations that rounds where Transformers rounds in a 16-bit type.
 
         model = npllm.load(folder, dtype="bfloat16", ops=npllm.ops.emulate("bfloat16"))
 

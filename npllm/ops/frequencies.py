@@ -68,8 +68,7 @@ def rope_frequencies(d_rope, base=10000.0, factors=None):
 
 
 def longrope_scale(factor, n_original):
-    """Give the attention factor of LongRoPE, which scales cos and sin to keep the softmax as sharp
-    over a longer context.
+    """Give the attention factor of LongRoPE, which scales cos and sin.
 
         scale = sqrt(1 + ln(factor) / ln(n_original)),  1 where factor <= 1
 
@@ -153,8 +152,7 @@ def dynamic_base(d_rope, base, factor, n_ctx, n_original):
 
 
 def llama3_frequencies(d_rope, base, factor, low_freq_factor, high_freq_factor, n_original):
-    """Slow only the long waves: pairs that turn fewer than low_freq_factor times within the
-    original context.
+    """Scale down the low frequencies: fewer than low_freq_factor turns in the original context.
 
         turns[i] = n_original * inv_freq[i] / (2 * pi)
         keep[i]  = clip((turns[i] - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
@@ -193,8 +191,7 @@ def llama3_frequencies(d_rope, base, factor, low_freq_factor, high_freq_factor, 
 def yarn_frequencies(
     d_rope, base, factor, n_original, beta_fast=32.0, beta_slow=1.0, truncate=True
 ):
-    """Slow the pairs that turn fewer than beta_slow times within the original context, keep those
-    that turn beta_fast times.
+    """Interpolate the frequencies of slow pairs, keep those of fast pairs, blend between (YaRN).
 
         index(turns) = d_rope * ln(n_original / (2 * pi * turns)) / (2 * ln(base))
         slow[i]      = clip((i - index(beta_fast)) / (index(beta_slow) - index(beta_fast)), 0, 1)

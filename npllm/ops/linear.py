@@ -122,8 +122,7 @@ def merge_heads(x):
 
 
 def mean_pool_kv_heads(weight, n_kv_head, n_group):
-    """Average key or value heads in groups: how a multi-head checkpoint becomes one with grouped
-    queries.
+    """Average key or value heads in groups: the first step from MHA to GQA.
 
         y[g * d_head + i, :] = mean over the heads h of group g of weight[h * d_head + i, :]
 

@@ -156,8 +156,7 @@ def apply_rope_complex(x, positions, inv_freq, *, interleaved=False):
 
 
 def rotation_matrix(positions, inv_freq):
-    """Write the rotation of a position out as a matrix: orthogonal, with a 2 x 2 rotation for each
-    pair of channels.
+    """Write the rotation of a position as a matrix: one 2 x 2 rotation for each channel pair.
 
         R[i, i] = R[i + d_rope/2, i + d_rope/2] = cos(phase_i)
         R[i + d_rope/2, i] = sin(phase_i) = -R[i, i + d_rope/2],   phase_i = position * inv_freq[i]

@@ -208,8 +208,7 @@ def top_k(logits, k):
 
 
 def top_p(logits, p):
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least p (nucleus
-    sampling).
+    """Keep the nucleus: the smallest set of most likely tokens whose probabilities sum to >= p.
 
         y[i] = logits[i] where the sum of all probabilities that rank before i is below p, else -inf
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from operator import index
 from pathlib import Path
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from npllm.config.strict_json import printable, quote, read_json
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.progress import warn
 from npllm.text.chat_template import read_chat_template, render
 from npllm.text.conversation import check_messages, check_tools, find_left_out
 from npllm.text.special_tokens import add_tokens, read_special_tokens
@@ -226,7 +226,7 @@ class Tokenizer:
         allowance = Allowance()
         text = render(self.chat_template, messages, names, allowance)
         for left_out in find_left_out(self.chat_template, messages, names, text, allowance):
-            warnings.warn(
+            warn(
                 f"this checkpoint's chat template leaves out {left_out}: the model does not see it",
                 stacklevel=2,
             )

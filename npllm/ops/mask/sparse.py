@@ -100,8 +100,7 @@ def dilated_window(w, dilation):
 
 
 def strided(stride):
-    """Let a query see the last `stride` slots before its own, and every `stride`-th slot before
-    that.
+    """Let a query see its last `stride` slots, and every `stride`-th slot before them.
 
         visible(i, j) = j <= i and (i - j <= stride or (i - j) mod stride = 0)
 
