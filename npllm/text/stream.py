@@ -108,15 +108,17 @@ class TextStream:
             return self.close()
         if self._detokenizer is None:
             return ""
-        text = self._detokenizer.push(token)
+        piece = self._detokenizer.push(token)
+        if not self._stop:
+            return piece
+        pending = piece or self._detokenizer.pending()
         if token in self._special:
-            text += self._detokenizer.pending()
-            self._marks.append((len(text), self._special[token]))
-            if text and _first_stop(self._held + self._marked(text), self._stop) is None:
-                return ""  # half a character: the rest of it may follow
-        elif not text:
-            return ""
-        return self._cut(text)
+            self._marks.append((len(pending), self._special[token]))
+        if piece or not pending:
+            return self._cut(piece)
+        pending = self._without_half_a_character(pending)
+        ends = _first_stop(self._held + self._marked(pending), self._stop) is not None
+        return self._cut(pending) if ends else ""
 
     def close(self) -> str:
         """End the answer; return what was held back."""
@@ -138,6 +140,12 @@ class TextStream:
         self._held = [] if self.ended else characters[n_certain:]
         self._marks = []
         return _shown(characters[:n_certain])
+
+    def _without_half_a_character(self, pending: str) -> str:
+        """Pending text without what may still become another character."""
+        n = len(pending.rstrip("\ufffd"))
+        is_followed = any(place > n for place, _ in self._marks)  # by a special token
+        return pending if is_followed else pending[:n]
 
     def _marked(self, text: str) -> list[tuple[str, bool]]:
         """Characters of pending text, and of the special tokens between them."""
