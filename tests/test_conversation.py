@@ -11,6 +11,7 @@ from tiny import byte_level
 
 from npllm import Tokenizer
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
+from npllm.text import conversation
 from npllm.text.conversation import find_left_out
 from npllm.text.template_process import Allowance
 
@@ -150,6 +151,16 @@ def test_one_of_many_messages_is_found():
     )
     assert write(skips, messages)[1] == ["the user message"]
     assert write(ALL, messages)[1] == []
+
+
+def test_messages_that_are_read_cost_one_rendering_together(monkeypatch):
+    calls, render = [], conversation.render
+    monkeypatch.setattr(conversation, "render", lambda *args: calls.append(1) or render(*args))
+    messages = [{"role": "user", "content": f"message {i}"} for i in range(50)]
+    assert write(ALL, messages)[1] == []
+    assert len(calls) == 1
+    assert write(USERS, [SYSTEM, SYSTEM, *messages])[1] == ["the system message"]
+    assert len(calls) == 3
 
 
 def test_digits_in_a_conversation_are_no_marks():

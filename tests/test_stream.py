@@ -62,6 +62,9 @@ def answer(tokenizer, ids, stop, stop_ids=()):
         ("hello w<|end|>", ["<|"], "hello w"),  # a part of one
         ("hello w<|end|>", ["|>"], "hello w"),
         ("hello<|user|> w", [" w"], "hello"),
+        ("hello<|end|> x", ["<|end|> x", " w"], "hello"),  # begun earlier in one of the texts
+        ("hello", ["l", "e"], "h"),
+        ("hello", ["e", "l"], "h"),
     ],
 )
 def test_a_stop_string_with_special_tokens_ends_the_answer(tokenizer, text, stop, wanted):
@@ -159,6 +162,14 @@ def cuts(shown, full, stop):
                 before = before.replace(special, "")
             found.add(before)
     return found
+
+
+def test_an_added_token_that_is_not_special_is_text():
+    tokenizer = Tokenizer(byte_level())
+    tokenizer.backend.add_tokens(["<|tool|>"])
+    ids = tokenizer.encode("a<|tool|>b")
+    assert answer(tokenizer, ids, ["|><|"]) == ("a<|tool|>b", False)
+    assert answer(tokenizer, ids, ["<|tool|>"]) == ("a", True)
 
 
 def test_special_tokens_cost_nothing_without_stop_strings():
