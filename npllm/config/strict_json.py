@@ -6,7 +6,6 @@ Every JSON file of a checkpoint folder is read here.
 import json
 import os.path
 import reprlib
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 from npllm.config.regular_file import read_text
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.progress import warn
 
 __all__ = [
     "LARGEST_SIZE",
@@ -264,7 +264,7 @@ class Reader:
         unknown = sorted(set(self.data) - self.asked - set(without_effect))
         if unknown:
             names = ", ".join(map(printable, unknown))
-            warnings.warn(f"{self.where}: unknown keys are ignored: {names}"[:500], stacklevel=5)
+            warn(f"{self.where}: unknown keys are ignored: {names}"[:500], stacklevel=5)
 
 
 def _is_int(value: Any) -> bool:

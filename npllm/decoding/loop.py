@@ -1,7 +1,6 @@
 """The loop: prefill, decode, stop.  An iterator of token ids, and what turns it into text."""
 
 import secrets
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from npllm.config.strict_json import is_token, quote, read_json
 from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.text.tokenizer import Detokenizer
+from npllm.progress import warn
 
 __all__ = [
     "GenerationConfig",
@@ -640,7 +640,7 @@ def room_for(config, n_prompt, max_new_tokens):
     """How many tokens may follow a prompt; warns where the context ends before max_new_tokens."""
     room = config.context_length - n_prompt
     if room < max_new_tokens:
-        warnings.warn(
+        warn(
             f"the context length (max_position_embeddings) is {config.context_length}: after {n_prompt} tokens "
             f"of prompt there is room for {room} new tokens, not {max_new_tokens}",
             stacklevel=4,

@@ -5,7 +5,6 @@ detokeniser for streams.
 import contextlib
 import importlib
 import re
-import warnings
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from npllm.config.regular_file import is_present, read_text
 from npllm.config.strict_json import LARGEST_JSON, printable, quote, read_json
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.progress import warn
 from npllm.text.special_tokens import add_tokens, read_special_tokens
 from npllm.text.tokenizer_checks import read_tokenizer_json
 
@@ -318,7 +318,7 @@ def _warn_of_left_out(messages, text):
             and isinstance(content, str)
             and content.strip() not in text
         ):
-            warnings.warn(
+            warn(
                 f"this checkpoint's chat template leaves out the {message['role']} message: the model does not see it",
                 stacklevel=3,
             )
