@@ -181,14 +181,12 @@ def _template_growth(component: Component) -> float:
     Special tokens are added once, so they count only where there are very many.
     """
     pieces, special = component.get("single"), component.get("special_tokens")
-    n_pieces = len(pieces) if isinstance(pieces, list | str) else 0
-    is_sequence = [
-        isinstance(piece, dict) and "Sequence" in piece for piece in (pieces if n_pieces else [])
-    ]
+    pieces = pieces if isinstance(pieces, list | str) else []
+    is_sequence = [isinstance(piece, dict) and "Sequence" in piece for piece in pieces]
     tokens = special.values() if isinstance(special, dict) else []
     ids = [token.get("ids") for token in tokens if isinstance(token, dict)]
     longest = max((len(x) for x in ids if isinstance(x, list)), default=1)
-    return max(1.0, sum(is_sequence), n_pieces * longest / ADDED_IDS)
+    return max(1.0, sum(is_sequence), len(pieces) * longest / ADDED_IDS)
 
 
 def _require(n: float, largest: int, what: str, file: Path) -> None:
