@@ -63,7 +63,7 @@ def work(mode: Any, seed: int, numbers: range, shared: Any, pipe: Any, scratch: 
         except BaseException as error:
             failures.append((number, f"{type(error).__name__}: {error}"[:300]))
         slowest = max(slowest, (time.monotonic() - start, number))
-        if (number + 1) % REPORT_CASES == 0 or number == numbers[-1]:
+        if failures or (number + 1) % REPORT_CASES == 0 or number == numbers[-1]:
             pipe.send((number + 1, outcomes, failures, slowest))
             outcomes, failures = collections.Counter(), []
     pipe.close()

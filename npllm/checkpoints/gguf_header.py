@@ -12,13 +12,13 @@ import numpy as np
 
 Array = Any
 
-__all__ = ["GGUFHeader", "TensorPlace", "parse_header"]
+__all__ = ["GGUFHeader", "TensorRange", "parse_header"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_AXES = 4
 KEY_BYTES = 13  # at least, of a key and its value: length, type, one byte
-PLACE_BYTES = 24  # at least, of the entry of a tensor
+TENSOR_INFO_BYTES = 24  # at least, of the entry of a tensor
 ALIGNMENT = 32  # of the tensors, unless general.alignment says otherwise
 SCALARS = {
     0: "B",
@@ -36,7 +36,7 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 
 
-class TensorPlace(NamedTuple):
+class TensorRange(NamedTuple):
     """Where a tensor is in the file."""
 
     name: str
@@ -46,7 +46,7 @@ class TensorPlace(NamedTuple):
     stop: int
 
 
-class _Entry(NamedTuple):
+class TensorInfo(NamedTuple):
     """What the header says of a tensor."""
 
     shape: tuple[int, ...]  # slowest axis first
@@ -58,7 +58,7 @@ class GGUFHeader(NamedTuple):
     """What the header of a GGUF file says."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, TensorPlace]
+    tensors: dict[str, TensorRange]
 
 
 def parse_header(data: Array, block_sizes: dict[int, tuple[int, int]]) -> GGUFHeader:
@@ -92,10 +92,10 @@ def parse_header(data: Array, block_sizes: dict[int, tuple[int, int]]) -> GGUFHe
     version = cursor.scalar("I")
     if version not in VERSIONS:
         raise ValueError(f"its version must be 2 or 3, little-endian, got {version}")
-    n_tensors = cursor.count(PLACE_BYTES, "tensors")
+    n_tensors = cursor.count(TENSOR_INFO_BYTES, "tensors")
     n_keys = cursor.count(KEY_BYTES, "metadata values")
     metadata = _unique(_read_value, n_keys, cursor, "metadata value")
-    entries = _unique(_read_entry, n_tensors, cursor, "tensor")
+    entries = _unique(_read_tensor_info, n_tensors, cursor, "tensor")
     start = _align(cursor.position, metadata.get("general.alignment", ALIGNMENT))
     tensors = {
         name: _locate(name, entry, start, len(data), block_sizes) for name, entry in entries.items()
@@ -187,13 +187,13 @@ def _scalar_code(kind: int) -> str:
     return SCALARS[kind]
 
 
-def _read_entry(cursor: _Cursor) -> _Entry:
+def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
     """Read shape, type and offset of a tensor."""
     n_axes = cursor.scalar("I")
     if n_axes > MOST_AXES:
         raise ValueError(f"a tensor must have at most {MOST_AXES} axes, got {n_axes}")
     shape = tuple(cursor.scalar("Q") for _ in range(n_axes))[::-1]
-    return _Entry(shape, cursor.scalar("I"), cursor.scalar("Q"))
+    return TensorInfo(shape, cursor.scalar("I"), cursor.scalar("Q"))
 
 
 def _align(position: int, alignment: Any) -> int:
@@ -206,11 +206,11 @@ def _align(position: int, alignment: Any) -> int:
 
 def _locate(
     name: str,
-    entry: _Entry,
+    entry: TensorInfo,
     data_start: int,
     n_bytes: int,
     block_sizes: dict[int, tuple[int, int]],
-) -> TensorPlace:
+) -> TensorRange:
     """Compute where a tensor begins and ends; its offset counts from `data_start`."""
     shown, shape, kind = name[:100], entry.shape, entry.kind
     if kind not in block_sizes:
@@ -228,10 +228,10 @@ def _locate(
         raise ValueError(
             f"the tensor {shown!r} ends at byte {stop}, but the file has {n_bytes} bytes"
         )
-    return TensorPlace(name, kind, shape, start, stop)
+    return TensorRange(name, kind, shape, start, stop)
 
 
-def _check_overlap(tensors: dict[str, TensorPlace]) -> None:
+def _check_overlap(tensors: dict[str, TensorRange]) -> None:
     """Raise where two tensors share bytes."""
     stop, before = 0, ""
     for place in sorted(tensors.values(), key=lambda place: (place.start, place.stop)):
