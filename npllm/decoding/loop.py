@@ -8,6 +8,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import array_namespace, is_array, to_numpy, widen
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import is_token, quote, read_json
 from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
@@ -100,7 +101,7 @@ class GenerationConfig:
             When a value is of the wrong type.
         """
         path = Path(folder) / "generation_config.json"
-        data = read_json(path) if path.is_file() else {}
+        data = read_json(path) if is_present(path) else {}
         eos = data.get("eos_token_id", list(config.eos_token_id))
         eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
         pad = data.get("pad_token_id", config.pad_token_id)

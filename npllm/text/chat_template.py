@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from npllm.config.strict_json import printable
+from npllm.config.regular_file import is_present, read_text
+from npllm.config.strict_json import LARGEST_JSON, printable
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.text.template_process import Allowance, process
 
@@ -93,10 +94,10 @@ def read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
         When the entry is no string.
     """
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if is_present(file):
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_text(file, LARGEST_JSON, "utf-8")
+        except NpllmValueError as error:
             raise NpllmOSError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):

@@ -10,6 +10,7 @@ from typing import Any, Self, SupportsIndex
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import printable, quote, read_json
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.progress import warn
@@ -17,6 +18,7 @@ from npllm.text.chat_template import read_chat_template, render
 from npllm.text.conversation import check_messages, check_tools, find_left_out
 from npllm.text.special_tokens import add_tokens, read_special_tokens
 from npllm.text.template_process import Allowance
+from npllm.text.tokenizer_checks import read_tokenizer_json
 
 __all__ = ["Tokenizer"]
 
@@ -90,15 +92,16 @@ class Tokenizer:
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
-        if not file.is_file():
+        if not is_present(file):
             raise NpllmOSError(
                 f"{file}: no such file; without it only token ids can be used, not text"
             )
+        text = read_tokenizer_json(file)
         unreadable = f"{file}: is not a tokenizer that the tokenizers library can read"
         with _library_errors(NpllmValueError, unreadable):
-            backend = Backend.from_file(str(file))
+            backend = Backend.from_str(text)
         file = folder / "tokenizer_config.json"
-        settings = read_json(file) if file.is_file() else {}
+        settings = read_json(file) if is_present(file) else {}
         tokens = read_special_tokens(folder, settings, backend)
         add_tokens(backend, tokens, file)
         backend.no_truncation()
