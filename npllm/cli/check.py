@@ -1,16 +1,17 @@
 """The command `npllm check`: a function of the user's against every law of its operation."""
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from npllm.cli.streams import print_json
 from npllm.errors import NpllmError
+from npllm.progress import report
 from npllm.testing.naming import CHECKED, function_named, op_in
 
-__all__ = ["check"]
+__all__ = ["COMMANDS"]
 
 USAGE, WRONG, UNDECIDED = 2, 1, 3
 
@@ -58,9 +59,12 @@ def check(context: click.Context, function: str, as_json: bool, **options: Any) 
     try:
         facts = checked(function, **options)
     except NpllmError as error:
-        click.echo(f"npllm: {error}", err=True)
+        report(str(error))
         context.exit(USAGE)
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines_of(facts)))
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo("\n".join(lines_of(facts)))
     context.exit({"right": 0, "wrong": WRONG, "not decidable": UNDECIDED}[facts["verdict"]])
 
 
@@ -115,10 +119,10 @@ def _add_laws(
     facts["rows"].append(row)
     try:
         if op == "decoder":
-            report = testing.check_decoder(fn, features, max_examples, seed=seed)
+            seen = testing.check_decoder(fn, features, max_examples, seed=seed)
         else:
             kind = {"kind": "draws"} if op == "sampler" else {}
-            report = testing.check(
+            seen = testing.check(
                 op, fn, features, max_examples=max_examples, dtype=dtype, seed=seed, **kind
             )
     except testing.LawBroken as error:
@@ -127,11 +131,11 @@ def _add_laws(
         facts["failure"] = str(error)
         facts["replay"] = error.replay
         return error
-    is_vague = report.n_undecided * 2 > report.n_trial
-    row |= {"status": "not decidable" if is_vague else "right", "used": report.used}
-    row |= {"calls": report.n_trial, "seconds": time.perf_counter() - began}
-    facts |= {"seed": report.seed, "features": list(report.features)}
-    facts["left_out"] = list(report.left_out)
+    is_vague = seen.n_undecided * 2 > seen.n_trial
+    row |= {"status": "not decidable" if is_vague else "right", "used": seen.used}
+    row |= {"calls": seen.n_trial, "seconds": time.perf_counter() - began}
+    facts |= {"seed": seen.seed, "features": list(seen.features)}
+    facts["left_out"] = list(seen.left_out)
     return None
 
 
@@ -192,3 +196,7 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     elif facts["verdict"] != "right":
         lines += facts.get("large", "").splitlines()
     return [*lines, "", *(f"to do: {step}" for step in facts["to_do"])]
+
+
+COMMANDS = (check,)
+"""What `npllm` registers."""

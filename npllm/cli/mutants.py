@@ -1,13 +1,14 @@
 """The command `npllm mutants`: which planted bugs do the user's own tests miss?"""
 
-import json
 from typing import Any
 
 import click
 
+from npllm.cli.streams import print_json
 from npllm.errors import NpllmError
+from npllm.progress import report
 
-__all__ = ["mutants"]
+__all__ = ["COMMANDS"]
 
 USAGE, MISSED = 2, 1
 
@@ -29,9 +30,12 @@ def mutants(context: click.Context, command: str, only: str | None, as_json: boo
     try:
         facts = _tried(command, only)
     except NpllmError as error:
-        click.echo(f"npllm: {error}", err=True)
+        report(str(error))
         context.exit(USAGE)
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo("\n".join(_lines(facts)))
     context.exit(MISSED if facts["missed"] else 0)
 
 
@@ -52,7 +56,7 @@ def _tried(text: str, only: str | None) -> dict[str, Any]:
     missed = []
     for n, name in enumerate(names, 1):
         is_missed = survives(command, name)
-        click.echo(f"{n}/{len(names)} {'MISSED' if is_missed else 'found '} {name}", err=True)
+        report(f"{n}/{len(names)} {'MISSED' if is_missed else 'found '} {name}")
         if is_missed:
             missed.append(facts_of(missed_bug(name)))
     return {"command": text, "ops": ops, "bugs": len(names), "missed": missed}
@@ -62,7 +66,11 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     n_found = facts["bugs"] - len(facts["missed"])
     lines = [f"{n_found} of {facts['bugs']} planted bugs of {', '.join(facts['ops'])} are found"]
     for missed in facts["missed"]:
-        used = "no budget" if missed["used"] is None else f"{missed['used']:.3g} budgets"
+        used = "the budget is 0" if missed["used"] is None else f"{missed['used']:.3g} budgets"
         lines += ["", f"missed   {missed['name']}", f"         {missed['says']}"]
         lines += [f"error    {used}: {missed['law']}", f"shown by {missed['case']}"]
     return lines
+
+
+COMMANDS = (mutants,)
+"""What `npllm` registers."""

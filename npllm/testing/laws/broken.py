@@ -109,7 +109,8 @@ def case_text(case: dict[str, Any]) -> str:
     """Say a case in words: sizes and what is on."""
     parts = []
     for name, value in case.items():
-        if value is None or value is False or DEFAULTS.get(name) == value:
+        is_plain = value is None or value is False or DEFAULTS.get(name) == value
+        if is_plain or (name == "padding" and isinstance(value, list) and not any(value)):
             continue
         parts.append(name if value is True else f"{name} {value}")
     return ", ".join(parts)

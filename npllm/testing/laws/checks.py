@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from npllm.errors import MissingExtraError
+from npllm.errors import MissingExtraError, NpllmValueError
 from npllm.testing.laws.broken import LawBroken
 from npllm.testing.laws.sampler import check_kind
 from npllm.testing.laws.subjects import (
@@ -28,6 +28,9 @@ __all__ = [
     "check_swiglu",
     "replay",
 ]
+
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ def check(
         When Hypothesis is not installed.
     """
     subject = subject_named(op)
+    if dtype not in DTYPES or max_examples < 1:
+        raise NpllmValueError(
+            f"dtype must be one of {', '.join(DTYPES)} and max_examples at least 1, "
+            f"got {dtype!r} and {max_examples}"
+        )
     on = features_for(subject, fn, features)
     seed = secrets.randbelow(2**32) if seed is None else seed
     cases, extra = _cases(subject, on, fn, tiles, dtype, kind, max_examples)
