@@ -26,6 +26,8 @@ _WHERE = {
     "Bug": "planted",
     "bugs": "planted",
     "under_test": "mutation",
+    "Golden": "golden_bundles",
+    "golden": "golden_bundles",
     **dict.fromkeys(
         (
             "LawBroken",
