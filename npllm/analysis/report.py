@@ -19,13 +19,11 @@ from npllm.checkpoints.fetch import DEFAULT_MODEL, find_checkpoint, weights_fold
 from npllm.checkpoints.phi3_layout import check_entries, load_params
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries
 from npllm.config.config import Config
-from npllm.decoding.loop import (
-    last_logits,
-    next_token_distribution,
-    prepare,
-    seen_tokens,
-    stream_batch,
-)
+from npllm.decoding.loop import last_logits
+from npllm.decoding.loop import start as start_generation
+from npllm.decoding.prompt import read_prompt
+from npllm.decoding.sampling import next_token_distribution
+from npllm.decoding.sequences import seen_tokens
 from npllm.errors import NpllmError
 from npllm.models import module_tree
 from npllm.quantized.int8 import quantize
@@ -217,7 +215,7 @@ def next_tokens(model, prompt, n, *, order="transformers", **filters):
     prompt : str or list of messages
     n : int
     order : str
-        See `npllm.decoding.loop.filter_logits`.
+        See `npllm.decoding.sampling.filter_logits`.
     **filters
         temperature, top_k, top_p, min_p, repetition_penalty; None: off.
 
@@ -227,7 +225,7 @@ def next_tokens(model, prompt, n, *, order="transformers", **filters):
         Each {"id", "text", "logit", "probability"}, the most likely first; the logit is the model's
         own, the probability that after the filters.  Tokens that a filter excludes are left out.
     """
-    ids, valid, _, _ = prepare(model, prompt)
+    ids, valid, *_ = read_prompt(model, prompt)
     logits = last_logits(model, ids, attention_mask=valid)
     seen = seen_tokens(ids, valid, model.config.vocab_size)
     probabilities = next_token_distribution(logits, order=order, seen=seen, **filters)[0]
@@ -375,25 +373,25 @@ def generate_timed(model, prompt, write, *, echo=False, **options):
         Seconds and tokens/s of the prompt (up to the first new token) and of the generation after
         it, bytes of peak memory.
     """
-    ids, valid, (stream,), settings = prepare(model, prompt, **options)
+    run = start_generation(model, prompt, **options)
     if echo and isinstance(prompt, str):
         write(prompt)
     start, ticks, text = time.perf_counter(), [], []
     try:
-        for _, (piece,) in stream_batch(model, ids, valid, [stream], **settings):
+        for (piece,) in run:
             ticks.append(time.perf_counter())
             text.append(piece)
             write(piece)
     finally:
-        text.append(stream.close())
+        text.extend(run.close())
         write(text[-1])
     first = ticks[0] - start if ticks else 0.0
     rest = ticks[-1] - ticks[0] if ticks else 0.0
     return {
         "text": "".join(text),
-        "prompt_tokens": ids.shape[1],
+        "prompt_tokens": run.sequences.n_prompt,
         "prompt_seconds": first,
-        "prompt_tokens_per_second": ids.shape[1] / first if first else 0.0,
+        "prompt_tokens_per_second": run.sequences.n_prompt / first if first else 0.0,
         "new_tokens": len(ticks),
         "new_seconds": rest,
         "new_tokens_per_second": (len(ticks) - 1) / rest if rest else 0.0,

@@ -21,7 +21,7 @@ from npllm.arrays import BACKENDS, DTYPES
 from npllm.checkpoints.fetch import DEFAULT_MODEL, EMBEDDING_MODEL, fetch
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.config.config import Config
-from npllm.decoding.loop import FILTER_ORDERS
+from npllm.decoding.sampling import FILTER_ORDERS
 from npllm.encoder import Encoder, cosine_similarities
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.kernels import SETS
