@@ -4,7 +4,6 @@ Tensor names are those of Transformers.  Llama's separate projections are concat
 ones of Phi-3.
 """
 
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -24,7 +23,7 @@ from npllm.checkpoints.unused import are_rope_frequencies, same_values, warn_of_
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 from npllm.models.params import LayerParams, Params
-from npllm.progress import progress_bar
+from npllm.progress import progress_bar, warn
 
 __all__ = ["check_entries", "expected_shapes", "load_params"]
 
@@ -217,7 +216,7 @@ def _top_sources_in(
         return sources | output
     if same_values(view_of(entries[EMBEDDING]), view_of(entries[OUTPUT])):
         return sources
-    warnings.warn(
+    warn(
         f"{folder}: config.json says tie_word_embeddings: true, but {OUTPUT} and {EMBEDDING} "
         "differ, so both are used; tie_word_embeddings: false would say so",
         stacklevel=4,

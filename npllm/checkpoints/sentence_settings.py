@@ -1,6 +1,5 @@
 """Settings of a sentence-transformers folder: pooling, prompts, lengths."""
 
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ from npllm.checkpoints.sentence_modules import read_head, refuse_others
 from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import Head
+from npllm.progress import warn
 
 __all__ = ["SentenceSettings", "read_sentence_settings", "token_count"]
 
@@ -134,7 +134,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, str], str | None, int | None
     dimension = read.optional_size("truncate_dim")
     similarity = read.get("similarity_fn_name", "cosine")
     if similarity != "cosine":
-        warnings.warn(
+        warn(
             f"{file}: similarity_fn_name = {quote(similarity)} is not used: "
             "vectors are as the folder says, but cosine_similarities compares them by the cosine",
             stacklevel=5,

@@ -3,11 +3,11 @@
 What a number means is documented with the function that uses it, in `npllm.ops.frequencies`.
 """
 
-import warnings
 from dataclasses import dataclass
 
 from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, require
 from npllm.errors import NpllmValueError
+from npllm.progress import warn
 
 __all__ = ["ROPE_TYPES", "RopeParameters", "parse_rope", "validate_rope"]
 
@@ -133,7 +133,7 @@ def _rotated_fraction(rope: Reader, rope_type: str, fraction: float, model_type:
     """Read partial_rotary_factor; Llama's default RoPE rotates whole heads, as in Transformers."""
     fraction = rope.number("partial_rotary_factor", fraction)
     if model_type == "llama" and rope_type == "default" and fraction != 1:
-        warnings.warn(
+        warn(
             f"{rope.where}: partial_rotary_factor = {fraction} has no effect with model_type llama "
             "and rope_type default: whole heads are rotated, as in Transformers",
             stacklevel=6,

@@ -6,13 +6,13 @@ Every JSON file of a checkpoint folder is read here.
 import json
 import os.path
 import reprlib
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.progress import warn
 
 __all__ = [
     "LARGEST_SIZE",
@@ -266,7 +266,7 @@ class Reader:
         unknown = sorted(set(self.data) - self.asked - set(without_effect))
         if unknown:
             names = ", ".join(map(printable, unknown))
-            warnings.warn(f"{self.where}: unknown keys are ignored: {names}"[:500], stacklevel=5)
+            warn(f"{self.where}: unknown keys are ignored: {names}"[:500], stacklevel=5)
 
 
 def _is_int(value: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from npllm.config.config import Config
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import is_token, quote, read_json
 from npllm.errors import NpllmValueError
 
@@ -111,7 +112,7 @@ class GenerationConfig:
             When the stop ids or the pad id are no token ids.
         """
         path = Path(folder) / "generation_config.json"
-        data = read_json(path) if path.is_file() else {}
+        data = read_json(path) if is_present(path) else {}
         filters = {name: data.get(name) for name in (*FILTERS, "repetition_penalty")}
         return cls(
             _stop_ids(path, data.get("eos_token_id", list(config.eos_token_id))),

@@ -1,7 +1,6 @@
 """The loop: prefill, decode, stop."""
 
 import secrets
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from npllm.decoding.prompt import Prompt, read_prompt, require_tokenizer
 from npllm.decoding.sampling import choose, uniforms
 from npllm.decoding.sequences import Sequences
 from npllm.errors import NpllmValueError
+from npllm.progress import warn
 from npllm.text.stream import TextStream
 
 __all__ = ["Generation", "count_new_tokens", "generate_tokens", "last_logits", "start"]
@@ -184,7 +184,7 @@ def count_new_tokens(config: Any, prompt: Prompt, max_new_tokens: int) -> int:
     n_prompt = prompt.ids.shape[1]
     n_left = config.context_length - n_prompt
     if n_left < max_new_tokens:
-        warnings.warn(
+        warn(
             f"the context length (max_position_embeddings) is {config.context_length}: after "
             f"{n_prompt} tokens of prompt there is room for {n_left} new tokens, "
             f"not {max_new_tokens}",

@@ -1,7 +1,5 @@
 """The text of one answer as its tokens come in, cut before the first stop string."""
 
-from collections.abc import Collection
-from typing import Any
 
 from npllm.text.tokenizer import Detokenizer
 

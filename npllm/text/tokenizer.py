@@ -5,13 +5,13 @@ detokeniser for streams.
 import contextlib
 import importlib
 import re
-import warnings
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
 
 from npllm.config.strict_json import printable, quote, read_json
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.progress import warn
 from npllm.text.special_tokens import add_tokens, read_special_tokens
 
 __all__ = ["Detokenizer", "Tokenizer"]
@@ -315,7 +315,7 @@ def _warn_of_left_out(messages, text):
             and isinstance(content, str)
             and content.strip() not in text
         ):
-            warnings.warn(
+            warn(
                 f"this checkpoint's chat template leaves out the {message['role']} message: the model does not see it",
                 stacklevel=3,
             )
