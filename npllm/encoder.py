@@ -161,7 +161,8 @@ class Encoder(Portable):
         """Turn each text into one vector, by default the mean over its tokens, the special ones
         included.
 
-            e = modules(pool_t(hidden[t, :])),   divided by sqrt(sum_i e_i**2) where normalize is true
+            e = modules(pool_t(hidden[t, :]))
+            e = e / sqrt(sum_i e_i**2)            where normalize is true
 
         Parameters
         ----------

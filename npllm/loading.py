@@ -17,6 +17,7 @@ from npllm.checkpoints.sentence_settings import (
 )
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import Config
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import read_json
 from npllm.decoding.generation_config import GenerationConfig
 from npllm.encoder import Encoder
@@ -38,6 +39,7 @@ class Origin:
         As in `load`.
     backend : str
         "numpy" or "cupy".
+    mmap : bool
     is_pooled : bool
         Of an encoder: whether its folder states how vectors are pooled.
     """
@@ -45,18 +47,19 @@ class Origin:
     folder: Path
     dtype: str | None = None
     backend: str = "numpy"
+    mmap: bool = True
     is_pooled: bool = False
 
     def read(self, config: Config | BertConfig, *, progress: bool = False) -> Any:
         """Read the weights: Params, or BertParams for a BertConfig."""
-        xp = backend_namespace(self.backend)
+        how: Any = {
+            "dtype": self.dtype,
+            "xp": backend_namespace(self.backend),
+            "mmap": self.mmap,
+        }
         if isinstance(config, BertConfig):
-            return bert_layout.load_params(
-                self.folder, config, dtype=self.dtype, xp=xp, is_pooled=self.is_pooled
-            )
-        return phi3_layout.load_params(
-            self.folder, config, dtype=self.dtype, xp=xp, progress=progress
-        )
+            return bert_layout.load_params(self.folder, config, is_pooled=self.is_pooled, **how)
+        return phi3_layout.load_params(self.folder, config, progress=progress, **how)
 
 
 def load_model(
@@ -65,6 +68,7 @@ def load_model(
     dtype: str | None = None,
     ops: Ops | str | None = None,
     xp: ModuleType = np,
+    mmap: bool = True,
 ) -> Model:
     """Load a causal language model, or a classifier, from a checkpoint folder.
 
@@ -72,7 +76,7 @@ def load_model(
     ----------
     folder : str or Path
         config.json and safetensors; tokenizer.json where there is to be text.
-    dtype, ops
+    dtype, ops, mmap
         As in `npllm.load`.
     xp : module
         The array library to put the weights into.
@@ -90,7 +94,7 @@ def load_model(
     """
     folder = Path(folder)
     config = Config.from_json(folder)
-    origin = Origin(folder.absolute(), dtype, backend_name(xp))
+    origin = Origin(folder.absolute(), dtype, backend_name(xp), mmap)
     return Model(
         config,
         origin.read(config, progress=True),
@@ -108,6 +112,7 @@ def load_encoder(
     dtype: str | None = None,
     ops: Ops | str | None = None,
     xp: ModuleType = np,
+    mmap: bool = True,
 ) -> Encoder:
     """Load an encoder from a checkpoint folder of model_type "bert".
 
@@ -115,7 +120,7 @@ def load_encoder(
     ----------
     folder : str or Path
         config.json and model.safetensors; tokenizer.json where texts are to be embedded.
-    dtype, ops
+    dtype, ops, mmap
         As in `npllm.load`.
     xp : module
         The array library to put the weights into.
@@ -142,8 +147,8 @@ def load_encoder(
     """
     folder = Path(folder)
     config = BertConfig.from_json(folder)
-    settings = read_sentence_settings(folder, config.hidden_size, dtype)
-    origin = Origin(folder.absolute(), dtype, backend_name(xp), settings.is_stated)
+    settings = read_sentence_settings(folder, config.hidden_size, dtype, mmap)
+    origin = Origin(folder.absolute(), dtype, backend_name(xp), mmap, settings.is_stated)
     tokenizer = _tokenizer(folder)
     if tokenizer is not None and settings.do_lower_case:
         _lower_case(tokenizer.backend)
@@ -161,7 +166,7 @@ def load_encoder(
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder; None where it has no tokenizer.json."""
-    return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    return Tokenizer.from_folder(folder) if is_present(folder / "tokenizer.json") else None
 
 
 def _max_length(folder: Path, config: BertConfig, settings: SentenceSettings) -> int:
@@ -171,7 +176,7 @@ def _max_length(folder: Path, config: BertConfig, settings: SentenceSettings) ->
     if not settings.is_stated:
         places.append(("tokenizer.json", ("truncation", "max_length")))
     for file, keys in places:
-        is_open = length is None and (folder / file).is_file()
+        is_open = length is None and is_present(folder / file)
         value: Any = read_json(folder / file) if is_open else None
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None

@@ -25,6 +25,7 @@ def load(
     backend: str = "numpy",
     dtype: str | None = None,
     ops: Ops | str | None = None,
+    mmap: bool = True,
 ) -> Any:
     """Load a model from a checkpoint folder.
 
@@ -43,6 +44,11 @@ def load(
         None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
         definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA
         kernels, which are the fastest set on CuPy; or your own.
+    mmap : bool
+        True: weights that keep their dtype are views of the mapped files, which must not be
+        truncated or overwritten in place while the model lives: the process would be ended with
+        SIGBUS, or the weights would change.  (Deletion and replacement by a rename are safe.)
+        False: all weights are copied into memory.
 
     Returns
     -------
@@ -60,11 +66,11 @@ def load(
         When `backend="cupy"` and CuPy is not installed.
     """
     xp = backend_namespace(backend)
-    ops = choose_ops(ops, backend_name(xp))
+    ops, mmap = choose_ops(ops, backend_name(xp)), check_flag("mmap", mmap)
     folder = checkpoint_folder(path)
     if read_json(folder / "config.json").get("model_type") == "bert":
-        return load_encoder(folder, dtype=dtype, ops=ops, xp=xp)
-    return load_model(folder, dtype=dtype, ops=ops, xp=xp)
+        return load_encoder(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
+    return load_model(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
 
 
 def checkpoint_folder(path: str | Path | None) -> Path:

@@ -16,8 +16,8 @@ from npllm.checkpoints.safetensors import (
     TensorEntry,
     check_shapes,
     read_entries,
-    view_of,
 )
+from npllm.checkpoints.tensor_files import view_of
 from npllm.checkpoints.tensor_reader import TensorReader
 from npllm.checkpoints.unused import are_rope_frequencies, same_values, warn_of_unused
 from npllm.config.config import Config
@@ -113,6 +113,7 @@ def load_params(
     dtype: str | None = None,
     xp: Any = np,
     progress: bool = False,
+    mmap: bool = True,
 ) -> Params:
     """Load the weights of a checkpoint folder.
 
@@ -128,12 +129,15 @@ def load_params(
         The array library of the weights.
     progress : bool
         Show a bar with bytes and file on stderr where it is a terminal and tqdm is installed.
+    mmap : bool
+        False: copy every tensor into memory, so that no later change of a file matters.
 
     Returns
     -------
     params : Params
-        With NumPy and `dtype` as stored: read-only views of the mapped files.  With CuPy: copied
-        from those by `npllm.checkpoints.upload`; the host holds no second copy.
+        With NumPy and `dtype` as stored: read-only views of the mapped files, unless `mmap` is
+        False; `TensorFiles` says what must not happen to those files meanwhile.  With CuPy: copied
+        from them by `npllm.checkpoints.upload`; the host holds no second copy.
 
     Raises
     ------
@@ -164,7 +168,7 @@ def load_params(
     layers = [_layer_sources(config, number) for number in range(config.num_hidden_layers)]
     n_bytes = _count_bytes(entries, [sources, *layers])
     with progress_bar(n_bytes, "loading", wanted=progress) as advance:
-        reader = TensorReader(entries, dtype, xp, advance)
+        reader = TensorReader(entries, dtype, xp, advance, mmap=mmap)
         params = _assemble(reader, sources, layers)
         reader.finish()
     return _tie(params) if _is_tied(config) else params

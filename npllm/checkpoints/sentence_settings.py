@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllm.checkpoints.sentence_modules import read_head, refuse_others
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import Head
@@ -45,7 +46,7 @@ class SentenceSettings(NamedTuple):
 
 
 def read_sentence_settings(
-    folder: Path, d_model: int, dtype: str | None = None
+    folder: Path, d_model: int, dtype: str | None = None, mmap: bool = True
 ) -> SentenceSettings:
     """Read every file that sentence-transformers reads beside those of the encoder.
 
@@ -54,7 +55,7 @@ def read_sentence_settings(
     folder : Path
     d_model : int
         Width of the encoder.
-    dtype : str, optional
+    dtype, mmap
         Of the weights of dense modules, as in `npllm.load`.
 
     Returns
@@ -74,7 +75,7 @@ def read_sentence_settings(
     """
     max_length, do_lower_case = _read_sentence_config(folder)
     prompts, default, dimension = _read_settings(folder)
-    head, is_stated = read_head(folder, d_model, dtype)
+    head, is_stated = read_head(folder, d_model, dtype, mmap)
     head = head._replace(dimension=dimension)
     return SentenceSettings(head, prompts, default, max_length, do_lower_case, is_stated)
 
@@ -82,7 +83,7 @@ def read_sentence_settings(
 def _read_sentence_config(folder: Path) -> tuple[int | None, bool]:
     """Read the most tokens of a text, or None, and whether texts are put in lower case."""
     file = folder / SENTENCE
-    if not file.is_file():
+    if not is_present(file):
         return None, False
     read = Reader(read_json(file), file)
     length, do_lower_case = read.get("max_seq_length"), read.flag("do_lower_case", False)
@@ -122,7 +123,7 @@ def token_count(file: Path, key: str, length: Any) -> int:
 def _read_settings(folder: Path) -> tuple[dict[str, str], str | None, int | None]:
     """Read prompts by name, the name of the default one, and the number of entries to keep."""
     file = folder / SETTINGS
-    if not file.is_file():
+    if not is_present(file):
         return {}, None, None
     read = Reader(read_json(file), file)
     prompts = _read_prompts(read)

@@ -5,14 +5,13 @@ What a number means is documented with the function that uses it, in `npllm.ops.
 
 from dataclasses import dataclass
 
+from npllm.config import legacy_names
 from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, require
 from npllm.errors import NpllmValueError
 from npllm.progress import warn
 
 __all__ = ["ROPE_TYPES", "RopeParameters", "parse_rope", "validate_rope"]
 
-# For model_type phi3; for Llama, yarn is a type of its own.
-ROPE_ALIASES = {"su": "longrope", "yarn": "longrope"}
 ROPE_TYPES = {
     "phi3": ("default", "longrope"),
     "llama": ("default", "linear", "dynamic", "yarn", "llama3", "longrope"),
@@ -117,7 +116,8 @@ def _parse_nested(
     rope: Reader, rope_type: str, theta: float, fraction: float, model_type: str
 ) -> RopeParameters:
     """Read the nested object; `theta` and `fraction` are the values at top level."""
-    aliases = ROPE_ALIASES if model_type == "phi3" else {}
+    # For Llama, yarn is a type of its own.
+    aliases = legacy_names.ROPE_TYPES if model_type == "phi3" else {}
     return RopeParameters(
         rope_type=aliases.get(rope_type, rope_type),
         rope_theta=rope.number("rope_theta", theta),

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.config.regular_file import read_text
+from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.progress import warn
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "config_data",
     "is_token",
     "no_duplicates",
+    "parse_json",
     "printable",
     "quote",
     "read_json",
@@ -81,42 +83,34 @@ def read_json(path: str | os.PathLike[str], kind: type[dict] | type[list] = dict
     Raises
     ------
     NpllmOSError
-        When the file is missing or cannot be read.
+        When the file is missing, cannot be read, or is no regular file.
     NpllmValueError
         When it is too large, not UTF-8, not JSON, nested too deeply, has duplicate keys, or is not
         of that kind.
     """
-    text = _read_text(path)
+    return parse_json(read_text(path, LARGEST_JSON), path, kind)
+
+
+def parse_json(
+    text: str, where: str | os.PathLike[str], kind: type[dict] | type[list] = dict
+) -> Any:
+    """Parse the text of a JSON object, or of a list; `where` names its source in messages.
+
+    Raises
+    ------
+    NpllmValueError
+        As `read_json`.
+    """
     try:
         data = json.loads(text, object_pairs_hook=no_duplicates)
     except RecursionError:
-        raise NpllmValueError(f"{path}: is nested too deeply to be a configuration") from None
+        raise NpllmValueError(f"{where}: is nested too deeply to be a configuration") from None
     except ValueError as error:
-        raise NpllmValueError(f"{path}: is not valid JSON ({error})") from None
+        raise NpllmValueError(f"{where}: is not valid JSON ({error})") from None
     if not isinstance(data, kind):
         wanted = "list [...]" if kind is list else "object {...}"
-        raise NpllmValueError(f"{path}: must hold a JSON {wanted}, got {type(data).__name__}")
+        raise NpllmValueError(f"{where}: must hold a JSON {wanted}, got {type(data).__name__}")
     return data
-
-
-def _read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 file of at most `LARGEST_JSON` bytes."""
-    try:
-        n_bytes = os.path.getsize(path)
-        if n_bytes > LARGEST_JSON:
-            raise NpllmValueError(
-                f"{path}: has {n_bytes} bytes; more than {LARGEST_JSON} are refused"
-            )
-        return Path(path).read_text(encoding="utf-8-sig")
-    except NpllmValueError:
-        raise
-    except UnicodeDecodeError as error:
-        raise NpllmValueError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NpllmOSError(f"{path}: cannot be read ({reason})") from None
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -240,6 +234,10 @@ class Reader:
         if value is not None and not is_token(value):
             self._fail(key, "a token id or null", value)
         return value
+
+    def padding_token(self, key: str) -> int | None:
+        """Read a token id, or null or -1 for none."""
+        return None if self.get(key) == -1 else self.token(key)
 
     def tokens(self, key: str) -> tuple[int, ...]:
         """Read a token id, a list of them or null."""

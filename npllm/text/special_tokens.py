@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import is_token, printable, quote, read_json
 from npllm.errors import NpllmValueError
+from npllm.text.tokenizer_checks import check_added_tokens
 
 __all__ = ["SpecialTokens", "add_tokens", "read_special_tokens"]
 
@@ -143,6 +145,7 @@ def add_tokens(backend: Backend, tokens: SpecialTokens, file: Path) -> None:
     new += [token for token in tokens.unlisted if token.content not in texts]
     for token in new:
         token.special = token.special or token.content in tokens.named.values()
+    check_added_tokens([token.content for token in new], file)
     try:
         backend.add_tokens(new)
     except BaseException as error:
@@ -168,7 +171,7 @@ def _popped_names(entries):
 
 def _read_map(file, entries):
     """Change entries as special_tokens_map.json says, null included; return its other names."""
-    content = read_json(file) if file.is_file() else {}
+    content = read_json(file) if is_present(file) else {}
     content = {
         key: value if key == EXTRA and isinstance(value, dict) else _as_special(value, file, key)
         for key, value in content.items()
@@ -229,7 +232,7 @@ def _listed(entries, file):
 
 def _old_listed(file, special, known):
     """Tokens of added_tokens.json, {text: id}, in the order of their ids, without known ids."""
-    entries = read_json(file) if file.is_file() else {}
+    entries = read_json(file) if is_present(file) else {}
     if not all(map(is_token, entries.values())):
         raise NpllmValueError(f"{file}: must be {{text: id}}, got {quote(entries)}")
     texts = sorted((text for text, i in entries.items() if i not in known), key=entries.get)

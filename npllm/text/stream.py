@@ -1,6 +1,5 @@
 """The text of one answer as its tokens come in, cut before the first stop string."""
 
-
 from npllm.text.tokenizer import Detokenizer
 
 __all__ = ["TextStream"]

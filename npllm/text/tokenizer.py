@@ -9,10 +9,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from npllm.config.strict_json import printable, quote, read_json
+from npllm.config.regular_file import is_present, read_text
+from npllm.config.strict_json import LARGEST_JSON, printable, quote, read_json
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.progress import warn
 from npllm.text.special_tokens import add_tokens, read_special_tokens
+from npllm.text.tokenizer_checks import read_tokenizer_json
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -84,16 +86,17 @@ class Tokenizer:
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
-        if not file.is_file():
+        if not is_present(file):
             raise NpllmOSError(
                 f"{file}: no such file; without it only token ids can be used, not text"
             )
+        text = read_tokenizer_json(file)
         with _library_errors(
             NpllmValueError, f"{file}: is not a tokenizer that the tokenizers library can read"
         ):
-            backend = _Tokenizer.from_file(str(file))
+            backend = _Tokenizer.from_str(text)
         file = folder / "tokenizer_config.json"
-        settings = read_json(file) if file.is_file() else {}
+        settings = read_json(file) if is_present(file) else {}
         tokens = read_special_tokens(folder, settings, backend)
         add_tokens(backend, tokens, file)
         backend.no_truncation()
@@ -326,10 +329,10 @@ def _chat_template(folder, settings):
     list of named ones).
     """
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if is_present(file):
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_text(file, LARGEST_JSON, "utf-8")
+        except NpllmValueError as error:
             raise NpllmOSError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
