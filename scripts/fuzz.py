@@ -48,7 +48,7 @@ import npllm
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.checkpoints.phi3_layout import expected_shapes
 from npllm.checkpoints.safetensors import read_entries
-from npllm.decoding.loop import GenerationConfig
+from npllm.decoding import GenerationConfig
 
 LIMIT_SECONDS = 20.0  # a chat template alone may take five
 LIMIT_BYTES = 200 << 20
