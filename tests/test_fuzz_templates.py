@@ -3,6 +3,9 @@
 import importlib.util
 import os
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,15 @@ def test_a_case_is_a_function_of_seed_and_number():
     for block in fuzz.BLOCKS:
         name = block.split()[1].partition("(")[0]
         assert any(name in program for program in programs), name
+
+
+def test_the_mode_of_the_command():
+    """Its process is watched as well, and the seed is printed."""
+    script = Path(__file__).parents[1] / "scripts" / "fuzz.py"
+    command = [sys.executable, str(script), "--mode", "template", "--n", "12"]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert re.match(r"seed \d+\ntemplate: 12 cases of seed \d+ in \d+ s, 0 escapes", done.stdout)
 
 
 @pytest.mark.parametrize(
