@@ -147,6 +147,8 @@ def test_options_of_the_readme_exist():
         "masks",
         "diagnose",
         "probes",
+        "check",
+        "mutants",
     }
     assert {name for name, flags in options.items() if "--json" not in flags} == {
         "fetch",
