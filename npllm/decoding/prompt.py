@@ -48,7 +48,7 @@ def read_prompt(
         For what is no prompt, for ids outside the vocabulary, and where the prompt does not fit the
         context; names both numbers.  When the model is a classifier.
     """
-    config = model.config
+    config, pad = model.config, model.generation_config.pad_token_id or 0
     if config.head != "lm":
         raise NpllmValueError(
             f"{config.architectures[0]} scores classes and cannot generate text; "
@@ -59,7 +59,7 @@ def read_prompt(
     found = (
         _from_ids(config, prompt, attention_mask)
         if is_array(prompt)
-        else _from_text(model, prompt, attention_mask, tools)
+        else _from_text(model, prompt, attention_mask, tools, pad)
     )
     if found.ids.shape[1] >= config.context_length:
         raise NpllmValueError(
@@ -82,7 +82,7 @@ def _from_ids(config: Any, prompt: Array, attention_mask: Any) -> Prompt:
     return Prompt(ids, valid, is_text=False, is_single=False)
 
 
-def _from_text(model: Any, prompt: Any, attention_mask: Any, tools: Any) -> Prompt:
+def _from_text(model: Any, prompt: Any, attention_mask: Any, tools: Any, pad: int) -> Prompt:
     if attention_mask is not None:
         raise NpllmTypeError(
             "attention_mask goes with an array of token ids; "
@@ -91,7 +91,7 @@ def _from_text(model: Any, prompt: Any, attention_mask: Any, tools: Any) -> Prom
     rows = _encode(require_tokenizer(model), prompt, tools)
     if not all(rows):
         raise NpllmValueError("the prompt is empty: it must hold at least one token")
-    ids, valid = pad_left(rows, model.generation_config.pad_token_id or 0)
+    ids, valid = pad_left(rows, pad)
     ids = check_ids("input_ids", ids, model.config.vocab_size, "vocab_size")
     is_single = isinstance(prompt, str) or is_chat(prompt)
     return Prompt(ids, valid, is_text=True, is_single=is_single)
