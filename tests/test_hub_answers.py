@@ -241,7 +241,7 @@ def test_a_long_name_is_asked_for(hub):
 @pytest.mark.parametrize("endpoint", ["nonsense", "http://", "http://[", "ftp://x", "http://\x01"])
 def test_an_endpoint_that_is_none(hub, monkeypatch, endpoint):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with pytest.raises(NpllmError, match="(HF_ENDPOINT must be|the hub cannot be reached)"):
+    with pytest.raises(NpllmError, match=r"(HF_ENDPOINT must be|the hub cannot be reached)"):
         get()
 
 

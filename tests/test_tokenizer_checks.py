@@ -59,11 +59,11 @@ HOSTILE = {
     ),
     "an endless replacement": (
         {"normalizer": precompiled(bytes(8), b"x" * 5000)},
-        "normalizer lengthens a text must be at most 4096, got 5000",
+        "normalizer lengthens a text must be at most 1024, got 5000",
     ),
     "twenty doublings": (
         {"normalizer": sequence([REPLACE] * 20)},
-        "normalizer lengthens a text must be at most 4096, got 8192",
+        "normalizer lengthens a text must be at most 1024, got 2048",
     ),
     "an empty pattern": (
         {"normalizer": REPLACE | {"pattern": {"String": ""}, "content": "x" * 5000}},
@@ -79,11 +79,11 @@ HOSTILE = {
     ),
     "a template that repeats": (
         {"post_processor": template([PIECE] * 5000)},
-        "post_processor lengthens a text must be at most 4096, got 5000",
+        "post_processor lengthens a text must be at most 1024, got 5000",
     ),
     "a template of long tokens": (
-        {"post_processor": template([SPECIAL] * 100, [1] * 100)},
-        "got 10000",
+        {"post_processor": template([SPECIAL] * 1000, [1] * 1000)},
+        "got 15625",
     ),
     "templates one after another": (
         {"post_processor": sequence([template([PIECE] * 100)] * 2, "processors")},
@@ -101,6 +101,10 @@ HOSTILE = {
     "a long prefix": (
         {"model": {"type": "WordPiece", "continuing_subword_prefix": "x" * 20_000}},
         "characters of 'continuing_subword_prefix' must be at most 16384, got 20000",
+    ),
+    "words of any length": (
+        {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**9}},
+        "max_input_chars_per_word must be at most 4096, got 1000000000",
     ),
     "no base64": (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "é"}},

@@ -73,8 +73,8 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
     read_tokenizer(gguf)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-        complete = beside / "checkpoint"
+        staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        complete = staging / "checkpoint"
         try:
             _write_checkpoint(gguf, config, complete)
             _check_loads(gguf, complete)
@@ -82,7 +82,7 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
         finally:
             remove_checkpoint(complete)
             with contextlib.suppress(OSError):  # it holds what could not be moved back
-                beside.rmdir()
+                staging.rmdir()
     except NpllmError:
         raise
     except OSError as error:

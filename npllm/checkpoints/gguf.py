@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from npllm.checkpoints.extras import import_extra
-from npllm.checkpoints.gguf_header import TensorPlace, parse_header
+from npllm.checkpoints.gguf_header import TensorRange, parse_header
 from npllm.config.regular_file import open_regular
 from npllm.config.strict_json import printable
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
@@ -164,10 +164,10 @@ class GGUFFile:
         return token
 
 
-def _rows(data: np.ndarray, place: TensorPlace) -> np.ndarray:
+def _rows(data: np.ndarray, bounds: TensorRange) -> np.ndarray:
     """View the bytes of a tensor as rows along its last axis."""
-    n_rows = math.prod(place.shape[:-1])
-    return np.asarray(data)[place.start : place.stop].reshape(n_rows, -1)
+    n_rows = math.prod(bounds.shape[:-1])
+    return np.asarray(data)[bounds.start : bounds.stop].reshape(n_rows, -1)
 
 
 def tensor_kind(name: str) -> str:

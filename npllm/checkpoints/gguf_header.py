@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["GGUFHeader", "TensorPlace", "parse_header"]
+Array = Any
+
+__all__ = ["GGUFHeader", "TensorRange", "parse_header"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_AXES = 4
 KEY_BYTES = 13  # at least, of a key and its value: length, type, one byte
-PLACE_BYTES = 24  # at least, of the entry of a tensor
+TENSOR_INFO_BYTES = 24  # at least, of the entry of a tensor
 ALIGNMENT = 32  # of the tensors, unless general.alignment says otherwise
 SCALARS = {
     0: "B",
@@ -34,7 +36,7 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 
 
-class TensorPlace(NamedTuple):
+class TensorRange(NamedTuple):
     """Where a tensor is in the file."""
 
     name: str
@@ -44,14 +46,22 @@ class TensorPlace(NamedTuple):
     stop: int
 
 
+class TensorInfo(NamedTuple):
+    """What the header says of a tensor."""
+
+    shape: tuple[int, ...]  # slowest axis first
+    kind: int
+    offset: int  # from the beginning of the data
+
+
 class GGUFHeader(NamedTuple):
     """What the header of a GGUF file says."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, TensorPlace]
+    tensors: dict[str, TensorRange]
 
 
-def parse_header(data: np.ndarray, block_sizes: dict[int, tuple[int, int]]) -> GGUFHeader:
+def parse_header(data: Array, block_sizes: dict[int, tuple[int, int]]) -> GGUFHeader:
     """Parse the header of a GGUF file.
 
     Parameters
@@ -77,18 +87,18 @@ def parse_header(data: np.ndarray, block_sizes: dict[int, tuple[int, int]]) -> G
     Source: docs/gguf.md in ggml.
     """
     cursor = _Cursor(memoryview(data))
-    if bytes(cursor.take(4)) != MAGIC:
+    if bytes(cursor.read_bytes(4)) != MAGIC:
         raise ValueError("it does not begin with GGUF")
     version = cursor.scalar("I")
     if version not in VERSIONS:
         raise ValueError(f"its version must be 2 or 3, little-endian, got {version}")
-    n_tensors = cursor.count(PLACE_BYTES, "tensors")
+    n_tensors = cursor.count(TENSOR_INFO_BYTES, "tensors")
     n_keys = cursor.count(KEY_BYTES, "metadata values")
     metadata = _unique(_read_value, n_keys, cursor, "metadata value")
-    places = _unique(_read_place, n_tensors, cursor, "tensor")
+    entries = _unique(_read_tensor_info, n_tensors, cursor, "tensor")
     start = _align(cursor.position, metadata.get("general.alignment", ALIGNMENT))
     tensors = {
-        name: _locate(name, *place, start, len(data), block_sizes) for name, place in places.items()
+        name: _locate(name, entry, start, len(data), block_sizes) for name, entry in entries.items()
     }
     _check_overlap(tensors)
     return GGUFHeader(metadata, tensors)
@@ -101,7 +111,7 @@ class _Cursor:
         self.data = data
         self.position = 0
 
-    def take(self, n_bytes: int) -> memoryview:
+    def read_bytes(self, n_bytes: int) -> memoryview:
         """Return the next bytes."""
         stop = self.position + n_bytes
         if stop > len(self.data):
@@ -115,7 +125,7 @@ class _Cursor:
 
     def scalar(self, code: str) -> Any:
         """Read a number in a format of `struct`, little-endian."""
-        (x,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        (x,) = struct.unpack("<" + code, self.read_bytes(struct.calcsize("<" + code)))
         return x
 
     def count(self, n_bytes: int, what: str) -> int:
@@ -129,7 +139,7 @@ class _Cursor:
     def text(self) -> str:
         """Read a string of UTF-8."""
         start = self.position
-        raw = bytes(self.take(self.count(1, "bytes of text")))
+        raw = bytes(self.read_bytes(self.count(1, "bytes of text")))
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -167,7 +177,7 @@ def _read_array(cursor: _Cursor) -> list[Any]:
         return [cursor.text() for _ in range(n)]
     code = "<" + _scalar_code(kind)
     n = cursor.count(struct.calcsize(code), "numbers")
-    return np.frombuffer(cursor.take(n * struct.calcsize(code)), code).tolist()
+    return np.frombuffer(cursor.read_bytes(n * struct.calcsize(code)), code).tolist()
 
 
 def _scalar_code(kind: int) -> str:
@@ -177,13 +187,13 @@ def _scalar_code(kind: int) -> str:
     return SCALARS[kind]
 
 
-def _read_place(cursor: _Cursor) -> tuple[tuple[int, ...], int, int]:
+def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
     """Read shape, type and offset of a tensor."""
     n_axes = cursor.scalar("I")
     if n_axes > MOST_AXES:
         raise ValueError(f"a tensor must have at most {MOST_AXES} axes, got {n_axes}")
     shape = tuple(cursor.scalar("Q") for _ in range(n_axes))[::-1]
-    return shape, cursor.scalar("I"), cursor.scalar("Q")
+    return TensorInfo(shape, cursor.scalar("I"), cursor.scalar("Q"))
 
 
 def _align(position: int, alignment: Any) -> int:
@@ -196,15 +206,13 @@ def _align(position: int, alignment: Any) -> int:
 
 def _locate(
     name: str,
-    shape: tuple[int, ...],
-    kind: int,
-    offset: int,
+    entry: TensorInfo,
     data_start: int,
     n_bytes: int,
     block_sizes: dict[int, tuple[int, int]],
-) -> TensorPlace:
-    """Compute where a tensor begins and ends; `offset` counts from `data_start`."""
-    shown = name[:100]
+) -> TensorRange:
+    """Compute where a tensor begins and ends; its offset counts from `data_start`."""
+    shown, shape, kind = name[:100], entry.shape, entry.kind
     if kind not in block_sizes:
         raise ValueError(f"the tensor {shown!r} has the unknown type {kind}")
     n_entries, block_bytes = block_sizes[kind]
@@ -214,16 +222,16 @@ def _locate(
             f"the tensor {shown!r} of shape {list(shape)} must have rows of whole blocks of "
             f"{n_entries} entries"
         )
-    start = data_start + offset
+    start = data_start + entry.offset
     stop = start + math.prod(shape) // n_entries * block_bytes
     if stop > n_bytes:
         raise ValueError(
             f"the tensor {shown!r} ends at byte {stop}, but the file has {n_bytes} bytes"
         )
-    return TensorPlace(name, kind, shape, start, stop)
+    return TensorRange(name, kind, shape, start, stop)
 
 
-def _check_overlap(tensors: dict[str, TensorPlace]) -> None:
+def _check_overlap(tensors: dict[str, TensorRange]) -> None:
     """Raise where two tensors share bytes."""
     stop, before = 0, ""
     for place in sorted(tensors.values(), key=lambda place: (place.start, place.stop)):

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote as url_quote
 
 from npllm.checkpoints.extras import import_extra
-from npllm.config.strict_json import LARGEST_JSON, Reader, parse_json, printable, quote
+from npllm.config.reader import Reader
+from npllm.config.strict_json import LARGEST_JSON, parse_json, printable, quote
 from npllm.errors import NpllmOSError, NpllmValueError
 
 __all__ = ["RemoteFile", "Repository", "ask_hub", "check_status", "hub_errors"]

@@ -12,8 +12,9 @@ from npllm.arrays import DTYPES
 from npllm.checkpoints.safetensors import check_shapes, read_entries
 from npllm.checkpoints.tensor_reader import TensorReader
 from npllm.config import legacy_names
+from npllm.config.reader import Reader
 from npllm.config.regular_file import is_present
-from npllm.config.strict_json import Reader, quote, read_json
+from npllm.config.strict_json import quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import ACTIVATIONS, POOLINGS, Dense, Head, Normalize
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllm.checkpoints.sentence_modules import read_head, refuse_others
+from npllm.config.reader import Reader
 from npllm.config.regular_file import is_present
-from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, read_json
+from npllm.config.strict_json import LARGEST_SIZE, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import Head
 from npllm.progress import warn

@@ -5,7 +5,8 @@ from os import PathLike
 from typing import Any
 
 from npllm.config.config import KEYS_WITHOUT_EFFECT, LARGEST_LAYER_COUNT, parse_dtype
-from npllm.config.strict_json import Reader, config_data, quote, require
+from npllm.config.reader import Reader
+from npllm.config.strict_json import config_data, quote, require
 from npllm.errors import NpllmValueError
 
 __all__ = ["ACTIVATIONS", "BertConfig"]

@@ -10,8 +10,9 @@ from typing import Any
 
 from npllm.arrays import DTYPES
 from npllm.config import legacy_names
+from npllm.config.reader import Reader
 from npllm.config.rope_parameters import ROPE_TYPES, RopeParameters, parse_rope, validate_rope
-from npllm.config.strict_json import Reader, config_data, quote, require
+from npllm.config.strict_json import config_data, quote, require
 from npllm.errors import NpllmValueError
 
 __all__ = ["Config", "RopeParameters", "parse_dtype"]

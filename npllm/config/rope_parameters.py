@@ -6,7 +6,8 @@ What a number means is documented with the function that uses it, in `npllm.ops.
 from dataclasses import dataclass
 
 from npllm.config import legacy_names
-from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, require
+from npllm.config.reader import Reader
+from npllm.config.strict_json import LARGEST_SIZE, quote, require
 from npllm.errors import NpllmValueError
 from npllm.progress import warn
 

@@ -27,7 +27,9 @@ LARGEST_FILE = 2**27  # bytes; published files have up to 35 MB
 LARGEST_ADDED = 1024  # bytes of one added token
 LARGEST_ADDED_SUM = 2**21  # bytes of all
 LARGEST_TEXT = 2**14  # characters of any other text: a pattern, a replacement, a prefix
-LARGEST_GROWTH = 2**12  # times that all steps together may lengthen a text
+LARGEST_GROWTH = 2**10  # times that all steps of encoding, or of decoding, may lengthen a text
+LARGEST_WORD = 2**12  # characters; WordPiece takes the square of them
+ADDED_IDS = 64  # special tokens around a text that count as one
 DEEPEST = 64  # levels of components inside components
 
 Component = dict[str, Any]
@@ -82,15 +84,19 @@ def check_tokenizer(data: Component, file: Path) -> None:
     added = data.get("added_tokens")
     tokens = added if isinstance(added, list) else []
     check_added_tokens([t.get("content") for t in tokens if isinstance(t, dict)], file)
-    growth = 1.0
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        for component in _components(data.get(part), file):
-            _check_texts(component, file)
-            growth *= _growth(component, file)
-            _require(growth, LARGEST_GROWTH, f"times that {part} lengthens a text", file)
+    for parts in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
+        growth = 1.0
+        for part in parts:
+            for component in _components(data.get(part), file):
+                _check_texts(component, file)
+                growth *= _growth(component, file)
+                _require(growth, LARGEST_GROWTH, f"times that {part} lengthens a text", file)
     model = data.get("model")
     if isinstance(model, dict):
         _check_texts(model, file)
+        longest = model.get("max_input_chars_per_word")
+        if isinstance(longest, int | float):
+            _require(longest, LARGEST_WORD, "max_input_chars_per_word", file)
 
 
 def check_added_tokens(contents: list[Any], file: Path) -> None:
@@ -170,12 +176,17 @@ def _replacement_growth(component: Component) -> float:
 
 
 def _template_growth(component: Component) -> float:
-    """Return how many ids a TemplateProcessing component makes of one id, at most."""
+    """Return how many ids a TemplateProcessing component makes of one id, at most.
+
+    Special tokens are added once, so they count only where there are very many.
+    """
     pieces, special = component.get("single"), component.get("special_tokens")
+    pieces = pieces if isinstance(pieces, list | str) else []
+    is_sequence = [isinstance(piece, dict) and "Sequence" in piece for piece in pieces]
     tokens = special.values() if isinstance(special, dict) else []
     ids = [token.get("ids") for token in tokens if isinstance(token, dict)]
     longest = max((len(x) for x in ids if isinstance(x, list)), default=1)
-    return max(1.0, longest * (len(pieces) if isinstance(pieces, list | str) else 1))
+    return max(1.0, sum(is_sequence), len(pieces) * longest / ADDED_IDS)
 
 
 def _require(n: float, largest: int, what: str, file: Path) -> None:
