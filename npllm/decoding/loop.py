@@ -12,8 +12,8 @@ from npllm.config.regular_file import is_present
 from npllm.config.strict_json import is_token, quote, read_json
 from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.text.tokenizer import Detokenizer
 from npllm.progress import warn
+from npllm.text.stream import TextStream
 
 __all__ = [
     "GenerationConfig",
@@ -413,58 +413,6 @@ def last_logits(model, ids, **options):
     """
     logits = to_numpy(model(ids, logits_to_keep=1, **options))[:, -1, :]
     return check_scores(logits, "the model's logits", FROM_MODEL)
-
-
-class TextStream:
-    """The text of one answer as its tokens come in, cut before the first stop string.
-
-    Parameters
-    ----------
-    tokenizer : Tokenizer
-    stop_ids : tuple of int
-        Tokens that end the answer and are no part of its text.
-    stop : tuple of str
-        Strings that end the answer and are no part of its text.
-    """
-
-    def __init__(self, tokenizer, stop_ids=(), stop=()):
-        self._detokenizer, self._stop_ids, self._stop = (
-            Detokenizer(tokenizer) if tokenizer else None,
-            set(stop_ids),
-            stop,
-        )
-        self._held, self.ended = "", False
-
-    def push(self, token):
-        """Take a token; return the text that is now certain to belong to the answer, and set
-        `ended` at its end.
-        """
-        if int(token) in self._stop_ids:
-            return self.close()
-        if self._detokenizer is None:
-            return ""
-        return self._cut(self._detokenizer.push(token))
-
-    def close(self):
-        """End the answer; return what was held back."""
-        if self.ended:
-            return ""
-        text = self._cut(self._detokenizer.flush()) if self._detokenizer else ""
-        text, self._held, self.ended = text + (self._held if not self.ended else ""), "", True
-        return text
-
-    def _cut(self, piece):
-        text = self._held + piece
-        starts = [at for at in map(text.find, self._stop) if at >= 0]
-        if starts:
-            self._held, self.ended = "", True
-            return text[: min(starts)]
-        n_held = max(
-            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
 
 
 def stream_batch(model, input_ids, valid, streams, **options):
