@@ -13,6 +13,8 @@ understand.
 import importlib
 import math
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +44,8 @@ __all__ = [
     "widen",
     "widest",
 ]
+
+Array = Any
 
 BACKENDS = ("numpy", "cupy", "auto")
 
@@ -75,7 +79,7 @@ ieee_semantics = np.errstate(all="ignore")
 """Decorate a function with it, and 0 / 0 is NaN, 1 / 0 and overflow are infinity, without a warning or an error of NumPy."""
 
 
-def array_namespace(*arrays):
+def array_namespace(*arrays: Any) -> Any:
     """Return the array library that every given array belongs to.
 
     Parameters
@@ -126,16 +130,16 @@ def array_namespace(*arrays):
     return next(iter(namespaces.values()))
 
 
-def is_array(x):
+def is_array(x: Any) -> bool:
     """Tell whether `x` is an array of NumPy, CuPy or another library of the array API standard."""
     return hasattr(x, "__array_namespace__") or _is_cupy(x)
 
 
-def _is_cupy(x):
+def _is_cupy(x: Any) -> bool:
     return type(x).__module__.partition(".")[0] == "cupy" and type(x).__name__ == "ndarray"
 
 
-def backend_namespace(backend):
+def backend_namespace(backend: str) -> Any:
     """Import the library behind a backend name, and make sure that it can hold an array.
 
     Parameters
@@ -166,12 +170,12 @@ def backend_namespace(backend):
     return _cupy()
 
 
-def backend_name(xp):
+def backend_name(xp: Any) -> str:
     """Name the backend of a library: "numpy", or "cupy" for every other."""
     return "numpy" if xp is np else "cupy"
 
 
-def _cupy():
+def _cupy() -> Any:
     """CuPy, or an error that says what was found and what to install."""
     try:
         cupy = importlib.import_module("cupy")
@@ -195,7 +199,7 @@ def _cupy():
     return cupy
 
 
-def dtype_named(name):
+def dtype_named(name: str) -> np.dtype:
     """Look up a float dtype by its name: "bfloat16", "float16", "float32" or "float64"."""
     try:
         return DTYPES[name]
@@ -203,7 +207,7 @@ def dtype_named(name):
         raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}") from None
 
 
-def widest(dtypes):
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
     """Find the narrowest float dtype that holds every value of all the given ones.
 
         bfloat16 and float16 -> float32, which alone has the exponent of the one and the fraction of the other
@@ -228,14 +232,14 @@ def widest(dtypes):
     return DTYPES["float64" if "float64" in names else "float32"]
 
 
-def asarray(x, xp):
+def asarray(x: Any, xp: Any) -> Array:
     """Move a host array to library `xp`; no copy where it is there already."""
     if hasattr(x, "to") and hasattr(x, "scales"):  # an Int8Weight
         return x if xp is np else x.to(xp)
     return x if xp is np else xp.asarray(x)
 
 
-def to_numpy(x):
+def to_numpy(x: Any) -> Array:
     """Bring an array of any library to the host: the one crossing from a device.  A NumPy array is
     returned as it is.
     """
@@ -244,14 +248,14 @@ def to_numpy(x):
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
-def native(x):
+def native(x: Array) -> Array:
     """Bring a NumPy array into the byte order of the machine: itself, or a copy with the same
     values.
     """
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def compute_dtype(*arrays):
+def compute_dtype(*arrays: Any) -> Any:
     """Name the dtype to compute in: float64 where any given array is float64, else float32."""
     xp = array_namespace(*arrays)
     return (
@@ -259,7 +263,7 @@ def compute_dtype(*arrays):
     )
 
 
-def widen(x, dtype=None):
+def widen(x: Array, dtype: Any = None) -> Array:
     """Convert a float array to the dtype to compute in.
 
     Parameters
@@ -290,7 +294,7 @@ def widen(x, dtype=None):
     return x if x.dtype == dtype else array_namespace(x).astype(x, dtype)
 
 
-def round_to(x, dtype):
+def round_to(x: Array, dtype: str) -> Array:
     """Round each entry to the nearest value of a 16-bit float type, and keep it in float32.
 
         y = float32(dtype(x)),   of two nearest values the one whose last bit is 0
@@ -329,7 +333,7 @@ def round_to(x, dtype):
         return xp.astype(xp.astype(x, dtype_named(dtype)), xp.float32)
 
 
-def stable_argsort(x, xp):
+def stable_argsort(x: Array, xp: Any) -> Array:
     """Sort the last axis, ascending; return the order [..., n], equal entries in the order in which
     they stand.
     """
@@ -338,7 +342,7 @@ def stable_argsort(x, xp):
     return xp.argsort(x, axis=-1, stable=True)
 
 
-def largest(x, n, xp):
+def largest(x: Array, n: int, xp: Any) -> Array:
     """Find the n largest entries of the last axis.
 
     Returns
@@ -355,7 +359,7 @@ def largest(x, n, xp):
     )
 
 
-def entries_at_once(x):
+def entries_at_once(x: Array) -> int:
     """Say how many entries of a stored weight to widen to float32 at a time: what fits a fast
     memory, and is worth a call.
 
@@ -365,12 +369,12 @@ def entries_at_once(x):
     return HOST_ENTRIES if array_namespace(x) is not sys.modules.get("cupy") else DEVICE_ENTRIES
 
 
-def is_integer(x):
+def is_integer(x: Array) -> bool:
     """Tell whether an array holds integers (bool is not one)."""
     return _dtype_name(x).startswith(("int", "uint"))
 
 
-def as_index(ids):
+def as_index(ids: Array) -> Array:
     """Turn uint64, which NumPy does not take for an index, into int64; return other integers as
     they are.
     """
@@ -380,12 +384,12 @@ def as_index(ids):
     return xp.astype(ids, xp.int64)
 
 
-def n_bytes(x):
+def n_bytes(x: Array) -> int:
     """Count the bytes of an array's entries, in any library."""
     return math.prod(x.shape) * _BYTES[_dtype_name(x)]
 
 
-def host_range(x):
+def host_range(x: Array) -> tuple[int, int] | None:
     """Return (smallest, largest) of an integer array on the host; None for an empty one, and for
     one on a device.
 
@@ -397,7 +401,7 @@ def host_range(x):
     return int(x.min()), int(x.max())
 
 
-def expect_shape(name, x, **axes):
+def expect_shape(name: str, x: Array, **axes: int | None) -> None:
     """Raise unless the last axes of `x` have the given sizes, naming them: `weight must be
     [d_model] = [3072], got [3071]`.
 
@@ -424,7 +428,7 @@ def expect_shape(name, x, **axes):
     )
 
 
-def _dtype_name(x):
+def _dtype_name(x: Array) -> str:
     """Name of an array's dtype, alike in NumPy ("float32"), CuPy and libraries that write
     "array_api_strict.float32".
     """
