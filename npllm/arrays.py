@@ -76,7 +76,7 @@ _BYTES = {
 
 
 ieee_semantics = np.errstate(all="ignore")
-"""Decorate a function with it, and 0 / 0 is NaN, 1 / 0 and overflow are infinity, without a warning or an error of NumPy."""
+"""Decorator: 0 / 0 is NaN, 1 / 0 and overflow are infinity, without a warning or error of NumPy."""
 
 
 def array_namespace(*arrays: Any) -> Any:
@@ -111,12 +111,14 @@ def array_namespace(*arrays: Any) -> Any:
             continue
         if not is_array(x):
             raise NpllmTypeError(
-                f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
+                "expected an array of NumPy, CuPy or another array API library, "
+                f"got {type(x).__module__}."
                 f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray"
             )
         if isinstance(x, np.ndarray) and not x.dtype.isnative:
             raise NpllmTypeError(
-                f"dtype {x.dtype} has another byte order than this machine; convert the array once, with "
+                f"dtype {x.dtype} has another byte order than this machine; "
+                "convert the array once, with "
                 "npllm.arrays.native(x)"
             )
         xp = sys.modules["cupy"] if _is_cupy(x) else x.__array_namespace__()
@@ -181,19 +183,23 @@ def _cupy() -> Any:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
         raise MissingExtraError(
-            f'backend="cupy" needs CuPy, which cannot be imported ({error}); pip install "npllm[cuda]" for '
+            f'backend="cupy" needs CuPy, which cannot be imported ({error}); '
+            'pip install "npllm[cuda]" for '
             'CUDA 13, or cupy-cuda12x for an older driver, or use backend="numpy"'
         ) from error
     try:
         n_devices = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise NpllmValueError(
-            f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} is installed but found no driver or '
-            f'device ({error}); install an NVIDIA driver that nvidia-smi confirms, or use backend="numpy"'
+            'backend="cupy" needs a CUDA device; '
+            f"CuPy {cupy.__version__} is installed but found no driver or "
+            f"device ({error}); "
+            'install an NVIDIA driver that nvidia-smi confirms, or use backend="numpy"'
         ) from error
     if n_devices < 1:
         raise NpllmValueError(
-            f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} and a driver were found, but 0 devices '
+            'backend="cupy" needs a CUDA device; '
+            f"CuPy {cupy.__version__} and a driver were found, but 0 devices "
             '(is CUDA_VISIBLE_DEVICES set?); use backend="numpy"'
         )
     return cupy
@@ -210,7 +216,8 @@ def dtype_named(name: str) -> np.dtype:
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
     """Find the narrowest float dtype that holds every value of all the given ones.
 
-        bfloat16 and float16 -> float32, which alone has the exponent of the one and the fraction of the other
+        bfloat16 and float16 -> float32: it alone has the exponent of the one and the fraction of
+        the other
 
     Parameters
     ----------
@@ -424,7 +431,8 @@ def expect_shape(name: str, x: Array, **axes: int | None) -> None:
     names = ["..."] * more + [axis for axis in axes if axis != "dots"]
     wanted = ["..."] * more + ["any" if size is None else str(size) for size in sizes]
     raise NpllmValueError(
-        f"{name} must be [{', '.join(names)}] = [{', '.join(wanted)}], got [{', '.join(map(str, shape))}]"
+        f"{name} must be [{', '.join(names)}] = [{', '.join(wanted)}], "
+        f"got [{', '.join(map(str, shape))}]"
     )
 
 

@@ -38,13 +38,13 @@ _local = threading.local()
 
 
 class _NoControl:
-    """Replaces threadpoolctl's controller where threadpoolctl is missing: BLAS keeps its threads."""
+    """Stands for threadpoolctl's controller where it is missing: BLAS keeps its threads."""
 
     def info(self) -> list[dict[str, Any]]:
         """List no library."""
         return []
 
-    def limit(self, *, limits: int) -> contextlib.AbstractContextManager:  # noqa: ARG002 - threadpoolctl's name
+    def limit(self, *, limits: int) -> contextlib.AbstractContextManager:  # noqa: ARG002
         """Change nothing."""
         return contextlib.nullcontext()
 

@@ -24,7 +24,8 @@ class BertParams(NamedTuple):
 def forward(params: Any, config: Any, ids: Array, token_types: Array, mask: Any, ops: Ops) -> Array:
     """Compute the hidden state of every position.
 
-        x = layer_norm(word[ids] + type[token_types] + position[0 ... n_seq - 1]);   then x = encoder_layer(x), n_layer times
+        x = layer_norm(word[ids] + type[token_types] + position[0 ... n_seq - 1])
+        x = encoder_layer(x), n_layer times
 
     Parameters
     ----------

@@ -14,7 +14,8 @@ Array = Any
 def frequency_choice(config: Any, length: int) -> int:
     """Name the set of frequencies that a sequence of `length` tokens uses.
 
-        longrope: 1 (long_factor) where length > original_max_position_embeddings, else 0 (short_factor)
+        longrope: 1 (long_factor) where length > original_max_position_embeddings,
+                  else 0 (short_factor)
         dynamic:  max(length, max_position_embeddings), on which the base depends
         others:   0
 

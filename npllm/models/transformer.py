@@ -93,7 +93,8 @@ def multi_head_attention(
     """Let the positions of `x` gather from the positions of `memory`; self-attention where the two
     are the same.
 
-        y = o_proj(merge_heads(attention(q, k, v))),   q = q_proj(x),  k = k_proj(memory),  v = v_proj(memory)
+        y = o_proj(merge_heads(attention(q, k, v)))
+        q = q_proj(x),  k = k_proj(memory),  v = v_proj(memory)
 
     Parameters
     ----------
@@ -158,7 +159,8 @@ def sublayer(
 ) -> Array:
     """Add what a sublayer computes to the residual stream, and normalise.
 
-        post-norm: y = layer_norm(add(x, function(x)));   pre-norm: y = add(x, function(layer_norm(x)))
+        post-norm: y = layer_norm(add(x, function(x)))
+        pre-norm:  y = add(x, function(layer_norm(x)))
 
     Parameters
     ----------
@@ -304,7 +306,7 @@ def decoder_layer(
 
 
 def encode(x: Array, params: Any, n_head: int, ops: Ops, **options: Any) -> Array:
-    """Run the encoder's layers and its final norm, if there is one; options as in `encoder_layer`."""
+    """Run the encoder's layers and its final norm, if any; options as in `encoder_layer`."""
     for layer in params.encoder:
         x = encoder_layer(x, layer, n_head, ops, **options)
     norm = params.encoder_norm
@@ -314,7 +316,7 @@ def encode(x: Array, params: Any, n_head: int, ops: Ops, **options: Any) -> Arra
 
 
 def decode(x: Array, memory: Array, params: Any, n_head: int, ops: Ops, **options: Any) -> Array:
-    """Run the decoder's layers and its final norm, if there is one; options as in `decoder_layer`."""
+    """Run the decoder's layers and its final norm, if any; options as in `decoder_layer`."""
     for layer in params.decoder:
         x = decoder_layer(x, memory, layer, n_head, ops, **options)
     norm = params.decoder_norm

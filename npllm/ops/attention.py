@@ -173,7 +173,7 @@ def _softmax_visible(xp: Any, s: Array, visible: Array) -> Any:
     return e / total, lse[..., 0]
 
 
-# ------------------------------------------ what the blockwise form shares with the definition: slots, and the check of arguments
+# ------------------------------------ shared with the blockwise form: slots, checks of arguments
 
 
 def evaluate_mask(xp: Any, mask: Any, q: Array, q_slots: Any, k_slots: Any) -> Any:
@@ -204,7 +204,8 @@ def check_attention(
         expect_shape("v", v, dots=None, n_kv_head=n_kv_head, n_ctx=n_ctx, d_value=None)
     if any(x.shape[:-3] != q.shape[:-3] for x in (k, v) if x is not None):
         raise NpllmValueError(
-            f"q, k and v must have the same axes in front of the heads, got q {list(q.shape)}, k {list(k.shape)}"
+            "q, k and v must have the same axes in front of the heads, "
+            f"got q {list(q.shape)}, k {list(k.shape)}"
             + (f", v {list(v.shape)}" if v is not None else "")
         )
     if q.shape[-1] < 1:
@@ -213,7 +214,8 @@ def check_attention(
         raise NpllmValueError("k must hold at least one key, got n_ctx = 0")
     if n_kv_head == 0 or n_head % n_kv_head:
         raise NpllmValueError(
-            f"n_head must be a multiple of n_kv_head, got n_head = {n_head} and n_kv_head = {n_kv_head}"
+            "n_head must be a multiple of n_kv_head, "
+            f"got n_head = {n_head} and n_kv_head = {n_kv_head}"
         )
     array_namespace(
         q, *(x for x in (mask, q_slots, k_slots) if not (callable(x) or isinstance(x, range)))
@@ -238,7 +240,8 @@ def _check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:
         got not in (1, want) for got, want in zip(axes, shape[::-1], strict=False)
     ):
         raise NpllmValueError(
-            f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}"
+            f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, "
+            f"got {list(x.shape)}"
         )
 
 

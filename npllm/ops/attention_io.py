@@ -18,7 +18,7 @@ def attention_io(
 ) -> dict[str, Any]:
     """Count the bytes that one unmasked head moves between slow and fast memory.
 
-        naive   = (4 * n * d + 4 * n**2) * itemsize                  q, k, v, y once; s and w written and read
+        naive   = (4 * n * d + 4 * n**2) * itemsize    q, k, v, y once; s and w written and read
         flash_1 = (2 * n * d + ceil(n / b_k) * (3 * n * d + 4 * n)) * itemsize
         flash_2 = (2 * n * d + n + ceil(n / b_q) * 2 * n * d) * itemsize
 

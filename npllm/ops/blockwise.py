@@ -307,7 +307,7 @@ class _Tiles(NamedTuple):
         return xp.reshape(s, shape)
 
     def finish(self, state: _State, rows: slice) -> tuple[Array, Array]:
-        """Divide the sums: the result and its log-sum-exp [..., n_seq, 1] for a block of queries."""
+        """Divide the sums: result and log-sum-exp [..., n_seq, 1] of a block of queries."""
         xp = self.xp
         l_safe = xp.where(state.l == 0, xp.ones_like(state.l), state.l)
         heads = (

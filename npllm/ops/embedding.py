@@ -145,7 +145,8 @@ def add_positions(x: Array, positions: Array, weight: Array) -> Array:
     lowest_highest = host_range(positions)
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < weight.shape[0]):
         raise NpllmValueError(
-            f"positions must lie in 0 ... n_pos - 1 = {weight.shape[0] - 1}, got {lowest_highest[0]} ... "
+            f"positions must lie in 0 ... n_pos - 1 = {weight.shape[0] - 1}, "
+            f"got {lowest_highest[0]} ... "
             f"{lowest_highest[1]}"
         )
     y = widen(x) + embed(positions, weight)

@@ -45,7 +45,7 @@ POINTS = {
     "gated": "swiglu: silu(gate) * up",
     "residual": "add: the residual stream after each half block",
 }
-"""Where a 16-bit model rounds: name -> what is rounded, in the order in which a layer meets them."""
+"""Where a 16-bit model rounds: name -> what is rounded, in the order of a layer."""
 
 
 def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
@@ -155,8 +155,10 @@ class _Rounding(NamedTuple):
         """
         if str(x.dtype) != dtype:
             raise NpllmTypeError(
-                f'emulate("{self.dtype}") takes weights stored in {self.dtype} and float32 activations, got '
-                f'{x.dtype}, not {dtype}; npllm.load(path, dtype="{self.dtype}", ops=...) rounds the weights'
+                f'emulate("{self.dtype}") takes weights stored in {self.dtype} and float32 '
+                "activations, got "
+                f"{x.dtype}, not {dtype}; "
+                f'npllm.load(path, dtype="{self.dtype}", ops=...) rounds the weights'
             )
 
 
@@ -228,7 +230,8 @@ def _apply_rope(
     d_rope = cos.shape[-1]
     if cos.shape != sin.shape or cos.shape[-2] != x.shape[-2] or d_rope > x.shape[-1] or d_rope % 2:
         raise NpllmValueError(
-            f"cos and sin must be [n_seq, d_rope] for x [..., n_head, n_seq, d_head], with an even d_rope of at "
+            "cos and sin must be [n_seq, d_rope] for x [..., n_head, n_seq, d_head], with an "
+            "even d_rope of at "
             f"most d_head; got cos {list(cos.shape)}, sin {list(sin.shape)} and x {list(x.shape)}"
         )
     cos, sin = (
@@ -260,7 +263,8 @@ def _attention(
     """Compute eager attention, rounded after every step."""
     if bias is not None or softcap is not None or return_lse:
         raise NpllmValueError(
-            "emulate repeats Phi-3's eager attention, which has no bias, no softcap and returns no lse"
+            "emulate repeats Phi-3's eager attention, which has no bias, no softcap and returns "
+            "no lse"
         )
     xp = array_namespace(q, k, v)
     visible = evaluate_mask(
@@ -284,7 +288,8 @@ def _swiglu(rounded: _Rounding, gate: Array, up: Array) -> Array:
     """Round silu(gate), and again its product with up."""
     if gate.shape != up.shape:
         raise NpllmValueError(
-            f"gate and up must have one shape [..., d_ff], got gate {list(gate.shape)} and up {list(up.shape)}"
+            "gate and up must have one shape [..., d_ff], "
+            f"got gate {list(gate.shape)} and up {list(up.shape)}"
         )
     return rounded("gated", rounded("silu", silu(gate)) * up)
 

@@ -73,7 +73,8 @@ def swiglu(gate: Array, up: Array) -> Array:
     xp = array_namespace(gate, up)
     if gate.shape != up.shape:
         raise NpllmValueError(
-            f"gate and up must have one shape [..., d_ff], got gate {list(gate.shape)} and up {list(up.shape)}"
+            "gate and up must have one shape [..., d_ff], "
+            f"got gate {list(gate.shape)} and up {list(up.shape)}"
         )
     dtype = compute_dtype(gate, up)
     y = silu(widen(gate, dtype)) * widen(up, dtype)
@@ -110,8 +111,8 @@ def relu(x: Array) -> Array:
 def gelu(x: Array, approximate: str = "none") -> Array:
     """Multiply each entry by the probability that a normal variable lies below it.
 
-        y = x * (1 + erf(x / sqrt(2))) / 2                                          approximate = "none"
-        y = x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2                approximate = "tanh"
+        y = x * (1 + erf(x / sqrt(2))) / 2                              approximate = "none"
+        y = x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2    approximate = "tanh"
 
     Parameters
     ----------

@@ -120,7 +120,8 @@ def linear_frequencies(d_rope: int, base: float, factor: float) -> Array:
 def dynamic_base(d_rope: int, base: float, factor: float, n_ctx: int, n_original: int) -> float:
     """Raise the base as the sequence outgrows the context of the training (dynamic NTK scaling).
 
-        base' = base * (factor * n / n_original - (factor - 1)) ** (d_rope / (d_rope - 2)),  n = max(n_ctx, n_original)
+        base' = base * (factor * n / n_original - (factor - 1)) ** (d_rope / (d_rope - 2))
+        n = max(n_ctx, n_original)
 
     Parameters
     ----------

@@ -95,7 +95,8 @@ def split_heads(x: Array, n_head: int) -> Array:
     *batch, n_seq, width = x.shape
     if n_head < 1 or width % n_head:
         raise NpllmValueError(
-            f"the last axis of x must be n_head * d_head, a multiple of n_head = {n_head}, got {width}"
+            f"the last axis of x must be n_head * d_head, a multiple of n_head = {n_head}, "
+            f"got {width}"
         )
     y = xp.reshape(x, (*batch, n_seq, n_head, width // n_head))
     return _swap(y, xp)  # [..., n_seq, n_head, d_head] -> [..., n_head, n_seq, d_head]
@@ -158,7 +159,8 @@ def mean_pool_kv_heads(weight: Array, n_kv_head: int, n_group: int) -> Array:
     n_rows = weight.shape[0]
     if n_kv_head < 1 or n_rows % n_kv_head:
         raise NpllmValueError(
-            f"the rows of weight must be n_kv_head * d_head, a multiple of n_kv_head = {n_kv_head}, got {n_rows}"
+            "the rows of weight must be n_kv_head * d_head, a multiple of n_kv_head = "
+            f"{n_kv_head}, got {n_rows}"
         )
     if n_group < 1 or n_kv_head % n_group:
         raise NpllmValueError(f"n_group must divide n_kv_head = {n_kv_head}, got {n_group}")

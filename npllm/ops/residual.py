@@ -44,7 +44,8 @@ def add(x: Array, y: Array) -> Array:
     xp = array_namespace(x, y)
     if x.shape != y.shape:
         raise NpllmValueError(
-            f"x and y must have one shape [..., d_model], got x {list(x.shape)} and y {list(y.shape)}"
+            "x and y must have one shape [..., d_model], "
+            f"got x {list(x.shape)} and y {list(y.shape)}"
         )
     dtype = compute_dtype(x, y)
     z = widen(x, dtype) + widen(y, dtype)

@@ -97,7 +97,8 @@ def apply_rope(x: Array, cos: Array, sin: Array, *, interleaved: bool = False) -
         or any(got not in (1, want) for got, want in rows)
     ):
         raise NpllmValueError(
-            "cos and sin must have one shape, [n_seq, d_rope] or with the axes of x before the heads in front, "
+            "cos and sin must have one shape, [n_seq, d_rope] or with the axes of x before the "
+            "heads in front, "
             f"got cos {list(cos.shape)} and sin {list(sin.shape)} for x {list(x.shape)}"
         )
     dtype = compute_dtype(x, cos, sin)

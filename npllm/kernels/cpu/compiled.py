@@ -1,8 +1,8 @@
 """The set compiled with Numba: a layer, all layers, and the parts of `parts`.
 
-While decoding, Python is what a small model waits for: its next kernel begins when Python, which
-the weights have pushed out of the caches, has looked at every argument.  So half a layer is one
-kernel, and so are all layers, wherever they are alike.
+Decoding a small model is bound by Python call overhead: Python's own code and data, which reading
+the weights has evicted from the caches, are needed between two kernels.  So half a layer is one
+kernel, and so are all layers where they are alike.
 """
 
 from dataclasses import replace
@@ -106,7 +106,7 @@ def mlp_block(x: Array, layer: LayerParams, step: Step) -> Any:
 
 
 def decoder_layers(x: Array, layers: Any, step: Step) -> Any:
-    """Compute all layers: one kernel for one token of a few sequences where the layers are alike."""
+    """Compute all layers: one kernel for one token of a few sequences where layers are alike."""
     masks = step.masks
     one_mask = masks is None or all(mask is step.mask for mask in masks)
     known = (
@@ -150,7 +150,7 @@ def decode_step(x: Array, layers: tuple[LayerParams, ...], step: Step) -> Array 
     return y.reshape(x.shape)
 
 
-# ---------------------------------------------------------------------------------------------------- what the kernels are made for
+# ---------------------------------------------------------------- what the kernels are made for
 
 
 def fits_step(
@@ -193,7 +193,7 @@ def fits_mlp(
     )
 
 
-# -------------------------------------------------------------------------------------------------- where the weights of layers lie
+# ------------------------------------------------------------------- addresses of the weights
 
 WEIGHTS = (
     "input_layernorm",

@@ -30,7 +30,7 @@ def mlp_step(
     down: Array,
     down_scales: Array,
 ) -> None:
-    """Add to x [n, d_model], in place: down @ swiglu of the two halves of rms_norm(x) @ gate_up.T."""
+    """Add down @ swiglu of the halves of rms_norm(x) @ gate_up.T to x [n, d_model], in place."""
     y = np.empty((len(x), down.shape[1]), np.float32)
     gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, y)
     add_product(down, down_scales, y, np.zeros(0, np.float32), np.float32(0), x)
