@@ -1,21 +1,25 @@
-"""npllm: the Phi-3 family of language models as plain NumPy and CuPy functions, with the
-mathematics in the open.
+"""npllm: the Phi-3 family of language models as plain NumPy and CuPy functions, with formulas
+in the docstrings.
 
     import npllm
-    model = npllm.load()                                  # the default checkpoint, fetched on first use
+    model = npllm.load()                    # the default checkpoint, fetched on first use
     print(model.generate("The capital of France is"))
 
-The words for axes, the same in every docstring and error:
+Names of axes, the same in every docstring and error message:
 
     n_batch, n_seq       sequences; tokens of this call
-    n_ctx                keys visible: cached + this call
-    n_head, n_kv_head    query heads; key/value heads        num_attention_heads, num_key_value_heads in config.json
-    n_layer, n_vocab                                         num_hidden_layers, vocab_size
-    d_model, d_head      width of the residual stream; of a head             hidden_size, head_dim
-    d_ff                 width of the feed-forward network                   intermediate_size
-    d_rope               rotated part of a head                              d_head * partial_rotary_factor
-    n_pos, n_label       rows of a position table; classes of a classifier   max_position_embeddings, num_labels
+    n_ctx                visible keys: cached tokens and those of this call
+    n_head, n_kv_head    query heads; key/value heads
+    n_layer, n_vocab     layers; tokens of the vocabulary
+    d_model, d_head      width of the residual stream; of a head
+    d_ff                 width of the feed-forward network
+    d_rope               rotated part of a head
+    n_pos, n_label       rows of a position table; classes of a classifier
     n_group, n_split     key/value heads after pooling; parts of a result
+
+In config.json: num_attention_heads, num_key_value_heads, num_hidden_layers, vocab_size,
+hidden_size, head_dim, intermediate_size, d_head * partial_rotary_factor, max_position_embeddings,
+num_labels.
 
 `n_` counts things, `d_` is the width of a vector.  Queries, keys and values are [n_batch, n_head,
 n_seq, d_head]: heads before positions.  Weights are [d_out, d_in], as in the checkpoint.
@@ -25,6 +29,10 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 from npllm import ops
 from npllm.analysis import cost, packing, score, steps
@@ -56,8 +64,16 @@ __all__ = [
     "steps",
 ]
 
-# Modules that have moved: the old path, as it was imported, and where it is now.
-_MOVED = {
+_REPORT = (
+    "analysis.inspect",
+    "analysis.machine",
+    "analysis.predictions",
+    "analysis.speed",
+    "analysis.steps",
+    "cli.layout",
+)
+# Modules that have moved: the old path -> the new one, or those that a split module's names are in.
+_MOVED: dict[str, str | tuple[str, ...]] = {
     "bert_config": "config.bert_config",
     "int8": "quantized.int8",
     "checkpoint": "checkpoints",
@@ -74,7 +90,8 @@ _MOVED = {
     "cost": "analysis.cost",
     "profile": "analysis.profiling",
     "plots": "analysis.plots",
-    "report": "analysis.report",
+    "report": _REPORT,
+    "analysis.report": _REPORT,
     **{
         f"kernels.{name}": f"kernels.cpu.{name}"
         for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd", "parts")
@@ -83,25 +100,52 @@ _MOVED = {
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Import a module under its old path: the same module object, imported when it is asked for."""
+    """Import a module under its old path: the same module object, imported at the first use."""
 
-    def find_spec(self, fullname, path=None, target=None):  # noqa: ARG002 - the protocol's signature
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,  # noqa: ARG002 - the protocol's signature
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
         """Claim the old paths."""
         moved = fullname.removeprefix("npllm.") in _MOVED and fullname.startswith("npllm.")
         return importlib.util.spec_from_loader(fullname, self) if moved else None
 
-    def create_module(self, spec):
-        """Return the module itself; its own spec is kept, since the import system overwrites it."""
-        module = importlib.import_module("npllm." + _MOVED[spec.name.removeprefix("npllm.")])
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module at the new path; its own spec is kept, since the import system
+        overwrites it.
+        """
+        new = _MOVED[spec.name.removeprefix("npllm.")]
+        if isinstance(new, tuple):
+            return _SplitModule(spec.name, new)
+        module = importlib.import_module("npllm." + new)
         spec.loader_state = module.__spec__
         return module
 
-    def exec_module(self, module):
-        """Put the module's own spec back; it has run already."""
-        module.__spec__ = module.__spec__.loader_state
+    def exec_module(self, module: ModuleType) -> None:
+        """Restore the module's own spec; its code has run already."""
+        if not isinstance(module, _SplitModule) and module.__spec__ is not None:
+            module.__spec__ = module.__spec__.loader_state
 
 
-def __getattr__(name):
+class _SplitModule(ModuleType):
+    """The old path of a module that was split: looks each name up in the new modules."""
+
+    def __init__(self, name: str, new: tuple[str, ...]) -> None:
+        super().__init__(name, f"Moved to {', '.join(f'npllm.{path}' for path in new)}.")
+        self._new = new
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            for path in self._new:
+                module = importlib.import_module(f"npllm.{path}")
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+def __getattr__(name: str) -> ModuleType:
     if name in _MOVED:
         return importlib.import_module(f"npllm.{name}")
     raise AttributeError(f"module 'npllm' has no attribute {name!r}")

@@ -16,6 +16,7 @@ from npllm.checkpoints.sentence_settings import (
     token_count,
 )
 from npllm.config.bert_config import BertConfig
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import quote, read_json
 from npllm.decision import FROM_MODEL, check_finite
 from npllm.errors import NpllmTypeError, NpllmValueError
@@ -31,14 +32,14 @@ __all__ = ["Encoder", "cosine_similarities", "load_encoder", "mean_pool"]
 BATCH_TOKENS = 2048  # that go through the layers at a time, padding included
 
 
-def load_encoder(folder, *, dtype=None, ops=None, xp=np):
+def load_encoder(folder, *, dtype=None, ops=None, xp=np, mmap=True):
     """Load an encoder from a checkpoint folder of model_type "bert".
 
     Parameters
     ----------
     folder : str or Path
         config.json and model.safetensors; tokenizer.json where texts are to be embedded.
-    dtype, ops
+    dtype, ops, mmap
         As in `npllm.load`.
     xp : module
         The array library to put the weights into.
@@ -65,11 +66,11 @@ def load_encoder(folder, *, dtype=None, ops=None, xp=np):
     """
     folder = Path(folder)
     config = BertConfig.from_json(folder)
-    settings = read_sentence_settings(folder, config.hidden_size, dtype)
+    settings = read_sentence_settings(folder, config.hidden_size, dtype, mmap)
     params = bert_layout.load_params(
-        folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated
+        folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated, mmap=mmap
     )
-    has_tokenizer = (folder / "tokenizer.json").is_file()
+    has_tokenizer = is_present(folder / "tokenizer.json")
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
     if tokenizer is not None and settings.do_lower_case:
         _lower_case(tokenizer.backend)
@@ -389,7 +390,7 @@ def _max_length(folder, config, settings):
     if not settings.is_stated:
         places.append(("tokenizer.json", ("truncation", "max_length")))
     for file, keys in places:
-        value = read_json(folder / file) if length is None and (folder / file).is_file() else None
+        value = read_json(folder / file) if length is None and is_present(folder / file) else None
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:

@@ -1,7 +1,7 @@
 """The convenient front: `load` a folder, call the model, generate text."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from npllm.cache_owner import CacheOwner
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, WHEELS, fetch, find_checkpoint
 from npllm.checkpoints.phi3_layout import load_params
 from npllm.config.config import Config
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import read_json
 from npllm.decoding.beam import beam_search, beam_texts
 from npllm.decoding.loop import (
@@ -49,7 +50,7 @@ PREFILL_CHUNK = (
 )
 
 
-def load(path=None, *, backend="numpy", dtype=None, ops=None):
+def load(path=None, *, backend="numpy", dtype=None, ops=None, mmap=True):
     """Load a model from a checkpoint folder.
 
     Parameters
@@ -67,6 +68,11 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
         None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
         definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA
         kernels, which are the fastest set on CuPy; or your own.
+    mmap : bool
+        True: weights that keep their dtype are views of the mapped files, which must not be
+        truncated or overwritten in place while the model lives: the process would be ended with
+        SIGBUS, or the weights would change.  (Deletion and replacement by a rename are safe.)
+        False: all weights are copied into memory.
 
     Returns
     -------
@@ -87,10 +93,10 @@ def load(path=None, *, backend="numpy", dtype=None, ops=None):
     ops = choose_ops(ops, backend_name(xp))
     folder = checkpoint_folder(path)
     if read_json(folder / "config.json").get("model_type") == "bert":
-        return load_encoder(folder, dtype=dtype, ops=ops, xp=xp)
+        return load_encoder(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
     config = Config.from_json(folder)
-    params = load_params(folder, config, dtype=dtype, xp=xp, progress=True)
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    params = load_params(folder, config, dtype=dtype, xp=xp, progress=True, mmap=mmap)
+    tokenizer = Tokenizer.from_folder(folder) if is_present(folder / "tokenizer.json") else None
     return Model(
         config,
         params,
@@ -119,6 +125,11 @@ def checkpoint_folder(path):
             f"{path}: is neither a folder nor a fetched checkpoint; `npllm fetch {name}"
         )
     return found
+
+
+def _compute_frequencies(config: Config, xp: Any, dtype: Any, choice: int) -> Any:
+    """Return the inverse frequencies of a choice in library `xp`, in the dtype to compute in."""
+    return widen(asarray(rope.frequencies(config, choice), xp), dtype)
 
 
 class Model:
@@ -161,7 +172,10 @@ class Model:
             config.eos_token_id, config.pad_token_id
         )
         self._xp = array_namespace(params.embed_tokens)
-        self._frequencies = lru_cache(maxsize=4)(self._compute_frequencies)
+        dtype = compute_dtype(params.embed_tokens)
+        self._frequencies = lru_cache(maxsize=4)(  # no bound method: a cycle would keep the weights
+            partial(_compute_frequencies, config, self._xp, dtype)
+        )
         self._rules = (
             list(mask)
             if isinstance(mask, list | tuple)
@@ -345,13 +359,6 @@ class Model:
             ]  # [n_batch, 1, d_rope/2]
         return self.ops.rope_tables(
             asarray(positions, self._xp), inv_freq, rope.attention_factor(self.config)
-        )
-
-    def _compute_frequencies(self, choice):
-        """Inverse frequencies on the backend, in the compute dtype of the weights."""
-        return widen(
-            asarray(rope.frequencies(self.config, choice), self._xp),
-            compute_dtype(self.params.embed_tokens),
         )
 
     def _frequency_choice(self, positions, n_batch, cache):

@@ -1,11 +1,17 @@
-"""Progress on stderr: a bar by tqdm, and single lines.  Whatever stderr is, neither raises."""
+"""Progress, lines and warnings on stderr.  None of them raises because of stderr itself, which may
+be None, closed, without `isatty` or `flush`, or fail to write.
+"""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ["progress_bar", "report", "stderr_is_terminal"]
+__all__ = ["progress_bar", "report", "stderr_is_terminal", "warn", "write_line"]
+
+STREAM_ERRORS = (AttributeError, OSError, ValueError)
+"""What writing to a missing, closed, incomplete or broken stream raises."""
 
 
 @contextmanager
@@ -47,13 +53,22 @@ def progress_bar(
         yield _ignore
         return
     is_bytes = unit == "B"
-    with tqdm(total=total, desc=description, unit=unit, unit_scale=is_bytes, leave=leave) as bar:
+    try:
+        bar = tqdm(total=total, desc=description, unit=unit, unit_scale=is_bytes, leave=leave)
+    except STREAM_ERRORS:
+        yield _ignore
+        return
 
-        def advance(n: int, label: str = "") -> None:
+    def advance(n: int, label: str = "") -> None:
+        with suppress(*STREAM_ERRORS):
             bar.set_postfix_str(label, refresh=False)
             bar.update(n)
 
+    try:
         yield advance
+    finally:
+        with suppress(*STREAM_ERRORS):
+            bar.close()
 
 
 def _import_tqdm() -> Any:
@@ -73,12 +88,26 @@ def stderr_is_terminal() -> bool:
     """Return whether stderr is a terminal; False where it is None, closed or has no `isatty`."""
     try:
         return sys.stderr.isatty()
-    except (AttributeError, ValueError):
+    except STREAM_ERRORS:
         return False
 
 
-def report(text: str) -> None:
+def write_line(text: str) -> None:
     """Write a line to stderr, where that is possible."""
-    with suppress(AttributeError, OSError, ValueError):
-        sys.stderr.write(f"npllm: {text}\n")
+    with suppress(*STREAM_ERRORS):
+        sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+
+
+def report(text: str) -> None:
+    """Write a line of npllm's own to stderr, where that is possible."""
+    write_line(f"npllm: {text}")
+
+
+def warn(text: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
+    """Issue a warning; `stacklevel` counts from the caller, as in `warnings.warn`.
+
+    A filter that turns warnings into errors raises, as it does without this function.
+    """
+    with suppress(*STREAM_ERRORS):
+        warnings.warn(text, category, stacklevel=stacklevel + 1)

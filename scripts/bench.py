@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Measure npllm beside the peers that are installed, in one run.
 
-    python scripts/bench.py generate            100 new tokens from a 51-token chat prompt, with and without the KV cache
-    python scripts/bench.py first-token -m DIR  from a cold process to the first token and the eighth, and the peak memory
-    python scripts/bench.py speed -m DIR        prefill and decoding of every engine installed, and the machine's limits
-    python scripts/bench.py context -m DIR      one token more at 128, 1k and 4k tokens of context, against the bytes that it reads
-    python scripts/bench.py batch -m DIR        tokens/s of decoding 1 ... 16 sequences at once
-    python scripts/bench.py checkouts A B       prefill and decoding of two checkouts of npllm, alternating
-    python scripts/bench.py attention           the definition, both schedules, a window, and torch, by length of the sequence
+    python scripts/bench.py COMMAND
 
-Every contender is a process of its own; they take turns (A B A B ...), so that a machine that slows
-down slows all of them.  Reported are medians and ratios.  OPENBLAS_CORETYPE, which fixes OpenBLAS
-to one set of kernels, is removed from the children's environment, and the report says so.
+    generate            100 new tokens from a 51-token chat prompt, with and without the KV cache
+    first-token -m DIR  a new process up to the first token and the eighth, and its peak memory
+    speed -m DIR        prefill and decoding of every installed engine, and the machine's limits
+    context -m DIR      a decode step at 128, 1k and 4k tokens of context, beside the bytes it reads
+    batch -m DIR        tokens/s of decoding 1 ... 16 sequences at once
+    checkouts A B       prefill and decoding of two checkouts of npllm
+    attention           the definition, both schedules, a window, and torch, by sequence length
+
+Every contender is a process of its own.  They run in turns (A B A B ...), so that a slow period of
+the machine affects all of them.  The results are medians and ratios.  OPENBLAS_CORETYPE, which
+fixes the kernels of OpenBLAS, is removed from the children's environment; the report names it.
 """
 
 import functools
@@ -30,7 +32,7 @@ import numpy as np
 import npllm
 from npllm import ops
 from npllm.analysis import profiling as profile
-from npllm.analysis import report
+from npllm.analysis.machine import peak_memory
 from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoints.fetch import weights_folder
 from npllm.checkpoints.phi3_layout import expected_shapes
@@ -218,7 +220,7 @@ def child(name, folder, dtype):
                 {
                     "seconds": time.perf_counter() - start,
                     "ids": ids,
-                    "peak_bytes": report.peak_memory(),
+                    "peak_bytes": peak_memory(),
                 }
             ),
             flush=True,
@@ -246,7 +248,7 @@ def cold(name, folder, dtype, n_prompt, n_new):
                 "loaded": loaded,
                 "first": first,
                 "last": time.time(),
-                "peak_bytes": report.peak_memory(),
+                "peak_bytes": peak_memory(),
             }
         ),
         flush=True,
@@ -298,8 +300,8 @@ def first_token(path, n_prompt, n_new, repeat):
             clock["last"] - clock["first"],
         )
         click.echo(
-            f"| {name} | {loaded:.2f} | {first:.2f} | {again:.2f} | {clock['peak_bytes'] / 1e9:.2f} "
-            f"| {clock['peak_bytes'] / n_bytes:.2f} |"
+            f"| {name} | {loaded:.2f} | {first:.2f} | {again:.2f} "
+            f"| {clock['peak_bytes'] / 1e9:.2f} | {clock['peak_bytes'] / n_bytes:.2f} |"
         )
 
 
@@ -363,7 +365,8 @@ def checkouts(checkouts, path, n_prompt, n_new, repeat):
             contender.stdin.flush()
             seconds.append(json.loads(contender.stdout.readline()))
     click.echo(
-        f"| {n_prompt} tokens, then {n_new}; medians of {repeat} | prefill ms | ratio | decode ms | ratio |\n|---|---|---|---|---|"
+        f"| {n_prompt} tokens, then {n_new}; medians of {repeat} "
+        "| prefill ms | ratio | decode ms | ratio |\n|---|---|---|---|---|"
     )
     medians = [
         {key: statistics.median(run[key] for run in seconds[1:]) for key in ("prefill", "decode")}
@@ -449,7 +452,7 @@ def engine(name, folder):
             timed(contender.feed, ids[:, at : at + 1])
             for at in range(task["n_prompt"], ids.shape[1])
         ]
-        print(json.dumps({"seconds": seconds, "peak_bytes": report.peak_memory()}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory()}), flush=True)
 
 
 def timed(function, *arguments):
@@ -480,9 +483,7 @@ class Engine(Child):
 
 @main.command(hidden=True)
 def limits():
-    """Print what the machine can do, for a process that wants to know it under a child's
-    environment.
-    """
+    """Print the limits of the machine, as measured in a child's environment."""
     print(json.dumps(profile.machine_limits()))
 
 
@@ -651,8 +652,9 @@ def speed_table(result):
     tasks = [task for task in next(iter(medians.values())) if task != "decode"]
     facts, blas = result["machine"], result["machine"]["blas"]
     yield (
-        f"{result['folder']}, {n_read / 1e6:.0f}e6 parameters read per token; {facts['cpu']}, {result['threads']} threads, BLAS "
-        f"{blas['name']} {blas['version']} ({blas['kernels']} kernels); medians of {result['repeat']} alternating runs; limits: "
+        f"{result['folder']}, {n_read / 1e6:.0f}e6 parameters read per token; {facts['cpu']}, "
+        f"{result['threads']} threads, BLAS {blas['name']} {blas['version']} "
+        f"({blas['kernels']} kernels); medians of {result['repeat']} alternating runs; limits: "
         f"{read / 1e9:.1f} GB/s read, {sgemm / 1e9:.0f} GFLOP/s float32 matrix product\n"
     )
     columns = " | ".join(f"{task}, tok/s | of the limit" for task in tasks)
@@ -699,15 +701,18 @@ def context(path, config, layers, threads, repeat, json_path, contexts, dtype):
         },
     )
     click.echo(
-        f"{folder.name}, {per_key} bytes of keys and values for each token seen; {read / 1e9:.1f} GB/s; {cpu_name()}\n"
+        f"{folder.name}, {per_key} bytes of keys and values for each visible token; "
+        f"{read / 1e9:.1f} GB/s; {cpu_name()}\n"
     )
     click.echo(
-        "| context | ms/token | more than at the first | of which reading takes at the limit |\n|---|---|---|---|"
+        "| context | ms/token | more than at the first | of which reading takes at the limit |\n"
+        "|---|---|---|---|"
     )
     for n, value in rows.items():
         seen = min(n, settings.sliding_window or n) - min(first, settings.sliding_window or first)
         click.echo(
-            f"| {n} | {value * 1e3:.2f} | {(value - rows[first]) * 1e3:.2f} | {seen * per_key / read * 1e3:.2f} |"
+            f"| {n} | {value * 1e3:.2f} | {(value - rows[first]) * 1e3:.2f} "
+            f"| {seen * per_key / read * 1e3:.2f} |"
         )
 
 
@@ -747,14 +752,12 @@ def write_json(path, result):
 def attend(name, sizes, repeat):
     """Run one kind of attention; print its seconds, and by how much memory grew."""
     run = attention_variant(name, *sizes)
-    before, seconds = report.peak_memory(), []
+    before, seconds = peak_memory(), []
     for _ in range(repeat):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-    print(
-        json.dumps({"seconds": statistics.median(seconds), "bytes": report.peak_memory() - before})
-    )
+    print(json.dumps({"seconds": statistics.median(seconds), "bytes": peak_memory() - before}))
 
 
 @main.command()
@@ -798,7 +801,8 @@ def attention(longest, n_head, d_head, window, most, repeat, plot):
             ).stdout
         )
     click.echo(
-        f"causal attention, float32, {n_head} heads of {d_head}; median seconds / MiB beyond the inputs; {cpu_name()}\n"
+        f"causal attention, float32, {n_head} heads of {d_head}; "
+        f"median seconds / MiB beyond the inputs; {cpu_name()}\n"
     )
     click.echo("| n | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for n in lengths:
@@ -846,8 +850,9 @@ def show(result, as_json):
     medians = {name: statistics.median(runs) for name, runs in result["seconds"].items()}
     facts = result["machine"]
     click.echo(
-        f"{result['task']}; median of {result['repeat']} alternating runs; {facts['cpu']}, {facts['cores']} cores, "
-        f"BLAS {facts['blas']}, same tokens from all: {result['same_tokens']}\n"
+        f"{result['task']}; median of {result['repeat']} alternating runs; {facts['cpu']}, "
+        f"{facts['cores']} cores, BLAS {facts['blas']}, "
+        f"same tokens from all: {result['same_tokens']}\n"
     )
     click.echo("| | seconds | min ... max | of transformers | peak MB |\n|---|---|---|---|---|")
     for name, median in medians.items():

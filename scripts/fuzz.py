@@ -3,6 +3,7 @@
 memory beyond the files' size.
 
     python scripts/fuzz.py --n 200000 --seed 0 [--minutes 10] [--jobs 2]
+    python scripts/fuzz.py --mode gguf --n 50000      # or hub, tokenizer: see fuzz_files.py
     python scripts/fuzz.py --seed 0 --only 4711 --keep folder      # one case again; leaves its files in `folder`
 
 A case is a function of (seed, number): a folder of the family, scaled down, with one file mutated
@@ -1080,13 +1081,30 @@ def keep(seed, number, folder):
     )
 
 
+def run_mode(name, n, seed, only):
+    """Run the cases of another mode, watched from outside; return whether there were escapes."""
+    from fuzz_files import LIMITS, MODES
+    from fuzz_watch import watch, write_summary
+
+    if only is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            print(MODES[name](seed, Path(scratch)).run(only))
+        return False
+    summary = watch(MODES[name], n, seed, *LIMITS[name])
+    write_summary(name, summary, seed)
+    return bool(summary.failures)
+
+
 def main():
     """Parse the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--n", type=int, default=20000, help="number of mutations")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="default: drawn, and printed")
+    parser.add_argument(
+        "--mode", choices=["folders", "gguf", "hub", "tokenizer"], default="folders"
+    )
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long")
     parser.add_argument(
         "--jobs",
@@ -1100,6 +1118,11 @@ def main():
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
+    if arguments.seed is None:
+        arguments.seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {arguments.seed}", flush=True)
+    if arguments.mode != "folders":
+        sys.exit(run_mode(arguments.mode, arguments.n, arguments.seed, arguments.only))
     if arguments.only is not None:
         keep(arguments.seed, arguments.only, arguments.keep)
         return

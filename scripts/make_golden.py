@@ -154,7 +154,7 @@ def compute(model, module, ids, padded, mask):
 
 
 def greedy(model, ids):
-    """Tokens of greedy generation, and the smallest margin between the two best logits on the way."""
+    """Tokens of greedy generation, and the smallest margin between the two best logits."""
     options = {
         "max_new_tokens": N_NEW,
         "do_sample": False,
@@ -218,7 +218,8 @@ def main():
         )
         path.chmod(0o644)
         print(
-            f"{path.name}: {path.stat().st_size} bytes; greedy margin {margin:.3g}; float32 from float64: {difference:.2g}"
+            f"{path.name}: {path.stat().st_size} bytes; greedy margin {margin:.3g}; "
+            f"float32 from float64: {difference:.2g}"
         )
 
 

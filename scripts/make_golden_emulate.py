@@ -56,7 +56,10 @@ FLOAT16 = {
     "mha_window": VARIANTS["mha_window"],
     "longrope_partial_tied": VARIANTS["longrope_partial_tied"] | {"num_hidden_layers": 1},
 }
-SAMPLE = "The capital of France is Paris. The quick brown fox jumps over the lazy dog, and then it runs into the forest."
+SAMPLE = (
+    "The capital of France is Paris. The quick brown fox jumps over the lazy dog, and then it runs "
+    "into the forest."
+)
 
 
 def transformers_model(folder, dtype):
@@ -168,7 +171,8 @@ def write():
         got = ours(arrays["ids"]).astype(NUMPY[dtype]).view(np.uint16)
         share = np.mean(got == arrays["logits"])
         print(
-            f"{path.name}: seed {seed}, {path.stat().st_size} bytes; {share:.2%} of the logits are equal bits"
+            f"{path.name}: seed {seed}, {path.stat().st_size} bytes; "
+            f"{share:.2%} of the logits are equal bits"
         )
 
 
@@ -177,7 +181,8 @@ def report(title, got, want):
     error = np.abs(got.astype(np.float64) - want)
     top = np.mean(got.argmax(-1) == want.argmax(-1))
     print(
-        f"  {title:<40} max {error.max():<9.2g} mean {error.mean():<9.2g} equal {np.mean(got == want):8.3%}  top-1 {top:.1%}"
+        f"  {title:<40} max {error.max():<9.2g} mean {error.mean():<9.2g} "
+        f"equal {np.mean(got == want):8.3%}  top-1 {top:.1%}"
     )
 
 
@@ -230,7 +235,8 @@ def measure_ops(theirs, emulated, ids):
         hook.remove()
     for name, shares in equal.items():
         print(
-            f"  one op, with Transformers' own input: {name}: {np.mean(shares):.5%} equal ({len(shares)} of them)"
+            f"  one op, with Transformers' own input: {name}: {np.mean(shares):.5%} equal "
+            f"({len(shares)} of them)"
         )
 
 

@@ -91,7 +91,8 @@ def main():
         arrays = make(content)
         np.savez_compressed(path, about=np.array(json.dumps(about)), **arrays)
         print(
-            f"{path.name}: {path.stat().st_size} bytes, smallest margin of the generated tokens {arrays['margin']:.3g}"
+            f"{path.name}: {path.stat().st_size} bytes, "
+            f"smallest margin of the generated tokens {arrays['margin']:.3g}"
         )
 
 

@@ -200,7 +200,7 @@ def test_chat_goes_on_where_a_message_does_not_fit(call, tmp_path):
     result = call("chat", "-n", 2, input=f"{'x' * 100}\nhello\n", model=small)
     assert result.exit_code == 0
     assert "context length" in result.stderr
-    assert "/reset begins anew" in result.stderr
+    assert "/reset starts a new conversation" in result.stderr
     assert (
         result.stdout
         == npllm.load(small).generate([{"role": "user", "content": "hello"}], max_new_tokens=2)
@@ -260,7 +260,8 @@ def test_inspect_counts_without_reading_weights(call, bare):
 def test_fetch_prints_the_folder_and_passes_its_options_on(call, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        cli, "fetch", lambda name, **options: asked.append((name, options)) or Path("here")
+        "npllm.cli.checkpoints.fetch_checkpoint",
+        lambda name, **options: asked.append((name, options)) or Path("here"),
     )
     assert call("fetch", "a/b", "--revision", "main", "--token", "x").stdout == "here\n"
     assert call("fetch", env={"HF_TOKEN": "y"}).exit_code == 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import npllm
 from npllm import ops
-from npllm.analysis import packing, report, score, steps
+from npllm.analysis import packing, score, speed, steps
 from npllm.config.bert_config import BertConfig
 from npllm.decision import check_finite, check_scores
 from npllm.decoding.loop import FILTER_ORDERS, Sampling, choose, next_token_distribution
@@ -42,7 +42,7 @@ FIGURES = {
     "score": lambda m: score.score(m, IDS[0]),
     "perplexity": lambda m: score.score(m, IDS[0]).perplexity,
     "packed score": lambda m: packing.score_packed(m, [IDS[0].tolist(), [4, 5]]),
-    "speed": lambda m: report.speed(m, n_prompt=3, n_new=1, repeat=1),
+    "speed": lambda m: speed.speed(m, n_prompt=3, n_new=1, repeat=1),
 }
 
 

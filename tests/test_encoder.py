@@ -469,7 +469,7 @@ def test_one_error_lists_all_that_is_wrong_with_the_tensors(tmp_path):
         npllm.load(write(tmp_path, weights=w))
     for words in (
         "missing: encoder.layer.1.output.dense.bias",
-        "unknown: bert.embeddings.LayerNorm.bias, cls.predictions.bias",
+        "unknown: bert.embeddings.LayerNorm.bias; wrong shape",
         "wrong shape: encoder.layer.0.output.dense.bias must be [12], got [11]",
     ):
         assert words in str(caught.value)

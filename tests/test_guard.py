@@ -19,7 +19,7 @@ from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented_ca
 
 import npllm
 from npllm import arrays, ops
-from npllm.analysis import packing, report
+from npllm.analysis import packing, speed
 from npllm.analysis import score as scoring
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models import transformer
@@ -528,7 +528,7 @@ def test_measuring_waits_for_the_device():
     """
     _, model = model_pair()
     before = guard.Gets.n
-    report.speed(model, n_prompt=4, n_new=3, repeat=2)
+    speed.speed(model, n_prompt=4, n_new=3, repeat=2)
     assert guard.Gets.n - before == 1 + 2 * (1 + 3 + 3)
 
 

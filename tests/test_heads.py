@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npllm
-from npllm.analysis.report import checkpoint_facts
+from npllm.analysis.inspect import checkpoint_facts
 from npllm.models import heads
 
 PAD = 60

@@ -4,7 +4,6 @@ nothing hangs, nothing large is made.
 
 import importlib.util
 import json
-import resource
 import sys
 import time
 import tracemalloc
@@ -12,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import optional
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,7 +31,6 @@ _SPEC = importlib.util.spec_from_file_location(
 fuzz = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(fuzz)
 
-template = optional.module("npllm.text.chat_template")
 MESSAGES = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hello"}]
 CONFIG = fuzz.phi3_config("Phi-3.5-mini")
 
@@ -875,304 +872,6 @@ def test_messages_that_are_none(valid, tmp_path, messages):
     message(npllm.NpllmError, tokenizer.apply_chat_template, messages)
 
 
-# ------------------------------------------------------------------------------------------- templates
-
-
-def render(source):
-    return template.render(source, MESSAGES, {"add_generation_prompt": True, "bos_token": "<s>"})
-
-
-@pytest.mark.parametrize(
-    ("source", "what"),
-    [
-        ("{{ ''.__class__.__mro__ }}", "attribute '__class__' of 'str' object is unsafe"),
-        ("{{ cycler.__init__.__globals__ }}", "attribute '__init__' of 'type' object is unsafe"),
-        ("{{ namespace.__init__.__globals__ }}", "attribute '__init__' of 'type' object is unsafe"),
-        (
-            "{{ self.__init__.__globals__ }}",
-            "attribute '__init__' of 'TemplateReference' object is unsafe",
-        ),
-        (
-            "{% macro m() %}{% endmacro %}{{ m.__call__.__globals__ }}",
-            "attribute '__call__' of 'Macro' object is unsafe",
-        ),
-        (
-            "{{ raise_exception.__globals__.x }}",
-            "attribute '__globals__' of 'function' object is unsafe",
-        ),
-        ("{{ messages.append.__self__ }}", "attribute 'append' of 'list' object is unsafe"),
-        ("{{ messages.append(1) }}", "attribute 'append' of 'list' object is unsafe"),
-        ("{{ messages[0].update(a=1) }}", "attribute 'update' of 'dict' object is unsafe"),
-        ("{{ messages[0].clear() }}", "attribute 'clear' of 'dict' object is unsafe"),
-        ("{{ (messages|attr('pop'))() }}", "attribute 'pop' of 'list' object is unsafe"),
-        ("{{ (''|attr('__class__')).x }}", "attribute '__class__' of 'str' object is unsafe"),
-        ("{{ ''['__class__'].x }}", "attribute '__class__' of 'str' object is unsafe"),
-        ("{{ '{0.__class__}'.format(1) }}", "attribute 'format' of 'str' object is unsafe"),
-        (
-            "{{ '{a.__class__}'.format_map({'a': 1}) }}",
-            "attribute 'format_map' of 'str' object is unsafe",
-        ),
-        ("{{ ('x'|attr('format'))(1) }}", "attribute 'format' of 'str' object is unsafe"),
-        (
-            "{{ messages|map(attribute='__class__')|map(attribute='x')|list }}",
-            "'__class__' of 'dict' object is unsafe",
-        ),
-        ("{{ ''['format'](1) }}", "attribute 'format' of 'str' object is unsafe"),
-        ("{{ (1).to_bytes(9) }}", "attribute 'to_bytes' of 'int' object is unsafe"),
-        (
-            "{{ (messages|map(attribute='role')).gi_frame.f_back }}",
-            "attribute 'gi_frame' of 'generator' object is unsafe",
-        ),
-        ("{% include 'x' %}", "no loader"),
-        ("{% extends 'x' %}", "no loader"),
-        ("{% import 'os' as os %}", "no loader"),
-        (
-            "{% for m in messages %}{% set m.content %}evil{% endset %}{% endfor %}",
-            "cannot set an attribute of 'dict', only of a namespace",
-        ),
-        (
-            "{% for m in messages %}{% set m.content = 'evil' %}{% endfor %}",
-            "cannot assign attribute on non-namespace object",
-        ),
-        (
-            "{% for m in messages %}{% set a, m.content = 1, 'evil' %}{% endfor %}",
-            "cannot assign attribute on non-namespace object",
-        ),
-        ("{{ messages|indent(2) }}", "indent: expected a text, got 'list'"),
-        (
-            "{% set ns = namespace() %}{{ ns }}",
-            "a namespace can be neither an item nor be written out",
-        ),
-    ],
-)
-def test_a_template_cannot_reach_python(source, what):
-    before = json.dumps(MESSAGES)
-    assert what in message(ValueError, render, source)
-    assert json.dumps(MESSAGES) == before
-
-
-LOOP = "{% for i in range(100000) %}"
-DOUBLE = "{% set ns = namespace(x=START, y=START) %}{% for i in range(60) %}{% set ns.x = NEXT %}{% endfor %}{{ ns.x == ns.x }}{{ ns.x }}"
-CHAIN = "".join(f"{{% set n{i} = namespace(a=1, b=1) %}}" for i in range(60)) + "".join(
-    f"{{% set n{i}.a = n{i + 1} %}}{{% set n{i}.b = n{i + 1} %}}" for i in range(59)
-)
-
-
-def doubling(start, step):
-    return DOUBLE.replace("START", start).replace("NEXT", step)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        LOOP * 3 + "{% endfor %}" * 3,
-        LOOP + "x" * 10000 + "{% endfor %}",
-        "{% set z %}" + LOOP + "x" * 10000 + "{% endfor %}{% endset %}{{ z|length }}",
-        "{% macro m() %}" + LOOP + "x" * 10000 + "{% endfor %}{% endmacro %}{{ m()|length }}",
-        "{% for i in range(10**9) %}{% endfor %}",
-        "{% for i in range(100000) recursive %}{{ loop(range(100000)) }}{% endfor %}",
-        "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
-        "{{ 'a' * 10**9 }}",
-        "{{ 10**9 * [1] }}",
-        "{{ (1, 2) * 10**9 }}",
-        "{{ 9**(9**9) }}",
-        "{{ (9**9**9)**9**9 }}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ '%*d' % (10**9, 1) }}",
-        "{{ '%.1000000000f' % 1.5 }}",
-        "{{ 'a'|center(10**9) }}",
-        "{{ 'a'.center(10**9) }}",
-        "{{ 'a'.ljust(10**9) }}",
-        "{{ '1'.zfill(10**9) }}",
-        "{{ ('\t' * 10000).expandtabs(10**6) }}",
-        "{{ ('a\n' * 99999)|indent(99999) }}",
-        "{{ 'a'|indent('b' * 9999999) }}",
-        "{{ ('a' * 99999)|replace('a', 'b' * 99999) }}",
-        "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
-        "{{ ('a' * 99999).replace('', 'b' * 99999) }}",
-        "{{ ('a' * 99999)|replace('', 'b' * 99999) }}",
-        "{{ ('a' * 99999)|join('b' * 99999) }}",
-        "{{ ('b' * 99999).join('a' * 99999) }}",
-        "{{ ('b' * 99999).join(range(99999)|map('string')) }}",
-        "{{ [1]|batch(10**9, 'x')|list }}",
-        "{{ ['a']|map('center', 10**9)|list }}",
-        "{{ lipsum(n=10**9) }}",
-        "{{ 5|round(10**9) }}",
-        "{{ messages|tojson(indent=10**9) }}",
-        "{{ strftime_now('%1000000000d') }}",
-        "{{ [[1]]|sum(start=[]) }}",
-        "{{ '{:1000000000}'.format(1) }}",
-        "{{ ('a' * 9999999) ~ ('b' * 9999999) }}",
-        doubling("'a'", "ns.x + ns.x"),
-        doubling("'a'", "ns.x ~ ns.x"),
-        doubling("[1]", "[ns.x, ns.x]"),
-        doubling("(1,)", "(ns.x, ns.x)"),
-        doubling("[1]", "[ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y]").replace(
-            "ns.x == ns.x", "ns.x == ns.y"
-        ),
-        "{% set r = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] %}"
-        + "{% for i in r %}" * 12
-        + "{% endfor %}" * 12,
-        doubling("{}", "{1: ns.x, 2: ns.x}"),
-        doubling("{}", "dict(a=ns.x, b=ns.x)"),
-        doubling("[1]", "ns.x * 2"),
-        doubling("2", "ns.x * ns.x"),
-        doubling("'a'", "ns.x|replace('a', 'aa')"),
-        doubling("'a'", "(ns.x, ns.x)|join"),
-        doubling("(1,)", "{ns.x: 1}"),
-        "{% macro m() %}{% set ns.v = varargs %}{% endmacro %}{% set ns = namespace(v=1) %}{% for i in range(60) %}{{ m(ns.v, ns.v) }}{% endfor %}{{ ns.v }}",
-        CHAIN + "{{ n0 ~ '' }}",
-        CHAIN + "{{ n0|string }}",
-        CHAIN + "{{ '%s' % n0 }}",
-        CHAIN + "{{ [n0] }}",
-        CHAIN + "{{ {'a': n0} }}",
-        "".join(f"{{% set a{i} = 'a' * 999999 %}}" for i in range(1000)),
-        "{{ 'a' * 9999999 }}" * 2,
-        "x" * (template.LARGEST_TEMPLATE + 1),
-        "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
-        "{{ " + "[" * 9999 + " }}",
-        "{% for i in [1] %}" * 500 + "{% endfor %}" * 500,
-        "{% for i in [1] %}" * 25 + "{% endfor %}" * 25,
-        "{{ 1" + "+1" * 20000 + " }}",
-        "{% if 0 %}" + "{% elif 0 %}" * 3000 + "{% endif %}",
-        "{%" * 20000,
-        "{#" * 20000,
-        "{{ " + "1" * 60000 + " }}",
-        "{{ range(100000)|map('string')|join|int }}",
-    ],
-)
-def test_a_template_cannot_run_forever_or_fill_the_memory(source, monkeypatch):
-    monkeypatch.setattr(template, "ALLOWANCE", template.ALLOWANCE // 10)  # to be quicker
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    assert "MemoryError" not in message(ValueError, render, source)
-    assert time.monotonic() - start < 60  # seconds, also on a busy machine
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ 'a' * 10**9 }}",
-        LOOP * 2 + "{% endfor %}" * 2,
-        doubling("'a'", "ns.x ~ ns.x"),
-        doubling("[1]", "[ns.x, ns.x]"),
-    ],
-)
-def test_the_whole_allowance_is_some_seconds_and_megabytes(source):
-    start, (error, peak) = time.monotonic(), peak_bytes(lambda: render(source))
-    assert "it asks for more than the 100" in str(
-        error
-    ) or "it takes more than the 5 seconds" in str(error)
-    assert peak < 200e6
-    assert time.monotonic() - start < 60
-
-
-def test_a_template_has_a_deadline(monkeypatch):
-    monkeypatch.setattr(template, "DEADLINE", 0.2)
-    source = (
-        "{% set r = range(100000) %}"
-        + "{% for i in r %}{% for j in r if false %}{% endfor %}{% endfor %}"
-    )
-    start = time.monotonic()
-    assert "it takes more than the 0.2 seconds that a chat template may take" in message(
-        ValueError, render, source
-    )
-    assert time.monotonic() - start < 10
-
-
-def test_an_operation_is_estimated_as_large_as_it_is():
-    assert len(render("{{ '-' * 999999 }}")) == 999_999
-    assert (
-        len(
-            render(
-                "{{ '-' * 299999 }}{{ 'ab'.join(['c'] * 9999) }}{{ ('a' * 199999)|replace('a', 'bc') }}"
-            )
-        )
-        == 729_992
-    )
-
-
-def test_the_limits_are_quoted():
-    assert message(ValueError, render, "{{ 'a' * 10**9 }}").startswith(
-        "the chat template failed: SecurityError: it asks for more than the 100"
-    )
-    assert (
-        message(ValueError, render, "x" * 70000)
-        == "the chat template has 70000 characters; more than 65536 are refused"
-    )
-
-
-def test_what_a_template_says_is_printed_safely():
-    assert message(ValueError, render, "{{ raise_exception('no \x1b[31m\n way') }}") == (
-        r"the chat template failed: TemplateError: no \x1b[31m\n way"
-    )
-
-
-@pytest.mark.parametrize(
-    ("source", "text"),
-    [
-        (
-            "{% for m in messages[1:] %}{{ m.role ~ ':' + m['content']|trim }}{% endfor %}",
-            "assistant:hello",
-        ),
-        (
-            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-            "2",
-        ),
-        ("{% macro f(x, y=2) %}{{ x }}{{ y }}{% endmacro %}{{ f(1) }}{{ f(3, y=4) }}", "1234"),
-        (
-            "{% for m in messages %}{{ loop.index }}{% if loop.first %}{% continue %}{% endif %}x{% break %}{% endfor %}",
-            "12x",
-        ),
-        ("{{ messages|map(attribute='role')|join(',') }}", "user,assistant"),
-        ("{{ messages|selectattr('role', 'equalto', 'user')|list|length }}", "1"),
-        ("{{ 'a<b>' | tojson }}", '"a<b>"'),
-        ("{{ {'a': [1, 'é']} | tojson(indent=2) }}", '{\n  "a": [\n    1,\n    "é"\n  ]\n}'),
-        ("{{ 'a,b'.split(',')[-1].upper() }}{{ 'abc'[::-1] }}{{ '%05.1f' % 2.5 }}", "Bcba002.5"),
-        (
-            "{{ 'x'.join(['a', 'b']) }}{{ 'aba'.replace('a', 'cc') }}{{ 'aba'|replace('b', '-') }}",
-            "axbccbcca-a",
-        ),
-        (
-            "{{ 2 ** 10 + 7 // 2 - 7 % 4 }}{{ [1, 2] + [3] }}{{ 'ab' * 2 }}{{ -1.5 }}",
-            "1024[1, 2, 3]abab-1.5",
-        ),
-        (
-            "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}{{ (1, 2)|first }}{{ 'a'|default('b') }}{{ nothing|default('c') }}",
-            "a11ac",
-        ),
-        (
-            "{{ bos_token }}{{ add_generation_prompt }}{{ 'a' in 'abc' }}{{ messages[0]['missing'] }}",
-            "<s>TrueTrue",
-        ),
-        (
-            "{% set ns = namespace(a=1) %}{% set ns.a %}x{% endset %}{% set ns.b, y = 2, 3 %}{{ ns.a }}{{ ns.b }}{{ y }}",
-            "x23",
-        ),
-        (
-            "{% set x %}a{{ 1 }}{% endset %}{{ x }}{% filter upper %}b{% endfilter %}{% if messages is iterable %}c{% endif %}",
-            "a1Bc",
-        ),
-        ("{{ 'a\nb'|indent(2) }}{% call(x) f() %}{% endcall %}", None),
-        ("{{ strftime_now('%Y')|length }}", "4"),
-    ],
-)
-def test_what_templates_use_still_works(source, text):
-    if text is None:
-        assert "is undefined" in message(ValueError, render, source)
-    else:
-        assert render(source) == text
-
-
-def test_a_long_conversation_is_no_attack():
-    long = [{"role": "user", "content": "word " * 2000}] * 200
-    assert (
-        len(template.render(fuzz.PHI3_TEMPLATE, long, {"add_generation_prompt": True})) > 2_000_000
-    )
-    grows = "{% set ns = namespace(x='') %}{% for m in messages %}{% set ns.x = ns.x + m.content %}{% endfor %}{{ ns.x|trim }}"
-    assert len(template.render(grows, long, {})) == 1_999_999
-
-
 # ------------------------------------------------------------------------------------------- fuzz
 
 
@@ -1221,15 +920,6 @@ def test_mutated_folders(worker, number):
 def test_many_mutated_folders(worker, number):
     """In the set that this machine gets; scripts/fuzz.py goes on for as long as it is asked to."""
     check_case(worker, number)
-
-
-@settings(max_examples=200, **FUZZ)
-@given(source=st.lists(st.sampled_from(fuzz.SNIPPETS), min_size=1, max_size=8).map("".join))
-def test_templates_of_pieces(source):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        error = fuzz.attempt(lambda: render(source))
-    assert error is None or isinstance(error, npllm.NpllmError)
 
 
 def test_the_fuzzer_sees_what_it_looks_for(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import pytest
 from close import close
 
 from npllm import ops
-from npllm.analysis import report
+from npllm.analysis import inspect
 from npllm.checkpoints.phi3_layout import expected_shapes, load_params
 from npllm.config.config import Config
 from npllm.models import rope
@@ -430,7 +430,7 @@ def test_facts_of_a_29_gigabyte_checkpoint_come_at_once_from_the_headers_alone(
     folder = _write_holes(tmp_path, 6)
     monkeypatch.setattr(np, "memmap", lambda *_, **__: pytest.fail("a tensor was mapped"))
     with touches_at_most(2**24):
-        facts = report.checkpoint_facts(folder)
+        facts = inspect.checkpoint_facts(folder)
     assert (facts["parameters"], facts["bytes"], facts["files"]) == (
         PARAMETERS["phi-4"],
         2 * PARAMETERS["phi-4"],

@@ -202,9 +202,9 @@ def test_usage_errors_say_what_is_wrong_and_end_with_2(folder, index, tmp_path):
     for arguments, message in [
         ((inputs, tmp_path / "missing.npz"), "cannot be read"),
         ((inputs, tmp_path / "two.npz"), "must hold one array, or one called output"),
-        ((inputs, tmp_path / "text.npz"), "is no .npz file"),
-        ((inputs, tmp_path / "text.safetensors"), "is no .safetensors file"),
-        ((inputs, tmp_path / "pickled.npy"), "is no .npy file"),
+        ((inputs, tmp_path / "text.npz"), "is not a .npz file"),
+        ((inputs, tmp_path / "text.safetensors"), "is not a .safetensors file"),
+        ((inputs, tmp_path / "pickled.npy"), "is not a .npy file"),
         ((inputs, tmp_path / "right.bin"), "suffix must be"),
         ((tmp_path / "right.npy", tmp_path / "right.npy"), "missing: gate_up"),
     ]:

@@ -22,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 import npllm
 from npllm import Tokenizer
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
-from npllm.text.tokenizer import Detokenizer
+from npllm.text.stream import Detokenizer
 
 REAL = Path(
     os.environ.get(

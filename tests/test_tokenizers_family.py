@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from nasty import FAMILY, MESSAGES, make_folder, strings
 
 from npllm.errors import NpllmValueError
-from npllm.text.tokenizer import Detokenizer, Tokenizer
+from npllm.text.stream import Detokenizer
+from npllm.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = Path(os.environ.get("NPLLM_TOKENIZERS", ROOT.parent / "shared" / "tokenizers"))

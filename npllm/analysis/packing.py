@@ -1,20 +1,30 @@
 """Packing: several documents in one row, so that no computation is spent on padding."""
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import numpy as np
 
 from npllm import ops
 from npllm.arrays import to_numpy
 from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmValueError
+from npllm.model import Model
 from npllm.models import rope
 
 __all__ = ["pack", "score_packed", "utilisation"]
 
+Array = Any
+Rows = list[list[int]]  # the documents of each row, by number
 
-def pack(lengths, capacity):
-    """Put documents into as few rows as first-fit decreasing finds.
+DEFAULT_CAPACITY = 512  # least tokens of a row, where the caller names none
 
-    The longest document comes first; each goes into the first row that still has room for it.
+
+def pack(lengths: Sequence[int], capacity: int) -> Rows:
+    """Assign documents to rows by first-fit decreasing.
+
+    Documents are taken in order of decreasing length; each goes into the first row with enough free
+    slots.
 
     Parameters
     ----------
@@ -26,7 +36,7 @@ def pack(lengths, capacity):
     Returns
     -------
     rows : list of list of int
-        Which documents stand in each row, in order.
+        The documents of each row, by number, in order.
 
     Raises
     ------
@@ -35,25 +45,26 @@ def pack(lengths, capacity):
 
     Notes
     -----
-    At most 11/9 of the best number of rows, plus 6/9.
+    Uses at most 11/9 of the minimum number of rows, plus 6/9.
 
     Source: "Near-Optimal Bin Packing Algorithms" (Johnson 1973); "Efficient Sequence Packing"
     (Krell et al. 2021).
     """
     _check_lengths(lengths, capacity)
-    rows, room = [], []
+    rows: Rows = []
+    free: list[int] = []  # free slots of each row
     for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        fits = next((row for row, left in enumerate(room) if left >= lengths[number]), None)
-        if fits is None:
+        row = next((row for row, n in enumerate(free) if n >= lengths[number]), None)
+        if row is None:
+            row = len(rows)
             rows.append([])
-            room.append(capacity)
-            fits = len(rows) - 1
-        rows[fits].append(number)
-        room[fits] -= lengths[number]
+            free.append(capacity)
+        rows[row].append(number)
+        free[row] -= lengths[number]
     return rows
 
 
-def _check_lengths(lengths, capacity):
+def _check_lengths(lengths: Sequence[int], capacity: int) -> None:
     for number, length in enumerate(lengths):
         if not 1 <= length <= capacity:
             raise NpllmValueError(
@@ -61,17 +72,20 @@ def _check_lengths(lengths, capacity):
             )
 
 
-def utilisation(rows, lengths):
-    """Tell which part of the computed slots holds tokens, when every row is as long as the longest
-    one.
-    """
+def utilisation(rows: Rows, lengths: Sequence[int]) -> float:
+    """Compute the share of slots that hold tokens, when all rows have the length of the longest."""
     filled = [sum(lengths[number] for number in row) for row in rows]
     return sum(filled) / (len(filled) * max(filled)) if filled else 1.0
 
 
-def score_packed(model, documents, *, capacity=None, n_rows=4):
-    """Score documents token by token, several to a row: the log-probability of each token after
-    those before it.
+def score_packed(
+    model: Model,
+    documents: Sequence[Any],
+    *,
+    capacity: int | None = None,
+    n_rows: int = 4,
+) -> list[Array]:
+    """Compute the log-probability of each token of many documents, several in a row.
 
         score[t] = log softmax(logits after tokens 0 ... t-1)[token t],   t = 1 ... n - 1
 
@@ -81,9 +95,9 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
     documents : list of list of int, or list of str
         Token ids, or texts.
     capacity : int, optional
-        Tokens of a row; default: the longest document, at least 512.
+        Tokens of a row; default: the longest document, at least 512 where the context allows.
     n_rows : int
-        Rows that are computed at a time.
+        Rows of one forward pass.
 
     Returns
     -------
@@ -97,84 +111,93 @@ def score_packed(model, documents, *, capacity=None, n_rows=4):
 
     Notes
     -----
-    Each document gets its own positions (0 ...) and sees only itself (`ops.mask.documents`), so the
-    scores are those it has alone.  That holds for mask rules of the distance i - j (causal,
-    windows, bands, strides); a rule that goes by absolute slots (fixed, block_local, global_tokens,
-    random_blocks, prefix_lm) means other slots in a packed row.
+    Each document gets its own positions (0 ...) and sees only itself (`ops.mask.documents`), so its
+    scores equal those it has alone.  This holds for mask rules of the distance i - j (causal,
+    windows, bands, strides).  A rule of absolute slots (fixed, block_local, global_tokens,
+    random_blocks, prefix_lm) refers to other slots in a packed row.
 
     Source: "Efficient Sequence Packing without Cross-contamination" (Krell et al. 2021).
     """
-    rules = [
-        model.mask_rule(layer) for layer in range(model.config.num_hidden_layers)
-    ]  # refused by an encoder
-    ids = [
-        model.require_tokenizer().encode(d) if isinstance(d, str) else [int(i) for i in d]
-        for d in documents
-    ]
-    lengths = list(map(len, ids))
-    capacity = (
-        min(max([512, *lengths]), model.config.context_length) if capacity is None else capacity
-    )
+    n_layer = model.config.num_hidden_layers
+    rules = [model.mask_rule(layer) for layer in range(n_layer)]  # an encoder raises here
+    ids = [_document_ids(model, document) for document in documents]
+    lengths = [len(document) for document in ids]
+    if capacity is None:
+        capacity = min(max([DEFAULT_CAPACITY, *lengths]), model.config.context_length)
     _check_lengths(lengths, capacity)
-    rows = _pack_alike(
-        lengths, capacity, [rope.frequency_choice(model.config, length) for length in lengths]
-    )
-    scores = [None] * len(ids)
+    variants = [rope.frequency_choice(model.config, length) for length in lengths]
+    rows = _pack_by_variant(lengths, capacity, variants)
+    scores: list[Array] = [None] * len(ids)
     for start in range(0, len(rows), n_rows):
         for number, score in _score_rows(model, rules, rows[start : start + n_rows], ids):
             scores[number] = score
     return scores
 
 
-def _pack_alike(lengths, capacity, choices):
-    """Pack documents by themselves that use the same RoPE frequencies: a row has one set, and
-    longrope goes by the length.
+def _document_ids(model: Model, document: Any) -> list[int]:
+    """Token ids of a text or of ids."""
+    if isinstance(document, str):
+        return model.require_tokenizer().encode(document)
+    return [int(i) for i in document]
+
+
+def _pack_by_variant(lengths: list[int], capacity: int, variants: list[Any]) -> Rows:
+    """Pack documents that use the same RoPE frequencies: a row has one set of them, and longrope
+    chooses it by the length.
     """
-    rows = []
-    for choice in sorted(set(choices)):
-        alike = [number for number, other in enumerate(choices) if other == choice]
-        rows += [
-            [alike[n] for n in row] for row in pack([lengths[number] for number in alike], capacity)
-        ]
+    rows: Rows = []
+    for variant in sorted(set(variants)):
+        numbers = [number for number, other in enumerate(variants) if other == variant]
+        packed = pack([lengths[number] for number in numbers], capacity)
+        rows += [[numbers[n] for n in row] for row in packed]
     return rows
 
 
-def layout(rows, ids):
-    """Lay documents out in rows: token ids, positions that restart, and a label for each document
-    (0 for the empty rest).
+def layout(rows: Rows, ids: list[list[int]]) -> tuple[Array, Array, Array]:
+    """Write documents into rows.
 
     Returns
     -------
     tokens, positions, labels : integer array [n_batch, n_seq]
+        Token ids; positions, which restart at each document; 1 ... for the documents of a row, 0
+        for its unused slots.
     """
     n_seq = max(sum(len(ids[number]) for number in row) for row in rows)
     tokens, positions, labels = np.zeros((3, len(rows), n_seq), dtype=np.int64)
     for r, row in enumerate(rows):
-        start = 0
-        for label, number in enumerate(row, 1):
-            stop = start + len(ids[number])
-            tokens[r, start:stop], positions[r, start:stop], labels[r, start:stop] = (
-                ids[number],
-                np.arange(stop - start),
-                label,
-            )
-            start = stop
+        for label, (number, slots) in enumerate(_spans(row, ids), 1):
+            tokens[r, slots] = ids[number]
+            positions[r, slots] = np.arange(len(ids[number]))
+            labels[r, slots] = label
     return tokens, positions, labels
 
 
-def _score_rows(model, rules, rows, ids):
-    """Run some packed rows through the model; yield (document, its scores)."""
+def _spans(row: list[int], ids: list[list[int]]) -> Iterator[tuple[int, slice]]:
+    """Yield each document of a row with its slots."""
+    start = 0
+    for number in row:
+        stop = start + len(ids[number])
+        yield number, slice(start, stop)
+        start = stop
+
+
+def _score_rows(
+    model: Model, rules: list[Any], rows: Rows, ids: list[list[int]]
+) -> Iterator[tuple[int, Array]]:
+    """Run packed rows through the model; yield (document, its scores)."""
     tokens, positions, labels = layout(rows, ids)
-    apart = ops.mask.documents(model.to_backend(labels))
-    packed = model.with_mask([rule & apart for rule in rules])
+    separate = ops.mask.documents(model.to_backend(labels))
+    packed = model.with_mask([rule & separate for rule in rules])
     hidden = packed.model(tokens, position_ids=positions)
     for r, row in enumerate(rows):
-        start = 0
-        for number in row:
-            stop = start + len(ids[number])
-            logits = to_numpy(model.lm_head(hidden[r, start : stop - 1, :])).astype(np.float64)
+        for number, slots in _spans(row, ids):
+            logits = to_numpy(model.lm_head(hidden[r, slots.start : slots.stop - 1, :]))
             check_scores(logits, "the model's logits", FROM_MODEL)
-            largest = logits.max(axis=-1, keepdims=True) if stop - start > 1 else 0.0
-            log_sum = np.log(np.exp(logits - largest).sum(axis=-1)) + np.squeeze(largest)
-            yield number, logits[np.arange(stop - start - 1), ids[number][1:]] - log_sum
-            start = stop
+            yield number, _log_probs(logits.astype(np.float64), ids[number][1:])
+
+
+def _log_probs(logits: Array, targets: list[int]) -> Array:
+    """Entry targets[t] of log_softmax(logits[t]); empty for no row."""
+    if not targets:
+        return np.zeros(0)
+    return ops.log_softmax(logits)[np.arange(len(targets)), targets]

@@ -1,6 +1,9 @@
-"""Pictures: the mask rules side by side, and the weights of a head as a heat map.  Needs
-matplotlib, `npllm[plot]`.
+"""Plots: the mask rules side by side, and attention weights as heat maps.  Needs matplotlib,
+`npllm[plot]`.
 """
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,9 +12,11 @@ from npllm.ops import mask
 
 __all__ = ["draw_masks", "draw_weights", "example_rules"]
 
+Array = Any
 
-def example_rules(n):
-    """Name one example of every rule, scaled to n slots.
+
+def example_rules(n: int) -> dict[str, Any]:
+    """Return one example of every rule by its name, scaled to n slots.
 
     Parameters
     ----------
@@ -47,13 +52,15 @@ def example_rules(n):
     }
 
 
-def draw_masks(path, rules=None, n=32, columns=4):
-    """Draw what every query sees of every key, one panel a rule.
+def draw_masks(
+    path: str | Path, rules: dict[str, Any] | None = None, n: int = 32, columns: int = 4
+) -> None:
+    """Draw which keys each query sees, one panel for each rule.
 
     Parameters
     ----------
     path : str or Path
-        Where the picture goes; the ending says of which kind.
+        The file to write; its suffix chooses the format.
     rules : dict of str to Rule, optional
         Default: `example_rules(n)`.
     n : int
@@ -67,30 +74,32 @@ def draw_masks(path, rules=None, n=32, columns=4):
         When matplotlib is not installed.
     """
     rules = example_rules(n) if rules is None else rules
-    slots = np.arange(n)
     lines = -(-len(rules) // columns)
     figure = _figure((2.4 * columns, 2.6 * lines))
     for number, (name, rule) in enumerate(rules.items(), 1):
-        axes = figure.add_subplot(lines, columns, number)
-        visible = np.asarray(rule(slots[:, None], slots[None, :])).reshape(-1, n, n)[0]
-        axes.imshow(visible, cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
-        axes.set_title(f"{name}\n{visible.mean():.0%} visible", fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_xlabel("key slot", fontsize=7)
-        axes.set_ylabel("query slot", fontsize=7)
+        _draw_rule(figure.add_subplot(lines, columns, number), name, rule, np.arange(n))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
-def draw_weights(path, weights, tokens, title=""):
-    """Draw attention weights as a heat map, or a grid of them.
+def _draw_rule(axes: Any, name: str, rule: Any, slots: Array) -> None:
+    visible = np.asarray(rule(slots[:, None], slots[None, :])).reshape(-1, *slots.shape * 2)[0]
+    axes.imshow(visible, cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
+    axes.set_title(f"{name}\n{visible.mean():.0%} visible", fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel("key slot", fontsize=7)
+    axes.set_ylabel("query slot", fontsize=7)
+
+
+def draw_weights(path: str | Path, weights: Array, tokens: list[str], title: str = "") -> None:
+    """Draw attention weights as a heat map, or as a grid of heat maps.
 
     Parameters
     ----------
     path : str or Path
     weights : array [n_seq, n_ctx]
-        Or [n_head, n_seq, n_ctx]: one panel a head.
+        Or [n_head, n_seq, n_ctx]: one panel for each head.
     tokens : list of str
         n_ctx texts.
     title : str
@@ -110,21 +119,26 @@ def draw_weights(path, weights, tokens, title=""):
         axes.imshow(panel, cmap="Blues", vmin=0, vmax=1)
         if len(panels) > 1:
             axes.set_title(f"head {number}", fontsize=8)
-        names = [repr(token)[1:-1] for token in tokens] if len(panels) == 1 else []
-        last = names[-panel.shape[0] :]  # the queries are the last of the keys
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
-        axes.set_yticks(range(len(last)), last, fontsize=7, parse_math=False)
+        _label_tokens(axes, [] if len(panels) > 1 else tokens, len(panel))
     figure.suptitle(title, fontsize=9, parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
-def _figure(size):
-    """An empty figure that draws to files, on a machine without a screen too."""
+def _label_tokens(axes: Any, tokens: list[str], n_seq: int) -> None:
+    """Write the keys below a panel and the queries, the last n_seq of them, beside it."""
+    names = [repr(token)[1:-1] for token in tokens]
+    queries = names[-n_seq:]
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+    axes.set_yticks(range(len(queries)), queries, fontsize=7, parse_math=False)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    """Create an empty figure that is saved to a file and needs no display."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
-            f'pictures need matplotlib ({error}); pip install "npllm[plot]"'
+            f'plots need matplotlib ({error}); pip install "npllm[plot]"'
         ) from error
     return Figure(figsize=size)

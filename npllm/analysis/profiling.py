@@ -1,8 +1,8 @@
-"""Where the time of a model goes: every operation of a run, beside what the machine could do.
+"""The time of every operation of a run, beside the limits of the machine.
 
-An operation that does F operations and moves B bytes takes at least max(F / sgemm, B / read)
-seconds, where sgemm and read are the machine's own rates, measured by `machine_limits`; that bound
-over the time it took is its share of the limit.
+An operation of F flops that moves B bytes takes at least max(F / sgemm, B / read) seconds; sgemm
+and read are the machine's own rates, measured by `machine_limits`.  Its share of the limit is this
+bound over the measured time.
 
 Source: "Roofline: An Insightful Visual Performance Model for Multicore Architectures" (Williams,
 Waterman and Patterson 2009).
@@ -11,23 +11,38 @@ Waterman and Patterson 2009).
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from npllm import kernels
 from npllm.analysis.cost import COUNTS, bytes_moved
+from npllm.analysis.limits import machine_limits, seconds
 from npllm.arrays import array_namespace, to_numpy
 from npllm.errors import NpllmValueError
+from npllm.model import Model
 from npllm.ops import Ops, split_qkv
-from npllm.threads import run_blocks
 
-__all__ = ["machine_limits", "profile", "timed_ops"]
+__all__ = ["machine_limits", "profile", "seconds", "timed_ops"]
+
+Array = Any
+Calls = dict[tuple[str, tuple[int, ...] | None], Any]  # (op, shape of its weight) -> see timed_ops
+
+TAKEN_APART = {"attention_block", "mlp_block", "decoder_layers"}
+"""Slots that are left empty, so that each product gets a row of its own."""
 
 
-def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
+def profile(
+    model: Model,
+    *,
+    n_prompt: int = 51,
+    n_new: int = 8,
+    repeat: int = 3,
+    limits: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Measure every operation of a prefill and of decoding.
 
     Parameters
@@ -36,16 +51,15 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
     n_prompt, n_new, repeat, seed : int
         Random ids; medians over `repeat` runs after a warm-up, and over the new tokens.
     limits : dict, optional
-        From `machine_limits`; None: measured now, on the CPU, and left out on a GPU.
+        From `machine_limits`; None: measured now on a CPU, left out on a GPU.
 
     Returns
     -------
     facts : dict
         "limits", and for "prefill" and "decode": "seconds" of the whole (one token of decoding),
         and "ops", a list of dicts with "op", shape of its "weight", "calls", "seconds", "share" of
-        the whole, "bytes", "flops" and share "of_limit" (None without limits); "between_seconds" is
-        what no op accounts for: the Python between them, less what a set saves that runs all layers
-        as one kernel.
+        the whole, "bytes", "flops" and share "of_limit" (None without limits).  "between_seconds"
+        is the rest: Python between the operations, minus what a kernel over all layers saves.
 
     Raises
     ------
@@ -54,36 +68,44 @@ def profile(model, *, n_prompt=51, n_new=8, repeat=3, limits=None, seed=0):
 
     Notes
     -----
-    "seconds" is of runs without the wrappers, so that measuring is not measured.
+    "seconds" comes from runs without the wrappers, so that it excludes the cost of measuring.
     """
     if min(n_prompt, n_new, repeat) < 1:
         raise NpllmValueError(
             f"n_prompt, n_new and repeat must be at least 1, got {n_prompt}, {n_new} and {repeat}"
         )
-    xp = array_namespace(model.params.embed_tokens)
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt + n_new))
-    timed, calls = timed_ops(model.ops, getattr(xp, "cuda", None))
-    watched = type(model)(model.config, model.params, ops=timed, mask=model.mask)
-    phases = {"prefill": [], "decode": []}
-    for _ in range(repeat + 1):
-        plain = _run_phases(model, ids, n_prompt, {})
-        seen = _run_phases(watched, ids, n_prompt, calls)
-        for name, runs in phases.items():
-            runs.append((plain[name][0], seen[name][1]))
-    if limits is None and xp is np:
+    runs = _measure(model, ids, n_prompt, repeat)
+    if limits is None and array_namespace(model.params.embed_tokens) is np:
         limits = machine_limits()
-    counts = {"prefill": 1, "decode": n_new}
     return {
         "n_prompt": n_prompt,
         "n_new": n_new,
         "repeat": repeat,
         "set": model.ops.name,
         "limits": limits,
-        **{name: _summary(runs[1:], counts[name], limits) for name, runs in phases.items()},
+        "prefill": _summary(runs["prefill"], 1, limits),
+        "decode": _summary(runs["decode"], n_new, limits),
     }
 
 
-def _run_phases(model, ids, n_prompt, calls):
+def _measure(model: Model, ids: Array, n_prompt: int, repeat: int) -> dict[str, list[Any]]:
+    """Phase -> (seconds of a run without wrappers, calls of a run with them), `repeat` times."""
+    xp = array_namespace(model.params.embed_tokens)
+    timed, calls = timed_ops(model.ops, getattr(xp, "cuda", None))
+    watched = type(model)(model.config, model.params, ops=timed, mask=model.mask)
+    phases: dict[str, list[Any]] = {"prefill": [], "decode": []}
+    for _ in range(repeat + 1):
+        plain = _run_phases(model, ids, n_prompt, {})
+        seen = _run_phases(watched, ids, n_prompt, calls)
+        for name, runs in phases.items():
+            runs.append((plain[name][0], seen[name][1]))
+    return {name: runs[1:] for name, runs in phases.items()}  # without the warm-up
+
+
+def _run_phases(
+    model: Model, ids: Array, n_prompt: int, calls: Calls
+) -> dict[str, tuple[float, Calls]]:
     """Seconds and calls of a prefill, and of decoding the rest token by token."""
     cache, phases = model.new_cache(), {}
     spans = [slice(0, n_prompt)] + [slice(at, at + 1) for at in range(n_prompt, ids.shape[1])]
@@ -92,47 +114,49 @@ def _run_phases(model, ids, n_prompt, calls):
         start = time.perf_counter()
         for span in part:
             to_numpy(model(ids[:, span], cache=cache, logits_to_keep=1))
-        phases[name] = (
-            time.perf_counter() - start,
-            {key: tuple(call) for key, call in calls.items()},
-        )
+        took = time.perf_counter() - start
+        phases[name] = (took, {key: tuple(call) for key, call in calls.items()})
     return phases
 
 
-def _summary(runs, n_step, limits):
-    """The table of one phase, from (seconds, calls) of each run; everything for one step."""
-    seconds = statistics.median(run[0] for run in runs) / n_step
+def _summary(
+    runs: list[tuple[float, Calls]], n_step: int, limits: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The table of one phase, for one step, from (seconds, calls) of each run."""
+    whole = statistics.median(run[0] for run in runs) / n_step
     rows = []
     for op, shape in runs[0][1]:
-        n_call, _, flops, moved = runs[0][1][op, shape]
+        n_call, _, flops, moved = (x / n_step for x in runs[0][1][op, shape])
         took = statistics.median(run[1][op, shape][1] for run in runs) / n_step
-        least = limits and max(flops / limits["flops"], moved / limits["read"]) / n_step
+        least = max(flops / limits["flops"], moved / limits["read"]) if limits else None
         rows.append(
             {
                 "op": op,
                 "weight": shape,
-                "calls": n_call / n_step,
+                "calls": n_call,
                 "seconds": took,
-                "share": took / seconds,
-                "bytes": moved / n_step,
-                "flops": flops / n_step,
-                "of_limit": least and least / took,
+                "share": took / whole,
+                "bytes": moved,
+                "flops": flops,
+                "of_limit": None if least is None else least / took,
             }
         )
     rows.sort(key=lambda row: -row["seconds"])
-    between = seconds - sum(row["seconds"] for row in rows)
-    return {"seconds": seconds, "ops": rows, "between_seconds": between}
+    between = whole - sum(row["seconds"] for row in rows)
+    return {"seconds": whole, "ops": rows, "between_seconds": between}
 
 
-def timed_ops(ops, cuda=None):
-    """Wrap a set of ops so that it times and counts each call; layers and their halves are taken
-    apart, other slots stay whole.
+def timed_ops(ops: Ops, cuda: Any = None) -> tuple[Ops, Calls]:
+    """Wrap a set of operations so that it times and counts each call.
+
+    The slots of a whole layer, of its halves and of all layers are emptied; the other slots stay.
 
     Parameters
     ----------
     ops : Ops
     cuda : module, optional
-        `cupy.cuda`: the clock then waits for the device, so that a call's work is its own.
+        `cupy.cuda`: synchronises the device before and after each call, so that the time is that of
+        the call's own work.
 
     Returns
     -------
@@ -141,18 +165,20 @@ def timed_ops(ops, cuda=None):
         (op, shape of the weight or None) -> [calls, seconds, operations, bytes moved]; empty at
         first.
     """
-    calls = defaultdict(lambda: [0, 0.0, 0, 0])
+    calls: Calls = defaultdict(lambda: [0, 0.0, 0, 0])
 
-    def wrap(name, op):
-        def timed(*args, **options):
-            if cuda is not None:
-                cuda.Device().synchronize()
+    def synchronize() -> None:
+        if cuda is not None:
+            cuda.Device().synchronize()
+
+    def wrap(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            synchronize()
             start = time.perf_counter()
             y = op(*args, **options)
             if y is NotImplemented:
                 return y
-            if cuda is not None:
-                cuda.Device().synchronize()
+            synchronize()
             took = time.perf_counter() - start
             call = calls[name, _weight_shape(name, args)]
             for place, value in enumerate((1, took, *count(name, args, options, y))):
@@ -161,118 +187,58 @@ def timed_ops(ops, cuda=None):
 
         return timed
 
-    apart = {
-        "attention_block",
-        "mlp_block",
-        "decoder_layers",
-    }  # each product is to have a row of its own
-    kept = {name: None if name in apart else getattr(ops, name) for name in Ops.names()}
-    wrapped = {name: op and wrap(name, op) for name, op in kept.items()}
+    kept = {name: getattr(ops, name) for name in Ops.names() if name not in TAKEN_APART}
+    wrapped: dict[str, Any] = dict.fromkeys(TAKEN_APART)
+    wrapped |= {name: op and wrap(name, op) for name, op in kept.items()}
     return replace(ops, **wrapped), calls
 
 
-def count(name, args, options, y):
-    """Operations and bytes of a call, as `npllm.analysis.cost` counts; values inside a slot are not
-    moved.
+def _weight_shape(name: str, args: tuple[Any, ...]) -> tuple[int, ...] | None:
+    place = {"linear": 1, "norm_linear": 3, "norm_swiglu": 3, "linear_add": 1}.get(name)
+    return None if place is None else tuple(args[place].shape)
+
+
+def count(name: str, args: tuple[Any, ...], options: dict[str, Any], y: Any) -> tuple[int, int]:
+    """Count operations and bytes of a call, as `npllm.analysis.cost` does; values inside a slot
+    move no bytes.
     """
     if name == "rope_attention":
         qkv, step = args
-        return _count_rope_attention(qkv, *step[:4], y=y, mask=step.mask, cache=step.cache)
+        return _count_rope_attention(qkv, step, y)
+    return _flops(name, args, options, y), bytes_moved(name, args, options, y)
+
+
+def _flops(name: str, args: tuple[Any, ...], options: dict[str, Any], y: Any) -> int:
+    """Operations of a call of any operation, or slot, but rope_attention."""
     if name in ("norm_linear", "norm_swiglu"):
         x, _gain, _eps, *rest = args
-        flops = (
-            COUNTS["rms_norm"](x)
-            + COUNTS["linear"](x, *rest)
-            + (5 * y.size if name == "norm_swiglu" else 0)
-        )
-    elif name == "linear_add":
+        activation = 5 * y.size if name == "norm_swiglu" else 0
+        return COUNTS["rms_norm"](x) + COUNTS["linear"](x, *rest) + activation
+    if name == "linear_add":
         x, weight, _residual, *bias = args
-        flops = COUNTS["linear"](x, weight, *bias)
-    else:
-        flops = COUNTS[name](*args, **options) if name in COUNTS else 0
-    return flops, bytes_moved(name, args, options, y)
+        return COUNTS["linear"](x, weight, *bias)
+    return COUNTS[name](*args, **options) if name in COUNTS else 0
 
 
-def _count_rope_attention(qkv, cos, sin, n_head, n_kv_head, *, y, mask, cache):
-    """The rotation of queries and keys, and the pairs that the mask lets through; the keys and
-    values of all slots are read.
+def _count_rope_attention(qkv: Array, step: Any, y: Array) -> tuple[int, int]:
+    """Count the rotation of queries and keys, and the visible pairs; keys and values of all slots
+    are read.
     """
+    cos, sin, n_head, n_kv_head = step[:4]
     q, k, _ = split_qkv(qkv, n_head, n_kv_head)
-    n_past = 0 if cache is None else cache.n_ctx
-    shape = (*k.shape[:-2], n_past + k.shape[-2], k.shape[-1])
-    keys = np.broadcast_to(np.float32(0), shape)
+    n_past = 0 if step.cache is None else step.cache.n_ctx
+    n_seq, d_head = k.shape[-2:]
+    n_ctx = n_past + n_seq
+    keys = np.broadcast_to(np.float32(0), (*k.shape[:-2], n_ctx, d_head))
+    slots = {"q_slots": range(n_past, n_ctx), "k_slots": range(n_ctx)}
     flops = sum(COUNTS["apply_rope"](x, cos, sin) for x in (q, k))
-    flops += COUNTS["attention"](
-        q, keys, keys, mask=mask, q_slots=range(n_past, shape[-2]), k_slots=range(shape[-2])
-    )
-    n_seen = (
-        n_past + k.shape[-2]
-        if cache is None or cache.window is None
-        else min(n_past, cache.window - 1) + k.shape[-2]
-    )
-    return flops, sum(x.nbytes for x in (qkv, cos, sin, y)) + 2 * prod(
-        k.shape[:-2]
-    ) * n_seen * k.shape[-1] * k.dtype.itemsize
+    flops += COUNTS["attention"](q, keys, keys, mask=step.mask, **slots)
+    n_read = 2 * prod(k.shape[:-2]) * _keys_read(step.cache, n_past, n_seq) * d_head
+    return flops, sum(x.nbytes for x in (qkv, cos, sin, y)) + n_read * k.dtype.itemsize
 
 
-def machine_limits():
-    """Measure what the machine can do: bytes/s read, by the best of several probes, and float32
-    operations/s of NumPy's product.
-
-    Returns
-    -------
-    limits : dict
-        "read" in bytes/s and "flops" in 1/s, the best of "read_probes" and of "sgemm" by size.
-    """
-    rng = np.random.default_rng(0)
-    sgemm, b = {}, rng.standard_normal((3072, 4096), dtype=np.float32)
-    for n in (256, 512, 1024):
-        a = rng.standard_normal((n, 3072), dtype=np.float32)
-        sgemm[f"{n} x 3072 x 4096"] = 2 * n * 3072 * 4096 / _median_seconds(lambda a=a: a @ b)
-    reads = _read_probes()
-    return {
-        "read": max(reads.values()),
-        "flops": max(sgemm.values()),
-        "read_probes": reads,
-        "sgemm": sgemm,
-    }
-
-
-def _read_probes(size=2**30):
-    """Bytes/s of reading a gigabyte that no cache holds: two sums by threads, BLAS, and the kernel
-    of decoding itself.
-    """
-    x = np.random.default_rng(0).standard_normal(size // 4, dtype=np.float32)
-    blocks, vector = np.split(x, 64), np.ones((1, 8192), np.float32)
-    matrix = x.view(np.uint16)
-    matrix &= 0x3FFF  # finite as bfloat16
-    matrix = matrix.view(ml_dtypes.bfloat16).reshape(-1, 8192)
-    probes = {
-        "maximum of float32 on all threads": lambda: run_blocks(np.max, blocks),
-        "sum of int64 on all threads": lambda: run_blocks(
-            lambda block: np.sum(block.view(np.int64)), blocks
-        ),
-        "sgemv of BLAS": lambda: x.reshape(-1, 8192) @ vector[0],
-    }
-    if kernels.compiled_ops() is not None:
-        probes["decoding's matrix-vector kernel, bfloat16"] = lambda: kernels.compiled_ops().linear(
-            vector, matrix
-        )
-    return {name: size / _median_seconds(probe) for name, probe in probes.items()}
-
-
-def _median_seconds(function, repeat=5):
-    function()
-    return statistics.median(seconds(function) for _ in range(repeat))
-
-
-def seconds(function):
-    """Time one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def _weight_shape(name, args):
-    place = {"linear": 1, "norm_linear": 3, "norm_swiglu": 3, "linear_add": 1}.get(name)
-    return None if place is None else tuple(args[place].shape)
+def _keys_read(cache: Any, n_past: int, n_seq: int) -> int:
+    """Keys of a sequence that attention reads: a cache with a window keeps its last ones."""
+    if cache is None or cache.window is None:
+        return n_past + n_seq
+    return min(n_past, cache.window - 1) + n_seq

@@ -1,11 +1,8 @@
-"""Scoring: how likely a model finds a text, token by token; and its perplexity, by windows that
-slide over a text of any length.
+"""Scoring: the log-probability of each token of a text, and the perplexity of a text of any length
+by a sliding window.
 """
 
-import contextlib
 import math
-import sys
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,42 +12,48 @@ from npllm.arguments import host_integers
 from npllm.arrays import is_integer, to_numpy
 from npllm.decision import FROM_MODEL, check_finite, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.model import Model
+from npllm.progress import progress_bar
 
 __all__ = ["Score", "Window", "perplexity", "score", "windows"]
 
-WINDOW = 2048  # tokens of a window, where nothing else is said and the context allows
-ROWS = 128  # positions whose logits are held at a time
+Array = Any
+
+WINDOW = 2048  # default tokens of a window, where the context allows
+ROWS = 128  # positions whose logits are in memory at a time
 
 
 class Score(NamedTuple):
     """Log-probabilities of the tokens of a text."""
 
-    ids: Any  # int64 [n]
-    log_probs: Any  # float64 [n - 1]: natural logarithm, of every token but the first
+    ids: Array  # int64 [n]
+    log_probs: Array  # float64 [n - 1]: natural logarithm, of every token but the first
 
     @property
-    def total(self):
+    def total(self) -> float:
         """The log-probability of the text after its first token: the sum."""
         return float(self.log_probs.sum())
 
     @property
-    def perplexity(self):
+    def perplexity(self) -> float:
         """`perplexity` of these log-probabilities."""
         return perplexity(self.log_probs)
 
 
 class Window(NamedTuple):
-    """A piece of a text that goes through the model at once, and where scoring begins in it."""
+    """Tokens start ... stop - 1 of a text, of one pass through the model."""
 
     start: int
     stop: int
-    first: int  # the first token that this window scores; those before it are context only
+    first: int  # the first token that this window scores; earlier ones are context only
 
 
-def windows(n, max_length, stride):
+def windows(n: int, max_length: int, stride: int) -> list[Window]:
     """Cut a text into overlapping windows, so that each token but the first is scored once.
 
-        window w = tokens w * stride ... min(w * stride + max_length, n) - 1;  it scores those that no earlier window holds
+        window w = tokens w * stride ... min(w * stride + max_length, n) - 1
+
+    Each window scores the tokens that no earlier window contains.
 
     Parameters
     ----------
@@ -59,9 +62,9 @@ def windows(n, max_length, stride):
     max_length : int
         Tokens of a window, at least 2.
     stride : int
-        By how much the next window is moved on, 1 ... max_length - 1.  Each token but the first
-        max_length is scored with at least max_length - stride tokens before it: 1 is the most
-        accurate, and the slowest.
+        Tokens from the start of a window to the start of the next, 1 ... max_length - 1.  Each
+        token after the first max_length is scored with at least max_length - stride tokens before
+        it: 1 is the most accurate and the slowest.
 
     Returns
     -------
@@ -70,19 +73,19 @@ def windows(n, max_length, stride):
     Raises
     ------
     NpllmValueError
-        When a window or the stride is too short, or the windows do not overlap.
+        When max_length or stride is out of range.
 
     Notes
     -----
-    Without an overlap the first token of a window would have nothing before it, and no score.
+    Windows must overlap: the first token of a window has no token before it, and so no score.
 
-    Source: "Perplexity of fixed-length models" in the documentation of Transformers, which weighs
+    Source: "Perplexity of fixed-length models" in the documentation of Transformers, which weights
     each window by one token too few.
     """
     if max_length < 2 or not 1 <= stride < max_length:
         raise NpllmValueError(
-            "max_length must be at least 2 and stride in 1 ... max_length - 1, so that windows overlap, got "
-            f"max_length = {max_length} and stride = {stride}"
+            "max_length must be at least 2 and stride in 1 ... max_length - 1, so that windows "
+            f"overlap, got max_length = {max_length} and stride = {stride}"
         )
     cuts, scored = [], 1
     for start in range(0, n, stride):
@@ -93,7 +96,14 @@ def windows(n, max_length, stride):
     return cuts
 
 
-def score(model, text, *, max_length=None, stride=None, progress=False):
+def score(
+    model: Model,
+    text: Any,
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    progress: bool = False,
+) -> Score:
     """Compute the log-probability of every token of a text after those before it.
 
         log_probs[t - 1] = log softmax(logits after tokens s ... t-1)[token t],   t = 1 ... n - 1
@@ -110,7 +120,7 @@ def score(model, text, *, max_length=None, stride=None, progress=False):
     stride : int, optional
         See `windows`; default: half of max_length.
     progress : bool
-        Show a bar on stderr where the tqdm package is installed and somebody looks.
+        Show a bar on stderr where it is a terminal and tqdm is installed.
 
     Returns
     -------
@@ -140,18 +150,19 @@ def score(model, text, *, max_length=None, stride=None, progress=False):
             f"{model.config.context_length}, got {max_length}"
         )
     cuts, parts = windows(len(ids), max_length, stride), []
-    with _progress_bar(len(ids) - 1, progress) as advance:
+    with progress_bar(len(ids) - 1, "scoring", unit="token", wanted=progress) as advance:
         for window in cuts:
             parts += _score_window(model, ids, window)
             advance(window.stop - window.first)
     return Score(ids, np.concatenate(parts))
 
 
-def perplexity(log_probs):
-    """Turn log-probabilities into perplexity: how many equally likely tokens the model wavers
-    between, on average.
+def perplexity(log_probs: Array) -> float:
+    """Compute the perplexity of scored tokens.
 
         perplexity = exp(-mean_t log_probs[t])
+
+    A uniform distribution over n tokens has perplexity n.
 
     Parameters
     ----------
@@ -161,7 +172,7 @@ def perplexity(log_probs):
     Returns
     -------
     perplexity : float
-        At least 1; infinite where a token was impossible.
+        At least 1; infinite where a token has probability 0.
 
     Raises
     ------
@@ -170,7 +181,7 @@ def perplexity(log_probs):
 
     Notes
     -----
-    Depends on the tokenizer: models with other vocabularies compare by bits per byte only.
+    Depends on the tokenizer: compare models of different vocabularies by bits per byte.
 
     Source: "Perplexity, a measure of the difficulty of speech recognition tasks" (Jelinek et al.
     1977).
@@ -185,38 +196,7 @@ def perplexity(log_probs):
     return math.exp(mean) if mean < 709 else math.inf
 
 
-def perplexity_facts(model, text, **options):
-    """Score a text and say what it took: what `npllm perplexity` reports.
-
-    Parameters
-    ----------
-    model : Model
-    text : str
-    **options
-        As in `score`.
-
-    Returns
-    -------
-    facts : dict
-        `bits_per_byte` spreads the log-probability over the bytes of the text in UTF-8;
-        tokens_per_second counts scored tokens.
-    """
-    begin = time.perf_counter()
-    scored = score(model, text, **options)
-    seconds = time.perf_counter() - begin
-    n = len(scored.log_probs)
-    return {
-        "perplexity": scored.perplexity,
-        "tokens": n + 1,
-        "scored_tokens": n,
-        "log_probability": scored.total,
-        "bits_per_byte": -scored.total / math.log(2) / len(text.encode()),
-        "seconds": seconds,
-        "tokens_per_second": n / seconds,
-    }
-
-
-def _ids(model, text):
+def _ids(model: Model, text: Any) -> Array:
     """Token ids [n] of a text or of ids."""
     ids = host_integers(
         "text", model.require_tokenizer().encode(text) if isinstance(text, str) else text
@@ -227,18 +207,19 @@ def _ids(model, text):
         )
     if len(ids) < 2:
         raise NpllmValueError(
-            f"a text must have at least 2 tokens to be scored (the first has nothing before it), got {len(ids)}"
+            "a text must have at least 2 tokens to be scored (no token precedes the first), "
+            f"got {len(ids)}"
         )
     return ids.astype(np.int64)
 
 
-def _score_window(model, ids, window):
-    """Log-probabilities of the tokens first ... stop - 1, each from the hidden state one place
-    before it, in blocks of rows.
+def _score_window(model: Model, ids: Array, window: Window) -> list[Array]:
+    """Log-probabilities of the tokens first ... stop - 1, in blocks of rows.
+
+    The hidden state at position t - 1 gives the logits of token t.
     """
-    hidden = model.model(ids[None, window.start : window.stop - 1])[
-        0, window.first - 1 - window.start :, :
-    ]
+    hidden = model.model(ids[None, window.start : window.stop - 1])
+    hidden = hidden[0, window.first - 1 - window.start :, :]
     targets, parts = ids[window.first : window.stop], []
     for start in range(0, len(targets), ROWS):
         logits = to_numpy(model.lm_head(hidden[start : start + ROWS, :]))
@@ -246,19 +227,3 @@ def _score_window(model, ids, window):
         wanted = targets[start : start + ROWS]
         parts.append(ops.log_softmax(logits)[np.arange(len(wanted)), wanted].astype(np.float64))
     return parts
-
-
-@contextlib.contextmanager
-def _progress_bar(total, wanted):
-    """Yield a function (n) that moves a bar on stderr; one that does nothing where tqdm is missing
-    or nobody looks.
-    """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        wanted = False
-    if not wanted or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with tqdm(total=total, desc="scoring", unit="token", leave=False) as bar:
-        yield bar.update

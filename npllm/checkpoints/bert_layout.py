@@ -1,8 +1,10 @@
 """The tensors of a BERT checkpoint, and how they become `BertParams`.
 
-Names may begin with "bert.", as they do where a head was trained on top.
+Names may begin with "bert.", as they do where a head was trained on top.  Old spellings are those
+of `npllm.config.legacy_names`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
@@ -14,11 +16,12 @@ from npllm.checkpoints.safetensors import (
     TensorEntry,
     check_shapes,
     read_entries,
-    view_of,
 )
+from npllm.checkpoints.tensor_files import view_of
 from npllm.checkpoints.tensor_reader import TensorReader
 from npllm.checkpoints.unused import warn_of_unused
 from npllm.config.bert_config import BertConfig
+from npllm.config.legacy_names import modern_tensor_name
 from npllm.models.bert import BertParams
 from npllm.models.transformer import (
     AttentionParams,
@@ -31,6 +34,7 @@ __all__ = ["assemble", "expected_shapes", "load_params"]
 
 Array = Any
 PREFIX = "bert."
+HEADS = ("cls.", "classifier.", "qa_outputs.")  # prefixes, where the body has none
 TABLES = ("word", "position", "token_type")
 ATTENTION = ("self.query", "self.key", "self.value", "output.dense")
 POSITION_IDS = "embeddings.position_ids"
@@ -44,6 +48,7 @@ def load_params(
     dtype: str | None = None,
     xp: Any = np,
     is_pooled: bool = False,
+    mmap: bool = True,
 ) -> BertParams:
     """Load the weights of a BERT folder.
 
@@ -51,7 +56,7 @@ def load_params(
     ----------
     folder : str or Path
     config : BertConfig
-    dtype, xp
+    dtype, xp, mmap
         As in `npllm.checkpoints.phi3_layout.load_params`.
     is_pooled : bool
         The folder states how hidden states become vectors, so an unused pooler needs no warning.
@@ -70,13 +75,15 @@ def load_params(
     Warns
     -----
     UserWarning
-        For position ids that are not 0, 1, 2, ..., and for a pooler, which is not used, unless
-        `is_pooled`.
+        For position ids that are not 0, 1, 2, ..., for a head (`cls.*`, `classifier.*`), and for a
+        pooler, which is not used, unless `is_pooled`.
     """
-    entries = _without_prefix(read_entries(folder))
+    entries, head = _split_off_head(read_entries(folder))
+    entries = _rename(entries)
     check_shapes(folder, entries, expected_shapes(config), (POSITION_IDS, *POOLER))
+    warn_of_unused(folder, head, "they are a head of the model, and an encoder has none", 3)
     _warn_of_ignored(folder, entries, config, is_pooled)
-    reader = TensorReader(entries, dtype, xp)
+    reader = TensorReader(entries, dtype, xp, mmap=mmap)
     params = assemble(lambda name: reader.read([name]), config)
     reader.finish()
     return params
@@ -194,11 +201,31 @@ def _layer(get: Callable[[str], Array], layer: str) -> EncoderLayerParams:
     return EncoderLayerParams(attention, attention_norm, network, network_norm)
 
 
-def _without_prefix(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Remove the prefix "bert." of names, except where both spellings of a name are present."""
+def _split_off_head(
+    entries: Mapping[str, TensorEntry],
+) -> tuple[dict[str, TensorEntry], list[str]]:
+    """Return the tensors of the encoder, and the names of those of a head on top of it.
+
+    Where the encoder's names begin with "bert.", all others are the head's.
+    """
+    if PREFIX + _table(TABLES[0]) in entries:
+        others = [name for name in entries if not name.startswith(PREFIX)]
+        head = [name for name in others if PREFIX + name not in entries]
+    else:
+        head = [name for name in entries if name.startswith(HEADS)]
+    return {name: entry for name, entry in entries.items() if name not in head}, head
+
+
+def _rename(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Give tensors the names of `expected_shapes`, except where two would have the same."""
     result = {}
+    n_names = Counter(_short_name(name) for name in entries)
     for name, entry in entries.items():
-        short = name.removeprefix(PREFIX)
-        is_ambiguous = short != name and short in entries
-        result[name if is_ambiguous else short] = entry
+        short = _short_name(name)
+        result[short if n_names[short] == 1 else name] = entry
     return result
+
+
+def _short_name(name: str) -> str:
+    """Return the name of a tensor without prefix and in today's spelling."""
+    return modern_tensor_name(name.removeprefix(PREFIX))

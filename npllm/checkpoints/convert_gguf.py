@@ -5,20 +5,22 @@ dequantizes the tensors, reorders the rows of q and k from interleaved to half-s
 concatenates q|k|v and gate|up, and writes the tokenizer in the form of the `tokenizers` library.
 """
 
+import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from npllm.checkpoints.gguf import GGUFFile, dequantized_rows, tensor_kind, tensor_shape
+from npllm.checkpoints.disk import publish_over, remove_checkpoint
+from npllm.checkpoints.gguf import GGUFFile, GGUFTensor, dequantized_rows, tensor_kind
+from npllm.checkpoints.gguf_config import phi3_config
 from npllm.checkpoints.gguf_tokenizer import read_tokenizer, tokenizer_config
-from npllm.errors import NpllmOSError, NpllmValueError
-
-if TYPE_CHECKING:
-    from gguf import ReaderTensor
+from npllm.config.strict_json import quote
+from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
 __all__ = ["gguf_to_phi3", "half_split"]
 
@@ -37,22 +39,24 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
     """Convert a Llama-architecture GGUF file to a Phi-3 checkpoint folder.
 
     Writes config.json, model.safetensors (bfloat16), tokenizer.json, tokenizer_config.json and
-    generation_config.json.  config.json is written last: a folder without it is incomplete.
+    generation_config.json.  They are written to a folder beside, loaded once as a check, and then
+    put in place: an interruption leaves what was there before.
 
     Parameters
     ----------
     gguf_path : path
         Of any quantization that the `gguf` package can undo, with a byte-level BPE vocabulary.
     folder : path
-        Created if it does not exist.  Files of the same names are replaced.
+        Created if it does not exist.  Of a checkpoint that is there, all files that a loader reads
+        are replaced; other files stay.
 
     Raises
     ------
     MissingExtraError
         When the package `gguf` is not installed.
     NpllmValueError
-        When the file is not GGUF, of another architecture, incomplete, or holds what the folder
-        cannot express.
+        When the file is not GGUF, of another architecture, incomplete, contradicts itself, or
+        holds what the folder cannot express.
     NpllmOSError
         When the file cannot be read or the folder cannot be written.
 
@@ -64,78 +68,54 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
     `Phi3ForCausalLM` in Transformers.
     """
     gguf, folder = GGUFFile(Path(gguf_path)), Path(folder)
-    config = _phi3_config(gguf)
-    tensors = _checked_tensors(gguf, config)
-    tokenizer = read_tokenizer(gguf)
+    config = phi3_config(gguf)
+    _check_tensors(gguf, config)
+    read_tokenizer(gguf)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_weights(tensors, config, folder / "model.safetensors")
-        text = tokenizer.to_str(pretty=False)
-        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        _write_json(folder / "tokenizer_config.json", tokenizer_config(gguf))
-        _write_json(folder / "generation_config.json", gguf.special_ids())
-        _write_json(folder / "config.json", config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        complete = staging / "checkpoint"
+        try:
+            _write_checkpoint(gguf, config, complete)
+            _check_loads(gguf, complete)
+            publish_over(complete, folder)
+        finally:
+            remove_checkpoint(complete)
+            with contextlib.suppress(OSError):  # it holds what could not be moved back
+                staging.rmdir()
+    except NpllmError:
+        raise
     except OSError as error:
         raise NpllmOSError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _write_checkpoint(gguf: GGUFFile, config: dict[str, Any], folder: Path) -> None:
+    """Write all files of the checkpoint to a new folder."""
+    folder.mkdir()
+    _write_weights(gguf.tensors, config, folder / "model.safetensors")
+    text = read_tokenizer(gguf).to_str(pretty=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(gguf))
+    _write_json(folder / "generation_config.json", gguf.special_ids())
+    _write_json(folder / "config.json", config)
+
+
+def _check_loads(gguf: GGUFFile, folder: Path) -> None:
+    """Raise unless `npllm.load` accepts the folder."""
+    from npllm.model import load  # this check is the one place where the layers below call the top
+
+    try:
+        load(folder, ops="reference")
+    except NpllmError as error:
+        raise NpllmValueError(
+            f"{gguf.path}: what was converted cannot be loaded: {error}"
+        ) from None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, indented, in UTF-8."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
-
-
-def _phi3_config(gguf: GGUFFile) -> dict[str, Any]:
-    """Return the content of the config.json."""
-    n_head = gguf.value("llama.attention.head_count", int)
-    d_model = gguf.value("llama.embedding_length", int)
-    n_ctx = gguf.value("llama.context_length", int)
-    tokens = gguf.value("tokenizer.ggml.tokens", list)
-    _check_rope(gguf, d_model, n_head)
-    return {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "vocab_size": gguf.value_or("llama.vocab_size", int, len(tokens)),
-        "hidden_size": d_model,
-        "intermediate_size": gguf.value("llama.feed_forward_length", int),
-        "num_hidden_layers": gguf.value("llama.block_count", int),
-        "num_attention_heads": n_head,
-        "num_key_value_heads": gguf.value_or("llama.attention.head_count_kv", int, n_head),
-        "hidden_act": "silu",
-        "max_position_embeddings": n_ctx,
-        "original_max_position_embeddings": n_ctx,
-        "rms_norm_eps": _shortest(gguf.value("llama.attention.layer_norm_rms_epsilon", float)),
-        "rope_theta": _shortest(gguf.value_or("llama.rope.freq_base", float, 10000.0)),
-        "rope_scaling": None,
-        "sliding_window": None,
-        "tie_word_embeddings": "output.weight" not in gguf.tensors,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "torch_dtype": "bfloat16",
-        **gguf.special_ids(),
-    }
-
-
-def _check_rope(gguf: GGUFFile, d_model: int, n_head: int) -> None:
-    """Raise on a head width or a RoPE variant that Phi-3's config.json cannot express."""
-    if n_head < 1 or d_model % (2 * n_head):
-        raise NpllmValueError(
-            f"{gguf.path}: d_model must make n_head heads of even width, got {d_model} and {n_head}"
-        )
-    d_head = d_model // n_head
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        gguf.require(f"llama.{key}", gguf.value_or(f"llama.{key}", int, d_head), d_head)
-    scaling = gguf.value_or("llama.rope.scaling.type", str, "none")
-    gguf.require("llama.rope.scaling.type", scaling, "none")
-
-
-def _shortest(x: float) -> float:
-    """Return the shortest decimal with the same float32: 1e-05 for 9.999999747378752e-06."""
-    return float(str(np.float32(x)))
 
 
 def half_split(weight: np.ndarray, n_head: int) -> np.ndarray:
@@ -210,27 +190,26 @@ def _source_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _checked_tensors(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, "ReaderTensor"]:
-    """Return the tensors by name; raise if one is missing, unknown or of another shape."""
+def _check_tensors(gguf: GGUFFile, config: dict[str, Any]) -> None:
+    """Raise if a tensor is missing, unknown or of another shape."""
     wanted = [name for names in _sources(config).values() for name in names]
     missing = sorted(set(wanted) - set(gguf.tensors))
     unknown = sorted(set(gguf.tensors) - set(wanted))
     if missing or unknown:
         raise NpllmValueError(
-            f"{gguf.path}: tensors missing: {missing[:3]}, "
-            f"tensors that would be dropped: {unknown[:3]}"
+            f"{gguf.path}: tensors missing: {quote(missing[:3])}, "
+            f"tensors that would be dropped: {quote(unknown[:3])}"
         )
     shapes = _source_shapes(config)
     for name in wanted:
-        expected, shape = shapes[tensor_kind(name)], tensor_shape(gguf.tensors[name])
+        expected, shape = shapes[tensor_kind(name)], gguf.tensors[name].shape
         if shape != expected:
             raise NpllmValueError(
                 f"{gguf.path}: {name} must be {list(expected)}, got {list(shape)}"
             )
-    return gguf.tensors
 
 
-def _phi3_rows(tensor: "ReaderTensor", config: dict[str, Any]) -> Iterator[np.ndarray]:
+def _phi3_rows(tensor: GGUFTensor, config: dict[str, Any]) -> Iterator[np.ndarray]:
     """Yield the rows of a GGUF tensor in Phi-3's order, a block of rows at a time."""
     n_head = {
         "attn_q": config["num_attention_heads"],
@@ -242,12 +221,12 @@ def _phi3_rows(tensor: "ReaderTensor", config: dict[str, Any]) -> Iterator[np.nd
         yield half_split(np.concatenate(list(dequantized_rows(tensor))), n_head)
 
 
-def _write_weights(tensors: dict[str, "ReaderTensor"], config: dict[str, Any], path: Path) -> None:
+def _write_weights(tensors: dict[str, GGUFTensor], config: dict[str, Any], path: Path) -> None:
     """Write model.safetensors, one block of rows at a time: the model is never whole in memory."""
     sources = _sources(config)
     shapes = {}
     for name, names in sources.items():
-        parts = [tensor_shape(tensors[part]) for part in names]
+        parts = [tensors[part].shape for part in names]
         shapes[name] = (sum(part[0] for part in parts), *parts[0][1:])
     with open(path, "wb") as file:
         file.write(_safetensors_header(shapes))

@@ -1,9 +1,11 @@
 """Writing checkpoint folders: lock, free space, hashes, and one rename when all is complete."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,13 @@ from npllm.progress import report
 
 __all__ = [
     "check_hash",
+    "exchange_folders",
     "folder_lock",
     "is_checkpoint",
     "os_errors",
     "publish",
+    "publish_over",
+    "remove_checkpoint",
     "remove_leftovers",
     "require_space",
     "sha256",
@@ -28,6 +33,8 @@ ADVICE = {
     errno.EACCES: "not allowed to write there: name another folder with NPLLM_WEIGHTS",
     errno.EROFS: "the disk is read-only: name another folder with NPLLM_WEIGHTS",
 }
+CURRENT_FOLDER, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h>, <linux/fs.h>
+LOADED = re.compile(r".*\.(?:safetensors|json|jinja)")  # files of a checkpoint that are read
 OTHER_ADVICE = "name another folder with NPLLM_WEIGHTS if this one cannot be used"
 
 
@@ -110,6 +117,14 @@ def remove_leftovers(folder: Path, keep: Path | None = None) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _flush_files(folder: Path) -> None:
+    """Write the files of a folder to the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+
+
 def publish(partial: Path, folder: Path) -> None:
     """Flush a complete folder to the disk, then give it its final name in one step.
 
@@ -118,15 +133,87 @@ def publish(partial: Path, folder: Path) -> None:
     OSError
         When the folder cannot be renamed and no other process has published it.
     """
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+    _flush_files(partial)
     try:
         os.rename(partial, folder)
     except OSError:
         if not is_checkpoint(folder):  # on disks without locks, another process may be first
             raise
+
+
+def publish_over(complete: Path, folder: Path) -> None:
+    """Give a complete checkpoint its final name, also where a checkpoint has that name.
+
+    Of an existing checkpoint, the files that a loader reads are replaced, in one step; other files
+    stay.  A folder that is no checkpoint becomes one with its config.json, which is moved last.
+
+    Parameters
+    ----------
+    complete : Path
+        On the same disk; does not exist afterwards, or holds the replaced files.
+    folder : Path
+        Need not exist.
+
+    Raises
+    ------
+    OSError
+        When the folder cannot be replaced; it is as it was before.
+    """
+    if not folder.exists():
+        publish(complete, folder)
+        return
+    _flush_files(complete)
+    if is_checkpoint(folder):
+        exchange_folders(complete, folder)
+        for other in complete.iterdir():
+            if not LOADED.fullmatch(other.name) and not (folder / other.name).exists():
+                os.rename(other, folder / other.name)
+        return
+    for file in sorted(complete.iterdir(), key=lambda file: file.name == "config.json"):
+        shutil.move(file, folder / file.name)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the files that a loader reads, and the folder if it holds nothing else."""
+    with contextlib.suppress(OSError):
+        for file in folder.iterdir():
+            if file.is_file() and LOADED.fullmatch(file.name):
+                file.unlink()
+        folder.rmdir()
+
+
+def exchange_folders(one: Path, other: Path) -> None:
+    """Exchange the names of two folders on one disk.
+
+    On Linux it is one step of the operating system.  Elsewhere, and on file systems without it,
+    `other` is missing for an instant between two renames; where the process dies then, it is beside
+    under the name `NAME.replaced`.
+
+    Raises
+    ------
+    OSError
+        When they cannot be exchanged; they are as they were before.
+    """
+    if _exchange_on_linux(one, other):
+        return
+    replaced = other.with_name(f"{other.name}.replaced")
+    os.rename(other, replaced)
+    try:
+        os.rename(one, other)
+    except OSError:
+        os.rename(replaced, other)
+        raise
+    os.rename(replaced, one)
+
+
+def _exchange_on_linux(one: Path, other: Path) -> bool:
+    """Exchange two names by `renameat2`; return False where that is not possible."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another C library or operating system
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return renameat2(CURRENT_FOLDER, names[0], CURRENT_FOLDER, names[1], EXCHANGE) == 0
 
 
 def check_hash(path: Path, wanted: str, got: str) -> None:

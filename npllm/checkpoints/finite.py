@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npllm.checkpoints.safetensors import TensorEntry, read_entries
+from npllm.config.regular_file import open_regular
 from npllm.errors import NpllmOSError
 
 __all__ = ["find_nonfinite"]
@@ -71,7 +72,7 @@ def _count_nonfinite(entry: TensorEntry) -> tuple[int, int]:
     all_but_sign = np.array(2 ** (8 * dtype.itemsize - 1) - 1, dtype)
     n_left = (entry.stop - entry.start) // dtype.itemsize
     n_nan = n_infinite = 0
-    with entry.file.open("rb") as file:
+    with open_regular(entry.file) as file:
         file.seek(entry.start)
         while n_left:
             bits = np.fromfile(file, dtype, min(n_left, BLOCK))

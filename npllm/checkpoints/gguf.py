@@ -1,21 +1,33 @@
 """GGUF files: metadata values, and tensors as rows of bfloat16.  Llama architecture only."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from npllm.checkpoints.extras import import_extra
-from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.checkpoints.gguf_header import TensorRange, parse_header
+from npllm.config.regular_file import open_regular
+from npllm.config.strict_json import printable
+from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
-if TYPE_CHECKING:
-    from gguf import ReaderTensor
-
-__all__ = ["GGUFFile", "dequantized_rows", "tensor_kind", "tensor_shape"]
+__all__ = ["GGUFFile", "GGUFTensor", "dequantized_rows", "tensor_kind"]
 
 ROWS_AT_ONCE = 4096  # of a matrix: bounds the memory of dequantization
+# Beside `eos`, the tokens that end an answer in llama.cpp.
+END_NAMES = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+
+
+class GGUFTensor(NamedTuple):
+    """A tensor of a mapped GGUF file."""
+
+    name: str
+    kind: Any  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]  # slowest axis first
+    rows: np.ndarray  # uint8 [n_rows, bytes of a row]
 
 
 class GGUFFile:
@@ -30,22 +42,32 @@ class GGUFFile:
     MissingExtraError
         When the package `gguf` is not installed.
     NpllmOSError
-        When the file cannot be read.
+        When the file cannot be read or is no regular file.
     NpllmValueError
-        When it is not GGUF, incomplete, or of another architecture.
+        When it is not GGUF, incomplete, contradicts itself, or is of another architecture.
     """
 
     def __init__(self, path: Path) -> None:
         gguf = import_extra("gguf", "reading GGUF")
         self.path = path
+        sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
         try:
-            reader = gguf.GGUFReader(path)
+            with open_regular(path) as file:
+                data = np.memmap(file, np.uint8, mode="r")
+            header = parse_header(data, sizes)
+        except NpllmError:
+            raise
         except OSError as error:
             raise NpllmOSError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            raise NpllmValueError(f"{path}: not a complete GGUF file: {error}") from error
-        self._fields = reader.fields
-        self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+        except ValueError as error:
+            raise NpllmValueError(
+                f"{path}: not a complete GGUF file: {printable(str(error))}"
+            ) from None
+        self.metadata = header.metadata
+        self.tensors = {
+            name: GGUFTensor(name, gguf.GGMLQuantizationType(at.kind), at.shape, _rows(data, at))
+            for name, at in header.tensors.items()
+        }
         architecture = self.value("general.architecture", str)
         self.require("general.architecture", architecture, "llama")
 
@@ -64,23 +86,36 @@ class GGUFFile:
         NpllmValueError
             When the key is missing or the value is of another type.
         """
-        if key not in self._fields:
+        if key not in self.metadata:
             raise NpllmValueError(
                 f"{self.path}: the GGUF metadata has no {key!r}; a Llama model must have it"
             )
-        found = self._fields[key].contents()
+        found = self.metadata[key]
         if kind is float and isinstance(found, int):
             found = float(found)
         if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
             raise NpllmValueError(
                 f"{self.path}: {key} must be {kind.__name__}, "
-                f"got {type(found).__name__}: {str(found)[:60]}"
+                f"got {type(found).__name__}: {printable(str(found)[:60])}"
             )
+        return found
+
+    def values(self, key: str, kind: type) -> list[Any]:
+        """Return a metadata value that is a list of strings or of integers.
+
+        Raises
+        ------
+        NpllmValueError
+            When the key is missing or the value is of another type.
+        """
+        found = self.value(key, list)
+        if not all(type(x) is kind for x in found):
+            raise NpllmValueError(f"{self.path}: {key} must be a list of {kind.__name__}")
         return found
 
     def value_or(self, key: str, kind: type, default: Any) -> Any:
         """Return one metadata value, or a default where the file does not have it."""
-        return self.value(key, kind) if key in self._fields else default
+        return self.value(key, kind) if key in self.metadata else default
 
     def require(self, what: str, got: object, wanted: object) -> None:
         """Raise unless a value is the one that the conversion is written for."""
@@ -90,20 +125,49 @@ class GGUFFile:
                 "other GGUF files are not converted"
             )
 
-    def special_ids(self) -> dict[str, int]:
-        """Return the begin, end and padding ids; begin and padding default to the end id."""
-        eos = self.value("tokenizer.ggml.eos_token_id", int)
-        ids = {
-            "bos_token_id": self.value_or("tokenizer.ggml.bos_token_id", int, eos),
-            "eos_token_id": eos,
-            "pad_token_id": self.value_or("tokenizer.ggml.padding_token_id", int, eos),
+    def special_ids(self) -> dict[str, Any]:
+        """Return the begin, end and padding ids, as config.json holds them.
+
+        Begin and padding default to the end id.  The end is a list where the file names several
+        ids that end an answer.
+
+        Raises
+        ------
+        NpllmValueError
+            When an id is missing or no index into the vocabulary.
+
+        Notes
+        -----
+        Source: the ids of `special_eog_ids` that llama.cpp reads from metadata (llama-vocab.cpp).
+        """
+        eos = self.token_id("eos")
+        ends = [self.token_id(name) for name in END_NAMES if self.has_token_id(name)]
+        ends = [*dict.fromkeys([eos, *ends])]
+        return {
+            "bos_token_id": self.token_id("bos") if self.has_token_id("bos") else eos,
+            "eos_token_id": ends if len(ends) > 1 else eos,
+            "pad_token_id": self.token_id("padding") if self.has_token_id("padding") else eos,
         }
-        n_vocab = len(self.value("tokenizer.ggml.tokens", list))
-        if not all(0 <= i < n_vocab for i in ids.values()):
+
+    def has_token_id(self, name: str) -> bool:
+        """Return whether the metadata name the id of a special token."""
+        return f"tokenizer.ggml.{name}_token_id" in self.metadata
+
+    def token_id(self, name: str) -> int:
+        """Return the id of a special token: `eos`, `bos`, ...; it must be in the vocabulary."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        token, n_vocab = self.value(key, int), len(self.value("tokenizer.ggml.tokens", list))
+        if not 0 <= token < n_vocab:
             raise NpllmValueError(
-                f"{self.path}: special ids must be below n_vocab = {n_vocab}, got {ids}"
+                f"{self.path}: special ids must be below n_vocab = {n_vocab}, got {key} = {token}"
             )
-        return ids
+        return token
+
+
+def _rows(data: np.ndarray, bounds: TensorRange) -> np.ndarray:
+    """View the bytes of a tensor as rows along its last axis."""
+    n_rows = math.prod(bounds.shape[:-1])
+    return np.asarray(data)[bounds.start : bounds.stop].reshape(n_rows, -1)
 
 
 def tensor_kind(name: str) -> str:
@@ -111,12 +175,7 @@ def tensor_kind(name: str) -> str:
     return name.split(".")[-2]
 
 
-def tensor_shape(tensor: "ReaderTensor") -> tuple[int, ...]:
-    """Return the shape of a tensor, slowest axis first."""
-    return tuple(int(n) for n in reversed(tensor.shape))
-
-
-def dequantized_rows(tensor: "ReaderTensor") -> Iterator[np.ndarray]:
+def dequantized_rows(tensor: GGUFTensor) -> Iterator[np.ndarray]:
     """Yield the rows of a tensor in bfloat16, a block of rows at a time.
 
     Raises
@@ -126,11 +185,11 @@ def dequantized_rows(tensor: "ReaderTensor") -> Iterator[np.ndarray]:
     """
     from gguf.quants import dequantize
 
-    for start in range(0, len(tensor.data), ROWS_AT_ONCE):
+    for start in range(0, len(tensor.rows), ROWS_AT_ONCE):
         try:
-            rows = dequantize(tensor.data[start : start + ROWS_AT_ONCE], tensor.tensor_type)
+            rows = dequantize(tensor.rows[start : start + ROWS_AT_ONCE], tensor.kind)
         except NotImplementedError as error:
             raise NpllmValueError(
-                f"{tensor.name} is stored as {tensor.tensor_type.name}: {error}"
+                f"{tensor.name} is stored as {tensor.kind.name}: {error}"
             ) from error
         yield rows.astype(ml_dtypes.bfloat16)

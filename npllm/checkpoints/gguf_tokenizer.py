@@ -47,12 +47,12 @@ def read_tokenizer(gguf: GGUFFile) -> Tokenizer:
 
 def _read_vocabulary(gguf: GGUFFile) -> tuple[dict[str, int], list[Merge], list[str]]:
     """Read the ids of the tokens, the merges in order of rank, and the control tokens."""
-    tokens = gguf.value("tokenizer.ggml.tokens", list)
-    types = gguf.value("tokenizer.ggml.token_type", list)
+    tokens = gguf.values("tokenizer.ggml.tokens", str)
+    types = gguf.values("tokenizer.ggml.token_type", int)
     vocab = {token: i for i, token in enumerate(tokens)}
     gguf.require("number of different tokens", len(vocab), len(tokens))
     gguf.require("length of tokenizer.ggml.token_type", len(types), len(tokens))
-    pairs = gguf.value("tokenizer.ggml.merges", list)
+    pairs = gguf.values("tokenizer.ggml.merges", str)
     merges = [_read_merge(gguf, pair, vocab) for pair in pairs]
     return vocab, merges, [token for token, i in vocab.items() if types[i] == CONTROL_TOKEN]
 
@@ -62,23 +62,23 @@ def _read_merge(gguf: GGUFFile, merge: str, vocab: dict[str, int]) -> Merge:
     left, _, right = merge.partition(" ")
     if not (left in vocab and right in vocab and left + right in vocab):
         raise NpllmValueError(
-            f"{gguf.path}: a merge must join two tokens into a third, got {merge!r}"
+            f"{gguf.path}: a merge must join two tokens into a third, got {merge[:100]!r}"
         )
     return left, right
 
 
 def tokenizer_config(gguf: GGUFFile) -> dict[str, Any]:
     """Return the tokenizer_config.json: special tokens by name, and the chat template if any."""
-    tokens = gguf.value("tokenizer.ggml.tokens", list)
+    tokens = gguf.values("tokenizer.ggml.tokens", str)
     ids = gguf.special_ids()
-    unknown = gguf.value_or("tokenizer.ggml.unknown_token_id", int, None)
+    unknown = tokens[gguf.token_id("unknown")] if gguf.has_token_id("unknown") else None
     template = gguf.value_or("tokenizer.chat_template", str, None)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[ids["bos_token_id"]],
-        "eos_token": tokens[ids["eos_token_id"]],
+        "eos_token": tokens[gguf.token_id("eos")],
         "pad_token": tokens[ids["pad_token_id"]],
-        "unk_token": None if unknown is None else tokens[unknown],
+        "unk_token": unknown,
         "model_max_length": gguf.value("llama.context_length", int),
         "clean_up_tokenization_spaces": False,
         **({} if template is None else {"chat_template": template}),

@@ -1,43 +1,38 @@
-"""Hugging Face repositories: which files make a checkpoint, and their download.
+"""Hugging Face repositories: the download of the files that make a checkpoint.
 
-The download is our own: `huggingface_hub.snapshot_download` deletes an incomplete file when the
-connection ends, so that an interrupted download starts again at zero.
+The download is our own: `huggingface_hub.snapshot_download` (2.4) deletes an incomplete file when
+it gives up, so that an interrupted download starts again at zero; and it compares sizes only after
+all that a server sends has been written.
 """
 
-import contextlib
 import hashlib
-import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from npllm.checkpoints.disk import check_hash, publish, remove_leftovers, require_space, sha256
 from npllm.checkpoints.extras import import_extra
-from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.checkpoints.hub_listing import (
+    TIMEOUT,
+    RemoteFile,
+    Repository,
+    ask_hub,
+    check_status,
+    hub_errors,
+)
+from npllm.config.strict_json import printable
+from npllm.errors import NpllmOSError
 from npllm.progress import progress_bar
 
 __all__ = ["fetch_repository"]
 
-# consolidated*.safetensors repeat the weights under other names.
-WANTED = re.compile(r"(?:\d+_\w+/)?(?!consolidated)[\w.-]+\.(?:safetensors|json|jinja)", re.ASCII)
 TRIES = 5  # without any new byte
-TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 2**20  # bytes
 BUSY = (408, 429)  # HTTP statuses that a later try may not have, as those from 500 on
 
 Advance = Callable[..., None]
-
-
-class RemoteFile(NamedTuple):
-    """A file of a repository, as the hub describes it."""
-
-    name: str
-    size: int
-    sha256: str | None  # of large files
-    blob_id: str | None  # of small ones: git's hash
 
 
 def fetch_repository(
@@ -61,47 +56,22 @@ def fetch_repository(
     NpllmValueError
         When the repository holds no checkpoint that npllm can read.
     NpllmOSError
-        When the network, the hub or the disk fails, or a hash differs.
+        When the network, the hub or the disk fails, when the hub sends what it should not, or a
+        hash differs.
     """
-    hub = import_extra("huggingface_hub")
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    with _hub_errors(name, revision, token):
-        api = hub.HfApi(endpoint=endpoint, token=token)
-        info = api.model_info(name, revision=revision, files_metadata=True)
-        files = _wanted_files(name, info.siblings)
-        partial = folder.parent / f"{folder.name}.partial-{info.sha[:12]}"
+    with hub_errors(name):
+        repository = ask_hub(name, revision, token)
+        files = repository.files
+        partial = folder.parent / f"{folder.name}.partial-{repository.commit[:12]}"
         remove_leftovers(folder, keep=partial)
         n_bytes = sum(file.size for file in files)
         require_space(folder.parent, n_bytes - _count_present(files, partial))
-        headers = import_extra("huggingface_hub.utils").build_hf_headers(token=token)
-        headers["Accept-Encoding"] = "identity"
         with progress_bar(
             n_bytes, name, wanted=progress, only_terminal=False, leave=True
         ) as advance:
             for file in files:
-                url = hub.hf_hub_url(name, file.name, revision=info.sha, endpoint=endpoint)
-                _download(url, headers, file, partial / file.name, advance)
+                _download(repository, file, partial / file.name, advance)
     publish(partial, folder)
-
-
-def _wanted_files(name: str, siblings: list[Any]) -> list[RemoteFile]:
-    """Return the files of a checkpoint: safetensors, json and templates, no code, no pickles.
-
-    Small files first, so that a mistake in the repository shows early.
-    """
-    files = [
-        RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
-        for s in siblings
-        if WANTED.fullmatch(s.rfilename)
-    ]
-    names = [file.name for file in files]
-    if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
-        found = ", ".join(sorted(s.rfilename for s in siblings)[:8])
-        raise NpllmValueError(
-            f"{name} must have config.json and *.safetensors, but has {found or 'no files'}; "
-            "npllm reads no pickles (.bin, .pt)"
-        )
-    return sorted(files, key=lambda file: (file.size, file.name))
 
 
 def _part_of(target: Path) -> Path:
@@ -114,15 +84,13 @@ def _file_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _count_present(files: list[RemoteFile], partial: Path) -> int:
+def _count_present(files: Sequence[RemoteFile], partial: Path) -> int:
     """Count the bytes that an earlier, interrupted download has left."""
     targets = [partial / file.name for file in files]
     return sum(_file_bytes(target) + _file_bytes(_part_of(target)) for target in targets)
 
 
-def _download(
-    url: str, headers: dict[str, str], file: RemoteFile, target: Path, advance: Advance
-) -> None:
+def _download(repository: Repository, file: RemoteFile, target: Path, advance: Advance) -> None:
     """Download one file, from where an earlier try ended; it gets its name after the hash check."""
     if target.is_file() and _file_bytes(target) == file.size:
         advance(file.size)
@@ -132,7 +100,7 @@ def _download(
     if not part.is_file() or _file_bytes(part) > file.size:
         part.write_bytes(b"")
     advance(_file_bytes(part))
-    _receive_all(url, headers, file, part, advance)
+    _receive_all(repository, file, part, advance)
     if file.sha256:
         check_hash(part, file.sha256, sha256(part))
     elif file.blob_id:
@@ -140,13 +108,11 @@ def _download(
     os.replace(part, target)
 
 
-def _receive_all(
-    url: str, headers: dict[str, str], file: RemoteFile, part: Path, advance: Advance
-) -> None:
+def _receive_all(repository: Repository, file: RemoteFile, part: Path, advance: Advance) -> None:
     """Append to a file until it is complete; give up after `TRIES` tries without a new byte."""
     most, tries = _file_bytes(part), 0
     while _file_bytes(part) < file.size:
-        reason = _receive(url, headers, part, advance)
+        reason = _receive(repository, file, part, advance)
         size = _file_bytes(part)
         most, tries = (size, 0) if size > most else (most, tries + 1)
         if tries >= TRIES:
@@ -157,37 +123,42 @@ def _receive_all(
         time.sleep(tries)
 
 
-def _receive(url: str, headers: dict[str, str], part: Path, advance: Advance) -> str:
+def _receive(repository: Repository, file: RemoteFile, part: Path, advance: Advance) -> str:
     """Append what one connection sends; return how it ended."""
     errors = import_extra("huggingface_hub.errors")
-    utils = import_extra("huggingface_hub.utils")
-    start = _file_bytes(part)
+    url = f"{repository.endpoint}/{repository.name}/resolve/{repository.commit}/{file.name}"
+    start, headers = _file_bytes(part), repository.headers
     if start:
         headers = headers | {"Range": f"bytes={start}-"}
+    session = import_extra("huggingface_hub.utils").get_session()
     try:
-        with utils.get_session().stream(
+        with session.stream(
             "GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True
         ) as response:
             if response.status_code in BUSY or response.status_code >= 500:
                 return f"HTTP status {response.status_code}"
-            utils.hf_raise_for_status(response)
+            check_status(response, repository)
             if response.status_code != 206 and start:  # the server sends the whole file again
                 advance(-start)
                 start = 0
-            _append(response, part, start, advance)
+            _append(response, file, part, start, advance)
         return "the connection was closed"
-    except errors.HfHubHTTPError:
-        raise
     except errors.HTTPError as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {printable(str(error)[:300])}"
 
 
-def _append(response: Any, part: Path, start: int, advance: Advance) -> None:
-    """Write the body of a response to a file, from byte `start` on."""
+def _append(response: Any, file: RemoteFile, part: Path, start: int, advance: Advance) -> None:
+    """Write the body of a response to a file, from byte `start` on; at most `file.size` bytes."""
     with open(part, "rb+") as handle:
         handle.truncate(start)
         handle.seek(start)
         for block in response.iter_bytes():  # as they arrive: a fixed chunk size would delay some
+            if handle.tell() + len(block) > file.size:
+                handle.truncate(0)
+                raise NpllmOSError(
+                    f"{file.name}: the hub sends more than the {file.size:,} bytes that it "
+                    "announced; what arrived was removed, fetch again"
+                )
             handle.write(block)
             advance(len(block))
 
@@ -200,42 +171,3 @@ def _git_blob_id(path: Path) -> str:
         while block := file.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str, revision: str | None, token: str | None) -> Iterator[None]:
-    """Turn an error of huggingface_hub into one that says what to do."""
-    errors = import_extra("huggingface_hub.errors")
-    try:
-        yield
-    except (
-        errors.HfHubHTTPError,
-        errors.HTTPError,
-        errors.OfflineModeIsEnabled,
-        json.JSONDecodeError,
-    ) as error:
-        raise NpllmOSError(_explain(error, errors, name, revision, token)) from error
-
-
-def _explain(
-    error: Exception, errors: Any, name: str, revision: str | None, token: str | None
-) -> str:
-    """Write the message for an error of huggingface_hub; subclasses come before their base."""
-    access = "pass token=, set HF_TOKEN or run `hf auth login`"
-    if token:
-        access = "the token given has no access"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{name} is gated: accept its terms on its page on the hub; {access}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{name} is not on the hub, or is private: check the name; if private, {access}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no revision {revision!r}: name a branch, tag or commit of it"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        advice = access if status in (401, 403) else "try again later"
-        return f"{name}: the hub answered with HTTP status {status}: {advice}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{name} is not here, and HF_HUB_OFFLINE forbids to fetch it: unset it"
-    if isinstance(error, json.JSONDecodeError):
-        return f"{name}: what answered is not the hub: is there a proxy or a login page between?"
-    return f"{name}: the hub cannot be reached ({error}): check the network and fetch again"

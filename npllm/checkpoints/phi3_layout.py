@@ -4,7 +4,6 @@ Tensor names are those of Transformers.  Llama's separate projections are concat
 ones of Phi-3.
 """
 
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -12,99 +11,32 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import DTYPES
+from npllm.checkpoints.phi3_sources import (
+    EMBEDDING,
+    OUTPUT,
+    Sources,
+    expected_shapes,
+    layer_sources,
+    top_sources,
+)
 from npllm.checkpoints.safetensors import (
     SAFETENSORS_DTYPES,
     TensorEntry,
     check_shapes,
     read_entries,
-    view_of,
 )
+from npllm.checkpoints.tensor_files import view_of
 from npllm.checkpoints.tensor_reader import TensorReader
 from npllm.checkpoints.unused import are_rope_frequencies, same_values, warn_of_unused
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 from npllm.models.params import LayerParams, Params
-from npllm.progress import progress_bar
+from npllm.progress import progress_bar, warn
 
 __all__ = ["check_entries", "expected_shapes", "load_params"]
 
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ROPE_BUFFER = "rotary_emb.inv_freq"
 MAY_BE_ABSENT = "lm_head.weight may be absent only where config.json says tie_word_embeddings: true"
-
-# Field of Params or LayerParams -> the tensors it is concatenated from: {name in the file: shape}.
-Sources = dict[str, dict[str, tuple[int, ...]]]
-
-
-def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """List every tensor that a checkpoint of this configuration holds.
-
-    Parameters
-    ----------
-    config : Config
-
-    Returns
-    -------
-    shapes : dict of str to tuple of int
-        Tensor name as in the file -> shape.
-    """
-    layers = [_layer_sources(config, number) for number in range(config.num_hidden_layers)]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for fields in (_top_sources(config), *layers):
-        for tensors in fields.values():
-            shapes |= tensors
-    return shapes
-
-
-def _top_sources(config: Config) -> Sources:
-    """List the fields of Params, except its layers."""
-    n_vocab, d_model = config.vocab_size, config.hidden_size
-    sources: Sources = {
-        "embed_tokens": {EMBEDDING: (n_vocab, d_model)},
-        "norm": {"model.norm.weight": (d_model,)},
-    }
-    if config.head != "lm":
-        sources["score"] = {"score.weight": (config.num_labels, d_model)}
-    elif not config.tie_word_embeddings:
-        sources["lm_head"] = {OUTPUT: (n_vocab, d_model)}
-    if config.head == "token":
-        sources["score_bias"] = {"score.bias": (config.num_labels,)}
-    return sources
-
-
-def _layer_sources(config: Config, number: int) -> Sources:
-    """List the fields of LayerParams."""
-    d_model, d_ff = config.hidden_size, config.intermediate_size
-    d_q = config.num_attention_heads * config.head_dim
-    d_kv = config.num_key_value_heads * config.head_dim
-    if config.model_type == "phi3":
-        qkv, gate_up = {"qkv_proj": d_q + 2 * d_kv}, {"gate_up_proj": 2 * d_ff}
-    else:
-        qkv = {"q_proj": d_q, "k_proj": d_kv, "v_proj": d_kv}
-        gate_up = {"gate_proj": d_ff, "up_proj": d_ff}
-    layer = f"model.layers.{number}"
-    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    sources: Sources = {
-        norm: {f"{layer}.{norm}.weight": (d_model,)}
-        for norm in ("input_layernorm", "post_attention_layernorm")
-    }
-    sources |= _linear_sources("qkv", attention, qkv, d_model, config.attention_bias)
-    sources |= _linear_sources("o", attention, {"o_proj": d_model}, d_q, config.attention_bias)
-    sources |= _linear_sources("gate_up", mlp, gate_up, d_model, config.mlp_bias)
-    sources |= _linear_sources("down", mlp, {"down_proj": d_model}, d_ff, config.mlp_bias)
-    return sources
-
-
-def _linear_sources(
-    field: str, module: str, rows: dict[str, int], d_in: int, has_bias: bool
-) -> Sources:
-    """List weight and bias of a linear map; `rows` are its parts in the file, with their d_out."""
-    sources: Sources = {
-        f"{field}_proj": {f"{module}.{leaf}.weight": (d_out, d_in) for leaf, d_out in rows.items()}
-    }
-    if has_bias:
-        sources[f"{field}_bias"] = {f"{module}.{leaf}.bias": (d,) for leaf, d in rows.items()}
-    return sources
 
 
 def load_params(
@@ -114,6 +46,7 @@ def load_params(
     dtype: str | None = None,
     xp: Any = np,
     progress: bool = False,
+    mmap: bool = True,
 ) -> Params:
     """Load the weights of a checkpoint folder.
 
@@ -129,12 +62,15 @@ def load_params(
         The array library of the weights.
     progress : bool
         Show a bar with bytes and file on stderr where it is a terminal and tqdm is installed.
+    mmap : bool
+        False: copy every tensor into memory, so that no later change of a file matters.
 
     Returns
     -------
     params : Params
-        With NumPy and `dtype` as stored: read-only views of the mapped files.  With CuPy: copied
-        from those by `npllm.checkpoints.upload`; the host holds no second copy.
+        With NumPy and `dtype` as stored: read-only views of the mapped files, unless `mmap` is
+        False; `TensorFiles` says what must not happen to those files meanwhile.  With CuPy: copied
+        from them by `npllm.checkpoints.upload`; the host holds no second copy.
 
     Raises
     ------
@@ -162,10 +98,10 @@ def load_params(
     check_entries(folder, entries, config)
     _warn_of_ignored(folder, entries, config)
     sources = _top_sources_in(folder, entries, config)
-    layers = [_layer_sources(config, number) for number in range(config.num_hidden_layers)]
+    layers = [layer_sources(config, number) for number in range(config.num_hidden_layers)]
     n_bytes = _count_bytes(entries, [sources, *layers])
     with progress_bar(n_bytes, "loading", wanted=progress) as advance:
-        reader = TensorReader(entries, dtype, xp, advance)
+        reader = TensorReader(entries, dtype, xp, advance, mmap=mmap)
         params = _assemble(reader, sources, layers)
         reader.finish()
     return _tie(params) if _is_tied(config) else params
@@ -204,11 +140,11 @@ def _is_tied(config: Config) -> bool:
 def _top_sources_in(
     folder: str | PathLike[str], entries: Mapping[str, TensorEntry], config: Config
 ) -> Sources:
-    """List what to read: `_top_sources`, but of two tied matrices those that the file holds.
+    """List what to read: `top_sources`, but of two tied matrices those that the file holds.
 
     Where it holds both, they are read both only if they differ.
     """
-    sources = _top_sources(config)
+    sources = top_sources(config)
     if not _is_tied(config) or OUTPUT not in entries:
         return sources
     output = {"lm_head": {OUTPUT: entries[OUTPUT].shape}}
@@ -217,7 +153,7 @@ def _top_sources_in(
         return sources | output
     if same_values(view_of(entries[EMBEDDING]), view_of(entries[OUTPUT])):
         return sources
-    warnings.warn(
+    warn(
         f"{folder}: config.json says tie_word_embeddings: true, but {OUTPUT} and {EMBEDDING} "
         "differ, so both are used; tie_word_embeddings: false would say so",
         stacklevel=4,

@@ -1,21 +1,19 @@
-"""safetensors files: headers, and views of tensors in the memory-mapped file.
+"""safetensors files: headers, and their comparison with the tensors that config.json asks for.
 
-Only headers are read until a tensor is asked for.  A view copies nothing: the operating system
-reads a page at its first use.
+Only headers are read here; `npllm.checkpoints.tensor_files` reads tensors.
 """
 
 import json
-import os.path
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from npllm.arrays import DTYPES
+from npllm.config.regular_file import is_present, open_regular
 from npllm.config.strict_json import no_duplicates, printable, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.models.params import LayerParams, Params  # noqa: F401 - importable from here as before
@@ -26,7 +24,6 @@ __all__ = [
     "TensorEntry",
     "check_shapes",
     "read_entries",
-    "view_of",
 ]
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -50,39 +47,6 @@ class TensorEntry(NamedTuple):
     stop: int
 
 
-def view_of(entry: TensorEntry) -> np.ndarray:
-    """View a tensor of numbers in the mapped file.
-
-    Parameters
-    ----------
-    entry : TensorEntry
-        Of a dtype in `SAFETENSORS_DTYPES` or `INTEGER_DTYPES`.
-
-    Returns
-    -------
-    x : NumPy array
-        Read-only and little-endian; a copy where the file does not align it to its item size.
-
-    Raises
-    ------
-    NpllmOSError
-        When the file cannot be mapped.
-    """
-    name = SAFETENSORS_DTYPES.get(entry.dtype) or INTEGER_DTYPES[entry.dtype]
-    dtype = (DTYPES[name] if name in DTYPES else np.dtype(name)).newbyteorder("<")
-    n_bytes = entry.stop - entry.start
-    if n_bytes == 0:
-        return np.zeros(entry.shape, dtype)
-    try:
-        raw = np.memmap(entry.file, np.uint8, mode="r", offset=entry.start, shape=(n_bytes,))
-    except (OSError, ValueError) as error:
-        raise NpllmOSError(
-            f"{entry.file}: cannot be mapped into memory ({error}); did it change meanwhile?"
-        ) from None
-    aligned = raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()
-    return np.asarray(aligned).view(dtype).reshape(entry.shape)
-
-
 def read_entries(folder: str | PathLike[str]) -> dict[str, TensorEntry]:
     """Read the headers of a checkpoint, and nothing else.
 
@@ -104,9 +68,9 @@ def read_entries(folder: str | PathLike[str]) -> dict[str, TensorEntry]:
     """
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if os.path.isfile(single):
+    if is_present(single):
         return _read_header(single)
-    if not os.path.isfile(index):
+    if not is_present(index):
         raise NpllmOSError(
             f"{folder}: holds neither {single.name} nor {index.name}{_found_instead(folder)}"
         )
@@ -143,11 +107,12 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
 
     The safetensors library validates the header first.
     """
-    if not os.path.isfile(path):
+    if not is_present(path):
         raise NpllmOSError(f"{path}: no such file; is the download complete?")
     try:
-        with path.open("rb") as file:
-            n_header, n_bytes = int.from_bytes(file.read(8), "little"), os.path.getsize(path)
+        with open_regular(path) as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            n_bytes = os.fstat(file.fileno()).st_size
             if n_header > min(n_bytes - 8, LARGEST_HEADER):
                 raise ValueError(
                     f"its header should have {n_header} bytes, but the file has "

@@ -11,7 +11,10 @@ import numpy as np
 from npllm.arrays import DTYPES
 from npllm.checkpoints.safetensors import check_shapes, read_entries
 from npllm.checkpoints.tensor_reader import TensorReader
-from npllm.config.strict_json import Reader, quote, read_json
+from npllm.config import legacy_names
+from npllm.config.reader import Reader
+from npllm.config.regular_file import is_present
+from npllm.config.strict_json import quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import ACTIVATIONS, POOLINGS, Dense, Head, Normalize
 
@@ -19,14 +22,6 @@ __all__ = ["read_head", "refuse_others"]
 
 MODULES = "modules.json"
 Neutral = dict[str, tuple[Any, ...]]
-LEGACY_POOLINGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 NAMES = ("Transformer", "Pooling", "Dense", "Normalize")
 INPUT_NAMES = {
     "module_input_name": (None, "sentence_embedding"),
@@ -34,7 +29,9 @@ INPUT_NAMES = {
 }
 
 
-def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Head, bool]:
+def read_head(
+    folder: Path, d_model: int, dtype: str | None = None, mmap: bool = True
+) -> tuple[Head, bool]:
     """Read modules.json and the modules that it lists.
 
     Parameters
@@ -42,7 +39,7 @@ def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Hea
     folder : Path
     d_model : int
         Width of the encoder.
-    dtype : str, optional
+    dtype, mmap
         Of the weights of dense modules, as in `npllm.load`.
 
     Returns
@@ -71,17 +68,17 @@ def read_head(folder: Path, d_model: int, dtype: str | None = None) -> tuple[Hea
         if name == "Normalize":
             modules.append(_read_normalize(folder / path))
         else:
-            dense = _read_dense(folder / path, width, dtype)
+            dense = _read_dense(folder / path, width, dtype, mmap)
             modules.append(dense)
             width = len(dense.weight)
-    is_stated = pooling.is_file() or (folder / MODULES).is_file()
+    is_stated = is_present(pooling) or is_present(folder / MODULES)
     return head._replace(modules=tuple(modules)), is_stated
 
 
 def _module_paths(folder: Path) -> list[tuple[str, str]]:
     """Return the modules after the Transformer, as (name, folder), the pooling first."""
     file = folder / MODULES
-    if not file.is_file():
+    if not is_present(file):
         return [("Pooling", "1_Pooling")]
     modules = [_module(file, entry) for entry in read_json(file, list)]
     names = [name for name, _ in modules]
@@ -120,7 +117,7 @@ def _module(file: Path, entry: Any) -> tuple[str, str]:
 
 def _read_pooling(file: Path, d_model: int) -> tuple[Head, int]:
     """Read 1_Pooling/config.json to a head, and return the width of its result as well."""
-    if not file.is_file():
+    if not is_present(file):
         return Head(), d_model
     read = Reader(read_json(file), file)
     width = read.size("embedding_dimension", read.size("word_embedding_dimension", d_model))
@@ -137,7 +134,7 @@ def _read_pooling(file: Path, d_model: int) -> tuple[Head, int]:
 
 def _read_pooling_modes(read: Reader) -> list[str]:
     """Read the names of the poolings, in either spelling."""
-    legacy = [name for key, name in LEGACY_POOLINGS.items() if read.flag(key, False)]
+    legacy = [name for key, name in legacy_names.POOLINGS.items() if read.flag(key, False)]
     names = read.get("pooling_mode", legacy or ["mean"])
     names = [names] if isinstance(names, str) else names
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -149,7 +146,7 @@ def _read_pooling_modes(read: Reader) -> list[str]:
     return names
 
 
-def _read_dense(folder: Path, width: int, dtype: str | None) -> Dense:
+def _read_dense(folder: Path, width: int, dtype: str | None, mmap: bool) -> Dense:
     """Read a dense module: config.json and model.safetensors of its folder."""
     file = folder / "config.json"
     read = Reader(read_json(file), file)
@@ -172,7 +169,7 @@ def _read_dense(folder: Path, width: int, dtype: str | None) -> Dense:
         shapes["linear.bias"] = (d_out,)
     entries = read_entries(folder)
     check_shapes(folder, entries, shapes)
-    reader = TensorReader(entries, dtype if dtype in DTYPES else None, np)
+    reader = TensorReader(entries, dtype if dtype in DTYPES else None, np, mmap=mmap)
     weight = reader.read(["linear.weight"])
     bias = reader.read(["linear.bias"]) if has_bias else None
     return Dense(weight, bias, name)
@@ -181,7 +178,7 @@ def _read_dense(folder: Path, width: int, dtype: str | None) -> Dense:
 def _read_normalize(folder: Path) -> Normalize:
     """Read a Normalize module; one that normalizes tokens is refused."""
     file = folder / "config.json"
-    if file.is_file():
+    if is_present(file):
         refuse_others(Reader(read_json(file), file), INPUT_NAMES)
     return Normalize()
 

@@ -1,13 +1,15 @@
 """Settings of a sentence-transformers folder: pooling, prompts, lengths."""
 
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllm.checkpoints.sentence_modules import read_head, refuse_others
-from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, read_json
+from npllm.config.reader import Reader
+from npllm.config.regular_file import is_present
+from npllm.config.strict_json import LARGEST_SIZE, quote, read_json
 from npllm.errors import NpllmValueError
 from npllm.models.sentence import Head
+from npllm.progress import warn
 
 __all__ = ["SentenceSettings", "read_sentence_settings", "token_count"]
 
@@ -45,7 +47,7 @@ class SentenceSettings(NamedTuple):
 
 
 def read_sentence_settings(
-    folder: Path, d_model: int, dtype: str | None = None
+    folder: Path, d_model: int, dtype: str | None = None, mmap: bool = True
 ) -> SentenceSettings:
     """Read every file that sentence-transformers reads beside those of the encoder.
 
@@ -54,7 +56,7 @@ def read_sentence_settings(
     folder : Path
     d_model : int
         Width of the encoder.
-    dtype : str, optional
+    dtype, mmap
         Of the weights of dense modules, as in `npllm.load`.
 
     Returns
@@ -74,7 +76,7 @@ def read_sentence_settings(
     """
     max_length, do_lower_case = _read_sentence_config(folder)
     prompts, default, dimension = _read_settings(folder)
-    head, is_stated = read_head(folder, d_model, dtype)
+    head, is_stated = read_head(folder, d_model, dtype, mmap)
     head = head._replace(dimension=dimension)
     return SentenceSettings(head, prompts, default, max_length, do_lower_case, is_stated)
 
@@ -82,7 +84,7 @@ def read_sentence_settings(
 def _read_sentence_config(folder: Path) -> tuple[int | None, bool]:
     """Read the most tokens of a text, or None, and whether texts are put in lower case."""
     file = folder / SENTENCE
-    if not file.is_file():
+    if not is_present(file):
         return None, False
     read = Reader(read_json(file), file)
     length, do_lower_case = read.get("max_seq_length"), read.flag("do_lower_case", False)
@@ -122,7 +124,7 @@ def token_count(file: Path, key: str, length: Any) -> int:
 def _read_settings(folder: Path) -> tuple[dict[str, str], str | None, int | None]:
     """Read prompts by name, the name of the default one, and the number of entries to keep."""
     file = folder / SETTINGS
-    if not file.is_file():
+    if not is_present(file):
         return {}, None, None
     read = Reader(read_json(file), file)
     prompts = _read_prompts(read)
@@ -134,7 +136,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, str], str | None, int | None
     dimension = read.optional_size("truncate_dim")
     similarity = read.get("similarity_fn_name", "cosine")
     if similarity != "cosine":
-        warnings.warn(
+        warn(
             f"{file}: similarity_fn_name = {quote(similarity)} is not used: "
             "vectors are as the folder says, but cosine_similarities compares them by the cosine",
             stacklevel=5,

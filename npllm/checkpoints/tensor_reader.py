@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import asarray, dtype_named, native, widest
-from npllm.checkpoints.safetensors import TensorEntry, view_of
+from npllm.checkpoints.safetensors import TensorEntry
+from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.checkpoints.upload import Upload
 from npllm.errors import NpllmValueError
 from npllm.quantized.int8 import quantize
@@ -28,6 +29,9 @@ class TensorReader:
         The array library of the result.
     advance : function (n_bytes, label), optional
         Called after every read, with the bytes read and the name of the file.
+    mmap : bool
+        True: tensors on the host are views of the mapped files where they keep their dtype.  False:
+        copies; see `TensorFiles`.
     """
 
     def __init__(
@@ -36,16 +40,19 @@ class TensorReader:
         dtype: str | None,
         xp: Any,
         advance: Callable[[int, str], None] | None = None,
+        *,
+        mmap: bool = True,
     ) -> None:
         self.entries = entries
         self.dtype = dtype
         self.xp = xp
         self.advance = advance or (lambda n_bytes, label: None)  # noqa: ARG005
+        self.files = TensorFiles(is_mapped=mmap)
         self.upload = Upload(xp) if xp.__name__ == "cupy" else None
 
     def read(self, names: Collection[str]) -> Array:
         """Read one tensor, or concatenate several along their rows."""
-        views = [view_of(self.entries[name]) for name in names]
+        views = [self.files.read(self.entries[name]) for name in names]
         if self.upload and self.dtype != "int8":  # quantized on the host, one tensor at a time
             return self._send(self.upload, views, names)
         x = views[0] if len(views) == 1 else self._concatenate(views)
@@ -57,7 +64,14 @@ class TensorReader:
         for name in names:
             entry = self.entries[name]
             self.advance(entry.stop - entry.start, entry.file.name)
+        if getattr(x, "base", None) is None:  # x is no view of the file
+            self._release_pages(names)
         return asarray(x, self.xp)
+
+    def _release_pages(self, names: Collection[str]) -> None:
+        """Give back the memory of the pages of tensors that were copied."""
+        for name in names:
+            self.files.release_pages(self.entries[name])
 
     def finish(self) -> None:
         """Wait until all copies to the device are done."""
@@ -68,7 +82,9 @@ class TensorReader:
         """Copy tensors from the mapped file to the device."""
         dtype = self._common_dtype(views)
         label = self.entries[next(iter(names))].file.name
-        return upload.stack(views, dtype, lambda n_bytes: self.advance(n_bytes, label))
+        x = upload.stack(views, dtype, lambda n_bytes: self.advance(n_bytes, label))
+        self._release_pages(names)
+        return x
 
     def _common_dtype(self, views: list[np.ndarray]) -> np.dtype:
         """Return the wanted dtype; else the widest stored one, so that no tensor is rounded."""
@@ -79,8 +95,7 @@ class TensorReader:
     def _concatenate(self, views: list[np.ndarray]) -> np.ndarray:
         """Copy tensors into one array.
 
-        The list is emptied: each mapping is released after its copy, so that the file's pages are
-        not held as well.
+        The list is emptied, so that a tensor that was read into memory is freed after its copy.
         """
         dtype = self._common_dtype(views)
         n_rows = sum(view.shape[0] for view in views)

@@ -1,6 +1,5 @@
 """Tensors that a file holds and a model does not use: compare them with the used ones, or warn."""
 
-import warnings
 from os import PathLike
 from typing import Any
 
@@ -11,6 +10,7 @@ from npllm.arrays import DTYPES, widen
 from npllm.config.config import Config
 from npllm.config.strict_json import printable
 from npllm.models import rope
+from npllm.progress import warn
 
 __all__ = ["are_rope_frequencies", "same_values", "warn_of_unused"]
 
@@ -28,7 +28,7 @@ def warn_of_unused(
     if names:
         shown = ", ".join(printable(name[:200]) for name in sorted(names)[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warnings.warn(f"{folder}: not used: {shown}{more}; {reason}", stacklevel=stacklevel)
+        warn(f"{folder}: not used: {shown}{more}; {reason}", stacklevel=stacklevel)
 
 
 def same_values(one: Array, other: Array) -> bool:

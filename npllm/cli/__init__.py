@@ -4,10 +4,6 @@ Belongs here: arguments and the layout of text, one file a group of commands.  D
 computation (analysis/, `Model`).
 """
 
-from npllm.cli import testing
 from npllm.cli.commands import main
 
 __all__ = ["main"]
-
-for _command in testing.COMMANDS:
-    main.add_command(_command)

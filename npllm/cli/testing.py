@@ -1,14 +1,14 @@
-"""Commands for people who test their own code: `npllm diagnose` and `npllm probes`."""
+"""Commands that test other implementations: `npllm diagnose` and `npllm probes`."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from npllm.cli.streams import print_json
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
+from npllm.progress import report
 
 __all__ = ["COMMANDS"]
 
@@ -38,7 +38,7 @@ OPS = (
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def diagnose(context: click.Context, inputs: str, output: str, op: str, as_json: bool) -> None:
-    """Say which convention an OUTPUT got wrong.
+    """Name the convention that an OUTPUT breaks.
 
     INPUTS holds the operation's inputs under their names, numbers as arrays without axes; OUTPUT
     the output, alone or under the name `output` (q, k and v for qkv_projection).  Files are .npz or
@@ -51,11 +51,12 @@ def diagnose(context: click.Context, inputs: str, output: str, op: str, as_json:
     try:
         found = diagnosed(op, read_arrays(inputs), _output(op, read_arrays(output), output))
     except NpllmError as error:
-        click.echo(f"npllm: {error}", err=True)
+        report(str(error))
         context.exit(USAGE)
-    click.echo(
-        json.dumps(found.facts(), indent=2, ensure_ascii=not _is_utf8()) if as_json else str(found)
-    )
+    if as_json:
+        print_json(found.facts())
+    else:
+        click.echo(str(found))
     context.exit(EXIT_CODES[found.status])
 
 
@@ -63,10 +64,10 @@ def diagnose(context: click.Context, inputs: str, output: str, op: str, as_json:
 @click.argument("folder", metavar="DIR", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def probes(folder: str, as_json: bool) -> None:
-    """Write the probes to DIR: they diagnose a port in any language by comparing files.
+    """Write the probes to DIR: files that diagnose a port in any language.
 
-    For each probe: inputs, the right answers and their budget, and the answer of every wrong
-    option; index.json lists them.
+    Each probe has inputs, the right outputs with their budget, and the output of every wrong
+    option; index.json lists the probes.
     """
     from npllm.testing import PROBES, write_probes
 
@@ -78,7 +79,7 @@ def probes(folder: str, as_json: bool) -> None:
         "bytes": sum(p.stat().st_size for p in paths),
     }
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     click.echo(
         f"{paths[0]}: {len(PROBES)} probes, {len(paths)} files, {facts['bytes'] / 1e6:.1f} MB"
@@ -112,7 +113,7 @@ def read_arrays(path: str) -> dict[str, Any]:
     except OSError as error:
         raise NpllmOSError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:
-        raise NpllmOSError(f"{path}: is no {suffix} file of plain arrays ({error})") from None
+        raise NpllmOSError(f"{path}: is not a {suffix} file of plain arrays ({error})") from None
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _read_safetensors(path: str) -> dict[str, Any]:
 
 
 def _output(op: str, arrays: dict[str, Any], path: str) -> Any:
-    """The output of an operation among the arrays of a file."""
+    """Find the output of an operation among the arrays of a file."""
     if op == "qkv_projection" and {"q", "k", "v"} <= set(arrays):
         return arrays
     if "output" in arrays:
@@ -133,10 +134,6 @@ def _output(op: str, arrays: dict[str, Any], path: str) -> Any:
     raise NpllmValueError(
         f"{path}: must hold one array, or one called output; got {', '.join(arrays) or 'none'}"
     )
-
-
-def _is_utf8() -> bool:
-    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 COMMANDS = (diagnose, probes)

@@ -5,7 +5,8 @@ from os import PathLike
 from typing import Any
 
 from npllm.config.config import KEYS_WITHOUT_EFFECT, LARGEST_LAYER_COUNT, parse_dtype
-from npllm.config.strict_json import Reader, config_data, quote, require
+from npllm.config.reader import Reader
+from npllm.config.strict_json import config_data, quote, require
 from npllm.errors import NpllmValueError
 
 __all__ = ["ACTIVATIONS", "BertConfig"]
@@ -115,7 +116,7 @@ def _parse(data: dict[str, Any], where: str) -> BertConfig:
         type_vocab_size=read.size("type_vocab_size", 2),
         layer_norm_eps=read.number("layer_norm_eps", 1e-12),
         hidden_act=read.text("hidden_act", "gelu"),
-        pad_token_id=read.token("pad_token_id"),
+        pad_token_id=read.padding_token("pad_token_id"),
         dtype=parse_dtype(read),
     )
     _validate(config, where)

@@ -9,8 +9,10 @@ from os import PathLike
 from typing import Any
 
 from npllm.arrays import DTYPES
+from npllm.config import legacy_names
+from npllm.config.reader import Reader
 from npllm.config.rope_parameters import ROPE_TYPES, RopeParameters, parse_rope, validate_rope
-from npllm.config.strict_json import Reader, config_data, quote, require
+from npllm.config.strict_json import config_data, quote, require
 from npllm.errors import NpllmValueError
 
 __all__ = ["Config", "RopeParameters", "parse_dtype"]
@@ -180,7 +182,7 @@ def _parse(data: dict[str, Any], where: str) -> Config:
         tie_word_embeddings=read.flag("tie_word_embeddings", False),
         bos_token_id=read.token("bos_token_id"),
         eos_token_id=read.tokens("eos_token_id"),
-        pad_token_id=read.token("pad_token_id"),
+        pad_token_id=read.padding_token("pad_token_id"),
         dtype=parse_dtype(read),
         model_type=model_type,
         architectures=_parse_architectures(read, model_type),
@@ -202,6 +204,8 @@ def _parse_architectures(read: Reader, model_type: str) -> tuple[str, ...]:
     names = read.get("architectures", [family + "ForCausalLM"])
     known = [family + suffix for suffix in HEADS]
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if are_names:
+        names = [legacy_names.ARCHITECTURES.get(name, name) for name in names]
     if not are_names or not names or names[0] not in known:
         raise NpllmValueError(
             f"{read.where}: architectures must be one of {', '.join(known)}, got {quote(names)}"

@@ -3,16 +3,16 @@
 What a number means is documented with the function that uses it, in `npllm.ops.frequencies`.
 """
 
-import warnings
 from dataclasses import dataclass
 
-from npllm.config.strict_json import LARGEST_SIZE, Reader, quote, require
+from npllm.config import legacy_names
+from npllm.config.reader import Reader
+from npllm.config.strict_json import LARGEST_SIZE, quote, require
 from npllm.errors import NpllmValueError
+from npllm.progress import warn
 
 __all__ = ["ROPE_TYPES", "RopeParameters", "parse_rope", "validate_rope"]
 
-# For model_type phi3; for Llama, yarn is a type of its own.
-ROPE_ALIASES = {"su": "longrope", "yarn": "longrope"}
 ROPE_TYPES = {
     "phi3": ("default", "longrope"),
     "llama": ("default", "linear", "dynamic", "yarn", "llama3", "longrope"),
@@ -117,7 +117,8 @@ def _parse_nested(
     rope: Reader, rope_type: str, theta: float, fraction: float, model_type: str
 ) -> RopeParameters:
     """Read the nested object; `theta` and `fraction` are the values at top level."""
-    aliases = ROPE_ALIASES if model_type == "phi3" else {}
+    # For Llama, yarn is a type of its own.
+    aliases = legacy_names.ROPE_TYPES if model_type == "phi3" else {}
     return RopeParameters(
         rope_type=aliases.get(rope_type, rope_type),
         rope_theta=rope.number("rope_theta", theta),
@@ -133,7 +134,7 @@ def _rotated_fraction(rope: Reader, rope_type: str, fraction: float, model_type:
     """Read partial_rotary_factor; Llama's default RoPE rotates whole heads, as in Transformers."""
     fraction = rope.number("partial_rotary_factor", fraction)
     if model_type == "llama" and rope_type == "default" and fraction != 1:
-        warnings.warn(
+        warn(
             f"{rope.where}: partial_rotary_factor = {fraction} has no effect with model_type llama "
             "and rope_type default: whole heads are rotated, as in Transformers",
             stacklevel=6,

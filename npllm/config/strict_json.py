@@ -6,20 +6,20 @@ Every JSON file of a checkpoint folder is read here.
 import json
 import os.path
 import reprlib
-import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.config.regular_file import read_text
+from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = [
     "LARGEST_SIZE",
-    "Reader",
     "config_data",
+    "is_int",
     "is_token",
     "no_duplicates",
+    "parse_json",
     "printable",
     "quote",
     "read_json",
@@ -29,7 +29,6 @@ __all__ = [
 LARGEST_SIZE = 2**24  # of any axis; the vocabularies of published models are below 2**20
 LARGEST_TOKEN = 2**31 - 1
 LARGEST_JSON = 2**25  # bytes of a JSON file; published checkpoints have indices of up to 10 MB
-LARGEST_NUMBER = 1e300
 
 
 def config_data(path_or_dict: Any) -> tuple[dict[str, Any], str]:
@@ -81,42 +80,34 @@ def read_json(path: str | os.PathLike[str], kind: type[dict] | type[list] = dict
     Raises
     ------
     NpllmOSError
-        When the file is missing or cannot be read.
+        When the file is missing, cannot be read, or is no regular file.
     NpllmValueError
         When it is too large, not UTF-8, not JSON, nested too deeply, has duplicate keys, or is not
         of that kind.
     """
-    text = _read_text(path)
+    return parse_json(read_text(path, LARGEST_JSON), path, kind)
+
+
+def parse_json(
+    text: str, where: str | os.PathLike[str], kind: type[dict] | type[list] = dict
+) -> Any:
+    """Parse the text of a JSON object, or of a list; `where` names its source in messages.
+
+    Raises
+    ------
+    NpllmValueError
+        As `read_json`.
+    """
     try:
         data = json.loads(text, object_pairs_hook=no_duplicates)
     except RecursionError:
-        raise NpllmValueError(f"{path}: is nested too deeply to be a configuration") from None
+        raise NpllmValueError(f"{where}: is nested too deeply to be a configuration") from None
     except ValueError as error:
-        raise NpllmValueError(f"{path}: is not valid JSON ({error})") from None
+        raise NpllmValueError(f"{where}: is not valid JSON ({error})") from None
     if not isinstance(data, kind):
         wanted = "list [...]" if kind is list else "object {...}"
-        raise NpllmValueError(f"{path}: must hold a JSON {wanted}, got {type(data).__name__}")
+        raise NpllmValueError(f"{where}: must hold a JSON {wanted}, got {type(data).__name__}")
     return data
-
-
-def _read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 file of at most `LARGEST_JSON` bytes."""
-    try:
-        n_bytes = os.path.getsize(path)
-        if n_bytes > LARGEST_JSON:
-            raise NpllmValueError(
-                f"{path}: has {n_bytes} bytes; more than {LARGEST_JSON} are refused"
-            )
-        return Path(path).read_text(encoding="utf-8-sig")
-    except NpllmValueError:
-        raise
-    except UnicodeDecodeError as error:
-        raise NpllmValueError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NpllmOSError(f"{path}: cannot be read ({reason})") from None
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,118 +152,11 @@ def require(where: str, holds: bool, message: str) -> None:
         raise NpllmValueError(f"{where}: {message}")
 
 
-class Reader:
-    """Reads keys of a JSON object one by one, checks their types, and records which were read.
-
-    Parameters
-    ----------
-    data : dict
-    where : str or Path
-        Name of the source, for error messages.
-    """
-
-    def __init__(self, data: dict[str, Any], where: str | os.PathLike[str]) -> None:
-        self.data = data
-        self.where = where
-        self.asked: set[str] = set()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Read a value of any type; null counts as absent."""
-        self.asked.add(key)
-        value = self.data.get(key)
-        return default if value is None else value
-
-    def _fail(self, key: str, wanted: str, value: Any) -> NoReturn:
-        raise NpllmValueError(f"{self.where}: {key} must be {wanted}, got {quote(value)}")
-
-    def size(self, key: str, default: int | None = None, *, largest: int = LARGEST_SIZE) -> int:
-        """Read an integer in 1 ... largest; without a default the key must be present."""
-        value = self.get(key, default)
-        if not _is_int(value) or not 1 <= value <= largest:
-            self._fail(key, f"an integer in 1 ... {largest}", value)
-        return int(value)
-
-    def optional_size(self, key: str) -> int | None:
-        """Read an integer in 1 ... LARGEST_SIZE, or None where the key is absent."""
-        return None if self.get(key) is None else self.size(key)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Read a finite number; without a default the key must be present."""
-        return self._number(key, self.get(key, default))
-
-    def optional_number(self, key: str) -> float | None:
-        """Read a finite number, or None where the key is absent."""
-        return None if self.get(key) is None else self.number(key)
-
-    def optional_numbers(self, key: str) -> tuple[float, ...] | None:
-        """Read a list of finite numbers, or None where the key is absent."""
-        value = self.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, list):
-            self._fail(key, "a list of numbers", value)
-        return tuple(self._number(key, x) for x in value)
-
-    def _number(self, key: str, value: Any) -> float:
-        """Check that a value is a finite number."""
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not -LARGEST_NUMBER < value < LARGEST_NUMBER:
-            self._fail(key, "a finite number", value)
-        return float(value)
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """Read a string; without a default the key must be present."""
-        value = self.get(key, default)
-        if not isinstance(value, str):
-            self._fail(key, "a string", value)
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Read true or false."""
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            self._fail(key, "true or false", value)
-        return value
-
-    def token(self, key: str) -> int | None:
-        """Read a token id or null."""
-        value = self.get(key)
-        if value is not None and not is_token(value):
-            self._fail(key, "a token id or null", value)
-        return value
-
-    def tokens(self, key: str) -> tuple[int, ...]:
-        """Read a token id, a list of them or null."""
-        value = self.get(key, [])
-        value = value if isinstance(value, list) else [value]
-        if not all(map(is_token, value)):
-            self._fail(key, "a token id, a list of them or null", value)
-        return tuple(value)
-
-    def finish(self, only: Mapping[str, tuple[Any, ...]], without_effect: Collection[str]) -> None:
-        """Raise for values that are not implemented; warn of keys that are neither read nor known.
-
-        Parameters
-        ----------
-        only : dict of str to tuple
-            Key -> the values that change nothing.
-        without_effect : collection of str
-            Keys that may have any value.
-        """
-        for key, allowed in only.items():
-            if self.get(key) not in allowed:
-                wanted = " or ".join(map(repr, allowed))
-                self._fail(key, f"{wanted} (anything else is not implemented)", self.data[key])
-        unknown = sorted(set(self.data) - self.asked - set(without_effect))
-        if unknown:
-            names = ", ".join(map(printable, unknown))
-            warnings.warn(f"{self.where}: unknown keys are ignored: {names}"[:500], stacklevel=5)
-
-
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Return whether a value is an integer and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_token(value: Any) -> bool:
     """Return whether a value can be a token id."""
-    return _is_int(value) and 0 <= value <= LARGEST_TOKEN
+    return is_int(value) and 0 <= value <= LARGEST_TOKEN

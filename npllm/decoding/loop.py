@@ -1,7 +1,6 @@
 """The loop: prefill, decode, stop.  An iterator of token ids, and what turns it into text."""
 
 import secrets
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,10 +8,12 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import array_namespace, is_array, to_numpy, widen
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import is_token, quote, read_json
 from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.text.tokenizer import Detokenizer
+from npllm.progress import warn
+from npllm.text.stream import TextStream
 
 __all__ = [
     "GenerationConfig",
@@ -100,7 +101,7 @@ class GenerationConfig:
             When a value is of the wrong type.
         """
         path = Path(folder) / "generation_config.json"
-        data = read_json(path) if path.is_file() else {}
+        data = read_json(path) if is_present(path) else {}
         eos = data.get("eos_token_id", list(config.eos_token_id))
         eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
         pad = data.get("pad_token_id", config.pad_token_id)
@@ -414,58 +415,6 @@ def last_logits(model, ids, **options):
     return check_scores(logits, "the model's logits", FROM_MODEL)
 
 
-class TextStream:
-    """The text of one answer as its tokens come in, cut before the first stop string.
-
-    Parameters
-    ----------
-    tokenizer : Tokenizer
-    stop_ids : tuple of int
-        Tokens that end the answer and are no part of its text.
-    stop : tuple of str
-        Strings that end the answer and are no part of its text.
-    """
-
-    def __init__(self, tokenizer, stop_ids=(), stop=()):
-        self._detokenizer, self._stop_ids, self._stop = (
-            Detokenizer(tokenizer) if tokenizer else None,
-            set(stop_ids),
-            stop,
-        )
-        self._held, self.ended = "", False
-
-    def push(self, token):
-        """Take a token; return the text that is now certain to belong to the answer, and set
-        `ended` at its end.
-        """
-        if int(token) in self._stop_ids:
-            return self.close()
-        if self._detokenizer is None:
-            return ""
-        return self._cut(self._detokenizer.push(token))
-
-    def close(self):
-        """End the answer; return what was held back."""
-        if self.ended:
-            return ""
-        text = self._cut(self._detokenizer.flush()) if self._detokenizer else ""
-        text, self._held, self.ended = text + (self._held if not self.ended else ""), "", True
-        return text
-
-    def _cut(self, piece):
-        text = self._held + piece
-        starts = [at for at in map(text.find, self._stop) if at >= 0]
-        if starts:
-            self._held, self.ended = "", True
-            return text[: min(starts)]
-        n_held = max(
-            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
-
-
 def stream_batch(model, input_ids, valid, streams, **options):
     """Continue a batch until every answer has ended.
 
@@ -639,7 +588,7 @@ def room_for(config, n_prompt, max_new_tokens):
     """How many tokens may follow a prompt; warns where the context ends before max_new_tokens."""
     room = config.context_length - n_prompt
     if room < max_new_tokens:
-        warnings.warn(
+        warn(
             f"the context length (max_position_embeddings) is {config.context_length}: after {n_prompt} tokens "
             f"of prompt there is room for {room} new tokens, not {max_new_tokens}",
             stacklevel=4,

@@ -11,41 +11,26 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import is_token, printable, quote, read_json
 from npllm.errors import NpllmValueError
+from npllm.text.tokenizer_checks import check_added_tokens
 
 __all__ = ["SpecialTokens", "add_tokens", "read_special_tokens"]
 
-NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)  # in the order of new ids
-FLAGS = (
-    "content",
-    "single_word",
-    "lstrip",
-    "rstrip",
-    "normalized",
-    "special",
-)  # the library prints others to stdout
-EXTRA, OLD_EXTRA, LISTED = (
-    "extra_special_tokens",
-    "additional_special_tokens",
-    "added_tokens_decoder",
-)
+# In the order of new ids.
+NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# The library prints others to stdout.
+FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+EXTRA = "extra_special_tokens"
+OLD_EXTRA = "additional_special_tokens"
+LISTED = "added_tokens_decoder"
 
 
 class SpecialTokens(NamedTuple):
     """What a folder says of added tokens beyond tokenizer.json."""
 
-    named: dict[
-        str, str
-    ]  # text of bos_token, ..., and of those of this model alone, such as image_token
+    named: dict[str, str]  # text of bos_token, ..., and of the model's own, such as image_token
     unlisted: list[AddedToken]  # the named ones, then those without a name
     listed: list[AddedToken]  # in the order of the ids that they are said to have
 
@@ -95,7 +80,9 @@ def read_special_tokens(folder: Path, settings: dict[str, Any], backend: Backend
     return SpecialTokens(texts, unlisted, listed)
 
 
-def _entries(folder, settings, is_new):
+def _entries(
+    folder: Path, settings: dict[str, Any], is_new: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the files say of tokens that every model has, and of those that this one alone has.
 
     Objects give way to special_tokens_map.json; strings under names of the model's own do not.
@@ -143,6 +130,7 @@ def add_tokens(backend: Backend, tokens: SpecialTokens, file: Path) -> None:
     new += [token for token in tokens.unlisted if token.content not in texts]
     for token in new:
         token.special = token.special or token.content in tokens.named.values()
+    check_added_tokens([token.content for token in new], file)
     try:
         backend.add_tokens(new)
     except BaseException as error:
@@ -153,7 +141,7 @@ def add_tokens(backend: Backend, tokens: SpecialTokens, file: Path) -> None:
         ) from None
 
 
-def _is_name(key, value):
+def _is_name(key: str, value: Any) -> bool:
     """Whether an entry names a token of this model alone: `image_token`, but not add_bos_token."""
     is_token = isinstance(value, str | AddedToken) or (
         isinstance(value, dict) and "content" in value
@@ -161,14 +149,14 @@ def _is_name(key, value):
     return key.endswith("_token") and key not in NAMES and is_token
 
 
-def _popped_names(entries):
+def _popped_names(entries: dict[str, Any]) -> dict[str, Any]:
     """Take tokens with names of their own out of the entry that may be a list instead."""
     return entries.pop(EXTRA) if isinstance(entries.get(EXTRA), dict) else {}
 
 
-def _read_map(file, entries):
+def _read_map(file: Path, entries: dict[str, Any]) -> dict[str, Any]:
     """Change entries as special_tokens_map.json says, null included; return its other names."""
-    content = read_json(file) if file.is_file() else {}
+    content = read_json(file) if is_present(file) else {}
     content = {
         key: value if key == EXTRA and isinstance(value, dict) else _as_special(value, file, key)
         for key, value in content.items()
@@ -180,7 +168,7 @@ def _read_map(file, entries):
     return {key: value for key, value in content.items() if value is None or _is_name(key, value)}
 
 
-def _as_special(entry, file, key):
+def _as_special(entry: Any, file: Path, key: str) -> Any:
     """An entry of special_tokens_map.json: its objects are special, though they do not say so."""
     if isinstance(entry, list):
         return [_as_special(token, file, key) for token in entry]
@@ -189,7 +177,7 @@ def _as_special(entry, file, key):
     return entry
 
 
-def _token(entry, file, key):
+def _token(entry: Any, file: Path, key: str) -> AddedToken:
     """A token that is written as a string, and then special, or as an object with its flags."""
     if isinstance(entry, AddedToken):
         return entry
@@ -203,7 +191,7 @@ def _token(entry, file, key):
     return _added(entry, file, key)
 
 
-def _added(entry, file, key):
+def _added(entry: dict[str, Any], file: Path, key: str) -> AddedToken:
     """The library's own object for a token, from the flags that it knows."""
     try:
         return AddedToken(**{name: entry[name] for name in FLAGS if name in entry})
@@ -214,38 +202,33 @@ def _added(entry, file, key):
         ) from None
 
 
-def _listed(entries, file):
+def _listed(entries: Any, file: Path) -> list[AddedToken]:
     """Tokens of `added_tokens_decoder`, {id: {content, lstrip, ...}}, in the order of their ids."""
     entries = _checked(entries, dict, file, LISTED)
     try:
         ids = sorted(entries, key=int)
     except ValueError as error:
         reason = printable(str(error)[:300])
-        raise NpllmValueError(
-            f"{file}: {LISTED} must be {{id: {{content, ...}}}} ({reason})"
-        ) from None
+        wanted = "{id: {content, ...}}"
+        raise NpllmValueError(f"{file}: {LISTED} must be {wanted} ({reason})") from None
     return [_added(_checked(entries[i], dict, file, LISTED), file, LISTED) for i in ids]
 
 
-def _old_listed(file, special, known):
+def _old_listed(file: Path, special: set[str], known: dict[int, AddedToken]) -> list[AddedToken]:
     """Tokens of added_tokens.json, {text: id}, in the order of their ids, without known ids."""
-    entries = read_json(file) if file.is_file() else {}
+    entries = read_json(file) if is_present(file) else {}
     if not all(map(is_token, entries.values())):
         raise NpllmValueError(f"{file}: must be {{text: id}}, got {quote(entries)}")
-    texts = sorted((text for text, i in entries.items() if i not in known), key=entries.get)
+    texts = sorted((text for text, i in entries.items() if i not in known), key=entries.__getitem__)
     return [
-        _added(
-            {"content": text, "special": text in special, "normalized": text not in special},
-            file,
-            text,
-        )
-        for text in texts
+        _added({"content": t, "special": t in special, "normalized": t not in special}, file, t)
+        for t in texts
     ]
 
 
-def _checked(value, kind, file, key):
+def _checked(value: Any, kind: type, file: Path, key: str) -> Any:
     """A value of the kind that an entry must have."""
     if not isinstance(value, kind):
-        wanted = {dict: "an object", list: "a list of tokens, or an object of named ones"}[kind]
+        wanted = "an object" if kind is dict else "a list of tokens, or an object of named ones"
         raise NpllmValueError(f"{file}: {key} must be {wanted}, got {quote(value)}")
     return value

@@ -1,22 +1,26 @@
-"""Text to token ids and back: a thin wrapper of the `tokenizers` library, the chat template, and a
-detokeniser for streams.
-"""
+"""Text to token ids and back: a thin wrapper of the `tokenizers` library, and the chat template."""
 
 import contextlib
-import importlib
-import re
-import warnings
+import os
+from collections.abc import Iterable, Iterator
+from operator import index
 from pathlib import Path
+from typing import Any, Self, SupportsIndex
 
-from tokenizers import Tokenizer as _Tokenizer
+import numpy as np
+from tokenizers import Tokenizer as Backend
 
+from npllm.config.regular_file import is_present
 from npllm.config.strict_json import printable, quote, read_json
-from npllm.errors import MissingExtraError, NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.progress import warn
+from npllm.text.chat_template import read_chat_template, render
+from npllm.text.conversation import check_messages, check_tools, find_left_out
 from npllm.text.special_tokens import add_tokens, read_special_tokens
+from npllm.text.template_process import Allowance
+from npllm.text.tokenizer_checks import read_tokenizer_json
 
-__all__ = ["Detokenizer", "Tokenizer"]
-
-BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+__all__ = ["Tokenizer"]
 
 
 class Tokenizer:
@@ -49,23 +53,27 @@ class Tokenizer:
     Source: `TokenizersBackend` in Transformers.
     """
 
-    def __init__(self, backend, chat_template=None, special_tokens=None, add_bos_token=None):
-        self.backend, self.chat_template, self.special_tokens = (
-            backend,
-            chat_template,
-            special_tokens or {},
-        )
-        self.add_bos_token, self._bos = (
-            add_bos_token,
-            backend.token_to_id(self.special_tokens.get("bos_token", "")),
-        )
+    def __init__(
+        self,
+        backend: Backend,
+        chat_template: str | None = None,
+        special_tokens: dict[str, str] | None = None,
+        add_bos_token: bool | None = None,
+    ) -> None:
+        self.backend = backend
+        self.chat_template = chat_template
+        self.special_tokens = special_tokens or {}
+        self.add_bos_token = add_bos_token
+        self._bos = backend.token_to_id(self.special_tokens.get("bos_token", ""))
         if add_bos_token and self._bos is None:
             raise NpllmValueError(
                 "add_bos_token=True needs a bos_token in tokenizer_config.json, and there is none"
             )
 
     @classmethod
-    def from_folder(cls, path, *, add_bos_token=None):
+    def from_folder(
+        cls, path: str | os.PathLike[str], *, add_bos_token: bool | None = None
+    ) -> Self:
         """Read tokenizer.json, and where they are present tokenizer_config.json,
         chat_template.jinja and older files.
 
@@ -84,23 +92,23 @@ class Tokenizer:
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
-        if not file.is_file():
+        if not is_present(file):
             raise NpllmOSError(
                 f"{file}: no such file; without it only token ids can be used, not text"
             )
-        with _library_errors(
-            NpllmValueError, f"{file}: is not a tokenizer that the tokenizers library can read"
-        ):
-            backend = _Tokenizer.from_file(str(file))
+        text = read_tokenizer_json(file)
+        unreadable = f"{file}: is not a tokenizer that the tokenizers library can read"
+        with _library_errors(NpllmValueError, unreadable):
+            backend = Backend.from_str(text)
         file = folder / "tokenizer_config.json"
-        settings = read_json(file) if file.is_file() else {}
+        settings = read_json(file) if is_present(file) else {}
         tokens = read_special_tokens(folder, settings, backend)
         add_tokens(backend, tokens, file)
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, _chat_template(folder, settings), tokens.named, add_bos_token)
+        return cls(backend, read_chat_template(folder, settings), tokens.named, add_bos_token)
 
-    def encode(self, text, *, add_special_tokens=True):
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Turn text into token ids.
 
         Parameters
@@ -128,19 +136,19 @@ class Tokenizer:
             raise NpllmTypeError(
                 f"text must be valid Unicode, which can be written as UTF-8 ({error})"
             ) from None
+        add_special_tokens = _as_bool("add_special_tokens", add_special_tokens)
         with _library_errors(NpllmValueError, "tokenizer.json cannot encode this text"):
             encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         ids = encoding.ids
         if not add_special_tokens or self._bos is None:
             return ids
-        added = (
-            ids[:1] == [self._bos] and encoding.special_tokens_mask[0] == 1
-        )  # by the post-processor
+        by_post_processor = encoding.special_tokens_mask[:1] == [1]
+        added = by_post_processor and ids[:1] == [self._bos]
         ids = ids[1:] if added else ids
         wanted = added if self.add_bos_token is None else self.add_bos_token
         return [self._bos, *ids] if wanted and ids[:1] != [self._bos] else ids
 
-    def decode(self, ids, *, skip_special_tokens=True):
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = True) -> str:
         """Turn token ids into text.  Ids that have no token decode to nothing.
 
         Raises
@@ -149,23 +157,33 @@ class Tokenizer:
             When `ids` is no sequence of non-negative integers.
         """
         try:
-            ids = [int(i) for i in ids]
-            if not all(0 <= i < 2**32 for i in ids):
-                raise ValueError(f"got {min(ids)} ... {max(ids)}")
+            tokens = [index(i) for i in ids]
+            if not all(0 <= i < 2**32 for i in tokens):
+                raise ValueError(f"got {min(tokens)} ... {max(tokens)}")
         except (TypeError, ValueError, OverflowError) as error:
             raise NpllmTypeError(
                 f"ids must be a sequence of token ids, integers from 0 ({error})"
             ) from None
+        skip = _as_bool("skip_special_tokens", skip_special_tokens)
         with _library_errors(NpllmValueError, "tokenizer.json cannot decode these ids"):
-            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            return self.backend.decode(tokens, skip_special_tokens=skip)
 
-    def apply_chat_template(self, messages, *, add_generation_prompt=True):
+    def apply_chat_template(
+        self,
+        messages: Any,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """Write a conversation as the text the model was trained on.
 
         Parameters
         ----------
         messages : list of dict
-            Each {"role": "system" | "user" | "assistant", "content": str}.
+            Each {"role": "system" | "user" | "assistant" | "tool", "content": str}.  An assistant's
+            message may have "tool_calls" and no content.
+        tools : list of dict, optional
+            What the model may call: JSON schemas, as the template expects them.
         add_generation_prompt : bool
             End with the opening of the assistant's next turn.
 
@@ -177,6 +195,8 @@ class Tokenizer:
 
         Raises
         ------
+        NpllmTypeError
+            When messages or tools are of the wrong type, or hold what JSON cannot.
         NpllmValueError
             When the folder has no chat template, a message is malformed, or the template fails or
             refuses.
@@ -184,13 +204,13 @@ class Tokenizer:
         Warns
         -----
         UserWarning
-            When the template leaves out a message that is not the assistant's: Phi-3-medium's has
-            no system messages.
+            When the template leaves out the tools, or a message that is not the assistant's:
+            Phi-3-medium's leaves out system messages.
 
         Notes
         -----
         The template comes with the checkpoint and is not trusted: it runs in a sandbox, within the
-        limits of `npllm.text.chat_template`.
+        limits of `npllm.text.template_process`.
 
         Source: `apply_chat_template` in Transformers.
         """
@@ -198,92 +218,45 @@ class Tokenizer:
             raise NpllmValueError(
                 "this checkpoint has no chat template; give the prompt as plain text"
             )
-        if not isinstance(messages, list | tuple):
-            raise NpllmTypeError(f"messages must be a list of dicts, got {type(messages).__name__}")
-        if not messages:
-            raise NpllmValueError("messages must hold at least one message")
-        for message in messages:
-            if (
-                not isinstance(message, dict)
-                or not isinstance(message.get("role"), str)
-                or "content" not in message
-            ):
-                raise NpllmValueError(
-                    f'a message must be {{"role": ..., "content": ...}}, got {quote(message)}'
-                )
+        check_messages(messages)
+        check_tools(tools)
         names = {
             **self.special_tokens,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        names.pop("messages", None)  # no name for a token
-        text = _template().render(self.chat_template, messages, names)
-        _warn_of_left_out(messages, text)
+        allowance = Allowance()
+        text = render(self.chat_template, messages, names, allowance)
+        for left_out in find_left_out(self.chat_template, messages, names, text, allowance):
+            warn(
+                f"this checkpoint's chat template leaves out {left_out}: the model does not see it",
+                stacklevel=2,
+            )
         return text
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages: Any, *, tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Turn a conversation into token ids, ready for the assistant's answer."""
-        return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
+        text = self.apply_chat_template(messages, tools=tools)
+        return self.encode(text, add_special_tokens=False)
 
-    def token_text(self, token):
+    def token_text(self, token: SupportsIndex) -> str:
         """Text of one token by itself, for tables; special tokens under their name, and ids without
         a token as <id>.
         """
         text = self.decode([token], skip_special_tokens=False)
-        return text or self.backend.id_to_token(int(token)) or f"<{int(token)}>"
+        return text or self.backend.id_to_token(index(token)) or f"<{index(token)}>"
 
 
-class Detokenizer:
-    """Text of a growing sequence of ids, piece by piece: joined, the pieces are the decoded whole.
-
-    A piece is what the new ids add to the text; while the end is half a character, it is held back.
-    A run of byte tokens (`<0xE2>`) is held back until it ends: its bytes are decoded together, and
-    one wrong byte turns all of them into U+FFFD.
-
-    Notes
-    -----
-    Decoding token by token would lose spaces, since a decoder strips the first one of every call.
-    The difference is taken between two decodes that begin at the last piece, so that the work does
-    not grow with the length of the text.
-    """
-
-    def __init__(self, tokenizer):
-        self._tokenizer, self._ids, self._begin, self._end, self._in_bytes = (
-            tokenizer,
-            [],
-            0,
-            0,
-            False,
-        )
-
-    def push(self, token):
-        """Add an id; return the text that is now certain."""
-        token = int(token)
-        self._ids.append(token)
-        decode = self._tokenizer.decode
-        if decode(
-            [token, token]
-        ):  # twice: of one space alone nothing would be left.  A skipped token does not end a run
-            name = self._tokenizer.backend.id_to_token(token) or ""
-            self._in_bytes = BYTE_TOKEN.fullmatch(name) is not None and decode([token]) != name
-        return self._emit(hold=True)
-
-    def flush(self):
-        """Return what was held back."""
-        return self._emit(hold=False)
-
-    def _emit(self, hold):
-        known = self._tokenizer.decode(self._ids[self._begin : self._end])
-        text = self._tokenizer.decode(self._ids[self._begin :])
-        if len(text) <= len(known) or (hold and (self._in_bytes or text.endswith("\ufffd"))):
-            return ""
-        self._begin, self._end = self._end, len(self._ids)
-        return text[len(known) :]
+def _as_bool(name: str, value: Any) -> bool:
+    """Return a Python bool, also of NumPy's."""
+    if not isinstance(value, bool | np.bool_):
+        raise NpllmTypeError(f"{name} must be True or False, got {quote(value)}")
+    return bool(value)
 
 
 @contextlib.contextmanager
-def _library_errors(kind, message):
+def _library_errors(kind: type[NpllmError], message: str) -> Iterator[None]:
     """Raise an error of npllm for whatever the tokenizers library raises: bare Exceptions, and
     panics, which are none.
     """
@@ -293,54 +266,3 @@ def _library_errors(kind, message):
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{message} ({printable(str(error)[:300])})") from None
-
-
-def _template():
-    """Import what renders chat templates: nothing else needs Jinja."""
-    try:
-        return importlib.import_module("npllm.text.chat_template")
-    except ImportError as error:
-        raise MissingExtraError(
-            f"a chat template needs Jinja, which cannot be imported ({error}); pip install jinja2, "
-            "or give the prompt as plain text or token ids"
-        ) from error
-
-
-def _warn_of_left_out(messages, text):
-    """Warn where what someone said to the model does not reach it."""
-    for message in messages:
-        content = message["content"]
-        if (
-            message["role"] != "assistant"
-            and isinstance(content, str)
-            and content.strip() not in text
-        ):
-            warnings.warn(
-                f"this checkpoint's chat template leaves out the {message['role']} message: the model does not see it",
-                stacklevel=3,
-            )
-
-
-def _chat_template(folder, settings):
-    """The chat template: a file of its own, or an entry of tokenizer_config.json (a string, or a
-    list of named ones).
-    """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise NpllmOSError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = [
-            entry
-            for entry in template
-            if isinstance(entry, dict) and entry.get("name") == "default"
-        ]
-        template = named[-1].get("template") if named else None
-    if template is not None and not isinstance(template, str):
-        raise NpllmValueError(
-            f"{folder / 'tokenizer_config.json'}: chat_template must be a string, got {type(template).__name__}"
-        )
-    return template

@@ -138,14 +138,14 @@ def prompt_length() -> int:
 def speed(model: str, set_: str) -> dict[str, Any]:
     """Measure prefill and decoding, as `npllm bench` does."""
     from npllm import kernels
-    from npllm.analysis import report
+    from npllm.analysis import speed
 
     n_new = 2 if rehearsing() else N_TOKENS[set_]
     repeat = 3 if set_ == "cuda" and not rehearsing() else 1
     loaded = load(model, set_)
     if set_ == "numpy":
         kernels.seconds_to_prepare()  # Numba compiles at the first use: not in what is timed
-    return report.speed(loaded, n_prompt=9 if rehearsing() else 51, n_new=n_new, repeat=repeat)
+    return speed.speed(loaded, n_prompt=9 if rehearsing() else 51, n_new=n_new, repeat=repeat)
 
 
 def context(model: str, set_: str) -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""Tokens per second: of a whole run, of prefill and decoding, of one set of operations beside
+another.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from npllm import kernels, ops
+from npllm.analysis.machine import peak_memory
+from npllm.analysis.profiling import seconds
+from npllm.arrays import array_namespace, backend_name, to_numpy
+from npllm.decoding.loop import prepare, stream_batch
+from npllm.model import Model
+
+__all__ = ["compare_sets", "generate_timed", "speed"]
+
+Array = Any
+
+
+def generate_timed(
+    model: Model,
+    prompt: Any,
+    write: Callable[[str], object],
+    *,
+    echo: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Generate, hand every piece of text to `write` as it comes, and time it.
+
+    Parameters
+    ----------
+    model : Model
+    prompt : str or list of messages
+    write : function (str)
+    echo : bool
+        Write a text prompt first, after all checks.
+    **options
+        As in `Model.generate`.
+
+    Returns
+    -------
+    stats : dict
+        Seconds and tokens/s of the prompt (up to the first new token) and of the generation after
+        it; peak memory in bytes.
+    """
+    ids, valid, (stream,), settings = prepare(model, prompt, **options)
+    if echo and isinstance(prompt, str):
+        write(prompt)
+    start, ticks, text = time.perf_counter(), [], []
+    try:
+        for _, (piece,) in stream_batch(model, ids, valid, [stream], **settings):
+            ticks.append(time.perf_counter())
+            text.append(piece)
+            write(piece)
+    finally:
+        text.append(stream.close())
+        write(text[-1])
+    return {"text": "".join(text), **_rates(ids.shape[1], start, ticks)}
+
+
+def _rates(n_prompt: int, start: float, ticks: list[float]) -> dict[str, Any]:
+    """Seconds and tokens/s, from the start of a run and the time of each new token."""
+    first = ticks[0] - start if ticks else 0.0
+    rest = ticks[-1] - ticks[0] if ticks else 0.0
+    return {
+        "prompt_tokens": n_prompt,
+        "prompt_seconds": first,
+        "prompt_tokens_per_second": n_prompt / first if first else 0.0,
+        "new_tokens": len(ticks),
+        "new_seconds": rest,
+        "new_tokens_per_second": (len(ticks) - 1) / rest if rest else 0.0,
+        "peak_bytes": peak_memory(),
+    }
+
+
+def speed(
+    model: Model, *, n_prompt: int = 51, n_new: int = 32, repeat: int = 3, seed: int = 0
+) -> dict[str, Any]:
+    """Measure prefill, and decoding with and without the cache, on random token ids.
+
+    Parameters
+    ----------
+    model : Model
+    n_prompt, n_new, repeat, seed : int
+
+    Returns
+    -------
+    facts : dict
+        Medians over `repeat` runs after a warm-up, in tokens per second.  A run ends when its
+        logits are on the host.
+    """
+    ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, n_prompt))
+    to_numpy(model(ids[:, :2]))  # warm up: the first touch reads the mapped weights
+    runs = {
+        "prefill": (n_prompt, lambda: to_numpy(model(ids, logits_to_keep=1))),
+        "decode_cached": (n_new, lambda: _decode(model, ids, n_new, use_cache=True)),
+        "decode_uncached": (n_new, lambda: _decode(model, ids, n_new, use_cache=False)),
+    }
+    rates = {
+        name: count / statistics.median(seconds(run) for _ in range(repeat))
+        for name, (count, run) in runs.items()
+    }
+    return {
+        "n_prompt": n_prompt,
+        "n_new": n_new,
+        "repeat": repeat,
+        "ops": model.ops.name,
+        "tokens_per_second": rates,
+        "cache_speedup": rates["decode_cached"] / rates["decode_uncached"],
+        "peak_bytes": peak_memory(),
+    }
+
+
+def _decode(model: Model, ids: Array, n_new: int, use_cache: bool) -> None:
+    """Run n_new greedy steps without stop ids: the same number of tokens in every run."""
+    cache = model.new_cache() if use_cache else None
+    new = ids
+    for _ in range(n_new):
+        logits = to_numpy(model(new, cache=cache, logits_to_keep=1))
+        token = ops.greedy(logits[:, -1])[:, None]
+        new = token if use_cache else np.concatenate([new, token], axis=1)
+
+
+def compare_sets(model: Model, others: Iterable[str], **sizes: Any) -> dict[str, Any]:
+    """Measure a model on its own set of operations and on others, one after another.
+
+    Parameters
+    ----------
+    model : Model
+    others : iterable of str
+        Names of sets, see `npllm.kernels.choose_ops`.
+    **sizes
+        As in `speed`.
+
+    Returns
+    -------
+    facts : dict
+        "sets": what `speed` found, in the order measured, the model's own set first; "speedup": the
+        tokens per second of the model's own set over those of each other, by the name of that set
+        and of what was measured.
+    """
+    backend = backend_name(array_namespace(model.params.embed_tokens))
+    models = [model, *(model.on(kernels.choose_ops(name, backend)) for name in others)]
+    sets = [speed(one, **sizes) for one in models]
+    own = sets[0]["tokens_per_second"]
+    speedup = {
+        facts["ops"]: {
+            name: own[name] / value for name, value in facts["tokens_per_second"].items()
+        }
+        for facts in sets[1:]
+    }
+    return {"sets": sets, "speedup": speedup}

@@ -1,0 +1,125 @@
+"""Commands on checkpoint folders: `npllm tokens`, `inspect`, `cost` and `fetch`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from npllm.analysis.cost import cost_facts
+from npllm.analysis.inspect import checkpoint_facts, int8_errors
+from npllm.arrays import DTYPES
+from npllm.checkpoints.fetch import DEFAULT_MODEL
+from npllm.checkpoints.fetch import fetch as fetch_checkpoint
+from npllm.checkpoints.finite import find_nonfinite
+from npllm.cli.layout import checkpoint_lines, cost_lines
+from npllm.cli.options import chat_option, json_option, path_option
+from npllm.cli.streams import print_json, read_prompt
+from npllm.config.config import Config
+from npllm.errors import NpllmValueError
+from npllm.model import checkpoint_folder
+from npllm.progress import write_line
+from npllm.text.tokenizer import Tokenizer
+
+__all__ = ["COMMANDS"]
+
+
+@click.command()
+@click.argument("text", default="-")
+@path_option
+@chat_option
+@json_option
+def tokens(text: str, path: str | None, chat: bool, as_json: bool) -> None:
+    """Show how TEXT is split into tokens."""
+    tokenizer = Tokenizer.from_folder(checkpoint_folder(path))
+    prompt = read_prompt(text, chat)
+    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
+    rows = [{"id": i, "text": tokenizer.token_text(i)} for i in ids]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        click.echo(f"{row['id']:>7}  {row['text']!r}")
+    write_line(f"{len(rows)} tokens")
+
+
+@click.command()
+@path_option
+@click.option(
+    "--check-finite",
+    is_flag=True,
+    help="Also search for NaN and infinity, which reads all files; exit code 1 if any.",
+)
+@click.option(
+    "--int8",
+    is_flag=True,
+    help="Also measure the error of every matrix under --dtype int8: |w - rounded| / |w|.",
+)
+@json_option
+def inspect(path: str | None, check_finite: bool, int8: bool, as_json: bool) -> None:
+    """Show a checkpoint's modules, parameters and bytes, from its headers alone."""
+    facts = _inspect_facts(checkpoint_folder(path), check_finite, int8)
+    if as_json:
+        print_json(facts)
+    else:
+        for line in checkpoint_lines(facts):
+            click.echo(line)
+    if facts.get("not_finite"):
+        raise NpllmValueError(
+            f"{len(facts['not_finite'])} tensors hold NaN or infinity; is the download complete?"
+        )
+
+
+def _inspect_facts(folder: Path, check_finite: bool, int8: bool) -> dict[str, Any]:
+    facts = checkpoint_facts(folder)
+    if int8:
+        facts["int8_errors"] = int8_errors(folder)
+    if check_finite:
+        facts["not_finite"] = find_nonfinite(folder)
+    return facts
+
+
+@click.command()
+@path_option
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Tokens of the prompt.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of sequences.",
+)
+@click.option(
+    "--dtype", type=click.Choice(tuple(DTYPES)), help="Of the weights. [as config.json says]"
+)
+@json_option
+def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json: bool) -> None:
+    """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json only."""
+    config = Config.from_json(path if path and path.endswith(".json") else checkpoint_folder(path))
+    facts = cost_facts(config, context, n_batch=batch, dtype=dtype)
+    if as_json:
+        print_json(facts)
+        return
+    for line in cost_lines(facts):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face repository.")
+@click.option(
+    "--token", help="Hugging Face access token, for gated repositories.", envvar="HF_TOKEN"
+)
+def fetch(name: str, revision: str | None, token: str | None) -> None:
+    """Fetch the default checkpoint, all-minilm-l6-v2, or any Hugging Face repository OWNER/NAME
+    (safetensors, json, templates).
+    """
+    click.echo(str(fetch_checkpoint(name, revision=revision, token=token)))
+
+
+COMMANDS = (tokens, inspect, cost, fetch)

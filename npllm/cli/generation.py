@@ -1,0 +1,98 @@
+"""Commands that generate text: `npllm generate`, `chat` and `beam`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from npllm.analysis.speed import generate_timed
+from npllm.cli.chat_loop import run_chat
+from npllm.cli.options import chat_option, json_option, model_options, sampling_options
+from npllm.cli.streams import print_json, print_stats, read_prompt, write
+from npllm.model import Model
+
+__all__ = ["COMMANDS"]
+
+Load = Callable[[], Model]
+
+EARLY_STOPPING: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+
+
+@click.command()
+@click.argument("prompt", default="-")
+@model_options
+@sampling_options
+@chat_option
+@json_option
+def generate(prompt: str, model: Load, chat: bool, as_json: bool, **options: Any) -> None:
+    """Continue PROMPT ("-": standard input) and stream the new text."""
+    text, loaded = read_prompt(prompt, chat), model()
+    if as_json:
+        print_json(generate_timed(loaded, text, lambda _: None, **options))
+        return
+    stats = generate_timed(loaded, text, write, echo=True, **options)
+    click.echo()
+    print_stats(stats)
+
+
+@click.command()
+@model_options
+@sampling_options
+@click.option("--system", metavar="TEXT", help="System message.")
+def chat(model: Load, system: str | None, **options: Any) -> None:
+    """Chat with the model.  /reset starts a new conversation, /exit or Ctrl-D ends the program,
+    Ctrl-C stops an answer.
+    """
+    run_chat(model(), system, options)
+
+
+@click.command()
+@click.argument("prompt", default="-")
+@model_options
+@click.option(
+    "--num-beams",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Beams kept at each step.",
+)
+@click.option(
+    "--num-return-sequences",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="At most --num-beams.",
+)
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option(
+    "--length-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Larger values prefer longer answers.",
+)
+@click.option(
+    "--early-stopping",
+    type=click.Choice(tuple(EARLY_STOPPING)),
+    default="false",
+    show_default=True,
+    help="End with the first finished answers; when no better one is likely; when none is "
+    "possible.",
+)
+@click.option("--repetition-penalty", type=float)
+@chat_option
+@json_option
+def beam(
+    prompt: str, model: Load, chat: bool, early_stopping: str, as_json: bool, **options: Any
+) -> None:
+    """Find the most likely answers to PROMPT ("-": standard input) by beam search."""
+    text = read_prompt(prompt, chat)
+    answers = model().beam_search(text, early_stopping=EARLY_STOPPING[early_stopping], **options)
+    if as_json:
+        print_json(answers)
+        return
+    for answer in answers:
+        write(f"{answer['score']:9.4f}  {answer['text']!r}\n")
+
+
+COMMANDS = (generate, chat, beam)

@@ -1,0 +1,131 @@
+"""Options that several commands share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from npllm.arrays import BACKENDS, DTYPES
+from npllm.checkpoints.fetch import DEFAULT_MODEL
+from npllm.encoder import Encoder
+from npllm.errors import NpllmValueError
+from npllm.kernels import SETS
+from npllm.model import Model, load
+
+__all__ = [
+    "chat_option",
+    "filter_options",
+    "json_option",
+    "model_options",
+    "path_option",
+    "sampling_options",
+]
+
+Command = Callable[..., Any]
+
+path_option = click.option(
+    "-m",
+    "--model",
+    "path",
+    metavar="PATH",
+    help=f"Checkpoint folder, or name of a fetched one. [{DEFAULT_MODEL}]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+chat_option = click.option(
+    "--chat", is_flag=True, help="Put the prompt through the checkpoint's chat template."
+)
+_backend_option = click.option(
+    "--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True
+)
+_dtype_option = click.option(
+    "--dtype", type=click.Choice((*DTYPES, "int8")), help="Of the weights. [as stored]"
+)
+_ops_option = click.option(
+    "--ops",
+    "ops_name",
+    type=click.Choice(SETS),
+    default="fast",
+    show_default=True,
+    help="The fastest proven operations; the CUDA kernels; the definitions, with blockwise "
+    "attention or without.",
+)
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that choose a model; the command gets `model`, a function that loads it."""
+
+    @path_option
+    @_backend_option
+    @_dtype_option
+    @_ops_option
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, path: str | None, backend: str, dtype: str | None, ops_name: str, **options: Any
+    ) -> Any:
+        load_model = functools.partial(
+            _load_causal, path, backend=backend, dtype=dtype, ops=ops_name
+        )
+        return command(*args, model=load_model, **options)
+
+    return wrapped
+
+
+def _load_causal(path: str | None, **options: Any) -> Model:
+    """Load a causal language model; raise for an encoder."""
+    model = load(path, **options)
+    if isinstance(model, Encoder):
+        raise NpllmValueError(
+            f"{path} is an encoder, which predicts no next token: this command needs a causal "
+            "language model; `npllm embed` takes an encoder"
+        )
+    return model
+
+
+_temperature_option = click.option(
+    "--temp", "--temperature", "temperature", type=float, help="0 is greedy."
+)
+_FILTERS = (
+    _temperature_option,
+    click.option("--top-k", type=int),
+    click.option("--top-p", type=float),
+    click.option("--min-p", type=float),
+    click.option("--repetition-penalty", type=float),
+)
+_GENERATION = (
+    click.option(
+        "-n", "--max-new-tokens", type=click.IntRange(min=0), default=256, show_default=True
+    ),
+    click.option(
+        "--do-sample/--no-do-sample",
+        default=None,
+        help="Sample, or decode greedily. [as the checkpoint says]",
+    ),
+    *_FILTERS,
+    click.option("--seed", type=int, help="Replays the same draw."),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again."
+    ),
+    click.option(
+        "--use-cache/--no-use-cache",
+        default=True,
+        help="Without the cache each step recomputes all tokens.",
+    ),
+)
+
+
+def _add_all(options: tuple[Any, ...], command: Command) -> Command:
+    """Add options so that the help lists them in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def filter_options(command: Command) -> Command:
+    """Add the options of `next_token_distribution`."""
+    return _add_all(_FILTERS, command)
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the options of `Model.generate`: Hugging Face's long names, llama.cpp's short ones."""
+    return _add_all(_GENERATION, command)
