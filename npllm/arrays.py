@@ -2,7 +2,7 @@
 
 An op never names a library.  It asks its inputs, `xp = array_namespace(x, weight)`, and computes
 with what they are made of: NumPy on the CPU, CuPy on a GPU, or any other library of the Python
-array API standard.  The switch itself is one word at the place where arrays are born:
+array API standard.  The switch itself is one argument where arrays are made:
 `npllm.load(path, backend="cupy")`.
 
 16-bit floats are for storage only.  `widen` is the only place that knows about bfloat16, which is
@@ -85,7 +85,7 @@ def array_namespace(*arrays: Any) -> Any:
     Parameters
     ----------
     *arrays : array or None
-        None stands for an argument that was left out, and says nothing.
+        None is an argument that was left out, and is ignored.
 
     Returns
     -------
@@ -344,7 +344,7 @@ def stable_argsort(x: Array, xp: Any) -> Array:
     """Sort the last axis, ascending; return the order [..., n], equal entries in the order in which
     they stand.
     """
-    if xp.__name__ == "cupy":  # has no other sort, and does not know the word of the standard
+    if xp.__name__ == "cupy":  # every sort is stable; the keyword `stable` is missing
         return xp.argsort(x, axis=-1)
     return xp.argsort(x, axis=-1, stable=True)
 

@@ -109,8 +109,8 @@ def _pool() -> ThreadPoolExecutor:
 
 @contextlib.contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Keep BLAS to one thread while anybody is inside: the first to come sets the limit, the last
-    to go lifts it.
+    """Limit BLAS to one thread while any caller is inside: the first one sets the limit, the last
+    one lifts it.
 
     Ctrl-C can raise at any line.  A caller is therefore a mark in a set, not a step of a counter:
     removing it is right whether it was added or not, and a limit that is missing is set by the next

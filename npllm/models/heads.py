@@ -1,4 +1,4 @@
-"""Heads: what stands on top of the hidden state."""
+"""Heads: logits of classes from hidden states."""
 
 from typing import Any
 

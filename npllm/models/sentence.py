@@ -49,7 +49,7 @@ class Head(NamedTuple):
     Without any argument: the mean over the tokens.
     """
 
-    poolings: tuple[str, ...] = ("mean",)  # keys of `POOLINGS`; the results stand side by side
+    poolings: tuple[str, ...] = ("mean",)  # keys of `POOLINGS`; the results are concatenated
     include_prompt: bool = True  # False: tokens of a prompt are left out of the pooling
     modules: tuple[Dense | Normalize, ...] = ()  # in the order in which they are applied
     dimension: int | None = None  # entries that are kept at the end; None: all

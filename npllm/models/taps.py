@@ -121,7 +121,7 @@ UNTAPPED = NamedTap(None, "")
 
 
 def check_returned(name: str, y: Any, x: Array) -> None:
-    """Raise unless an array can stand in the place of another: same library, dtype and shape.
+    """Raise unless an array can replace another: same library, dtype and shape.
 
     Raises
     ------

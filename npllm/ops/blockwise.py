@@ -104,7 +104,7 @@ def blockwise_attention(
         xp, q, k, v, mask, bias, q_slots, k_slots, scale, softcap, compute_dtype(q, k, v, bias)
     )
     parts = SCHEDULES[outer](
-        tiles, _spans(q.shape[-2], block_q), _spans(k.shape[-2], block_k), moved or _nobody
+        tiles, _spans(q.shape[-2], block_q), _spans(k.shape[-2], block_k), moved or _ignore
     )
     y, lse = (
         xp.concat(pieces, axis=-2) if len(pieces) > 1 else pieces[0]
@@ -225,7 +225,7 @@ class _State(NamedTuple):
     far.
     """
 
-    rows: Any  # [..., n_kv_head, n_rows, d_head]: the query heads of a group stand together
+    rows: Any  # [..., n_kv_head, n_rows, d_head]: the query heads of a group side by side
     m: Any  # [..., n_kv_head, n_rows, 1]
     l: Any  # noqa: E741 - the paper's letter
     a: Any  # [..., n_kv_head, n_rows, d_value]
@@ -353,7 +353,7 @@ def _outer_keys(
                 _, m, l, a = states[n]  # noqa: E741
                 moved(
                     n_bytes(tiles.q[..., rows, :]) + 2 * sum(map(n_bytes, (m, l, a)))
-                )  # the state comes, and goes again
+                )  # the state is read and written
                 states[n] = tiles.update(states[n], rows, columns, visible)
     return [tiles.finish(state, rows) for state, rows in zip(states, q_blocks, strict=True)]
 
@@ -361,7 +361,7 @@ def _outer_keys(
 SCHEDULES = {"queries": _outer_queries, "keys": _outer_keys}
 
 
-def _nobody(_: int) -> None:
+def _ignore(_: int) -> None:
     pass
 
 

@@ -21,7 +21,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     weight : array [d_model]
         One gain for each channel.
     eps : float
-        Keeps a row of zeros finite; stands inside the root.  Phi-3 uses 1e-5.  With 0, a row of
+        Keeps a row of zeros finite; is added inside the root.  Phi-3 uses 1e-5.  With 0, a row of
         zeros gives NaN.
 
     Returns

@@ -20,7 +20,7 @@ def qkv_projection(
 
         q[..., h, n, :] = W_q[h] @ x[..., n, :] + b_q[h],  W_q[h] = weight[h*d_head : (h+1)*d_head]
         k[..., h, n, :] = W_k[h] @ x[..., n, :] + b_k[h],  W_k[h] follows the n_head blocks of W_q
-        v[..., h, n, :] = W_v[h] @ x[..., n, :] + b_v[h],  W_v[h] follows the n_kv_head rows of W_k
+        v[..., h, n, :] = W_v[h] @ x[..., n, :] + b_v[h],  W_v[h] follows the blocks of W_k
 
     Parameters
     ----------

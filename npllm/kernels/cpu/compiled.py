@@ -204,8 +204,7 @@ WEIGHTS = (
     "down_proj",
 )
 BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
-# cache -> layers, arrays, table: to look at all weights for every token would take as long as a
-# layer
+# cache -> layers, arrays, table: checking all weights for every token would cost as much as a layer
 _KNOWN: WeakKeyDictionary[KVCache, tuple[tuple, list, np.ndarray | None]] = WeakKeyDictionary()
 
 
@@ -220,7 +219,7 @@ def address_table(layers: tuple[LayerParams, ...], cache: KVCache) -> Array | No
         plain = all(getattr(layer, name) is None for layer in layers for name in BIASES)
         arrays = (
             [arrays_of(layer) for layer in layers] if same and plain else []
-        )  # kept: what lies at an address stays there
+        )  # references keep the arrays at the addresses alive
         _KNOWN[cache] = (
             layers,
             arrays,

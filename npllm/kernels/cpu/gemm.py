@@ -130,7 +130,7 @@ def unpack(panel: Array, y: Array, add: bool) -> None:
 def store_vectors(
     y: Array, at: int, a: Vector, b: Vector, c: Vector, d: Vector, accumulate: bool
 ) -> None:
-    """Store four vectors, or add them to what stands there."""
+    """Store four vectors, or add them to the stored ones."""
     if accumulate:
         one = splat(np.float32(1))
         a, b = fma(one, load(y, at), a), fma(one, load(y, at + LANES), b)

@@ -46,8 +46,8 @@ def dot_remainder(weight: Array, p: int, x: Array) -> float:
 
 @kernel()
 def stream_stride(d_out: int, streams: int) -> int:
-    """Rows between streams that share d_out rows: odd, since streams a power of two of bytes apart
-    take each other's banks.
+    """Rows between streams that share d_out rows: odd, since streams at a distance of a power of
+    two bytes have bank conflicts.
     """
     return (d_out + streams - 1) // streams | 1
 
@@ -203,7 +203,7 @@ def add_product_few(weight: Array, x: Array, y: Array) -> None:
 
 @kernel()
 def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
-    """The rows of x as products want them: normalised where there is a gain, padded to a multiple
+    """Prepare the rows of x for products: normalised where there is a gain, padded to a multiple
     of 4, in the weight's order.
     """
     n, d = x.shape

@@ -27,19 +27,19 @@ BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["floa
 
 
 def as_bits(x: Array) -> Array:
-    """A stored array as Numba can take it."""
+    """View a stored array as a dtype that Numba knows."""
     return frozen(x.view(BITS[x.dtype]))
 
 
 def kernel_operands(weight: Any) -> tuple[Array, Array]:
-    """A weight as the kernels take it: its entries, and their scales where they are in 8 bits."""
+    """Return the entries of a weight, and their scales where it is in 8 bits, for a kernel."""
     if isinstance(weight, Int8Weight):
         return row_major(weight.values), row_major(weight.scales)
     return as_bits(weight), NO_SCALES
 
 
 def bias_or_empty(bias: Array) -> Array:
-    """A bias as kernels take it."""
+    """Return a bias in float32; an empty array for none."""
     return EMPTY if bias is None else row_major(bias.astype(np.float32, copy=False))
 
 

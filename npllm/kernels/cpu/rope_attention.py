@@ -65,14 +65,14 @@ def decode_inputs(step: Step, n_batch: int, d_head: int) -> tuple[Array, ...] | 
 
 
 def table_rows(*tables: Array) -> Iterator[Array]:
-    """Tables of one token as kernels take them: [n_batch or 1, d_rope]."""
+    """Tables of one token: [n_batch or 1, d_rope]."""
     return (rows_of(x) for x in tables)
 
 
 def reserve_slots(
     cache: Any, layer: int, n_batch: int, n_kv_head: int, d_head: int
 ) -> tuple[Array, Array, range]:
-    """Keys and values of a layer with room for one token of each sequence, and their slots."""
+    """Reserve a cache slot for one token of each sequence; return keys, values and slots."""
     k = np.empty((n_batch, n_kv_head, 1, d_head), np.float32)  # its shape is asked for
     keys, values, slots = cache.extend(layer, k, k)
     return slots_first(keys), slots_first(values), slots

@@ -5,8 +5,8 @@ a loop also prefetches or widens 16-bit numbers.  Here a vector is a type of its
 kernel says what it wants: `acc = fma(load(weight, p), load(x, i), acc)`.  LLVM turns sixteen floats
 into one register with AVX-512, two with AVX2, four with NEON.
 
-An array of 16-bit floats comes as its bits (Numba knows neither type): uint16 stands for bfloat16,
-int16 for float16.
+Arrays of 16-bit floats are passed as their bits (Numba knows neither type): bfloat16 as uint16,
+float16 as int16.
 """
 
 from typing import Any

@@ -45,9 +45,7 @@ def is_int8(_typing: Any, array: Array) -> Any:
 
 @intrinsic
 def array_at(_typing: Any, array: Array, address: Any) -> Any:
-    """The array of the same type, shape and strides that lies at an address; who calls keeps it
-    alive.
-    """
+    """The array of the same type, shape and strides at an address; the caller keeps it alive."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (kind, _), (array, address) = signature.args, arguments
@@ -77,9 +75,7 @@ def flat_memory(_typing: Any, array: Array) -> Any:
 
 @intrinsic
 def atomic_fetch_add(_typing: Any, counter: Array) -> Any:
-    """Return counter[0] and add one to it, in one step that no other thread can divide: the next
-    task of a shared list.
-    """
+    """Return counter[0] and add one to it, atomically: the next task of a shared list."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])

@@ -121,7 +121,7 @@ class SlidingWindow(DerivedRule):
     w: int
 
     def definition(self) -> Rule:
-        """Combine the rules that this one stands for."""
+        """Return the rules that define this one, combined."""
         return causal() & CloserThan(self.w)
 
 
@@ -201,7 +201,7 @@ class PrefixLm(DerivedRule):
     n_prefix: int
 
     def definition(self) -> Rule:
-        """Combine the rules that this one stands for."""
+        """Return the rules that define this one, combined."""
         return causal() | Prefix(self.n_prefix)
 
 

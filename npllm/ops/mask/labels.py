@@ -69,7 +69,7 @@ class Padding(Rule):
 
 
 def left_padding(start: Array) -> Rule:
-    """Hide the keys before each row's first token: padding that stands on the left.
+    """Hide the keys before each row's first token: padding on the left.
 
         visible(i, j) = j >= start[batch]
 

@@ -228,7 +228,7 @@ class DerivedRule(Rule):
     """A rule that has a name, and is defined by other rules."""
 
     def definition(self) -> Rule:
-        """Combine the rules that this one stands for."""
+        """Return the rules that define this one, combined."""
         raise NotImplementedError
 
     @cached_property

@@ -122,7 +122,7 @@ class DilatedWindow(DerivedRule):
     dilation: int
 
     def definition(self) -> Rule:
-        """Combine the rules that this one stands for."""
+        """Return the rules that define this one, combined."""
         reach = self.dilation * (self.w // 2)
         return band(reach, reach) & Every(self.dilation)
 
@@ -173,7 +173,7 @@ class Strided(DerivedRule):
     stride: int
 
     def definition(self) -> Rule:
-        """Combine the rules that this one stands for."""
+        """Return the rules that define this one, combined."""
         return band(self.stride, 0) | (causal() & Every(self.stride))
 
 
@@ -214,7 +214,7 @@ class Fixed(DerivedRule):
     c: int
 
     def definition(self) -> Rule:
-        """Combine the rules that this one stands for."""
+        """Return the rules that define this one, combined."""
         return causal() & (block_local(self.stride) | BlockEnds(self.stride, self.c))
 
 
