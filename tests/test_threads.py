@@ -169,7 +169,7 @@ def test_without_a_variable_kernels_use_every_core():
 
 
 def test_doctor_reports_the_count_that_is_used():
-    from npllm.analysis.report import machine_facts
+    from npllm.analysis.machine import machine_facts
 
     assert machine_facts()["kernels"]["threads"] == threads.n_threads()
 
