@@ -239,7 +239,7 @@ def result(op, arguments):
         cache.advance(
             *np.zeros((2, cache.n_batch, n_new), np.int64),
             np.ones((cache.n_batch, N_PAST + n_new), bool),
-            cache.choice,
+            cache.rope_variant,
         )
         y += [x.copy() for n in range(n_layer) for x in cache.kept(PLACE + n)[:2]]
     return y

@@ -251,7 +251,7 @@ def flat(*tables):
 def reserve_slots(cache, layer, n_batch, n_kv_head, d_head):
     """Keys and values of a layer with room for one token of each sequence, and their slots."""
     k = np.empty((n_batch, n_kv_head, 1, d_head), np.float32)  # its shape is asked for
-    keys, values, slots = cache.extend(layer, k, k)
+    keys, values, slots = cache.reserve_slots(layer, k, k)
     return slots_first(keys), slots_first(values), slots
 
 
@@ -309,7 +309,7 @@ def rope_attention_many(qkv, step):
             range(n_seq),
         )
     else:
-        keys, values, slots = cache.extend(step.layer, k, k)
+        keys, values, slots = cache.reserve_slots(step.layer, k, k)
     if not fits_kept(keys, values):
         return NotImplemented
     qkv, *tables = map(
