@@ -1,10 +1,9 @@
 """From logits to token ids: options, prompt, sampling, the loop, beam search.
 
-Belongs here: whatever decides the next token.  Does not: filters as array functions (ops/sampling),
-text (text/).
+Belongs here: whatever decides the next token.  Does not: filters as array functions (ops/), text
+(text/).
 """
 
-<<<<<<< HEAD
 from npllm.decoding.beam import Beams, beam_search, beam_texts
 from npllm.decoding.generation_config import Constraints, GenerationConfig, Sampling
 from npllm.decoding.loop import Generation, generate_tokens, last_logits, start
@@ -44,8 +43,3 @@ __all__ = [
     "start",
     "uniforms",
 ]
-=======
-from npllm.decoding.loop import GenerationConfig
-
-__all__ = ["GenerationConfig"]
->>>>>>> main
