@@ -11,7 +11,7 @@ from close import close
 from composed import Composed, definitions
 from layouts import BAND, LAYOUTS, Allocator, contiguous, memory_of, strided
 
-from npllm import cache as kv
+from npllm.cache import kv_cache as kv
 from npllm import kernels, ops
 from npllm.models.params import LayerParams
 from npllm.ops import mask

@@ -22,7 +22,7 @@ from npllm.checkpoints.gguf_tokenizer import read_tokenizer, tokenizer_config
 from npllm.checkpoints.phi3_layout import load_params
 from npllm.config.config import Config
 from npllm.config.strict_json import quote
-from npllm.decoding import GenerationConfig
+from npllm.decoding.generation_config import GenerationConfig
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.text.tokenizer import Tokenizer
 
