@@ -11,8 +11,8 @@ from close import close
 from composed import Composed, definitions
 from layouts import BAND, LAYOUTS, Allocator, contiguous, memory_of, strided
 
-from npllm.cache import kv_cache as kv
 from npllm import kernels, ops
+from npllm.cache import kv_cache as kv
 from npllm.models.params import LayerParams
 from npllm.ops import mask
 from npllm.quantized.int8 import Int8Weight, quantize
