@@ -568,7 +568,7 @@ def test_layers_whose_caches_have_grown_apart_go_one_by_one(steps_of_all_layers)
     for c in (cache, plain):
         through(definitions, layers, c, 10)
     room = np.empty((1, 2, 100, 8), np.float32)
-    cache.extend(0, room, room)  # as a pass of a hundred tokens does that fails in its second layer
+    cache.reserve_slots(0, room, room)  # as a pass of a hundred tokens does that fails in its second layer
     close(through(fast, layers, cache), through(definitions, layers, plain), times=8)
     assert steps_of_all_layers == []
 

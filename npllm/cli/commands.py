@@ -12,13 +12,22 @@ from typing import Any
 import click
 
 from npllm import __version__
-from npllm.cli import checkpoints, generation, measurements, predictions, testing, views
+from npllm.cli import (
+    check,
+    checkpoints,
+    generation,
+    measurements,
+    mutants,
+    predictions,
+    testing,
+    views,
+)
 from npllm.errors import NpllmError
 from npllm.progress import report
 
 __all__ = ["main"]
 
-GROUPS = (generation, predictions, checkpoints, views, measurements, testing)
+GROUPS = (generation, predictions, checkpoints, views, measurements, testing, check, mutants)
 
 
 class _Group(click.Group):

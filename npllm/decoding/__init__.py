@@ -3,3 +3,7 @@
 Belongs here: whatever decides the next token.  Does not: filters as array functions (ops/sampling),
 text (text/).
 """
+
+from npllm.decoding.generation_config import GenerationConfig
+
+__all__ = ["GenerationConfig"]

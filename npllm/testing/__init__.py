@@ -25,6 +25,23 @@ _WHERE = {
     "write_probes": "probes",
     "Bug": "planted",
     "bugs": "planted",
+    "under_test": "mutation",
+    **dict.fromkeys(
+        (
+            "LawBroken",
+            "Report",
+            "check",
+            "check_attention",
+            "check_decoder",
+            "check_linear",
+            "check_rms_norm",
+            "check_rope",
+            "check_sampler",
+            "check_swiglu",
+            "replay",
+        ),
+        "laws",
+    ),
 }
 __all__ = sorted(_WHERE)
 

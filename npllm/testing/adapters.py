@@ -15,6 +15,7 @@ from npllm.testing.attention_adapter import adapt_attention
 from npllm.testing.calls import AdaptedCall, holds_no_nan
 from npllm.testing.layouts import Layout
 from npllm.testing.libraries import LIBRARIES, from_numpy
+from npllm.testing.mutation import under_test
 
 __all__ = ["MASKS", "adapt"]
 
@@ -74,7 +75,8 @@ def adapt(
     Notes
     -----
     bfloat16 goes to torch by its bits.  JAX gets contiguous copies, torch gets views unless they
-    are read-only.
+    are read-only.  Where the environment variable NPLLM_MUTANT names a planted bug of the
+    operation, the bug is returned (`npllm mutants`).
     """
     if library not in LIBRARIES:
         raise NpllmValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")
@@ -86,7 +88,25 @@ def adapt(
         raise NpllmValueError(f"op must be one of {', '.join(ADAPTERS)}, got {op!r}")
     call = AdaptedCall(fn, op, library, Layout(layout), dtype, mask, allow_nan)
     definition = _ops.attention if op == "attention" else getattr(_ops, op)
-    return wraps(definition)(ADAPTERS[op](call))
+    adapted = under_test(wraps(definition)(ADAPTERS[op](call)), op)
+    if adapted.__dict__.get("__wrapped__") is definition:  # no planted bug in its place
+        adapted.npllm_features = _features(call)  # type: ignore[attr-defined]  # for `check`
+    return adapted
+
+
+def _features(call: AdaptedCall) -> frozenset[str]:
+    """Name the features of a check that an adapted function can take."""
+    if call.op != "attention":
+        from npllm.testing.laws.subjects import SUBJECTS
+
+        return frozenset(SUBJECTS[call.op].features if call.op in SUBJECTS else ())
+    features = {"gqa", "cache", "empty rows"}
+    if call.mask != "none":
+        features |= {"window", "padding", "slots"}
+    features |= {name for name in ("scale", "softcap") if call.accepts(name)}
+    if call.mask == "additive" or call.accepts("bias"):
+        features.add("bias")
+    return frozenset(features)
 
 
 def _row_op(call: AdaptedCall) -> Callable:

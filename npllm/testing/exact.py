@@ -12,6 +12,8 @@ __all__ = ["GOLD", "gold"]
 
 Array = Any
 
+BLOCK = 256  # rows of attention that are evaluated at a time
+
 
 class _Float64:
     """Elementary functions of float64 arrays."""
@@ -172,11 +174,25 @@ def attention(
     scale = 1 / m.sqrt(m.array(q.shape[-1])) if scale is None else m.array(scale)
     for at in np.ndindex(q.shape[:-2]):
         head = (*at[:-1], at[-1] // (q.shape[-3] // k.shape[-3]))
-        s = scale * (q[at] @ k[head].T)
-        s = s if softcap is None else m.array(softcap) * m.tanh(s / m.array(softcap))
-        s = s if bias is None else s + np.broadcast_to(m.array(bias), seen.shape)[at]
-        y[at] = _mean(m, s, v[head], seen[at])
+        for rows in _blocks(q.shape[-2]):
+            keys = _span(seen[at][rows])
+            s = scale * (q[at][rows] @ k[head][keys].T)
+            s = s if softcap is None else m.array(softcap) * m.tanh(s / m.array(softcap))
+            if bias is not None:
+                s = s + np.broadcast_to(m.array(bias), seen.shape)[at][rows, keys]
+            y[at][rows] = _mean(m, s, v[head][keys], seen[at][rows, keys])
     return y
+
+
+def _blocks(n: int) -> list[slice]:
+    """Cut rows into blocks, so that keys that none of a block sees are left out."""
+    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+
+
+def _span(seen: Array) -> slice:
+    """From the first key that any row sees to the last; one key where there is none."""
+    keys = np.flatnonzero(seen.any(axis=0))
+    return slice(int(keys[0]), int(keys[-1]) + 1) if len(keys) else slice(0, 1)
 
 
 def _mean(m: Any, s: Array, v: Array, seen: Array) -> Array:

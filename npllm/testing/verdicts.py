@@ -78,6 +78,7 @@ def verdict(
     roundings: int = 1,
     operands: str | None = None,
     probabilities: str | None = None,
+    explained: bool = True,
 ) -> Verdict:
     """Judge the output of an operation.
 
@@ -95,6 +96,9 @@ def verdict(
         None: "float64" where an input is float64, else "float32".
     roundings, operands, probabilities
         As in `budget`.
+    explained : bool
+        Look for the arithmetic model that explains an error, which takes most of the time of a
+        wrong output; else `model` is None.
 
     Returns
     -------
@@ -126,7 +130,8 @@ def verdict(
     asked = Arithmetic(str(found.dtype), accumulate, roundings, operands, probabilities)
     error = absolute_errors(found, exact, finite)
     evidence = Evidence(op, inputs, found, finite, error)
-    return _not_finite(evidence) or _report(evidence, model_budget(op, inputs, asked), asked)
+    bound = model_budget(op, inputs, asked)
+    return _not_finite(evidence) or _report(evidence, bound, asked, explained)
 
 
 def _is_float64(inputs: Inputs) -> bool:
@@ -193,7 +198,7 @@ def _not_finite(evidence: Evidence) -> Verdict | None:
     return None
 
 
-def _report(evidence: Evidence, bound: Budget, asked: Arithmetic) -> Verdict:
+def _report(evidence: Evidence, bound: Budget, asked: Arithmetic, explained: bool) -> Verdict:
     """Put the verdict together."""
     unknown = np.isnan(evidence.exact)
     evidence = evidence._replace(
@@ -207,7 +212,7 @@ def _report(evidence: Evidence, bound: Budget, asked: Arithmetic) -> Verdict:
     index = _worst(share, exact, bound)
     vague = undetermined(exact, bound.deterministic, bound) & (error <= bound.deterministic)
     over = where((error > bound.statistical) & ~vague, evidence.op, _features(evidence))
-    model = explain(evidence, asked, status, bound)
+    model = explain(evidence, asked, status, bound) if explained else None
     text = _sentence(status, index, evidence, bound, asked, model)
     return Verdict(
         status, float(share[index]), index, over, model, float(bound.condition[index]), text

@@ -74,7 +74,7 @@ def reserve_slots(
 ) -> tuple[Array, Array, range]:
     """Reserve a cache slot for one token of each sequence; return keys, values and slots."""
     k = np.empty((n_batch, n_kv_head, 1, d_head), np.float32)  # its shape is asked for
-    keys, values, slots = cache.extend(layer, k, k)
+    keys, values, slots = cache.reserve_slots(layer, k, k)
     return slots_first(keys), slots_first(values), slots
 
 
@@ -132,7 +132,7 @@ def rope_attention_many(qkv: Array, step: Step) -> Any:
             range(n_seq),
         )
     else:
-        keys, values, slots = cache.extend(step.layer, k, k)
+        keys, values, slots = cache.reserve_slots(step.layer, k, k)
     if not fits_cache_arrays(keys, values):
         return NotImplemented
     qkv = row_major(qkv)
