@@ -362,9 +362,9 @@ def test_every_op_is_tried():
 def test_a_kernel_that_counts_entries_is_not_compiled_for_what_is_not_row_major():
     from numba.core.errors import TypingError
 
-    from npllm.kernels.cpu import gemm
+    from npllm.kernels.cpu import panels
 
     x = np.arange(64, dtype=np.float32)
-    close(np.float32(gemm.root_mean_square(x, np.float32(0))), np.sqrt(np.mean(x * x)))
+    close(np.float32(panels.root_mean_square(x, np.float32(0))), np.sqrt(np.mean(x * x)))
     with pytest.raises(TypingError, match="row-major order"):
-        gemm.root_mean_square(x[::2], np.float32(0))
+        panels.root_mean_square(x[::2], np.float32(0))

@@ -48,7 +48,7 @@ def kernels(tmp_path):
             [sys.executable, *([] if warns else ["-W", "error"]), "-c", start],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
             | {"NUMBA_CACHE_DIR": str(folder)}
@@ -144,7 +144,7 @@ def test_a_model_loads_where_there_is_no_folder_for_the_cache():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0 and done.stderr.count("cannot be kept on disk") == 1, done.stderr

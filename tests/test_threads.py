@@ -42,7 +42,7 @@ def run(script, name="tiled", **environment):
         cwd=ROOT / "tests",
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env=inherited | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | environment,
     )
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ if child == 0:
         os._exit(status)
 import signal
 signal.signal(signal.SIGALRM, lambda *_: (os.kill(child, signal.SIGKILL), sys.exit("the child hangs")))
-signal.alarm(120)
+signal.alarm(400)
 _, status = os.waitpid(child, 0)
 print(os.waitstatus_to_exitcode(status))
 assert np.array_equal(m(ids), want)  # the parent goes on

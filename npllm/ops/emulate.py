@@ -215,8 +215,8 @@ def _rms_norm(rounded: _Rounding, x: Array, weight: Array, eps: float) -> Array:
 
 
 def _rope_tables(
-    rounded: _Rounding, positions: Array, inv_freq: Array, scale: float = 1.0
-) -> Array:
+    rounded: _Rounding, positions: Array, inv_freq: Array, scale: Any = 1.0
+) -> tuple[Array, Array]:
     """Round the tables; phases stay float32."""
     cos, sin = rope_tables(positions, inv_freq, scale)
     return rounded("tables", cos), rounded("tables", sin)

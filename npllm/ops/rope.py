@@ -13,7 +13,7 @@ Array = Any
 
 
 @ieee_semantics
-def rope_tables(positions: Array, inv_freq: Array, scale: float = 1.0) -> tuple[Array, Array]:
+def rope_tables(positions: Array, inv_freq: Array, scale: Any = 1.0) -> tuple[Array, Array]:
     """Tabulate the cosine and sine of every angle, once for all layers.
 
         phase[..., n, i] = positions[..., n] * inv_freq[..., i]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.gemm import root_mean_square
 from npllm.kernels.cpu.launching import kernel
+from npllm.kernels.cpu.panels import root_mean_square
 from npllm.kernels.cpu.simd import (
     LANES,
     fma,
