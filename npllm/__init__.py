@@ -38,7 +38,7 @@ from npllm import ops
 from npllm.analysis import cost, packing, score, steps
 from npllm.config import BertConfig, Config
 from npllm.decoding import beam
-from npllm.decoding.loop import next_token_distribution
+from npllm.decoding.sampling import next_token_distribution
 from npllm.encoder import Encoder
 from npllm.errors import NpllmError
 from npllm.model import Model, load, pipeline
@@ -82,7 +82,7 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
     "convert": "checkpoints.convert_gguf",
     "tokenizer": "text.tokenizer",
     "template": "text.chat_template",
-    "generate": "decoding.loop",
+    "generate": "decoding",
     "beam": "decoding.beam",
     "score": "analysis.score",
     "packing": "analysis.packing",
@@ -90,6 +90,8 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
     "cost": "analysis.cost",
     "profile": "analysis.profiling",
     "plots": "analysis.plots",
+    "cache_owner": "cache.owner",
+    "cache_state": "cache.state",
     "report": _REPORT,
     "analysis.report": _REPORT,
     **{

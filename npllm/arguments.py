@@ -1,13 +1,29 @@
-"""What callers hand over, as NumPy arrays: one kind of integer, the byte order of the machine."""
+"""What callers hand over, checked once, before any work is done.
+
+Arrays become NumPy arrays of one kind of integer and in the byte order of the machine, NumPy
+scalars become Python numbers.
+"""
 
 from typing import Any
 
 import numpy as np
 
 from npllm.arrays import is_array, is_integer, native, to_numpy
-from npllm.errors import NpllmTypeError
+from npllm.config.strict_json import quote
+from npllm.errors import NpllmTypeError, NpllmValueError
 
-__all__ = ["host_array", "host_integers", "native_weights"]
+__all__ = [
+    "check_attention_mask",
+    "check_flag",
+    "check_ids",
+    "check_integer",
+    "check_number",
+    "check_positions",
+    "host_array",
+    "host_integers",
+    "native_weights",
+    "to_python",
+]
 
 Array = Any
 
@@ -48,6 +64,148 @@ def host_integers(name: str, x: Any) -> np.ndarray:
     return integers.astype(np.int64, copy=False)
 
 
+def check_ids(name: str, x: Any, size: int, size_name: str) -> np.ndarray:
+    """Return ids as an int64 NumPy array [n_batch, n_seq]; raise unless they are integers below
+    `size`.
+
+    Raises
+    ------
+    NpllmTypeError
+        For what is no integer array of two axes, or is empty.
+    NpllmValueError
+        For an id below 0 or not below `size`.
+    """
+    ids = host_integers(name, x)
+    if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
+        raise NpllmTypeError(
+            f"{name} must be integers [n_batch, n_seq], both at least 1, "
+            f"got {ids.dtype} {list(ids.shape)}"
+        )
+    if ids.min() < 0 or ids.max() >= size:
+        raise NpllmValueError(
+            f"{name} must lie in 0 ... {size_name} - 1 = {size - 1}, "
+            f"got {ids.min()} ... {ids.max()}; is this the tokenizer of another model?"
+        )
+    return ids
+
+
+def check_attention_mask(attention_mask: Any, n_seq: int, past: Array) -> Array:
+    """Return which slots hold tokens; by default all the new ones do.
+
+    Parameters
+    ----------
+    attention_mask : array [n_batch, n_past + n_seq] or None
+        1 for a token, 0 for padding.
+    n_seq : int
+    past : bool array [n_batch, n_past]
+        The same of the cached tokens.
+
+    Returns
+    -------
+    valid : bool array [n_batch, n_past + n_seq]
+        NumPy.
+
+    Raises
+    ------
+    NpllmTypeError, NpllmValueError
+        For another shape, other numbers, or other cached slots than `past`.
+    """
+    n_batch, n_past = past.shape
+    if attention_mask is None:
+        return np.concatenate([past, np.ones((n_batch, n_seq), dtype=bool)], axis=1)
+    mask = host_array("attention_mask", attention_mask)
+    if mask.shape != (n_batch, n_past + n_seq):
+        raise NpllmValueError(
+            f"attention_mask must be [n_batch, n_ctx] = [{n_batch}, {n_past + n_seq}] "
+            f"(cached keys included), got {list(mask.shape)}"
+        )
+    if not np.isin(mask, (0, 1)).all():
+        raise NpllmValueError(
+            "attention_mask must hold 1 (token) and 0 (padding) only; additive masks are not taken"
+        )
+    if not np.array_equal(mask[:, :n_past], past):
+        raise NpllmValueError(
+            "attention_mask differs from the mask with which the cached tokens were computed; "
+            "their keys depend on it, so begin with a new cache"
+        )
+    return mask.astype(bool)
+
+
+def check_positions(position_ids: Any, n_batch: int, n_seq: int) -> Array:
+    """Return given positions as an int64 NumPy array [n_seq] or [n_batch, n_seq].
+
+    Raises
+    ------
+    NpllmTypeError, NpllmValueError
+        For another shape, and for what is no integer from 0.
+    """
+    positions = host_integers("position_ids", position_ids)
+    if (
+        not is_integer(positions)
+        or positions.shape not in ((n_seq,), (1, n_seq), (n_batch, n_seq))
+        or positions.min() < 0
+    ):
+        raise NpllmValueError(
+            f"position_ids must be integers from 0, [n_seq] = [{n_seq}] or [n_batch, n_seq] = "
+            f"[{n_batch}, {n_seq}], got {positions.dtype} {list(positions.shape)}"
+        )
+    return positions[0] if positions.shape[:-1] == (1,) else positions
+
+
+def to_python(value: Any) -> Any:
+    """Return a NumPy scalar as the Python number it is, and anything else unchanged."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_integer(name: str, value: Any, least: int, most: int, note: str = "") -> int:
+    """Return an integer, also a NumPy one, as int; raise where it lies outside least ... most.
+
+    Raises
+    ------
+    NpllmValueError
+        For another type as well, bool included.
+    """
+    number = to_python(value)
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+        raise NpllmValueError(
+            f"{name} must be an integer in {least} ... {most}{note}, got {quote(number)}"
+        )
+    return number
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> float:
+    """Return a number, also a NumPy one, as int or float; raise where it is not below `most` or
+    below `least`.
+
+    Raises
+    ------
+    NpllmValueError
+        For another type as well, bool and NaN included.
+    """
+    number = to_python(value)
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, int | float)
+        or not least <= number <= most
+    ):
+        raise NpllmValueError(f"{name} must be a number in {least} ... {most}, got {quote(number)}")
+    return number
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return a truth value, also a NumPy one, as bool; raise for anything else.
+
+    Raises
+    ------
+    NpllmValueError
+        For another type.
+    """
+    flag = to_python(value)
+    if not isinstance(flag, bool):
+        raise NpllmValueError(f"{name} must be True or False, got {quote(flag)}")
+    return flag
+
+
 def native_weights(weights: Any) -> Any:
     """Bring weights, in tuples of tuples, into the byte order of the machine.
 
@@ -66,7 +224,7 @@ def native_weights(weights: Any) -> Any:
     return _mapped(weights, {})
 
 
-def _arrays_of(tree):
+def _arrays_of(tree: Any) -> Any:
     """Every NumPy array in tuples of tuples."""
     if isinstance(tree, tuple):
         for branch in tree:
@@ -75,7 +233,7 @@ def _arrays_of(tree):
         yield tree
 
 
-def _mapped(tree, known):
+def _mapped(tree: Any, known: dict[int, Array]) -> Any:
     """The same tuples with native arrays; `known`: those that are converted, by identity."""
     if isinstance(tree, tuple):
         branches = [_mapped(branch, known) for branch in tree]

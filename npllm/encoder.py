@@ -1,92 +1,36 @@
 """The front of an encoder: texts to vectors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import normalizers
 
 from npllm import ops as _ops
-from npllm.arguments import host_array, host_integers, native_weights
-from npllm.arrays import array_namespace, asarray, backend_name, is_integer, to_numpy
-from npllm.checkpoints import bert_layout
-from npllm.checkpoints.sentence_settings import (
-    SentenceSettings,
-    read_sentence_settings,
-    token_count,
-)
+from npllm.arguments import check_flag, check_ids, host_array
+from npllm.arrays import asarray, to_numpy
+from npllm.checkpoints.sentence_settings import SentenceSettings
 from npllm.config.bert_config import BertConfig
-from npllm.config.regular_file import is_present
-from npllm.config.strict_json import quote, read_json
+from npllm.config.strict_json import quote
 from npllm.decision import FROM_MODEL, check_finite
+from npllm.decoding.prompt import require_tokenizer
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.kernels import choose_ops
 from npllm.models import bert
+from npllm.models.bert import BertParams
 from npllm.models.sentence import mean_pool
 from npllm.models.sentence import normalize as unit_length
 from npllm.ops.checked import replaced_ops
+from npllm.ops.opset import Ops
+from npllm.portable import Portable
 from npllm.text.tokenizer import Tokenizer
 
-__all__ = ["Encoder", "cosine_similarities", "load_encoder", "mean_pool"]
+__all__ = ["Encoder", "cosine_similarities", "mean_pool"]
 
+Array = Any
 BATCH_TOKENS = 2048  # that go through the layers at a time, padding included
 
 
-def load_encoder(folder, *, dtype=None, ops=None, xp=np, mmap=True):
-    """Load an encoder from a checkpoint folder of model_type "bert".
-
-    Parameters
-    ----------
-    folder : str or Path
-        config.json and model.safetensors; tokenizer.json where texts are to be embedded.
-    dtype, ops, mmap
-        As in `npllm.load`.
-    xp : module
-        The array library to put the weights into.
-
-    Returns
-    -------
-    encoder : Encoder
-
-    Raises
-    ------
-    NpllmOSError
-        When a file is missing or unreadable.
-    NpllmValueError
-        When its content is contradictory or not implemented, such as a module of modules.json.
-
-    Notes
-    -----
-    A text is cut to the first of these that the folder states, and never longer than
-    `max_position_embeddings`: max_seq_length of sentence_bert_config.json, model_max_length of
-    tokenizer_config.json, and, which sentence-transformers does not read in its own folders, the
-    truncation of tokenizer.json.
-
-    Source: `SentenceTransformer` in the library sentence-transformers, whose files these are.
-    """
-    folder = Path(folder)
-    config = BertConfig.from_json(folder)
-    settings = read_sentence_settings(folder, config.hidden_size, dtype, mmap)
-    params = bert_layout.load_params(
-        folder, config, dtype=dtype, xp=xp, is_pooled=settings.is_stated, mmap=mmap
-    )
-    has_tokenizer = is_present(folder / "tokenizer.json")
-    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
-    if tokenizer is not None and settings.do_lower_case:
-        _lower_case(tokenizer.backend)
-    max_length = _max_length(folder, config, settings) if has_tokenizer else None
-    return Encoder(
-        config,
-        params,
-        ops=ops,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        folder=folder,
-        settings=settings,
-    )
-
-
-class Encoder:
+class Encoder(Portable):
     """A bidirectional encoder: a blueprint, its weights, and the operations it runs on.
 
     Parameters
@@ -103,6 +47,8 @@ class Encoder:
         Where it came from.
     settings : SentenceSettings, optional
         Pooling, further modules, and prompts.  Default: the mean over the tokens.
+    origin : Origin, optional
+        How another process reads the weights again.  Default: it gets the arrays.
 
     Raises
     ------
@@ -111,37 +57,39 @@ class Encoder:
         `max_position_embeddings`.
     """
 
+    config: BertConfig
+    params: BertParams
+
     def __init__(
         self,
-        config,
-        params,
+        config: BertConfig,
+        params: BertParams,
         *,
-        ops=None,
-        tokenizer=None,
-        max_length=None,
-        folder=None,
-        settings=None,
+        ops: Ops | str | None = None,
+        tokenizer: Tokenizer | None = None,
+        max_length: int | None = None,
+        folder: Path | None = None,
+        settings: SentenceSettings | None = None,
+        origin: Any = None,
     ):
+        self.config, self.params, self.origin = config, params, origin
+        self.tokenizer, self.folder = tokenizer, folder
         self.settings = SentenceSettings() if settings is None else settings
-        self.config, self.params, self.tokenizer, self.folder = (
-            config,
-            native_weights(params),
-            tokenizer,
-            folder,
-        )
-        self._xp = array_namespace(self.params.word_embeddings)
-        self.ops = choose_ops(ops, backend_name(self._xp))
-        self.max_length = config.max_position_embeddings if max_length is None else max_length
+        self._set_up(ops)
+        most = config.max_position_embeddings
+        self.max_length = most if max_length is None else max_length
         if tokenizer is not None:
             n_special = tokenizer.backend.num_special_tokens_to_add(False)
-            if not n_special < self.max_length <= config.max_position_embeddings:
+            if not n_special < self.max_length <= most:
                 raise NpllmValueError(
-                    f"texts must be cut at {n_special + 1} ({n_special} special tokens and one more) ... "
-                    f"max_position_embeddings = {config.max_position_embeddings} tokens, got {self.max_length}"
+                    f"texts must be cut at {n_special + 1} ({n_special} special tokens and one "
+                    f"more) ... max_position_embeddings = {most} tokens, got {self.max_length}"
                 )
             tokenizer.backend.enable_truncation(self.max_length)
 
-    def __call__(self, input_ids, *, attention_mask=None, token_type_ids=None):
+    def __call__(
+        self, input_ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None
+    ) -> Array:
         """Compute the hidden state of every token, from those on both sides of it.
 
         Parameters
@@ -167,29 +115,27 @@ class Encoder:
         Source: "BERT" (Devlin et al. 2018), section 3; `BertModel.forward` in Transformers.
         """
         config = self.config
-        ids = _check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
+        ids = check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
         types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
-        types = _check_ids("token_type_ids", types, config.type_vocab_size, "type_vocab_size")
-        valid = (
-            np.ones(ids.shape, dtype=bool)
-            if attention_mask is None
-            else host_array("attention_mask", attention_mask)
-        )
+        types = check_ids("token_type_ids", types, config.type_vocab_size, "type_vocab_size")
+        mask = np.ones(ids.shape, dtype=bool) if attention_mask is None else attention_mask
+        valid = host_array("attention_mask", mask)
         if types.shape != ids.shape or valid.shape != ids.shape or not np.isin(valid, (0, 1)).all():
             raise NpllmValueError(
-                f"token_type_ids and attention_mask (of 0 and 1) must be [n_batch, n_seq] = {list(ids.shape)}, "
-                f"got {list(types.shape)} and {list(valid.shape)}"
+                "token_type_ids and attention_mask (of 0 and 1) must be [n_batch, n_seq] = "
+                f"{list(ids.shape)}, got {list(types.shape)} and {list(valid.shape)}"
             )
         if ids.shape[1] > config.max_position_embeddings:
             raise NpllmValueError(
-                f"{ids.shape[1]} tokens do not fit: max_position_embeddings is {config.max_position_embeddings}"
+                f"{ids.shape[1]} tokens do not fit: max_position_embeddings is "
+                f"{config.max_position_embeddings}"
             )
-        mask = None if valid.all() else _ops.mask.padding(asarray(valid.astype(bool), self._xp))
-        return bert.forward(
-            self.params, config, asarray(ids, self._xp), asarray(types, self._xp), mask, self.ops
-        )
+        there = asarray(ids, self._xp), asarray(types, self._xp)
+        padding = asarray(valid.astype(bool), self._xp)
+        rule = None if valid.all() else _ops.mask.padding(padding)
+        return bert.forward(self.params, config, *there, rule, self.ops)
 
-    def with_ops(self, **ops: Callable) -> "Encoder":
+    def with_ops(self, **ops: Callable[..., Any]) -> "Encoder":
         """Return the same encoder with some operations of its set replaced; see
         `npllm.Model.with_ops`.
         """
@@ -201,13 +147,22 @@ class Encoder:
             max_length=self.max_length,
             folder=self.folder,
             settings=self.settings,
+            origin=self.origin,
         )
 
-    def embed(self, texts, *, normalize=True, prompt=None, prompt_name=None):
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: bool = True,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+    ) -> Array:
         """Turn each text into one vector, by default the mean over its tokens, the special ones
         included.
 
-            e = modules(pool_t(hidden[t, :])),   divided by sqrt(sum_i e_i**2) where normalize is true
+            e = modules(pool_t(hidden[t, :]))
+            e = e / sqrt(sum_i e_i**2)            where normalize is true
 
         Parameters
         ----------
@@ -247,23 +202,21 @@ class Encoder:
         """
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise NpllmTypeError(f"texts must be a list of str, got {quote(texts)}")
+        is_unit = check_flag("normalize", normalize)
         tokenizer, head = self.require_tokenizer(), self.settings.head
         prompt = self._prompt(prompt, prompt_name)
-        rows, n_prompt = (
-            [tokenizer.encode(prompt + text) for text in texts],
-            self._prompt_length(prompt),
-        )
+        rows = [tokenizer.encode(prompt + text) for text in texts]
+        n_prompt = self._prompt_length(prompt)
         dtype = np.float64 if "float64" in str(self.params.word_embeddings.dtype) else np.float32
-        d_model = self.config.hidden_size
-        empty = np.zeros((1, 1, d_model), dtype)
+        empty = np.zeros((1, 1, self.config.hidden_size), dtype)
         embeddings = np.repeat(head(empty, np.zeros((1, 1), bool)), len(rows), axis=0)
         for batch in _batches([len(row) for row in rows]):
             ids, valid = _pad([rows[i] for i in batch], self.config.pad_token_id or 0)
             embeddings[batch] = head(to_numpy(self(ids, attention_mask=valid)), valid, n_prompt)
         check_finite(embeddings, "embeddings", FROM_MODEL)
-        return unit_length(embeddings) if normalize else embeddings
+        return unit_length(embeddings) if is_unit else embeddings
 
-    def _prompt(self, prompt, name):
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
         """The text of a prompt that is given, or named, or the folder's default."""
         prompts = self.settings.prompts
         if prompt is not None and name is not None:
@@ -281,47 +234,41 @@ class Encoder:
             )
         return prompts[name]
 
-    def _prompt_length(self, prompt):
+    def _prompt_length(self, prompt: str) -> int:
         """How many tokens of a text are its prompt: those of the prompt alone, but for the one that
         ends it.
         """
         if not prompt or self.settings.head.include_prompt:
             return 0
-        encoding = self.tokenizer.backend.encode(prompt)
-        special = [
-            self.tokenizer.backend.token_to_id(text)
-            for text in self.tokenizer.special_tokens.values()
-        ]
+        tokenizer = self.require_tokenizer()
+        encoding = tokenizer.backend.encode(prompt)
+        special = [tokenizer.backend.token_to_id(x) for x in tokenizer.special_tokens.values()]
         is_ended = bool(encoding.ids) and (
             encoding.special_tokens_mask[-1] == 1 or encoding.ids[-1] in special
         )
         return len(encoding.ids) - is_ended
 
-    def require_tokenizer(self):
+    def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer; raise where the folder has none."""
-        if self.tokenizer is None:
-            raise NpllmValueError(
-                f"{self.folder or 'this encoder'}: has no tokenizer.json, so it takes token ids only, not text"
-            )
-        return self.tokenizer
+        return require_tokenizer(self)
 
-    def _refuse(self, *_, **__):
+    def _refuse(self, *_: Any, **__: Any) -> Any:
         """Refuse what only a causal language model can do."""
         raise NpllmTypeError(
-            f"{self!r} is an encoder: it sees both sides of every token and has no next one to predict; use "
-            "embed, or load a causal language model"
+            f"{self!r} is an encoder: it sees both sides of every token and has no next one to "
+            "predict; use embed, or load a causal language model"
         )
 
-    generate = stream = beam_search = next_token_distribution = model = lm_head = new_cache = (
-        with_mask
-    ) = mask_rule = _refuse
+    generate = stream = beam_search = next_token_distribution = _refuse
+    model = lm_head = new_cache = with_mask = mask_rule = _refuse
     generation_config = property(_refuse)
 
-    def __repr__(self):
-        return f"<npllm.Encoder {self.folder.name if self.folder else self.config.model_type}, {self.ops.name} ops>"
+    def __repr__(self) -> str:
+        name = self.folder.name if self.folder else self.config.model_type
+        return f"<npllm.Encoder {name}, {self.ops.name} ops>"
 
 
-def cosine_similarities(embeddings):
+def cosine_similarities(embeddings: Array) -> Array:
     """Compare every vector with every other.
 
         s[i, j] = sum_k e[i, k] * e[j, k] / (|e[i, :]| * |e[j, :]|)
@@ -345,11 +292,11 @@ def cosine_similarities(embeddings):
     return e @ e.T
 
 
-def _batches(lengths):
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Cut the rows, the shortest first, into batches of at most BATCH_TOKENS with padding; rows
     without tokens are in none.
     """
-    batch = []
+    batch: list[int] = []
     for i in np.argsort(lengths, kind="stable").tolist():
         if batch and lengths[i] * (len(batch) + 1) > BATCH_TOKENS:
             yield batch
@@ -360,7 +307,7 @@ def _batches(lengths):
         yield batch
 
 
-def _pad(rows, fill):
+def _pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Array, Array]:
     """Ids [n_batch, n_seq] of rows of unequal length, padded on the right, and where they hold
     tokens.
     """
@@ -368,45 +315,3 @@ def _pad(rows, fill):
     ids = np.full(valid.shape, fill)
     ids[valid] = np.concatenate(rows)
     return ids, valid
-
-
-def _check_ids(name, x, size, size_name):
-    """Return ids as a NumPy array; raise unless they are integers [n_batch, n_seq] below a size."""
-    ids = host_integers(name, x)
-    if not is_integer(ids) or ids.ndim != 2 or 0 in ids.shape:
-        raise NpllmTypeError(
-            f"{name} must be integers [n_batch, n_seq], both at least 1, got {ids.dtype} {list(ids.shape)}"
-        )
-    if ids.min() < 0 or ids.max() >= size:
-        raise NpllmValueError(
-            f"{name} must lie in 0 ... {size_name} - 1 = {size - 1}, got {ids.min()} ... {ids.max()}"
-        )
-    return ids
-
-
-def _max_length(folder, config, settings):
-    """At how many tokens the folder cuts a text."""
-    length, places = settings.max_length, [("tokenizer_config.json", ("model_max_length",))]
-    if not settings.is_stated:
-        places.append(("tokenizer.json", ("truncation", "max_length")))
-    for file, keys in places:
-        value = read_json(folder / file) if length is None and is_present(folder / file) else None
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            length = token_count(folder / file, ".".join(keys), value)
-    return (
-        config.max_position_embeddings
-        if length is None
-        else min(length, config.max_position_embeddings)
-    )
-
-
-def _lower_case(backend):
-    """Let a tokenizer begin with writing a text in lower case, unless it does so already by itself."""
-    steps = backend.normalizer
-    known = (
-        [*steps] if isinstance(steps, normalizers.Sequence) else [] if steps is None else [steps]
-    )
-    if not any(isinstance(step, normalizers.Lowercase) for step in known):
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *known])

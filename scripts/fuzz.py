@@ -4,6 +4,7 @@ memory beyond the files' size.
 
     python scripts/fuzz.py --n 200000 --seed 0 [--minutes 10] [--jobs 2]
     python scripts/fuzz.py --mode gguf --n 50000      # or hub, tokenizer: see fuzz_files.py
+    python scripts/fuzz.py --mode template --n 50000  # see fuzz_templates.py
     python scripts/fuzz.py --seed 0 --only 4711 --keep folder      # one case again; leaves its files in `folder`
 
 A case is a function of (seed, number): a folder of the family, scaled down, with one file mutated
@@ -48,7 +49,7 @@ import npllm
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.checkpoints.phi3_layout import expected_shapes
 from npllm.checkpoints.safetensors import read_entries
-from npllm.decoding.loop import GenerationConfig
+from npllm.decoding import GenerationConfig
 
 LIMIT_SECONDS = 20.0  # a chat template alone may take five
 LIMIT_BYTES = 200 << 20
@@ -1083,14 +1084,17 @@ def keep(seed, number, folder):
 
 def run_mode(name, n, seed, only):
     """Run the cases of another mode, watched from outside; return whether there were escapes."""
-    from fuzz_files import LIMITS, MODES
+    import fuzz_files
+    import fuzz_templates
     from fuzz_watch import watch, write_summary
 
+    module = fuzz_templates if name == "template" else fuzz_files
+    cases = module.MODES[name]
     if only is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            print(MODES[name](seed, Path(scratch)).run(only))
+            print(cases(seed, Path(scratch)).run(only))
         return False
-    summary = watch(MODES[name], n, seed, *LIMITS[name])
+    summary = watch(cases, n, seed, *module.LIMITS[name])
     write_summary(name, summary, seed)
     return bool(summary.failures)
 
@@ -1102,9 +1106,8 @@ def main():
     )
     parser.add_argument("--n", type=int, default=20000, help="number of mutations")
     parser.add_argument("--seed", type=int, help="default: drawn, and printed")
-    parser.add_argument(
-        "--mode", choices=["folders", "gguf", "hub", "tokenizer"], default="folders"
-    )
+    modes = ["folders", "gguf", "hub", "tokenizer", "template"]
+    parser.add_argument("--mode", choices=modes, default="folders")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long")
     parser.add_argument(
         "--jobs",

@@ -96,7 +96,7 @@ FILTERS = [
     "float", "forceescape", "format(1, 2)", "groupby('role')", "indent(9999)", "int", "items",
     "join(', ')", "join('x' * 9999)", "last", "length", "list", "lower", "map('upper')",
     "map(attribute='content')", "max", "min", "pprint",
-    "random", "reject", "replace('a', 'b' * 999)",
+    "random", "reject", "rejectattr('n')", "replace('a', 'b' * 999)",
     "reverse", "round(9)", "safe", "select", "selectattr('role', 'equalto', 'user')", "slice(3)",
     "sort", "string", "striptags", "sum", "title",
     "tojson", "tojson(indent=2)", "tojson(indent=10**8)",

@@ -19,8 +19,8 @@ from optional import invoke
 import npllm
 from npllm.analysis.score import score
 from npllm.cache import KVCache
+from npllm.decoding import GenerationConfig
 from npllm.decoding.beam import Beams, beam_search, beam_texts
-from npllm.decoding.loop import GenerationConfig
 
 SMALL = tiny.config_dict(vocab_size=6, eos_token_id=2, num_hidden_layers=1)
 PENALTIES = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])
@@ -28,9 +28,7 @@ PENALTIES = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])
 
 def with_stops(model, *stops, pad=0, penalty=None):
     """The same model with other stop ids."""
-    settings = GenerationConfig(
-        stops, pad, npllm.decoding.loop.Sampling(repetition_penalty=penalty)
-    )
+    settings = GenerationConfig(stops, pad, npllm.decoding.Sampling(repetition_penalty=penalty))
     return npllm.Model(
         model.config,
         model.params,
@@ -223,8 +221,9 @@ class Table(npllm.Model):
             )  # the rest, spread thin
             self.table[last, 0, list(row)] = np.log(list(row.values()))
 
-    def __call__(self, input_ids, **_):
-        return self.table[np.asarray(input_ids)[:, -1]]
+    def last_logits(self, ids, valid, cache=None):
+        super().last_logits(ids, valid, cache)
+        return self.table[ids[:, -1], 0]
 
 
 @pytest.mark.parametrize(("early_stopping", "second"), [(True, [10, 2]), ("never", [10, 11, 2])])
@@ -288,14 +287,14 @@ def test_a_cache_in_another_order_continues_as_the_rows_would(data, n_batch, n_s
     rows = data.draw(st.lists(st.integers(0, n_batch - 1), min_size=1, max_size=6))
     cache = model.new_cache(n_batch)
     model.model(ids, attention_mask=valid, cache=cache)
-    positions, choice = cache.positions, cache.choice
+    positions, choice = cache.positions, cache.rope_variant
     cache.reorder(rows)
     assert (cache.n_batch, cache.n_ctx) == (len(rows), n_seq)
     for now, before in (
         (cache.ids, ids),
         (cache.valid, valid),
         (cache.positions, positions),
-        (cache.choice, choice),
+        (cache.rope_variant, choice),
     ):
         assert np.array_equal(now, before[rows])
     more = family.ids_of(model.config, (len(rows), n_more), 1)
@@ -315,7 +314,7 @@ def test_rows_change_places_just_before_one_of_them_changes_its_frequencies():
     ids, valid = family.ids_of(model.config, (2, 9)), np.array([[1] * 9, [0] * 2 + [1] * 7], bool)
     cache, more = model.new_cache(2), np.array([[5, 6], [7, 8]])
     model.model(ids, attention_mask=valid, cache=cache)
-    assert cache.choice.tolist() == [1, 0]
+    assert cache.rope_variant.tolist() == [1, 0]
     cache.reorder([1, 0])
     logits = model(more, cache=cache)[:, -1]
     close(logits[0], family.alone(model, [*ids[1, 2:], 5, 6]), times=10)

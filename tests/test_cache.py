@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import model, random_ids
 
-from npllm.cache import SMALLEST_CAPACITY, KVCache
+from npllm.cache import KVCache
+from npllm.cache.state import SMALLEST_CAPACITY
 from npllm.errors import NpllmValueError
 
 N_BATCH, N_KV_HEAD, D_HEAD = 2, 3, 4
@@ -79,7 +80,7 @@ def test_room_does_not_grow_with_the_sequence_under_a_window():
 def test_appending_one_by_one_copies_a_number_of_keys_that_is_linear(monkeypatch):
     moved = []
     monkeypatch.setattr(
-        "npllm.cache.moved",
+        "npllm.cache.kv_cache.reallocated",
         lambda x, start, stop, n: (moved.append(stop - start), _moved(x, start, stop, n))[1],
     )
     for window in (None, 50):
@@ -158,7 +159,9 @@ def test_advance_records_what_stands_in_each_slot():
     )
     close(cache.ids, np.array([[5, 6, 1], [7, 8, 2]]))
     close(cache.positions, np.array([[0, 0, 9], [0, 1, 9]]))
-    assert cache.n_ctx == 3 and cache.valid.shape == (2, 3) and cache.choice.tolist() == [0, 1]
+    assert (
+        cache.n_ctx == 3 and cache.valid.shape == (2, 3) and cache.rope_variant.tolist() == [0, 1]
+    )
 
 
 def test_an_empty_cache_holds_nothing():
@@ -186,12 +189,12 @@ def test_another_batch_size_is_refused_by_both_numbers():
     with pytest.raises(
         NpllmValueError, match=r"n_batch = 2 sequences, got 3; .*new_cache\(n_batch=3\)"
     ):
-        KVCache(2, 1, 10).check_room(3, 1)
+        KVCache(2, 1, 10).check_fits(3, 1)
 
 
 @pytest.mark.parametrize("n_batch", [0, -1])
 def test_a_cache_for_no_sequence_is_refused(n_batch):
-    with pytest.raises(NpllmValueError, match=f"n_batch must be at least 1, got {n_batch}"):
+    with pytest.raises(NpllmValueError, match=f"n_batch must be an integer in 1 .*, got {n_batch}"):
         model().new_cache(n_batch)
 
 

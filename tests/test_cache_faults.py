@@ -17,6 +17,7 @@ from close import close
 
 import npllm
 from npllm import ops
+from npllm.decoding import start
 from npllm.kernels import fastest_ops
 
 PACKAGE = str(Path(npllm.__file__).parent)
@@ -95,13 +96,13 @@ def check(scene, model, broken, want):
     _, n_batch, _, _, at = SCENES[scene]
     cache = model.new_cache(n_batch)
     play(scene, model, cache, 0, at)
-    before = cache._state
+    before = cache.state
     try:
         with broken() as other:
             play(scene, other, cache, at, at + 1)
         return False
     except Fault:
-        done = cache._state is not before  # wholly, or not at all
+        done = cache.state is not before  # wholly, or not at all
     if not done:
         close(shorter(model, cache.copy()), want[-1], times=0)
     got = play(scene, model, cache, at + done)
@@ -329,11 +330,13 @@ def text_model(**options):
 def test_a_stream_left_half_way_changes_nothing():
     model = text_model()
     want = model.generate(ids(2, 5), max_new_tokens=8)
-    tokens = npllm.decoding.loop.generate_tokens(model, ids(2, 5), max_new_tokens=8)
-    other = npllm.decoding.loop.generate_tokens(model, ids(2, 5), max_new_tokens=8)
-    next(tokens), next(other), next(tokens)
-    tokens.close()
-    assert np.array_equal([next(other) for _ in range(3)], want[:, 6:9].T), "another one goes on"
+    left, other = (start(model, ids(2, 5), max_new_tokens=8) for _ in range(2))
+    steps, steps_of_other = iter(left), iter(other)
+    next(steps), next(steps_of_other), next(steps)
+    steps.close()
+    for _ in range(3):
+        next(steps_of_other)
+    assert np.array_equal(other.sequences.ids, want[:, :9]), "another one goes on"
     assert np.array_equal(model.generate(ids(2, 5), max_new_tokens=8), want)
 
 

@@ -78,10 +78,10 @@ OTHERS = {
 def test_a_cache_of_another_model_is_refused(case, fill, front):
     other, mine, says = OTHERS[case]
     cache = fill(other)
-    before = cache._state
+    before = cache.state
     with pytest.raises(NpllmValueError, match=says):
         getattr(mine, front)(IDS[:, 5:], cache=cache)
-    assert cache._state is before
+    assert cache.state is before
     other(IDS[:, 5:], cache=cache)  # its own model may go on
 
 
@@ -248,5 +248,14 @@ def test_a_pickled_cache_goes_on_without_the_weights():
     data = pickle.dumps(cache)
     assert len(data) < cache.n_bytes + 4096
     again = pickle.loads(data)
-    assert again.owner is None
     close(BASE(IDS[:, 5:], cache=again), BASE(IDS[:, 5:], cache=cache), times=0)
+
+
+@pytest.mark.parametrize("case", [case for case in OTHERS if "mask" not in case])
+def test_a_pickled_cache_belongs_to_the_weights_and_the_mask_it_came_from(case):
+    other, mine, says = OTHERS[case]
+    again = pickle.loads(pickle.dumps(used_by(other)))
+    with pytest.raises(NpllmValueError, match=says):
+        mine(IDS[:, 5:], cache=again)
+    assert again.n_ctx == 5
+    other(IDS[:, 5:], cache=again)

@@ -110,7 +110,7 @@ def filled(model, n_batch, n_ctx, n_padding=0):
             )
         )
         for layer in range(config.num_hidden_layers):
-            cache.extend(layer, like, like)
+            cache.reserve_slots(layer, like, like)
         valid = np.ones((n_batch, cache.n_ctx + n), bool)
         valid[0, :n_padding] = False
         cache.advance(

@@ -17,7 +17,7 @@ from npllm import ops
 from npllm.analysis import packing, score, speed, steps
 from npllm.config.bert_config import BertConfig
 from npllm.decision import check_finite, check_scores
-from npllm.decoding.loop import FILTER_ORDERS, Sampling, choose, next_token_distribution
+from npllm.decoding import FILTER_ORDERS, Sampling, choose, next_token_distribution
 from npllm.encoder import cosine_similarities
 from npllm.errors import NpllmValueError
 

@@ -16,7 +16,7 @@ from optional import invoke
 
 import npllm
 from npllm import ops
-from npllm.decoding.loop import FILTER_ORDERS, Sampling, choose, next_token_distribution
+from npllm.decoding import FILTER_ORDERS, Sampling, choose, next_token_distribution
 
 seeds = st.integers(0, 2**32 - 1)
 compute_dtypes = st.sampled_from([np.dtype("float32"), np.dtype("float64")])

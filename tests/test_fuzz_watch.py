@@ -53,7 +53,7 @@ class Cases:
 
 def test_the_watch_sees_errors_hangs_memory_and_death_and_goes_on(scripts):
     watch, _ = scripts
-    summary = watch.watch(Cases, 500, 4, limit_seconds=0.5, limit_bytes=100 << 20)
+    summary = watch.watch(Cases, 500, 4, limit_seconds=3, limit_bytes=100 << 20)
     problems = dict(summary.failures)
     assert sorted(problems) == [3, 5, 7, 9]
     assert problems[3] == "KeyError: 'x'"
@@ -69,7 +69,7 @@ def test_an_error_is_an_escape_with_its_number(scripts):
             return misbehave(number % 4) or "fine"
 
     watch, _ = scripts
-    summary = watch.watch(Raising, 20, 4, limit_seconds=5, limit_bytes=100 << 20)
+    summary = watch.watch(Raising, 20, 4, limit_seconds=20, limit_bytes=100 << 20)
     assert summary.failures == [(n, "KeyError: 'x'") for n in (3, 7, 11, 15, 19)]
     assert summary.outcomes == collections.Counter(fine=15)
 

@@ -1,6 +1,8 @@
-"""npllm.decoding.loop: which token comes next, when an answer ends, and what of it becomes text."""
+"""npllm.decoding: which token comes next, when an answer ends, and what of it becomes text."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from close import close
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import (
+    CHAT_TEMPLATE,
     CONFIG,
     SETTINGS,
     Counted,
@@ -22,15 +25,10 @@ from tiny import (
 
 import npllm
 from npllm import ops
-from npllm.decoding.loop import (
-    GenerationConfig,
-    Sampling,
-    TextStream,
-    choose,
-    resolve_sampling,
-    uniforms,
-)
+from npllm.arguments import check_ids
+from npllm.decoding import GenerationConfig, Sampling, choose, resolve_sampling, uniforms
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
+from npllm.text.stream import TextStream
 from npllm.text.tokenizer import Tokenizer
 
 N_VOCAB = CONFIG["vocab_size"]
@@ -551,6 +549,47 @@ def test_messages_go_through_the_chat_template(tmp_path):
     assert m.generate(CHAT, max_new_tokens=12) == "".join(m.stream(CHAT, max_new_tokens=12)) == want
 
 
+def test_tools_reach_the_chat_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "hello", "parameters": {}}}]
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + CHAT_TEMPLATE
+    settings = SETTINGS | {"chat_template": template}
+    changes = {"vocab_size": 272, "max_position_embeddings": 200, "eos_token_id": None}
+    m = npllm.load(write_folder(tmp_path, tokenizer=byte_level(), settings=settings, **changes))
+    ids = np.array([m.tokenizer.encode_chat(CHAT, tools=tools)])
+    assert ids.shape[1] == 1 + len(m.tokenizer.encode_chat(CHAT)), "one token more: the name"
+    want = m.tokenizer.decode(m.generate(ids, max_new_tokens=5)[0, ids.shape[1] :])
+    assert m.generate(CHAT, tools=tools, max_new_tokens=5) == want
+    assert "".join(m.stream(CHAT, tools=tools, max_new_tokens=5)) == want
+    assert m.beam_search(CHAT, tools=tools, num_beams=1, max_new_tokens=5)[0]["text"] == want
+    for prompt in ("hello", ids):
+        with pytest.raises(NpllmTypeError, match="tools go with a list of messages"):
+            m.generate(prompt, tools=tools)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}], ids=str)
+def test_ids_are_checked_once_at_the_door(monkeypatch, options):
+    calls = []
+
+    def counted(*args):
+        calls.append(args[0])
+        return check_ids(*args)
+
+    for module in (npllm.decoding.prompt, npllm.causal_lm):
+        monkeypatch.setattr(module, "check_ids", counted)
+    without_stop().generate(random_ids(2, 5), max_new_tokens=6, **options)
+    assert calls == ["input_ids"]
+
+
+def test_nothing_below_the_front_calls_it():
+    """A token's way goes down: decoding and the forward pass know no Model, only what they need."""
+    folder = Path(npllm.__file__).parent
+    below = [folder / "causal_lm.py", *(folder / "decoding").glob("*.py")]
+    for file in below:
+        text = file.read_text(encoding="utf-8")
+        assert "npllm.language_model" not in text and "npllm.model " not in text, file
+        assert not re.search(r"model\.(generate|stream|beam_search|embed)\(", text), file
+
+
 @pytest.mark.parametrize("prompt", ["", [""], ["a", ""]])
 def test_an_empty_prompt_is_refused(prompt):
     with pytest.raises(NpllmValueError, match="the prompt is empty"):
@@ -589,7 +628,7 @@ def test_ids_that_are_no_table_of_integers_are_refused(ids):
 @pytest.mark.parametrize("bad", [-1, N_VOCAB, 10**6])
 def test_ids_outside_the_vocabulary_are_refused_before_any_work(bad):
     counted = Counted()
-    with pytest.raises(NpllmValueError, match="token ids must lie in 0 "):
+    with pytest.raises(NpllmValueError, match="input_ids must lie in 0 "):
         model(ops=counted.ops).generate(np.array([[3, bad]]), repetition_penalty=1.2)
     assert not counted.calls
 
@@ -650,16 +689,11 @@ def test_what_just_fits_does_not_warn():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("num_beams", 4),
-        ("no_repeat_ngram_size", 3),
-        ("min_new_tokens", 5),
-        ("bad_words_ids", [[3]]),
-        ("suppress_tokens", [3]),
         ("forced_bos_token_id", 3),
         ("guidance_scale", 1.5),
-        ("typical_p", 0.9),
-        ("stop_strings", ["x"]),
+        ("sequence_bias", [[[3], 1.0]]),
         ("penalty_alpha", 0.6),
+        ("min_length", 9),
     ],
 )
 def test_an_entry_that_would_change_the_text_is_refused_when_text_is_asked_for(
@@ -667,10 +701,99 @@ def test_an_entry_that_would_change_the_text_is_refused_when_text_is_asked_for(
 ):
     m = npllm.load(write_folder(tmp_path, generation={name: value}))
     m(random_ids(1, 3))
-    with pytest.raises(
-        NpllmValueError, match=rf"generation_config\.json asks for what is not implemented: {name}="
-    ):
+    m.next_token_distribution(random_ids(1, 3))
+    text = rf"generation_config\.json asks for what is not implemented: {name}="
+    for call in (m.generate, m.beam_search):
+        with pytest.raises(NpllmValueError, match=text):
+            call(random_ids(1, 3))
+
+
+@pytest.mark.parametrize("name", ["typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"])
+def test_a_filter_that_is_not_implemented_is_refused_when_tokens_are_drawn(tmp_path, name):
+    m = npllm.load(write_folder(tmp_path, generation={name: 0.5}))
+    greedy_and_beams(m)
+    with pytest.raises(NpllmValueError, match=rf"not implemented: {name}=0\.5"):
+        m.generate(random_ids(1, 3), do_sample=True)
+
+
+def greedy_and_beams(m):
+    """Everything that draws no token: none of it is hindered."""
+    ids = random_ids(1, 3)
+    m.generate(ids, max_new_tokens=2, do_sample=False, num_beams=1, stop=())
+    m.beam_search(ids, max_new_tokens=2, num_beams=2, stop=())
+    assert m.next_token_distribution(ids).shape == (1, N_VOCAB)
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"temperature": -1},
+        {"temperature": "hot"},
+        {"top_k": "many"},
+        {"top_k": -1},
+        {"top_k": 50.0},
+        {"top_p": 2},
+        {"min_p": [0.5]},
+    ],
+    ids=str,
+)
+def test_a_filter_out_of_range_is_refused_with_the_path_when_tokens_are_drawn(tmp_path, generation):
+    ((name, _),) = generation.items()
+    m = npllm.load(write_folder(tmp_path, generation={"do_sample": True} | generation))
+    greedy_and_beams(m)
+    with pytest.raises(NpllmValueError, match=rf"generation_config\.json: {name} must be "):
         m.generate(random_ids(1, 3))
+    good = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1}[name]
+    m.generate(random_ids(1, 3), max_new_tokens=2, **{name: good})  # the caller's value is used
+
+
+@pytest.mark.parametrize(
+    "generation, error",
+    [
+        ({"num_beams": 0}, NpllmValueError),
+        ({"num_beams": 2.5}, NpllmValueError),
+        ({"no_repeat_ngram_size": -1}, NpllmValueError),
+        ({"min_new_tokens": "few"}, NpllmValueError),
+        ({"bad_words_ids": [3]}, NpllmValueError),
+        ({"bad_words_ids": [[]]}, NpllmValueError),
+        ({"suppress_tokens": [-1.5]}, NpllmValueError),
+        ({"begin_suppress_tokens": "x"}, NpllmValueError),
+        ({"forced_eos_token_id": True}, NpllmValueError),
+        ({"stop_strings": [""]}, NpllmTypeError),
+        ({"do_sample": "yes"}, NpllmValueError),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused_with_the_path_when_it_is_used(tmp_path, generation, error):
+    ((name, _),) = generation.items()
+    m = npllm.load(write_folder(tmp_path, generation=generation))
+    assert m(random_ids(1, 3)).shape == (1, 3, N_VOCAB)
+    m.next_token_distribution(random_ids(1, 3))
+    with pytest.raises(error, match=rf"generation_config\.json: {name} must be "):
+        m.generate(random_ids(1, 3))
+
+
+@pytest.mark.parametrize(
+    "generation", [{"suppress_tokens": []}, {"bad_words_ids": []}, {"stop_strings": []}]
+)
+def test_an_empty_list_is_none(tmp_path, generation):
+    m = npllm.load(write_folder(tmp_path, generation=generation, eos_token_id=None))
+    ids = random_ids(1, 3)
+    close(m.generate(ids, max_new_tokens=9), greedy_loop(m, ids, 9))
+
+
+def test_temperature_0_in_the_file_is_greedy(tmp_path):
+    generation = {"do_sample": True, "temperature": 0, "top_p": 0.9}
+    m = npllm.load(write_folder(tmp_path, generation=generation, eos_token_id=None))
+    ids = random_ids(2, 5)
+    close(m.generate(ids, max_new_tokens=9), greedy_loop(m, ids, 9))
+    drawn = {m.generate(ids, max_new_tokens=9, temperature=3.0, seed=n).tobytes() for n in range(3)}
+    assert len(drawn) == 3, "the caller's temperature is used"
+
+
+def test_pad_token_id_minus_1_is_none(tmp_path):
+    m = npllm.load(write_folder(tmp_path, generation={"pad_token_id": -1, "eos_token_id": 7}))
+    assert m.generation_config.pad_token_id is None and m.generation_config.fill_id == 7
 
 
 def test_entries_that_change_nothing_are_accepted(tmp_path):
@@ -713,21 +836,18 @@ def test_sampling_options_of_the_checkpoint_are_used(tmp_path):
 @pytest.mark.parametrize(
     "generation",
     [
-        {"temperature": -1},
-        {"top_k": "many"},
         {"eos_token_id": "x"},
         {"eos_token_id": [1, None]},
-        {"pad_token_id": -1},
-        {"pad_token_id": [1]},
-        {"top_p": 2},
         {"eos_token_id": True},
+        {"pad_token_id": -2},
+        {"pad_token_id": [1]},
+        {"pad_token_id": N_VOCAB},
     ],
+    ids=str,
 )
-def test_values_of_the_wrong_kind_are_refused_with_the_path(tmp_path, generation):
-    with pytest.raises(
-        NpllmValueError,
-        match=rf"generation_config\.json: .*{next(iter(generation))}.* must be|pad_token_id one below",
-    ):
+def test_stop_and_pad_ids_of_the_wrong_kind_are_refused_with_the_path(tmp_path, generation):
+    ((name, _),) = generation.items()
+    with pytest.raises(NpllmValueError, match=rf"generation_config\.json: {name} must be"):
         npllm.load(write_folder(tmp_path, generation=generation))
 
 

@@ -338,7 +338,7 @@ def test_cached_logits_agree_in_pieces(kind):
 
 
 def test_a_cache_that_grows_agrees(monkeypatch):
-    monkeypatch.setattr(npllm.cache, "SMALLEST_CAPACITY", 2)
+    monkeypatch.setattr(npllm.cache.state, "SMALLEST_CAPACITY", 2)
     cache = model_pair()[1].new_cache(2)
     cache.append(0, *(device(np.zeros((2, 1, 3, 4))) for _ in range(2)))
     assert cache.n_bytes == 2 * 2 * 4 * 4 * np.float32().nbytes, "room for 4 slots: from 2, doubled"

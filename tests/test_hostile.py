@@ -22,7 +22,7 @@ from npllm.checkpoints.phi3_layout import load_params
 from npllm.checkpoints.safetensors import read_entries
 from npllm.config.config import Config
 from npllm.config.strict_json import quote, read_json
-from npllm.decoding.loop import GenerationConfig
+from npllm.decoding import GenerationConfig
 from npllm.text.tokenizer import Tokenizer
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -736,7 +736,7 @@ def test_ids_beyond_the_embedding(valid, tmp_path):
     model = npllm.load(write(tmp_path / "m", valid, tokenizer=json.dumps(data).encode()))
     assert isinstance(model.generate("hi", max_new_tokens=1, do_sample=False), str)
     assert message(ValueError, model.generate, "hi <|late|>") == (
-        "token ids must lie in 0 ... vocab_size - 1 = 319, got 74 ... 320; is this the tokenizer of another model?".replace(
+        "input_ids must lie in 0 ... vocab_size - 1 = 319, got 74 ... 320; is this the tokenizer of another model?".replace(
             "74", str(min(model.tokenizer.encode("hi <|late|>")))
         )
     )

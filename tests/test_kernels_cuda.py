@@ -375,7 +375,7 @@ def test_rope_attention_with_and_without_a_cache(call, cached, n_before, window)
     )
     if cached:
         (keys, values, first), (other_keys, other_values, other_first) = (
-            cache._layers[0] for cache in caches
+            cache.state.layers[0] for cache in caches
         )
         used = slice(0, caches[1].n_ctx + n_seq - first)
         assert first == other_first

@@ -11,8 +11,8 @@ from close import close
 from composed import Composed, definitions
 from layouts import BAND, LAYOUTS, Allocator, contiguous, memory_of, strided
 
-from npllm import cache as kv
 from npllm import kernels, ops
+from npllm.cache import kv_cache as kv
 from npllm.models.params import LayerParams
 from npllm.ops import mask
 from npllm.quantized.int8 import Int8Weight, quantize
@@ -239,7 +239,7 @@ def result(op, arguments):
         cache.advance(
             *np.zeros((2, cache.n_batch, n_new), np.int64),
             np.ones((cache.n_batch, N_PAST + n_new), bool),
-            cache.choice,
+            cache.rope_variant,
         )
         y += [x.copy() for n in range(n_layer) for x in cache.kept(PLACE + n)[:2]]
     return y
@@ -260,9 +260,10 @@ def agree(op, definition, arguments):
     assert [memory_of(x).tobytes() for x in arrays] == before
 
 
+TILED = ("layout", "tiled", "tiled_linear", "tiled_attention")
 MODULES = {
-    "tiled": ("layout", "tiled"),
-    "compiled": ("layout", "tiled", "parts", "compiled", "gemm"),
+    "tiled": TILED,
+    "compiled": (*TILED, "operands", "parts", "rope_attention", "compiled", "gemm"),
 }
 SHAPES = [(1, n) for n in ROWS] + [(n, 1) for n in (2, 12, 13)] + [(3, 14)]
 
@@ -361,9 +362,9 @@ def test_every_op_is_tried():
 def test_a_kernel_that_counts_entries_is_not_compiled_for_what_is_not_row_major():
     from numba.core.errors import TypingError
 
-    from npllm.kernels.cpu import gemm
+    from npllm.kernels.cpu import panels
 
     x = np.arange(64, dtype=np.float32)
-    close(np.float32(gemm.root_mean_square(x, np.float32(0))), np.sqrt(np.mean(x * x)))
+    close(np.float32(panels.root_mean_square(x, np.float32(0))), np.sqrt(np.mean(x * x)))
     with pytest.raises(TypingError, match="row-major order"):
-        gemm.root_mean_square(x[::2], np.float32(0))
+        panels.root_mean_square(x[::2], np.float32(0))

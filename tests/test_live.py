@@ -13,7 +13,7 @@ from tiny import SETTINGS, byte_level, random_ids, sentencepiece, write_folder
 
 import npllm
 from npllm import ops
-from npllm.decoding.loop import Sampling, choose
+from npllm.decoding import Sampling, choose
 
 if os.environ.get("NPLLM_REQUIRE_LIVE") == "1":
     import torch

@@ -33,7 +33,7 @@ batches = st.lists(
 def _small_caches():
     """Arrays of 4 slots at first, so that they are replaced and moved along in short runs too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(npllm.cache, "SMALLEST_CAPACITY", 4)
+        patch.setattr(npllm.cache.state, "SMALLEST_CAPACITY", 4)
         yield
 
 
@@ -162,7 +162,7 @@ def test_a_row_is_computed_anew_once_and_at_its_own_length():
     counts = _computed_anew(model)
     for _ in range(9):
         model(ids, attention_mask=mask, cache=cache)
-        after.append((sum(counts), *cache.choice.tolist()))
+        after.append((sum(counts), *cache.rope_variant.tolist()))
         ids, mask = np.array([[9], [9]]), np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
     assert after == [(0, 0, 0)] * 3 + [(1, 1, 0)] * 3 + [(2, 1, 1)] * 3
 
@@ -174,7 +174,7 @@ def test_a_prompt_that_is_long_from_the_start_is_never_computed_anew():
     counts = _computed_anew(model)
     for ids in ([[4] * 9], [[5]], [[6]]):
         model(np.array(ids), cache=cache)
-    assert counts == [] and cache.choice.tolist() == [1]
+    assert counts == [] and cache.rope_variant.tolist() == [1]
 
 
 def test_a_shorter_prompt_afterwards_is_short_again():
@@ -206,7 +206,7 @@ def _raw(model, ids):
     cache = model.new_cache()
     for i in range(ids.shape[1]):
         if i == model.config.original_max_position_embeddings:
-            cache.choice[:] = 1  # as if the keys had been rotated with the long factors
+            cache.rope_variant[:] = 1  # as if the keys had been rotated with the long factors
         last = model(ids[:, i : i + 1], cache=cache)
     return last[0, -1]
 
@@ -233,7 +233,7 @@ def test_keys_rotated_again_would_be_wrong_beyond_the_first_layer():
         for keys, _, _ in map(cache.kept, range(n_layer)):
             plain = npllm.ops.apply_rope(keys[:, :, :8] / scale, *turn_back)
             keys[:, :, :8] = npllm.ops.apply_rope(plain, *turn_on) * scale
-        cache.choice[:] = 1
+        cache.rope_variant[:] = 1
         error = np.abs(model(ids[:, 8:], cache=cache)[0, -1] - family.alone(model, ids[0])).max()
         assert (error < 1e-9) if enough else error > 0.01, (n_layer, error)
 

@@ -18,7 +18,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture
 def picture(tmp_path):
     """Path of a picture; the test is skipped where nothing can draw."""
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib (npllm[plot])")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (npllm[plot])")
     return tmp_path / "picture.png"
 
 
@@ -89,27 +89,48 @@ def test_a_rule_is_drawn_where_it_is_true(picture, monkeypatch):
     assert picture.stat().st_size > 0
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+
+    def savefig(figure, *args, **options):
+        saved.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return saved
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (1, 5), (3, 5, 5), (9, 5, 5)])
-def test_weights_are_drawn_for_one_head_and_for_all(picture, shape):
-    rng = np.random.default_rng(0)
-    plots.draw_weights(
-        picture,
-        rng.random(shape),
-        ["The", " cat", " sat", "\n", " on"][: shape[-1]],
-        title="layer 3",
-    )
+def test_weights_are_drawn_for_one_head_and_for_all(picture, figures, shape):
+    weights, tokens = np.random.default_rng(0).random(shape), ["The", " cat", " sat", "\n", " on"]
+    plots.draw_weights(picture, weights, tokens, title="layer 3")
     pixels(picture)
+    (figure,) = figures
+    drawn = [panel.images[0].get_array() for panel in figure.axes]
+    assert np.array_equal(drawn, weights.reshape(-1, *shape[-2:]))
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ([""] if len(drawn) == 1 else [f"head {n}" for n in range(len(drawn))])
+    assert figure.get_suptitle() == "layer 3"
 
 
 @pytest.mark.parametrize(
     "tokens", [["$\\frac{$", "$x^$", "$", "_^"], ["日", "é", "<|end|>", "\u200b"]]
 )
-def test_any_token_can_stand_at_an_axis(picture, tokens):
-    """A dollar sign begins a formula in matplotlib."""
+def test_any_token_can_stand_at_an_axis(picture, figures, tokens):
+    """As it is written in Python; a dollar sign begins a formula in matplotlib."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         plots.draw_weights(picture, np.eye(4), tokens, title="".join(tokens))
     pixels(picture)
+    labels = [
+        label for axis in "xy" for label in getattr(figures[0].axes[0], f"get_{axis}ticklabels")()
+    ]
+    assert [label.get_text() for label in labels] == [repr(token)[1:-1] for token in tokens] * 2
+    assert not any(label.get_parse_math() for label in labels)
 
 
 def test_queries_that_are_fewer_than_keys_are_named_by_the_last_tokens(picture, monkeypatch):

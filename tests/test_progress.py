@@ -111,12 +111,6 @@ def test_a_report_is_one_line_on_stderr(capsys):
     assert capsys.readouterr() == ("", "npllm: waiting\n")
 
 
-@pytest.mark.parametrize("stderr", [None, Closed(), Bare()], ids=["None", "closed", "no isatty"])
-def test_no_stream_breaks_a_report(monkeypatch, stderr):
-    monkeypatch.setattr(sys, "stderr", stderr)
-    progress.report("waiting")
-
-
 class WriteOnly:
     """The least that a stream can be."""
 

@@ -223,7 +223,7 @@ def test_imports_are_seen_wherever_they_stand(tmp_path):
         "import npllm.cache, json\ndef f():\n    from npllm.ops import mask, softmax\n    import npllm.model as m\n"
     )
     assert sorted(imports(tmp_path / "a.py")) == [
-        "npllm/cache.py",
+        "npllm/cache/__init__.py",
         "npllm/model.py",
         "npllm/ops/__init__.py",
         "npllm/ops/mask/__init__.py",

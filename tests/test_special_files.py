@@ -114,6 +114,13 @@ def test_no_gguf_file(tmp_path, make):
         gguf_to_phi3(tmp_path / "x.gguf", tmp_path / "out")
 
 
+@makers
+def test_what_is_there_and_no_file_is_not_taken_for_absent(tmp_path, make):
+    make(tmp_path / "x")
+    with pytest.raises(NpllmOSError, match="x: must be a regular file or a link to one, but it is"):
+        is_present(tmp_path / "x")
+
+
 def test_a_pipe_that_replaces_a_file_after_it_was_seen(tmp_path, monkeypatch):
     folder = decoder(tmp_path)
     replace(folder / "config.json", os.mkfifo)

@@ -106,6 +106,10 @@ HOSTILE = {
         {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**9}},
         "max_input_chars_per_word must be at most 4096, got 1000000000",
     ),
+    "a number of 400 digits": (
+        {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**400}},
+        "max_input_chars_per_word must be at most 4096, got 1000",
+    ),
     "no base64": (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "é"}},
         "is no base64 text",

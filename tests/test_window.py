@@ -19,7 +19,7 @@ import npllm
 def _small_caches():
     """Arrays of 4 slots at first, so that they are replaced and moved along in short runs too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(npllm.cache, "SMALLEST_CAPACITY", 4)
+        patch.setattr(npllm.cache.state, "SMALLEST_CAPACITY", 4)
         yield
 
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 import npllm
 from npllm.checkpoints.phi3_layout import expected_shapes
 from npllm.config.config import Config
-from npllm.decoding.loop import GenerationConfig
+from npllm.decoding import GenerationConfig
 from npllm.models.params import LayerParams, Params
 from npllm.text.tokenizer import Tokenizer as OurTokenizer
 
@@ -271,12 +271,12 @@ class Scripted(npllm.Model):
     def ids(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def __call__(self, input_ids, *, attention_mask=None, **_):
-        n_seen = attention_mask.shape[1]
+    def last_logits(self, ids, valid, cache=None):  # noqa: ARG002 - what a model takes
+        n_seen = valid.shape[1]
         self.n_prompt = n_seen if self.n_prompt is None else self.n_prompt
         self.n_calls += 1
-        logits = np.zeros((len(input_ids), 1, self.config.vocab_size), np.float32)
-        for row, told in enumerate(self.script[: len(input_ids)]):
+        logits = np.zeros((len(ids), self.config.vocab_size), np.float32)
+        for row, told in enumerate(self.script[: len(ids)]):
             step = n_seen - self.n_prompt
-            logits[row, 0, told[step] if step < len(told) else self.ids(" ")[0]] = 1
+            logits[row, told[step] if step < len(told) else self.ids(" ")[0]] = 1
         return logits

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from npllm.analysis.score import score
-from npllm.decoding.loop import last_logits, next_token_distribution, prepare, seen_tokens
+from npllm.decoding.loop import last_logits
+from npllm.decoding.prompt import read_prompt, require_tokenizer
+from npllm.decoding.sampling import next_token_distribution
+from npllm.decoding.sequences import seen_tokens
 from npllm.model import Model
 
 __all__ = ["next_tokens", "perplexity_facts", "score_facts"]
@@ -34,7 +37,7 @@ def next_tokens(
         Each {"id", "text", "logit", "probability"}, the most likely first; the logit is the model's
         own, the probability that after the filters.  Tokens that a filter excludes are left out.
     """
-    ids, valid, _, _ = prepare(model, prompt)
+    ids, valid, *_ = read_prompt(model, prompt)
     logits = last_logits(model, ids, attention_mask=valid)
     seen = seen_tokens(ids, valid, model.config.vocab_size)
     probabilities = next_token_distribution(logits, order=order, seen=seen, **filters)[0]
@@ -42,7 +45,7 @@ def next_tokens(
     return [
         {
             "id": int(i),
-            "text": model.tokenizer.token_text(i),
+            "text": require_tokenizer(model).token_text(i),
             "logit": float(logits[0, i]),
             "probability": float(probabilities[i]),
         }
@@ -70,7 +73,7 @@ def score_facts(model: Model, text: str, **options: Any) -> dict[str, Any]:
     log_probs = [None, *map(float, scored.log_probs)]
     return {
         "tokens": [
-            {"id": int(i), "text": model.tokenizer.token_text(i), "log_probability": value}
+            {"id": int(i), "text": require_tokenizer(model).token_text(i), "log_probability": value}
             for i, value in zip(scored.ids, log_probs, strict=True)
         ],
         "log_probability": scored.total,

@@ -13,7 +13,7 @@ from npllm import kernels, ops
 from npllm.analysis.machine import peak_memory
 from npllm.analysis.profiling import seconds
 from npllm.arrays import array_namespace, backend_name, to_numpy
-from npllm.decoding.loop import prepare, stream_batch
+from npllm.decoding.loop import start as start_generation
 from npllm.model import Model
 
 __all__ = ["compare_sets", "generate_timed", "speed"]
@@ -47,19 +47,19 @@ def generate_timed(
         Seconds and tokens/s of the prompt (up to the first new token) and of the generation after
         it; peak memory in bytes.
     """
-    ids, valid, (stream,), settings = prepare(model, prompt, **options)
+    run = start_generation(model, prompt, **options)
     if echo and isinstance(prompt, str):
         write(prompt)
     start, ticks, text = time.perf_counter(), [], []
     try:
-        for _, (piece,) in stream_batch(model, ids, valid, [stream], **settings):
+        for (piece,) in run:
             ticks.append(time.perf_counter())
             text.append(piece)
             write(piece)
     finally:
-        text.append(stream.close())
+        text.extend(run.close())
         write(text[-1])
-    return {"text": "".join(text), **_rates(ids.shape[1], start, ticks)}
+    return {"text": "".join(text), **_rates(run.sequences.n_prompt, start, ticks)}
 
 
 def _rates(n_prompt: int, start: float, ticks: list[float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from npllm import ops
 from npllm.arrays import to_numpy
 from npllm.decision import FROM_MODEL, check_finite
-from npllm.decoding.loop import prepare
+from npllm.decoding.prompt import read_prompt
 from npllm.errors import NpllmValueError
 from npllm.model import Model
 
@@ -61,7 +61,7 @@ def attention_steps(
     Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.1.
     """
     config = model.config
-    ids, _, _, _ = prepare(model, prompt)
+    ids = read_prompt(model, prompt).ids
     n_batch, n_seq = ids.shape
     if n_batch != 1:
         raise NpllmValueError(f"attention_steps takes one prompt, got {n_batch}")

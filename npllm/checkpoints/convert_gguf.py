@@ -19,8 +19,12 @@ from npllm.checkpoints.disk import publish_over, remove_checkpoint
 from npllm.checkpoints.gguf import GGUFFile, GGUFTensor, dequantized_rows, tensor_kind
 from npllm.checkpoints.gguf_config import phi3_config
 from npllm.checkpoints.gguf_tokenizer import read_tokenizer, tokenizer_config
+from npllm.checkpoints.phi3_layout import load_params
+from npllm.config.config import Config
 from npllm.config.strict_json import quote
+from npllm.decoding.generation_config import GenerationConfig
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
+from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["gguf_to_phi3", "half_split"]
 
@@ -101,11 +105,12 @@ def _write_checkpoint(gguf: GGUFFile, config: dict[str, Any], folder: Path) -> N
 
 
 def _check_loads(gguf: GGUFFile, folder: Path) -> None:
-    """Raise unless `npllm.load` accepts the folder."""
-    from npllm.model import load  # this check is the one place where the layers below call the top
-
+    """Raise unless every reader of `npllm.load` accepts the folder."""
     try:
-        load(folder, ops="reference")
+        config = Config.from_json(folder)
+        load_params(folder, config)
+        Tokenizer.from_folder(folder)
+        GenerationConfig.from_folder(folder, config)
     except NpllmError as error:
         raise NpllmValueError(
             f"{gguf.path}: what was converted cannot be loaded: {error}"

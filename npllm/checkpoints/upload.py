@@ -52,7 +52,7 @@ class Upload:
         ----------
         views : list of NumPy arrays
             Contiguous, with equal shapes except for their first axis.  The list is emptied, so
-            that each mapping is released after its copy.
+            that a tensor in memory is freed after its copy.
         dtype : dtype
             Of the result; entries are converted on the host.
         advance : function (n_bytes), optional

@@ -9,7 +9,7 @@ from npllm.analysis.predictions import next_tokens, perplexity_facts, score_fact
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, fetch
 from npllm.cli.options import chat_option, filter_options, json_option, model_options
 from npllm.cli.streams import print_json, read_file, read_prompt, write
-from npllm.decoding.loop import FILTER_ORDERS
+from npllm.decoding.sampling import FILTER_ORDERS
 from npllm.encoder import cosine_similarities
 from npllm.model import Model, load
 from npllm.progress import write_line

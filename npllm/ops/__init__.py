@@ -3,7 +3,7 @@ model runs on.
 
 The functions in this folder are the *definitions*: formula in the docstring, the same formula in
 the code, nothing but the array API standard.  A model is given an `Ops` and calls
-`ops.attention(...)`; which implementation stands behind the name is the caller's choice:
+`ops.attention(...)`; which implementation runs under the name is the caller's choice:
 
     model = npllm.load(path, ops=npllm.ops.reference.replace(attention=my_attention))
 """
@@ -30,6 +30,14 @@ from npllm.ops.opset import SLOTS as SLOTS
 from npllm.ops.opset import Ops, blockwise, reference
 from npllm.ops.opset import Step as Step
 from npllm.ops.opset import parts_of as parts_of
+from npllm.ops.processors import (
+    bad_words_ids,
+    begin_suppress_tokens,
+    forced_eos_token_id,
+    min_new_tokens,
+    no_repeat_ngram_size,
+    suppress_tokens,
+)
 from npllm.ops.projections import lm_head, qkv_projection
 from npllm.ops.projections import split_qkv as split_qkv
 from npllm.ops.residual import add
@@ -55,6 +63,8 @@ __all__ = [
     "attention",
     "attention_io",
     "attention_weights",
+    "bad_words_ids",
+    "begin_suppress_tokens",
     "blockwise",
     "blockwise_attention",
     "dynamic_base",
@@ -62,6 +72,7 @@ __all__ = [
     "emulate",
     "erf",
     "erfc",
+    "forced_eos_token_id",
     "gelu",
     "greedy",
     "layer_norm",
@@ -75,7 +86,9 @@ __all__ = [
     "mean_pool_kv_heads",
     "merge_attention",
     "merge_heads",
+    "min_new_tokens",
     "min_p",
+    "no_repeat_ngram_size",
     "Ops",
     "qkv_projection",
     "reference",
@@ -91,6 +104,7 @@ __all__ = [
     "softmax",
     "split_heads",
     "split_kv_attention",
+    "suppress_tokens",
     "swiglu",
     "temperature",
     "top_k",

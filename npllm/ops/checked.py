@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 from npllm.arrays import array_namespace, compute_dtype, is_array
@@ -79,20 +79,29 @@ def checked(op: str, fn: Callable, definition: Callable) -> Callable:
         With the signature of the definition.  Operations without a known shape are returned
         unchecked, as `fn` itself.
     """
-    signature = inspect.signature(definition)
+    return _Checked(op, fn, definition) if op in (*SAME, "linear", "attention", "embed") else fn
 
-    @wraps(definition)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = fn(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs).arguments
+
+class _Checked:
+    """An operation whose results are checked.  A class, so that it can be pickled."""
+
+    def __init__(self, op: str, fn: Callable, definition: Callable):
+        update_wrapper(self, definition)
+        self._op, self._fn, self._definition = op, fn, definition
+        self._signature = inspect.signature(definition)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._fn(*args, **kwargs)
+        bound = self._signature.bind(*args, **kwargs).arguments
         first = next(iter(bound.values()))
-        like = bound["weight"] if op == "embed" else first
+        like = bound["weight"] if self._op == "embed" else first
         array = result[0] if bound.get("return_lse") and isinstance(result, tuple) else result
-        dtype, shape = expected_result(op, bound) or (array.dtype, array.shape)
-        check_result(op, array, like, dtype, shape)
+        dtype, shape = expected_result(self._op, bound) or (array.dtype, array.shape)
+        check_result(self._op, array, like, dtype, shape)
         return result
 
-    return call if op in (*SAME, "linear", "attention", "embed") else fn
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Checked, (self._op, self._fn, self._definition)
 
 
 def replaced_ops(ops: Any, new: dict[str, Callable]) -> Any:

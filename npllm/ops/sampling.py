@@ -2,8 +2,11 @@
 
 The filters follow Transformers: each excludes a token by giving it -inf, and softmax renormalises
 what is left.  The order in which they are applied matters, and engines differ in it:
-`npllm.decoding.loop.FILTER_ORDERS`.
+`npllm.decoding.FILTER_ORDERS`.
 """
+
+from operator import index
+from typing import Any
 
 from npllm.arrays import array_namespace, expect_shape, largest, to_numpy, widen
 from npllm.decision import check_scores
@@ -21,11 +24,12 @@ __all__ = [
     "top_p",
 ]
 
+Array = Any
 COLD = 1e-6  # below this temperature logits are shifted first
 LOWEST = -1e30  # to which they are cut there: a number of float32 whose exp is 0
 
 
-def softmax(x, axis=-1):
+def softmax(x: Array, axis: int = -1) -> Array:
     """Turn scores into a distribution.
 
         y[i] = exp(x[i] - m) / sum_j exp(x[j] - m),   m = max_j x[j]
@@ -59,7 +63,7 @@ def softmax(x, axis=-1):
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
-def log_softmax(x, axis=-1):
+def log_softmax(x: Array, axis: int = -1) -> Array:
     """Turn scores into log-probabilities.
 
         y[i] = x[i] - m - log(sum_j exp(x[j] - m)),   m = max_j x[j]
@@ -92,7 +96,7 @@ def log_softmax(x, axis=-1):
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
-def repetition_penalty(logits, seen, penalty):
+def repetition_penalty(logits: Array, seen: Array, penalty: float) -> Array:
     """Make tokens that were seen already less likely.
 
         y[i] = logits[i] / penalty where logits[i] > 0, else logits[i] * penalty,   for seen i only
@@ -124,6 +128,7 @@ def repetition_penalty(logits, seen, penalty):
     xp = array_namespace(logits, seen)
     if seen.dtype != xp.bool:
         raise NpllmTypeError(f"seen must be a bool array (True = seen), got dtype {seen.dtype}")
+    penalty = float(penalty)  # a NumPy scalar would widen the result
     if not penalty > 0:
         raise NpllmValueError(
             f"repetition_penalty must be above 0 (1 changes nothing), got {penalty}"
@@ -131,7 +136,7 @@ def repetition_penalty(logits, seen, penalty):
     return xp.where(seen, xp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def temperature(logits, t):
+def temperature(logits: Array, t: float) -> Array:
     """Flatten (t > 1) or sharpen (t < 1) the distribution.
 
         y = logits / t
@@ -161,7 +166,7 @@ def temperature(logits, t):
     Source: "Distilling the Knowledge in a Neural Network" (Hinton et al. 2015), equation 1;
     `TemperatureLogitsWarper`.
     """
-    xp = array_namespace(logits)
+    xp, t = array_namespace(logits), float(t)
     if not t > 0:
         raise NpllmValueError(f"temperature must be above 0, got {t}; use greedy for 0")
     if t >= COLD:
@@ -172,7 +177,7 @@ def temperature(logits, t):
     return _keep(xp, xp.astype(cut, logits.dtype), below > -xp.inf)
 
 
-def top_k(logits, k):
+def top_k(logits: Array, k: int) -> Array:
     """Keep the k largest logits, and exclude the others.
 
         y[i] = logits[i] where logits[i] >= the k-th largest, else -inf
@@ -199,7 +204,7 @@ def top_k(logits, k):
     Source: "Hierarchical Neural Story Generation" (Fan et al. 2018), section 5.4;
     `TopKLogitsWarper` in Transformers.
     """
-    xp = array_namespace(logits)
+    xp, k = array_namespace(logits), index(k)
     if k < 1:
         raise NpllmValueError(f"top_k must be at least 1, got {k}")
     k = min(k, logits.shape[-1])
@@ -207,7 +212,7 @@ def top_k(logits, k):
     return _keep(xp, logits, logits >= kth_largest)
 
 
-def top_p(logits, p):
+def top_p(logits: Array, p: float) -> Array:
     """Keep the nucleus: the smallest set of most likely tokens whose probabilities sum to >= p.
 
         y[i] = logits[i] where the sum of all probabilities that rank before i is below p, else -inf
@@ -236,33 +241,24 @@ def top_p(logits, p):
     Source: "The Curious Case of Neural Text Degeneration" (Holtzman et al. 2019), section 3.1;
     `TopPLogitsWarper`.
     """
-    xp = array_namespace(logits)
+    xp, p = array_namespace(logits), float(p)
     if not 0 <= p <= 1:
         raise NpllmValueError(f"top_p must lie in 0 ... 1, got {p}")
     if p == 1:
         return logits
-    n = (
-        int(to_numpy(xp.max(xp.sum(xp.astype(logits != -xp.inf, xp.int64), axis=-1))))
-        if logits.size
-        else 0
-    )
-    order = largest(
-        widen(logits), max(n, 1), xp
-    )  # the most likely first; no other token has a probability
+    n_left = xp.sum(xp.astype(logits != -xp.inf, xp.int64), axis=-1)
+    n = int(to_numpy(xp.max(n_left))) if logits.size else 0
+    order = largest(widen(logits), max(n, 1), xp)  # no other token has a probability
     ranked = xp.take_along_axis(softmax(widen(logits, xp.float64)), order, axis=-1)
-    before = xp.cumulative_sum(
-        ranked[..., :-1], axis=-1
-    )  # of the probabilities that rank before the second, the third ...
-    last = xp.sum(
-        xp.astype(before < p, xp.int64), axis=-1, keepdims=True
-    )  # the rank of the last token that is kept
+    before = xp.cumulative_sum(ranked[..., :-1], axis=-1)  # of what ranks before the second, ...
+    last = xp.sum(xp.astype(before < p, xp.int64), axis=-1, keepdims=True)  # the last rank kept
     last_id = xp.take_along_axis(order, last, axis=-1)
     least = xp.take_along_axis(logits, last_id, axis=-1)
     ids = xp.arange(logits.shape[-1])
     return _keep(xp, logits, (logits > least) | ((logits == least) & (ids <= last_id)))
 
 
-def min_p(logits, p):
+def min_p(logits: Array, p: float) -> Array:
     """Keep the tokens that are at least p times as likely as the likeliest.
 
         y[i] = logits[i] where softmax(logits)[i] >= p * max_j softmax(logits)[j], else -inf
@@ -287,14 +283,14 @@ def min_p(logits, p):
     Source: "Turning Up the Heat: Min-p Sampling" (Nguyen et al. 2024), section 3;
     `MinPLogitsWarper` in Transformers.
     """
-    xp = array_namespace(logits)
+    xp, p = array_namespace(logits), float(p)
     if not 0 <= p <= 1:
         raise NpllmValueError(f"min_p must lie in 0 ... 1, got {p}")
     probabilities = softmax(logits)
     return _keep(xp, logits, probabilities >= p * xp.max(probabilities, axis=-1, keepdims=True))
 
 
-def greedy(logits):
+def greedy(logits: Array) -> Array:
     """Choose the most likely token.
 
         token = argmax_i logits[i]
@@ -323,7 +319,7 @@ def greedy(logits):
     return xp.argmax(widen(check_scores(logits, "logits")), axis=-1)
 
 
-def sample(logits, u):
+def sample(logits: Array, u: Array) -> Array:
     """Draw a token by inverting the cumulative distribution: the randomness is an argument.
 
         token = the first i with softmax(logits)[0] + ... + softmax(logits)[i] > u
@@ -364,5 +360,5 @@ def sample(logits, u):
     return xp.minimum(crossed, xp.max(possible, axis=-1))
 
 
-def _keep(xp, logits, kept):
+def _keep(xp: Any, logits: Array, kept: Array) -> Array:
     return xp.where(kept, logits, xp.asarray(-xp.inf, dtype=logits.dtype))

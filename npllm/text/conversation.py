@@ -68,8 +68,8 @@ def find_left_out(
     -----
     Another content decides, not a conversation without the message: a template may write the role
     without the content, or the same text by default.  Templates leave out the assistant's thoughts
-    by design, so its messages are not looked at.  One rendering with a number in the place of every content finds the messages that are read; only
-    the others are tried one by one.
+    by design, so its messages are not looked at.  One rendering with a number in the place of
+    every content finds the messages that are read; only the others are tried one by one.
     """
 
     def differs(other_messages: Any, other_names: dict[str, Any]) -> bool:

@@ -192,4 +192,5 @@ def _template_growth(component: Component) -> float:
 def _require(n: float, largest: int, what: str, file: Path) -> None:
     """Raise unless a number is at most the largest allowed."""
     if n > largest:
-        raise NpllmValueError(f"{file}: {what} must be at most {largest}, got {n:.16g}")
+        shown = f"{n:.16g}" if isinstance(n, float) else quote(n)
+        raise NpllmValueError(f"{file}: {what} must be at most {largest}, got {shown}")

@@ -37,7 +37,7 @@ def rope_attention(qkv: Array, step: Step) -> Array:
         k, v = (xp.empty((n_batch, n_kv_head, n_seq, d_head), dtype=xp.float32) for _ in range(2))
     else:
         like = q[:, :n_kv_head]  # of the shape, dtype and library of new keys and values
-        k, v, k_slots = step.cache.extend(step.layer, like, like)
+        k, v, k_slots = step.cache.reserve_slots(step.layer, like, like)
         slots = {"q_slots": range(k_slots.stop - n_seq, k_slots.stop), "k_slots": k_slots}
     _rope_append(xp, qkv, cos, sin, q, k[..., -n_seq:, :], v[..., -n_seq:, :])
     return merge_heads(attention(q, k, v, mask=step.mask, **slots))

@@ -7,19 +7,11 @@ asks the rule's `bound` first, to skip a block of which nothing is visible and t
 where everything is.
 """
 
+from npllm.ops.mask.blocks import block_local, fixed, global_tokens, random_blocks
 from npllm.ops.mask.dense import bidirectional, causal, lookback, prefix_lm, sliding_window
 from npllm.ops.mask.labels import documents, left_padding, padding
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
-from npllm.ops.mask.sparse import (
-    band,
-    block_local,
-    dilated_window,
-    fixed,
-    global_tokens,
-    longformer_window,
-    random_blocks,
-    strided,
-)
+from npllm.ops.mask.sparse import band, dilated_window, longformer_window, strided
 from npllm.ops.mask.table import to_bool
 
 __all__ = [

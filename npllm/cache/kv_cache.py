@@ -8,24 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from npllm.arguments import host_integers
+from npllm.arguments import check_integer, host_integers
 from npllm.arrays import is_integer
-from npllm.cache_owner import CacheOwner
-from npllm.cache_state import State, check_held, empty, moved, take_rows
+from npllm.cache.owner import CacheOwner
+from npllm.cache.state import (
+    State,
+    capacity_for,
+    check_held,
+    empty,
+    first_visible,
+    reallocated,
+    replace_rows,
+    select_rows,
+)
 from npllm.errors import NpllmRuntimeError, NpllmValueError
 
 __all__ = ["KVCache"]
 
 Array = Any
-SMALLEST_CAPACITY = 64  # slots of the first allocation
 
 
 class KVCache:
     """Keys and values of every layer, for n_batch sequences that grow together.
 
-    Room grows geometrically: a full array is replaced by one of twice the size, up to the context
-    length, so that appending n tokens one by one copies O(n) keys in all.  With a sliding window
-    only the keys that a coming query can still see are kept, and the arrays stop growing.
+    Capacity grows geometrically: a full array is replaced by one of twice the size, up to the
+    context length, so that appending n tokens one by one copies O(n) keys in all.  With a sliding
+    window only the keys that a coming query can still see are kept, and the arrays stop growing.
 
     Parameters
     ----------
@@ -46,16 +54,19 @@ class KVCache:
         change.
     valid : bool array [n_batch, n_ctx]
         NumPy; False where a slot holds padding.
-    choice : integer array [n_batch]
+    rope_variant : integer array [n_batch]
         NumPy; which RoPE frequencies the keys of each row were rotated with
         (`npllm.models.rope.frequency_choice`).
+    state : State
+        All of it, as one value that does not change.
 
     Notes
     -----
     A forward pass works on a draft (`transact`): it appends layer by layer and then calls
     `advance`.  One that fails, wherever it does, leaves the cache as it was.  Keys are stored after
     RoPE.  A cache keeps the weights of its owner alive.  `copy.copy` and `copy.deepcopy` are
-    `copy`; a cache that was pickled belongs to the model of its next call.
+    `copy`.  A pickled cache holds no weights, only their fingerprint: in another process it goes on
+    under a model of the same weights and mask, and no other.
 
     Source: `DynamicCache` and `DynamicSlidingWindowLayer` in Transformers.
     """
@@ -69,8 +80,7 @@ class KVCache:
         *,
         owner: CacheOwner | None = None,
     ):
-        if n_batch < 1:
-            raise NpllmValueError(f"n_batch must be at least 1, got {n_batch}")
+        n_batch = check_integer("n_batch", n_batch, 1, 2**31)
         self.max_slots = max_slots
         self.window = window if window is not None and window < max_slots else None
         none = np.zeros((n_batch, 0), dtype=np.int64)
@@ -85,15 +95,15 @@ class KVCache:
     ids = property(lambda self: self._state.ids)
     positions = property(lambda self: self._state.positions)
     valid = property(lambda self: self._state.valid)
-    choice = property(lambda self: self._state.choice)
+    rope_variant = property(lambda self: self._state.rope_variant)
     n_batch = property(lambda self: len(self._state.ids))
     n_layer = property(lambda self: len(self._state.layers))
-    _layers = property(lambda self: self._state.layers)
+    state = property(lambda self: self._state)
 
     @property
     def n_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(x.nbytes for layer in self._layers if layer for x in layer[:2])
+        return sum(x.nbytes for layer in self._state.layers if layer for x in layer[:2])
 
     def transact(self, call: Callable[["KVCache"], Any], owner: CacheOwner | None = None) -> Any:
         """Run a call on a draft of this cache, and take over all that it did when it returns.
@@ -167,14 +177,14 @@ class KVCache:
         slots : range
             Where they stand in the sequence.
         """
-        keys, values, slots = self.extend(layer, k, v)
+        keys, values, slots = self.reserve_slots(layer, k, v)
         n_seq = k.shape[-2]
         for x, new in ((keys, k), (values, v)):
             x[:, :, x.shape[-2] - n_seq :, :] = new
         return keys, values, slots
 
-    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, range]:
-        """Make room for new tokens in one layer, for a kernel that writes their keys and values
+    def reserve_slots(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, range]:
+        """Reserve slots for new tokens in one layer, for a kernel that writes their keys and values
         itself.
 
         Parameters
@@ -195,30 +205,30 @@ class KVCache:
             When the cache is full, has no such layer, or was filled with another number of
             sequences or shape of heads, or in float32 where these are float64.
         """
-        n_seq, n_ctx, layers = k.shape[-2], self.n_ctx, self._layers
-        self.check_room(k.shape[0], n_seq)
+        layers, n_ctx, n_seq = self._state.layers, self.n_ctx, k.shape[-2]
+        self.check_fits(k.shape[0], n_seq)
         if not 0 <= layer < len(layers):
             raise NpllmValueError(
                 f"layer must lie in 0 ... n_layer - 1 = {len(layers) - 1}, got {layer}; "
                 "a cache goes with the model that made it"
             )
         oldest, stop = self._oldest(), n_ctx + n_seq
-        keys, values, first = layers[layer] or (
-            *(empty(x, self._capacity(n_seq)) for x in (k, v)),
-            0,
-        )
+        keys, values, first = layers[layer] or self._allocated(k, v)
         check_held(layer, "keys", keys, k)
         check_held(layer, "values", values, v)
         if stop - first > keys.shape[-2]:
-            keys, values = (
-                moved(x, oldest - first, n_ctx - first, self._capacity(stop - oldest))
-                for x in (keys, values)
-            )
+            capacity = capacity_for(stop - oldest, self.window, self.max_slots)
+            span = oldest - first, n_ctx - first
+            keys, values = (reallocated(x, *span, capacity) for x in (keys, values))
             first = oldest
         layers[layer] = keys, values, first
-        return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(
-            oldest, stop
-        )
+        held = (x[:, :, oldest - first : stop - first, :] for x in (keys, values))
+        return *held, range(oldest, stop)
+
+    def _allocated(self, k: Array, v: Array) -> tuple[Array, Array, int]:
+        """Make the first arrays of a layer, for the shapes of its keys and values."""
+        capacity = capacity_for(k.shape[-2], self.window, self.max_slots)
+        return empty(k, capacity), empty(v, capacity), 0
 
     def kept(self, layer: int) -> tuple[Array, Array, range]:
         """Return what a coming query can see of one layer.
@@ -235,15 +245,15 @@ class KVCache:
             Where they stand in the sequence; empty, and both arrays None, where the layer was never
             filled.
         """
-        if self._layers[layer] is None:
+        if self._state.layers[layer] is None:
             return None, None, range(0)
-        keys, values, first = self._layers[layer]
+        keys, values, first = self._state.layers[layer]
         oldest, stop = self._oldest(), self.n_ctx
         return *(x[:, :, oldest - first : stop - first, :] for x in (keys, values)), range(
             oldest, stop
         )
 
-    def advance(self, ids: Array, positions: Array, valid: Array, choice: Array) -> None:
+    def advance(self, ids: Array, positions: Array, valid: Array, rope_variant: Array) -> None:
         """Count the tokens that every layer has appended as seen.
 
         Parameters
@@ -251,14 +261,14 @@ class KVCache:
         ids, positions : integer array [n_batch, n_seq]
         valid : bool array [n_batch, n_ctx + n_seq]
             Which slots hold tokens, the new ones included.
-        choice : integer array [n_batch]
+        rope_variant : integer array [n_batch]
         """
         state = self._state
         positions = np.broadcast_to(positions, ids.shape)
         self._state = state._replace(
             n_ctx=state.n_ctx + ids.shape[1],
             valid=valid,
-            choice=choice,
+            rope_variant=rope_variant,
             ids=np.concatenate([state.ids, ids], axis=1),
             positions=np.concatenate([state.positions, positions], axis=1),
         )
@@ -272,18 +282,7 @@ class KVCache:
         other : KVCache
             Of len(rows) sequences, with the same n_ctx and window.
         """
-        oldest, n_ctx, layers = self._oldest(), self.n_ctx, []
-        for (*mine, first), (*theirs, start) in zip(self._layers, other._layers, strict=True):
-            new = [take_rows(x, range(self.n_batch), n_ctx - first) for x in mine]
-            for x, fresh in zip(new, theirs, strict=True):
-                for i, row in enumerate(rows):
-                    x[row, :, oldest - first : n_ctx - first, :] = fresh[
-                        i, :, oldest - start : n_ctx - start, :
-                    ]
-            layers.append((*new, first))
-        choice = self.choice.copy()
-        choice[rows] = other.choice
-        self._state = self._state._replace(layers=layers, choice=choice)
+        self._state = replace_rows(self._state, rows, other.state, self._oldest())
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Let row r of the cache hold what row rows[r] holds now, keys and values and all that is
@@ -315,29 +314,18 @@ class KVCache:
             or chosen.max() >= n
         ):
             raise NpllmValueError(
-                f"rows must be integers in 0 ... n_batch - 1 = {n - 1}, at least one, got {chosen.tolist()}"
+                f"rows must be integers in 0 ... n_batch - 1 = {n - 1}, at least one, "
+                f"got {chosen.tolist()}"
             )
-        self.transact(lambda draft: draft._take(chosen))
+        self.transact(lambda draft: draft._select(chosen))
 
-    def _take(self, rows: Array) -> None:
-        state = self._state
-        layers = [
-            layer and (*(take_rows(x, rows, state.n_ctx - layer[2]) for x in layer[:2]), layer[2])
-            for layer in state.layers
-        ]
-        self._state = state._replace(
-            layers=layers,
-            ids=state.ids[rows],
-            positions=state.positions[rows],
-            valid=state.valid[rows],
-            choice=state.choice[rows],
-        )
+    def _select(self, rows: Array) -> None:
+        self._state = select_rows(self._state, rows)
 
     def copy(self) -> "KVCache":
         """Return a cache that holds the same, belongs to the same model and shares no array."""
         other = KVCache(self.n_batch, self.n_layer, self.max_slots, self.window)
-        other._state = self._state
-        other._take(np.arange(self.n_batch))
+        other._state = select_rows(self._state, np.arange(self.n_batch))
         return other
 
     __copy__ = copy
@@ -346,36 +334,25 @@ class KVCache:
         return self.copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self._state._replace(owner=None)  # another process has other weights
-        return {"max_slots": self.max_slots, "window": self.window, "_state": state, "_draft": None}
+        kept = {name: getattr(self, name) for name in ("max_slots", "window", "_state")}
+        return kept | {"_draft": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())
 
-    def check_room(self, n_batch: int, n_seq: int) -> None:
+    def check_fits(self, n_batch: int, n_seq: int) -> None:
         """Raise unless n_seq more tokens of n_batch sequences fit."""
         if n_batch != self.n_batch:
             raise NpllmValueError(
-                f"the cache was made for n_batch = {self.n_batch} sequences, got {n_batch}; make one with "
-                f"model.new_cache(n_batch={n_batch})"
+                f"the cache was made for n_batch = {self.n_batch} sequences, got {n_batch}; "
+                f"make one with model.new_cache(n_batch={n_batch})"
             )
         if self.n_ctx + n_seq > self.max_slots:
             raise NpllmValueError(
-                f"{self.n_ctx} cached + {n_seq} new tokens are {self.n_ctx + n_seq}, but the context length "
-                f"(max_position_embeddings) is {self.max_slots}"
+                f"{self.n_ctx} cached + {n_seq} new tokens are {self.n_ctx + n_seq}, but the "
+                f"context length (max_position_embeddings) is {self.max_slots}"
             )
 
     def _oldest(self) -> int:
         """The first slot that a query in slot n_ctx can see."""
-        return 0 if self.window is None else max(0, self.n_ctx - self.window + 1)
-
-    def _capacity(self, needed: int) -> int:
-        """A power of two times SMALLEST_CAPACITY, at most the context length; with a window, room
-        to spare before the next move.
-        """
-        if self.window is not None and needed >= self.window:
-            needed += self.window // 2
-        capacity = SMALLEST_CAPACITY
-        while capacity < needed:
-            capacity *= 2
-        return min(capacity, self.max_slots)
+        return first_visible(self.n_ctx, self.window)

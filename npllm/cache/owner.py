@@ -1,11 +1,20 @@
 """Whose cache it is: what cached keys and values depend on besides the tokens."""
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
+from npllm.arrays import is_array, to_numpy
 from npllm.errors import NpllmValueError
 
-__all__ = ["CacheOwner"]
+__all__ = ["CacheOwner", "fingerprint"]
+
+Array = Any
+N_SAMPLE = 64  # entries of each weight that the fingerprint looks at
 
 # Entries of config.json that change keys and values; the others name tokens, heads and files.
 DECISIVE = (
@@ -29,8 +38,9 @@ class CacheOwner:
 
     Parameters
     ----------
-    params : Params
-        The weights.  Compared by identity: two arrays of equal numbers are not looked at.
+    params : Params or str
+        The weights, compared by identity: two arrays of equal numbers are not looked at.  After
+        pickling, their `fingerprint`, since another process holds other arrays.
     config : Config
     mask : tuple of Rule or None
         One rule for each layer, compared by `==`; None: the checkpoint's own.
@@ -44,6 +54,22 @@ class CacheOwner:
     params: Any
     config: Any
     mask: tuple[Any, ...] | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights."""
+        return self.params if isinstance(self.params, str) else fingerprint(self.params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"params": self.fingerprint, "config": self.config, "mask": self.mask}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _has_weights_of(self, other: "CacheOwner") -> bool:
+        if isinstance(self.params, str) or isinstance(other.params, str):
+            return self.fingerprint == other.fingerprint
+        return self.params is other.params
 
     @property
     def window(self) -> int | None:
@@ -91,7 +117,7 @@ class CacheOwner:
                         f"the cache belongs to a model with {name} = {theirs}, this "
                         f"model has {mine}; {REMEDY}"
                     )
-        if other.params is not self.params:
+        if not self._has_weights_of(other):
             raise NpllmValueError(
                 "the cache belongs to a model with other weights (of the same "
                 f"shapes), whose keys are not those of this model; {REMEDY}"
@@ -110,3 +136,41 @@ def _named(mask: tuple[Any, ...] | None) -> str:
         if mask is None
         else ", ".join(map(str, dict.fromkeys(map(str, mask))))[:200]
     )
+
+
+def fingerprint(weights: Any) -> str:
+    """Hash what tells one set of weights from another.
+
+        sha256 of the shape, the dtype and 64 evenly spaced entries of every array
+
+    Parameters
+    ----------
+    weights : tuple of arrays
+        Or of such tuples: `Params`.
+
+    Returns
+    -------
+    digest : str
+        Hexadecimal.
+
+    Notes
+    -----
+    Reads a few pages of each mapped file instead of all of it.  Weights that differ in a few
+    entries only, between those that are looked at, have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for x in _arrays_of(weights):
+        flat = x.reshape(-1)
+        places = np.linspace(0, max(flat.shape[0] - 1, 0), min(N_SAMPLE, flat.shape[0]))
+        sample = to_numpy(flat[places.astype(np.int64)])
+        digest.update(f"{x.shape} {x.dtype}".encode() + sample.tobytes())
+    return digest.hexdigest()
+
+
+def _arrays_of(tree: Any) -> Iterator[Array]:
+    """Every array in tuples of tuples."""
+    if isinstance(tree, tuple):
+        for branch in tree:
+            yield from _arrays_of(branch)
+    elif is_array(tree):
+        yield tree

@@ -1,0 +1,135 @@
+"""What a KV cache holds, and how its arrays are made: every function returns new arrays."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npllm.arrays import array_namespace, asarray, compute_dtype
+from npllm.cache.owner import CacheOwner
+from npllm.errors import NpllmValueError
+
+__all__ = [
+    "SMALLEST_CAPACITY",
+    "State",
+    "capacity_for",
+    "check_held",
+    "empty",
+    "first_visible",
+    "reallocated",
+    "replace_rows",
+    "select_rows",
+]
+
+Array = Any
+SMALLEST_CAPACITY = 64  # slots of the first allocation
+
+
+class State(NamedTuple):
+    """What a cache holds.  It is replaced as a whole, so that a call happens wholly or not at all.
+
+    Arrays of keys and values are shared by old and new states: a slot below `n_ctx` is never
+    written again, and what a call that failed has written beyond it is overwritten by the next.
+    """
+
+    owner: CacheOwner | None
+    n_ctx: int
+    ids: Array  # integers [n_batch, n_ctx]
+    positions: Array  # integers [n_batch, n_ctx]
+    valid: Array  # bool [n_batch, n_ctx]
+    rope_variant: Array  # integers [n_batch]
+    layers: list[Any]  # each None or (keys, values, first slot), [n_batch, n_kv_head, capacity, d]
+
+
+def first_visible(n_ctx: int, window: int | None) -> int:
+    """Return the first slot that a query in slot n_ctx can see."""
+    return 0 if window is None else max(0, n_ctx - window + 1)
+
+
+def capacity_for(needed: int, window: int | None, max_slots: int) -> int:
+    """Return how many slots to allocate for `needed` ones.
+
+    A power of two times SMALLEST_CAPACITY, at most the context length.  With a window half of it
+    more, so that many tokens are appended before the next reallocation.
+    """
+    if window is not None and needed >= window:
+        needed += window // 2
+    capacity = SMALLEST_CAPACITY
+    while capacity < needed:
+        capacity *= 2
+    return min(capacity, max_slots)
+
+
+def check_held(layer: int, name: str, held: Array, new: Array) -> None:
+    """Raise where an array of the cache cannot take new keys or values as they are."""
+    sizes, got = ([x.shape[1], x.shape[3]] for x in (held, new))
+    if sizes != got:
+        raise NpllmValueError(
+            f"layer {layer} of the cache holds {name} [n_kv_head, d_head] = {sizes}, got {got}; "
+            "a cache goes with the model that made it"
+        )
+    if held.dtype != new.dtype and compute_dtype(held, new) != compute_dtype(held):
+        raise NpllmValueError(
+            f"layer {layer} of the cache holds {name} in {held.dtype}, which would round "
+            f"the {new.dtype} of the new ones; a cache goes with the model that made it"
+        )
+
+
+def empty(x: Array, capacity: int) -> Array:
+    """Make an array for `capacity` slots, of the library, dtype and heads of `x`."""
+    n_batch, n_kv_head, _, d_head = x.shape
+    return array_namespace(x).empty((n_batch, n_kv_head, capacity, d_head), dtype=x.dtype)
+
+
+def take_rows(x: Array, rows: Sequence[int] | range | Array, used: int) -> Array:
+    """Make a new array of some rows of `x`, of the same capacity, filled as far as it is used."""
+    xp = array_namespace(x)
+    new = xp.empty((len(rows), *x.shape[1:]), dtype=x.dtype)
+    new[:, :, :used, :] = xp.take(x[:, :, :used, :], asarray(np.asarray(rows), xp), axis=0)
+    return new
+
+
+def reallocated(x: Array, start: int, stop: int, capacity: int) -> Array:
+    """Make an array of the given capacity that begins with columns start ... stop - 1 of `x`."""
+    new = empty(x, capacity)
+    new[:, :, : stop - start, :] = x[:, :, start:stop, :]
+    return new
+
+
+def select_rows(state: State, rows: Array) -> State:
+    """Return the state whose row r is row rows[r] of `state`, in new arrays."""
+    layers = [
+        layer and (*(take_rows(x, rows, state.n_ctx - layer[2]) for x in layer[:2]), layer[2])
+        for layer in state.layers
+    ]
+    return state._replace(
+        layers=layers,
+        ids=state.ids[rows],
+        positions=state.positions[rows],
+        valid=state.valid[rows],
+        rope_variant=state.rope_variant[rows],
+    )
+
+
+def replace_rows(state: State, rows: Sequence[int], other: State, oldest: int) -> State:
+    """Return the state with some rows' keys and values, from slot `oldest` on, those of `other`.
+
+    Parameters
+    ----------
+    state : State
+    rows : list of int
+    other : State
+        Of len(rows) sequences, with the same n_ctx.
+    oldest : int
+    """
+    layers, n_ctx, n_batch = [], state.n_ctx, len(state.ids)
+    for (*mine, first), (*theirs, start) in zip(state.layers, other.layers, strict=True):
+        new = [take_rows(x, range(n_batch), n_ctx - first) for x in mine]
+        for x, fresh in zip(new, theirs, strict=True):
+            for i, row in enumerate(rows):
+                recomputed = fresh[i, :, oldest - start : n_ctx - start, :]
+                x[row, :, oldest - first : n_ctx - first, :] = recomputed
+        layers.append((*new, first))
+    rope_variant = state.rope_variant.copy()
+    rope_variant[rows] = other.rope_variant
+    return state._replace(layers=layers, rope_variant=rope_variant)

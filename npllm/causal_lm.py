@@ -1,0 +1,355 @@
+"""The forward pass: from token ids to logits, with or without a cache."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npllm import ops as _ops
+from npllm.arguments import (
+    check_attention_mask,
+    check_ids,
+    check_integer,
+    check_positions,
+)
+from npllm.arrays import asarray, compute_dtype
+from npllm.cache import CacheOwner, KVCache
+from npllm.config.config import Config
+from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.models import heads, phi3
+from npllm.models.params import Params
+from npllm.ops.opset import Ops
+from npllm.portable import Portable
+from npllm.rotations import Rotations
+
+__all__ = ["PREFILL_CHUNK", "CausalLM", "Tokens"]
+
+Array = Any
+Tap = Callable[[str, Array], Array]
+PREFILL_CHUNK = 512  # tokens that go through the layers at a time where a cache keeps the results
+
+
+class Tokens(NamedTuple):
+    """The tokens of one call, checked: ids below n_vocab, a mask and positions that fit them."""
+
+    ids: Array  # int64 [n_batch, n_seq], NumPy
+    valid: Array  # bool [n_batch, n_ctx], NumPy: which slots hold tokens, cached ones included
+    positions: Array  # integers [n_seq] or [n_batch, n_seq], NumPy
+
+    def part(self, start: int, stop: int, n_past: int) -> "Tokens":
+        """Return columns start ... stop - 1 of the new tokens."""
+        return Tokens(
+            self.ids[:, start:stop],
+            self.valid[:, : n_past + stop],
+            self.positions[..., start:stop],
+        )
+
+
+class CausalLM(Portable):
+    """A causal language model without text: a blueprint, its weights, the operations it runs on.
+
+    Parameters
+    ----------
+    config : Config
+    params : Params
+    ops : Ops, optional
+    mask : Rule or list of Rule, optional
+        See `npllm.Model.with_mask`.
+    origin : Origin, optional
+        How another process reads the weights again.  Default: it gets the arrays.
+    """
+
+    config: Config
+    params: Params
+
+    def __init__(
+        self,
+        config: Config,
+        params: Params,
+        *,
+        ops: Ops | str | None = None,
+        mask: Any = None,
+        origin: Any = None,
+    ):
+        self.config, self.params, self.mask, self.origin = config, params, mask, origin
+        self._set_up(ops)
+
+    def _set_up(self, ops: Ops | str | None) -> None:
+        super()._set_up(ops)
+        self._rotations = Rotations(self.config, compute_dtype(self.params.embed_tokens), self._xp)
+        self._rules = self._rule_of_each_layer()
+
+    def __call__(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        tap: Tap | None = None,
+    ) -> Array:
+        """Score every possible next token after each given token; of a classifier, score its
+        classes.
+
+            logits = lm_head(hidden),   hidden = model(input_ids)
+
+        Parameters
+        ----------
+        input_ids : integer array [n_batch, n_seq]
+        attention_mask : array [n_batch, n_ctx], optional
+            1 for a token, 0 for padding, cached ones included.  Default: no padding among the new
+            tokens.
+        position_ids : integer array [n_seq], optional
+            Or [n_batch, n_seq].  Default: counted along the attention mask.
+        cache : KVCache, optional
+            From `new_cache`; is appended to, and `input_ids` are then the new tokens only.  A call
+            that raises leaves it as it was.
+        logits_to_keep : int
+            Only the last so many positions; 0: all.
+        tap : function (name, array) -> array, optional
+            Sees, and may replace, every named value listed in `npllm.models.taps`; the model then
+            runs operation by operation.
+
+        Returns
+        -------
+        logits : array [n_batch, n_seq, n_vocab]
+            float32, or float64 when the weights are.  [n_batch, n_seq, n_label] of a token
+            classifier, [n_batch, n_label] of a sequence classifier, which scores the last token of
+            each row that is no padding: by the attention mask where one is given, else by the pad
+            id.
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            When ids are no integers or out of range, the context overflows, shapes do not fit, or
+            the cache belongs to another model: other weights, another mask.  A copy of this model
+            with other ops may continue it.
+        NpllmRuntimeError
+            When another call is using the cache.
+
+        Notes
+        -----
+        Source: `Phi3ForCausalLM.forward` in Transformers.
+        """
+        n_keep = check_integer("logits_to_keep", logits_to_keep, 0, 2**63)
+
+        def call(draft: KVCache | None) -> Array:
+            tokens = self._check(input_ids, attention_mask, position_ids, draft)
+            hidden = self._hidden(tokens, draft, tap)
+            if self.config.head == "sequence":
+                return self._classify_sequences(hidden, tokens, attention_mask is not None)
+            return self._head(hidden, n_keep, tap)
+
+        return self._transact(cache, call)
+
+    def model(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        cache: KVCache | None = None,
+        tap: Tap | None = None,
+    ) -> Array:
+        """Compute the hidden state after the final norm.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, position_ids, cache, tap
+            As in `__call__`.
+
+        Returns
+        -------
+        hidden : array [n_batch, n_seq, d_model]
+
+        Notes
+        -----
+        Source: `Phi3Model.forward` in Transformers.
+        """
+
+        def call(draft: KVCache | None) -> Array:
+            tokens = self._check(input_ids, attention_mask, position_ids, draft)
+            return self._hidden(tokens, draft, tap)
+
+        return self._transact(cache, call)
+
+    def lm_head(self, hidden: Array, *, tap: Tap | None = None) -> Array:
+        """Score every token of the vocabulary for any hidden states [..., d_model]; returns logits
+        [..., n_vocab].
+
+        `tap` sees `lm_head.input` and `lm_head`, as in `__call__`.
+        """
+        if self.config.head != "lm":
+            raise NpllmValueError(
+                f"{self.config.architectures[0]} has no lm_head: "
+                f"it scores {self.config.num_labels} classes"
+            )
+        return phi3.lm_head(hidden, self.params, self.ops, tap)
+
+    def last_logits(self, ids: Array, valid: Array, cache: KVCache | None = None) -> Array:
+        """Score the token after ids that were checked before: what a decoding loop calls.
+
+        Parameters
+        ----------
+        ids : int64 array [n_batch, n_seq]
+            NumPy, each in 0 ... n_vocab - 1; with a cache the new ones only.
+        valid : bool array [n_batch, n_ctx]
+            NumPy; which slots hold tokens, cached ones included.
+        cache : KVCache, optional
+
+        Returns
+        -------
+        logits : array [n_batch, n_vocab]
+            In the library of the weights.
+        """
+
+        def call(draft: KVCache | None) -> Array:
+            tokens = Tokens(ids, valid, _counted_positions(valid, ids.shape[1]))
+            return self._head(self._hidden(tokens, draft, None), 1, None)[:, -1, :]
+
+        return self._transact(cache, call)
+
+    def new_cache(self, n_batch: int = 1) -> KVCache:
+        """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
+        owner = self._cache_owner()
+        return KVCache(
+            n_batch,
+            self.config.num_hidden_layers,
+            self.config.context_length,
+            owner.window,
+            owner=owner,
+        )
+
+    def mask_rule(self, layer: int = 0) -> _ops.mask.Rule:
+        """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's
+        sliding window.
+        """
+        return self._rules[layer]
+
+    def to_backend(self, x: Array) -> Array:
+        """Move a NumPy array to the library that the weights live in."""
+        return asarray(x, self._xp)
+
+    def _rule_of_each_layer(self) -> list[_ops.mask.Rule]:
+        if isinstance(self.mask, list | tuple):
+            return list(self.mask)
+        window = self.config.sliding_window
+        own = _ops.mask.causal() if window is None else _ops.mask.sliding_window(window)
+        return [own if self.mask is None else self.mask] * self.config.num_hidden_layers
+
+    def _transact(self, cache: KVCache | None, call: Callable[[KVCache | None], Array]) -> Array:
+        """Run a forward pass: every one goes through here, so that a cache takes it over wholly or
+        not at all.
+        """
+        if cache is None:
+            return call(None)
+        if not isinstance(cache, KVCache):
+            raise NpllmTypeError(
+                "cache must be a KVCache, as model.new_cache() makes one, "
+                f"got {type(cache).__name__}"
+            )
+        return cache.transact(call, self._cache_owner())
+
+    def _cache_owner(self) -> CacheOwner:
+        """What cached keys and values depend on besides the tokens."""
+        mask = None if self.mask is None else tuple(self._rules)
+        return CacheOwner(self.params, self.config, mask)
+
+    def _check(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: KVCache | None
+    ) -> Tokens:
+        """Check the arguments of a call: the one door for ids from outside."""
+        ids = check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+        n_batch, n_seq = ids.shape
+        if cache is not None:
+            cache.check_fits(n_batch, n_seq)
+        elif n_seq > self.config.context_length:
+            raise NpllmValueError(
+                f"{n_seq} tokens do not fit: the context length (max_position_embeddings) is "
+                f"{self.config.context_length}"
+            )
+        past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
+        valid = check_attention_mask(attention_mask, n_seq, past)
+        if position_ids is None:
+            return Tokens(ids, valid, _counted_positions(valid, n_seq))
+        return Tokens(ids, valid, check_positions(position_ids, n_batch, n_seq))
+
+    def _hidden(self, tokens: Tokens, cache: KVCache | None, tap: Tap | None) -> Array:
+        """Send tokens through the layers, in chunks where a cache keeps what was computed."""
+        variant = self._rotations.variants(tokens.positions, len(tokens.ids), cache)
+        if cache is None:
+            return self._run(tokens, variant, None, tap)
+        self._recompute_rows(cache, variant)
+        n_past, n_seq = cache.n_ctx, tokens.ids.shape[1]
+        size = PREFILL_CHUNK if tap is None else n_seq
+        starts = range(0, n_seq, size)
+        chunks = [tokens.part(start, min(start + size, n_seq), n_past) for start in starts]
+        parts = [self._run(chunk, variant, cache, tap) for chunk in chunks]
+        return parts[0] if len(parts) == 1 else self._xp.concat(parts, axis=1)
+
+    def _run(self, tokens: Tokens, variant: Array, cache: KVCache | None, tap: Tap | None) -> Array:
+        """Send tokens through all layers at once."""
+        ids, valid, positions = tokens
+        cos, sin = self._rotations.tables(self.ops, positions, variant)
+        rules = self._rules if valid.all() else self._rules_with_padding(valid)
+        ids_there = asarray(ids, self._xp)
+        hidden = phi3.forward(
+            self.params, self.config, ids_there, cos, sin, rules, self.ops, cache, tap
+        )
+        if cache is not None:
+            cache.advance(ids, positions, valid, variant)
+        return hidden
+
+    def _head(self, hidden: Array, n_keep: int, tap: Tap | None) -> Array:
+        """Turn the last n_keep hidden states of each row (0: all) into logits."""
+        kept = hidden[:, -n_keep:, :]
+        if self.config.head == "token":
+            return heads.classify_tokens(kept, self.params, self.ops)
+        return phi3.lm_head(kept, self.params, self.ops, tap)
+
+    def _classify_sequences(self, hidden: Array, tokens: Tokens, is_masked: bool) -> Array:
+        """Score the classes of each row at its last token that is no padding; at the first one of a
+        row of padding only, as in Transformers.
+        """
+        n_seq, pad = tokens.ids.shape[1], self.config.pad_token_id
+        valid = tokens.valid[:, -n_seq:]
+        if not is_masked and pad is not None:
+            valid = tokens.ids != pad
+        last = (np.arange(n_seq) * valid).argmax(axis=1)
+        return heads.classify_sequence(hidden, asarray(last, self._xp), self.params, self.ops)
+
+    def _rules_with_padding(self, valid: Array) -> Sequence[_ops.mask.Rule]:
+        """The rules of all layers, padding excluded; layers that share a rule go on sharing one.
+
+        Padding on the left, which a kernel can evaluate, is given by the first slot of each row.
+        """
+        n_ctx = valid.shape[1]
+        start = np.where(valid.any(axis=1), valid.argmax(axis=1), n_ctx)
+        if (valid == (np.arange(n_ctx) >= start[:, None])).all():
+            padding = _ops.mask.left_padding(asarray(start, self._xp))
+        else:
+            padding = _ops.mask.padding(asarray(valid, self._xp))
+        both = {id(rule): rule & padding for rule in self._rules}
+        return [both[id(rule)] for rule in self._rules]
+
+    def _recompute_rows(self, cache: KVCache, variant: Array) -> None:
+        """Compute cached rows anew whose frequencies change: to rotate their keys again would not
+        be enough.
+        """
+        rows = np.flatnonzero(cache.rope_variant != variant)
+        if cache.n_ctx == 0 or len(rows) == 0:
+            return
+        cached = Tokens(cache.ids[rows], cache.valid[rows], cache.positions[rows])
+        fresh = self.new_cache(len(rows))
+        for start in range(0, cache.n_ctx, PREFILL_CHUNK):
+            chunk = cached.part(start, min(start + PREFILL_CHUNK, cache.n_ctx), 0)
+            self._run(chunk, variant[rows], fresh, None)
+        cache.replace_rows(rows.tolist(), fresh)
+
+
+def _counted_positions(valid: Array, n_seq: int) -> Array:
+    """Positions of the last n_seq slots: each row's count of tokens so far."""
+    if valid.all():
+        return np.arange(valid.shape[1] - n_seq, valid.shape[1])
+    return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]

@@ -1,0 +1,198 @@
+"""From a checkpoint folder to a model or an encoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from tokenizers import normalizers
+
+from npllm.arrays import backend_name, backend_namespace
+from npllm.checkpoints import bert_layout, phi3_layout
+from npllm.checkpoints.sentence_settings import (
+    SentenceSettings,
+    read_sentence_settings,
+    token_count,
+)
+from npllm.config.bert_config import BertConfig
+from npllm.config.config import Config
+from npllm.config.regular_file import is_present
+from npllm.config.strict_json import read_json
+from npllm.decoding.generation_config import GenerationConfig
+from npllm.encoder import Encoder
+from npllm.language_model import Model
+from npllm.ops.opset import Ops
+from npllm.text.tokenizer import Tokenizer
+
+__all__ = ["Origin", "load_encoder", "load_model"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights were read from: enough for another process to read them again.
+
+    Attributes
+    ----------
+    folder : Path
+    dtype : str or None
+        As in `load`.
+    backend : str
+        "numpy" or "cupy".
+    mmap : bool
+    is_pooled : bool
+        Of an encoder: whether its folder states how vectors are pooled.
+    """
+
+    folder: Path
+    dtype: str | None = None
+    backend: str = "numpy"
+    mmap: bool = True
+    is_pooled: bool = False
+
+    def read(self, config: Config | BertConfig, *, progress: bool = False) -> Any:
+        """Read the weights: Params, or BertParams for a BertConfig."""
+        how: Any = {
+            "dtype": self.dtype,
+            "xp": backend_namespace(self.backend),
+            "mmap": self.mmap,
+        }
+        if isinstance(config, BertConfig):
+            return bert_layout.load_params(self.folder, config, is_pooled=self.is_pooled, **how)
+        return phi3_layout.load_params(self.folder, config, progress=progress, **how)
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    ops: Ops | str | None = None,
+    xp: ModuleType = np,
+    mmap: bool = True,
+) -> Model:
+    """Load a causal language model, or a classifier, from a checkpoint folder.
+
+    Parameters
+    ----------
+    folder : str or Path
+        config.json and safetensors; tokenizer.json where there is to be text.
+    dtype, ops, mmap
+        As in `npllm.load`.
+    xp : module
+        The array library to put the weights into.
+
+    Returns
+    -------
+    model : Model
+
+    Raises
+    ------
+    NpllmOSError
+        When a file is missing or unreadable.
+    NpllmValueError
+        When its content is contradictory or not implemented.
+    """
+    folder = Path(folder)
+    config = Config.from_json(folder)
+    origin = Origin(folder.absolute(), dtype, backend_name(xp), mmap)
+    return Model(
+        config,
+        origin.read(config, progress=True),
+        ops=ops,
+        tokenizer=_tokenizer(folder),
+        generation_config=GenerationConfig.from_folder(folder, config),
+        folder=folder,
+        origin=origin,
+    )
+
+
+def load_encoder(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    ops: Ops | str | None = None,
+    xp: ModuleType = np,
+    mmap: bool = True,
+) -> Encoder:
+    """Load an encoder from a checkpoint folder of model_type "bert".
+
+    Parameters
+    ----------
+    folder : str or Path
+        config.json and model.safetensors; tokenizer.json where texts are to be embedded.
+    dtype, ops, mmap
+        As in `npllm.load`.
+    xp : module
+        The array library to put the weights into.
+
+    Returns
+    -------
+    encoder : Encoder
+
+    Raises
+    ------
+    NpllmOSError
+        When a file is missing or unreadable.
+    NpllmValueError
+        When its content is contradictory or not implemented, such as a module of modules.json.
+
+    Notes
+    -----
+    A text is cut to the first of these that the folder states, and never longer than
+    `max_position_embeddings`: max_seq_length of sentence_bert_config.json, model_max_length of
+    tokenizer_config.json, and, which sentence-transformers does not read in its own folders, the
+    truncation of tokenizer.json.
+
+    Source: `SentenceTransformer` in the library sentence-transformers, whose files these are.
+    """
+    folder = Path(folder)
+    config = BertConfig.from_json(folder)
+    settings = read_sentence_settings(folder, config.hidden_size, dtype, mmap)
+    origin = Origin(folder.absolute(), dtype, backend_name(xp), mmap, settings.is_stated)
+    tokenizer = _tokenizer(folder)
+    if tokenizer is not None and settings.do_lower_case:
+        _lower_case(tokenizer.backend)
+    return Encoder(
+        config,
+        origin.read(config),
+        ops=ops,
+        tokenizer=tokenizer,
+        max_length=None if tokenizer is None else _max_length(folder, config, settings),
+        folder=folder,
+        settings=settings,
+        origin=origin,
+    )
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder; None where it has no tokenizer.json."""
+    return Tokenizer.from_folder(folder) if is_present(folder / "tokenizer.json") else None
+
+
+def _max_length(folder: Path, config: BertConfig, settings: SentenceSettings) -> int:
+    """At how many tokens the folder cuts a text."""
+    length: int | None = settings.max_length
+    places: list[tuple[str, tuple[str, ...]]] = [("tokenizer_config.json", ("model_max_length",))]
+    if not settings.is_stated:
+        places.append(("tokenizer.json", ("truncation", "max_length")))
+    for file, keys in places:
+        is_open = length is None and is_present(folder / file)
+        value: Any = read_json(folder / file) if is_open else None
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            length = token_count(folder / file, ".".join(keys), value)
+    return (
+        config.max_position_embeddings
+        if length is None
+        else min(length, config.max_position_embeddings)
+    )
+
+
+def _lower_case(backend: Any) -> None:
+    """Let a tokenizer begin with lower-casing a text, unless it does so already."""
+    steps: Any = backend.normalizer
+    is_several = isinstance(steps, normalizers.Sequence)
+    known = [*steps] if is_several else [] if steps is None else [steps]
+    if not any(isinstance(step, normalizers.Lowercase) for step in known):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *known])

@@ -1,0 +1,73 @@
+"""Copies of a model, and a model in another process."""
+
+import copy
+from typing import Any
+
+from npllm.arguments import native_weights
+from npllm.arrays import array_namespace, backend_name
+from npllm.kernels import SETS, choose_ops
+from npllm.ops.opset import Ops
+
+__all__ = ["Portable"]
+
+DERIVED = ("_xp", "_rotations", "_rules")  # set by `_set_up`
+
+
+class Portable:
+    """What a model and an encoder have in common: config, weights, operations, origin.
+
+    Pickled, it is its settings and, in place of the weights, their origin: the folder, from which
+    the other process reads them again.  A model that was built from arrays takes them along.  A
+    named set of operations goes by its name, so that each machine runs its own fastest one;
+    operations that were replaced are pickled, so they must be functions of a module.
+
+    A copy shares the weights, which are immutable; a deep copy has arrays of its own where they
+    came from no folder.
+    """
+
+    config: Any
+    params: Any
+    ops: Ops
+    origin: Any = None
+
+    def _set_up(self, ops: Ops | str | None) -> None:
+        """Derive what depends on the weights: their library, and the set of operations for it."""
+        self.params = native_weights(self.params)
+        self._xp = array_namespace(self._an_array())
+        self.ops = choose_ops(ops, backend_name(self._xp))
+
+    def _an_array(self) -> Any:
+        """Any one of the weights."""
+        return next(x for x in self.params if not isinstance(x, tuple) and x is not None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in DERIVED}
+        state["ops"] = _portable_ops(self.ops, backend_name(self._xp))
+        if self.origin is not None:
+            del state["params"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.origin is not None:
+            self.params = self.origin.read(self.config)
+        self._set_up(state["ops"])
+
+    def __copy__(self) -> Any:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        shared = {*DERIVED, "ops", "config", "mask"} | ({"params"} if self.origin else set())
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        return new
+
+
+def _portable_ops(ops: Ops, backend: str) -> Ops | str:
+    """The name of a set that has one, else the set itself."""
+    names = [name for name in SETS if name != "cuda" or backend != "numpy"]
+    return next((name for name in names if choose_ops(name, backend) is ops), ops)
