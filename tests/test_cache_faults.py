@@ -185,7 +185,7 @@ def fail_at_lines(scene, n_points, set_=ops.blockwise):
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_fault_at_any_line(scene):
-    assert fail_at_lines(scene, 20) >= 10
+    assert fail_at_lines(scene, 12) >= 10
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_functions_run_in_their_order_behind_the_constraints():
 @pytest.mark.parametrize(
     ("function", "error", "words"),
     [
-        (lambda _, x: None, NpllmTypeError, "must return a NumPy array of float32, got NoneType"),
+        (lambda *_: None, NpllmTypeError, "must return a NumPy array of float32, got NoneType"),
         (lambda _, x: x.astype(np.float64), NpllmTypeError, "float32, got float64"),
         (lambda _, x: x[:, :-1], NpllmValueError, r"= \[2, 61\], got \[2, 60\]"),
         (lambda _, x: x * np.float32(np.nan), NpllmValueError, "logits after logits_processors"),

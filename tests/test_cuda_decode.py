@@ -18,7 +18,7 @@ from npllm.kernels import cuda
 from npllm.ops.mask import bidirectional, causal, left_padding, lookback, sliding_window
 
 on_cuda = Composed(cuda.CUDA)
-pytestmark = needs_gxx
+pytestmark = [needs_gxx, pytest.mark.slow]  # a minute in all; the model on the kernels runs always
 FLOATS = [np.float32, ml_dtypes.bfloat16, np.float16]
 stored = st.sampled_from(FLOATS)
 

@@ -23,7 +23,7 @@ from npllm.kernels import cuda
 from npllm.ops.mask import causal, left_padding, sliding_window
 
 on_cuda = Composed(cuda.CUDA)
-pytestmark = needs_gxx
+pytestmark = [needs_gxx, pytest.mark.slow]  # a minute in all; the model on the kernels runs always
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 NAMES = {BF16: "bf16", F16: "f16"}
 SMALLEST_NORMAL = np.float32(2.0**-126)

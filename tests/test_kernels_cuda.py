@@ -477,10 +477,18 @@ def test_arguments_that_do_not_fit_raise_as_in_the_definition(name):
 @needs_gxx
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sliding_window": 5}, {"num_key_value_heads": 1}, {"partial_rotary_factor": 0.5}],
+    [
+        {"sliding_window": 5},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in ({}, {"num_key_value_heads": 1}, {"partial_rotary_factor": 0.5})
+        ),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(np.float32, marks=pytest.mark.slow), ml_dtypes.bfloat16]
+)
 def test_a_model_runs_on_the_kernels(changes, dtype):
     """Heads of 64 channels; prefill, decode, padding; the same text."""
     base = tiny.model(hidden_size=256, dtype=dtype, ops=ops.reference, **changes)

@@ -278,8 +278,11 @@ SHAPES = [(1, n) for n in ROWS] + [(n, 1) for n in (2, 12, 13)] + [(3, 14)]
     ],
     ids=str,
 )
-def test_an_op_reads_its_arguments_in_logical_order(tested, name, dtype):
-    for shape in SHAPES:
+@pytest.mark.parametrize(
+    "shapes", [SHAPES[::3], pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_an_op_reads_its_arguments_in_logical_order(tested, name, dtype, shapes):
+    for shape in shapes:
         arguments = ARGUMENTS[name](Draw(*shape, dtype))
         changed = [key for key, value in arguments.items() if arrays_in(value)]
         for layout in LAYOUTS.values():

@@ -72,7 +72,6 @@ def test_cached_logits_are_those_of_each_row_alone_for_any_batch_and_chunking(
 
 
 @given(kind=kinds, lengths=batches, chunks=runs, seed=st.integers(0, 99))
-@settings(max_examples=40)
 def test_cached_logits_in_float32_are_those_of_each_row_alone(kind, lengths, chunks, seed):
     """Within 1e-5 of the largest logit."""
     _check(_model(kind, "float32"), 2, lengths, chunks, seed, 512)
