@@ -2,7 +2,7 @@
 
 An op never names a library.  It asks its inputs, `xp = array_namespace(x, weight)`, and computes
 with what they are made of: NumPy on the CPU, CuPy on a GPU, or any other library of the Python
-array API standard.  The switch itself is one word at the place where arrays are born:
+array API standard.  The switch itself is one argument where arrays are made:
 `npllm.load(path, backend="cupy")`.
 
 16-bit floats are for storage only.  `widen` is the only place that knows about bfloat16, which is
@@ -13,6 +13,8 @@ understand.
 import importlib
 import math
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +45,8 @@ __all__ = [
     "widest",
 ]
 
+Array = Any
+
 BACKENDS = ("numpy", "cupy", "auto")
 
 # name in a config.json or a safetensors header -> NumPy dtype (CuPy uses the same objects)
@@ -72,16 +76,16 @@ _BYTES = {
 
 
 ieee_semantics = np.errstate(all="ignore")
-"""Decorate a function with it, and 0 / 0 is NaN, 1 / 0 and overflow are infinity, without a warning or an error of NumPy."""
+"""Decorator: 0 / 0 is NaN, 1 / 0 and overflow are infinity, without a warning or error of NumPy."""
 
 
-def array_namespace(*arrays):
+def array_namespace(*arrays: Any) -> Any:
     """Return the array library that every given array belongs to.
 
     Parameters
     ----------
     *arrays : array or None
-        None stands for an argument that was left out, and says nothing.
+        None is an argument that was left out, and is ignored.
 
     Returns
     -------
@@ -107,12 +111,14 @@ def array_namespace(*arrays):
             continue
         if not is_array(x):
             raise NpllmTypeError(
-                f"expected an array of NumPy, CuPy or another array API library, got {type(x).__module__}."
+                "expected an array of NumPy, CuPy or another array API library, "
+                f"got {type(x).__module__}."
                 f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray"
             )
         if isinstance(x, np.ndarray) and not x.dtype.isnative:
             raise NpllmTypeError(
-                f"dtype {x.dtype} has another byte order than this machine; convert the array once, with "
+                f"dtype {x.dtype} has another byte order than this machine; "
+                "convert the array once, with "
                 "npllm.arrays.native(x)"
             )
         xp = sys.modules["cupy"] if _is_cupy(x) else x.__array_namespace__()
@@ -126,16 +132,16 @@ def array_namespace(*arrays):
     return next(iter(namespaces.values()))
 
 
-def is_array(x):
+def is_array(x: Any) -> bool:
     """Tell whether `x` is an array of NumPy, CuPy or another library of the array API standard."""
     return hasattr(x, "__array_namespace__") or _is_cupy(x)
 
 
-def _is_cupy(x):
+def _is_cupy(x: Any) -> bool:
     return type(x).__module__.partition(".")[0] == "cupy" and type(x).__name__ == "ndarray"
 
 
-def backend_namespace(backend):
+def backend_namespace(backend: str) -> Any:
     """Import the library behind a backend name, and make sure that it can hold an array.
 
     Parameters
@@ -166,36 +172,40 @@ def backend_namespace(backend):
     return _cupy()
 
 
-def backend_name(xp):
+def backend_name(xp: Any) -> str:
     """Name the backend of a library: "numpy", or "cupy" for every other."""
     return "numpy" if xp is np else "cupy"
 
 
-def _cupy():
+def _cupy() -> Any:
     """CuPy, or an error that says what was found and what to install."""
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
         raise MissingExtraError(
-            f'backend="cupy" needs CuPy, which cannot be imported ({error}); pip install "npllm[cuda]" for '
+            f'backend="cupy" needs CuPy, which cannot be imported ({error}); '
+            'pip install "npllm[cuda]" for '
             'CUDA 13, or cupy-cuda12x for an older driver, or use backend="numpy"'
         ) from error
     try:
         n_devices = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise NpllmValueError(
-            f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} is installed but found no driver or '
-            f'device ({error}); install an NVIDIA driver that nvidia-smi confirms, or use backend="numpy"'
+            'backend="cupy" needs a CUDA device; '
+            f"CuPy {cupy.__version__} is installed but found no driver or "
+            f"device ({error}); "
+            'install an NVIDIA driver that nvidia-smi confirms, or use backend="numpy"'
         ) from error
     if n_devices < 1:
         raise NpllmValueError(
-            f'backend="cupy" needs a CUDA device; CuPy {cupy.__version__} and a driver were found, but 0 devices '
+            'backend="cupy" needs a CUDA device; '
+            f"CuPy {cupy.__version__} and a driver were found, but 0 devices "
             '(is CUDA_VISIBLE_DEVICES set?); use backend="numpy"'
         )
     return cupy
 
 
-def dtype_named(name):
+def dtype_named(name: str) -> np.dtype:
     """Look up a float dtype by its name: "bfloat16", "float16", "float32" or "float64"."""
     try:
         return DTYPES[name]
@@ -203,10 +213,11 @@ def dtype_named(name):
         raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}") from None
 
 
-def widest(dtypes):
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
     """Find the narrowest float dtype that holds every value of all the given ones.
 
-        bfloat16 and float16 -> float32, which alone has the exponent of the one and the fraction of the other
+        bfloat16 and float16 -> float32: it alone has the exponent of the one and the fraction of
+        the other
 
     Parameters
     ----------
@@ -228,14 +239,14 @@ def widest(dtypes):
     return DTYPES["float64" if "float64" in names else "float32"]
 
 
-def asarray(x, xp):
+def asarray(x: Any, xp: Any) -> Array:
     """Move a host array to library `xp`; no copy where it is there already."""
     if hasattr(x, "to") and hasattr(x, "scales"):  # an Int8Weight
         return x if xp is np else x.to(xp)
     return x if xp is np else xp.asarray(x)
 
 
-def to_numpy(x):
+def to_numpy(x: Any) -> Array:
     """Bring an array of any library to the host: the one crossing from a device.  A NumPy array is
     returned as it is.
     """
@@ -244,14 +255,14 @@ def to_numpy(x):
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
-def native(x):
+def native(x: Array) -> Array:
     """Bring a NumPy array into the byte order of the machine: itself, or a copy with the same
     values.
     """
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def compute_dtype(*arrays):
+def compute_dtype(*arrays: Any) -> Any:
     """Name the dtype to compute in: float64 where any given array is float64, else float32."""
     xp = array_namespace(*arrays)
     return (
@@ -259,7 +270,7 @@ def compute_dtype(*arrays):
     )
 
 
-def widen(x, dtype=None):
+def widen(x: Array, dtype: Any = None) -> Array:
     """Convert a float array to the dtype to compute in.
 
     Parameters
@@ -290,7 +301,7 @@ def widen(x, dtype=None):
     return x if x.dtype == dtype else array_namespace(x).astype(x, dtype)
 
 
-def round_to(x, dtype):
+def round_to(x: Array, dtype: str) -> Array:
     """Round each entry to the nearest value of a 16-bit float type, and keep it in float32.
 
         y = float32(dtype(x)),   of two nearest values the one whose last bit is 0
@@ -329,16 +340,16 @@ def round_to(x, dtype):
         return xp.astype(xp.astype(x, dtype_named(dtype)), xp.float32)
 
 
-def stable_argsort(x, xp):
+def stable_argsort(x: Array, xp: Any) -> Array:
     """Sort the last axis, ascending; return the order [..., n], equal entries in the order in which
     they stand.
     """
-    if xp.__name__ == "cupy":  # has no other sort, and does not know the word of the standard
+    if xp.__name__ == "cupy":  # every sort is stable; the keyword `stable` is missing
         return xp.argsort(x, axis=-1)
     return xp.argsort(x, axis=-1, stable=True)
 
 
-def largest(x, n, xp):
+def largest(x: Array, n: int, xp: Any) -> Array:
     """Find the n largest entries of the last axis.
 
     Returns
@@ -355,7 +366,7 @@ def largest(x, n, xp):
     )
 
 
-def entries_at_once(x):
+def entries_at_once(x: Array) -> int:
     """Say how many entries of a stored weight to widen to float32 at a time: what fits a fast
     memory, and is worth a call.
 
@@ -365,12 +376,12 @@ def entries_at_once(x):
     return HOST_ENTRIES if array_namespace(x) is not sys.modules.get("cupy") else DEVICE_ENTRIES
 
 
-def is_integer(x):
+def is_integer(x: Array) -> bool:
     """Tell whether an array holds integers (bool is not one)."""
     return _dtype_name(x).startswith(("int", "uint"))
 
 
-def as_index(ids):
+def as_index(ids: Array) -> Array:
     """Turn uint64, which NumPy does not take for an index, into int64; return other integers as
     they are.
     """
@@ -380,12 +391,12 @@ def as_index(ids):
     return xp.astype(ids, xp.int64)
 
 
-def n_bytes(x):
+def n_bytes(x: Array) -> int:
     """Count the bytes of an array's entries, in any library."""
     return math.prod(x.shape) * _BYTES[_dtype_name(x)]
 
 
-def host_range(x):
+def host_range(x: Array) -> tuple[int, int] | None:
     """Return (smallest, largest) of an integer array on the host; None for an empty one, and for
     one on a device.
 
@@ -397,7 +408,7 @@ def host_range(x):
     return int(x.min()), int(x.max())
 
 
-def expect_shape(name, x, **axes):
+def expect_shape(name: str, x: Array, **axes: int | None) -> None:
     """Raise unless the last axes of `x` have the given sizes, naming them: `weight must be
     [d_model] = [3072], got [3071]`.
 
@@ -420,11 +431,12 @@ def expect_shape(name, x, **axes):
     names = ["..."] * more + [axis for axis in axes if axis != "dots"]
     wanted = ["..."] * more + ["any" if size is None else str(size) for size in sizes]
     raise NpllmValueError(
-        f"{name} must be [{', '.join(names)}] = [{', '.join(wanted)}], got [{', '.join(map(str, shape))}]"
+        f"{name} must be [{', '.join(names)}] = [{', '.join(wanted)}], "
+        f"got [{', '.join(map(str, shape))}]"
     )
 
 
-def _dtype_name(x):
+def _dtype_name(x: Array) -> str:
     """Name of an array's dtype, alike in NumPy ("float32"), CuPy and libraries that write
     "array_api_strict.float32".
     """

@@ -1,14 +1,17 @@
-"""Threads for the kernels: one pool, and one owner of the cores at a time.
+"""Threads for the kernels: one count, one pool, and one owner of the cores at a time.
 
 Blocks of a product run on the threads of the pool, each calling a BLAS that keeps to one thread.
 If BLAS started threads of its own under each of them, there would be more threads than cores.
 """
 
 import contextlib
+import os
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +19,17 @@ from npllm.arrays import ieee_semantics
 
 __all__ = ["n_threads", "run_blocks", "scratch"]
 
+Array = Any
+
 KEPT = 2**26  # bytes of the largest buffer that outlives its use
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
 
 _lock = threading.Lock()
 _users: set[object] = set()  # one mark for each caller inside `_one_blas_thread`
@@ -25,19 +38,19 @@ _local = threading.local()
 
 
 class _NoControl:
-    """What stands in for threadpoolctl where it is not installed: BLAS keeps its own threads."""
+    """Stands for threadpoolctl's controller where it is missing: BLAS keeps its threads."""
 
-    def info(self):
-        """No library is known."""
+    def info(self) -> list[dict[str, Any]]:
+        """List no library."""
         return []
 
-    def limit(self, *, limits):  # noqa: ARG002 - the name is threadpoolctl's
+    def limit(self, *, limits: int) -> contextlib.AbstractContextManager:  # noqa: ARG002
         """Change nothing."""
         return contextlib.nullcontext()
 
 
 @cache
-def _blas():
+def _blas() -> Any:
     """The controller of BLAS's threads."""
     try:
         from threadpoolctl import ThreadpoolController
@@ -46,38 +59,58 @@ def _blas():
     return ThreadpoolController().select(user_api="blas")
 
 
-def blas_facts():
+def blas_facts() -> dict[str, Any]:
     """Say what threadpoolctl knows of BLAS; an empty dict where it knows nothing or is missing."""
     return next(iter(_blas().info()), {})
 
 
-def blas_threads():
+def blas_threads() -> int:
     """Count the threads that BLAS uses now; 1 while `run_blocks` is at work."""
     return max([library["num_threads"] for library in _blas().info()], default=1)
 
 
-@cache
-def n_threads():
-    """Count the threads to use: as many as BLAS found cores for, which `OPENBLAS_NUM_THREADS` and
-    the like limit.
+def _requested() -> Iterator[int]:
+    """The counts that environment variables name; what is no positive integer is ignored."""
+    for name in VARIABLES:
+        first = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP allows "4,2"
+        if first.isdecimal() and int(first) > 0:
+            yield int(first)
 
-    Without threadpoolctl it is 1: BLAS cannot be kept to one thread, so the blocks of a product run
-    one after the other.
+
+def _n_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def n_threads() -> int:
+    """Count the threads of every kernel, of every set: one count for BLAS, the pool and Numba.
+
+    It is the smallest of: the cores of this process, the threads that BLAS uses, and each of the
+    `VARIABLES` that is set.  `OMP_NUM_THREADS=1` alone means one thread everywhere.
     """
-    return blas_threads()
+    blas = [blas_threads()] if _blas().info() else []
+    return max(1, min([_n_cores(), *_requested(), *blas]))
 
 
 @cache
-def _pool():
-    return (
-        ThreadPoolExecutor(n_threads() - 1, thread_name_prefix="npllm") if n_threads() > 1 else None
-    )
+def _pool_threads() -> int:
+    """Count the threads of `run_blocks`: 1 where BLAS cannot be limited to one thread for each."""
+    return n_threads() if _blas().info() else 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads beside the caller's own; only asked for where there are some."""
+    return ThreadPoolExecutor(_pool_threads() - 1, thread_name_prefix="npllm")
 
 
 @contextlib.contextmanager
-def _one_blas_thread():
-    """Keep BLAS to one thread while anybody is inside: the first to come sets the limit, the last
-    to go lifts it.
+def _one_blas_thread() -> Iterator[None]:
+    """Limit BLAS to one thread while any caller is inside: the first one sets the limit, the last
+    one lifts it.
 
     Ctrl-C can raise at any line.  A caller is therefore a mark in a set, not a step of a counter:
     removing it is right whether it was added or not, and a limit that is missing is set by the next
@@ -100,7 +133,26 @@ def _one_blas_thread():
                 _limit = None
 
 
-def run_blocks(function, blocks):
+def _reset_after_fork() -> None:
+    """Give a forked child a new pool and new locks, and BLAS its threads back.
+
+    A child has the thread that called fork and no other: the pool's threads are gone, and a lock
+    that another thread held would stay locked.
+    """
+    global _limit, _lock
+    _lock = threading.Lock()
+    _pool.cache_clear()
+    _users.clear()
+    if _limit is not None:
+        _limit.__exit__(None, None, None)
+        _limit = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
+
+
+def run_blocks(function: Callable[[Any], Any], blocks: Sequence[Any]) -> None:
     """Call a function on every block, on all threads; whichever is free takes the next one.
 
     Parameters
@@ -117,7 +169,7 @@ def run_blocks(function, blocks):
     todo, turn = iter(blocks), threading.Lock()
 
     @ieee_semantics  # NumPy keeps them for each thread
-    def work():
+    def work() -> None:
         while True:
             with turn:
                 block = next(todo, todo)
@@ -126,7 +178,7 @@ def run_blocks(function, blocks):
             function(block)
 
     with _one_blas_thread():
-        helpers = [_pool().submit(work) for _ in range(min(n_threads(), len(blocks)) - 1)]
+        helpers = [_pool().submit(work) for _ in range(min(_pool_threads(), len(blocks)) - 1)]
         try:
             work()
         finally:
@@ -136,7 +188,7 @@ def run_blocks(function, blocks):
             raise error
 
 
-def scratch(name, shape, dtype):
+def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """Lend a buffer of this thread's own, not cleared; it is valid until the thread asks for `name`
     again.
 

@@ -10,7 +10,7 @@ import os
 import pytest
 
 REQUIRED = os.environ.get("NPLLM_REQUIRE_ALL") == "1"
-LIVE = ("torch", "transformers", "jax")
+LIVE = ("torch", "transformers", "jax", "onnx")
 PACKAGES = (
     "array_api_strict",
     "click",

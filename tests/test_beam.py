@@ -19,8 +19,8 @@ from optional import invoke
 import npllm
 from npllm.analysis.score import score
 from npllm.cache import KVCache
-from npllm.decoding.beam import Beams, beam_search, beam_texts
 from npllm.decoding import GenerationConfig
+from npllm.decoding.beam import Beams, beam_search, beam_texts
 
 SMALL = tiny.config_dict(vocab_size=6, eos_token_id=2, num_hidden_layers=1)
 PENALTIES = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])

@@ -241,12 +241,12 @@ LARGE = [
 def test_a_template_cannot_run_forever_or_fill_the_memory(source):
     start = time.monotonic()
     try:
-        text = render(source, 1)
+        text = render(source, 0.3)
     except npllm.NpllmError as error:
         assert "Errno" not in str(error)
     else:
         assert len(text) < 1000
-    assert time.monotonic() - start < 10  # 1 s, and what a busy machine takes to start and stop
+    assert time.monotonic() - start < 10  # 0.3 s, and what a busy machine takes to start and stop
 
 
 TOO_LONG = "it takes more than the 5 seconds that a chat template may take"
@@ -255,7 +255,7 @@ TOO_LARGE = "it needs more than the 256 MB of memory that a chat template may us
 
 @pytest.mark.parametrize("source", SLOW)
 def test_what_takes_too_long_is_refused(source):
-    assert refusal(source, 1) == f"the chat template failed: {TOO_LONG}"
+    assert refusal(source, 0.3) == f"the chat template failed: {TOO_LONG}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
@@ -464,5 +464,5 @@ def test_a_conversation_that_holds_itself_is_refused():
 @settings(max_examples=200, deadline=None)
 @given(source=st.lists(st.sampled_from(fuzz.SNIPPETS), min_size=1, max_size=8).map("".join))
 def test_templates_of_pieces(source):
-    error = fuzz.attempt(lambda: render(source, 1))
+    error = fuzz.attempt(lambda: render(source, 0.3))
     assert error is None or isinstance(error, npllm.NpllmError)

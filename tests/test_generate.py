@@ -1,6 +1,8 @@
 """npllm.decoding: which token comes next, when an answer ends, and what of it becomes text."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from close import close
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import (
+    CHAT_TEMPLATE,
     CONFIG,
     SETTINGS,
     Counted,
@@ -22,6 +25,7 @@ from tiny import (
 
 import npllm
 from npllm import ops
+from npllm.arguments import check_ids
 from npllm.decoding import GenerationConfig, Sampling, choose, resolve_sampling, uniforms
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
 from npllm.text.stream import TextStream
@@ -543,6 +547,47 @@ def test_messages_go_through_the_chat_template(tmp_path):
     ids = np.array([[3, *m.tokenizer.encode("hello"), 5, 4]])
     want = m.tokenizer.decode(m.generate(ids, max_new_tokens=12)[0, ids.shape[1] :])
     assert m.generate(CHAT, max_new_tokens=12) == "".join(m.stream(CHAT, max_new_tokens=12)) == want
+
+
+def test_tools_reach_the_chat_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "hello", "parameters": {}}}]
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + CHAT_TEMPLATE
+    settings = SETTINGS | {"chat_template": template}
+    changes = {"vocab_size": 272, "max_position_embeddings": 200, "eos_token_id": None}
+    m = npllm.load(write_folder(tmp_path, tokenizer=byte_level(), settings=settings, **changes))
+    ids = np.array([m.tokenizer.encode_chat(CHAT, tools=tools)])
+    assert ids.shape[1] == 1 + len(m.tokenizer.encode_chat(CHAT)), "one token more: the name"
+    want = m.tokenizer.decode(m.generate(ids, max_new_tokens=5)[0, ids.shape[1] :])
+    assert m.generate(CHAT, tools=tools, max_new_tokens=5) == want
+    assert "".join(m.stream(CHAT, tools=tools, max_new_tokens=5)) == want
+    assert m.beam_search(CHAT, tools=tools, num_beams=1, max_new_tokens=5)[0]["text"] == want
+    for prompt in ("hello", ids):
+        with pytest.raises(NpllmTypeError, match="tools go with a list of messages"):
+            m.generate(prompt, tools=tools)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}], ids=str)
+def test_ids_are_checked_once_at_the_door(monkeypatch, options):
+    calls = []
+
+    def counted(*args):
+        calls.append(args[0])
+        return check_ids(*args)
+
+    for module in (npllm.decoding.prompt, npllm.causal_lm):
+        monkeypatch.setattr(module, "check_ids", counted)
+    without_stop().generate(random_ids(2, 5), max_new_tokens=6, **options)
+    assert calls == ["input_ids"]
+
+
+def test_nothing_below_the_front_calls_it():
+    """A token's way goes down: decoding and the forward pass know no Model, only what they need."""
+    folder = Path(npllm.__file__).parent
+    below = [folder / "causal_lm.py", *(folder / "decoding").glob("*.py")]
+    for file in below:
+        text = file.read_text(encoding="utf-8")
+        assert "npllm.language_model" not in text and "npllm.model " not in text, file
+        assert not re.search(r"model\.(generate|stream|beam_search|embed)\(", text), file
 
 
 @pytest.mark.parametrize("prompt", ["", [""], ["a", ""]])

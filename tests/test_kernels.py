@@ -24,7 +24,7 @@ from tiny import model, random_ids
 
 from npllm import NpllmError, kernels, ops, threads
 from npllm.cache import KVCache
-from npllm.kernels.cpu import tiled
+from npllm.kernels.cpu import tiled_attention
 from npllm.models.params import LayerParams
 from npllm.ops import mask
 from npllm.quantized.int8 import quantize
@@ -293,8 +293,8 @@ def test_attention(fast, rule, n_kv, group, n_seq, n_more, d, d_value, seed, n_b
     )
     v = normal((n_batch, n_kv, n_seq + n_more, d_value), seed + 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "BLOCK_Q", 6)
-        patch.setattr(tiled, "BLOCK_K", 7)
+        patch.setattr(tiled_attention, "BLOCK_Q", 6)
+        patch.setattr(tiled_attention, "BLOCK_K", 7)
         y, lse = fast.attention(q, k, v, mask=RULES[rule], return_lse=True)
     want, want_lse = ops.attention(
         *(x.astype(np.float64) for x in (q, k, v)), mask=RULES[rule], return_lse=True
@@ -692,11 +692,13 @@ def test_a_model_gives_the_logits_of_the_definitions(fast, changes, dtype):
 @needs_numba
 @pytest.mark.parametrize("dtype", STORED)
 def test_on_a_processor_without_fma_many_rows_go_to_blas(monkeypatch, dtype):
-    from npllm.kernels.cpu import gemm, parts
+    from npllm.kernels.cpu import gemm, rope_attention
 
-    monkeypatch.setattr(gemm, "width", lambda: 0)
+    monkeypatch.setattr(gemm, "panel_columns", lambda: 0)
     monkeypatch.setattr(gemm, "product", lambda *_: pytest.fail("the panels were used"))
-    monkeypatch.setattr(parts, "attend_many", lambda *_: pytest.fail("the panels were used"))
+    monkeypatch.setattr(
+        rope_attention, "attend_many", lambda *_: pytest.fail("the panels were used")
+    )
     ids, m = random_ids(2, 23), model(ops=SETS["compiled"].ops, dtype=dtype)
     close(m(ids, cache=m.new_cache(2)), model(ops=ops.reference, dtype=dtype)(ids), times=4)
 
@@ -712,7 +714,7 @@ def test_the_product_of_many_rows_in_panels_of_either_width(
 ):
     from npllm.kernels.cpu import compiled, gemm
 
-    monkeypatch.setattr(gemm, "width", lambda: columns)
+    monkeypatch.setattr(gemm, "panel_columns", lambda: columns)
     x, weight, gain, stream = (
         normal((n, d_in), 0),
         weight_of(d_out, d_in, 1, dtype),
@@ -745,7 +747,7 @@ def test_attention_of_many_queries_in_panels_of_either_width(
 ):
     from npllm.kernels.cpu import gemm
 
-    monkeypatch.setattr(gemm, "width", lambda: columns)
+    monkeypatch.setattr(gemm, "panel_columns", lambda: columns)
     n_head, n_all = n_kv * group, (n_kv * group + 2 * n_kv) * 10
     rule = mask.causal() if window is None else mask.sliding_window(window)
     cos, sin = ops.rope_tables(np.arange(n_past + n_seq), ops.rope_frequencies(8))
@@ -1018,7 +1020,7 @@ def test_a_large_buffer_does_not_outlive_its_use(monkeypatch):
 
 @pytest.mark.skipif(SETS["compiled"] is None, reason="Numba is not installed")
 def test_the_exponential_is_exact_to_two_units_in_the_last_place():
-    from npllm.kernels.cpu.attention import exponentials
+    from npllm.kernels.cpu.softmax import exponentials
 
     x = np.concatenate(
         [
@@ -1040,7 +1042,7 @@ def test_the_exponential_is_exact_to_two_units_in_the_last_place():
 
 KERNELS = """
 from numba import prange
-from npllm.kernels.cpu.simd import kernel
+from npllm.kernels.cpu.launching import kernel
 
 @kernel(parallel=True)
 def inner(x):
@@ -1074,19 +1076,18 @@ def test_code_from_the_cache_finds_its_threads_whichever_kernel_is_called_first(
 
 
 PREPARE = """
+import inspect
 import numpy as np
 from numba.core.dispatcher import Dispatcher
 from tiny import model, random_ids
 from npllm import kernels
-from npllm.kernels.cpu import attention
-from npllm.kernels.cpu import compiled
-from npllm.kernels.cpu import gemm
-from npllm.kernels.cpu import gemv
-from npllm.kernels.cpu import parts
+from npllm.kernels import cpu
+
+kernels.compiled_ops()
 
 def compiled_so_far():
-    return {name: len(x.signatures) for part in (attention, compiled, gemm, gemv, parts) for name, x in vars(part).items()
-            if isinstance(x, Dispatcher)}
+    return {name: len(x.signatures) for part in vars(cpu).values() if inspect.ismodule(part)
+            for name, x in vars(part).items() if isinstance(x, Dispatcher)}
 
 kernels.seconds_to_prepare(dtype)
 before, m = compiled_so_far(), model(ops=kernels.compiled_ops(), dtype=dtype)

@@ -100,7 +100,7 @@ def in_float64(formula, x):
 
 def exponentials(x):
     """e**x as the softmax of the compiled set computes it."""
-    from npllm.kernels.cpu.attention import exponentials
+    from npllm.kernels.cpu.softmax import exponentials
 
     y = x.copy()
     exponentials(y, np.float32(0))

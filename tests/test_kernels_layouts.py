@@ -260,9 +260,10 @@ def agree(op, definition, arguments):
     assert [memory_of(x).tobytes() for x in arrays] == before
 
 
+TILED = ("layout", "tiled", "tiled_linear", "tiled_attention")
 MODULES = {
-    "tiled": ("layout", "tiled"),
-    "compiled": ("layout", "tiled", "parts", "compiled", "gemm"),
+    "tiled": TILED,
+    "compiled": (*TILED, "operands", "parts", "rope_attention", "compiled", "gemm"),
 }
 SHAPES = [(1, n) for n in ROWS] + [(n, 1) for n in (2, 12, 13)] + [(3, 14)]
 

@@ -189,6 +189,41 @@ def test_a_forked_process_starts_its_own():
     assert run(FORKS) == "good\n"
 
 
+FORKS_MEANWHILE = """
+import gc, json, os, threading, time
+from npllm.text.template_process import process, Allowance
+def ask(source):
+    request = {"source": source, "messages": [], "names": {}, "n_more": 9}
+    return process.ask(json.dumps(request), Allowance())["text"]
+ask("a")
+failed = []
+def endless():
+    try:
+        ask("{{ 7**26000000 }}")
+    except ValueError as error:
+        failed.append(error)
+thread = threading.Thread(target=endless)
+thread.start()
+time.sleep(0.3)  # it waits for the answer
+child = os.fork()
+if child == 0:
+    gc.collect()
+    good = ask("b") == "b"
+    process.stop()
+    os._exit(0 if good else 1)
+assert os.waitpid(child, 0)[1] == 0
+thread.join()
+assert len(failed) == 1 and ask("c") == "c"
+process.stop()
+print("good")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_forked_while_a_thread_renders():
+    assert run(FORKS_MEANWHILE, timeout=40) == "good\n"
+
+
 PRINTS = """
 import sys
 from npllm.text.template_process import process

@@ -15,18 +15,26 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "typed_user_script.py"
 
 
-def mypy(tmp_path, *arguments):
-    """Run mypy on files as a user does, who has no part of npllm's settings."""
+@pytest.fixture(scope="module")
+def mypy(tmp_path_factory):
+    """Run mypy on a file as a user does, who has no part of npllm's settings."""
+    folder = tmp_path_factory.mktemp("mypy")
+    settings = folder / "mypy.ini"
+    settings.write_text(f"[mypy]\nmypy_path = {ROOT}\n")
     options = [
-        "--strict",
-        "--no-incremental",
+        "--disallow-untyped-defs",
+        "--check-untyped-defs",
         "--ignore-missing-imports",
         "--follow-imports=silent",
+        f"--config-file={settings}",
+        f"--cache-dir={folder / 'cache'}",
     ]
-    none = tmp_path / "mypy.ini"
-    none.write_text(f"[mypy]\nmypy_path = {ROOT}\n")
-    out, error, code = api.run([*options, f"--config-file={none}", *map(str, arguments)])
-    return code, out + error
+
+    def run(file):
+        out, error, code = api.run([*options, str(file)])
+        return code, out + error
+
+    return run
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from functools import cache
 
 from npllm import ops as _ops
 from npllm.errors import NpllmValueError
+from npllm.ops import Ops
 
 __all__ = [
     "SETS",
@@ -27,7 +28,7 @@ __all__ = [
 SETS = ("fast", "cuda", "blockwise", "reference")  # sets of operations that have a name
 
 
-def choose_ops(ops, backend="numpy"):
+def choose_ops(ops: Ops | str | None, backend: str = "numpy") -> Ops:
     """Return the set of operations that a caller means.
 
     Parameters
@@ -61,7 +62,7 @@ def choose_ops(ops, backend="numpy"):
     return fastest_ops(backend)
 
 
-def fastest_ops(backend="numpy"):
+def fastest_ops(backend: str = "numpy") -> Ops:
     """Return the fastest set of operations for a backend.
 
     Parameters
@@ -80,7 +81,7 @@ def fastest_ops(backend="numpy"):
 
 
 @cache
-def tiled_ops():
+def tiled_ops() -> Ops:
     """Return the set in plain NumPy: blocks that fit a core's cache, on as many threads as BLAS
     would use.
     """
@@ -88,7 +89,7 @@ def tiled_ops():
 
 
 @cache
-def compiled_ops():
+def compiled_ops() -> Ops | None:
     """Return the set compiled with Numba (`npllm[fast]`); None where Numba cannot be imported."""
     return (
         None
@@ -98,13 +99,13 @@ def compiled_ops():
 
 
 @cache
-def cuda_ops():
+def cuda_ops() -> Ops:
     """Return the set of CUDA kernels for CuPy arrays: what `npllm.load(backend="cupy")` runs on."""
     return importlib.import_module("npllm.kernels.cuda").cuda_ops()
 
 
 @cache
-def why_not_compiled():
+def why_not_compiled() -> str:
     """Say why the compiled set is not used; "" where it is."""
     try:
         importlib.import_module("numba")
@@ -113,7 +114,7 @@ def why_not_compiled():
     return ""
 
 
-def seconds_to_prepare(dtype="bfloat16"):
+def seconds_to_prepare(dtype: str = "bfloat16") -> float | None:
     """Call every compiled kernel once, and return the time: Numba compiles them at the first use on
     a machine and keeps the result.
 
@@ -130,5 +131,5 @@ def seconds_to_prepare(dtype="bfloat16"):
     if compiled_ops() is None:
         return None
     start = time.perf_counter()
-    importlib.import_module("npllm.kernels.cpu.compiled").call_all(dtype)
+    importlib.import_module("npllm.kernels.cpu.compiled").compile_all(dtype)
     return time.perf_counter() - start

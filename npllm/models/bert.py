@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from npllm.arrays import array_namespace
 from npllm.models.transformer import EncoderLayerParams, NormParams, encoder_layer
+from npllm.ops import Ops
 
 __all__ = ["BertParams", "forward"]
 
@@ -20,10 +21,11 @@ class BertParams(NamedTuple):
     layers: tuple[EncoderLayerParams, ...]  # n_layer of them
 
 
-def forward(params, config, ids, token_types, mask, ops):
+def forward(params: Any, config: Any, ids: Array, token_types: Array, mask: Any, ops: Ops) -> Array:
     """Compute the hidden state of every position.
 
-        x = layer_norm(word[ids] + type[token_types] + position[0 ... n_seq - 1]);   then x = encoder_layer(x), n_layer times
+        x = layer_norm(word[ids] + type[token_types] + position[0 ... n_seq - 1])
+        x = encoder_layer(x), n_layer times
 
     Parameters
     ----------

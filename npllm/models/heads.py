@@ -1,11 +1,16 @@
-"""Heads: what stands on top of the hidden state."""
+"""Heads: logits of classes from hidden states."""
+
+from typing import Any
 
 from npllm.arrays import array_namespace
+from npllm.ops import Ops
 
 __all__ = ["classify_sequence", "classify_tokens", "last_token"]
 
+Array = Any
 
-def last_token(hidden, last):
+
+def last_token(hidden: Array, last: Array) -> Array:
     """Pick one position of each sequence.
 
         y[b, :] = hidden[b, last[b], :]
@@ -29,7 +34,7 @@ def last_token(hidden, last):
     return xp.take(rows, xp.arange(n_batch) * n_seq + last, axis=0)
 
 
-def classify_sequence(hidden, last, params, ops):
+def classify_sequence(hidden: Array, last: Array, params: Any, ops: Ops) -> Array:
     """Score each sequence by the hidden state of its last token that is no padding.
 
         logits[b, c] = sum_i hidden[b, last[b], i] * score[c, i]
@@ -52,7 +57,7 @@ def classify_sequence(hidden, last, params, ops):
     return ops.linear(last_token(hidden, last), params.score)
 
 
-def classify_tokens(hidden, params, ops):
+def classify_tokens(hidden: Array, params: Any, ops: Ops) -> Array:
     """Score each position by itself.
 
         logits[b, n, c] = sum_i hidden[b, n, i] * score[c, i] + score_bias[c]

@@ -1,9 +1,11 @@
 """The tree of modules that Transformers prints for a checkpoint, drawn from config.json alone."""
 
+from typing import Any
+
 __all__ = ["describe"]
 
 
-def describe(config):
+def describe(config: Any) -> str:
     """Draw the tree of modules that Transformers prints for the same folder: `str(model) ==
     str(hf_model)`.
 
@@ -63,7 +65,7 @@ def describe(config):
     return "\n".join([*lines, *("  " + line for line in heads[config.head]), ")"])
 
 
-def _describe_phi3(config):
+def _describe_phi3(config: Any) -> tuple[list[str], ...]:
     """Lines of attention, feed-forward network and dropouts of a Phi-3 layer."""
     d_model, d_ff = config.hidden_size, config.intermediate_size
     d_q, d_kv = (
@@ -89,7 +91,7 @@ def _describe_phi3(config):
     )
 
 
-def _describe_llama(config):
+def _describe_llama(config: Any) -> tuple[list[str], ...]:
     """Lines of attention and feed-forward network of a Llama layer, split as Transformers keeps
     them.
     """
@@ -118,5 +120,5 @@ def _describe_llama(config):
     return attention, [*mlp, "(act_fn): SiLUActivation()"], []
 
 
-def _linear_line(name, n_in, n_out, bias=False):
+def _linear_line(name: str, n_in: int, n_out: int, bias: bool = False) -> str:
     return f"({name}): Linear(in_features={n_in}, out_features={n_out}, bias={bias})"

@@ -2,15 +2,20 @@
 `npllm.ops.frequencies`.
 """
 
+from typing import Any
+
 from npllm import ops
 
 __all__ = ["attention_factor", "frequencies", "frequency_choice"]
 
+Array = Any
 
-def frequency_choice(config, length):
+
+def frequency_choice(config: Any, length: int) -> int:
     """Name the set of frequencies that a sequence of `length` tokens uses.
 
-        longrope: 1 (long_factor) where length > original_max_position_embeddings, else 0 (short_factor)
+        longrope: 1 (long_factor) where length > original_max_position_embeddings,
+                  else 0 (short_factor)
         dynamic:  max(length, max_position_embeddings), on which the base depends
         others:   0
 
@@ -39,7 +44,7 @@ def frequency_choice(config, length):
     return max(length, config.max_position_embeddings) if rope_type == "dynamic" else 0
 
 
-def frequencies(config, choice):
+def frequencies(config: Any, choice: int) -> Array:
     """Compute the inverse frequencies of a choice: NumPy float32 [d_rope/2]."""
     rope, d_rope, n_original = (
         config.rope_parameters,
@@ -79,7 +84,7 @@ def frequencies(config, choice):
     return ops.rope_frequencies(d_rope, rope.rope_theta)
 
 
-def attention_factor(config):
+def attention_factor(config: Any) -> float:
     """By how much cos and sin are scaled: as the file says, else by the formula of the rope type,
     else 1.
     """
@@ -93,7 +98,7 @@ def attention_factor(config):
     return ops.yarn_scale(_stretch(config), rope.mscale, rope.mscale_all_dim)
 
 
-def _stretch(config):
+def _stretch(config: Any) -> float:
     """Context length over original context length, unless the file gives the factor."""
     factor = config.rope_parameters.factor
     return (

@@ -49,7 +49,7 @@ class Head(NamedTuple):
     Without any argument: the mean over the tokens.
     """
 
-    poolings: tuple[str, ...] = ("mean",)  # keys of `POOLINGS`; the results stand side by side
+    poolings: tuple[str, ...] = ("mean",)  # keys of `POOLINGS`; the results are concatenated
     include_prompt: bool = True  # False: tokens of a prompt are left out of the pooling
     modules: tuple[Dense | Normalize, ...] = ()  # in the order in which they are applied
     dimension: int | None = None  # entries that are kept at the end; None: all
@@ -156,34 +156,34 @@ def mean_pool(hidden: Array, valid: Array) -> Array:
     return _sum(hidden, valid) / _count(hidden, valid)
 
 
-def _sum(hidden, valid):
+def _sum(hidden: Array, valid: Array) -> Array:
     """Sum over the tokens; where padding holds NaN, a product would keep it."""
     return np.where(valid[:, :, None], hidden, 0).sum(axis=1)
 
 
-def _count(hidden, valid):
+def _count(hidden: Array, valid: Array) -> Array:
     """Number of tokens [n_batch, 1], at least 1, in the dtype of `hidden`."""
     return np.maximum(valid.sum(axis=1), 1)[:, None].astype(hidden.dtype)
 
 
-def _sqrt_mean_pool(hidden, valid):
+def _sqrt_mean_pool(hidden: Array, valid: Array) -> Array:
     return _sum(hidden, valid) / np.sqrt(_count(hidden, valid))
 
 
-def _weighted_mean_pool(hidden, valid):
+def _weighted_mean_pool(hidden: Array, valid: Array) -> Array:
     weights = np.where(valid, np.arange(1, valid.shape[1] + 1), 0).astype(hidden.dtype)
     return _sum(hidden * weights[:, :, None], valid) / np.maximum(weights.sum(axis=1), 1)[:, None]
 
 
-def _max_pool(hidden, valid):
+def _max_pool(hidden: Array, valid: Array) -> Array:
     return np.where(valid[:, :, None], hidden, -np.inf).max(axis=1)
 
 
-def _first_token(hidden, valid):
+def _first_token(hidden: Array, valid: Array) -> Array:
     return hidden[np.arange(len(hidden)), valid.argmax(axis=1)]
 
 
-def _last_token(hidden, valid):
+def _last_token(hidden: Array, valid: Array) -> Array:
     return hidden[np.arange(len(hidden)), valid.shape[1] - 1 - valid[:, ::-1].argmax(axis=1)]
 
 

@@ -121,7 +121,7 @@ UNTAPPED = NamedTap(None, "")
 
 
 def check_returned(name: str, y: Any, x: Array) -> None:
-    """Raise unless an array can stand in the place of another: same library, dtype and shape.
+    """Raise unless an array can replace another: same library, dtype and shape.
 
     Raises
     ------
@@ -133,11 +133,13 @@ def check_returned(name: str, y: Any, x: Array) -> None:
     wanted = array_namespace(x).__name__
     if not is_array(y):
         raise NpllmTypeError(
-            f"{name} must return an array of {wanted}, got {type(y).__module__}.{type(y).__qualname__}"
+            f"{name} must return an array of {wanted}, "
+            f"got {type(y).__module__}.{type(y).__qualname__}"
         )
     if (array_namespace(y).__name__, y.dtype) != (wanted, x.dtype):
         raise NpllmTypeError(
-            f"{name} must return an array of {wanted}, {x.dtype}, got {array_namespace(y).__name__}, {y.dtype}"
+            f"{name} must return an array of {wanted}, {x.dtype}, "
+            f"got {array_namespace(y).__name__}, {y.dtype}"
         )
     if tuple(y.shape) != tuple(x.shape):
         raise NpllmValueError(f"{name} must return the shape {list(x.shape)}, got {list(y.shape)}")

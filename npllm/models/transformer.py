@@ -2,11 +2,12 @@
 cross-attention, wired from the same ops.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from npllm.errors import NpllmValueError
+from npllm.ops import Ops, merge_heads, split_heads
 from npllm.ops import mask as rules
-from npllm.ops import merge_heads, split_heads
 
 __all__ = [
     "AttentionParams",
@@ -86,11 +87,14 @@ class TransformerParams(NamedTuple):
     decoder_norm: NormParams | None = None
 
 
-def multi_head_attention(x, memory, params, n_head, ops, mask=None):
+def multi_head_attention(
+    x: Array, memory: Array, params: Any, n_head: int, ops: Ops, mask: Any = None
+) -> Array:
     """Let the positions of `x` gather from the positions of `memory`; self-attention where the two
     are the same.
 
-        y = o_proj(merge_heads(attention(q, k, v))),   q = q_proj(x),  k = k_proj(memory),  v = v_proj(memory)
+        y = o_proj(merge_heads(attention(q, k, v)))
+        q = q_proj(x),  k = k_proj(memory),  v = v_proj(memory)
 
     Parameters
     ----------
@@ -122,7 +126,7 @@ def multi_head_attention(x, memory, params, n_head, ops, mask=None):
     return ops.linear(merge_heads(ops.attention(q, k, v, mask=mask)), params.o_proj, params.o_bias)
 
 
-def feed_forward(x, params, ops, activation):
+def feed_forward(x: Array, params: Any, ops: Ops, activation: Callable) -> Array:
     """Transform every position by itself.
 
         y = down_proj(activation(up_proj(x)))
@@ -150,10 +154,13 @@ def feed_forward(x, params, ops, activation):
     )
 
 
-def sublayer(x, function, norm, ops, norm_first, eps):
+def sublayer(
+    x: Array, function: Callable, norm: Any, ops: Ops, norm_first: bool, eps: float
+) -> Array:
     """Add what a sublayer computes to the residual stream, and normalise.
 
-        post-norm: y = layer_norm(add(x, function(x)));   pre-norm: y = add(x, function(layer_norm(x)))
+        post-norm: y = layer_norm(add(x, function(x)))
+        pre-norm:  y = add(x, function(layer_norm(x)))
 
     Parameters
     ----------
@@ -178,8 +185,16 @@ def sublayer(x, function, norm, ops, norm_first, eps):
 
 
 def encoder_layer(
-    x, params, n_head, ops, *, mask=None, activation=None, norm_first=False, eps=1e-5
-):
+    x: Array,
+    params: Any,
+    n_head: int,
+    ops: Ops,
+    *,
+    mask: Any = None,
+    activation: Callable | None = None,
+    norm_first: bool = False,
+    eps: float = 1e-5,
+) -> Array:
     """Self-attention that sees both sides, then the feed-forward network.
 
     Parameters
@@ -224,18 +239,18 @@ def encoder_layer(
 
 
 def decoder_layer(
-    x,
-    memory,
-    params,
-    n_head,
-    ops,
+    x: Array,
+    memory: Array,
+    params: Any,
+    n_head: int,
+    ops: Ops,
     *,
-    mask=None,
-    memory_mask=None,
-    activation=None,
-    norm_first=False,
-    eps=1e-5,
-):
+    mask: Any = None,
+    memory_mask: Any = None,
+    activation: Any = None,
+    norm_first: bool = False,
+    eps: float = 1e-5,
+) -> Array:
     """Causal self-attention, cross-attention to the encoder's output, then the feed-forward
     network.
 
@@ -290,8 +305,8 @@ def decoder_layer(
     )
 
 
-def encode(x, params, n_head, ops, **options):
-    """Run the encoder's layers and its final norm, if there is one; options as in `encoder_layer`."""
+def encode(x: Array, params: Any, n_head: int, ops: Ops, **options: Any) -> Array:
+    """Run the encoder's layers and its final norm, if any; options as in `encoder_layer`."""
     for layer in params.encoder:
         x = encoder_layer(x, layer, n_head, ops, **options)
     norm = params.encoder_norm
@@ -300,8 +315,8 @@ def encode(x, params, n_head, ops, **options):
     )
 
 
-def decode(x, memory, params, n_head, ops, **options):
-    """Run the decoder's layers and its final norm, if there is one; options as in `decoder_layer`."""
+def decode(x: Array, memory: Array, params: Any, n_head: int, ops: Ops, **options: Any) -> Array:
+    """Run the decoder's layers and its final norm, if any; options as in `decoder_layer`."""
     for layer in params.decoder:
         x = decoder_layer(x, memory, layer, n_head, ops, **options)
     norm = params.decoder_norm
@@ -310,7 +325,16 @@ def decode(x, memory, params, n_head, ops, **options):
     )
 
 
-def forward(source, target, params, n_head, ops, *, source_mask=None, **options):
+def forward(
+    source: Array,
+    target: Array,
+    params: Any,
+    n_head: int,
+    ops: Ops,
+    *,
+    source_mask: Any = None,
+    **options: Any,
+) -> Array:
     """The encoder-decoder of 2017: read the source, then score the target from it.
 
         hidden = decode(target, encode(source))
@@ -340,7 +364,7 @@ def forward(source, target, params, n_head, ops, *, source_mask=None, **options)
     return decode(target, memory, params, n_head, ops, memory_mask=source_mask, **options)
 
 
-def from_torch(state):
+def from_torch(state: Any) -> Any:
     """Take over the weights of a `torch.nn.Transformer`.
 
     Parameters
@@ -362,17 +386,17 @@ def from_torch(state):
     `in_proj_weight` holds the rows of q, k and v below each other.
     """
 
-    def get(name):
+    def get(name: str) -> Array:
         if name not in state:
             raise NpllmValueError(
                 f"the state has no {name}; it must be that of a torch.nn.Transformer with biases"
             )
         return state[name]
 
-    def norm(name):
+    def norm(name: str) -> Any:
         return NormParams(get(name + ".weight"), get(name + ".bias"))
 
-    def attention(name):
+    def attention(name: str) -> Any:
         weight, bias = get(name + ".in_proj_weight"), get(name + ".in_proj_bias")
         d = weight.shape[0] // 3
         return AttentionParams(
@@ -386,7 +410,7 @@ def from_torch(state):
             get(name + ".out_proj.bias"),
         )
 
-    def network(name):
+    def network(name: str) -> Any:
         return FeedForwardParams(
             *(
                 get(f"{name}.{leaf}")
@@ -394,7 +418,7 @@ def from_torch(state):
             )
         )
 
-    def layers(side):
+    def layers(side: Any) -> Any:
         numbers = sorted(
             {int(name.split(".")[2]) for name in state if name.startswith(f"{side}.layers.")}
         )

@@ -3,7 +3,7 @@ model runs on.
 
 The functions in this folder are the *definitions*: formula in the docstring, the same formula in
 the code, nothing but the array API standard.  A model is given an `Ops` and calls
-`ops.attention(...)`; which implementation stands behind the name is the caller's choice:
+`ops.attention(...)`; which implementation runs under the name is the caller's choice:
 
     model = npllm.load(path, ops=npllm.ops.reference.replace(attention=my_attention))
 """

@@ -4,6 +4,8 @@ The blockwise form (`npllm.ops.blockwise`) is derived independently and shares n
 it, only the check of the arguments and the default slots.
 """
 
+from typing import Any
+
 from npllm.arrays import (
     array_namespace,
     compute_dtype,
@@ -16,11 +18,21 @@ from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["attention", "attention_weights"]
 
+Array = Any
+
 
 @ieee_semantics
 def attention_weights(
-    q, k, *, mask=None, bias=None, scale=None, softcap=None, q_slots=None, k_slots=None
-):
+    q: Array,
+    k: Array,
+    *,
+    mask: Any = None,
+    bias: Array = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_slots: Any = None,
+    k_slots: Any = None,
+) -> Array:
     """Give the weight of each key for each query: the softmax of the scaled scores.
 
         s[h, i, j] = scale * sum_c q[h, i, c] * k[h // group, j, c],   group = n_head / n_kv_head
@@ -74,18 +86,18 @@ def attention_weights(
 
 @ieee_semantics
 def attention(
-    q,
-    k,
-    v,
+    q: Array,
+    k: Array,
+    v: Array,
     *,
-    mask=None,
-    bias=None,
-    scale=None,
-    softcap=None,
-    q_slots=None,
-    k_slots=None,
-    return_lse=False,
-):
+    mask: Any = None,
+    bias: Array = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_slots: Any = None,
+    k_slots: Any = None,
+    return_lse: bool = False,
+) -> Any:
     """Average the values for each query, weighted by softmax(q . k): the definition.
 
         y[h, i, :] = sum_j w[h, i, j] * v[h // group, j, :],   w = attention_weights(q, k, ...)
@@ -132,7 +144,9 @@ def attention(
     return (y, lse) if return_lse else y
 
 
-def _scores(xp, q, k, scale, softcap, bias, dtype):
+def _scores(
+    xp: Any, q: Array, k: Array, scale: float | None, softcap: float | None, bias: Array, dtype: Any
+) -> Array:
     """Scale * q k^T for every head, capped and biased."""
     keys = xp.repeat(
         widen(k, dtype), q.shape[-3] // k.shape[-3], axis=-3
@@ -145,7 +159,7 @@ def _scores(xp, q, k, scale, softcap, bias, dtype):
     return s if bias is None else s + widen(bias, dtype)
 
 
-def _softmax_visible(xp, s, visible):
+def _softmax_visible(xp: Any, s: Array, visible: Array) -> Any:
     """Softmax of each row over its visible keys, and the log of the row's sum of exponentials."""
     if visible is not None:
         s = xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
@@ -159,10 +173,10 @@ def _softmax_visible(xp, s, visible):
     return e / total, lse[..., 0]
 
 
-# ------------------------------------------ what the blockwise form shares with the definition: slots, and the check of arguments
+# ------------------------------------ shared with the blockwise form: slots, checks of arguments
 
 
-def evaluate_mask(xp, mask, q, q_slots, k_slots):
+def evaluate_mask(xp: Any, mask: Any, q: Array, q_slots: Any, k_slots: Any) -> Any:
     """Evaluate a rule on [n_seq, 1] and [1, n_ctx] slots; an array and None are returned as they
     are.
     """
@@ -177,7 +191,9 @@ def evaluate_mask(xp, mask, q, q_slots, k_slots):
     return visible
 
 
-def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
+def check_attention(
+    xp: Any, q: Array, k: Array, v: Array, mask: Any, bias: Array, q_slots: Any, k_slots: Any
+) -> Any:
     """Raise for arguments that do not fit; return the slots, the default ones where they were left
     out.
     """
@@ -188,7 +204,8 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
         expect_shape("v", v, dots=None, n_kv_head=n_kv_head, n_ctx=n_ctx, d_value=None)
     if any(x.shape[:-3] != q.shape[:-3] for x in (k, v) if x is not None):
         raise NpllmValueError(
-            f"q, k and v must have the same axes in front of the heads, got q {list(q.shape)}, k {list(k.shape)}"
+            "q, k and v must have the same axes in front of the heads, "
+            f"got q {list(q.shape)}, k {list(k.shape)}"
             + (f", v {list(v.shape)}" if v is not None else "")
         )
     if q.shape[-1] < 1:
@@ -197,7 +214,8 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
         raise NpllmValueError("k must hold at least one key, got n_ctx = 0")
     if n_kv_head == 0 or n_head % n_kv_head:
         raise NpllmValueError(
-            f"n_head must be a multiple of n_kv_head, got n_head = {n_head} and n_kv_head = {n_kv_head}"
+            "n_head must be a multiple of n_kv_head, "
+            f"got n_head = {n_head} and n_kv_head = {n_kv_head}"
         )
     array_namespace(
         q, *(x for x in (mask, q_slots, k_slots) if not (callable(x) or isinstance(x, range)))
@@ -216,17 +234,18 @@ def check_attention(xp, q, k, v, mask, bias, q_slots, k_slots):
     )
 
 
-def _check_broadcast(name, x, shape):
+def _check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:
     axes = x.shape[::-1]
     if len(axes) > len(shape) or any(
         got not in (1, want) for got, want in zip(axes, shape[::-1], strict=False)
     ):
         raise NpllmValueError(
-            f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, got {list(x.shape)}"
+            f"{name} must broadcast to [..., n_head, n_seq, n_ctx] = {list(shape)}, "
+            f"got {list(x.shape)}"
         )
 
 
-def resolve_slots(xp, name, slots, axis, n, first):
+def resolve_slots(xp: Any, name: str, slots: Any, axis: str, n: int, first: int) -> Any:
     """Check given slots, and widen them to int64, in which a rule may subtract; without any, n of
     them from `first`.
     """

@@ -2,15 +2,23 @@
 about.
 """
 
+from typing import Any
+
 from npllm.errors import NpllmValueError
 
 __all__ = ["attention_io"]
 
 
-def attention_io(n, d, block=None, sram=100_000, itemsize=4):
+def attention_io(
+    n: int,
+    d: int,
+    block: int | tuple[int, int] | None = None,
+    sram: int = 100_000,
+    itemsize: int = 4,
+) -> dict[str, Any]:
     """Count the bytes that one unmasked head moves between slow and fast memory.
 
-        naive   = (4 * n * d + 4 * n**2) * itemsize                  q, k, v, y once; s and w written and read
+        naive   = (4 * n * d + 4 * n**2) * itemsize    q, k, v, y once; s and w written and read
         flash_1 = (2 * n * d + ceil(n / b_k) * (3 * n * d + 4 * n)) * itemsize
         flash_2 = (2 * n * d + n + ceil(n / b_q) * 2 * n * d) * itemsize
 
@@ -51,15 +59,16 @@ def attention_io(n, d, block=None, sram=100_000, itemsize=4):
     if block is None:
         b_k = -(-sram // max(1, 4 * d * itemsize))
         block = min(b_k, d), b_k
-    block = (block, block) if isinstance(block, int) else block
-    if min(n, d, itemsize, *block) < 1:
+    blocks = (block, block) if isinstance(block, int) else tuple(block)
+    if min(n, d, itemsize, *blocks) < 1:
         raise NpllmValueError(
-            f"n, d, itemsize and both blocks must be at least 1, got {n}, {d}, {itemsize} and {block}"
+            "n, d, itemsize and both blocks must be at least 1, "
+            f"got {n}, {d}, {itemsize} and {blocks}"
         )
-    q_visits, k_visits = -(-n // block[0]), -(-n // block[1])
+    q_visits, k_visits = -(-n // blocks[0]), -(-n // blocks[1])
     return {
         "naive": (4 * n * d + 4 * n * n) * itemsize,
         "flash_1": (2 * n * d + k_visits * (3 * n * d + 4 * n)) * itemsize,
         "flash_2": (2 * n * d + n + q_visits * 2 * n * d) * itemsize,
-        "block": tuple(block),
+        "block": blocks,
     }

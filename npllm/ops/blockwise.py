@@ -2,6 +2,7 @@
 merge of partial results.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,25 +21,27 @@ from npllm.ops.mask.rule import ALL, NONE, SOME
 
 __all__ = ["blockwise_attention", "merge_attention", "split_kv_attention"]
 
+Array = Any
+
 
 @ieee_semantics
 def blockwise_attention(
-    q,
-    k,
-    v,
+    q: Array,
+    k: Array,
+    v: Array,
     *,
-    mask=None,
-    bias=None,
-    scale=None,
-    softcap=None,
-    q_slots=None,
-    k_slots=None,
-    return_lse=False,
-    block_q=256,
-    block_k=512,
-    outer="queries",
-    moved=None,
-):
+    mask: Any = None,
+    bias: Array = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_slots: Any = None,
+    k_slots: Any = None,
+    return_lse: bool = False,
+    block_q: int = 256,
+    block_k: int = 512,
+    outer: str = "queries",
+    moved: Callable[[int], Any] | None = None,
+) -> Any:
     """Compute `attention` block by block, in memory that does not grow with n_seq x n_ctx.
 
     For each block of queries, visit the blocks of keys j and keep a running maximum m, sum l and
@@ -101,7 +104,7 @@ def blockwise_attention(
         xp, q, k, v, mask, bias, q_slots, k_slots, scale, softcap, compute_dtype(q, k, v, bias)
     )
     parts = SCHEDULES[outer](
-        tiles, _spans(q.shape[-2], block_q), _spans(k.shape[-2], block_k), moved or _nobody
+        tiles, _spans(q.shape[-2], block_q), _spans(k.shape[-2], block_k), moved or _ignore
     )
     y, lse = (
         xp.concat(pieces, axis=-2) if len(pieces) > 1 else pieces[0]
@@ -112,7 +115,7 @@ def blockwise_attention(
 
 
 @ieee_semantics
-def merge_attention(y, lse):
+def merge_attention(y: Array, lse: Array) -> tuple[Array, Array]:
     """Merge attention over disjoint sets of keys into attention over all of them.
 
         y = sum_s exp(lse_s - lse) * y_s,   lse = log sum_s exp(lse_s)
@@ -149,18 +152,18 @@ def merge_attention(y, lse):
 
 
 def split_kv_attention(
-    q,
-    k,
-    v,
+    q: Array,
+    k: Array,
+    v: Array,
     *,
-    n_split,
-    mask=None,
-    scale=None,
-    softcap=None,
-    q_slots=None,
-    k_slots=None,
-    return_lse=False,
-):
+    n_split: int,
+    mask: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_slots: Any = None,
+    k_slots: Any = None,
+    return_lse: bool = False,
+) -> Any:
     """Cut the keys into n_split parts, attend to each part alone, and merge (Flash-Decoding).
 
         y = merge_attention of blockwise_attention(q, k_s, v_s) over the runs s
@@ -222,7 +225,7 @@ class _State(NamedTuple):
     far.
     """
 
-    rows: Any  # [..., n_kv_head, n_rows, d_head]: the query heads of a group stand together
+    rows: Any  # [..., n_kv_head, n_rows, d_head]: the query heads of a group side by side
     m: Any  # [..., n_kv_head, n_rows, 1]
     l: Any  # noqa: E741 - the paper's letter
     a: Any  # [..., n_kv_head, n_rows, d_value]
@@ -243,7 +246,7 @@ class _Tiles(NamedTuple):
     softcap: float | None
     dtype: Any
 
-    def start(self, rows):
+    def start(self, rows: slice) -> _State:
         """The empty state of a block of queries."""
         xp, q = self.xp, self.q[..., rows, :]
         *batch, n_head, n_seq, d_head = q.shape
@@ -256,7 +259,7 @@ class _Tiles(NamedTuple):
             xp.zeros((*lead, self.v.shape[-1]), dtype=self.dtype),
         )
 
-    def visible(self, rows, columns):
+    def visible(self, rows: slice, columns: slice) -> Any:
         """What the queries of a block see of a block of keys: NONE, ALL, or a mask."""
         i, j = self.q_slots[rows], self.k_slots[columns]
         if rows.stop == rows.start:
@@ -272,7 +275,7 @@ class _Tiles(NamedTuple):
             else _cut(self.mask, rows, columns)
         )
 
-    def update(self, state, rows, columns, visible):
+    def update(self, state: _State, rows: slice, columns: slice, visible: Any) -> _State:
         """Fold a block of keys and values into the state of a block of queries."""
         xp, (q, m, l, a) = self.xp, state  # noqa: E741
         s = (q @ xp.matrix_transpose(widen(self.k[..., columns, :], self.dtype))) * self.scale
@@ -288,7 +291,7 @@ class _Tiles(NamedTuple):
         a = a * decay + p @ widen(self.v[..., columns, :], self.dtype)
         return _State(q, m_new, l * decay + xp.sum(p, axis=-1, keepdims=True), a)
 
-    def exclude(self, s, rows, columns, visible):
+    def exclude(self, s: Array, rows: slice, columns: slice, visible: Any) -> Array:
         """Add the bias to the scores, and put -inf where nothing is to be seen; both know the query
         heads one by one.
         """
@@ -303,8 +306,8 @@ class _Tiles(NamedTuple):
             s = xp.where(visible, s, xp.asarray(-xp.inf, dtype=s.dtype))
         return xp.reshape(s, shape)
 
-    def finish(self, state, rows):
-        """Divide the sums: the result and its log-sum-exp [..., n_seq, 1] for a block of queries."""
+    def finish(self, state: _State, rows: slice) -> tuple[Array, Array]:
+        """Divide the sums: result and log-sum-exp [..., n_seq, 1] of a block of queries."""
         xp = self.xp
         l_safe = xp.where(state.l == 0, xp.ones_like(state.l), state.l)
         heads = (
@@ -317,7 +320,9 @@ class _Tiles(NamedTuple):
         )
 
 
-def _outer_queries(tiles, q_blocks, k_blocks, moved):
+def _outer_queries(
+    tiles: _Tiles, q_blocks: list[slice], k_blocks: list[slice], moved: Callable[[int], Any]
+) -> list[tuple[Array, Array]]:
     """FlashAttention-2: fetch a block of queries, run over the keys, put the result away."""
     parts = []
     for rows in q_blocks:
@@ -333,7 +338,9 @@ def _outer_queries(tiles, q_blocks, k_blocks, moved):
     return parts
 
 
-def _outer_keys(tiles, q_blocks, k_blocks, moved):
+def _outer_keys(
+    tiles: _Tiles, q_blocks: list[slice], k_blocks: list[slice], moved: Callable[[int], Any]
+) -> list[tuple[Array, Array]]:
     """FlashAttention-1: fetch a block of keys and values, and update the state of every block of
     queries with it.
     """
@@ -346,7 +353,7 @@ def _outer_keys(tiles, q_blocks, k_blocks, moved):
                 _, m, l, a = states[n]  # noqa: E741
                 moved(
                     n_bytes(tiles.q[..., rows, :]) + 2 * sum(map(n_bytes, (m, l, a)))
-                )  # the state comes, and goes again
+                )  # the state is read and written
                 states[n] = tiles.update(states[n], rows, columns, visible)
     return [tiles.finish(state, rows) for state, rows in zip(states, q_blocks, strict=True)]
 
@@ -354,26 +361,26 @@ def _outer_keys(tiles, q_blocks, k_blocks, moved):
 SCHEDULES = {"queries": _outer_queries, "keys": _outer_keys}
 
 
-def _nobody(_):
+def _ignore(_: int) -> None:
     pass
 
 
-def _no_bound(*_):
+def _no_bound(*_: int) -> int:
     return SOME
 
 
-def _spans(n, size):
+def _spans(n: int, size: int) -> list[slice]:
     """Cut 0 ... n - 1 into slices of at most `size`; one empty slice where n is 0."""
     return [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
 
 
-def _cut(x, rows, columns):
+def _cut(x: Array, rows: slice, columns: slice) -> Array:
     """Take a block of a mask or bias; an axis of size 1 broadcasts and stays."""
     x = x if x.ndim < 1 or x.shape[-1] == 1 else x[..., columns]
     return x if x.ndim < 2 or x.shape[-2] == 1 else x[..., rows, :]
 
 
-def _ends(xp, slots):
+def _ends(xp: Any, slots: Any) -> tuple[int, int]:
     """Smallest and largest slot of a block, as Python integers."""
     if isinstance(slots, range):
         return min(slots[0], slots[-1]), max(slots[0], slots[-1])

@@ -1,5 +1,7 @@
 """Embedding lookup: from token ids to vectors; and absolute positions, which are added to them."""
 
+from typing import Any
+
 from npllm.arrays import (
     array_namespace,
     as_index,
@@ -14,9 +16,11 @@ from npllm.quantized.int8 import Int8Weight
 
 __all__ = ["add_positions", "embed", "sinusoidal_positions"]
 
+Array = Any
+
 
 @ieee_semantics
-def embed(ids, weight):
+def embed(ids: Array, weight: Array) -> Array:
     """Look up the row of the embedding matrix that belongs to each token id.
 
         y[..., :] = weight[ids[...], :]
@@ -66,7 +70,7 @@ def embed(ids, weight):
     return xp.reshape(widen(rows), (*ids.shape, d_model))
 
 
-def sinusoidal_positions(positions, d_model, base=10000.0):
+def sinusoidal_positions(positions: Array, d_model: int, base: float = 10000.0) -> Array:
     """Give each position a vector of sines and cosines of falling frequency.
 
         p[n, 2i] = sin(n / base ** (2i / d_model)),   p[n, 2i + 1] = cos(n / base ** (2i / d_model))
@@ -104,7 +108,7 @@ def sinusoidal_positions(positions, d_model, base=10000.0):
 
 
 @ieee_semantics
-def add_positions(x, positions, weight):
+def add_positions(x: Array, positions: Array, weight: Array) -> Array:
     """Add to each token's vector the learned vector of its position.
 
         y[..., n, :] = x[..., n, :] + weight[positions[..., n], :]
@@ -141,7 +145,8 @@ def add_positions(x, positions, weight):
     lowest_highest = host_range(positions)
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < weight.shape[0]):
         raise NpllmValueError(
-            f"positions must lie in 0 ... n_pos - 1 = {weight.shape[0] - 1}, got {lowest_highest[0]} ... "
+            f"positions must lie in 0 ... n_pos - 1 = {weight.shape[0] - 1}, "
+            f"got {lowest_highest[0]} ... "
             f"{lowest_highest[1]}"
         )
     y = widen(x) + embed(positions, weight)

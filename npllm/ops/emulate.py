@@ -6,8 +6,9 @@ a name here (`POINTS`); between two of them everything is float32, as it is insi
 kernels.  Activations stay float32 arrays, of values that the 16-bit type holds.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from npllm.arrays import array_namespace, entries_at_once, expect_shape, round_to, widen
 from npllm.errors import NpllmTypeError, NpllmValueError
@@ -19,6 +20,8 @@ from npllm.ops.residual import add
 from npllm.ops.rope import _halves_to_pairs, _pairs_to_halves, _rotate_half, rope_tables
 
 __all__ = ["POINTS", "emulate"]
+
+Array = Any
 
 LARGEST = {
     "bfloat16": (2 - 2**-7) * 2.0**127,
@@ -42,10 +45,10 @@ POINTS = {
     "gated": "swiglu: silu(gate) * up",
     "residual": "add: the residual stream after each half block",
 }
-"""Where a 16-bit model rounds: name -> what is rounded, in the order in which a layer meets them."""
+"""Where a 16-bit model rounds: name -> what is rounded, in the order of a layer."""
 
 
-def emulate(dtype, points=tuple(POINTS)):
+def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
     """Make the set of operations that rounds where Transformers rounds in a 16-bit type.
 
         model = npllm.load(folder, dtype="bfloat16", ops=npllm.ops.emulate("bfloat16"))
@@ -116,7 +119,7 @@ def emulate(dtype, points=tuple(POINTS)):
             f"no rounding point is called {', '.join(unknown)}; there are {', '.join(POINTS)}"
         )
     rounded = _Rounding(dtype, frozenset(points))
-    named = {
+    named: dict[str, Callable[..., Any]] = {
         "embed": _embed,
         "linear": _linear,
         "rms_norm": _rms_norm,
@@ -126,9 +129,8 @@ def emulate(dtype, points=tuple(POINTS)):
         "swiglu": _swiglu,
         "add": _add,
     }
-    return Ops(
-        **{name: partial(op, rounded) for name, op in named.items()}, name=f"emulate {dtype}"
-    )
+    bound: dict[str, Any] = {name: partial(op, rounded) for name, op in named.items()}
+    return Ops(**bound, name=f"emulate {dtype}")
 
 
 class _Rounding(NamedTuple):
@@ -137,34 +139,36 @@ class _Rounding(NamedTuple):
     dtype: str
     points: frozenset
 
-    def __call__(self, point, x):
+    def __call__(self, point: str, x: Array) -> Array:
         """Round `x` if this point is one of those that round."""
         self.expect(x, "float32")
         return round_to(x, self.dtype) if point in self.points else x
 
-    def weight(self, w):
+    def weight(self, w: Array) -> Array:
         """Return a weight as float32; raise where it is not stored in the emulated type."""
         self.expect(w, self.dtype)
         return widen(w)
 
-    def expect(self, x, dtype):
+    def expect(self, x: Array, dtype: Any) -> None:
         """Raise for an array of another dtype: a float64 model has nothing to emulate, a float32
         weight is not yet rounded.
         """
         if str(x.dtype) != dtype:
             raise NpllmTypeError(
-                f'emulate("{self.dtype}") takes weights stored in {self.dtype} and float32 activations, got '
-                f'{x.dtype}, not {dtype}; npllm.load(path, dtype="{self.dtype}", ops=...) rounds the weights'
+                f'emulate("{self.dtype}") takes weights stored in {self.dtype} and float32 '
+                "activations, got "
+                f"{x.dtype}, not {dtype}; "
+                f'npllm.load(path, dtype="{self.dtype}", ops=...) rounds the weights'
             )
 
 
-def _embed(rounded, ids, weight):
+def _embed(rounded: _Rounding, ids: Array, weight: Array) -> Array:
     """Look up `embed`: nothing to round."""
     rounded.expect(weight, rounded.dtype)
     return embed(ids, weight)
 
 
-def _linear(rounded, x, weight, bias=None):
+def _linear(rounded: _Rounding, x: Array, weight: Array, bias: Array = None) -> Array:
     """Round x @ weight.T + bias once, the bias included: PyTorch accumulates in float32."""
     xp = array_namespace(x, weight, bias)
     expect_shape("weight", weight, d_out=None, d_in=x.shape[-1])
@@ -184,7 +188,7 @@ def _linear(rounded, x, weight, bias=None):
     return rounded("linear", xp.reshape(y, (*x.shape[:-1], d_out)))
 
 
-def _product(a, b, xp):
+def _product(a: Array, b: Array, xp: Any) -> Array:
     """Multiply matrices in float32, where each sum takes one channel after another, the odd one of
     each pair first.
 
@@ -200,7 +204,7 @@ def _product(a, b, xp):
     return y
 
 
-def _rms_norm(rounded, x, weight, eps):
+def _rms_norm(rounded: _Rounding, x: Array, weight: Array, eps: float) -> Array:
     """Round the normalised row, and again its product with the gain; the root is taken as 1 / sqrt
     and multiplied by.
     """
@@ -210,19 +214,24 @@ def _rms_norm(rounded, x, weight, eps):
     return rounded("gain", rounded.weight(weight) * rounded("normalised", normalised))
 
 
-def _rope_tables(rounded, positions, inv_freq, scale=1.0):
+def _rope_tables(
+    rounded: _Rounding, positions: Array, inv_freq: Array, scale: float = 1.0
+) -> Array:
     """Round the tables; phases stay float32."""
     cos, sin = rope_tables(positions, inv_freq, scale)
     return rounded("tables", cos), rounded("tables", sin)
 
 
-def _apply_rope(rounded, x, cos, sin, *, interleaved=False):
+def _apply_rope(
+    rounded: _Rounding, x: Array, cos: Array, sin: Array, *, interleaved: bool = False
+) -> Array:
     """Round x * cos, rotated x * sin, and their sum."""
     xp = array_namespace(x, cos, sin)
     d_rope = cos.shape[-1]
     if cos.shape != sin.shape or cos.shape[-2] != x.shape[-2] or d_rope > x.shape[-1] or d_rope % 2:
         raise NpllmValueError(
-            f"cos and sin must be [n_seq, d_rope] for x [..., n_head, n_seq, d_head], with an even d_rope of at "
+            "cos and sin must be [n_seq, d_rope] for x [..., n_head, n_seq, d_head], with an "
+            "even d_rope of at "
             f"most d_head; got cos {list(cos.shape)}, sin {list(sin.shape)} and x {list(x.shape)}"
         )
     cos, sin = (
@@ -238,23 +247,24 @@ def _apply_rope(rounded, x, cos, sin, *, interleaved=False):
 
 
 def _attention(
-    rounded,
-    q,
-    k,
-    v,
+    rounded: _Rounding,
+    q: Array,
+    k: Array,
+    v: Array,
     *,
-    mask=None,
-    bias=None,
-    scale=None,
-    softcap=None,
-    q_slots=None,
-    k_slots=None,
-    return_lse=False,
-):
+    mask: Any = None,
+    bias: Array = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_slots: Any = None,
+    k_slots: Any = None,
+    return_lse: bool = False,
+) -> Array:
     """Compute eager attention, rounded after every step."""
     if bias is not None or softcap is not None or return_lse:
         raise NpllmValueError(
-            "emulate repeats Phi-3's eager attention, which has no bias, no softcap and returns no lse"
+            "emulate repeats Phi-3's eager attention, which has no bias, no softcap and returns "
+            "no lse"
         )
     xp = array_namespace(q, k, v)
     visible = evaluate_mask(
@@ -274,15 +284,16 @@ def _attention(
     return rounded("values", _product(weights, v, xp))
 
 
-def _swiglu(rounded, gate, up):
+def _swiglu(rounded: _Rounding, gate: Array, up: Array) -> Array:
     """Round silu(gate), and again its product with up."""
     if gate.shape != up.shape:
         raise NpllmValueError(
-            f"gate and up must have one shape [..., d_ff], got gate {list(gate.shape)} and up {list(up.shape)}"
+            "gate and up must have one shape [..., d_ff], "
+            f"got gate {list(gate.shape)} and up {list(up.shape)}"
         )
     return rounded("gated", rounded("silu", silu(gate)) * up)
 
 
-def _add(rounded, x, y):
+def _add(rounded: _Rounding, x: Array, y: Array) -> Array:
     """Round the sum."""
     return rounded("residual", add(x, y))

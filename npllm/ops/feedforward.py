@@ -1,14 +1,18 @@
 """The feed-forward half of a block: activation functions and the gated product."""
 
+from typing import Any
+
 from npllm.arrays import array_namespace, compute_dtype, ieee_semantics, widen
 from npllm.errors import NpllmValueError
 from npllm.ops.special import erfc
 
 __all__ = ["gelu", "relu", "silu", "swiglu"]
 
+Array = Any
+
 
 @ieee_semantics
-def silu(x):
+def silu(x: Array) -> Array:
     """Multiply each entry by its logistic sigmoid.
 
         y = x * sigmoid(x) = x / (1 + exp(-x))
@@ -38,7 +42,7 @@ def silu(x):
 
 
 @ieee_semantics
-def swiglu(gate, up):
+def swiglu(gate: Array, up: Array) -> Array:
     """Gate one projection of the hidden state by the SiLU of another.
 
         y = silu(gate) * up
@@ -69,7 +73,8 @@ def swiglu(gate, up):
     xp = array_namespace(gate, up)
     if gate.shape != up.shape:
         raise NpllmValueError(
-            f"gate and up must have one shape [..., d_ff], got gate {list(gate.shape)} and up {list(up.shape)}"
+            "gate and up must have one shape [..., d_ff], "
+            f"got gate {list(gate.shape)} and up {list(up.shape)}"
         )
     dtype = compute_dtype(gate, up)
     y = silu(widen(gate, dtype)) * widen(up, dtype)
@@ -77,7 +82,7 @@ def swiglu(gate, up):
 
 
 @ieee_semantics
-def relu(x):
+def relu(x: Array) -> Array:
     """Keep what is positive.
 
         y = max(x, 0)
@@ -103,11 +108,11 @@ def relu(x):
 
 
 @ieee_semantics
-def gelu(x, approximate="none"):
+def gelu(x: Array, approximate: str = "none") -> Array:
     """Multiply each entry by the probability that a normal variable lies below it.
 
-        y = x * (1 + erf(x / sqrt(2))) / 2                                          approximate = "none"
-        y = x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2                approximate = "tanh"
+        y = x * (1 + erf(x / sqrt(2))) / 2                              approximate = "none"
+        y = x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2    approximate = "tanh"
 
     Parameters
     ----------
@@ -147,7 +152,7 @@ def gelu(x, approximate="none"):
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
-def _times_sigmoid(x, t, xp):
+def _times_sigmoid(x: Array, t: Array, xp: Any) -> Array:
     """Compute x / (1 + exp(-t)); the exponential is of -|t|, which cannot overflow."""
     decay = xp.exp(-xp.abs(t))
     return x * xp.where(t >= 0, xp.ones_like(decay), decay) / (1 + decay)

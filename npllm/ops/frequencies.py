@@ -7,6 +7,7 @@ steps where PyTorch rounds them, also for a run in float64.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,10 @@ __all__ = [
     "yarn_scale",
 ]
 
+Array = Any
 
-def rope_frequencies(d_rope, base=10000.0, factors=None):
+
+def rope_frequencies(d_rope: int, base: float = 10000.0, factors: Any = None) -> Array:
     """List the angle by which each pair of channels turns from one position to the next.
 
         inv_freq[i] = 1 / (factors[i] * base ** (2 * i / d_rope)),  i = 0 ... d_rope/2 - 1
@@ -67,7 +70,7 @@ def rope_frequencies(d_rope, base=10000.0, factors=None):
     return np.float32(1) / (factors * power)
 
 
-def longrope_scale(factor, n_original):
+def longrope_scale(factor: float, n_original: int) -> float:
     """Give the attention factor of LongRoPE, which scales cos and sin.
 
         scale = sqrt(1 + ln(factor) / ln(n_original)),  1 where factor <= 1
@@ -91,7 +94,7 @@ def longrope_scale(factor, n_original):
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(n_original))
 
 
-def linear_frequencies(d_rope, base, factor):
+def linear_frequencies(d_rope: int, base: float, factor: float) -> Array:
     """Interpolate positions linearly: position m turns like position m / factor.
 
         inv_freq[i] = base ** (-2 * i / d_rope) / factor
@@ -114,10 +117,11 @@ def linear_frequencies(d_rope, base, factor):
     return rope_frequencies(d_rope, base) / np.float32(factor)
 
 
-def dynamic_base(d_rope, base, factor, n_ctx, n_original):
+def dynamic_base(d_rope: int, base: float, factor: float, n_ctx: int, n_original: int) -> float:
     """Raise the base as the sequence outgrows the context of the training (dynamic NTK scaling).
 
-        base' = base * (factor * n / n_original - (factor - 1)) ** (d_rope / (d_rope - 2)),  n = max(n_ctx, n_original)
+        base' = base * (factor * n / n_original - (factor - 1)) ** (d_rope / (d_rope - 2))
+        n = max(n_ctx, n_original)
 
     Parameters
     ----------
@@ -151,7 +155,14 @@ def dynamic_base(d_rope, base, factor, n_ctx, n_original):
     return base * (factor * n / n_original - (factor - 1)) ** (d_rope / (d_rope - 2))
 
 
-def llama3_frequencies(d_rope, base, factor, low_freq_factor, high_freq_factor, n_original):
+def llama3_frequencies(
+    d_rope: int,
+    base: float,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    n_original: int,
+) -> Array:
     """Scale down the low frequencies: fewer than low_freq_factor turns in the original context.
 
         turns[i] = n_original * inv_freq[i] / (2 * pi)
@@ -189,8 +200,14 @@ def llama3_frequencies(d_rope, base, factor, low_freq_factor, high_freq_factor, 
 
 
 def yarn_frequencies(
-    d_rope, base, factor, n_original, beta_fast=32.0, beta_slow=1.0, truncate=True
-):
+    d_rope: int,
+    base: float,
+    factor: float,
+    n_original: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> Array:
     """Interpolate the frequencies of slow pairs, keep those of fast pairs, blend between (YaRN).
 
         index(turns) = d_rope * ln(n_original / (2 * pi * turns)) / (2 * ln(base))
@@ -218,7 +235,7 @@ def yarn_frequencies(
     Source: "YaRN" (Peng et al. 2023), section 3.2; `_compute_yarn_parameters` in Transformers.
     """
 
-    def index(turns):
+    def index(turns: float) -> float:
         return d_rope * math.log(n_original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = index(beta_fast), index(beta_slow)
@@ -236,7 +253,9 @@ def yarn_frequencies(
     ) * keep
 
 
-def yarn_scale(factor, mscale=None, mscale_all_dim=None):
+def yarn_scale(
+    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
+) -> float:
     """Give the attention factor of YaRN, which scales cos and sin.
 
         m(a) = 0.1 * a * ln(factor) + 1,  1 where factor <= 1
@@ -256,13 +275,13 @@ def yarn_scale(factor, mscale=None, mscale_all_dim=None):
     Source: "YaRN" (Peng et al. 2023), equation 22; `_compute_yarn_parameters` in Transformers.
     """
 
-    def m(a):
+    def m(a: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * a * math.log(factor) + 1.0
 
     return m(mscale) / m(mscale_all_dim) if mscale and mscale_all_dim else m(1.0)
 
 
-def _powers(d_rope, base):
+def _powers(d_rope: int, base: float) -> Array:
     """Base ** (2 * i / d_rope) in float32: the exponent is float32, the power is taken in float64
     and rounded.
     """

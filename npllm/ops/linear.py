@@ -1,6 +1,7 @@
 """Linear maps, and the moves between one wide vector and its heads."""
 
 from math import prod
+from typing import Any
 
 from npllm.arrays import (
     array_namespace,
@@ -14,9 +15,11 @@ from npllm.errors import NpllmValueError
 
 __all__ = ["linear", "mean_pool_kv_heads", "merge_heads", "split_heads"]
 
+Array = Any
+
 
 @ieee_semantics
-def linear(x, weight, bias=None):
+def linear(x: Array, weight: Array, bias: Array = None) -> Array:
     """Multiply each row by the transposed weight matrix, and add a bias.
 
         y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o]
@@ -62,7 +65,7 @@ def linear(x, weight, bias=None):
     return xp.reshape(_round(y, x), (*x.shape[:-1], d_out))
 
 
-def split_heads(x, n_head):
+def split_heads(x: Array, n_head: int) -> Array:
     """Cut each row into heads, and put the heads before the positions.
 
         y[..., h, n, i] = x[..., n, h * d_head + i]
@@ -92,13 +95,14 @@ def split_heads(x, n_head):
     *batch, n_seq, width = x.shape
     if n_head < 1 or width % n_head:
         raise NpllmValueError(
-            f"the last axis of x must be n_head * d_head, a multiple of n_head = {n_head}, got {width}"
+            f"the last axis of x must be n_head * d_head, a multiple of n_head = {n_head}, "
+            f"got {width}"
         )
     y = xp.reshape(x, (*batch, n_seq, n_head, width // n_head))
     return _swap(y, xp)  # [..., n_seq, n_head, d_head] -> [..., n_head, n_seq, d_head]
 
 
-def merge_heads(x):
+def merge_heads(x: Array) -> Array:
     """Put the heads of each position side by side again: the inverse of `split_heads`.
 
         y[..., n, h * d_head + i] = x[..., h, n, i]
@@ -121,7 +125,7 @@ def merge_heads(x):
     return xp.reshape(_swap(x, xp), (*batch, n_seq, n_head * d_head))
 
 
-def mean_pool_kv_heads(weight, n_kv_head, n_group):
+def mean_pool_kv_heads(weight: Array, n_kv_head: int, n_group: int) -> Array:
     """Average key or value heads in groups: the first step from MHA to GQA.
 
         y[g * d_head + i, :] = mean over the heads h of group g of weight[h * d_head + i, :]
@@ -155,7 +159,8 @@ def mean_pool_kv_heads(weight, n_kv_head, n_group):
     n_rows = weight.shape[0]
     if n_kv_head < 1 or n_rows % n_kv_head:
         raise NpllmValueError(
-            f"the rows of weight must be n_kv_head * d_head, a multiple of n_kv_head = {n_kv_head}, got {n_rows}"
+            "the rows of weight must be n_kv_head * d_head, a multiple of n_kv_head = "
+            f"{n_kv_head}, got {n_rows}"
         )
     if n_group < 1 or n_kv_head % n_group:
         raise NpllmValueError(f"n_group must divide n_kv_head = {n_kv_head}, got {n_group}")
@@ -166,14 +171,14 @@ def mean_pool_kv_heads(weight, n_kv_head, n_group):
     return _round(xp.reshape(y, (n_group * (n_rows // n_kv_head), *weight.shape[1:])), weight)
 
 
-def _swap(x, xp):
+def _swap(x: Array, xp: Any) -> Array:
     """Exchange axes -3 and -2."""
     axes = list(range(x.ndim))
     axes[-3], axes[-2] = axes[-2], axes[-3]
     return xp.permute_dims(x, tuple(axes))
 
 
-def _row_blocks(weight, dtype):
+def _row_blocks(weight: Array, dtype: Any) -> list[Array]:
     """Cut a weight that must be widened into blocks of rows; one that has the compute dtype already
     stays whole.
     """
@@ -184,6 +189,6 @@ def _row_blocks(weight, dtype):
     return [weight[start : start + n_rows, :] for start in range(0, d_out, n_rows)]
 
 
-def _round(y, x):
+def _round(y: Array, x: Array) -> Array:
     """Round a result to the dtype of the input it belongs to."""
     return y if y.dtype == x.dtype else array_namespace(y).astype(y, x.dtype)

@@ -1,12 +1,16 @@
 """Normalisation of the vector at each position."""
 
+from typing import Any
+
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, widen
 
 __all__ = ["layer_norm", "rms_norm"]
 
+Array = Any
+
 
 @ieee_semantics
-def rms_norm(x, weight, eps):
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Divide each row by its root mean square, then scale it.
 
         y[..., i] = weight[i] * x[..., i] / sqrt(mean_j x[..., j]**2 + eps)
@@ -17,7 +21,7 @@ def rms_norm(x, weight, eps):
     weight : array [d_model]
         One gain for each channel.
     eps : float
-        Keeps a row of zeros finite; stands inside the root.  Phi-3 uses 1e-5.  With 0, a row of
+        Keeps a row of zeros finite; is added inside the root.  Phi-3 uses 1e-5.  With 0, a row of
         zeros gives NaN.
 
     Returns
@@ -50,7 +54,7 @@ def rms_norm(x, weight, eps):
 
 
 @ieee_semantics
-def layer_norm(x, weight, bias, eps):
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     """Shift each row to mean 0 and scale it to variance 1, then scale and shift every channel.
 
         mu = mean_j x[..., j],   var = mean_j (x[..., j] - mu)**2
@@ -92,7 +96,7 @@ def layer_norm(x, weight, bias, eps):
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
-def _mean(x, xp):
+def _mean(x: Array, xp: Any) -> Array:
     """Mean of each row, [..., 1]; 0 for a row without entries, of which libraries warn or raise."""
     if x.shape[-1] == 0:
         return xp.zeros((*x.shape[:-1], 1), dtype=x.dtype)

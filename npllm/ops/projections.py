@@ -18,9 +18,9 @@ def qkv_projection(
 ) -> tuple[Array, Array, Array]:
     """Project each position to its queries, keys and values, cut into heads.
 
-        q[..., h, n, :] = W_q[h] @ x[..., n, :] + b_q[h]      W_q[h] = weight[h*d_head : (h+1)*d_head, :]
-        k[..., h, n, :] = W_k[h] @ x[..., n, :] + b_k[h]      W_k[h] follows the n_head blocks of W_q
-        v[..., h, n, :] = W_v[h] @ x[..., n, :] + b_v[h]      W_v[h] follows the n_kv_head blocks of W_k
+        q[..., h, n, :] = W_q[h] @ x[..., n, :] + b_q[h],  W_q[h] = weight[h*d_head : (h+1)*d_head]
+        k[..., h, n, :] = W_k[h] @ x[..., n, :] + b_k[h],  W_k[h] follows the n_head blocks of W_q
+        v[..., h, n, :] = W_v[h] @ x[..., n, :] + b_v[h],  W_v[h] follows the blocks of W_k
 
     Parameters
     ----------
@@ -60,7 +60,8 @@ def split_qkv(qkv: Array, n_head: int, n_kv_head: int) -> tuple[Array, Array, Ar
     n_all, d_qkv = n_head + 2 * n_kv_head, qkv.shape[-1]
     if min(n_head, n_kv_head) < 1 or d_qkv % n_all:
         raise NpllmValueError(
-            f"d_qkv must be (n_head + 2*n_kv_head) * d_head, a multiple of {n_head} + 2*{n_kv_head} = {n_all}, "
+            f"d_qkv must be (n_head + 2*n_kv_head) * d_head, a multiple of {n_head} + "
+            f"2*{n_kv_head} = {n_all}, "
             f"got {d_qkv}"
         )
     d_head = d_qkv // n_all

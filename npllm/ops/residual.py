@@ -1,13 +1,17 @@
 """The residual stream: every half of a block adds to it, nothing replaces it."""
 
+from typing import Any
+
 from npllm.arrays import array_namespace, compute_dtype, ieee_semantics, widen
 from npllm.errors import NpllmValueError
 
 __all__ = ["add"]
 
+Array = Any
+
 
 @ieee_semantics
-def add(x, y):
+def add(x: Array, y: Array) -> Array:
     """Add the output of a half block to the residual stream.
 
         z = x + y
@@ -40,7 +44,8 @@ def add(x, y):
     xp = array_namespace(x, y)
     if x.shape != y.shape:
         raise NpllmValueError(
-            f"x and y must have one shape [..., d_model], got x {list(x.shape)} and y {list(y.shape)}"
+            "x and y must have one shape [..., d_model], "
+            f"got x {list(x.shape)} and y {list(y.shape)}"
         )
     dtype = compute_dtype(x, y)
     z = widen(x, dtype) + widen(y, dtype)

@@ -2,14 +2,18 @@
 position.
 """
 
+from typing import Any
+
 from npllm.arrays import array_namespace, compute_dtype, expect_shape, ieee_semantics, widen
 from npllm.errors import NpllmValueError
 
 __all__ = ["apply_rope", "apply_rope_complex", "rope_tables", "rotation_matrix"]
 
+Array = Any
+
 
 @ieee_semantics
-def rope_tables(positions, inv_freq, scale=1.0):
+def rope_tables(positions: Array, inv_freq: Array, scale: float = 1.0) -> tuple[Array, Array]:
     """Tabulate the cosine and sine of every angle, once for all layers.
 
         phase[..., n, i] = positions[..., n] * inv_freq[..., i]
@@ -44,7 +48,7 @@ def rope_tables(positions, inv_freq, scale=1.0):
 
 
 @ieee_semantics
-def apply_rope(x, cos, sin, *, interleaved=False):
+def apply_rope(x: Array, cos: Array, sin: Array, *, interleaved: bool = False) -> Array:
     """Rotate the first d_rope channels of every head, pair by pair, and pass the others through.
 
         y[i]            = x[i] * cos[i] - x[i + d_rope/2] * sin[i]
@@ -93,7 +97,8 @@ def apply_rope(x, cos, sin, *, interleaved=False):
         or any(got not in (1, want) for got, want in rows)
     ):
         raise NpllmValueError(
-            "cos and sin must have one shape, [n_seq, d_rope] or with the axes of x before the heads in front, "
+            "cos and sin must have one shape, [n_seq, d_rope] or with the axes of x before the "
+            "heads in front, "
             f"got cos {list(cos.shape)} and sin {list(sin.shape)} for x {list(x.shape)}"
         )
     dtype = compute_dtype(x, cos, sin)
@@ -112,7 +117,9 @@ def apply_rope(x, cos, sin, *, interleaved=False):
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
-def apply_rope_complex(x, positions, inv_freq, *, interleaved=False):
+def apply_rope_complex(
+    x: Array, positions: Array, inv_freq: Array, *, interleaved: bool = False
+) -> Array:
     """Rotate pairs of channels as complex numbers: a multiplication by e^(i phase).
 
         z[i] = x[i] + 1j * x[i + d_rope/2];   z'[i] = z[i] * exp(1j * position * inv_freq[i])
@@ -155,7 +162,7 @@ def apply_rope_complex(x, positions, inv_freq, *, interleaved=False):
     return y if y.dtype == x.dtype else xp.astype(y, x.dtype)
 
 
-def rotation_matrix(positions, inv_freq):
+def rotation_matrix(positions: Array, inv_freq: Array) -> Array:
     """Write the rotation of a position as a matrix: one 2 x 2 rotation for each channel pair.
 
         R[i, i] = R[i + d_rope/2, i + d_rope/2] = cos(phase_i)
@@ -188,18 +195,18 @@ def rotation_matrix(positions, inv_freq):
     return xp.eye(2 * half, dtype=cos.dtype) * cos + quarter_turn * sin
 
 
-def _rotate_half(x, xp):
+def _rotate_half(x: Array, xp: Any) -> Array:
     """Turn every half-split pair by 90 degrees: (a, b) -> (-b, a)."""
     half = x.shape[-1] // 2
     return xp.concat([-x[..., half:], x[..., :half]], axis=-1)
 
 
-def _pairs_to_halves(x, xp):
+def _pairs_to_halves(x: Array, xp: Any) -> Array:
     """Move channels 2i and 2i + 1 to i and i + d/2."""
     return xp.concat([x[..., 0::2], x[..., 1::2]], axis=-1)
 
 
-def _halves_to_pairs(x, xp):
+def _halves_to_pairs(x: Array, xp: Any) -> Array:
     """Move channels i and i + d/2 to 2i and 2i + 1."""
     half = x.shape[-1] // 2
     return xp.reshape(xp.stack([x[..., :half], x[..., half:]], axis=-1), x.shape)

@@ -1,8 +1,13 @@
 """Special functions that are in neither NumPy nor the array API."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from npllm.arrays import array_namespace, ieee_semantics, widen
 
 __all__ = ["erf", "erfc"]
+
+Array = Any
 
 # Coefficients of Cody's three rational approximations, highest power first but for the last, which
 # comes first.
@@ -69,7 +74,7 @@ ONE_OVER_SQRT_PI = 0.5641895835477562869
 
 
 @ieee_semantics
-def erf(x):
+def erf(x: Array) -> Array:
     """Compute the error function.
 
         erf(x) = 2 / sqrt(pi) * integral from 0 to x of exp(-t**2) dt
@@ -99,7 +104,7 @@ def erf(x):
 
 
 @ieee_semantics
-def erfc(x):
+def erfc(x: Array) -> Array:
     """Compute the complement of the error function.
 
         erfc(x) = 1 - erf(x) = 2 / sqrt(pi) * integral from x to infinity of exp(-t**2) dt
@@ -127,13 +132,13 @@ def erfc(x):
     return _rounded(xp.where(wide < 0, 2 - tail, tail), x)
 
 
-def _erf_near_0(y, xp):
+def _erf_near_0(y: Array, xp: Any) -> Array:
     """Compute erf(y) for 0 <= y <= SEAM."""
     near = xp.minimum(y, xp.full_like(y, SEAM))
     return near * _ratio(near * near, SMALL)
 
 
-def _erfc_beyond(y, xp):
+def _erfc_beyond(y: Array, xp: Any) -> Array:
     """Compute 1 - erf(y) for y > SEAM."""
     far = xp.maximum(y, xp.full_like(y, 4.0))
     mid = xp.minimum(xp.maximum(y, xp.full_like(y, SEAM)), xp.full_like(y, 4.0))
@@ -142,18 +147,18 @@ def _erfc_beyond(y, xp):
     return xp.where(y <= 4, xp.exp(-mid * mid) * _ratio(mid, MIDDLE), large)
 
 
-def _rounded(y, x):
+def _rounded(y: Array, x: Array) -> Array:
     """Round a result to the dtype of `x`."""
     return y if y.dtype == x.dtype else array_namespace(y).astype(y, x.dtype)
 
 
-def _ratio(t, coefficients):
+def _ratio(t: Array, coefficients: Any) -> Array:
     """Evaluate one polynomial over another by Horner's rule."""
     top, bottom = (_horner(t, series) for series in coefficients)
     return top / bottom
 
 
-def _horner(t, series):
+def _horner(t: Array, series: Sequence[float]) -> Array:
     value = series[0] + 0 * t
     for coefficient in series[1:]:
         value = value * t + coefficient

@@ -11,7 +11,6 @@ On Windows and macOS, where the system offers no such limit, time alone is limit
 import atexit
 import importlib.resources
 import importlib.util
-import io
 import json
 import os
 import subprocess
@@ -55,7 +54,6 @@ class TemplateProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: Any = None
-        self._reader: Any = None
 
     def ask(self, request: str, allowance: Allowance) -> dict[str, str]:
         """Send a request and wait for the answer.
@@ -107,7 +105,7 @@ class TemplateProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        self._reader.close()
+        process.stdout.close()
         return process.returncode
 
     def forget(self) -> None:
@@ -115,7 +113,7 @@ class TemplateProcess:
         if self._process is not None:
             self._process.returncode = 0  # is waited for by the parent
             self._process.stdin.close()
-            self._reader.close()
+            self._process.stdout.close()
         self.__init__()  # type: ignore[misc]  # the lock may be held by a thread of the parent
 
     def _start(self) -> None:
@@ -134,7 +132,6 @@ class TemplateProcess:
             raise NpllmOSError(
                 f"cannot start the process that renders chat templates: {command[0]} ({error})"
             ) from None
-        self._reader = io.BufferedReader(self._process.stdout)
         try:
             self._exchange(b"", Allowance(LONGEST_START))
         except NpllmValueError as error:
@@ -155,7 +152,7 @@ class TemplateProcess:
         timer.daemon = True
         try:
             timer.start()
-            answer = _transfer(process.stdin, line, self._reader)
+            answer = _transfer(line, process.stdin, process.stdout)
         except BaseException:  # Ctrl-C: the answer is not read, and would be taken for the next one
             self.stop()
             raise
@@ -182,15 +179,23 @@ class TemplateProcess:
         return _EndedError(f"the process that renders it ended with exit code {code}")
 
 
-def _transfer(stdin: Any, line: bytes, reader: Any) -> bytes:
-    """Write a line and read one; what is read is no whole line where the process has ended."""
-    rest = memoryview(line)
+def _transfer(line: bytes, stdin: Any, stdout: Any) -> bytes:
+    """Write a line and read one; what is read is no whole line where the process has ended.
+
+    The pipes have no buffers: a fork would copy what they hold, and their locks.
+    """
+    rest, pieces, n_bytes = memoryview(line), [b""], 0
     try:
         while rest:
             rest = rest[stdin.write(rest) :]
-        return reader.readline(LARGEST_ANSWER)
+        while n_bytes < LARGEST_ANSWER and not pieces[-1].endswith(b"\n"):
+            pieces.append(stdout.read(2**16))
+            n_bytes += len(pieces[-1])
+            if not pieces[-1]:
+                break
     except OSError:  # a broken pipe
         return b""
+    return b"".join(pieces)
 
 
 def _command() -> list[str]:

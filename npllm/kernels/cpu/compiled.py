@@ -1,11 +1,12 @@
 """The set compiled with Numba: a layer, all layers, and the parts of `parts`.
 
-While decoding, Python is what a small model waits for: its next kernel begins when Python, which
-the weights have pushed out of the caches, has looked at every argument.  So half a layer is one
-kernel, and so are all layers, wherever they are alike.
+Decoding a small model is bound by Python call overhead: Python's own code and data, which reading
+the weights has evicted from the caches, are needed between two kernels.  So half a layer is one
+kernel, and so are all layers where they are alike.
 """
 
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,27 +14,33 @@ import numpy as np
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
 from npllm.kernels.cpu import gemm
-from npllm.kernels.cpu.gemv import FEW_ROWS, attention_step, layers_step, mlp_step
+from npllm.kernels.cpu.decode import attention_step, layers_step, mlp_step
+from npllm.kernels.cpu.gemv import FEW_ROWS
+from npllm.kernels.cpu.launching import launch
 from npllm.kernels.cpu.layout import row_major_copy, rows_of
-from npllm.kernels.cpu.parts import (
-    bias_or_nothing,
-    biased,
-    bits,
+from npllm.kernels.cpu.operands import (
+    as_bits,
+    bias_or_empty,
     fits_gain,
     fits_gated,
     fits_product,
-    fits_rope,
     fits_weight,
+    kernel_operands,
+)
+from npllm.kernels.cpu.parts import (
+    add_bias,
     gated_panels,
     gelu,
     linear,
     linear_add,
     norm_linear,
     norm_swiglu,
-    one_token,
+)
+from npllm.kernels.cpu.rope_attention import (
+    decode_inputs,
+    fits_rope,
     reserve_slots,
     rope_attention,
-    stored,
 )
 from npllm.kernels.cpu.tiled import TILED
 from npllm.models.params import LayerParams
@@ -43,31 +50,34 @@ from npllm.quantized.int8 import Int8Weight, quantize
 
 __all__ = ["COMPILED", "attention_block", "decoder_layers", "mlp_block"]
 
+Array = Any
 
-def attention_block(x, layer, step):
+
+def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
     """Compute the first half of a layer: one kernel for one token of a few sequences."""
     weights = layer.input_layernorm, layer.qkv_proj, layer.o_proj
     if step.cache is None or not fits_step(x, *weights, step, layer.qkv_bias, layer.o_bias):
         return NotImplemented
     d_head = len(layer.qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    token = one_token(step, len(x), d_head)
+    token = decode_inputs(step, len(x), d_head)
     if token is None:
         return NotImplemented
     y = row_major_copy(x[:, 0])
-    attention_step(
+    launch(
+        attention_step,
         y,
-        bits(layer.input_layernorm),
+        as_bits(layer.input_layernorm),
         np.float32(step.eps),
-        *stored(layer.qkv_proj),
-        bias_or_nothing(layer.qkv_bias),
+        *kernel_operands(layer.qkv_proj),
+        bias_or_empty(layer.qkv_bias),
         *token,
         step.n_head,
-        *stored(layer.o_proj),
+        *kernel_operands(layer.o_proj),
     )
-    return biased(y, layer.o_bias).reshape(x.shape)
+    return add_bias(y, layer.o_bias).reshape(x.shape)
 
 
-def mlp_block(x, layer, step):
+def mlp_block(x: Array, layer: LayerParams, step: Step) -> Any:
     """Compute the second half of a layer: one kernel for a few rows; panels from the norm to the
     sum for many.
     """
@@ -76,26 +86,27 @@ def mlp_block(x, layer, step):
     if not fits_mlp(x, gain, gate_up, down, gate_up_bias, down_bias):
         return NotImplemented
     rows = rows_of(x)
-    if len(rows) > FEW_ROWS and not gemm.width():
+    if len(rows) > FEW_ROWS and not gemm.panel_columns():
         return NotImplemented
     y = row_major_copy(rows)
     if len(rows) > FEW_ROWS:
         gated = gated_panels(rows, gain, step.eps, gate_up, gate_up_bias)
-        gemm.add_unpacked(gemm.product(gated, *stored(down)), y)
+        gemm.add_unpacked(gemm.product(gated, *kernel_operands(down)), y)
     else:
-        mlp_step(
+        launch(
+            mlp_step,
             y,
-            bits(gain),
+            as_bits(gain),
             np.float32(step.eps),
-            *stored(gate_up),
-            bias_or_nothing(gate_up_bias),
-            *stored(down),
+            *kernel_operands(gate_up),
+            bias_or_empty(gate_up_bias),
+            *kernel_operands(down),
         )
-    return biased(y, down_bias).reshape(x.shape)
+    return add_bias(y, down_bias).reshape(x.shape)
 
 
-def decoder_layers(x, layers, step):
-    """Compute all layers: one kernel for one token of a few sequences where the layers are alike."""
+def decoder_layers(x: Array, layers: Any, step: Step) -> Any:
+    """Compute all layers: one kernel for one token of a few sequences where layers are alike."""
     masks = step.masks
     one_mask = masks is None or all(mask is step.mask for mask in masks)
     known = (
@@ -104,22 +115,22 @@ def decoder_layers(x, layers, step):
         and type(step.cache) is KVCache
         and all(type(x) is LayerParams for x in layers)
     )
-    y = one_step(x, layers, step) if one_mask and known else None
+    y = decode_step(x, layers, step) if one_mask and known else None
     return NotImplemented if y is None else y
 
 
-def one_step(x, layers, step):
+def decode_step(x: Array, layers: tuple[LayerParams, ...], step: Step) -> Array | None:
     """One token of a few sequences through all layers; None where they are not what `layers_step`
     is made for.
     """
     gain, qkv_proj, o_proj, *mlp = weights_of(layers[0])
     if not (fits_step(x, gain, qkv_proj, o_proj, step) and fits_mlp(x, *mlp)):
         return None
-    table = known_table(layers, step.cache)
+    table = address_table(layers, step.cache)
     if table is None:
         return None
     d_head = len(qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    token = one_token(step, len(x), d_head)
+    token = decode_inputs(step, len(x), d_head)
     if token is None:
         return None
     cos, sin, keys, values, seen = token
@@ -127,22 +138,30 @@ def one_step(x, layers, step):
         reserve_slots(step.cache, step.layer + n, len(x), step.n_kv_head, d_head)[:2]
         for n in range(1, len(layers))
     )
-    kept = [(keys, values), *others]
-    if not all(alike(k, keys) and alike(v, values) for k, v in kept):
+    cached = [(keys, values), *others]
+    if not all(same_layout(k, keys) and same_layout(v, values) for k, v in cached):
         return None
     first, table = (
         (*arrays_of(layers[0]), keys, values),
-        np.hstack((table, [(address(k), address(v)) for k, v in kept])),
+        np.hstack((table, [(data_address(k), data_address(v)) for k, v in cached])),
     )
     y = row_major_copy(x[:, 0])
-    layers_step(y, first, table, np.float32(step.eps), cos, sin, seen, step.n_head)
+    launch(layers_step, y, first, table, np.float32(step.eps), cos, sin, seen, step.n_head)
     return y.reshape(x.shape)
 
 
-# ---------------------------------------------------------------------------------------------------- what the kernels are made for
+# ---------------------------------------------------------------- what the kernels are made for
 
 
-def fits_step(x, norm_weight, qkv_weight, o_weight, step, qkv_bias=None, o_bias=None):
+def fits_step(
+    x: Array,
+    norm_weight: Array,
+    qkv_weight: Array,
+    o_weight: Array,
+    step: Step,
+    qkv_bias: Array = None,
+    o_bias: Array = None,
+) -> bool:
     """Tell whether the attention of one token of a few sequences is what `attention_step` is made
     for.
     """
@@ -158,7 +177,14 @@ def fits_step(x, norm_weight, qkv_weight, o_weight, step, qkv_bias=None, o_bias=
     return fits_weight(o_weight, step.n_head * d_head, o_bias) and len(o_weight) == x.shape[-1]
 
 
-def fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias=None, down_bias=None):
+def fits_mlp(
+    x: Array,
+    norm_weight: Array,
+    gate_up_weight: Array,
+    down_weight: Array,
+    gate_up_bias: Array = None,
+    down_bias: Array = None,
+) -> bool:
     """Tell whether a feed-forward half is what the kernels are made for."""
     return (
         fits_gated(x, norm_weight, gate_up_weight, gate_up_bias)
@@ -167,7 +193,7 @@ def fits_mlp(x, norm_weight, gate_up_weight, down_weight, gate_up_bias=None, dow
     )
 
 
-# -------------------------------------------------------------------------------------------------- where the weights of layers lie
+# ------------------------------------------------------------------- addresses of the weights
 
 WEIGHTS = (
     "input_layernorm",
@@ -178,51 +204,52 @@ WEIGHTS = (
     "down_proj",
 )
 BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
-# cache -> layers, arrays, table: to look at all weights for every token would take as long as a
-# layer
+# cache -> layers, arrays, table: checking all weights for every token would cost as much as a layer
 _KNOWN: WeakKeyDictionary[KVCache, tuple[tuple, list, np.ndarray | None]] = WeakKeyDictionary()
 
 
-def known_table(layers, cache):
+def address_table(layers: tuple[LayerParams, ...], cache: KVCache) -> Array | None:
     """Where the arrays of each layer lie, [n_layer, 10] in the order of `arrays_of`; None where
     layers differ or have biases.
     """
     if cache not in _KNOWN or _KNOWN[cache][0] is not layers:
-        same = all(all(map(alike, weights_of(layer), weights_of(layers[0]))) for layer in layers)
+        same = all(
+            all(map(same_layout, weights_of(layer), weights_of(layers[0]))) for layer in layers
+        )
         plain = all(getattr(layer, name) is None for layer in layers for name in BIASES)
         arrays = (
             [arrays_of(layer) for layer in layers] if same and plain else []
-        )  # kept: what lies at an address stays there
+        )  # references keep the arrays at the addresses alive
         _KNOWN[cache] = (
             layers,
             arrays,
-            np.array([list(map(address, row)) for row in arrays]) if arrays else None,
+            np.array([list(map(data_address, row)) for row in arrays]) if arrays else None,
         )
     return _KNOWN[cache][2]
 
 
-def weights_of(layer):
+def weights_of(layer: LayerParams) -> list[Any]:
     """The weights of a layer in the order of `WEIGHTS`."""
     return [getattr(layer, name) for name in WEIGHTS]
 
 
-def arrays_of(layer):
+def arrays_of(layer: LayerParams) -> tuple[Array, ...]:
     """The weights of a layer as `layers_step` takes them."""
     gain, qkv_proj, o_proj, next_gain, gate_up_proj, down_proj = weights_of(layer)
     return (
-        bits(gain),
-        *stored(qkv_proj),
-        *stored(o_proj),
-        bits(next_gain),
-        *stored(gate_up_proj),
-        *stored(down_proj),
+        as_bits(gain),
+        *kernel_operands(qkv_proj),
+        *kernel_operands(o_proj),
+        as_bits(next_gain),
+        *kernel_operands(gate_up_proj),
+        *kernel_operands(down_proj),
     )
 
 
-def alike(a, b):
+def same_layout(a: Any, b: Any) -> bool:
     """Tell whether two weights, or two caches, differ in their numbers and their place only."""
     if isinstance(a, Int8Weight) and isinstance(b, Int8Weight):
-        return alike(a.values, b.values) and alike(a.scales, b.scales)
+        return same_layout(a.values, b.values) and same_layout(a.scales, b.scales)
     return (
         type(a) is type(b) is np.ndarray
         and (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
@@ -230,7 +257,7 @@ def alike(a, b):
     )
 
 
-def address(x):
+def data_address(x: Array) -> int:
     """Where an array begins in memory."""
     return x.__array_interface__["data"][0]
 
@@ -250,29 +277,26 @@ COMPILED = replace(
 )
 
 
-def call_all(dtype):
+def compile_all(dtype: str) -> None:
     """Call every kernel once with small read-only weights, as a checkpoint's are, so that all of
     them are compiled.
     """
 
-    def frozen(*shape):
+    def frozen(*shape: int) -> Any:
         x = np.zeros(shape, DTYPES["bfloat16" if dtype == "int8" else dtype])
         x.flags.writeable = False
         return x if dtype != "int8" or len(shape) == 1 else quantize(np.zeros(shape))
 
-    gain, square, qkv_proj, gate_up_proj = (
-        frozen(64),
-        frozen(64, 64),
-        frozen(192, 64),
-        frozen(128, 64),
-    )
+    gain, square = frozen(64), frozen(64, 64)
+    qkv_proj, gate_up_proj = frozen(192, 64), frozen(128, 64)
     layer = LayerParams(gain, qkv_proj, square, gain, gate_up_proj, square)
     for n in (1, 2, FEW_ROWS + 1):
         x = np.ones((1, n, 64), np.float32)
         linear(x, square)
         linear_add(x, square, x)
         norm_swiglu(x, gain, 0.0, gate_up_proj)
-        step = Step(*np.ones((2, n, 16), np.float32), 2, 2, 0.0, [causal()])
+        table = np.ones((n, 16), np.float32)
+        step = Step(table, table, 2, 2, 0.0, [causal()])
         mlp_block(x, layer, step)
         rope_attention(norm_linear(x, gain, 0.0, qkv_proj), step._replace(cache=KVCache(1, 1, 64)))
         attention_block(x, layer, step._replace(cache=KVCache(1, 1, 64)))

@@ -11,39 +11,33 @@ Source: "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Gei
 """
 
 from functools import cache
+from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from numba import get_num_threads, prange
+from numba import prange
 
-from npllm.kernels.cpu.simd import (
-    LANES,
-    fma,
-    is_int8,
-    kernel,
-    load,
-    prefetch,
-    single,
-    splat,
-    store,
-    take,
-    total,
-)
+from npllm.kernels.cpu.launching import kernel, launch, n_workers
+from npllm.kernels.cpu.simd import LANES, fma, load, load_scalar, prefetch, reduce_add, splat, store
+from npllm.kernels.cpu.simd_arrays import atomic_fetch_add, is_int8
 from npllm.quantized.int8 import GROUP
 from npllm.threads import scratch
 
-__all__ = ["add_unpacked", "packed", "product", "unpacked", "width"]
+__all__ = ["add_unpacked", "packed", "product", "unpacked", "panel_columns"]
+
+Array = Any
+Vector = Any  # sixteen float32
 
 WIDE, NARROW = 4 * LANES, LANES  # columns of a panel, and of a tile
-TALL = 6  # rows of a tile
-BAND = 16 * TALL  # rows of a task
+TILE_ROWS = 6  # rows of a tile
+BAND = 16 * TILE_ROWS  # rows of a task
 DEPTH = 512  # channels of a run
 SHALLOW = 288  # of one with 16 columns: a panel's part and a tile's rows stay in the nearest cache
 AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 
 @cache
-def width():
+def panel_columns() -> int:
     """Columns of a panel: what the registers of this processor hold the sums of; 0 for one that is
     left to BLAS.
     """
@@ -51,55 +45,57 @@ def width():
     return WIDE if features.get("avx512f") else NARROW if features.get("fma") else 0
 
 
-def packed(rows, gain, eps):
+def packed(rows: Array, gain: Array, eps: float) -> Array:
     """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns] in a buffer,
     the last filled up with zeros.
     """
     n, d = rows.shape
-    columns = NARROW if n <= NARROW else width()
+    columns = NARROW if n <= NARROW else panel_columns()
     panels = scratch("x panels", (-(-n // columns), d, columns), np.float32)
-    pack_all(rows, gain, np.float32(eps), panels)
+    launch(pack_all, rows, gain, np.float32(eps), panels)
     return panels
 
 
-def product(panels, weight, scales):
+def product(panels: Array, weight: Array, scales: Array) -> Array:
     """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns]
     in a buffer.
     """
     d_out = len(weight)
-    y = scratch("y panels", (len(panels), -(-d_out // TALL) * TALL, panels.shape[2]), np.float32)
-    wide = scratch("band", (get_num_threads(), BAND, DEPTH), np.float32)
-    multiply_all(weight, scales, panels, wide, y, np.zeros(1, np.int64))
+    y = scratch(
+        "y panels", (len(panels), -(-d_out // TILE_ROWS) * TILE_ROWS, panels.shape[2]), np.float32
+    )
+    wide = scratch("band", (n_workers(), BAND, DEPTH), np.float32)
+    launch(multiply_all, weight, scales, panels, wide, y, np.zeros(1, np.int64))
     return y
 
 
-def unpacked(panels, y):
+def unpacked(panels: Array, y: Array) -> Array:
     """Write panels [n_panel, at least d, columns] as rows into y [n, d]."""
-    unpack_all(panels, y, False)
+    launch(unpack_all, panels, y, False)
     return y
 
 
-def add_unpacked(panels, y):
+def add_unpacked(panels: Array, y: Array) -> Array:
     """Add panels [n_panel, at least d, columns] to the rows y [n, d]."""
-    unpack_all(panels, y, True)
+    launch(unpack_all, panels, y, True)
     return y
 
 
 @kernel(nogil=True)
-def root_mean_square(x, eps):
+def root_mean_square(x: Array, eps: float) -> float:
     """sqrt(mean of x**2 + eps) of one contiguous row."""
     square, d = splat(np.float32(0)), len(x)
     whole = d // LANES * LANES
     for i in range(0, whole, LANES):
         square = fma(load(x, i), load(x, i), square)
-    mean = total(square)
+    mean = reduce_add(square)
     for i in range(whole, d):
         mean += x[i] * x[i]
     return np.sqrt(mean / np.float32(d) + eps)
 
 
 @kernel(nogil=True)
-def pack(rows, gain, eps, panel):
+def pack(rows: Array, gain: Array, eps: float, panel: Array) -> None:
     """Transpose up to 64 rows into a panel, 16 x 16 entries at a time; each row is normalised where
     there is a gain.
     """
@@ -115,12 +111,12 @@ def pack(rows, gain, eps, panel):
                 first, min(first + 16, n)
             ):  # whose lines may lie in one set of the cache: each is read once
                 for i in range(start, min(start + 16, d)):
-                    g = single(gain, i) if len(gain) else np.float32(1)
+                    g = load_scalar(gain, i) if len(gain) else np.float32(1)
                     panel[i, k] = g * (rows[k, i] / roots[k])
 
 
 @kernel(nogil=True)
-def unpack(panel, y, add):
+def unpack(panel: Array, y: Array, add: bool) -> None:
     """Transpose a panel into its rows, or add it to them, 16 x 16 entries at a time."""
     n, d = y.shape
     for start in range(0, d, 16):
@@ -131,9 +127,11 @@ def unpack(panel, y, add):
 
 
 @kernel(nogil=True)
-def put(y, at, a, b, c, d, more):
-    """Store four vectors, or add them to what stands there."""
-    if more:
+def store_vectors(
+    y: Array, at: int, a: Vector, b: Vector, c: Vector, d: Vector, accumulate: bool
+) -> None:
+    """Store four vectors, or add them to the stored ones."""
+    if accumulate:
         one = splat(np.float32(1))
         a, b = fma(one, load(y, at), a), fma(one, load(y, at + LANES), b)
         c, d = fma(one, load(y, at + 2 * LANES), c), fma(one, load(y, at + 3 * LANES), d)
@@ -144,7 +142,18 @@ def put(y, at, a, b, c, d, more):
 
 
 @kernel(nogil=True)
-def multiply_tile(m, w, row, step, panels, x, depth, y, at, more):
+def multiply_tile(
+    m: Array,
+    w: int,
+    row: int,
+    step: int,
+    panels: Array,
+    x: int,
+    depth: int,
+    y: Array,
+    at: int,
+    accumulate: bool,
+) -> None:
     """Y [6, 64] at `at`, set to or (more) increased by a matrix [6, depth] times panel [depth, 64]
     at x.
 
@@ -161,78 +170,123 @@ def multiply_tile(m, w, row, step, panels, x, depth, y, at, more):
             load(panels, i + 2 * LANES),
             load(panels, i + 3 * LANES),
         )
-        g = splat(single(m, j))
+        g = splat(load_scalar(m, j))
         a0, a1, a2, a3 = fma(g, x0, a0), fma(g, x1, a1), fma(g, x2, a2), fma(g, x3, a3)
-        g = splat(single(m, j + row))
+        g = splat(load_scalar(m, j + row))
         b0, b1, b2, b3 = fma(g, x0, b0), fma(g, x1, b1), fma(g, x2, b2), fma(g, x3, b3)
-        g = splat(single(m, j + 2 * row))
+        g = splat(load_scalar(m, j + 2 * row))
         c0, c1, c2, c3 = fma(g, x0, c0), fma(g, x1, c1), fma(g, x2, c2), fma(g, x3, c3)
-        g = splat(single(m, j + 3 * row))
+        g = splat(load_scalar(m, j + 3 * row))
         d0, d1, d2, d3 = fma(g, x0, d0), fma(g, x1, d1), fma(g, x2, d2), fma(g, x3, d3)
-        g = splat(single(m, j + 4 * row))
+        g = splat(load_scalar(m, j + 4 * row))
         e0, e1, e2, e3 = fma(g, x0, e0), fma(g, x1, e1), fma(g, x2, e2), fma(g, x3, e3)
-        g = splat(single(m, j + 5 * row))
+        g = splat(load_scalar(m, j + 5 * row))
         f0, f1, f2, f3 = fma(g, x0, f0), fma(g, x1, f1), fma(g, x2, f2), fma(g, x3, f3)
-    put(y, at, a0, a1, a2, a3, more)
-    put(y, at + WIDE, b0, b1, b2, b3, more)
-    put(y, at + 2 * WIDE, c0, c1, c2, c3, more)
-    put(y, at + 3 * WIDE, d0, d1, d2, d3, more)
-    put(y, at + 4 * WIDE, e0, e1, e2, e3, more)
-    put(y, at + 5 * WIDE, f0, f1, f2, f3, more)
+    store_vectors(y, at, a0, a1, a2, a3, accumulate)
+    store_vectors(y, at + WIDE, b0, b1, b2, b3, accumulate)
+    store_vectors(y, at + 2 * WIDE, c0, c1, c2, c3, accumulate)
+    store_vectors(y, at + 3 * WIDE, d0, d1, d2, d3, accumulate)
+    store_vectors(y, at + 4 * WIDE, e0, e1, e2, e3, accumulate)
+    store_vectors(y, at + 5 * WIDE, f0, f1, f2, f3, accumulate)
 
 
 @kernel(nogil=True)
-def multiply_narrow(m, w, row, step, panels, x, depth, y, at, more):
+def multiply_narrow(
+    m: Array,
+    w: int,
+    row: int,
+    step: int,
+    panels: Array,
+    x: int,
+    depth: int,
+    y: Array,
+    at: int,
+    accumulate: bool,
+) -> None:
     """As `multiply_tile` with 16 columns: twelve of sixteen registers hold sums."""
     a = b = c = d = e = f = splat(np.float32(0))
-    for r in range(TALL):
+    for r in range(TILE_ROWS):
         prefetch(y, at + r * NARROW)  # is read at the end
     for k in range(depth):
         v, j = load(panels, x + k * NARROW), w + k * step
-        a, b = fma(splat(single(m, j)), v, a), fma(splat(single(m, j + row)), v, b)
-        c, d = fma(splat(single(m, j + 2 * row)), v, c), fma(splat(single(m, j + 3 * row)), v, d)
-        e, f = fma(splat(single(m, j + 4 * row)), v, e), fma(splat(single(m, j + 5 * row)), v, f)
-    put(y, at, a, b, c, d, more)
+        a, b = fma(splat(load_scalar(m, j)), v, a), fma(splat(load_scalar(m, j + row)), v, b)
+        c, d = (
+            fma(splat(load_scalar(m, j + 2 * row)), v, c),
+            fma(splat(load_scalar(m, j + 3 * row)), v, d),
+        )
+        e, f = (
+            fma(splat(load_scalar(m, j + 4 * row)), v, e),
+            fma(splat(load_scalar(m, j + 5 * row)), v, f),
+        )
+    store_vectors(y, at, a, b, c, d, accumulate)
     one = splat(np.float32(1))
-    if more:
+    if accumulate:
         e, f = fma(one, load(y, at + 4 * NARROW), e), fma(one, load(y, at + 5 * NARROW), f)
     store(y, at + 4 * NARROW, e)
     store(y, at + 5 * NARROW, f)
 
 
 @kernel(nogil=True)
-def multiply(m, w, row, step, n_row, panel, x, depth, y, at, more, coming):
+def multiply(
+    m: Array,
+    w: int,
+    row: int,
+    step: int,
+    n_row: int,
+    panel: Array,
+    x: int,
+    depth: int,
+    y: Array,
+    at: int,
+    accumulate: bool,
+    next_panel: int,
+) -> None:
     """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in
     `multiply_tile`, times a panel.
 
-    The part of a panel at `coming`, which the next call reads, is fetched meanwhile.
+    The part of a panel at `next_panel`, which the next call reads, is fetched meanwhile.
     """
     columns = y.shape[y.ndim - 1]
-    whole = n_row // TALL * TALL
-    share = depth * TALL // max(whole, 1) + 1  # channels to fetch during each tile
-    for r in range(0, whole, TALL):
+    whole = n_row // TILE_ROWS * TILE_ROWS
+    share = depth * TILE_ROWS // max(whole, 1) + 1  # channels to fetch during each tile
+    for r in range(0, whole, TILE_ROWS):
         if columns == WIDE:
-            multiply_tile(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
+            multiply_tile(
+                m, w + r * row, row, step, panel, x, depth, y, at + r * columns, accumulate
+            )
         else:
-            for k in range(r // TALL * share, (r // TALL + 1) * share):
-                prefetch(panel, coming + k * NARROW)
-            multiply_narrow(m, w + r * row, row, step, panel, x, depth, y, at + r * columns, more)
+            for k in range(r // TILE_ROWS * share, (r // TILE_ROWS + 1) * share):
+                prefetch(panel, next_panel + k * NARROW)
+            multiply_narrow(
+                m, w + r * row, row, step, panel, x, depth, y, at + r * columns, accumulate
+            )
     for r in range(whole, n_row):
         for c in range(0, columns, LANES):
-            a = load(y, at + r * columns + c) if more else splat(np.float32(0))
+            a = load(y, at + r * columns + c) if accumulate else splat(np.float32(0))
             for k in range(depth):
                 a = fma(
-                    splat(single(m, w + r * row + k * step)), load(panel, x + k * columns + c), a
+                    splat(load_scalar(m, w + r * row + k * step)),
+                    load(panel, x + k * columns + c),
+                    a,
                 )
             store(y, at + r * columns + c, a)
 
 
 @kernel(nogil=True)
-def widen_run(weight, scales, row, start, depth, wide, r, real):
+def widen_run(
+    weight: Array,
+    scales: Array,
+    row: int,
+    start: int,
+    depth: int,
+    wide: Array,
+    r: int,
+    exists: bool,
+) -> None:
     """Write channels start ... start + depth - 1 of a row of the weight into row r of the buffer;
     zeros where there is no row.
     """
-    if not real:
+    if not exists:
         wide[r, :depth] = 0
         return
     p, whole, ahead = row * weight.shape[1] + start, depth // LANES * LANES, AHEAD * weight.shape[1]
@@ -243,11 +297,11 @@ def widen_run(weight, scales, row, start, depth, wide, r, real):
             x = fma(x, splat(scales[row, (start + i) // GROUP]), splat(np.float32(0)))
         store(wide, r * DEPTH + i, x)
     for i in range(whole, depth):
-        wide[r, i] = single(weight, p + i)
+        wide[r, i] = load_scalar(weight, p + i)
 
 
 @kernel(nogil=True)
-def even_run(d_in, most):
+def run_length(d_in: int, most: int) -> int:
     """Channels of a run: at most so many, a multiple of LANES, and no short run at the end that is
     not worth its sums.
     """
@@ -256,23 +310,38 @@ def even_run(d_in, most):
 
 
 @kernel(nogil=True)
-def multiply_band(weight, scales, panels, wide, y, first, stop):
+def multiply_band(
+    weight: Array, scales: Array, panels: Array, wide: Array, y: Array, first: int, stop: int
+) -> None:
     """Rows first ... stop - 1 of the product, for all panels."""
     d_in, columns = weight.shape[1], panels.shape[2]
-    n_tile = (stop - first + TALL - 1) // TALL
-    run = even_run(d_in, DEPTH if columns == WIDE else SHALLOW)
+    n_tile = (stop - first + TILE_ROWS - 1) // TILE_ROWS
+    run = run_length(d_in, DEPTH if columns == WIDE else SHALLOW)
     for start in range(0, d_in, run):
         depth = min(run, d_in - start)
-        for r in range(n_tile * TALL):
+        for r in range(n_tile * TILE_ROWS):
             widen_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
         for p in range(len(panels)):
             x, at = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns
-            coming = ((p + 1) % len(panels) * d_in + start) * columns
-            multiply(wide, 0, DEPTH, 1, n_tile * TALL, panels, x, depth, y, at, start > 0, coming)
+            next_panel = ((p + 1) % len(panels) * d_in + start) * columns
+            multiply(
+                wide,
+                0,
+                DEPTH,
+                1,
+                n_tile * TILE_ROWS,
+                panels,
+                x,
+                depth,
+                y,
+                at,
+                start > 0,
+                next_panel,
+            )
 
 
 @kernel(parallel=True)
-def pack_all(rows, gain, eps, panels):
+def pack_all(rows: Array, gain: Array, eps: float, panels: Array) -> None:
     """Pack every panel."""
     n = panels.shape[2]
     for p in prange(len(panels)):
@@ -280,7 +349,7 @@ def pack_all(rows, gain, eps, panels):
 
 
 @kernel(parallel=True)
-def unpack_all(panels, y, add):
+def unpack_all(panels: Array, y: Array, add: bool) -> None:
     """Unpack every panel, or add it."""
     n = panels.shape[2]
     for p in prange(len(panels)):
@@ -288,13 +357,15 @@ def unpack_all(panels, y, add):
 
 
 @kernel(parallel=True)
-def multiply_all(weight, scales, panels, wide, y, counter):
+def multiply_all(
+    weight: Array, scales: Array, panels: Array, wide: Array, y: Array, counter: Array
+) -> None:
     """All bands of the product: whichever thread is free takes the next one, so that a core that is
     busy otherwise gets fewer.
     """
     d_out = len(weight)
     for thread in prange(len(wide)):
-        first = take(counter) * BAND
+        first = atomic_fetch_add(counter) * BAND
         while first < d_out:
             multiply_band(weight, scales, panels, wide[thread], y, first, min(first + BAND, d_out))
-            first = take(counter) * BAND
+            first = atomic_fetch_add(counter) * BAND

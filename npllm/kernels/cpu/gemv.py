@@ -1,70 +1,59 @@
-"""Products of a few rows: the weights are read once, straight from where they lie, and that is the
-time it takes.
+"""Products of a few rows, which are memory-bound: each weight is read once, in its stored dtype.
 
 A weight is widened in registers, `fma(load(weight, p), load(x, i), acc)`; several distant streams
-of its rows are read at once, and each is fetched ahead.  `attention_step` and `mlp_step` are the
-halves of a layer: between two kernels the memory would wait for Python, for longer than it takes to
-read the weights of a small model.
+of its rows are read at once, and each is prefetched.
 """
+
+from typing import Any
 
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.attention import attend_step
 from npllm.kernels.cpu.gemm import root_mean_square
+from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.simd import (
     LANES,
     fma,
-    is_int8,
-    kernel,
-    like,
     load,
     load_pairs,
-    pairs,
+    load_scalar,
     prefetch,
     prefetch_pairs,
-    silu,
-    single,
+    reduce_add,
     splat,
-    store,
-    total,
 )
+from npllm.kernels.cpu.simd_arrays import deinterleave, is_int8
 from npllm.quantized.int8 import GROUP
 
-__all__ = [
-    "FEW_ROWS",
-    "add_product",
-    "attention_step",
-    "gate_all",
-    "gated_product",
-    "layers_step",
-    "mlp_step",
-]
+__all__ = ["FEW_ROWS", "add_product"]
 
-FEW_ROWS = 12  # up to here reading the weight straight is faster than panels; a multiple of 4
-AHEAD = 512  # entries of each stream of weights that are fetched ahead
+Array = Any
+
+FEW_ROWS = 12  # up to here reading the weight directly is faster than panels; a multiple of 4
+AHEAD = 512  # entries of each stream of weights that are prefetched
 STEP = 2 * LANES
 
 
 @kernel()
-def rest(weight, p, x):
+def dot_remainder(weight: Array, p: int, x: Array) -> float:
     """What a row's product has beyond the last whole step."""
-    n, y = len(x), np.float32(0)
+    n = len(x)
+    y: Any = np.float32(0)
     for i in range(n // STEP * STEP, n):
-        y += single(weight, p + i) * x[i]
+        y += load_scalar(weight, p + i) * x[i]
     return y
 
 
 @kernel()
-def distance(d_out, streams):
-    """Rows between streams that share d_out rows: odd, since streams a power of two of bytes apart
-    take each other's banks.
+def stream_stride(d_out: int, streams: int) -> int:
+    """Rows between streams that share d_out rows: odd, since streams at a distance of a power of
+    two bytes have bank conflicts.
     """
     return (d_out + streams - 1) // streams | 1
 
 
 @kernel()
-def dot_four(weight, p, q, r, s, x, n):
+def dot_four(weight: Array, p: int, q: int, r: int, s: int, x: Array, n: int) -> tuple[float, ...]:
     """Products of four rows of a weight, which begin at p, q, r and s, with one vector."""
     a = b = c = d = splat(np.float32(0))
     whole = n // STEP * STEP
@@ -83,15 +72,15 @@ def dot_four(weight, p, q, r, s, x, n):
         w0, w1 = load_pairs(weight, s + i)
         d = fma(w1, x1, fma(w0, x0, d))
     return (
-        total(a) + rest(weight, p, x),
-        total(b) + rest(weight, q, x),
-        total(c) + rest(weight, r, x),
-        total(d) + rest(weight, s, x),
+        reduce_add(a) + dot_remainder(weight, p, x),
+        reduce_add(b) + dot_remainder(weight, q, x),
+        reduce_add(c) + dot_remainder(weight, r, x),
+        reduce_add(d) + dot_remainder(weight, s, x),
     )
 
 
 @kernel()
-def dot_two_by_four(weight, p, q, x, k, n):
+def dot_two_by_four(weight: Array, p: int, q: int, x: Array, k: int, n: int) -> tuple[float, ...]:
     """Products of two rows of a weight, which begin at p and q, with four vectors: rows k ... k + 3
     of x.
     """
@@ -112,11 +101,22 @@ def dot_two_by_four(weight, p, q, x, k, n):
         a2, b2 = fma(u1, x1, fma(u0, x0, a2)), fma(w1, x1, fma(w0, x0, b2))
         x0, x1 = load(x, k3 + i), load(x, k3 + i + LANES)
         a3, b3 = fma(u1, x1, fma(u0, x0, a3)), fma(w1, x1, fma(w0, x0, b3))
-    return total(a0), total(a1), total(a2), total(a3), total(b0), total(b1), total(b2), total(b3)
+    return (
+        reduce_add(a0),
+        reduce_add(a1),
+        reduce_add(a2),
+        reduce_add(a3),
+        reduce_add(b0),
+        reduce_add(b1),
+        reduce_add(b2),
+        reduce_add(b3),
+    )
 
 
 @kernel()
-def dot_four_int8(values, scales, p, q, r, s, x):
+def dot_four_int8(
+    values: Array, scales: Array, p: int, q: int, r: int, s: int, x: Array
+) -> tuple[float, ...]:
     """As `dot_four`, of a weight in 8 bits: each group is summed up, and scaled then."""
     zero = splat(np.float32(0))
     a = b = c = d = zero
@@ -130,20 +130,20 @@ def dot_four_int8(values, scales, p, q, r, s, x):
             part = load(x, j)
             u, v = fma(load(values, p + j), part, u), fma(load(values, q + j), part, v)
             w, z = fma(load(values, r + j), part, w), fma(load(values, s + j), part, z)
-        a = fma(u, splat(single(scales, (p + i) // GROUP)), a)
-        b = fma(v, splat(single(scales, (q + i) // GROUP)), b)
-        c = fma(w, splat(single(scales, (r + i) // GROUP)), c)
-        d = fma(z, splat(single(scales, (s + i) // GROUP)), d)
-    return total(a), total(b), total(c), total(d)
+        a = fma(u, splat(load_scalar(scales, (p + i) // GROUP)), a)
+        b = fma(v, splat(load_scalar(scales, (q + i) // GROUP)), b)
+        c = fma(w, splat(load_scalar(scales, (r + i) // GROUP)), c)
+        d = fma(z, splat(load_scalar(scales, (s + i) // GROUP)), d)
+    return reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)
 
 
 @kernel(parallel=True)
-def add_product_one(weight, x, y):
+def add_product_one(weight: Array, x: Array, y: Array) -> None:
     """Compute y [d_out] += weight [d_out, d_in] @ x [d_in]; four distant streams of rows are read
     at once.
     """
     d_out, d_in = weight.shape
-    n, last = distance(d_out, 4), (d_out - 1) * d_in
+    n, last = stream_stride(d_out, 4), (d_out - 1) * d_in
     for o in prange(n):
         p, step = o * d_in, n * d_in
         four = dot_four(
@@ -161,12 +161,12 @@ def add_product_one(weight, x, y):
 
 
 @kernel(parallel=True)
-def add_product_int8(values, scales, x, y):
+def add_product_int8(values: Array, scales: Array, x: Array, y: Array) -> None:
     """Compute y [n, d_out] += x [n, d_in] @ weight.T, of a weight in 8 bits; four distant streams
     of rows are read at once.
     """
     d_out, d_in = values.shape
-    n, last = distance(d_out, 4), (d_out - 1) * d_in
+    n, last = stream_stride(d_out, 4), (d_out - 1) * d_in
     for o in prange(n):
         p, step = o * d_in, n * d_in
         for k in range(len(y)):
@@ -185,25 +185,25 @@ def add_product_int8(values, scales, x, y):
 
 
 @kernel(parallel=True)
-def add_product_few(weight, x, y):
+def add_product_few(weight: Array, x: Array, y: Array) -> None:
     """Compute y [n, d_out] += x [4m, d_in] @ weight.T, for n up to 4m rows; two distant streams of
     rows are read at once.
     """
     d_out, d_in = weight.shape
-    n = distance(d_out, 2)
+    n = stream_stride(d_out, 2)
     for o in prange(n):
         other = min(o + n, d_out - 1)
         for k in range(0, len(y), 4):
             sums = dot_two_by_four(weight, o * d_in, other * d_in, x, k, d_in)
             for j in range(min(4, len(y) - k)):
-                y[k + j, o] += sums[j] + rest(weight, o * d_in, x[k + j])
+                y[k + j, o] += sums[j] + dot_remainder(weight, o * d_in, x[k + j])
                 if o + n < d_out:
-                    y[k + j, other] += sums[4 + j] + rest(weight, other * d_in, x[k + j])
+                    y[k + j, other] += sums[4 + j] + dot_remainder(weight, other * d_in, x[k + j])
 
 
 @kernel()
-def ready(weight, x, gain, eps):
-    """The rows of x as products want them: normalised where there is a gain, padded to a multiple
+def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
+    """Prepare the rows of x for products: normalised where there is a gain, padded to a multiple
     of 4, in the weight's order.
     """
     n, d = x.shape
@@ -211,141 +211,26 @@ def ready(weight, x, gain, eps):
     for k in range(n):
         rows[k] = x[k]
         if len(gain):
-            normalise(rows[k], gain, eps)
-        pairs(weight, rows[k])
+            rms_norm_row(rows[k], gain, eps)
+        deinterleave(weight, rows[k])
     return rows
 
 
 @kernel()
-def normalise(x, gain, eps):
+def rms_norm_row(x: Array, gain: Array, eps: float) -> None:
     """Divide a row by its root mean square, in place, and scale it."""
     root = root_mean_square(x, eps)
     for i in range(len(x)):
-        x[i] = single(gain, i) * (x[i] / root)
+        x[i] = load_scalar(gain, i) * (x[i] / root)
 
 
 @kernel()
-def add_product(weight, scales, x, gain, eps, y):
+def add_product(weight: Array, scales: Array, x: Array, gain: Array, eps: float, y: Array) -> None:
     """Compute y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
-    rows = ready(weight, x, gain, eps)
+    rows = prepare_rows(weight, x, gain, eps)
     if is_int8(weight):
         add_product_int8(weight, scales, rows, y)
     elif len(x) == 1:
         add_product_one(weight, rows[0], y[0])
     else:
         add_product_few(weight, rows, y)
-
-
-@kernel()
-def gated_product(weight, scales, x, gain, eps, bias, y):
-    """Compute y [n, d_ff] = swiglu of the two halves of rms_norm(x) @ weight.T, with a bias where
-    there is one.
-    """
-    d_ff = y.shape[1]
-    both = np.zeros((len(x), 2 * d_ff), np.float32)
-    if len(bias):
-        for k in range(len(x)):
-            both[k] = bias
-    add_product(weight, scales, x, gain, eps, both)
-    for k in range(len(x)):
-        gate(both[k, :d_ff], both[k, d_ff:], y[k])
-
-
-@kernel(nogil=True)
-def gate(g, u, y):
-    """Compute y = silu(g) * u on one run of channels."""
-    whole = len(g) // LANES * LANES
-    zero = splat(np.float32(-0.0))  # which leaves the sign of a product that is 0
-    for i in range(0, whole, LANES):
-        store(y, i, fma(silu(load(g, i)), load(u, i), zero))
-    for i in range(whole, len(g)):
-        x = np.float64(g[i])
-        y[i] = np.float32(x / (1 + np.exp(-x))) * u[i]
-
-
-@kernel(parallel=True)
-def gate_all(both, y):
-    """Compute y = silu(g) * u in panels: y [n_panel, d_ff, columns], and both [n_panel, at least
-    2*d_ff, columns] is g, then u.
-    """
-    d_ff = y.shape[1]
-    for p in prange(len(both)):
-        for i in range(d_ff):
-            gate(both[p, i], both[p, d_ff + i], y[p, i])
-
-
-@kernel()
-def mlp_step(x, gain, eps, gate_up, gate_up_scales, gate_up_bias, down, down_scales):
-    """Add to x [n, d_model], in place: down @ swiglu of the two halves of rms_norm(x) @ gate_up.T."""
-    y = np.empty((len(x), down.shape[1]), np.float32)
-    gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, y)
-    add_product(down, down_scales, y, np.zeros(0, np.float32), np.float32(0), x)
-
-
-@kernel()
-def attention_step(
-    x,
-    gain,
-    eps,
-    qkv_weight,
-    qkv_scales,
-    qkv_bias,
-    cos,
-    sin,
-    keys,
-    values,
-    seen,
-    n_head,
-    o_weight,
-    o_scales,
-):
-    """Add to x [n, d_model], a token of each sequence, in place: o_weight @ attention of heads of
-    rms_norm(x) @ qkv_weight.T.
-    """
-    n = len(x)
-    qkv = np.zeros((n, len(qkv_weight)), np.float32)
-    if len(qkv_bias):
-        for k in range(n):
-            qkv[k] = qkv_bias
-    add_product(qkv_weight, qkv_scales, x, gain, eps, qkv)
-    y = np.empty((n, 1, o_weight.shape[1]), np.float32)
-    attend_step(qkv.reshape(n, 1, -1), cos, sin, keys, values, seen, n_head, y)
-    add_product(o_weight, o_scales, y.reshape(n, -1), np.zeros(0, np.float32), np.float32(0), x)
-
-
-@kernel()
-def layers_step(x, first, table, eps, cos, sin, seen, n_head):
-    """Take x [n, d_model], one token of each sequence, through all layers, in place.
-
-    first: of the first layer, gain, weight and scales of qkv_proj and of o_proj, gain, weight and
-    scales of gate_up_proj and of down_proj, keys, values; table [n_layer, 12]: where those of each
-    layer lie.
-    """
-    nothing = np.zeros(0, np.float32)
-    for at in table:
-        attention_step(
-            x,
-            like(first[0], at[0]),
-            eps,
-            like(first[1], at[1]),
-            like(first[2], at[2]),
-            nothing,
-            cos,
-            sin,
-            like(first[10], at[10]),
-            like(first[11], at[11]),
-            seen,
-            n_head,
-            like(first[3], at[3]),
-            like(first[4], at[4]),
-        )
-        mlp_step(
-            x,
-            like(first[5], at[5]),
-            eps,
-            like(first[6], at[6]),
-            like(first[7], at[7]),
-            nothing,
-            like(first[8], at[8]),
-            like(first[9], at[9]),
-        )

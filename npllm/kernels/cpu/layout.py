@@ -1,4 +1,4 @@
-"""How an array lies in memory: what a kernel that counts entries itself may be given.
+"""Memory layout of arrays: what a kernel that loads by index may be given.
 
 Every array that such a kernel reads passes through here once, where the kernel is entered; `simd`
 refuses others while it compiles.

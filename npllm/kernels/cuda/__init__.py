@@ -16,7 +16,7 @@ from npllm.kernels.cuda.launching import ENTRIES, OPTIONS, source
 from npllm.kernels.cuda.linear import MOST_ROWS, ROWS, linear, linear_add, norm_linear, norm_swiglu
 from npllm.kernels.cuda.rope import rope_attention
 from npllm.kernels.cuda.rows import rms_norm, swiglu
-from npllm.ops import blockwise
+from npllm.ops import Ops, blockwise
 
 __all__ = [
     "CUDA",
@@ -70,7 +70,7 @@ VARIANTS = {
 }
 
 
-def cuda_ops():
+def cuda_ops() -> Ops:
     """Return the set that runs these kernels, and the definitions where there is no kernel.
 
     Returns

@@ -14,7 +14,7 @@ __launch_bounds__(WARPS * 32) attend_merge(const float* parts, float* y, i64 n_r
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float m = minus_infinity(), l = 0.0f, sum[HEAD / 32] = {};
     for (i64 split = lane; split < n_split; split += 32) m = fmaxf(m, state[split * 2]);
-    m = shift_of(warp_max(m));
+    m = softmax_shift(warp_reduce_max(m));
     for (i64 split = warp; split < n_split; split += WARPS) {
         float weight = expf(state[split * 2] - m);
         l = fmaf(weight, state[split * 2 + 1], l);
@@ -32,6 +32,6 @@ __launch_bounds__(WARPS * 32) attend_merge(const float* parts, float* y, i64 n_r
             total += sums[w][i];
             all += weights[w];
         }
-        y[blockIdx.x * (i64)HEAD + i] = mean_of(total, all);
+        y[blockIdx.x * (i64)HEAD + i] = weighted_mean(total, all);
     }
 }

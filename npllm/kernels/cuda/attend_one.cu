@@ -51,18 +51,18 @@ __device__ void score_keys(float (*scores)[SPLIT], const float (*queries)[D], co
 }
 
 template <int G>
-__device__ void weigh_keys(float (*scores)[SPLIT], float* m, float* l, int n) {
+__device__ void softmax_keys(float (*scores)[SPLIT], float* m, float* l, int n) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int g = warp; g < G; g += THREADS / 32) {
         float largest = minus_infinity(), sum = 0.0f;
         for (int key = lane; key < n; key += 32) largest = fmaxf(largest, scores[g][key]);
-        largest = warp_max(largest);
+        largest = warp_reduce_max(largest);
         for (int key = lane; key < n; key += 32) {
-            float p = expf(scores[g][key] - shift_of(largest));
+            float p = expf(scores[g][key] - softmax_shift(largest));
             scores[g][key] = p;
             sum += p;
         }
-        sum = warp_sum(sum);
+        sum = warp_reduce_add(sum);
         if (lane == 0) {
             m[g] = largest;
             l[g] = sum;
@@ -71,7 +71,7 @@ __device__ void weigh_keys(float (*scores)[SPLIT], float* m, float* l, int n) {
 }
 
 template <typename T, int D, int G>
-__device__ void add_values(float (*sums)[THREADS * Pack<T>::N], const float (*scores)[SPLIT],
+__device__ void accumulate_values(float (*sums)[THREADS * Pack<T>::N], const float (*scores)[SPLIT],
                            const T* v, i64 v_row, int n) {
     constexpr int N = Pack<T>::N, CHUNKS = D / N, AT_ONCE = 4;
     constexpr int STREAMS = THREADS / CHUNKS;  // of keys, each on CHUNKS threads
@@ -112,9 +112,9 @@ attend_split(const float* q, const T* k, const T* v, float* y, float* parts, i64
     __syncthreads();
     score_keys<T, D, G>(scores, queries, k, k_row, n, scale);
     __syncthreads();
-    weigh_keys<G>(scores, m, l, n);
+    softmax_keys<G>(scores, m, l, n);
     __syncthreads();
-    add_values<T, D, G>(sums, scores, v, v_row, n);
+    accumulate_values<T, D, G>(sums, scores, v, v_row, n);
     __syncthreads();
     float* state = parts + n_rows * n_split * D;  // behind all sums a: m and l
     for (int at = threadIdx.x; at < n_heads * D; at += THREADS) {
@@ -123,7 +123,7 @@ attend_split(const float* q, const T* k, const T* v, float* y, float* parts, i64
         float a = 0.0f;
         for (int stream = 0; stream < STREAMS; ++stream) a += sums[g][stream * D + i];
         if (n_split == 1) {
-            y[row * D + at] = mean_of(a, l[g]);
+            y[row * D + at] = weighted_mean(a, l[g]);
         } else {
             parts[part * D + i] = a;
             if (i < 2) state[part * 2 + i] = i == 0 ? m[g] : l[g];
@@ -140,9 +140,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         at = blockIdx.x / n_split, split = blockIdx.x % n_split;
     i64 chunk = at % n_chunks, kv = at / n_chunks % n_kv_head, b = at / n_chunks / n_kv_head;
     i64 first = q_slot - high + 1 - k_slot, stop = q_slot - low + 1 - k_slot,
-        unpadded = start ? start[b] - k_slot : 0;
+        first_valid = start ? start[b] - k_slot : 0;
     first = first > 0 ? first : 0;
-    first = (first > unpadded ? first : unpadded) + split * SPLIT;
+    first = (first > first_valid ? first : first_valid) + split * SPLIT;
     stop = stop < n_ctx ? stop : n_ctx;
     i64 n = stop - first < SPLIT ? stop - first : SPLIT, n_heads = group - chunk * GROUP;
     attend_split<ENTRY, HEAD, GROUP>(q, k + b * k_batch + kv * k_head + first * k_row,

@@ -14,7 +14,7 @@
 #define WARPS 4
 #define ROWS 4
 #define KEYS 32
-#define HIDDEN (-1.0f)  // in the place of exp(s - m), which is never negative
+#define MASKED (-1.0f)  // in the place of exp(s - m), which is never negative
 
 template <typename T, int D>
 __device__ void load_tile(float* tile, const T* x, i64 row_stride, i64 first, i64 n, int pitch) {
@@ -27,7 +27,7 @@ __device__ void load_tile(float* tile, const T* x, i64 row_stride, i64 first, i6
 template <typename T, int D>
 __device__ void
 attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i64 k_row, i64 v_row,
-       i64 y_row, i64 first_row, i64 shift, i64 low, i64 high, i64 unpadded, float scale) {
+       i64 y_row, i64 first_row, i64 shift, i64 low, i64 high, i64 first_valid, float scale) {
     __shared__ float queries[WARPS * ROWS][D], values[KEYS * D];
     __shared__ float keys[KEYS * (D + 1)];  // the pitch D + 1 spares bank conflicts
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -47,7 +47,7 @@ attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i
         first_row + WARPS * ROWS - 1 < n_seq - 1 ? first_row + WARPS * ROWS - 1 : n_seq - 1;
     // Keys that any query of the block sees.
     i64 start = first_row + shift - high + 1, stop = last_row + shift - low + 1;
-    start = start > unpadded ? start : unpadded;
+    start = start > first_valid ? start : first_valid;
     start = start > 0 ? start / KEYS * KEYS : 0;
     stop = stop < n_ctx ? stop : n_ctx;
     for (i64 first = start; first < stop; first += KEYS) {
@@ -67,13 +67,14 @@ attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             i64 key = first + lane, distance = first_row + warp * ROWS + r + shift - key;
-            bool visible = key < n_ctx && key >= unpadded && low <= distance && distance < high;
+            bool visible = key < n_ctx && key >= first_valid && low <= distance && distance < high;
             float score = visible ? s[r] * scale : minus_infinity();
-            float m_new = fmaxf(m[r], warp_max(score)), p = expf(score - shift_of(m_new)),
-                  decay = expf(m[r] - shift_of(m_new));
-            l[r] = l[r] * decay + warp_sum(visible ? p : 0.0f);
+            float m_new = fmaxf(m[r], warp_reduce_max(score));
+            float p = expf(score - softmax_shift(m_new));
+            float decay = expf(m[r] - softmax_shift(m_new));
+            l[r] = l[r] * decay + warp_reduce_add(visible ? p : 0.0f);
             m[r] = m_new;
-            s[r] = visible ? p : HIDDEN;
+            s[r] = visible ? p : MASKED;
 #pragma unroll
             for (int c = 0; c < D / 32; ++c) a[r][c] *= decay;
         }
@@ -82,7 +83,7 @@ attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
                 float p = __shfl_sync(ALL_LANES, s[r], j);
-                if (p == HIDDEN) continue;  // the same for the whole warp
+                if (p == MASKED) continue;  // the same for the whole warp
 #pragma unroll
                 for (int c = 0; c < D / 32; ++c)
                     a[r][c] = fmaf(p, values[j * D + lane + 32 * c], a[r][c]);
@@ -94,7 +95,7 @@ attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i
         i64 row = first_row + warp * ROWS + r;
 #pragma unroll
         for (int c = 0; c < D / 32; ++c)
-            if (row < n_seq) y[row * y_row + lane + 32 * c] = mean_of(a[r][c], l[r]);
+            if (row < n_seq) y[row * y_row + lane + 32 * c] = weighted_mean(a[r][c], l[r]);
     }
 }
 

@@ -70,7 +70,7 @@ def attention(
 def _attend_many(
     xp: Any, q: Array, k: Array, v: Array, q_slot: int, k_slot: int, band: tuple, scale: float
 ) -> Array:
-    """Launch attention.cu.  `q_slot`, `k_slot`: where the first query and the first key stand."""
+    """Launch attention.cu.  `q_slot`, `k_slot`: slots of the first query and the first key."""
     k, v = _whole_rows(k, xp), _whole_rows(v, xp)
     *lead, n_head, n_seq, d_head = q.shape
     q, y = xp.ascontiguousarray(q), _heads_side_by_side(xp, q)

@@ -1,4 +1,5 @@
-// What every kernel here uses.  Prepended to each source; no header is included: NVRTC needs none.
+// Device functions that every kernel here uses.  Prepended to each source; no header is included,
+// since NVRTC needs none.
 // The subset is small on purpose (static __shared__, full-mask shuffles, 1-D blocks, no return
 // before a barrier): tests/cuda_shim.h runs the same text on a CPU.
 //
@@ -39,23 +40,23 @@ __device__ inline float widen(f16 x) {
 
 __device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
 
-// A maximum that may be subtracted: -infinity means that nothing was seen, and any number will do.
-__device__ inline float shift_of(float m) { return m == minus_infinity() ? 0.0f : m; }
+// The maximum to subtract: where no key is visible it is -infinity, and 0 serves as well.
+__device__ inline float softmax_shift(float m) { return m == minus_infinity() ? 0.0f : m; }
 
-// A weighted sum over the sum of its weights; a query that saw no key has 0 / 0, and gives 0.
-__device__ inline float mean_of(float a, float l) { return a / (l == 0.0f ? 1.0f : l); }
+// A weighted sum divided by its weights; a query without visible keys has 0 / 0, and gives 0.
+__device__ inline float weighted_mean(float a, float l) { return a / (l == 0.0f ? 1.0f : l); }
 
 __device__ inline float swiglu_of(float gate, float up) {
     float decay = expf(-fabsf(gate));  // of -|gate| only, so that it cannot overflow
     return gate * (gate >= 0.0f ? 1.0f : decay) / (1.0f + decay) * up;
 }
 
-__device__ inline float warp_sum(float x) {
+__device__ inline float warp_reduce_add(float x) {
     for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
     return x;
 }
 
-__device__ inline float warp_max(float x) {
+__device__ inline float warp_reduce_max(float x) {
     for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lane));
     return x;
 }

@@ -18,10 +18,10 @@
 #define THREADS 128
 #define WARPS 4
 
-// Where entry i of a chunk stands in shared memory: lanes that read 4 entries each read 512 bytes
-// in a row.
+// Index of entry i of a chunk in shared memory, without bank conflicts: lanes that read 4 entries
+// each read 512 bytes in sequence.
 template <int N>
-__device__ unsigned place(unsigned i) {
+__device__ unsigned shared_index(unsigned i) {
     return i / (32 * N) * (32 * N) + i % N / 4 * 128 + i % (32 * N) / N * 4;
 }
 
@@ -43,7 +43,7 @@ __device__ void stage(float (*staged)[CHUNK], float* squares, const float* x, co
                 squares[r] = fmaf(v.entry[j], v.entry[j], squares[r]);
                 v.entry[j] *= scale[j];
             }
-            *(Pack<float>*)(staged[r] + place<Pack<T>::N>(4 * part)) = v;
+            *(Pack<float>*)(staged[r] + shared_index<Pack<T>::N>(4 * part)) = v;
         }
     }
 }
@@ -104,15 +104,15 @@ linear_rows(const float* __restrict__ x, const T* __restrict__ weight, const T* 
         __syncthreads();
         multiply<T, R, OUTS, STEPS>(sum, w, staged, lane);
     }
-    float mine = 0.0f;  // lane r * OUTS + k finishes output k of row r
+    float result = 0.0f;  // lane r * OUTS + k finishes output k of row r
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        float square = warp_sum(squares[r]);
+        float square = warp_reduce_add(squares[r]);
         if (lane == 0) partial[r][warp] = square;
 #pragma unroll
         for (int k = 0; k < OUTS; ++k) {
-            float total = warp_sum(sum[k][r]);
-            if (lane == r * OUTS + k) mine = total;
+            float total = warp_reduce_add(sum[k][r]);
+            if (lane == r * OUTS + k) result = total;
         }
     }
     __syncthreads();
@@ -121,14 +121,14 @@ linear_rows(const float* __restrict__ x, const T* __restrict__ weight, const T* 
     bool valid = r < R && r < n && at < d_out;
     if (valid && gain) {
         const float* p = partial[r];
-        mine /= sqrtf((p[0] + p[1] + p[2] + p[3]) / (float)d_in + eps);
+        result /= sqrtf((p[0] + p[1] + p[2] + p[3]) / (float)d_in + eps);
     }
-    if (valid && bias) mine += widen(bias[o]);
-    float up = __shfl_xor_sync(ALL_LANES, mine, 1);
+    if (valid && bias) result += widen(bias[o]);
+    float up = __shfl_xor_sync(ALL_LANES, result, 1);
     i64 out_row = first_row + r;
-    if (valid && half && k % 2 == 0) y[out_row * half + o] = swiglu_of(mine, up);
+    if (valid && half && k % 2 == 0) y[out_row * half + o] = swiglu_of(result, up);
     if (valid && !half)
-        y[out_row * d_out + o] = residual ? residual[out_row * d_out + o] + mine : mine;
+        y[out_row * d_out + o] = residual ? residual[out_row * d_out + o] + result : result;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

@@ -1,4 +1,4 @@
-"""Products with a weight matrix, fused with the norm before and with what comes behind them."""
+"""Products with a weight matrix, fused with the norm before and the operation after."""
 
 from typing import Any
 
@@ -80,7 +80,7 @@ def _fits(x: Array, weight: Array, bias: Array | None) -> bool:
 
 
 def _is_vector(x: Array, weight: Array, axis: int) -> bool:
-    """Tell whether `x` goes along an axis of the weight, in its type."""
+    """Tell whether `x` has the length of an axis of the weight, and its type."""
     if entry(x) is None:
         return False
     return x.dtype == weight.dtype and x.shape == weight.shape[axis : axis + 1]

@@ -7,7 +7,7 @@ __device__ void rms_norm_row(const float* x, const W* weight, float* y, i64 d_mo
     const float* row = x + blockIdx.x * d_model;
     float sum = 0.0f;
     for (i64 i = threadIdx.x; i < d_model; i += blockDim.x) sum += row[i] * row[i];
-    sum = warp_sum(sum);
+    sum = warp_reduce_add(sum);
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
     __syncthreads();
     float total = 0.0f;

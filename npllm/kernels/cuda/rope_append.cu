@@ -1,4 +1,4 @@
-// Cut projected rows into heads, rotate q and k, and write k and v where the cache has made room.
+// Cut projected rows into heads, rotate q and k, and write k and v into the reserved cache slots.
 //     y[i] = x[i] * cos[i] - x[i + half] * sin[i],   half = d_rope / 2
 //     y[i + half] = x[i + half] * cos[i] + x[i] * sin[i]
 // A thread an entry.  Rows of qkv are q | k | v.  q is [n_batch, n_head, n_seq, d_head] in one
@@ -8,8 +8,8 @@ __device__ float
 rotated(const float* head, unsigned i, const float* cos, const float* sin, unsigned d_rope) {
     if (i >= d_rope) return head[i];
     unsigned half = d_rope / 2;
-    float turned = i < half ? -head[i + half] : head[i - half];
-    return head[i] * cos[i] + turned * sin[i];
+    float partner = i < half ? -head[i + half] : head[i - half];
+    return head[i] * cos[i] + partner * sin[i];
 }
 
 extern "C" __global__ void

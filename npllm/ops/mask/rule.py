@@ -1,4 +1,4 @@
-"""What a mask rule is.
+"""What a mask rule is, and how rules combine.
 
 A rule is a function of two *slots*, the places of a query and of a key in the sequence: `rule(i,
 j)` is True where the query in slot i sees the key in slot j.  Rules combine with `&`, `|` and `~`.
@@ -8,12 +8,17 @@ where everything is.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
-from npllm.arrays import array_namespace
+from npllm.arrays import array_namespace, is_array, to_numpy
 
-__all__ = ["ALL", "FAR", "NONE", "SOME", "Rule"]
+__all__ = ["ALL", "FAR", "NONE", "SOME", "DerivedRule", "Rule"]
+
+Array = Any
+Band = tuple[int, int]
+LeftBand = tuple[int, int, Any]
 
 NONE, SOME, ALL = 0, 1, 2
 """What a rule may say of a whole block: no pair is visible; some may be; every pair is."""
@@ -22,13 +27,16 @@ FAR = 2**40
 """Farther apart than any two slots are: the end of a band that has none."""
 
 
-def _unknown(*_):
+def _unknown(*_: int) -> int:
+    """The bound of a rule that has none."""
     return SOME
 
 
-@dataclass(frozen=True)
 class Rule:
     """Which key slot is visible from which query slot.
+
+    `Rule(visible, bound, band, left_band)` makes a rule of a function.  The rules of
+    `npllm.ops.mask` are subclasses: frozen dataclasses of their parameters.
 
     Parameters
     ----------
@@ -46,44 +54,207 @@ class Rule:
         The same for rows that are padded on the left: the rule is exactly low <= i - j < high and j
         >= start[batch].  `start` is an integer array [n_batch], or None where nothing is padded,
         which is what a `band` implies.
+
+    Notes
+    -----
+    Two rules are equal where they are made in the same way of equal parameters; that `a & b` and
+    `b & a` show the same is not looked into.  Arrays are equal where library, dtype, shape and
+    content are; functions where they are the same object.  Equal rules have equal hashes.
+
+    A rule pickles as its parameters; a rule of a function as far as the function does.
     """
 
-    visible: Callable
-    bound: Callable = _unknown
-    band: tuple[int, int] | None = None
-    left_band: tuple[int, int, Any] | None = field(default=None, compare=False)
+    def __new__(cls, *_: Any, **__: Any) -> "Rule":  # noqa: D102 - numpydoc has it in the class
+        return super().__new__(FunctionRule if cls is Rule else cls)
 
-    def __post_init__(self):
-        if self.band and self.left_band is None:
-            object.__setattr__(self, "left_band", (*self.band, None))
+    def visible(self, i: Array, j: Array) -> Array:
+        """Evaluate the rule on slots."""
+        raise NotImplementedError
 
-    def __call__(self, i, j):
+    def bound(self, i_low: int, i_high: int, j_low: int, j_high: int) -> int:  # noqa: ARG002
+        """Say what holds for a whole block: NONE, SOME or ALL."""
+        return SOME
+
+    @property
+    def band(self) -> Band | None:
+        """The band of distances that the rule is; None: it is none."""
+        return None
+
+    @property
+    def left_band(self) -> LeftBand | None:
+        """The band of distances behind left padding that the rule is; None: it is none."""
+        return None if self.band is None else (*self.band, None)
+
+    def __call__(self, i: Array, j: Array) -> Array:
         """Evaluate the rule on slots."""
         return self.visible(i, j)
 
-    def __and__(self, other):
-        left_band = (
-            _both(self.left_band, other.left_band) if self.left_band and other.left_band else None
-        )
-        band = left_band[:2] if self.band and other.band else None
-        return Rule(
-            lambda i, j: self(i, j) & other(i, j),
-            lambda *block: min(self.bound(*block), other.bound(*block)),
-            band,
-            left_band,
-        )
+    def __and__(self, other: "Rule") -> "Rule":
+        return And(self, other)
 
-    def __or__(self, other):
-        return Rule(
-            lambda i, j: self(i, j) | other(i, j),
-            lambda *block: max(self.bound(*block), other.bound(*block)),
-        )
+    def __or__(self, other: "Rule") -> "Rule":
+        return Or(self, other)
 
-    def __invert__(self):
-        return Rule(lambda i, j: ~self(i, j), lambda *block: ALL - self.bound(*block))
+    def __invert__(self) -> "Rule":
+        return Not(self)
+
+    def _parameters(self) -> dict[str, Any]:
+        """What the rule is made of, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rule) or type(self) is not type(other):
+            return NotImplemented
+        pairs = zip(self._parameters().values(), other._parameters().values(), strict=True)
+        return all(_equal(mine, theirs) for mine, theirs in pairs)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *map(_hashable, self._parameters().values())))
+
+    def __repr__(self) -> str:
+        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__)
+        return f"{name[1:]}({', '.join(map(_shown, self._parameters().values()))})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
 
-def _both(one, other):
+def _equal(a: Any, b: Any) -> bool:
+    """Compare two parameters; arrays by library, dtype, shape and content."""
+    if a is b:
+        return True
+    if not is_array(a) or not is_array(b):
+        return not is_array(a) and not is_array(b) and a == b
+    alike = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
+    return alike and bool((to_numpy(a) == to_numpy(b)).all())
+
+
+def _hashable(x: Any) -> Any:
+    """A parameter as a hash sees it: of an array its type, since its content may change."""
+    return (str(x.dtype), tuple(x.shape)) if is_array(x) else x
+
+
+def _shown(x: Any) -> str:
+    """A parameter as `repr` shows it: of an array its dtype and shape."""
+    return f"<{x.dtype} {list(x.shape)}>" if is_array(x) else repr(x)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FunctionRule(Rule):
+    """What `Rule(function)` returns; see there."""
+
+    visible: Callable[[Array, Array], Array]  # type: ignore[assignment]
+    bound: Callable[[int, int, int, int], int] = _unknown  # type: ignore[assignment]
+    band: Band | None = None
+    left_band: LeftBand | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.band and self.left_band is None:
+            object.__setattr__(self, "left_band", (*self.band, None))
+
+    def __repr__(self) -> str:
+        return f"Rule({self.visible!r})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class And(Rule):
+    """What both of two rules show."""
+
+    one: Rule
+    other: Rule
+
+    def visible(self, i: Array, j: Array) -> Array:
+        """Evaluate the rule on slots."""
+        return self.one(i, j) & self.other(i, j)
+
+    def bound(self, *block: int) -> int:
+        """Say what holds for a whole block."""
+        return min(self.one.bound(*block), self.other.bound(*block))
+
+    @cached_property
+    def left_band(self) -> LeftBand | None:  # type: ignore[override]
+        """The intersection of two bands."""
+        one, other = self.one.left_band, self.other.left_band
+        return _intersection(one, other) if one and other else None
+
+    @property
+    def band(self) -> Band | None:
+        """The intersection of two bands without padding."""
+        both = self.one.band and self.other.band
+        return self.left_band[:2] if both and self.left_band else None
+
+    def __repr__(self) -> str:
+        return f"{_operand(self.one, Or)} & {_operand(self.other, And, Or)}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Or(Rule):
+    """What at least one of two rules shows."""
+
+    one: Rule
+    other: Rule
+
+    def visible(self, i: Array, j: Array) -> Array:
+        """Evaluate the rule on slots."""
+        return self.one(i, j) | self.other(i, j)
+
+    def bound(self, *block: int) -> int:
+        """Say what holds for a whole block."""
+        return max(self.one.bound(*block), self.other.bound(*block))
+
+    def __repr__(self) -> str:
+        return f"{self.one!r} | {_operand(self.other, Or)}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Not(Rule):
+    """What a rule does not show."""
+
+    rule: Rule
+
+    def visible(self, i: Array, j: Array) -> Array:
+        """Evaluate the rule on slots."""
+        return ~self.rule(i, j)
+
+    def bound(self, *block: int) -> int:
+        """Say what holds for a whole block."""
+        return ALL - self.rule.bound(*block)
+
+    def __repr__(self) -> str:
+        return f"~{_operand(self.rule, And, Or)}"
+
+
+class DerivedRule(Rule):
+    """A rule that has a name, and is defined by other rules."""
+
+    def definition(self) -> Rule:
+        """Return the rules that define this one, combined."""
+        raise NotImplementedError
+
+    @cached_property
+    def _rule(self) -> Rule:
+        return self.definition()
+
+    def visible(self, i: Array, j: Array) -> Array:
+        """Evaluate the rule on slots."""
+        return self._rule.visible(i, j)
+
+    def bound(self, *block: int) -> int:
+        """Say what holds for a whole block."""
+        return self._rule.bound(*block)
+
+    @property
+    def band(self) -> Band | None:
+        """The band of the definition."""
+        return self._rule.band
+
+
+def _operand(rule: Rule, *weaker: type) -> str:
+    """A rule as an operand: in parentheses where its own operator binds weaker."""
+    return f"({rule!r})" if isinstance(rule, weaker) else repr(rule)
+
+
+def _intersection(one: LeftBand, other: LeftBand) -> LeftBand:
     """Intersect two bands behind padding."""
     starts = [band[2] for band in (one, other) if band[2] is not None]
     start = array_namespace(*starts).maximum(*starts) if len(starts) == 2 else (*starts, None)[0]

@@ -63,7 +63,7 @@ def _tables(inputs: dict[str, Any]) -> tuple[Array, Array]:
     if factors is not None:
         factors = chosen_factors(inputs, inputs["positions"], {}, factors.shape[-1])
     inv_freq = ops.rope_frequencies(inputs["d_rope"], inputs["base"], factors)
-    return ops.rope_tables(inputs["positions"], inv_freq, np.float32(inputs["magnitude"]))
+    return ops.rope_tables(inputs["positions"], inv_freq, float(np.float32(inputs["magnitude"])))
 
 
 def _inputs(case: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""One token of a few sequences through half a layer, or through all layers, in one kernel.
+
+Decoding a small model is bound by Python call overhead: between two kernels the memory would be
+idle for longer than reading the weights of a layer takes.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from npllm.kernels.cpu.attention_step import attend_step
+from npllm.kernels.cpu.gated import gated_product
+from npllm.kernels.cpu.gemv import add_product
+from npllm.kernels.cpu.launching import kernel
+from npllm.kernels.cpu.simd_arrays import array_at
+
+__all__ = ["attention_step", "layers_step", "mlp_step"]
+
+Array = Any
+
+
+@kernel()
+def mlp_step(
+    x: Array,
+    gain: Array,
+    eps: float,
+    gate_up: Array,
+    gate_up_scales: Array,
+    gate_up_bias: Array,
+    down: Array,
+    down_scales: Array,
+) -> None:
+    """Add down @ swiglu of the halves of rms_norm(x) @ gate_up.T to x [n, d_model], in place."""
+    y = np.empty((len(x), down.shape[1]), np.float32)
+    gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, y)
+    add_product(down, down_scales, y, np.zeros(0, np.float32), np.float32(0), x)
+
+
+@kernel()
+def attention_step(
+    x: Array,
+    gain: Array,
+    eps: float,
+    qkv_weight: Array,
+    qkv_scales: Array,
+    qkv_bias: Array,
+    cos: Array,
+    sin: Array,
+    keys: Array,
+    values: Array,
+    seen: Array,
+    n_head: int,
+    o_weight: Array,
+    o_scales: Array,
+) -> None:
+    """Add to x [n, d_model], a token of each sequence, in place: o_weight @ attention of heads of
+    rms_norm(x) @ qkv_weight.T.
+    """
+    n = len(x)
+    qkv = np.zeros((n, len(qkv_weight)), np.float32)
+    if len(qkv_bias):
+        for k in range(n):
+            qkv[k] = qkv_bias
+    add_product(qkv_weight, qkv_scales, x, gain, eps, qkv)
+    y = np.empty((n, 1, o_weight.shape[1]), np.float32)
+    attend_step(qkv.reshape(n, 1, -1), cos, sin, keys, values, seen, n_head, y)
+    add_product(o_weight, o_scales, y.reshape(n, -1), np.zeros(0, np.float32), np.float32(0), x)
+
+
+@kernel()
+def layers_step(
+    x: Array,
+    first: tuple[Array, ...],
+    table: Array,
+    eps: float,
+    cos: Array,
+    sin: Array,
+    seen: Array,
+    n_head: int,
+) -> None:
+    """Take x [n, d_model], one token of each sequence, through all layers, in place.
+
+    first: of the first layer, gain, weight and scales of qkv_proj and of o_proj, gain, weight and
+    scales of gate_up_proj and of down_proj, keys, values; table [n_layer, 12]: where those of each
+    layer lie.
+    """
+    nothing = np.zeros(0, np.float32)
+    for at in table:
+        attention_step(
+            x,
+            array_at(first[0], at[0]),
+            eps,
+            array_at(first[1], at[1]),
+            array_at(first[2], at[2]),
+            nothing,
+            cos,
+            sin,
+            array_at(first[10], at[10]),
+            array_at(first[11], at[11]),
+            seen,
+            n_head,
+            array_at(first[3], at[3]),
+            array_at(first[4], at[4]),
+        )
+        mlp_step(
+            x,
+            array_at(first[5], at[5]),
+            eps,
+            array_at(first[6], at[6]),
+            array_at(first[7], at[7]),
+            nothing,
+            array_at(first[8], at[8]),
+            array_at(first[9], at[9]),
+        )

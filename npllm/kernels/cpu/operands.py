@@ -1,0 +1,79 @@
+"""What the compiled kernels take: weights, gains and biases as arrays that Numba knows."""
+
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import DTYPES
+from npllm.kernels.cpu import fits
+from npllm.kernels.cpu.layout import frozen, is_row_major, row_major
+from npllm.quantized.int8 import GROUP, Int8Weight
+
+__all__ = [
+    "EMPTY",
+    "as_bits",
+    "bias_or_empty",
+    "fits_gain",
+    "fits_gated",
+    "fits_product",
+    "fits_weight",
+    "kernel_operands",
+]
+
+Array = Any
+
+EMPTY, NO_SCALES = frozen(np.zeros(0, np.float32)), frozen(np.zeros((0, 0), np.float32))
+BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
+
+
+def as_bits(x: Array) -> Array:
+    """View a stored array as a dtype that Numba knows."""
+    return frozen(x.view(BITS[x.dtype]))
+
+
+def kernel_operands(weight: Any) -> tuple[Array, Array]:
+    """Return the entries of a weight, and their scales where it is in 8 bits, for a kernel."""
+    if isinstance(weight, Int8Weight):
+        return row_major(weight.values), row_major(weight.scales)
+    return as_bits(weight), NO_SCALES
+
+
+def bias_or_empty(bias: Array) -> Array:
+    """Return a bias in float32; an empty array for none."""
+    return EMPTY if bias is None else row_major(bias.astype(np.float32, copy=False))
+
+
+def fits_product(x: Array, weight: Array, bias: Array = None) -> bool:
+    """Tell whether a product is one that the kernels are made for, also of a weight in 8 bits."""
+    return fits.is_float32(x) and x.size > 0 and fits_weight(weight, x.shape[-1], bias)
+
+
+def fits_weight(weight: Any, d_in: int, bias: Array = None) -> bool:
+    """Tell whether a weight is one that the kernels are made for."""
+    if isinstance(weight, Int8Weight):
+        return (
+            type(weight.values) is np.ndarray
+            and (weight.values.dtype, weight.scales.dtype) == (np.int8, np.float32)
+            and weight.shape[1] == d_in > 0
+            and d_in % GROUP == 0
+            and len(weight) > 0
+            and is_row_major(weight.values)
+            and is_row_major(weight.scales)
+            and fits.fits_bias(bias, weight)
+        )
+    return fits.fits_weight(weight, d_in, bias)
+
+
+def fits_gain(x: Array, gain: Array) -> bool:
+    """Tell whether a gain is one that the kernels are made for."""
+    return (
+        type(gain) is np.ndarray
+        and gain.shape == x.shape[-1:]
+        and gain.dtype in BITS
+        and is_row_major(gain)
+    )
+
+
+def fits_gated(x: Array, gain: Array, weight: Array, bias: Array) -> bool:
+    """Tell whether norm, weight and gate are what the kernels are made for."""
+    return fits_product(x, weight, bias) and fits_gain(x, gain) and len(weight) % 2 == 0

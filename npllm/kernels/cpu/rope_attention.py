@@ -1,0 +1,208 @@
+"""Rotation, append and attention in the compiled set: which kernel a call takes.
+
+One token a sequence takes one kernel, which writes into the cache itself.  Many tokens take one
+kernel where the mask is a band of distances, else the blocks of the tiled set.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from npllm import ops
+from npllm.kernels.cpu import gemm
+from npllm.kernels.cpu.attention import PANELS, attend_many
+from npllm.kernels.cpu.attention_step import attend_step
+from npllm.kernels.cpu.fits import is_float32
+from npllm.kernels.cpu.launching import launch, n_workers
+from npllm.kernels.cpu.layout import row_major, rows_of
+from npllm.kernels.cpu.rotation import rotate_all
+from npllm.kernels.cpu.softmax import softmax_update
+from npllm.kernels.cpu.tiled_attention import attend, no_bound
+from npllm.ops import Step
+from npllm.ops.attention import evaluate_mask
+from npllm.ops.mask.rule import ALL, FAR
+from npllm.threads import run_blocks, scratch
+
+__all__ = ["decode_inputs", "fits_rope", "reserve_slots", "rope_attention"]
+
+Array = Any
+
+
+def rope_attention(qkv: Array, step: Step) -> Any:
+    """Compute rotation, append and attention; one token a sequence takes one kernel, which writes
+    into the cache itself.
+    """
+    cos, sin, n_head, n_kv_head = step[:4]
+    if not (is_float32(qkv) and fits_rope(qkv.shape, cos, sin, n_head, n_kv_head)):
+        return NotImplemented
+    n_batch, n_seq, d_qkv = qkv.shape
+    if n_seq > 1 or step.cache is None:
+        return rope_attention_many(qkv, step)
+    d_head = d_qkv // (n_head + 2 * n_kv_head)
+    token = decode_inputs(step, n_batch, d_head)
+    if token is None:
+        return NotImplemented
+    y = np.empty((n_batch, 1, n_head * d_head), np.float32)
+    launch(attend_step, row_major(qkv), *token, n_head, y)
+    return y
+
+
+def decode_inputs(step: Step, n_batch: int, d_head: int) -> tuple[Array, ...] | None:
+    """What attention of one new token a sequence needs: its rotation, keys and values with room for
+    its own, and which it sees.
+
+    None where keys are not float32, or heads see different ones.
+    """
+    keys, values, slots = reserve_slots(step.cache, step.layer, n_batch, step.n_kv_head, d_head)
+    seen = visible_keys(step.mask, slots, n_batch, step.n_head)
+    return (
+        (*table_rows(step.cos, step.sin), keys, values, seen)
+        if fits_cache_arrays(keys, values) and seen is not None
+        else None
+    )
+
+
+def table_rows(*tables: Array) -> Iterator[Array]:
+    """Tables of one token: [n_batch or 1, d_rope]."""
+    return (rows_of(x) for x in tables)
+
+
+def reserve_slots(
+    cache: Any, layer: int, n_batch: int, n_kv_head: int, d_head: int
+) -> tuple[Array, Array, range]:
+    """Reserve a cache slot for one token of each sequence; return keys, values and slots."""
+    k = np.empty((n_batch, n_kv_head, 1, d_head), np.float32)  # its shape is asked for
+    keys, values, slots = cache.reserve_slots(layer, k, k)
+    return slots_first(keys), slots_first(values), slots
+
+
+def fits_cache_arrays(*arrays: Any) -> bool:
+    """Tell whether cached keys and values are what the kernels are made for: float32, the channels
+    of a head side by side.
+    """
+    return is_float32(*arrays) and all(
+        x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable for x in arrays
+    )
+
+
+def slots_first(x: Array) -> Array:
+    """A view [n_ctx, n_batch, n_kv_head, d_head] of keys or values: contiguous at no length, so
+    that Numba knows one type of it.
+
+    A single head of a single sequence is contiguous always, which is another type.
+    """
+    return x.transpose(2, 0, 1, 3)
+
+
+def fits_rope(shape: tuple[int, ...], cos: Array, sin: Array, n_head: int, n_kv_head: int) -> bool:
+    """Tell whether tables fit float32 tokens of a shape [n_batch, n_seq,
+    (n_head+2*n_kv_head)*d_head].
+    """
+    n_all = n_head + 2 * n_kv_head
+    return (
+        is_float32(cos, sin)
+        and len(shape) == 3
+        and math.prod(shape) > 0
+        and min(n_head, n_kv_head) > 0
+        and shape[-1] % n_all == 0
+        and n_head % n_kv_head == 0
+        and cos.shape == sin.shape
+        and cos.ndim in (2, 3)
+        and cos.shape[-2] == shape[1]
+        and cos.shape[-1] % 2 == 0
+        and 0 < cos.shape[-1] <= shape[-1] // n_all
+        and (cos.ndim == 2 or cos.shape[0] in (1, shape[0]))
+    )
+
+
+def rope_attention_many(qkv: Array, step: Step) -> Any:
+    """Many tokens: one kernel where the mask is a band of distances, else the blocks of the tiled
+    set.
+    """
+    cos, sin, n_head, n_kv_head = step[:4]
+    mask, cache = step.mask, step.cache
+    n_batch, n_seq, _ = qkv.shape
+    k = ops.split_qkv(qkv, n_head, n_kv_head)[1]
+    if cache is None:
+        keys, values, slots = (
+            np.empty(k.shape, np.float32),
+            np.empty(k.shape, np.float32),
+            range(n_seq),
+        )
+    else:
+        keys, values, slots = cache.reserve_slots(step.layer, k, k)
+    if not fits_cache_arrays(keys, values):
+        return NotImplemented
+    qkv = row_major(qkv)
+    cos, sin = (row_major(np.broadcast_to(x, (n_batch, *x.shape[-2:]))) for x in (cos, sin))
+    band = (-FAR, FAR) if mask is None else getattr(mask, "band", None)
+    if band is None or not gemm.panel_columns():
+        return attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots)
+    y = np.empty((n_batch, n_seq, n_head * k.shape[-1]), np.float32)
+    panels = scratch(
+        "queries", (n_workers(), PANELS, k.shape[-1], gemm.panel_columns()), np.float32
+    )
+    launch(
+        attend_many,
+        qkv,
+        cos,
+        sin,
+        slots_first(keys),
+        slots_first(values),
+        n_head,
+        band,
+        panels,
+        y,
+        np.zeros(1, np.int64),
+    )
+    return y
+
+
+def attend_by_blocks(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    n_head: int,
+    n_kv_head: int,
+    mask: Any,
+    keys: Array,
+    values: Array,
+    slots: range,
+) -> Array:
+    """Rotate queries into an array of their own, write keys and values into the last columns, and
+    attend.
+    """
+    heads = ops.split_qkv(qkv, n_head, n_kv_head)
+    n_batch, _, n_seq, _ = heads[0].shape
+    q = np.empty(heads[0].shape, np.float32)
+    parts = [
+        (x[b, h], cos[b], sin[b], y[b, h, y.shape[-2] - n_seq :], y is not values)
+        for x, y in zip(heads, (q, keys, values), strict=True)
+        for b in range(n_batch)
+        for h in range(x.shape[1])
+    ]
+    run_blocks(lambda part: rotate_all(*part), parts)
+    y, _ = attend(
+        q, keys, values, mask, None, range(slots.stop - n_seq, slots.stop), slots, softmax_update
+    )
+    return ops.merge_heads(y)
+
+
+def visible_keys(mask: Any, slots: range, n_batch: int, n_head: int) -> Array | None:
+    """Which cached keys the query in the last slot sees, [n_batch or 1, n_ctx]; no row at all where
+    it sees every one.
+
+    None where its heads see different ones.
+    """
+    slot = slots.stop - 1
+    bound = ALL if mask is None else getattr(mask, "bound", no_bound)(slot, slot, slots.start, slot)
+    if bound == ALL:
+        return np.zeros((0, len(slots)), bool)
+    q = np.broadcast_to(np.float32(0), (n_batch, n_head, 1, 1))  # its shape is asked for
+    seen = np.asarray(evaluate_mask(np, mask, q, range(slot, slot + 1), slots))
+    if seen.ndim > 2 and seen.shape[-3] != 1:
+        return None
+    seen = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, (1, len(slots))))
+    return np.array(seen.reshape(-1, len(slots)), bool)

@@ -1,0 +1,180 @@
+"""What npllm uses of Numba without a public name, and its disk cache: damaged, read-only, full."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+from npllm.kernels.cpu import numba_internals
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = """
+import sys
+import numpy as np
+from npllm.kernels.cpu.launching import kernel
+
+@kernel()
+def double(x):
+    for i in range(len(x)):
+        x[i] *= 2
+
+@kernel()
+def quadruple(x):
+    double(x)
+    double(x)
+
+x = np.ones(5, np.float32)
+quadruple(x)
+assert (x == 4).all()
+loaded = sum(quadruple.stats.cache_hits.values())
+print("loaded" if loaded else "compiled")
+"""
+
+
+@pytest.fixture
+def kernels(tmp_path):
+    """A function that runs the kernels in a process of its own, with a cache in `tmp_path`."""
+    script = tmp_path / "kernels_of_a_test.py"
+    script.write_text(KERNELS, encoding="utf-8")
+    folder = tmp_path / "cache"
+    folder.mkdir()
+
+    def run(before="", warns=False, **environment):
+        start = f"import runpy\n{before}\nrunpy.run_path({str(script)!r})"
+        done = subprocess.run(
+            [sys.executable, *([] if warns else ["-W", "error"]), "-c", start],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+            | {"NUMBA_CACHE_DIR": str(folder)}
+            | environment,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("cannot be kept on disk") == warns, done.stderr
+        return done.stdout.strip()
+
+    run.files = lambda suffix: sorted(folder.rglob(f"*quadruple*{suffix}"))
+    return run
+
+
+def test_code_is_kept_for_the_next_process(kernels):
+    assert [kernels(), kernels()] == ["compiled", "loaded"]
+
+
+DAMAGES = {
+    "empty": lambda _: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: bytes(len(data)),
+    "another file": lambda data: b"GIF89a" + data,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_a_damaged_file_is_ignored_and_written_again(kernels, suffix, damage):
+    kernels()
+    (file,) = kernels.files(suffix)
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    assert kernels() == "compiled"
+    assert kernels() == "loaded"
+
+
+def test_a_file_that_is_missing_is_written_again(kernels):
+    kernels()
+    (file,) = kernels.files(".nbc")
+    file.unlink()
+    assert [kernels(), kernels()] == ["compiled", "loaded"]
+
+
+NO_FOLDER = """
+from numba.core import caching
+def fails(self):
+    raise PermissionError(13, "Permission denied")
+caching._CacheLocator.ensure_cache_path = fails
+"""
+FULL = """
+import errno
+from numba.core import caching
+def fails(self, filepath):
+    raise OSError(errno.ENOSPC, "No space left on device")
+caching.IndexDataCacheFile._open_for_write = fails
+"""
+
+
+@pytest.mark.parametrize("before", [NO_FOLDER, FULL], ids=["read-only", "full"])
+def test_without_a_disk_cache_kernels_are_compiled_with_one_warning(kernels, before):
+    assert kernels(before, warns=True) == "compiled"
+    assert kernels(before, warns=True) == "compiled"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of file sizes are a matter of Unix")
+def test_a_limit_of_file_sizes_is_a_full_disk(kernels):
+    """A real failing write: half an entry, then OSError."""
+    limit = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+"""
+    assert kernels(limit, warns=True) == "compiled"
+    assert [kernels(), kernels()] == ["compiled", "loaded"], "what it left is no obstacle"
+
+
+READ_ONLY_PACKAGE = """
+import os, sys
+from numba.core import caching
+def from_function(cls, function, file):
+    return None
+for locator in caching.CacheImpl._locator_classes:
+    locator.from_function = classmethod(from_function)
+sys.path.insert(0, "tests")
+import tiny
+from npllm import kernels
+m = tiny.model(ops=kernels.compiled_ops())
+"""
+
+
+def test_a_model_loads_where_there_is_no_folder_for_the_cache():
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ONLY_PACKAGE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0 and done.stderr.count("cannot be kept on disk") == 1, done.stderr
+
+
+def test_the_internals_are_those_that_the_code_was_written_for():
+    """A new version of Numba that renames one must fail here, not lose the cache in silence."""
+    from numba import threading_layer, types
+    from numba.core import cgutils
+    from numba.core.dispatcher import Dispatcher
+    from numba.core.registry import cpu_target
+
+    from npllm.kernels.cpu import gemm
+
+    assert isinstance(gemm.multiply, Dispatcher)
+    cache = gemm.multiply._cache
+    assert type(cache) is numba_internals.DiskCache
+    file = cache._cache_file
+    assert f"{os.getpid()}-" in file._data_name_pattern and "{number:d}" in file._data_name_pattern
+    assert file._source_stamp[1:] == tuple(numba_internals.SOURCES) and file._source_stamp[0]
+    assert file._data_name(7) != file._data_name(8)
+    assert numba_internals.openmp_dies_in_a_fork() in (False, threading_layer() == "omp")
+    make = cpu_target.target_context.make_array(types.Array(types.float32, 1, "C"))
+    assert callable(make) and hasattr(cgutils, "create_struct_proxy")
+
+
+def test_no_other_file_uses_internals_of_numba():
+    words = ("_cache_file", "._cache", "_getvalue", "omppool.", "numba.core.caching")
+    for path in (ROOT / "npllm").rglob("*.py"):
+        if path.name != "numba_internals.py":
+            text = path.read_text(encoding="utf-8")
+            if "numba" in text:
+                assert not [word for word in words if word in text], path
