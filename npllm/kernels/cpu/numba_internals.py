@@ -7,13 +7,14 @@ tests/test_numba_internals.py fails where a new version changes them.
 import importlib
 import os
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from numba import threading_layer
 from numba.core.caching import FunctionCache
+
+from npllm.progress import warn
 
 __all__ = ["DiskCache", "openmp_dies_in_a_fork", "struct_value", "use_disk_cache"]
 
@@ -38,7 +39,7 @@ def warn_once(error: Exception) -> None:
     """Say once for each process that compiled code is not kept."""
     if not _warned:
         _warned.append(str(error))
-        warnings.warn(
+        warn(
             f"compiled kernels cannot be kept on disk ({error}), so that every process compiles "
             f"them again; {REMEDY}",
             RuntimeWarning,
