@@ -604,7 +604,7 @@ def test_the_command_prints_cosines(tmp_path, monkeypatch):
     folder = write(tmp_path / "x")
     e = npllm.load(folder).embed(["the cat", "a mat", "the cat"])
     monkeypatch.setattr(
-        pytest.importorskip("npllm.cli.commands"),
+        pytest.importorskip("npllm.cli.predictions"),
         "fetch",
         lambda name: {"all-minilm-l6-v2": folder}[name],
     )
