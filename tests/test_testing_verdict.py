@@ -418,3 +418,15 @@ def test_factors_in_float64_do_not_make_a_rotation_float64():
 def test_an_empty_output_is_within():
     x = np.ones((0, 4), F)
     assert verdict("add", {"x": x, "y": x}, x).status == "within"
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (1, 2)])
+def test_attention_may_have_any_number_of_batch_axes(lead):
+    rng = np.random.default_rng(0)
+    shapes = {"q": (4, 5, 8), "k": (2, 9, 8), "v": (2, 9, 8)}
+    inputs = {name: rng.standard_normal((*lead, *s)).astype(F) for name, s in shapes.items()}
+    y = ops.attention(*inputs.values(), mask=ops.mask.causal())
+    assert verdict("attention", inputs, y).status == "within"
+    y[..., 3, :, :] *= F(1.01)
+    found = verdict("attention", inputs, y)
+    assert (found.status, "n_head 3" in found.where) == ("wrong", True)

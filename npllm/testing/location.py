@@ -76,6 +76,8 @@ def _axis_names(op: str, ndim: int) -> list[str]:
 
 def _feature(wrong: Array, features: Mapping[str, Array]) -> str:
     """The sentence of the smallest group of rows that holds all wrong entries."""
+    if features:  # they have one batch axis, whatever the output has
+        wrong = wrong.reshape(-1, *wrong.shape[-3:])
     rows = wrong.any(axis=-1)
     found = []
     for text, has in features.items():
