@@ -251,7 +251,7 @@ def test_a_pickled_cache_goes_on_without_the_weights():
     close(BASE(IDS[:, 5:], cache=again), BASE(IDS[:, 5:], cache=cache), times=0)
 
 
-@pytest.mark.parametrize("case", [case for case in OTHERS if "mask" not in case])
+@pytest.mark.parametrize("case", OTHERS)
 def test_a_pickled_cache_belongs_to_the_weights_and_the_mask_it_came_from(case):
     other, mine, says = OTHERS[case]
     again = pickle.loads(pickle.dumps(used_by(other)))
