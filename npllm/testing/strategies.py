@@ -218,14 +218,14 @@ def embed_cases(
 def sampler_cases(draw: Callable, features: Features, u: bool = False) -> dict[str, Any]:
     """Draw a case of a sampler: logits with ties, and options that meet their boundaries."""
     return {
-        "n_row": draw(st.integers(1, 4)),
-        "n_vocab": draw(st.integers(2, 12)),
-        "temperature": _choice(draw, "temperature" in features, [2.0, 0.5]),
-        "top_k": _choice(draw, "top_k" in features, [1, 2, 4]),
-        "top_p": _choice(draw, "top_p" in features, [0.5, 0.75, 0.875]),
-        "min_p": _choice(draw, "min_p" in features, [0.25, 0.3, 0.05]),
+        "n_row": draw(st.integers(1, 16)),
+        "n_vocab": draw(st.integers(2, 16)),
+        "temperature": _choice(draw, "temperature" in features, [2.0, 0.5] * 2),
+        "top_k": _choice(draw, "top_k" in features, [None, 2, 4, 12]),
+        "top_p": _choice(draw, "top_p" in features, [0.5, 0.75, 0.875] * 2),
+        "min_p": _choice(draw, "min_p" in features, [0.25, 0.3, 0.05] * 2),
         "repetition_penalty": _choice(draw, "repetition_penalty" in features, [1.3]),
-        "size": draw(st.sampled_from(["plain", "dyadic", "equal"])),
+        "size": draw(st.sampled_from(["plain", "flat", "flat", "dyadic", "equal"])),
         "u": u,
         "seed": draw(seeds),
     }

@@ -52,7 +52,8 @@ def _logits(case: dict[str, Any]) -> Array:
         return (exact * (case["temperature"] or 1.0)).astype(np.float32)
     if case["size"] == "equal":
         return np.zeros(shape, np.float32)
-    return (rng.integers(-8, 9, shape) / 2).astype(np.float32)
+    most = 3 if case["size"] == "flat" else 8  # flat: what min-p takes away moves top-p
+    return (rng.integers(-most, most + 1, shape) / 2).astype(np.float32)
 
 
 def _judge_rows(inputs: dict[str, Any], output: Any) -> tuple[Finding | None, float]:
