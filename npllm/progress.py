@@ -2,14 +2,17 @@
 be None, closed, without `isatty` or `flush`, or fail to write.
 """
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 __all__ = ["progress_bar", "report", "stderr_is_terminal", "warn", "write_line"]
 
+PACKAGE = str(Path(__file__).parent)
 STREAM_ERRORS = (AttributeError, OSError, ValueError)
 """What writing to a missing, closed, incomplete or broken stream raises."""
 
@@ -104,10 +107,13 @@ def report(text: str) -> None:
     write_line(f"npllm: {text}")
 
 
-def warn(text: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
-    """Issue a warning; `stacklevel` counts from the caller, as in `warnings.warn`.
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning that points at the caller of npllm: the first frame outside the package.
 
     A filter that turns warnings into errors raises, as it does without this function.
     """
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
     with suppress(*STREAM_ERRORS):
-        warnings.warn(text, category, stacklevel=stacklevel + 1)
+        warnings.warn(text, category, stacklevel=level if frame is not None else 2)

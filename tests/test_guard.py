@@ -605,7 +605,7 @@ def test_a_batched_16_bit_product_is_caught():
 
 @pytest.mark.parametrize(
     "mistake",
-    [lambda x: np.asarray(x), lambda x: float(x[0, 0, 0]), lambda x: x.tolist(), lambda x: list(x)],
+    [lambda x: np.asarray(x), lambda x: float(x[0, 0]), lambda x: x.tolist(), lambda x: list(x)],
 )
 def test_a_mistake_in_the_loop_is_caught(mistake, monkeypatch):
     _, model = model_pair()

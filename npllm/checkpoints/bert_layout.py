@@ -81,7 +81,7 @@ def load_params(
     entries, head = _split_off_head(read_entries(folder))
     entries = _rename(entries)
     check_shapes(folder, entries, expected_shapes(config), (POSITION_IDS, *POOLER))
-    warn_of_unused(folder, head, "they are a head of the model, and an encoder has none", 3)
+    warn_of_unused(folder, head, "they are a head of the model, and an encoder has none")
     _warn_of_ignored(folder, entries, config, is_pooled)
     reader = TensorReader(entries, dtype, xp, mmap=mmap)
     params = assemble(lambda name: reader.read([name]), config)
@@ -105,7 +105,6 @@ def _warn_of_ignored(
             folder,
             pooler,
             "hidden states are combined as 1_Pooling/config.json says, else by their mean",
-            stacklevel=5,
         )
 
 

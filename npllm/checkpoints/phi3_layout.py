@@ -155,8 +155,7 @@ def _top_sources_in(
         return sources
     warn(
         f"{folder}: config.json says tie_word_embeddings: true, but {OUTPUT} and {EMBEDDING} "
-        "differ, so both are used; tie_word_embeddings: false would say so",
-        stacklevel=4,
+        "differ, so both are used; tie_word_embeddings: false would say so"
     )
     return sources | output
 

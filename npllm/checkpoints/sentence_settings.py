@@ -138,8 +138,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, str], str | None, int | None
     if similarity != "cosine":
         warn(
             f"{file}: similarity_fn_name = {quote(similarity)} is not used: "
-            "vectors are as the folder says, but cosine_similarities compares them by the cosine",
-            stacklevel=5,
+            "vectors are as the folder says, but cosine_similarities compares them by the cosine"
         )
     for without_effect in ("__version__", "requirements"):
         read.get(without_effect)

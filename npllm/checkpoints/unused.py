@@ -21,14 +21,12 @@ AS_COMPUTED = 1e-5  # relative difference between the float32 formulas of librar
 Array = Any
 
 
-def warn_of_unused(
-    folder: str | PathLike[str], names: list[str], reason: str, stacklevel: int = 4
-) -> None:
+def warn_of_unused(folder: str | PathLike[str], names: list[str], reason: str) -> None:
     """Warn, in one line, that tensors of a file are not used."""
     if names:
         shown = ", ".join(printable(name[:200]) for name in sorted(names)[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warn(f"{folder}: not used: {shown}{more}; {reason}", stacklevel=stacklevel)
+        warn(f"{folder}: not used: {shown}{more}; {reason}")
 
 
 def same_values(one: Array, other: Array) -> bool:

@@ -122,4 +122,4 @@ class Reader:
         unknown = sorted(set(self.data) - self.asked - set(without_effect))
         if unknown:
             names = ", ".join(map(printable, unknown))
-            warn(f"{self.where}: unknown keys are ignored: {names}"[:500], stacklevel=5)
+            warn(f"{self.where}: unknown keys are ignored: {names}"[:500])

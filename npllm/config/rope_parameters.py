@@ -136,8 +136,7 @@ def _rotated_fraction(rope: Reader, rope_type: str, fraction: float, model_type:
     if model_type == "llama" and rope_type == "default" and fraction != 1:
         warn(
             f"{rope.where}: partial_rotary_factor = {fraction} has no effect with model_type llama "
-            "and rope_type default: whole heads are rotated, as in Transformers",
-            stacklevel=6,
+            "and rope_type default: whole heads are rotated, as in Transformers"
         )
         return 1.0
     return fraction

@@ -187,7 +187,6 @@ def count_new_tokens(config: Any, prompt: Prompt, max_new_tokens: int) -> int:
         warn(
             f"the context length (max_position_embeddings) is {config.context_length}: after "
             f"{n_prompt} tokens of prompt there is room for {n_left} new tokens, "
-            f"not {max_new_tokens}",
-            stacklevel=4,
+            f"not {max_new_tokens}"
         )
     return min(n_left, max_new_tokens)

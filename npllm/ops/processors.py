@@ -7,7 +7,9 @@ generation_config.json.  An excluded token gets -inf; softmax renormalises what 
 from collections.abc import Sequence
 from typing import Any
 
-from npllm.arrays import array_namespace
+import numpy as np
+
+from npllm.arrays import array_namespace, asarray
 from npllm.errors import NpllmValueError
 
 __all__ = [
@@ -67,6 +69,7 @@ def begin_suppress_tokens(logits: Array, tokens: Sequence[int], n_new: int) -> A
     -----
     Source: `SuppressTokensAtBeginLogitsProcessor` in Transformers.
     """
+    array_namespace(logits)
     return suppress_tokens(logits, tokens) if n_new == 0 else logits
 
 
@@ -94,6 +97,7 @@ def min_new_tokens(logits: Array, eos: Sequence[int], n_new: int, least: int) ->
     -----
     Source: `MinNewTokensLengthLogitsProcessor` in Transformers.
     """
+    array_namespace(logits)
     return suppress_tokens(logits, eos) if n_new < least else logits
 
 
@@ -124,6 +128,7 @@ def forced_eos_token_id(logits: Array, tokens: Sequence[int], n_left: int) -> Ar
     -----
     Source: `ForcedEOSTokenLogitsProcessor` in Transformers.
     """
+    xp = array_namespace(logits)
     if n_left != 1:
         return logits
     n_vocab = logits.shape[-1]
@@ -131,7 +136,6 @@ def forced_eos_token_id(logits: Array, tokens: Sequence[int], n_left: int) -> Ar
         raise NpllmValueError(
             f"forced_eos_token_id must be a token id below n_vocab = {n_vocab}, got {list(tokens)}"
         )
-    xp = array_namespace(logits)
     return _exclude(xp.zeros_like(logits), ~_is_one_of(logits, tokens))
 
 
@@ -236,7 +240,7 @@ def _is_one_of(logits: Array, tokens: Sequence[int]) -> Array:
     """Which entries of the vocabulary are among some tokens: bool [n_vocab]."""
     xp = array_namespace(logits)
     known = [token for token in tokens if 0 <= token < logits.shape[-1]]
-    return _named_by(logits, xp.asarray([-1, *known], dtype=xp.int64))
+    return _named_by(logits, asarray(np.asarray([-1, *known], dtype=np.int64), xp))
 
 
 def _named_by(logits: Array, tokens: Array) -> Array:

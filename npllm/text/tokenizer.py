@@ -230,8 +230,7 @@ class Tokenizer:
         text = render(self.chat_template, messages, names, allowance)
         for left_out in find_left_out(self.chat_template, messages, names, text, allowance):
             warn(
-                f"this checkpoint's chat template leaves out {left_out}: the model does not see it",
-                stacklevel=2,
+                f"this checkpoint's chat template leaves out {left_out}: the model does not see it"
             )
         return text
 

@@ -43,7 +43,6 @@ def warn_once(error: Exception) -> None:
             f"compiled kernels cannot be kept on disk ({error}), so that every process compiles "
             f"them again; {REMEDY}",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 
