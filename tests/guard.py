@@ -256,6 +256,7 @@ FUNCTIONS = {
     "argmax": ("a", "axis", "keepdims"),
     "sort": ("a", "axis", "kind"),
     "argsort": ("a", "axis", "kind"),
+    "searchsorted": ("a", "v", "side"),
     "cumulative_sum": ("x", "axis", "dtype"),
     "zeros_like": ("a", "dtype"),
     "ones_like": ("a", "dtype"),
@@ -265,6 +266,7 @@ FUNCTIONS = {
     "ascontiguousarray": ("a",),
 }
 ARRAYS = ("concat", "stack")
+OF_TWO = ("searchsorted",)  # the second argument is an operand as well
 MOVES = (
     "reshape",
     "permute_dims",
@@ -321,7 +323,7 @@ def _function(name, parameters):
                 f"{name}() got unexpected arguments {sorted(unknown)}; CuPy knows {', '.join(parameters)}"
             )
         first = [_in(x, True) for x in args[0]] if name in ARRAYS else _in(args[0], True)
-        rest = [_plain(name, x) for x in args[1:]]
+        rest = [_in(x, True) if name in OF_TWO else _plain(name, x) for x in args[1:]]
         options = {key: _plain(name, x) for key, x in options.items()}
         if name not in MOVES:
             _no_bfloat16(name, first, call=lambda _: None)

@@ -338,7 +338,9 @@ def test_rope_append_kernel(call):
             qkv, cos, sin, n_head, n_kv_head, mask=causal(), cache=caches[1]
         ),
     )
-    for there, here in zip(caches[0].state.layers[0][:2], caches[1].state.layers[0][:2], strict=True):
+    for there, here in zip(
+        caches[0].state.layers[0][:2], caches[1].state.layers[0][:2], strict=True
+    ):
         same("kernel rope_append, cache", there[:, :, :n_seq, :], here[:, :, :n_seq, :])
     assert width % (n_head + 2 * n_kv_head) == 0
 

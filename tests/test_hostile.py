@@ -655,7 +655,10 @@ def test_a_path_that_leads_nowhere(path, tmp_path, monkeypatch):
         ({"eos_token_id": [-1]}, "eos_token_id must be token ids"),
         ({"eos_token_id": 10**30}, "eos_token_id must be token ids"),
         ({"eos_token_id": [[2]]}, "eos_token_id must be token ids"),
-        ({"pad_token_id": 320}, "pad_token_id must be a token id below vocab_size = 320, or -1 for none, got 320"),
+        (
+            {"pad_token_id": 320},
+            "pad_token_id must be a token id below vocab_size = 320, or -1 for none, got 320",
+        ),
         ({"pad_token_id": True}, "got True"),
         ({"do_sample": "false"}, "do_sample must be True or False, got 'false'"),
         ({"do_sample": 1}, "do_sample must be True or False, got 1"),

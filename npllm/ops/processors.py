@@ -248,7 +248,8 @@ def _named_by(logits: Array, tokens: Array) -> Array:
     xp = array_namespace(logits, tokens)
     vocabulary = xp.arange(logits.shape[-1], dtype=tokens.dtype)
     ordered = xp.sort(tokens)
-    place = xp.clip(xp.searchsorted(ordered, vocabulary), 0, tokens.shape[0] - 1)
+    place = xp.searchsorted(ordered, vocabulary)
+    place = xp.where(place < tokens.shape[0], place, tokens.shape[0] - 1)  # beyond all of them
     return xp.take(ordered, place, axis=0) == vocabulary
 
 

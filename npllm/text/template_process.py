@@ -80,6 +80,8 @@ class TemplateProcess:
         """
         line = request.encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
+            if allowance.left <= 0:  # a process with a request is killed a moment later than that
+                raise _too_long()
             if self._process is not None:
                 try:
                     return self._exchange(line, allowance)
@@ -168,15 +170,19 @@ class TemplateProcess:
         """Say why there is no answer."""
         code = self.stop(grace=1)
         if expired:
-            return NpllmValueError(
-                f"it takes more than the {DEADLINE:g} seconds that a chat template may take"
-            )
+            return _too_long()
         if code == OUT_OF_MEMORY:
             return _EndedError(
                 f"it needs more than the {LARGEST_MEMORY // 10**6} MB of memory that a chat "
                 "template may use"
             )
         return _EndedError(f"the process that renders it ended with exit code {code}")
+
+
+def _too_long() -> NpllmValueError:
+    return NpllmValueError(
+        f"it takes more than the {DEADLINE:g} seconds that a chat template may take"
+    )
 
 
 def _transfer(line: bytes, stdin: Any, stdout: Any) -> bytes:
