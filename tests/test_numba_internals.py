@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("numba")
+from npllm import kernels as sets
+
+if sets.compiled_ops() is None:
+    pytest.skip(sets.why_not_compiled(), allow_module_level=True)
 from npllm.kernels.cpu import numba_internals
 
 ROOT = Path(__file__).resolve().parents[1]
