@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("jinja2")
 from npllm.errors import NpllmOSError, NpllmRuntimeError, NpllmValueError
 from npllm.text import template_worker
 from npllm.text.template_process import Allowance, TemplateProcess, process

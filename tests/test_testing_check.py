@@ -8,6 +8,7 @@ import sys
 import optional
 import pytest
 
+pytest.importorskip("click")
 from npllm import testing
 from npllm.cli import mutants
 from npllm.errors import NpllmValueError
