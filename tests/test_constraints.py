@@ -17,6 +17,7 @@ from tiny import (
 )
 
 import npllm
+from npllm.decoding import beam, last_logits
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 torch = optional.module("torch")
@@ -209,7 +210,7 @@ def test_stop_strings_of_the_file_are_those_of_the_caller():
     assert m.generate("x", stop=[], max_new_tokens=13) == "one two three"
 
 
-def test_a_beam_ends_with_a_stop_string(tmp_path):
+def test_a_beam_ends_with_a_stop_string(tmp_path, monkeypatch):
     changes = {"vocab_size": 272, "max_position_embeddings": 100, "eos_token_id": None}
     m = npllm.load(write_folder(tmp_path, tokenizer=byte_level(), settings=SETTINGS, **changes))
     whole = m.beam_search("hello", num_beams=3, num_return_sequences=3, max_new_tokens=12)
@@ -219,6 +220,13 @@ def test_a_beam_ends_with_a_stop_string(tmp_path):
     )
     assert all(letter not in answer["text"] for answer in found)
     assert any(len(answer["text"]) < 12 for answer in found)
+    calls = []
+    monkeypatch.setattr(
+        beam, "last_logits", lambda *a, **o: calls.append(1) or last_logits(*a, **o)
+    )
+    options = {"num_beams": 1, "max_new_tokens": 12, "early_stopping": True}
+    m.beam_search("hello", **options, stop=m.beam_search("hello", **options)[0]["text"][2])
+    assert len(calls) < 12 + 12, "the search itself ends at the stop string, not only its text"
 
 
 # ---------------------------------------------------------------------------------- NumPy's numbers

@@ -222,8 +222,8 @@ class KVCache:
             keys, values = (reallocated(x, *span, capacity) for x in (keys, values))
             first = oldest
         layers[layer] = keys, values, first
-        held = (x[:, :, oldest - first : stop - first, :] for x in (keys, values))
-        return *held, range(oldest, stop)
+        held = slice(oldest - first, stop - first)
+        return keys[:, :, held, :], values[:, :, held, :], range(oldest, stop)
 
     def _allocated(self, k: Array, v: Array) -> tuple[Array, Array, int]:
         """Make the first arrays of a layer, for the shapes of its keys and values."""

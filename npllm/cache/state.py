@@ -62,8 +62,8 @@ def capacity_for(needed: int, window: int | None, max_slots: int) -> int:
 
 def check_held(layer: int, name: str, held: Array, new: Array) -> None:
     """Raise where an array of the cache cannot take new keys or values as they are."""
-    sizes, got = ([x.shape[1], x.shape[3]] for x in (held, new))
-    if sizes != got:
+    if held.shape[1] != new.shape[1] or held.shape[3] != new.shape[3]:
+        sizes, got = ([x.shape[1], x.shape[3]] for x in (held, new))
         raise NpllmValueError(
             f"layer {layer} of the cache holds {name} [n_kv_head, d_head] = {sizes}, got {got}; "
             "a cache goes with the model that made it"
