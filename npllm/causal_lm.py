@@ -18,9 +18,9 @@ from npllm.config.config import Config
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models import heads, phi3
 from npllm.models.params import Params
+from npllm.models.rotations import Rotations
 from npllm.ops.opset import Ops
 from npllm.portable import Portable
-from npllm.rotations import Rotations
 
 __all__ = ["PREFILL_CHUNK", "CausalLM", "Tokens"]
 

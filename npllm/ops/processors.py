@@ -2,6 +2,8 @@
 
 They follow the `LogitsProcessor` classes of Transformers and bear the names of the options of
 generation_config.json.  An excluded token gets -inf; softmax renormalises what is left.
+temperature, top_k, top_p, min_p and repetition_penalty, which shape the distribution that is
+sampled, are in `npllm.ops.sampling`.
 """
 
 from collections.abc import Sequence
