@@ -57,7 +57,7 @@ def largest_share(op, n, seed, dtype="float32"):
             with np.errstate(over="ignore"):
                 y = y.astype(dtype if dtype != "bfloat16" else ml_dtypes.bfloat16)
             promised = np.isfinite(bound.deterministic) & np.isfinite(exact)
-            error = np.where(promised, _errors(y, exact, exact), 0.0)
+            error = np.where(promised, _errors(y, exact, exact, bound), 0.0)
             status, share = judge(error, exact, bound)
             at = np.unravel_index(np.argmax(share), share.shape)
             assert status != "wrong", (

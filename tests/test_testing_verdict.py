@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npllm import ops
-from npllm.testing import verdict, where
+from npllm.testing import gold, verdict, where
 from npllm.testing.budgets import Budget
 from npllm.testing.judging import judge
 from npllm.testing.location import describe_indices
@@ -88,6 +88,21 @@ def test_an_overflow_of_the_output_dtype_is_right_and_a_saturation_is_not():
     with np.errstate(over="ignore"):
         assert verdict("add", inputs, x.astype(H)).status == "within"
     assert verdict("add", inputs, np.array([[65504.0, -65504.0, 1.0]], H)).status == "wrong"
+
+
+def test_an_infinity_is_right_only_where_an_answer_within_the_budget_overflows():
+    """1e12 - 1e12 + a rotation: the sign of what is left is that of the roundings."""
+    angle = np.float64(np.float32(1.0))
+    x = np.array([[[[np.sin(angle), np.cos(angle)]]]]) * 1e18
+    inputs = {"x": x.astype(F), "positions": np.array([1]), "d_rope": 2}
+    exact = gold("rope", inputs)
+    assert np.abs(exact[..., 0]) < 1e12
+    for first in (np.inf, -np.inf):
+        assert verdict("rope", inputs, np.array([[[[first, np.inf]]]], H)).status != "wrong"
+        found = verdict("rope", inputs, np.array([[[[first, -np.inf]]]], H))
+        assert found.status == "wrong" and found.index == (0, 0, 0, 1)
+    small = {**inputs, "x": (x / 1e15).astype(F)}
+    assert verdict("rope", small, np.array([[[[np.inf, 1000.0]]]], H)).status == "wrong"
 
 
 # ------------------------------------------------------------------------------------------------------- errors and the budget

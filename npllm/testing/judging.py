@@ -43,8 +43,12 @@ def undetermined(exact: Array, limit: Array, bound: Budget) -> Array:
     )
 
 
-def absolute_errors(found: Array, exact: Array, finite: Array) -> Array:
-    """Return |found - exact|; 0 for infinities that are right, also after an overflow."""
+def absolute_errors(found: Array, exact: Array, finite: Array, bound: Budget) -> Array:
+    """Return |found - exact|; 0 for infinities that are right, also after an overflow.
+
+    An infinity is right where an answer within the budget overflows: where the exact value, moved
+    towards it by what the budget allows, is at least the largest finite number of the dtype.
+    """
     got = found.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         usable = np.isfinite(got) & np.isfinite(finite)
@@ -54,11 +58,10 @@ def absolute_errors(found: Array, exact: Array, finite: Array) -> Array:
             else (np.where(usable, got, 0.0) - np.where(usable, exact, 0))
         )
         error = np.abs(difference).astype(np.float64)
-        same = (
-            np.isinf(got)
-            & (np.isinf(finite) | (np.abs(finite) >= LARGEST[str(found.dtype)]))
-            & (got * finite > 0)
-        )
+        vague = undetermined(finite, bound.deterministic, bound)
+        allowed = np.where(vague, bound.deterministic, bound.statistical)
+        towards = np.where(np.isinf(finite), 0.0, allowed) + np.sign(got) * finite
+        same = np.isinf(got) & (towards >= LARGEST[str(found.dtype)])
     error = np.where(usable, error, np.inf)
     return np.where(same, 0.0, error)
 

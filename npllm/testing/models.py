@@ -132,7 +132,8 @@ def _attempts(part: Evidence, model: Arithmetic) -> Iterator[tuple[Budget, Array
     for cut in OPERANDS[model.operands]:
         given = {name: _cut(cut, name, x) for name, x in part.inputs.items()}
         exact = gold(part.op, given)
-        yield model_budget(part.op, given, rest), absolute_errors(part.found, exact, exact)
+        bound = model_budget(part.op, given, rest)
+        yield bound, absolute_errors(part.found, exact, exact, bound)
 
 
 def _cut(cut: Callable, name: str, x: Any) -> Any:

@@ -128,9 +128,9 @@ def verdict(
     if problem is not None:
         return problem
     asked = Arithmetic(str(found.dtype), accumulate, roundings, operands, probabilities)
-    error = absolute_errors(found, exact, finite)
-    evidence = Evidence(op, inputs, found, finite, error)
     bound = model_budget(op, inputs, asked)
+    error = absolute_errors(found, exact, finite, bound)
+    evidence = Evidence(op, inputs, found, finite, error)
     return _not_finite(evidence) or _report(evidence, bound, asked, explained)
 
 
