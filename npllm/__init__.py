@@ -43,6 +43,7 @@ from npllm.encoder import Encoder
 from npllm.errors import NpllmError
 from npllm.model import Model, load, pipeline
 from npllm.text.tokenizer import Tokenizer
+from npllm.tracing.record import trace
 from npllm.tracing.trace import Trace
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "pipeline",
     "score",
     "steps",
+    "trace",
 ]
 
 _REPORT = (
