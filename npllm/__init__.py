@@ -43,6 +43,8 @@ from npllm.encoder import Encoder
 from npllm.errors import NpllmError
 from npllm.model import Model, load, pipeline
 from npllm.text.tokenizer import Tokenizer
+from npllm.tracing.record import trace
+from npllm.tracing.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,7 @@ __all__ = [
     "Model",
     "NpllmError",
     "Tokenizer",
+    "Trace",
     "beam",
     "cost",
     "load",
@@ -62,6 +65,7 @@ __all__ = [
     "pipeline",
     "score",
     "steps",
+    "trace",
 ]
 
 _REPORT = (

@@ -135,7 +135,7 @@ class CausalLM(Portable):
         n_keep = check_integer("logits_to_keep", logits_to_keep, 0, 2**63)
 
         def call(draft: KVCache | None) -> Array:
-            tokens = self._check(input_ids, attention_mask, position_ids, draft)
+            tokens = self.check_tokens(input_ids, attention_mask, position_ids, draft)
             hidden = self._hidden(tokens, draft, tap)
             if self.config.head == "sequence":
                 return self._classify_sequences(hidden, tokens, attention_mask is not None)
@@ -169,7 +169,7 @@ class CausalLM(Portable):
         """
 
         def call(draft: KVCache | None) -> Array:
-            tokens = self._check(input_ids, attention_mask, position_ids, draft)
+            tokens = self.check_tokens(input_ids, attention_mask, position_ids, draft)
             return self._hidden(tokens, draft, tap)
 
         return self._transact(cache, call)
@@ -256,10 +256,16 @@ class CausalLM(Portable):
         mask = None if self.mask is None else tuple(self._rules)
         return CacheOwner(self.params, self.config, mask)
 
-    def _check(
+    def check_tokens(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: KVCache | None
     ) -> Tokens:
-        """Check the arguments of a call: the one door for ids from outside."""
+        """Check the arguments of a call, as in `__call__`: the one door for ids from outside.
+
+        Returns
+        -------
+        tokens : Tokens
+            With the mask and the positions that the call would use.
+        """
         ids = check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
         n_batch, n_seq = ids.shape
         if cache is not None:
