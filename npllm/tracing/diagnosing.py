@@ -61,7 +61,8 @@ def _asked(question: Question, output: Array, run: Run, exact: Exact) -> str:
     is_chain = any(isinstance(one, Exact) for one in exact.inputs)
     try:
         if not is_chain:
-            return " & ".join(diagnose(op, inputs, output).names)
+            found = diagnose(op, inputs, output)
+            return " & ".join(found.names) or (found.model or "")
         return _nearest(op, inputs, output, run, exact)
     except NpllmError:
         return ""

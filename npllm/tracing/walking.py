@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from npllm.testing.inputs import f64
+from npllm.testing.location import where
 from npllm.tracing.graft import NotRecordedError, Run, real_entries, without_padding
 from npllm.tracing.nodes import Exact, Judged, share_of
 from npllm.tracing.recorded import Recorded
@@ -68,7 +69,7 @@ class Row:
 
 def layer_of(name: str) -> int | None:
     """The number of a value's layer."""
-    parts = name.split(".")
+    parts = name.partition("@")[0].split(".")
     return int(parts[2]) if name.startswith("model.layers.") else None
 
 
@@ -125,7 +126,7 @@ class Walk:
         self._measure(row, name, t, x, exact, one, order)
         row.status = one.status
         if one.status == "wrong":
-            self._accuse(row, name, t, x, exact)
+            self._accuse(row, name, t, x, exact, one)
         elif one.status == "within":
             self._inherit(row, name, t)
 
@@ -139,10 +140,14 @@ class Walk:
         if row.status == "wrong":
             self.tainted.add(row.name)
 
-    def _accuse(self, row: Row, name: str, t: int, x: Array, exact: Exact) -> None:
+    def _accuse(
+        self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged
+    ) -> None:
         row.status = flow(self.run, name, t)
         row.note = "; ".join(text for text in (row.note, not_finite(x)) if text)
         row.diagnosis = self.explain(self.run, name, t, exact, x)
+        if not row.diagnosis and not not_finite(x):
+            row.note = "; ".join(text for text in (row.note, place_of(x, exact, one)) if text)
         if row.status == "wrong capture":
             self.run.replace(name, t)
         elif row.status == "wrong":
@@ -156,7 +161,8 @@ class Walk:
         inherited, gain = row.inherited, row.gain
         if inherited is None or inherited <= 1:
             return
-        is_amplified = gain is not None and gain >= AMPLIFIED
+        is_sum = self.run.graphs[t][name].op in ("add", "view", "cache")  # another unit, no more
+        is_amplified = gain is not None and gain >= AMPLIFIED and not is_sum
         if is_amplified and inherited >= AMPLIFIED:
             row.status = "amplified"
         elif is_tainted:
@@ -227,21 +233,26 @@ class Walk:
         if any(self.run.has(front + one, t) for one in AFTER_ROTATION[: _place(leaf)]):
             return
         keys = rotation_keys(layer, t)
-        suspects = [key for key in keys if key in self.rows and key in self.tainted]
-        if not suspects or not agrees(self.run, name, t, keys):
-            self.table_votes += [False] if suspects else []
+        if not any(self.rows[key].status == "wrong" for key in keys if key in self.rows):
+            return
+        suspects = sorted(key for key in keys if key in self.rows and key in self.tainted)
+        if not agrees(self.run, name, t, keys):
+            self.table_votes.append(False)
             return
         if self.rows[key_of(name, t)].status in ("wrong", "wrong capture"):
             self._never_flowed(name, t, suspects)
             return
         self.table_votes.append(True)
+        others = [key_of(front + leaf, t) for leaf in ("q_proj", "k_proj", "v")]
+        is_clean = not self.tainted.intersection(others)
         for key in suspects:
-            if ".rotary_emb." not in key:
+            if ".rotary_emb." not in key and (is_clean or self.rows[key].status == "wrong"):
                 self.rows[key].status = "harmless"
-                self.tainted.discard(key)
-        self.tainted.discard(key_of(name, t))
-        if self.rows[key_of(name, t)].status == "inherited":
-            self.rows[key_of(name, t)].status = "within"
+        if is_clean:
+            freed = {key for key in suspects if ".rotary_emb." not in key}
+            self.tainted -= freed | {key_of(name, t)}
+            if self.rows[key_of(name, t)].status == "inherited":
+                self.rows[key_of(name, t)].status = "within"
 
     def _never_flowed(self, name: str, t: int, suspects: list[str]) -> None:
         """Leave out rotated values that attention did not read, and judge attention again."""
@@ -265,6 +276,13 @@ class Walk:
 
 def _place(leaf: str) -> int:
     return AFTER_ROTATION.index(leaf)
+
+
+def place_of(x: Array, exact: Exact, one: Judged) -> str:
+    """Say where the entries over budget are, unless they are everywhere."""
+    over = ~(np.abs(f64(x) - exact.value) <= exact.error(one.level, 2))
+    text = where(over, "rope" if x.ndim == 4 else "linear")
+    return "" if text in ("nowhere", "everywhere") else text
 
 
 def not_finite(x: Array) -> str:

@@ -147,4 +147,8 @@ def _alike(run: Run, name: str, t: int, shape: tuple, used: tuple) -> list[str]:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("model.layers.").split(".", 1)[-1] if ".layers." in name else name
+    """A name without its layer."""
+    if not name.startswith("model.layers."):
+        return name
+    number, _, rest = name.removeprefix("model.layers.").partition(".")
+    return rest or f"the output of layer {number}"
