@@ -90,8 +90,13 @@ def test_what_the_lens_needs_is_asked_for():
             NpllmValueError, match=rf"position must be .*-7 \.\.\. 6, got {position}"
         ):
             lens(model, npllm.trace(model, IDS), position)
-    with pytest.raises(NpllmValueError, match="the lens takes one prompt, got 2"):
+    said = r"one prompt with all positions, got model.embed_tokens \[2, 3, 32\], whole"
+    with pytest.raises(NpllmValueError, match=said):
         lens_facts(model, tiny.random_ids(2, 3))
+    with pytest.raises(NpllmValueError, match=r"model.embed_tokens \[1, 2, 32\], partial"):
+        lens(model, npllm.trace(model, IDS, tokens=[0, 3]))
+    with pytest.raises(NpllmValueError, match=r"weights \[1, 4, 2, 7\], partial"):
+        summarize_attention(npllm.trace(model, IDS, tokens=[0, 3], names="*.weights"))
 
 
 def test_logits_that_are_not_finite_are_refused():

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import npllm
 from npllm.errors import NpllmError, NpllmKeyError, NpllmValueError
 from npllm.tracing.graph import graph
-from npllm.tracing.index import FORMAT, step_name, value_entry
+from npllm.tracing.index import FORMAT, file_name, step_name, value_entry
 
 NODES = graph(2)
 FILE = "step-0.layer-01.safetensors"
@@ -220,6 +220,19 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
     save_file({"x": np.zeros(1)}, tmp_path / "index.json")
     with pytest.raises(NpllmError, match=r"index.json: is not"):
         npllm.Trace.load(tmp_path)
+
+
+def test_a_folder_that_is_no_path_is_refused():
+    for call in (npllm.Trace.load, made().save):
+        with pytest.raises(NpllmError, match="folder must be a path, got int"):
+            call(3)
+
+
+def test_files_of_foreign_names():
+    """Of other programs, whatever they call their values."""
+    names = {"blk.12.attn_q": "layer-12", "x.².y": "first", "a.9999999": "first", "7": "layer-07"}
+    for name, wanted in names.items():
+        assert file_name(2, name) == f"step-2.{wanted}.safetensors"
 
 
 def test_names_of_steps():

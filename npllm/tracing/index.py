@@ -3,6 +3,7 @@ somebody else wrote.
 """
 
 import platform
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,15 @@ from npllm.config.strict_json import is_int, quote, require
 from npllm.models.taps import NAMES, PAIRS
 from npllm.tracing.graph import Node
 
-__all__ = ["FORMAT", "check_index", "file_name", "node_key", "step_name", "value_entry", "versions"]
+__all__ = [
+    "FORMAT",
+    "check_index",
+    "file_name",
+    "layer_of",
+    "step_name",
+    "value_entry",
+    "versions",
+]
 
 FORMAT = "npllm trace 1"
 STATUSES = ("whole", "partial")
@@ -23,14 +32,10 @@ def step_name(node: str, step: int) -> str:
     return node if step == 0 else f"{node}@{step}"
 
 
-def node_key(node: str) -> str:
-    """Name the row of `npllm.models.taps.NAMES` that a node belongs to: its layer is N."""
-    return ".".join("N" if part.isdigit() else part for part in node.split("."))
-
-
 def layer_of(node: str) -> int | None:
     """Return the number of the layer that a value belongs to; None outside of the layers."""
-    return next((int(part) for part in node.split(".") if part.isdigit()), None)
+    found = re.search(r"(?:^|\.)([0-9]{1,6})(?:\.|$)", node)
+    return int(found[1]) if found else None
 
 
 def file_name(step: int, node: str) -> str:
@@ -61,7 +66,8 @@ def value_entry(node: str, step: int, x: Any, how: Node, *, is_partial: bool) ->
     entry : dict
         As it stands in index.json.
     """
-    axes, formula = (NAMES | PAIRS)[node_key(node)]
+    row = re.sub(r"\.[0-9]+", ".N", node)
+    axes, formula = (NAMES | PAIRS)[row]
     return {
         "file": file_name(step, node),
         "step": step,

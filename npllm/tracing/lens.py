@@ -61,7 +61,8 @@ def lens(model: Any, x: Trace, position: int = -1, n_top: int = 3) -> list[LensR
     Raises
     ------
     NpllmValueError
-        When the position is out of range, and when logits are not finite.
+        When the position is out of range, when the trace has several prompts or lacks positions,
+        and when logits are not finite.
     NpllmKeyError
         When the trace lacks a layer.
 
@@ -73,10 +74,10 @@ def lens(model: Any, x: Trace, position: int = -1, n_top: int = 3) -> list[LensR
     Source: "interpreting GPT: the logit lens" (nostalgebraist 2020).
     """
     names = ["model.embed_tokens", *_outputs(model)]
-    streams = [x[name] for name in names]
-    n_seq = streams[0].shape[1]
+    streams = [_of_one_prompt(x, name) for name in names]
+    n_seq = streams[0].shape[0]
     check_integer("position", position, -n_seq, n_seq - 1)
-    log_p = [_log_probabilities(model, stream[:1, position, :]) for stream in streams]
+    log_p = [_log_probabilities(model, stream[position]) for stream in streams]
     return [_row(name, one, log_p[-1], n_top) for name, one in zip(names, log_p, strict=True)]
 
 
@@ -101,7 +102,7 @@ def summarize_attention(x: Trace) -> list[HeadSummary]:
     for name in x:
         if name.endswith(".self_attn.weights"):
             layer = int(name.split(".")[2])
-            weights = np.asarray(x[name][0], np.float64)  # [n_head, n_seq, n_ctx]
+            weights = np.asarray(_of_one_prompt(x, name), np.float64)  # [n_head, n_seq, n_ctx]
             rows += [HeadSummary(layer, h, *_means(w)) for h, w in enumerate(weights)]
     return rows
 
@@ -134,10 +135,8 @@ def lens_facts(
     layers = _outputs(model)
     names = ["model.embed_tokens", *layers, *(f"{name}.self_attn.weights" for name in layers)]
     found = trace(model, prompt, names=names, dtype=dtype)
-    (ids, *others) = found.index["steps"][0]["input_ids"]
-    if others:
-        raise NpllmValueError(f"the lens takes one prompt, got {1 + len(others)}")
     rows = lens(model, found, position, n_top)
+    (ids,) = found.index["steps"][0]["input_ids"]
     return {
         "tokens": [_token(model, i) for i in ids],
         "token": _token(model, ids[position]),
@@ -152,9 +151,20 @@ def _outputs(model: Any) -> list[str]:
     return [f"model.layers.{number}" for number in range(model.config.num_hidden_layers)]
 
 
+def _of_one_prompt(x: Trace, name: str) -> Array:
+    """A value of a trace without its axis n_batch."""
+    value = x[name]
+    if x.index["values"][name]["status"] != "whole" or len(value) != 1:
+        raise NpllmValueError(
+            f"the lens takes a trace of one prompt with all positions, got {name} "
+            f"{list(value.shape)}, {x.index['values'][name]['status']}"
+        )
+    return value[0]
+
+
 def _log_probabilities(model: Any, stream: Array) -> Array:
     """Compute log softmax(lm_head(rms_norm(x))) of one position: float64 [n_vocab]."""
-    x, params = model.to_backend(np.array(stream)), model.params
+    x, params = model.to_backend(np.array(stream[None])), model.params
     logits = model.lm_head(model.ops.rms_norm(x, params.norm, model.config.rms_norm_eps))
     finite = check_finite(to_numpy(logits)[0], "the lens's logits", FROM_MODEL)
     wide = np.asarray(finite, np.float64)
