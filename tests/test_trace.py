@@ -174,6 +174,8 @@ def test_names_layers_and_tables_on_request():
     assert "lm_head" in npllm.trace(model, IDS, layers=0)
     weights = npllm.trace(model, IDS, names="*.weights")
     assert list(weights) == [f"model.layers.{n}.self_attn.weights" for n in (0, 1)]
+    one = npllm.trace(model, IDS, names=["*", "model.layers.0.self_attn.weights"])
+    assert [n for n in one if n.endswith("weights")] == ["model.layers.0.self_attn.weights"]
     tables = set(npllm.trace(model, IDS, names="*"))
     assert not any(name.endswith((".mask", ".weights")) for name in tables)
     assert len(npllm.trace(model, IDS, names=EVERY)) == len(tables) + 2 * len(PAIRS)
