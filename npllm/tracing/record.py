@@ -15,11 +15,11 @@ import numpy as np
 
 from npllm.arguments import check_integer
 from npllm.arrays import is_array, to_numpy
-from npllm.causal_lm import CausalLM
 from npllm.config import Config
 from npllm.config.strict_json import read_json
 from npllm.decoding.prompt import read_prompt
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
+from npllm.language_model import Model
 from npllm.tracing.definitions import definitions
 from npllm.tracing.folder import FolderValues, new_folder, write_index
 from npllm.tracing.index import FORMAT, versions
@@ -93,7 +93,7 @@ def trace(
     Each layer is written as soon as it is computed, so that memory holds the values of one layer,
     and the logits.
     """
-    if not isinstance(model, CausalLM):
+    if not isinstance(model, Model):
         raise NpllmTypeError(
             f"trace takes a Model, as npllm.load gives one, got {type(model).__name__}"
         )
