@@ -19,7 +19,8 @@ __all__ = ["Row", "Walk", "layer_of"]
 
 Array = Any
 
-AMPLIFIED = 10.0  # gain from which an error counts as amplified
+AMPLIFIED = 30.0  # gain from which an error counts as amplified
+MAY_AMPLIFY = ("attention", "rms_norm", "swiglu", "linear")  # a sum is only in another unit
 AFTER_ROTATION = ("heads", "attention", "o_proj", "residual")
 
 
@@ -171,8 +172,8 @@ class Walk:
         inherited, gain = row.inherited, row.gain
         if inherited is None or inherited <= 1:
             return
-        is_sum = self.run.graphs[t][name].op in ("add", "view", "cache")  # another unit, no more
-        is_amplified = gain is not None and gain >= AMPLIFIED and not is_sum
+        is_amplified = gain is not None and gain >= AMPLIFIED
+        is_amplified = is_amplified and self.run.graphs[t][name].op in MAY_AMPLIFY
         if is_amplified and inherited >= AMPLIFIED:
             row.status = "amplified"
         elif is_tainted:
@@ -195,6 +196,8 @@ class Walk:
         unit = unit if real is None else np.where(real, unit, 1.0)
         row.total = share_of(np.abs(wide - gold), unit)
         row.inherited = share_of(np.abs(y - gold), unit)
+        if one.status == "wrong" and np.isfinite(one.share):
+            row.introduced = max(share_of(np.abs(wide - y), unit), min(one.share, 2.0))
         before = [self.rows[key] for key in self._sources(name, t) if key in self.rows]
         if any(one.arithmetic != row.arithmetic and one.arithmetic for one in before):
             before = []  # other units
