@@ -56,7 +56,7 @@ class Recorder:
         self._step, self._places = step, self._chosen.places(n_past, n_seq)
         self._nodes = _nodes(self._n_layers, step, cached)
         needed = any(self._chosen.wants(name, step) for name in ("lm_head", "lm_head.input"))
-        self.n_logits, self.last_positions = 0 if needed else 1, positions[:, -1:]
+        self.n_logits, self.last_positions = 0 if needed else 1, tokens.positions[..., -1:]
         self.index["steps"].append(
             {
                 "input_ids": tokens.ids.tolist(),
