@@ -1,0 +1,125 @@
+"""The arithmetic that a run may have followed: levels from the strictest to the loosest.
+
+A run in float32 rounds once an operation.  Transformers in 16 bits rounds two or three times inside
+RMSNorm, SwiGLU, RoPE and attention.  A trace that was computed in float32 and stored in 16 bits
+holds inputs that are rounded as well.  None of these is a mistake; which one explains a value is
+said.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npllm.arrays import DTYPES
+from npllm.testing.arithmetic import STEP, UNITS
+
+__all__ = ["Level", "levels_of", "run_dtype"]
+
+Array = Any
+
+SHORT = ("bfloat16", "float16")
+SAMPLED = 24  # values that are looked at
+SHARE = 0.8  # of them that a 16-bit type must hold
+
+
+class Level(NamedTuple):
+    """An arithmetic.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the values.
+    accumulate : str
+    roundings : int
+        How often an operation rounds on its way.
+    is_stored : bool
+        The recorded inputs were rounded when they were stored.
+    """
+
+    dtype: str
+    accumulate: str = "float32"
+    roundings: int = 1
+    is_stored: bool = False
+
+    def arithmetic(self, op: str) -> dict[str, Any]:
+        """Arguments of `npllm.testing.budget`."""
+        found: dict[str, Any] = {"dtype": self.dtype, "accumulate": self.accumulate}
+        found["roundings"] = self.roundings
+        if op == "attention" and self.roundings > 1:
+            found["probabilities"] = self.dtype
+        return found
+
+    @property
+    def own_share(self) -> float:
+        """How many budgets our own evaluation and theirs need: 2 where both are float64."""
+        return 2.0 if self.accumulate == "float64" else 1.0
+
+    def error_of(self, x: Array, p: int) -> Array:
+        """Errors that recorded values have, to the power that `carried` takes; None where none."""
+        if not self.is_stored:
+            return None
+        return UNITS[self.dtype] * np.abs(x) + STEP[self.dtype]
+
+    def __str__(self) -> str:
+        if self.is_stored:
+            return f"stored in {self.dtype}"
+        words = {1: "one rounding", 2: "two roundings", 3: "three roundings"}
+        text = f"{self.dtype}, {words[self.roundings]}"
+        return text if self.dtype in SHORT else f"{self.accumulate} accumulation"
+
+
+def levels_of(dtype: str, run: str) -> list[Level]:
+    """List the levels that may explain a value.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the array.
+    run : str
+        In which the run computed; 16-bit values are often handed over as float32.
+    """
+    if run in SHORT and dtype in ("float32", "float64"):
+        dtype = run
+    if dtype == "float64":
+        return [Level(dtype, "float64"), Level(dtype)]
+    if dtype not in SHORT:
+        return [Level(dtype)]
+    levels = [Level(dtype, roundings=n) for n in (1, 2, 3)]
+    return levels if run == dtype else [*levels, Level(dtype, is_stored=True)]
+
+
+def run_dtype(index: Any, values: Iterable[Array]) -> str:
+    """Name the dtype that a run computed in.
+
+    Parameters
+    ----------
+    index : mapping
+        Its `dtype` is believed where it is a 16-bit type.
+    values : iterable of array
+        A few of what was recorded: a run that rounds to 16 bits and keeps float32 arrays shows
+        here.
+    """
+    said = str(index.get("dtype") or "").removeprefix("torch.")
+    if said in SHORT:
+        return said
+    counts = dict.fromkeys(("float64", "float32", *SHORT), 0)
+    total = 0
+    for x in values:
+        for name in [str(x.dtype), *(short for short in SHORT if _holds(short, x))]:
+            counts[name] += 1
+        total += 1
+    for short in SHORT:
+        if total and counts[short] >= SHARE * total and said in ("", "float32"):
+            return short
+    return said if said in DTYPES else max(counts, key=lambda name: counts[name])
+
+
+def _holds(short: str, x: Array) -> bool:
+    """Tell whether a 16-bit type holds every value of a wider array."""
+    if str(x.dtype) != "float32":
+        return False
+    sample = x.reshape(-1)[: 2**14]
+    with np.errstate(over="ignore", invalid="ignore"):
+        same = sample.astype(DTYPES[short]).astype(np.float32) == sample
+    return bool((same | ~np.isfinite(sample)).all())

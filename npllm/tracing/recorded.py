@@ -1,0 +1,148 @@
+"""What was recorded of a run: a trace, a mapping with an index, a folder or a golden bundle."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import DTYPES
+from npllm.config.strict_json import printable, read_json
+from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.testing.judging import on_host
+from npllm.tracing.steps import Step, steps_of
+
+__all__ = ["Recorded", "recorded"]
+
+Array = Any
+
+
+class Recorded:
+    """The values of a run under npllm's names.
+
+    Parameters
+    ----------
+    values : mapping of str to array
+        Read one at a time, when they are asked for.
+    index : dict
+        As a trace has it.
+    where : str
+        For messages.
+    folder : Path, optional
+        A checkpoint that lies beside the values.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], index: Mapping[str, Any], where: str, folder: Any = None
+    ) -> None:
+        self.values, self.index, self.where, self.folder = values, index, where, folder
+        self.steps: list[Step] = steps_of(index, where)
+        about = index.get("values")
+        self.about: Mapping[str, Any] = about if isinstance(about, Mapping) else {}
+        self.names = [str(name) for name in values]
+        self._known = set(self.names)
+        self._whole = {name for name in self.names if self._status(name) == "whole"}
+
+    @property
+    def config(self) -> Any:
+        """The content of config.json; None where the index has none."""
+        return self.index.get("config")
+
+    def has(self, name: str) -> bool:
+        """Tell whether the whole value was recorded."""
+        return name in self._whole
+
+    def is_partial(self, name: str) -> bool:
+        """Tell whether only a part of the value was recorded."""
+        return name in self._known and name not in self._whole
+
+    def array(self, name: str) -> Array:
+        """Return a value as a NumPy array of a float type.
+
+        Raises
+        ------
+        NpllmTypeError
+            For what is no array of floats.
+        """
+        x = on_host(self.values[name])
+        if str(getattr(x, "dtype", "")) not in DTYPES:
+            raise NpllmTypeError(
+                f"{self.where}: {printable(name[:200])} must be an array of {', '.join(DTYPES)}, "
+                f"got {getattr(x, 'dtype', type(x).__name__)}"
+            )
+        return x
+
+    def _status(self, name: str) -> str:
+        about = self.about.get(name)
+        return str(about.get("status", "whole")) if isinstance(about, Mapping) else "whole"
+
+
+def recorded(source: Any, where: str, like: Recorded | None = None) -> Recorded:
+    """Open what `compare` takes.
+
+    Parameters
+    ----------
+    source : Trace, mapping, golden bundle, str or Path
+        A mapping may have an `index`; without one it has that of `like`.
+    where : str
+        "mine" or "gold", for messages.
+    like : Recorded, optional
+
+    Raises
+    ------
+    NpllmOSError, NpllmValueError, NpllmTypeError
+    """
+    if isinstance(source, str | Path):
+        return _from_folder(Path(source))
+    if hasattr(source, "values") and isinstance(getattr(source, "folder", None), Path):
+        if not isinstance(source, Mapping):
+            return _from_bundle(source.folder, source.values, source.index)
+    if not isinstance(source, Mapping):
+        raise NpllmTypeError(
+            f"{where} must be a trace, a mapping from names to arrays, a folder or a golden "
+            f"bundle, got {type(source).__name__}"
+        )
+    index = getattr(source, "index", None)
+    if isinstance(index, Mapping):
+        return Recorded(source, index, where)
+    if like is None:
+        raise NpllmTypeError(
+            f"{where} is a mapping without an index, which says its steps and config; use what "
+            "npllm.trace or npllm.Trace.load returns"
+        )
+    return Recorded(source, {**like.index, "values": {}, "dtype": None}, where)
+
+
+def _from_folder(folder: Path) -> Recorded:
+    """Open a trace, or a golden bundle, that lies in a folder."""
+    if not (folder / "index.json").is_file():
+        raise NpllmOSError(
+            f"{folder}: holds no index.json; `npllm trace` and Trace.save write one, and "
+            "the recorders read dumps of other programs"
+        )
+    if "format" not in read_json(folder / "index.json"):
+        from npllm.testing.golden_bundles import Golden
+
+        bundle = Golden(folder.name, folder)
+        return _from_bundle(folder, bundle.values, bundle.index)
+    from npllm.tracing.trace import Trace
+
+    trace = Trace.load(folder)
+    return Recorded(trace, trace.index, str(folder))
+
+
+def _from_bundle(folder: Path, values: Mapping[str, Array], about: Mapping[str, Any]) -> Recorded:
+    """Make the index of a golden bundle from its files."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") == "bert" or "input_ids" not in values:
+        raise NpllmValueError(
+            f"{folder}: only decoders are compared; this bundle is of model_type "
+            f"{config.get('model_type')}"
+        )
+    ids = np.asarray(values["input_ids"])
+    step = {"input_ids": ids.tolist(), "attention_mask": None, "n_past": 0, "cached": False}
+    index = {"config": config, "dtype": "float64", "steps": [step], "model": str(folder)}
+    index["values"] = about.get("values", {})
+    kept = {name: x for name, x in values.items() if name.startswith(("model.", "lm_head"))}
+    return Recorded(kept, index, str(folder), folder)

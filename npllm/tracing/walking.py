@@ -1,0 +1,295 @@
+"""From values to rows: what each operation introduces, what comes in with its inputs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npllm.testing.inputs import f64
+from npllm.testing.location import where
+from npllm.tracing.graft import NotRecordedError, Run, real_entries, without_padding
+from npllm.tracing.nodes import Exact, Judged, share_of
+from npllm.tracing.recorded import Recorded
+from npllm.tracing.relabelling import Order, orders
+from npllm.tracing.self_check import agrees, flow, rotation_keys
+from npllm.tracing.steps import key_of
+
+__all__ = ["Row", "Walk", "layer_of"]
+
+Array = Any
+
+AMPLIFIED = 10.0  # gain from which an error counts as amplified
+AFTER_ROTATION = ("heads", "attention", "o_proj", "residual")
+
+
+@dataclass
+class Row:
+    """What is known of a value, in units of its budget.
+
+    Parameters
+    ----------
+    name : str
+        With "@t" of a later step.
+    op : str
+        The last part of the name, with its module.
+    layer : int, optional
+    step : int
+    total : float, optional
+        |theirs - gold|; None where one of the two is missing.
+    introduced : float, optional
+        |theirs - op(their inputs)|.
+    inherited : float, optional
+        |op(their inputs) - gold|.
+    gain : float, optional
+        `inherited` over the largest `total` of the inputs.
+    status : str
+        "within", "wrong", "wrong capture", "inherited", "amplified", "harmless", "not decidable" or
+        "no gold".
+    diagnosis : str
+        Convention and option, or what else is known.
+    note : str
+        How the value was ordered, or what else was found.
+    arithmetic : str
+        The strictest level that explains the value.
+    """
+
+    name: str
+    op: str
+    layer: int | None
+    step: int
+    total: float | None = None
+    introduced: float | None = None
+    inherited: float | None = None
+    gain: float | None = None
+    status: str = "within"
+    diagnosis: str = ""
+    note: str = ""
+    arithmetic: str = ""
+
+
+def layer_of(name: str) -> int | None:
+    """The number of a value's layer."""
+    parts = name.partition("@")[0].split(".")
+    return int(parts[2]) if name.startswith("model.layers.") else None
+
+
+class Walk:
+    """Makes the rows of a comparison.
+
+    Parameters
+    ----------
+    run : Run
+    gold : Recorded
+    explain : function (run, name, t, exact, x) -> str
+        Names what is wrong.
+    """
+
+    def __init__(self, run: Run, gold: Recorded, explain: Any) -> None:
+        self.run, self.gold, self.explain = run, gold, explain
+        self.rows: dict[str, Row] = {}
+        self.tainted: set[str] = set()
+        self.units: dict[str, Array] = {}
+        self.table_votes: list[bool] = []
+
+    def all_rows(self) -> list[Row]:
+        """Walk through all values in the order of execution."""
+        layer = None
+        for name, t, _ in self.run.nodes():
+            if layer_of(name) != layer:
+                layer = layer_of(name)
+                self.run.forget(-1 if layer is None else layer)
+                self.units = {key: x for key, x in self.units.items() if layer_of(key) is None}
+            if self.run.has(name, t):
+                self._visit(name, t)
+                self._after_rotation(name, t)
+        self._settle_tables()
+        return [*self.rows.values()]
+
+    # -------------------------------------------------------------- one value
+
+    def _visit(self, name: str, t: int) -> None:
+        key, layer = key_of(name, t), layer_of(name)
+        op = name.split(".", 3)[-1] if layer is not None else name
+        op = "output" if name == f"model.layers.{layer}" else op
+        row = self.rows[key] = Row(key, op, layer, t)
+        try:
+            exact = self.run.exact(name, t)
+        except NotRecordedError as error:
+            row.status, row.note = "not decidable", str(error)
+            return
+        x, one, order = self.run.ordered(name, t, exact)
+        row.note = order.says
+        if one is None:
+            self._misshapen(row, name, t, x, exact)
+            return
+        row.arithmetic = str(one.level)
+        self._measure(row, name, t, x, exact, one, order)
+        row.status = one.status
+        if one.status == "wrong":
+            self._accuse(row, name, t, x, exact, one)
+        elif one.status == "within":
+            self._inherit(row, name, t)
+
+    def _misshapen(self, row: Row, name: str, t: int, x: Array, exact: Exact) -> None:
+        """Leave out a value that has another shape, and ask those that read it."""
+        shape = list(exact.value.shape)
+        row.note = f"shape {list(x.shape)} for {shape}"
+        row.introduced = float("inf")
+        self.run.replace(name, t)
+        row.status = flow(self.run, name, t, is_readable=False)
+        if row.status == "wrong":
+            self.tainted.add(row.name)
+
+    def _accuse(
+        self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged
+    ) -> None:
+        row.status = flow(self.run, name, t)
+        row.note = "; ".join(text for text in (row.note, not_finite(x)) if text)
+        row.diagnosis = self.explain(self.run, name, t, exact, x)
+        if not row.diagnosis and not not_finite(x):
+            row.note = "; ".join(text for text in (row.note, place_of(x, exact, one)) if text)
+        if row.status == "wrong capture":
+            self.run.replace(name, t)
+        elif row.status == "wrong":
+            self.tainted.add(row.name)
+
+    def _inherit(self, row: Row, name: str, t: int) -> None:
+        """Say of a right operation whether its inputs were wrong, or made worse."""
+        is_tainted = bool(self.tainted.intersection(self._sources(name, t)))
+        if is_tainted:
+            self.tainted.add(row.name)
+        inherited, gain = row.inherited, row.gain
+        if inherited is None or inherited <= 1:
+            return
+        is_sum = self.run.graphs[t][name].op in ("add", "view", "cache")  # another unit, no more
+        is_amplified = gain is not None and gain >= AMPLIFIED and not is_sum
+        if is_amplified and inherited >= AMPLIFIED:
+            row.status = "amplified"
+        elif is_tainted:
+            row.status = "inherited"
+
+    def _measure(
+        self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged, order: Order
+    ) -> None:
+        """Fill in the numbers."""
+        step = self.run.settings[t].step
+        unit = self._unit(name, t, exact, one)
+        y, wide = (without_padding(name, part, step) for part in (exact.value, f64(x)))
+        row.introduced = one.share
+        if np.isinf(one.share) and exact.call.arrange is not None:
+            row.introduced = share_of(np.abs(wide - y), unit)
+        gold = self._gold(name, t, exact)
+        if gold is None:
+            return
+        real = real_entries(name, y.shape, step)
+        floor = np.mean(unit, axis=-1, keepdims=True)
+        unit = np.maximum(unit, floor)
+        unit = unit if real is None else np.where(real, unit, 1.0)
+        row.total, row.inherited = (share_of(np.abs(part - gold), unit) for part in (wide, y))
+        totals = [self.rows[key].total for key in self._sources(name, t) if key in self.rows]
+        largest = max((total for total in totals if total is not None), default=0.0)
+        row.gain = row.inherited / largest if largest > 0 else None
+
+    def _unit(self, name: str, t: int, exact: Exact, one: Judged) -> Array:
+        """The budget that errors are counted in; of a view that of what it shows."""
+        unit = exact.error(one.level, 2)
+        if exact.call.arrange is not None and not np.any(unit):
+            inputs = [key_of(n, t) for n in self.run.graphs[t][name].inputs]
+            if all(key in self.units for key in inputs) and len(inputs) == len(exact.call.inputs):
+                unit = exact.call.arrange(*(self.units[key] for key in inputs))
+        self.units[key_of(name, t)] = unit
+        return unit
+
+    def _gold(self, name: str, t: int, exact: Exact) -> Array:
+        """The gold's value in the shape of the answer; None where it has none."""
+        key = key_of(name, t)
+        if not self.gold.has(key):
+            return None
+        x = f64(self.gold.array(key))
+        for order in orders(name, x, exact.value, self.run.config):
+            return without_padding(name, order.undo(x), self.run.settings[t].step)
+        return None
+
+    def _sources(self, name: str, t: int) -> list[str]:
+        """The nearest recorded values that a value is made from."""
+        found: list[str] = []
+        node = self.run.graphs[t][name]
+        for other in node.inputs:
+            is_recorded = self.run.has(other, t)
+            found += [key_of(other, t)] if is_recorded else self._sources(other, t)
+        if node.op == "cache" and t:
+            past = name if name in self.run.graphs[t - 1] else name.replace(".cached_", ".")
+            found += [key_of(past, t - 1)] if self.run.has(past, t - 1) else []
+        return found
+
+    # -------------------------------------------------------------- positions
+
+    def _after_rotation(self, name: str, t: int) -> None:
+        """Ask, at the first value behind the scores, whether a wrong rotation did any harm."""
+        layer, leaf = layer_of(name), name.rsplit(".", 1)[-1]
+        if layer is None or leaf not in AFTER_ROTATION:
+            return
+        front = name.removesuffix(leaf).removesuffix("self_attn.") + "self_attn."
+        if any(self.run.has(front + one, t) for one in AFTER_ROTATION[: _place(leaf)]):
+            return
+        keys = rotation_keys(layer, t)
+        if not any(self.rows[key].status == "wrong" for key in keys if key in self.rows):
+            return
+        suspects = sorted(key for key in keys if key in self.rows and key in self.tainted)
+        if not agrees(self.run, name, t, keys):
+            self.table_votes.append(False)
+            return
+        if self.rows[key_of(name, t)].status in ("wrong", "wrong capture"):
+            self._never_flowed(name, t, suspects)
+            return
+        self.table_votes.append(True)
+        others = [key_of(front + leaf, t) for leaf in ("q_proj", "k_proj", "v")]
+        is_clean = not self.tainted.intersection(others)
+        for key in suspects:
+            if ".rotary_emb." not in key and (is_clean or self.rows[key].status == "wrong"):
+                self.rows[key].status = "harmless"
+        if is_clean:
+            freed = {key for key in suspects if ".rotary_emb." not in key}
+            self.tainted -= freed | {key_of(name, t)}
+            if self.rows[key_of(name, t)].status == "inherited":
+                self.rows[key_of(name, t)].status = "within"
+
+    def _never_flowed(self, name: str, t: int, suspects: list[str]) -> None:
+        """Leave out rotated values that attention did not read, and judge attention again."""
+        for key in suspects:
+            plain, _, step = key.partition("@")
+            if ".rotary_emb." not in key:
+                self.rows[key].status = "wrong capture"
+                self.tainted.discard(key)
+                self.run.replace(plain, int(step or 0))
+        self.tainted.discard(key_of(name, t))
+        self._visit(name, t)
+
+    def _settle_tables(self) -> None:
+        """Tables that did no harm in any layer are harmless."""
+        if not self.table_votes or not all(self.table_votes):
+            return
+        for key, row in self.rows.items():
+            if ".rotary_emb." in key and row.status == "wrong":
+                row.status = "harmless"
+
+
+def _place(leaf: str) -> int:
+    return AFTER_ROTATION.index(leaf)
+
+
+def place_of(x: Array, exact: Exact, one: Judged) -> str:
+    """Say where the entries over budget are, unless they are everywhere."""
+    over = ~(np.abs(f64(x) - exact.value) <= exact.error(one.level, 2))
+    text = where(over, "rope" if x.ndim == 4 else "linear")
+    return "" if text in ("nowhere", "everywhere") else text
+
+
+def not_finite(x: Array) -> str:
+    """Say how many NaN and infinities an array holds, and where the first is."""
+    wide, found = f64(x), []
+    for what, bad in (("NaN", np.isnan(wide)), ("infinite", np.isinf(wide))):
+        if bad.any():
+            first = [int(n) for n in np.argwhere(bad)[0]]
+            found.append(f"{np.count_nonzero(bad)} of {bad.size} entries {what}, first at {first}")
+    return "; ".join(found)

@@ -1,0 +1,154 @@
+"""Mistakes that are no convention: another input, another layer's weights, a term left out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from npllm.errors import NpllmError
+from npllm.testing.exact import gold
+from npllm.testing.forms.attention import operands
+from npllm.testing.forms.common import NotApplicableError
+from npllm.testing.inputs import f64
+from npllm.tracing.graft import NotRecordedError, Run, real_entries
+from npllm.tracing.nodes import Exact
+from npllm.tracing.operations import call_of, value_of
+
+__all__ = ["wired"]
+
+Array = Any
+Attempt = tuple[str, Array]
+
+CACHE_FAULTS = ("another request's rows", "new row not written", "one slot early")
+MOST_LAYERS = 4  # whose weights are tried
+CLOSE = 2.0  # budgets
+
+
+def wired(run: Run, name: str, t: int, exact: Exact, x: Array) -> str:
+    """Say which other computation a value is the result of; empty where none is found."""
+    level = run.levels(x)[-1]
+    allowed, wide = exact.error(level, 2), f64(x)
+    scale = np.mean(np.abs(wide - exact.value))
+    floor = CLOSE * allowed + 1e-6 * scale if exact.call.arrange is None else 1e-9 * scale
+    real = real_entries(name, exact.value.shape, run.settings[t].step)
+    for text, y in _attempts(run, name, t, exact):
+        with np.errstate(all="ignore"):
+            is_same = np.abs(wide - y) <= floor
+        if real is not None:
+            is_same = is_same | ~real
+        if is_same.all():
+            return text
+    return ""
+
+
+def _attempts(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
+    op, a, y = run.graphs[t][name].op, exact.call.arguments, exact.value
+    if op == "linear":
+        yield from _of_linear(run, name, t, exact)
+    if op == "add":
+        yield "the first term is left out", a["y"]
+        yield "the second term is left out", a["x"]
+    if op == "swiglu":
+        yield "no gate: up alone", a["up"]
+        yield "sigmoid in place of SiLU", a["up"] / (1 + np.exp(-a["gate"]))
+        yield "ReLU in place of SiLU", np.maximum(a["gate"], 0) * a["up"]
+        for kind in ("tanh", "none"):
+            yield "GELU in place of SiLU", gold("gelu", {"x": a["gate"], "approximate": kind})*a["up"]
+    if op == "cache":
+        yield from _of_cache(exact)
+    if op == "view":
+        yield from _of_view(run, name, exact)
+    if op in ("rope", "rms_norm", "swiglu"):
+        yield f"{op} is left out", a.get("x", a.get("gate"))
+    yield from _other_inputs(run, name, t, exact)
+    yield "the output is zero", np.zeros_like(y)
+
+
+def _of_linear(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
+    """Without the bias; with the weights of another layer."""
+    a = exact.call.arguments
+    if a["bias"] is not None:
+        yield "the bias is left out", exact.value - f64(a["bias"])
+    node, setting = run.graphs[t][name], run.settings[t]
+    parts = name.split(".")
+    if not name.startswith("model.layers."):
+        return
+    number = int(parts[2])
+    near = sorted(range(run.config.num_hidden_layers), key=lambda n: abs(n - number))
+    for other in near[1 : 1 + MOST_LAYERS]:
+        weights = tuple(w.replace(f".{number}.", f".{other}.", 1) for w in node.weights)
+        call = call_of(name, node._replace(weights=weights), [a["x"]], setting)
+        yield f"the weights are those of layer {other}", value_of(call, name)
+
+
+def _of_cache(exact: Exact) -> Iterator[Attempt]:
+    """C32: rows that are not those of the request, or stand in another slot."""
+    parts = list(exact.call.arguments.values())
+    new = parts[-1]
+    for option in CACHE_FAULTS:
+        try:
+            inputs = {"q": new, "k": exact.value, "v": exact.value}
+            yield f"C32 {option}", operands(inputs, {"C32": option}, np.float64)[1]
+        except NotApplicableError:
+            continue
+    if len(parts) > 1:
+        yield "the cached rows are left out", np.zeros_like(exact.value)
+        yield "the new rows stand first", np.concatenate(parts[::-1], axis=-2)
+
+
+def _of_view(run: Run, name: str, exact: Exact) -> Iterator[Attempt]:
+    """C7, C6 and C22: other rows of a fused projection; C31: heads that were not moved."""
+    leaf, x = name.rsplit(".", 1)[-1], exact.call.arguments["input0"]
+    if leaf in ("gate", "up"):
+        half = x.shape[-1] // 2
+        yield "C7 up first", x[..., half:] if leaf == "gate" else x[..., :half]
+        yield "C7 interleaved", x[..., 0::2] if leaf == "gate" else x[..., 1::2]
+    if leaf in ("q_proj", "k_proj", "v"):
+        from npllm.tracing.relabelling import qkv_index
+
+        for order in ("per-head interleave", "k and v swapped", "q and k swapped"):
+            convention = "C6" if order == "per-head interleave" else "C22"
+            mixed = x[..., qkv_index(run.config, order)]
+            yield f"{convention} {order}", exact.call.arrange(mixed)  # type: ignore[misc]
+        y = exact.value
+        yield "C31 heads not moved", np.swapaxes(y, -2, -3).reshape(y.shape)
+    if leaf == "attention":
+        yield "C31 output position-major", x.reshape(exact.value.shape)
+
+
+def _other_inputs(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
+    """The operation on another recorded value of the same shape, of the same layer."""
+    node = run.graphs[t][name]
+    if exact.call.op not in ("linear", "rms_norm", "add", "swiglu", "attention"):
+        return
+    values = [one.value for one in exact.inputs]
+    for place, right in enumerate(node.inputs):
+        for other in _alike(run, name, t, values[place].shape, node.inputs):
+            try:
+                inputs = [*values]
+                inputs[place] = run.known(other, t).value
+                call = call_of(name, node, inputs, run.settings[t])
+                yield f"reads {_short(other)} in place of {_short(right)}", value_of(call, name)
+            except (NotRecordedError, NpllmError, ValueError):
+                continue
+
+
+def _alike(run: Run, name: str, t: int, shape: tuple, used: tuple) -> list[str]:
+    """Recorded values of the same layer, and the one it reads, that have a shape."""
+    names = [*run.graphs[t]]
+    at = names.index(name)
+    near = names[max(0, at - 26) : at]
+    found = []
+    for other in near:
+        if other not in used and run.has(other, t):
+            if run.raw(other, t).shape == shape:
+                found.append(other)
+    return found
+
+
+def _short(name: str) -> str:
+    """A name without its layer."""
+    if not name.startswith("model.layers."):
+        return name
+    number, _, rest = name.removeprefix("model.layers.").partition(".")
+    return rest or f"the output of layer {number}"
