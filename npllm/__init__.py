@@ -43,6 +43,7 @@ from npllm.encoder import Encoder
 from npllm.errors import NpllmError
 from npllm.model import Model, load, pipeline
 from npllm.text.tokenizer import Tokenizer
+from npllm.tracing.comparing import compare
 from npllm.tracing.record import trace
 from npllm.tracing.trace import Trace
 
@@ -57,6 +58,7 @@ __all__ = [
     "Tokenizer",
     "Trace",
     "beam",
+    "compare",
     "cost",
     "load",
     "next_token_distribution",

@@ -15,6 +15,7 @@ from npllm import __version__
 from npllm.cli import (
     check,
     checkpoints,
+    comparing,
     generation,
     measurements,
     mutants,
@@ -27,7 +28,17 @@ from npllm.progress import report
 
 __all__ = ["main"]
 
-GROUPS = (generation, predictions, checkpoints, views, measurements, testing, check, mutants)
+GROUPS = (
+    generation,
+    predictions,
+    checkpoints,
+    views,
+    measurements,
+    testing,
+    check,
+    mutants,
+    comparing,
+)
 
 
 class _Group(click.Group):

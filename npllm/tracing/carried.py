@@ -69,7 +69,7 @@ def _linear(a: Errors, e: Errors, p: int) -> Array:
 
 
 def _rms_norm(a: Errors, e: Errors, p: int) -> Array:
-    """dy_i = w_i / r (e_i - x_i sum_j x_j e_j / (n r**2)), r**2 = mean x**2 + eps."""
+    """Move y_i by w_i / r (e_i - x_i sum_j x_j e_j / (n r**2)), r**2 = mean x**2 + eps."""
     x, w = a["x"], a["weight"]
     square = np.mean(x * x, axis=-1, keepdims=True) + a["eps"]
     along = np.sum(np.abs(x) ** p * e["x"], axis=-1, keepdims=True)
@@ -104,7 +104,7 @@ def _add(_: Errors, e: Errors, p: int) -> Array:  # noqa: ARG001
 
 
 def _attention(a: Errors, e: Errors, p: int) -> Array:
-    """dy = sum_j p_j ds_j (v_j - y) + p_j dv_j, ds_j = scale (q . dk_j + dq . k_j)."""
+    """Move y by sum_j p_j ds_j (v_j - y) + p_j dv_j, ds_j = scale (q . dk_j + dq . k_j)."""
     q, k, v = (np.nan_to_num(f64(a[name])) for name in "qkv")
     group = q.shape[1] // k.shape[1]
     seen = visible_keys((q.shape[2], k.shape[2]), False, None, None, a["mask"])

@@ -1,34 +1,16 @@
 """`compare`: where another implementation departs from the answer, and why."""
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from npllm.config.config import Config
-from npllm.errors import NpllmValueError
-from npllm.tracing.comparison import Comparison
-from npllm.tracing.diagnosing import explain
-from npllm.tracing.graft import Run
-from npllm.tracing.levels import SHORT, run_dtype
-from npllm.tracing.operations import Setting
-from npllm.tracing.parameters import Weights, model_of
-from npllm.tracing.recorded import Recorded, recorded
-from npllm.tracing.steps import Step, key_of
-from npllm.tracing.tokens import different_tokens, documents_of
-from npllm.tracing.walking import Walk
-from npllm.tracing.weights_check import check_config, check_weights
+if TYPE_CHECKING:
+    from npllm.tracing.comparison import Comparison
 
 __all__ = ["compare"]
-
-Array = Any
-
-SAMPLED = 24  # values from which the dtype of a run is read
 
 
 def compare(
     mine: Any, gold: Any, *, weights: Any = None, model: Any = None, names: Any = "transformers"
-) -> Comparison:
+) -> "Comparison":
     """Find where a run departs from the right one, and say which operation is wrong.
 
     Parameters
@@ -37,7 +19,7 @@ def compare(
         What the implementation under test computed, under npllm's names
         (`npllm.models.taps.NAMES`).  Some of the values are enough.  A mapping without an `index`
         has the steps of `gold`.
-    gold : the same
+    gold : Trace, mapping of str to array, golden bundle, str or Path
         The right values, best in float64: `npllm.trace(model, prompt, dtype="float64")`, or
         `npllm.testing.golden("gqa")`.
     weights : mapping of str to array, str or Path, optional
@@ -63,106 +45,6 @@ def compare(
     Every operation is evaluated in float64 on the inputs that the implementation itself recorded,
     so that an error is counted where it arises: docs/compare.md.
     """
-    right = recorded(gold, "gold")
-    own = recorded(_renamed(mine, names), "mine", right)
-    config = _config(right)
-    found = Comparison(own.where, right.where)
-    found.notes += check_config(own.config, right.config)
-    if different_tokens(own, right, found):
-        return found
-    reference = model_of(model, right)
-    if weights is not None:
-        found.weights += check_weights(weights, reference.params, config)
-    run = _run(own, right, config, reference.params)
-    walk = Walk(run, right, explain)
-    found.rows = walk.all_rows()
-    found.notes += _names(own, right, run)
-    found.read_logits(run, right)
-    return found
+    from npllm.tracing.compared import compared  # nothing of it is needed before
 
-
-def _renamed(mine: Any, names: Any) -> Any:
-    """Bring other names to npllm's."""
-    if names in (None, "transformers", "npllm"):
-        return mine
-    raise NpllmValueError(f"names must be transformers, got {names!r}")
-
-
-def _config(gold: Recorded) -> Config:
-    if not isinstance(gold.config, dict):
-        raise NpllmValueError(
-            f"{gold.where}: its index must hold the content of config.json under config"
-        )
-    return Config.from_json(gold.config)
-
-
-def _run(own: Recorded, right: Recorded, config: Config, params: Any) -> Run:
-    """Set up what is computed anew: weights as the run holds them, masks as the gold has them."""
-    dtype = run_dtype(own.index, _sample(own))
-    table = np.asarray(params.embed_tokens) if not hasattr(params.embed_tokens, "scales") else None
-    weights = Weights(params, _weight_dtype(own, dtype, table))
-    settings = []
-    for t, step in enumerate(right.steps):
-        n_kept = _n_kept(own, t, step)
-        setting = Setting(config, step, weights, None, n_kept)
-        settings.append(setting._replace(documents=documents_of(right, t, setting)))
-    return Run(own, config, settings, dtype)
-
-
-def _sample(own: Recorded) -> Iterator[Array]:
-    """A few of the values that were recorded whole."""
-    names = [name for name in own.names if own.has(name)]
-    for place in np.linspace(0, len(names) - 1, min(SAMPLED, len(names))).astype(int):
-        yield own.array(names[place])
-
-
-def _weight_dtype(own: Recorded, dtype: str, table: Array) -> str | None:
-    """The 16-bit type that the run rounds its weights to; None: it has ours.
-
-    The rows of the embedding say which.
-    """
-    if dtype not in SHORT or table is None or str(table.dtype) == dtype:
-        return None
-    if not own.has("model.embed_tokens"):
-        return dtype
-    ids = own.steps[0].ids
-    x = own.array("model.embed_tokens").astype(np.float64).reshape(-1)
-    rows = table[ids.ravel()].astype(np.float64).reshape(-1)
-    return None if x.shape == rows.shape and np.array_equal(x, rows) else dtype
-
-
-def _n_kept(own: Recorded, t: int, step: Step) -> int:
-    """Positions that the head scored."""
-    for name in ("lm_head.input", "lm_head"):
-        key = key_of(name, t)
-        if own.has(key) and own.array(key).ndim >= 2:
-            return int(own.array(key).shape[-2])
-    return step.ids.shape[1]
-
-
-def _names(own: Recorded, right: Recorded, run: Run) -> list[str]:
-    """Say which names are missing on either side."""
-    known = {key_of(name, t) for name, t, _ in run.nodes()}
-    unknown = [n for n in own.names if n not in known and not _is_pair(n) and n != "logits"]
-    missing = [n for n in right.names if n in known and n not in set(own.names)]
-    if not known.intersection(own.names):
-        raise NpllmValueError(
-            f"{own.where}: none of its {len(own.names)} names is one of npllm's "
-            f"(npllm.models.taps.NAMES), such as {next(iter(run.graphs[0]))}; it has "
-            f"{', '.join(own.names[:3])}"
-        )
-    notes = []
-    if missing:
-        notes.append(f"not recorded: {_listed(missing)}; computed anew from what was")
-    if unknown:
-        notes.append(f"names that are not npllm's, left out: {_listed(unknown)}")
-    return notes
-
-
-def _is_pair(name: str) -> bool:
-    return name.partition("@")[0].endswith((".self_attn.mask", ".self_attn.weights"))
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name[:100] for name in names[:most]) + more
+    return compared(mine, gold, weights, model, names)

@@ -156,5 +156,3 @@ def _attention_question(run: Run, t: int, a: dict[str, Any]) -> dict[str, Any]:
     if setting.documents is not None:
         found["documents"] = setting.documents[:, -n_ctx:]
     return found
-
-

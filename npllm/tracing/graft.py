@@ -1,7 +1,8 @@
 """The walk: every recorded value against the float64 answer of its operation on the run's own
 inputs, in the order of execution.
 
-    y = op(their inputs);   introduced = |theirs - y|, inherited = |y - gold|, total = |theirs - gold|
+    y = op(their inputs)
+    introduced = |theirs - y|,   inherited = |y - gold|,   total = |theirs - gold|
 
 An input that was not recorded is computed anew from the nearest values that were.
 """

@@ -55,8 +55,8 @@ class Level(NamedTuple):
         """How many budgets our own evaluation and theirs need: 2 where both are float64."""
         return 2.0 if self.accumulate == "float64" else 1.0
 
-    def error_of(self, x: Array, p: int) -> Array:
-        """Errors that recorded values have, to the power that `carried` takes; None where none."""
+    def error_of(self, x: Array) -> Array:
+        """Errors that recorded values have; None where they have none."""
         if not self.is_stored:
             return None
         return UNITS[self.dtype] * np.abs(x) + STEP[self.dtype]
@@ -65,8 +65,9 @@ class Level(NamedTuple):
         if self.is_stored:
             return f"stored in {self.dtype}"
         words = {1: "one rounding", 2: "two roundings", 3: "three roundings"}
-        text = f"{self.dtype}, {words[self.roundings]}"
-        return text if self.dtype in SHORT else f"{self.accumulate} accumulation"
+        if self.dtype in SHORT:
+            return f"{self.dtype}, {words[self.roundings]}"
+        return self.dtype + ("" if self.accumulate == self.dtype else f", {self.accumulate} sums")
 
 
 def levels_of(dtype: str, run: str) -> list[Level]:

@@ -28,7 +28,8 @@ class Known:
 
     def error(self, level: Level, p: int) -> Array:
         """By how much the value may be off, as an input of another operation; None: not at all."""
-        return level.error_of(self.value, p)
+        del p  # the same for both: a rounding is bounded by its largest error
+        return level.error_of(self.value)
 
 
 class Exact(Known):

@@ -76,6 +76,8 @@ class Weights:
         leaf = name.rsplit(".", 1)[-1]
         if leaf not in BIASES:
             return None
+        if f"{name}.bias" in self.theirs:
+            return self.theirs[f"{name}.bias"]
         return self._rounded(getattr(self._layer(name), BIASES[leaf]))
 
     def _stored(self, name: str) -> Array:

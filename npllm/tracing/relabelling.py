@@ -13,7 +13,7 @@ import numpy as np
 from npllm.models.taps import NAMES
 from npllm.tracing.operations import cut_heads, merged
 
-__all__ = ["AS_IS", "Order", "orders"]
+__all__ = ["AS_IS", "Order", "orders", "qkv_index", "rope_rows"]
 
 Array = Any
 Change = Callable[[Array], Array]
@@ -58,7 +58,7 @@ def orders(name: str, x: Array, y: Array, config: Any) -> Iterator[Order]:
     config : Config
     """
     leaf = name.rsplit(".", 1)[-1]
-    for layout in [AS_IS, *_layouts(leaf, name, x, y, config)]:
+    for layout in [AS_IS, *_layouts(leaf, name, x, y)]:
         try:
             fits = layout.undo(x)
         except ValueError:
@@ -81,7 +81,7 @@ def _both(first: Change, second: Change) -> Change:
 # ------------------------------------------------------------------ layouts
 
 
-def _layouts(leaf: str, name: str, x: Array, y: Array, config: Any) -> Iterator[Order]:
+def _layouts(leaf: str, name: str, x: Array, y: Array) -> Iterator[Order]:
     """Other axes."""
     shape = y.shape
     if leaf in ("cos", "sin"):
@@ -170,6 +170,12 @@ def _pairs(d_rope: int) -> Array:
 
 def _gathered(x: Array, index: Array) -> Array:
     return np.concatenate([x[..., index], x[..., len(index) :]], axis=-1)
+
+
+def rope_rows(n_row: int, config: Any) -> Array:
+    """For each row of a query or key matrix its place among interleaved RoPE pairs."""
+    channel = np.r_[_pairs(config.d_rope), config.d_rope : config.head_dim]
+    return np.arange(n_row).reshape(-1, config.head_dim)[:, channel].ravel()
 
 
 def qkv_index(config: Any, order: str) -> Array:

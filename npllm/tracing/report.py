@@ -125,7 +125,7 @@ def _arithmetics(comparison: Any) -> Iterator[str]:
         if row.status not in MARKS and row.arithmetic:
             found.setdefault(row.arithmetic, set()).add(row.op.rsplit(".", 1)[-1])
     for text, ops in found.items():
-        if text not in ("float32 accumulation", "float64 accumulation"):
+        if text not in ("float32", "float64"):
             yield f"arithmetic: {text}: {', '.join(sorted(ops))}"
 
 

@@ -1,10 +1,10 @@
 """Whether a recorded value is what flowed: its operation and those that read it are asked.
 
-    only the producer disagrees            the operation is wrong
-    producer and readers disagree, and     the tensor never flowed: the wrong place was recorded,
-    the readers agree with the answer      or only a part of it
-    nobody that reads it is changed by     harmless
-    the right value in its place
+only the producer disagrees            the operation is wrong
+producer and readers disagree, and     the tensor never flowed: the wrong place was recorded,
+the readers agree with the answer      or only a part of it
+nobody that reads it is changed by     harmless
+the right value in its place
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """The steps of a trace: token ids, positions, and which keys each query sees."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ def steps_of(index: Mapping[str, Any], where: str) -> list[Step]:
     if not isinstance(found, list) or not found:
         raise NpllmValueError(f"{where}: steps must be a list of at least one, got {quote(found)}")
     steps = [_step(content, f"{where}: step {t}") for t, content in enumerate(found)]
-    for t, (one, other) in enumerate(zip(steps, steps[1:], strict=False)):
+    for t, (one, other) in enumerate(pairwise(steps)):
         if len(one.ids) != len(other.ids):
             raise NpllmValueError(
                 f"{where}: steps {t} and {t + 1} have {len(one.ids)} and {len(other.ids)} sequences"

@@ -12,7 +12,6 @@ from npllm.tracing.operations import Setting, call_of
 from npllm.tracing.recorded import Recorded
 from npllm.tracing.steps import Step, key_of
 
-
 __all__ = ["different_tokens", "documents_of"]
 
 Array = Any

@@ -10,7 +10,7 @@ from npllm.testing.location import where
 from npllm.tracing.graft import NotRecordedError, Run, real_entries, without_padding
 from npllm.tracing.nodes import Exact, Judged, share_of
 from npllm.tracing.recorded import Recorded
-from npllm.tracing.relabelling import Order, orders
+from npllm.tracing.relabelling import orders
 from npllm.tracing.self_check import agrees, flow, rotation_keys
 from npllm.tracing.steps import key_of
 
@@ -123,7 +123,7 @@ class Walk:
             self._misshapen(row, name, t, x, exact)
             return
         row.arithmetic = str(one.level)
-        self._measure(row, name, t, x, exact, one, order)
+        self._measure(row, name, t, x, exact, one)
         row.status = one.status
         if one.status == "wrong":
             self._accuse(row, name, t, x, exact, one)
@@ -140,9 +140,7 @@ class Walk:
         if row.status == "wrong":
             self.tainted.add(row.name)
 
-    def _accuse(
-        self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged
-    ) -> None:
+    def _accuse(self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged) -> None:
         row.status = flow(self.run, name, t)
         row.note = "; ".join(text for text in (row.note, not_finite(x)) if text)
         row.diagnosis = self.explain(self.run, name, t, exact, x)
@@ -168,9 +166,7 @@ class Walk:
         elif is_tainted:
             row.status = "inherited"
 
-    def _measure(
-        self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged, order: Order
-    ) -> None:
+    def _measure(self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged) -> None:
         """Fill in the numbers."""
         step = self.run.settings[t].step
         unit = self._unit(name, t, exact, one)
@@ -186,8 +182,10 @@ class Walk:
         unit = np.maximum(unit, floor)
         unit = unit if real is None else np.where(real, unit, 1.0)
         row.total, row.inherited = (share_of(np.abs(part - gold), unit) for part in (wide, y))
-        totals = [self.rows[key].total for key in self._sources(name, t) if key in self.rows]
-        largest = max((total for total in totals if total is not None), default=0.0)
+        before = [self.rows[key] for key in self._sources(name, t) if key in self.rows]
+        if any(one.arithmetic != row.arithmetic and one.arithmetic for one in before):
+            before = []  # other units
+        largest = max((one.total for one in before if one.total is not None), default=0.0)
         row.gain = row.inherited / largest if largest > 0 else None
 
     def _unit(self, name: str, t: int, exact: Exact, one: Judged) -> Array:

@@ -53,7 +53,10 @@ def _attempts(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
         yield "sigmoid in place of SiLU", a["up"] / (1 + np.exp(-a["gate"]))
         yield "ReLU in place of SiLU", np.maximum(a["gate"], 0) * a["up"]
         for kind in ("tanh", "none"):
-            yield "GELU in place of SiLU", gold("gelu", {"x": a["gate"], "approximate": kind})*a["up"]
+            yield (
+                "GELU in place of SiLU",
+                gold("gelu", {"x": a["gate"], "approximate": kind}) * a["up"],
+            )
     if op == "cache":
         yield from _of_cache(exact)
     if op == "view":
