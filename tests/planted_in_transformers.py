@@ -26,6 +26,7 @@ LONG = BASE | {
     },
 }
 PARTIAL = BASE | {"partial_rotary_factor": 0.5}
+EPS = BASE | {"rms_norm_eps": 1e-2}  # with 1e-5 another eps is within rounding for large rows
 WINDOW = BASE | {"sliding_window": 4}
 ALL = ("prefill", "cached", "padded", "packed")
 
@@ -97,16 +98,15 @@ def interleave(table):
     return half.repeat_interleave(2, dim=-1)
 
 
-def wide_table(site, cos, sin, option):
-    """Tables over the whole head, of the angles that the right tables stand for (magnitude 1)."""
+def wide_table(site, dtype):
+    """Tables over the whole head."""
     config = site.model.config
     d_head = config.hidden_size // config.num_attention_heads
     base = config.rope_parameters["rope_theta"]
-    first = torch.atan2(sin[..., :1].double(), cos[..., :1].double())  # angle 0 is the position
-    position = site.model.npllm_positions.double()[..., None] if option else first
-    angle = position * base ** (-torch.arange(0, d_head, 2).double() / d_head)
+    angle = site.model.npllm_positions.double()[..., None]
+    angle = angle * base ** (-torch.arange(0, d_head, 2).double() / d_head)
     angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(cos.dtype), angle.sin().to(cos.dtype)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotated(site, x, cos, sin):
@@ -121,7 +121,7 @@ def rotated(site, x, cos, sin):
     if site.option == "-sin":
         return rotate(x, cos, sin, sign=-1)
     if site.option == "full":
-        return rotate(x, *wide_table(site, cos, sin, True))
+        return rotate(x, *wide_table(site, cos.dtype))
     if site.option == "i + d_head/2":
         d_head = x.shape[-1]
         order = [*range(half), *range(d_head // 2, d_head // 2 + half)]
@@ -132,23 +132,18 @@ def rotated(site, x, cos, sin):
         scale = site.model.model.rotary_emb.attention_scaling
         return torch.cat([rotate(x, cos, sin)[..., :d], scale * x[..., d:]], dim=-1)
     if site.option == "omitted":
-        return (
-            rotate(x, cos / cos.norm() * 0 + cos, sin)
-            / site.model.model.rotary_emb.attention_scaling
-        )
+        return rotate(x, cos, sin) / site.model.model.rotary_emb.attention_scaling
     if site.option == "position off by one":
-        return rotate(x, *wide_shift(site, cos))
+        return rotate(x, *(shifted(site, cos) if x.shape[-2] == 1 else (cos, sin)))
     if site.option == "left out":
         return x
     raise AssertionError(site.option)
 
 
-def wide_shift(site, cos):
+def shifted(site, like):
     """The tables of position + 1."""
-    made = type(site.model.model.rotary_emb).forward(
-        site.model.model.rotary_emb, cos, site.model.npllm_positions + 1
-    )
-    return made
+    rotary = site.model.model.rotary_emb.forward  # no hook sees it
+    return rotary(like, position_ids=site.model.npllm_positions + 1)
 
 
 def rotation(site):
@@ -161,9 +156,7 @@ def rotation(site):
     ):
         site.stack.callback(hook.remove)
     keep = site.model.model.rotary_emb.register_forward_pre_hook(
-        lambda m, a, kw: setattr(  # noqa: ARG005
-            site.model, "npllm_positions", kw["position_ids"]
-        ),
+        lambda m, a, kw: setattr(site.model, "npllm_positions", kw["position_ids"]),  # noqa: ARG005
         with_kwargs=True,
     )
     site.stack.callback(keep.remove)
@@ -272,7 +265,7 @@ def wrong_attention(site, q, k, v, mask, scale):
         return attend(q, k, v, torch.nn.functional.pad(seen, (0, pad), value=True), scale)
     if option == "output position-major":
         y = attend(q, k, v, seen, scale)  # [n_batch, n_seq, n_head, d]
-        return y.transpose(1, 2).reshape(y.shape)
+        return y.reshape(y.transpose(1, 2).shape).transpose(1, 2)
     raise AssertionError(option)
 
 
@@ -297,7 +290,8 @@ def heads_cut(site):
             q = parts[..., :group, :].reshape(b, s, n, d)
             return q, parts[..., group, :], parts[..., group + 1, :]
         q, rest = qkv[..., : n * d].view(b, s, n, d), qkv[..., n * d :].view(b, s, 2, m, d)
-        return q, rest[:, :, 1], rest[:, :, 0]  # k and v swapped
+        k, v = rest.unbind(2)
+        return (q, v, k) if site.option == "k and v swapped" else (q, k, v)
 
     def forward(hidden_states, position_embeddings, attention_mask, past_key_values=None, **_):
         q, k, v = (x.transpose(1, 2) for x in cut(module.qkv_proj(hidden_states)))
@@ -307,6 +301,8 @@ def heads_cut(site):
         look_up = site.file.ALL_ATTENTION_FUNCTIONS.get_interface
         function = look_up("eager", site.file.eager_attention_forward)
         y, _ = function(module, q, k, v, attention_mask, scaling=module.scaling)
+        if site.option == "heads not moved back":
+            y = y.transpose(1, 2).reshape(y.shape)
         return module.o_proj(y.flatten(-2)), None
 
     site.put(module, "forward", forward)
@@ -447,7 +443,7 @@ def embedding(site):
 # ------------------------------------------------------------------------------ the list
 
 
-def _norms(kind, option, name=None):
+def _norms(kind, option, name=None, config=BASE):
     for leaf in ("input_layernorm", "post_attention_layernorm", "model.norm"):
         yield Mistake(
             kind,
@@ -455,6 +451,7 @@ def _norms(kind, option, name=None):
             (leaf,),
             f"{kind} {option}" if name is None else name,
             lambda site, leaf=leaf: norm(site, leaf),
+            config,
             layer=leaf != "model.norm",
         )
 
@@ -490,7 +487,10 @@ KINDS = {
     "C2 phase dtype": [
         *_of("C2", ["bfloat16 positions"], COS, tables, modes=("far",), layer=False)
     ],
-    "C3 factors": [*_of("C3", ["always short", "ignored"], COS, tables, LONG, layer=False)],
+    "C3 factors": [
+        *_of("C3", ["always short"], COS, tables, LONG, ("prefill", "cached", "padded"), False),
+        *_of("C3", ["ignored"], COS, tables, LONG, layer=False),
+    ],
     "C4 magnitude": [
         *_of("C4", ["magnitude"], COS, tables, LONG, layer=False, name="C4 omitted"),
         *_of("C4", ["omitted"], Q, rotation, LONG),
@@ -536,7 +536,9 @@ KINDS = {
     "C28 gain": [m for o in ("1 + w", "twice", "omitted") for m in _norms("C28", o)],
     "C29 statistic": [m for o in ("sum of squares", "centred") for m in _norms("C29", o)],
     "C29 eps": [
-        m for o in ("eps outside the root", "eps 1e-6", "eps omitted") for m in _norms("C29", o)
+        *_norms("C29", "eps outside the root", config=EPS),
+        *_norms("C29", "eps 1e-6", "C29 eps", config=EPS),
+        *_norms("C29", "eps omitted", "C29 eps", config=EPS),
     ],
     "C30 accumulation": [
         *_norms("C30", "bfloat16 accumulator"),
@@ -544,6 +546,7 @@ KINDS = {
     ],
     "C31 layout": [
         *_of("C31", ["output position-major"], HEADS, attention),
+        *_of("C31", ["heads not moved back"], ("self_attn.attention",), heads_cut, name="C31"),
         *_products("C31", "weight [d_in, d_out]", LINEARS, "C31 weight [d_in, d_out]"),
     ],
     "C32 cache rows": [

@@ -5,6 +5,7 @@ the table.
 """
 
 import contextlib
+import copy
 import os
 
 import numpy as np
@@ -160,3 +161,19 @@ def test_a_right_run_is_not_accused(models, golds, config, mode):
     found = compare(recorded(theirs, mode, gold), gold, model=ours)
     assert found.first_wrong is None, str(found)
     assert found.status == "same"
+
+
+@pytest.mark.parametrize("mode", ["prefill", "cached", "padded", "packed"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_right_run_in_16_bits_is_not_accused(models, golds, dtype, attention, mode):
+    """Transformers rounds twice in RMSNorm and SwiGLU: the level is said, no operation is accused."""
+    ours, theirs = models(planted.BASE)
+    gold = golds(planted.BASE, mode)
+    theirs = copy.deepcopy(theirs).to(getattr(torch, dtype))
+    theirs.set_attn_implementation(attention)
+    found = compare(recorded(theirs, mode, gold), gold, model=ours)
+    assert found.first_wrong is None, str(found)
+    assert found.status == "same"
+    said = {row.arithmetic for row in found.rows if row.op.endswith(("norm", "swiglu"))}
+    assert any("two roundings" in text for text in said), said
