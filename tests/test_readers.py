@@ -15,7 +15,7 @@ import npllm
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES
 from npllm.tracing.name_maps import FOLDER, name_map
-from npllm.tracing.readers import read_arrays, read_eval_callback
+from npllm.tracing.readers import read_arrays, read_eval_callback, rename_arrays
 
 MAPS = sorted(path.stem for path in FOLDER.glob("*.json"))
 CONFIG = tiny.config_dict()
@@ -204,6 +204,9 @@ def test_other_names_and_axes_become_ours(tmp_path, values):
             dump = {k: x for k, x in dump.items() if not k.endswith("v_proj")}
         np.savez(tmp_path / f"{name}.npz", **dump)
         trace = read_arrays(tmp_path / f"{name}.npz", names=name, config=CONFIG)
+        same = rename_arrays(dump, names=name, config=CONFIG, input_ids=IDS)
+        assert list(same) == list(trace)
+        assert same.index["steps"][0]["input_ids"] == IDS.tolist()
         assert trace.index["ignored"] == []
         assert len(trace) == len(dump) >= 20, rows
         for key, x in trace.items():

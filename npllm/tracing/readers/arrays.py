@@ -1,4 +1,4 @@
-"""A folder of .npz, .npy or safetensors files as a trace."""
+"""Arrays under other names as a trace: a folder of .npz, .npy or safetensors files, a mapping."""
 
 import zipfile
 from collections.abc import Mapping
@@ -14,12 +14,13 @@ from npllm.config.regular_file import open_regular
 from npllm.config.strict_json import config_data, quote
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.models.taps import NAMES
+from npllm.testing.judging import on_host
 from npllm.tracing.index import node_key
 from npllm.tracing.name_maps import NameMap, name_map
 from npllm.tracing.readers.placing import Value, head_counts, placed, trace_of
 from npllm.tracing.trace import Trace
 
-__all__ = ["read_arrays"]
+__all__ = ["read_arrays", "rename_arrays"]
 
 Array = Any
 
@@ -64,22 +65,51 @@ def read_arrays(
         Where some names are not known.
     """
     found = _arrays_of(Path(folder))
+    return _trace(found, names, config, input_ids)
+
+
+def rename_arrays(
+    values: Mapping[str, Array],
+    *,
+    names: Any = "transformers",
+    config: Any = None,
+    input_ids: Any = None,
+) -> Trace:
+    """Bring values that are in memory to npllm's names and axes.
+
+    Parameters
+    ----------
+    values : mapping of str to array
+    names, config, input_ids
+        As in `read_arrays`, whose errors and warnings it has.
+
+    Returns
+    -------
+    trace : Trace
+    """
+    found = {name: (Path("values"), on_host(x)) for name, x in values.items()}
+    return _trace(found, names, config, input_ids)
+
+
+def _trace(found: dict[str, tuple[Path, Array]], names: Any, config: Any, ids: Any) -> Trace:
+    """A trace of the values that the map knows."""
     tokens = {name: found.pop(name)[1] for name in TOKENS if name in found}
-    if input_ids is not None:
-        tokens["input_ids"] = input_ids
+    if ids is not None:
+        tokens["input_ids"] = ids
     mapping, heads = name_map(names), head_counts(config)
     values, ignored = _placed(found, mapping, heads)
     if not values:
+        where = next((file.parent for file, _ in found.values()), "values")
         raise NpllmValueError(
-            f"{folder}: none of its names is in the map ({mapping.about}) nor one of npllm's: "
+            f"{where}: none of its names is in the map ({mapping.about}) nor one of npllm's: "
             f"{', '.join(quote(name) for name in ignored[:4])}"
         )
     if ignored:
         more = ", ..." if len(ignored) > 4 else ""
         known = ", ".join(quote(name) for name in ignored[:4])
-        warn(f"{folder}: names that no map knows: {known}{more}", stacklevel=2)
+        warn(f"names that no map knows: {known}{more}", stacklevel=3)
     content = None if config is None else config_data(config)[0]
-    about = {"made by": "read_arrays", "config": content, "dtype": None, "ignored": ignored}
+    about = {"made by": "arrays", "config": content, "dtype": None, "ignored": ignored}
     return trace_of(values, about, _steps(tokens))
 
 
