@@ -151,6 +151,16 @@ def test_decoding_without_a_cache_runs_the_whole_again(phi3):
     same(recorded, tapped(ours, np.array(step["input_ids"])), "@1")
 
 
+def test_tokens_of_the_gold_are_fed(phi3):
+    _, theirs = phi3
+    new = torch.tensor([[5, 6], [7, 8]])
+    recorded = recorder().record(theirs, torch.tensor(IDS), new_ids=new)
+    steps = recorded.index["steps"]
+    assert [step["input_ids"] for step in steps[1:]] == [[[5], [7]], [[6], [8]]]
+    whole = theirs(torch.cat([torch.tensor(IDS), new], dim=1)).logits.detach()
+    close(recorded["lm_head@2"][:, 0].numpy(), whole[:, -1].numpy(), times=4)
+
+
 def test_bfloat16_stays_bfloat16_on_disk(tmp_path):
     _, theirs = pair(tmp_path / "model", dtype="bfloat16")
     recorded = recorder().record(theirs, torch.tensor(IDS), max_new_tokens=1)

@@ -157,6 +157,7 @@ def record(
     past_key_values: Any = None,
     use_cache: bool | None = None,
     max_new_tokens: int = 0,
+    new_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Recording:
     """Run a causal language model of Transformers and record every value on the way.
@@ -173,6 +174,9 @@ def record(
         Default: where there are decode steps or `past_key_values`.
     max_new_tokens : int
         So many decode steps follow, each with the most probable token of the one before.
+    new_ids : integer tensor [n_batch, n_new], optional
+        The tokens of the decode steps instead, as many as there are columns: those of the gold,
+        where the model under test would choose others.
     **kwargs
         Go to the model.
 
@@ -192,29 +196,30 @@ def record(
     Not for two threads at a time: the functions that are watched belong to the whole process.
     """
     session = _Session(model)
-    past, use_cache = past_key_values, _uses_cache(use_cache, past_key_values, max_new_tokens)
+    n_new = max_new_tokens if new_ids is None else new_ids.shape[1]
+    past, use_cache = past_key_values, _uses_cache(use_cache, past_key_values, n_new)
     ids, mask, positions = input_ids, attention_mask, position_ids
     with contextlib.ExitStack() as stack, torch.no_grad():
         session.watch(stack)
-        for step in range(max_new_tokens + 1):
+        for step in range(n_new + 1):
             session.start(ids, mask, past, use_cache)
             options = {"attention_mask": mask, "position_ids": positions, "use_cache": use_cache}
             out = model(input_ids=ids, past_key_values=past, **options, **kwargs)
             session.finish()
-            if step < max_new_tokens:
+            if step < n_new:
                 past = getattr(out, "past_key_values", None) if use_cache else None
-                ids, mask, positions = _next(out.logits, ids, mask, positions, use_cache)
+                new = out.logits[:, -1:].argmax(-1) if new_ids is None else new_ids[:, step, None]
+                ids, mask, positions = _next(new, ids, mask, positions, use_cache)
     return Recording(session.values, session.index(kwargs))
 
 
-def _uses_cache(use_cache: bool | None, past: Any, max_new_tokens: int) -> bool:
+def _uses_cache(use_cache: bool | None, past: Any, n_new: int) -> bool:
     """Whether the run has a cache, where the caller does not say so."""
-    return (past is not None or max_new_tokens > 0) if use_cache is None else use_cache
+    return (past is not None or n_new > 0) if use_cache is None else use_cache
 
 
-def _next(logits: Any, ids: Any, mask: Any, positions: Any, use_cache: bool) -> tuple[Any, ...]:
+def _next(new: Any, ids: Any, mask: Any, positions: Any, use_cache: bool) -> tuple[Any, ...]:
     """Tokens, mask and positions of the next step."""
-    new = logits[:, -1:].argmax(-1)
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     new_positions = None if positions is None else positions[..., -1:] + 1
