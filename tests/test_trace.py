@@ -174,6 +174,8 @@ def test_names_layers_and_tables_on_request():
     assert "lm_head" in npllm.trace(model, IDS, layers=0)
     weights = npllm.trace(model, IDS, names="*.weights")
     assert list(weights) == [f"model.layers.{n}.self_attn.weights" for n in (0, 1)]
+    one = npllm.trace(model, IDS, names=["*", "model.layers.0.self_attn.weights"])
+    assert [n for n in one if n.endswith("weights")] == ["model.layers.0.self_attn.weights"]
     tables = set(npllm.trace(model, IDS, names="*"))
     assert not any(name.endswith((".mask", ".weights")) for name in tables)
     assert len(npllm.trace(model, IDS, names=EVERY)) == len(tables) + 2 * len(PAIRS)
@@ -227,6 +229,11 @@ def test_logits_that_are_not_kept_are_not_computed():
         ({"tokens": 5}, r"tokens must be an integer in -5 \.\.\. 4, got 5"),
         ({"tokens": 7, "max_new_tokens": 2}, r"in -5 \.\.\. 6, got 7"),
         ({"dtype": "bfloat16"}, "dtype must be None, float32 or float64, got 'bfloat16'"),
+        (
+            {"max_new_tokens": 60},
+            "max_new_tokens must be at most 59, .* 64 leaves .* 5 tokens, got 60",
+        ),
+        ({"folder": 3}, "folder must be a path, got int"),
         ({"max_new_tokens": -1}, r"max_new_tokens must be an integer in 0"),
         ({"attention_mask": np.ones((2, 4))}, r"attention_mask must be \[n_batch, n_ctx\]"),
         ({"position_ids": np.arange(4)}, r"position_ids must be integers from 0"),
@@ -303,6 +310,19 @@ def test_the_config_of_the_index_is_the_models(tmp_path):
     )
     for one in (changed, tiny.model(partial_rotary_factor=0.5)):
         assert npllm.Config.from_json(npllm.trace(one, IDS).index["config"]) == one.config
+
+
+def test_a_config_that_warns_warned_when_it_was_read(tmp_path):
+    with pytest.warns(UserWarning, match="nobody_knows"):
+        model = npllm.load(tiny.write_folder(tmp_path / "mine", nobody_knows=1))
+    assert npllm.trace(model, IDS).index["config"]["nobody_knows"] == 1
+
+
+def test_a_mask_of_the_callers_is_told():
+    rule = ops.mask.causal() & ops.mask.sliding_window(2)
+    assert npllm.trace(tiny.model(), IDS).index["mask"] is None
+    found = npllm.trace(tiny.model().with_mask([rule, ops.mask.causal()]), IDS).index["mask"]
+    assert found == ["causal() & sliding_window(2)", "causal()"]
 
 
 def test_memory_holds_one_layer(monkeypatch):

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import npllm
 from npllm.errors import NpllmError, NpllmKeyError, NpllmValueError
 from npllm.tracing.graph import graph
-from npllm.tracing.index import FORMAT, step_name, value_entry
+from npllm.tracing.index import FORMAT, file_name, step_name, value_entry
 
 NODES = graph(2)
 FILE = "step-0.layer-01.safetensors"
@@ -143,6 +143,8 @@ HOSTILE = {
     "ragged ids": (index_changed(steps=[{"input_ids": [[1], [1, 2]]}]), "step 0: input_ids"),
     "ids that are none": (index_changed(steps=[{"input_ids": [["a"]]}]), "step 0: input_ids"),
     "past that is none": (index_changed(steps=[{"n_past": -1}]), "n_past must be from 0"),
+    "a cache that is none": (index_changed(steps=[{"cached": 1}]), "cached must be true or false"),
+    "a step that is no object": (index_changed(steps=[3]), "step 0: must be an object, got 3"),
     "an entry that is none": (lambda index: index["values"].update({NAME: 1}), f"'{NAME}'"),
     "outside": (entry_changed(file="../secret.safetensors"), "files of its own folder.*secret"),
     "absolute": (entry_changed(file="/etc/passwd"), "files of its own folder.*passwd"),
@@ -159,7 +161,10 @@ HOSTILE = {
     ),
     "another dtype": (entry_changed(dtype="float64"), f"{FILE}: '{NAME}' must be 'float64'"),
     "a size that is none": (entry_changed(shape=[1, -3, 4]), "shape must be a list of sizes"),
-    "too few axes": (entry_changed(axes=["n_seq"]), "has 1 axes, but its shape is"),
+    "too few axes": (
+        entry_changed(axes=["n_seq"]),
+        r"has axes \['n_seq'\], but its shape is \[1, 3, 4\]",
+    ),
     "inputs that are none": (entry_changed(inputs="model.norm"), "inputs must be a list of texts"),
     "an op that is none": (entry_changed(op=7), "op must be a text, got 7"),
     "a status that is none": (entry_changed(status="good"), "whole or partial, got 'good'"),
@@ -220,6 +225,19 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
     save_file({"x": np.zeros(1)}, tmp_path / "index.json")
     with pytest.raises(NpllmError, match=r"index.json: is not"):
         npllm.Trace.load(tmp_path)
+
+
+def test_a_folder_that_is_no_path_is_refused():
+    for call in (npllm.Trace.load, made().save):
+        with pytest.raises(NpllmError, match="folder must be a path, got int"):
+            call(3)
+
+
+def test_files_of_foreign_names():
+    """Of other programs, whatever they call their values."""
+    names = {"blk.12.attn_q": "layer-12", "x.².y": "first", "a.9999999": "first", "7": "layer-07"}
+    for name, wanted in names.items():
+        assert file_name(2, name) == f"step-2.{wanted}.safetensors"
 
 
 def test_names_of_steps():

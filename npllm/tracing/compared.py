@@ -66,6 +66,7 @@ def _run(
     own: Recorded, right: Recorded, config: Config, params: Any, theirs: dict[str, Array]
 ) -> Run:
     """Set up what is computed anew: weights as the run holds them, masks as the gold has them."""
+    dtypes = {str(own.array(name).dtype) for name in own.names if _is_value(own, name)}
     dtype = run_dtype(own.index, _sample(own))
     table = np.asarray(params.embed_tokens) if not hasattr(params.embed_tokens, "scales") else None
     weights = Weights(params, _weight_dtype(own, dtype, table), theirs)
@@ -74,12 +75,16 @@ def _run(
         n_kept = _n_kept(own, t, step)
         setting = Setting(config, step, weights, None, n_kept)
         settings.append(setting._replace(documents=documents_of(right, t, setting)))
-    return Run(own, config, settings, dtype)
+    return Run(own, config, settings, dtype, dtypes)
+
+
+def _is_value(own: Recorded, name: str) -> bool:
+    return own.has(name) and not _is_pair(name)
 
 
 def _sample(own: Recorded) -> Iterator[Array]:
     """A few of the values that were recorded whole."""
-    names = [name for name in own.names if own.has(name) and not _is_pair(name)]
+    names = [name for name in own.names if _is_value(own, name)]
     for place in np.linspace(0, len(names) - 1, min(SAMPLED, len(names))).astype(int):
         yield own.array(names[place])
 

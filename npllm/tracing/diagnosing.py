@@ -14,7 +14,7 @@ from npllm.testing.diagnosis import diagnose
 from npllm.testing.forms import NotApplicableError, evaluate, prepare
 from npllm.testing.inputs import f64
 from npllm.testing.registry import alternatives
-from npllm.tracing.graft import NotRecordedError, Run
+from npllm.tracing.graft import NotRecordedError, Run, without_padding
 from npllm.tracing.nodes import Exact
 from npllm.tracing.operations import table_arguments
 from npllm.tracing.wiring import wired
@@ -48,6 +48,7 @@ def explain(run: Run, name: str, t: int, exact: Exact, x: Array) -> str:
     """
     if np.isnan(f64(x)).all() or x.shape != exact.value.shape:
         return ""
+    x = without_padding(name, x, run.settings[t].step).astype(x.dtype)
     for question, output in _questions(run, name, t, exact, x):
         found = _asked(question, output, run, exact)
         if found:
@@ -71,7 +72,7 @@ def _asked(question: Question, output: Array, run: Run, exact: Exact) -> str:
 def _nearest(op: str, inputs: dict[str, Any], output: Array, run: Run, exact: Exact) -> str:
     """The single option within the budget of the chain: several, where they agree."""
     prepared, level = prepare(op, inputs), run.levels(output)[-1]
-    allowed, found = exact.error(level, 2), {}
+    allowed, found = exact.error(level), {}
     for name, option in alternatives(op):
         try:
             answer = evaluate(op, prepared, {name: option})

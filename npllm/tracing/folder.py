@@ -17,10 +17,18 @@ from npllm.checkpoints.safetensors import (
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.config.regular_file import read_text
 from npllm.config.strict_json import parse_json, quote
-from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.tracing.index import check_index
 
-__all__ = ["FolderValues", "new_folder", "read_index", "write_index", "write_values"]
+__all__ = [
+    "FolderValues",
+    "files_of",
+    "folder_path",
+    "new_folder",
+    "read_index",
+    "write_index",
+    "write_values",
+]
 
 Array = Any
 
@@ -28,17 +36,27 @@ INDEX = "index.json"
 LARGEST_INDEX = 2**28  # bytes; an index has about 300 kB for each step of 30 layers
 
 
+def folder_path(folder: Any) -> Path:
+    """Return a path; raise NpllmTypeError for what is none."""
+    try:
+        return Path(folder)
+    except TypeError:
+        raise NpllmTypeError(f"folder must be a path, got {type(folder).__name__}") from None
+
+
 def new_folder(path: Any) -> Path:
     """Make the folder that a trace is written to.
 
     Raises
     ------
+    NpllmTypeError
+        For what is no path.
     NpllmValueError
         When it holds anything already.
     NpllmOSError
         When it cannot be made.
     """
-    folder = Path(path)
+    folder = folder_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_used = any(folder.iterdir())

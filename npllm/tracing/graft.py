@@ -8,6 +8,8 @@ An input that was not recorded is computed anew from the nearest values that wer
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -48,12 +50,17 @@ class Run:
         One for each step.
     dtype : str
         In which the run computed.
+    dtypes : set of str
+        Of the arrays.
     """
 
-    def __init__(self, mine: Recorded, config: Any, settings: list[Setting], dtype: str) -> None:
+    def __init__(
+        self, mine: Recorded, config: Any, settings: list[Setting], dtype: str, dtypes: set[str]
+    ) -> None:
         self.mine, self.config, self.settings, self.dtype = mine, config, settings, dtype
         n = config.num_hidden_layers
         self.graphs = [graph(n, cached=one.step.cached) for one in settings]
+        self.all_levels = [level for one in dtypes for level in levels_of(one, dtype)]
         self.excluded: set[str] = set()
         self.orders: dict[str, Order] = {}  # by value, and by the last part of its name
         self._known: dict[tuple[str, Without], Known] = {}
@@ -108,7 +115,7 @@ class Run:
         kept = {key: x for key, x in self._known.items() if key[0].partition("@")[0] in keep}
         for x in kept.values():
             if isinstance(x, Exact):
-                x.seal(levels_of(self.dtype, self.dtype))
+                x.seal(self.all_levels)
         self._known = kept
 
     def replace(self, name: str, t: int) -> None:
@@ -138,7 +145,7 @@ class Run:
         x, leaf, key = self.raw(name, t), name.rsplit(".", 1)[-1], key_of(name, t)
         real, first = real_entries(name, exact.value.shape, self.settings[t].step), None
         learned = [self.orders[leaf]] if leaf in self.orders else []
-        for order in [*learned, *orders(name, x, exact.value, self.config)]:
+        for order in chain(learned, orders(name, x, exact.value, self.config)):
             try:
                 y = order.undo(x)
             except (ValueError, IndexError):
@@ -195,8 +202,9 @@ class Run:
         """A recorded value in our order, with zeros where it is padding."""
         x, key = self.raw(name, t), key_of(name, t)
         if key not in self.orders:  # asked for before the walk has come there
-            self.ordered(name, t, self.exact(name, t))
-        x = self.orders[key].undo(x)
+            with suppress(NotRecordedError):
+                self.ordered(name, t, self.exact(name, t))
+        x = self.orders.get(key, AS_IS).undo(x)
         return Known(without_padding(name, f64(x), self.settings[t].step))
 
 

@@ -3,16 +3,26 @@ somebody else wrote.
 """
 
 import platform
+import re
 from typing import Any
 
 import numpy as np
 import safetensors
 
-from npllm.config.strict_json import is_int, quote, require
+from npllm.config.strict_json import is_int, quote
+from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES, PAIRS
 from npllm.tracing.graph import Node
 
-__all__ = ["FORMAT", "check_index", "file_name", "node_key", "step_name", "value_entry", "versions"]
+__all__ = [
+    "FORMAT",
+    "check_index",
+    "file_name",
+    "layer_of",
+    "step_name",
+    "value_entry",
+    "versions",
+]
 
 FORMAT = "npllm trace 1"
 STATUSES = ("whole", "partial")
@@ -23,14 +33,10 @@ def step_name(node: str, step: int) -> str:
     return node if step == 0 else f"{node}@{step}"
 
 
-def node_key(node: str) -> str:
-    """Name the row of `npllm.models.taps.NAMES` that a node belongs to: its layer is N."""
-    return ".".join("N" if part.isdigit() else part for part in node.split("."))
-
-
 def layer_of(node: str) -> int | None:
     """Return the number of the layer that a value belongs to; None outside of the layers."""
-    return next((int(part) for part in node.split(".") if part.isdigit()), None)
+    found = re.search(r"(?:^|\.)([0-9]{1,6})(?:\.|$)", node)
+    return int(found[1]) if found else None
 
 
 def file_name(step: int, node: str) -> str:
@@ -61,7 +67,8 @@ def value_entry(node: str, step: int, x: Any, how: Node, *, is_partial: bool) ->
     entry : dict
         As it stands in index.json.
     """
-    axes, formula = (NAMES | PAIRS)[node_key(node)]
+    row = re.sub(r"\.[0-9]+", ".N", node)
+    axes, formula = (NAMES | PAIRS)[row]
     return {
         "file": file_name(step, node),
         "step": step,
@@ -111,53 +118,84 @@ def check_index(index: Any, where: str) -> None:
 
     Raises
     ------
+    NpllmTypeError
+        For what is no dict.
     NpllmValueError
         Names the value and the entry that cannot be right, with what it has to be.
     """
-    require(where, isinstance(index, dict), f"must be a dict, got {type(index).__name__}")
-    found = index.get("format")
-    require(where, found == FORMAT, f'format must be "{FORMAT}", got {quote(found)}')
-    values, steps = index.get("values"), index.get("steps")
-    require(where, isinstance(values, dict), f"values must be an object, got {quote(values)}")
-    require(where, isinstance(steps, list), f"steps must be a list, got {quote(steps)}")
-    for number, step in enumerate(steps):
-        _check_step(step, f"{where}: step {number}")
-    for name, entry in values.items():
-        _check_entry(entry, f"{where}: {quote(name)}")
+    if not isinstance(index, dict):
+        raise NpllmTypeError(f"{where}: must be a dict, got {type(index).__name__}")
+    _check(where, _fault(index, INDEX))
+    for number, step in enumerate(index["steps"]):
+        _check(f"{where}: step {number}", _fault(step, STEP))
+    for name, entry in index["values"].items():
+        fault = _fault(entry, ENTRY)
+        if fault is None and len(entry["axes"]) != len(entry["shape"]):
+            fault = f"has axes {quote(entry['axes'])}, but its shape is {quote(entry['shape'])}"
+        if fault is not None:
+            _check(f"{where}: {quote(name)}", fault)
 
 
-def _check_step(step: Any, where: str) -> None:
-    """Check the tokens of a step; None where they are not known."""
-    require(where, isinstance(step, dict), f"must be an object, got {quote(step)}")
-    for key in ("input_ids", "position_ids", "attention_mask"):
-        rows = step.get(key)
-        fits = rows is None or (
-            isinstance(rows, list)
-            and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
-            and all(is_int(number) for row in rows for number in row)
-        )
-        require(where, fits, f"{key} must be rows of integers of one length, got {quote(rows)}")
-    n_past, cached = step.get("n_past", 0), step.get("cached", False)
-    require(where, is_int(n_past) and n_past >= 0, f"n_past must be from 0, got {quote(n_past)}")
-    require(where, isinstance(cached, bool), f"cached must be a bool, got {quote(cached)}")
+def _check(where: str, fault: str | None) -> None:
+    """Raise for a fault."""
+    if fault is not None:
+        raise NpllmValueError(f"{where}: {fault}")
 
 
-def _check_entry(entry: Any, where: str) -> None:
-    """Check the entry of a value."""
-    require(where, isinstance(entry, dict), f"must be an object, got {quote(entry)}")
-    for key in ("node", "op", "dtype", "formula"):
-        value = entry.get(key)
-        require(where, isinstance(value, str), f"{key} must be a text, got {quote(value)}")
-    for key in ("axes", "inputs", "weights", "conventions"):
-        value = entry.get(key)
-        fits = isinstance(value, list) and all(isinstance(text, str) for text in value)
-        require(where, fits, f"{key} must be a list of texts, got {quote(value)}")
-    shape, step = entry.get("shape"), entry.get("step")
-    fits = isinstance(shape, list) and all(is_int(size) and size >= 0 for size in shape)
-    require(where, fits, f"shape must be a list of sizes, got {quote(shape)}")
-    n_axes = len(entry["axes"])
-    require(where, n_axes == len(shape), f"has {n_axes} axes, but its shape is {quote(shape)}")
-    require(where, is_int(step) and step >= 0, f"step must be from 0, got {quote(step)}")
-    status = entry.get("status")
-    wanted = " or ".join(STATUSES)
-    require(where, status in STATUSES, f"status must be {wanted}, got {quote(status)}")
+def _fault(content: Any, keys: dict[str, Any]) -> str | None:
+    """Say what is wrong with an object of which some keys are known; None where nothing is."""
+    if not isinstance(content, dict):
+        return f"must be an object, got {quote(content)}"
+    for key, (fits, wanted) in keys.items():
+        if not fits(content.get(key)):
+            return f"{key} must be {wanted}, got {quote(content.get(key))}"
+    return None
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _are_texts(x: Any) -> bool:
+    return isinstance(x, list) and all(map(_is_text, x))
+
+
+def _is_count(x: Any) -> bool:
+    return is_int(x) and x >= 0
+
+
+def _are_sizes(x: Any) -> bool:
+    return isinstance(x, list) and all(map(_is_count, x))
+
+
+def _are_rows(x: Any) -> bool:
+    """Rows of integers, all of one length; None where they are not known."""
+    return x is None or (
+        isinstance(x, list)
+        and all(isinstance(row, list) and len(row) == len(x[0]) for row in x)
+        and all(is_int(number) for row in x for number in row)
+    )
+
+
+# Key -> the check of its value, and what the value must be.
+TEXT, TEXTS = (_is_text, "a text"), (_are_texts, "a list of texts")
+ROWS, COUNT = (_are_rows, "rows of integers of one length, or null"), (_is_count, "from 0")
+INDEX: dict[str, Any] = {
+    "format": (lambda x: x == FORMAT, f'"{FORMAT}"'),
+    "values": (lambda x: isinstance(x, dict), "an object"),
+    "steps": (lambda x: isinstance(x, list), "a list"),
+}
+STEP: dict[str, Any] = {
+    "input_ids": ROWS,
+    "position_ids": ROWS,
+    "attention_mask": ROWS,
+    "n_past": (lambda x: x is None or _is_count(x), "from 0"),
+    "cached": (lambda x: x is None or isinstance(x, bool), "true or false"),
+}
+ENTRY: dict[str, Any] = {
+    **{key: TEXT for key in ("node", "op", "dtype", "formula")},
+    **{key: TEXTS for key in ("axes", "inputs", "weights", "conventions")},
+    "shape": (_are_sizes, "a list of sizes"),
+    "step": COUNT,
+    "status": (lambda x: x in STATUSES, " or ".join(STATUSES)),
+}

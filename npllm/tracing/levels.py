@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.testing.arithmetic import STEP, UNITS
+from npllm.testing.arithmetic import LAMBDA, STEP, UNITS
 
-__all__ = ["Level", "levels_of", "run_dtype"]
+__all__ = ["ROUNDING", "SHORT", "Level", "levels_of", "run_dtype"]
 
 Array = Any
 
 SHORT = ("bfloat16", "float16")
-SAMPLED = 24  # values that are looked at
+ROUNDING = LAMBDA / 3**0.5  # standard deviations that are allowed, of a rounding by at most 1
 SHARE = 0.8  # of them that a 16-bit type must hold
 
 
@@ -59,7 +59,7 @@ class Level(NamedTuple):
         """Errors that recorded values have; None where they have none."""
         if not self.is_stored:
             return None
-        return UNITS[self.dtype] * np.abs(x) + STEP[self.dtype]
+        return ROUNDING * (UNITS[self.dtype] * np.abs(x) + STEP[self.dtype])
 
     def __str__(self) -> str:
         if self.is_stored:
@@ -78,7 +78,8 @@ def levels_of(dtype: str, run: str) -> list[Level]:
     dtype : str
         Of the array.
     run : str
-        In which the run computed; 16-bit values are often handed over as float32.
+        In which the run computed, empty where that is not known; 16-bit values are often handed
+        over as float32.
     """
     if run in SHORT and dtype in ("float32", "float64"):
         dtype = run
@@ -100,20 +101,24 @@ def run_dtype(index: Any, values: Iterable[Array]) -> str:
     values : iterable of array
         A few of what was recorded: a run that rounds to 16 bits and keeps float32 arrays shows
         here.
+
+    Returns
+    -------
+    name : str
+        Empty where 16-bit arrays may be those of the run, or only have been stored so.
     """
     said = str(index.get("dtype") or "").removeprefix("torch.")
     if said in SHORT:
         return said
-    counts = dict.fromkeys(("float64", "float32", *SHORT), 0)
-    total = 0
-    for x in values:
-        for name in [str(x.dtype), *(short for short in SHORT if _holds(short, x))]:
-            counts[name] += 1
-        total += 1
+    names = [(str(x.dtype), [short for short in SHORT if _holds(short, x)]) for x in values]
     for short in SHORT:
-        if total and counts[short] >= SHARE * total and said in ("", "float32"):
+        held = sum(short in shorts for _, shorts in names)
+        if names and held >= SHARE * len(names):
             return short
-    return said if said in DTYPES else max(counts, key=lambda name: counts[name])
+    if said in DTYPES:
+        return said
+    found = {name for name, _ in names}
+    return found.pop() if len(found) == 1 and not found.intersection(SHORT) else ""
 
 
 def _holds(short: str, x: Array) -> bool:

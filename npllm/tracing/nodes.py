@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllm.testing.arithmetic import LAMBDA, STEP, UNITS, gamma
+from npllm.testing.arithmetic import LAMBDA, STEP, UNITS
 from npllm.testing.budgets import Budget
 from npllm.testing.inputs import f64, widened_weight
 from npllm.testing.judging import absolute_errors, judge
-from npllm.tracing.carried import carried
-from npllm.tracing.levels import Level
+from npllm.tracing.carried import CERTAIN, carried
+from npllm.tracing.levels import ROUNDING, Level
 from npllm.tracing.operations import Call, linear_blocks, own_budget, value_of
 
 __all__ = ["Exact", "Judged", "Known", "judged"]
@@ -26,9 +26,10 @@ class Known:
     def __init__(self, value: Array) -> None:
         self.value = value
 
-    def error(self, level: Level, p: int) -> Array:
-        """By how much the value may be off, as an input of another operation; None: not at all."""
-        del p  # the same for both: a rounding is bounded by its largest error
+    def spread(self, level: Level) -> Array:
+        """Five standard deviations of what the value may be off, for the operations that read it;
+        None: it is exact.
+        """
         return level.error_of(self.value)
 
 
@@ -49,28 +50,38 @@ class Exact(Known):
     def __init__(self, call: Call, name: str, inputs: Sequence[Known]) -> None:
         super().__init__(value_of(call, name))
         self.call, self.name, self.inputs = call, name, inputs
-        self._errors: dict[tuple[Level, int], Array] = {}
+        self._errors: dict[Level, Array] = {}
+        self._is_sealed = False
 
-    def error(self, level: Level, p: int) -> Array:
-        """Bound the error: p = 1 for all circumstances, p = 2 for independent roundings."""
-        if (level, p) not in self._errors:
-            own = self._cheap(level, p) * level.own_share
-            self._errors[level, p] = own + self._carried(level, p)
-        return self._errors[level, p]
+    def spread(self, level: Level) -> Array:
+        """The budget, in which the last rounding counts by its largest error, as five standard
+        deviations.
+        """
+        if self.call.arrange is not None:
+            return self.error(level)
+        last = level.roundings * UNITS[level.dtype] * np.abs(self.value)
+        return self.error(level) + (ROUNDING - 1) * last
+
+    def error(self, level: Level) -> Array:
+        """The statistical budget."""
+        if level not in self._errors:
+            self._errors[level] = self._cheap(level) * level.own_share + self._carried(level)
+        return self._errors[level]
 
     def seal(self, levels: Sequence[Level]) -> None:
-        """Keep the errors at some levels, and let go of the inputs and theirs."""
-        for level in levels if self.inputs else ():
-            for p in (1, 2):
-                self.error(level, p)
-        self.inputs = ()
+        """Keep the budgets at some levels, and let go of the inputs and theirs."""
+        if self._is_sealed:
+            return
+        for level in levels:
+            self.error(level)
+        self.inputs, self._is_sealed = (), True
         self.call = self.call._replace(arguments={}, inputs=())
 
     def bound(self, level: Level) -> Budget:
         """The exact budget, of all entries."""
         own, share = self._own(level), level.own_share
-        det = own.deterministic * share + self._carried(level, 1)
-        stat = own.statistical * share + self._carried(level, 2)
+        more = self._carried(level)
+        det, stat = own.deterministic * share + CERTAIN * more, own.statistical * share + more
         return Budget(det, np.fmin(stat, det), own.condition)
 
     def bound_of_rows(self, level: Level, rows: Array, columns: slice) -> Budget:
@@ -81,45 +92,35 @@ class Exact(Known):
         part = {"x": flat, "weight": a["weight"][columns], "bias": bias}
         call = self.call._replace(arguments=part)
         own = own_budget(call, self.name, level.arithmetic("linear"), self.value)
-        more = [self._carried(level, p) for p in (1, 2)]
-        more = [_rows(x, rows, columns) for x in more]
-        det, stat = (
-            mine * level.own_share + other for mine, other in zip(own[:2], more, strict=True)
-        )
+        more, share = _rows(self._carried(level), rows, columns), level.own_share
+        det, stat = own.deterministic * share + CERTAIN * more, own.statistical * share + more
         return Budget(det, np.fmin(stat, det), own.condition)
 
     def _own(self, level: Level) -> Budget:
         return own_budget(self.call, self.name, level.arithmetic(self.call.op), self.value)
 
-    def _carried(self, level: Level, p: int) -> Array:
-        errors = [x.error(level, p) for x in self.inputs]
-        return carried(self.call, dict(zip(self.call.inputs, errors, strict=True)), p)
+    def _carried(self, level: Level) -> Array:
+        errors = [x.spread(level) for x in self.inputs]
+        return carried(self.call, dict(zip(self.call.inputs, errors, strict=True)))
 
-    def _cheap(self, level: Level, p: int) -> Array:
-        """The budget of the call alone; of a matrix product by one product instead of twenty.
-
-        p = 1 is the deterministic budget, p = 2 the statistical one; of a product the smallest of
-        its forms, for sums whose terms come in random order.
+    def _cheap(self, level: Level) -> Array:
+        """The statistical budget of the call alone; of a matrix product the smallest of its forms,
+        that of sums in random order, for one product instead of twenty.
         """
         if self.call.op != "linear":
-            own = self._own(level)
-            return own.deterministic if p == 1 else own.statistical
+            return self._own(level).statistical
         x, y, u = self.call.arguments["x"], self.value, UNITS[level.accumulate]
-        n, sums = x.shape[-1], [_powers(x, block, p) for block in linear_blocks(self.call)]
-        total = np.concatenate(sums, axis=-1)
-        if p == 1:
-            size = gamma(n + 1, u) * (total + np.abs(y))
-        else:
-            size = LAMBDA * u * np.sqrt((n / 3 + 1) * y * y + (n / 6 + 1) * total)
-        last = (level.roundings * UNITS[level.dtype]) * np.abs(y) + STEP[level.accumulate]
-        return size + last
+        n, sums = x.shape[-1], [_squares(x, block) for block in linear_blocks(self.call)]
+        variance = (n / 3 + 1) * y * y + (n / 6 + 1) * np.concatenate(sums, axis=-1)
+        last = level.roundings * UNITS[level.dtype] * np.abs(y) + STEP[level.accumulate]
+        return LAMBDA * u * np.sqrt(variance) + last
 
 
-def _powers(x: Array, block: Call, p: int) -> Array:
-    """sum_i |x_i w_i|**p, in float32 where its range allows."""
+def _squares(x: Array, block: Call) -> Array:
+    """Sum (x_i w_i)**2 over i, in float32 where its range allows."""
     w, _ = widened_weight(block.arguments["weight"])
     narrow = np.float32 if np.abs(x).max(initial=0.0) < 1e15 else np.float64
-    return f64((np.abs(x) ** p).astype(narrow) @ (np.abs(w) ** p).astype(narrow).T)
+    return f64((x * x).astype(narrow) @ (w * w).astype(narrow).T)
 
 
 def _rows(x: Array, rows: Array, columns: slice) -> Array:
@@ -173,10 +174,11 @@ def _at(found: Array, exact: Exact, level: Level, real: Array | None) -> Judged:
     wide, y = f64(found), exact.value
     with np.errstate(all="ignore"):
         error = np.abs(wide - y)
-        stat = exact.error(level, 2)
+        stat = exact.error(level)
         if real is not None:
             error = np.where(real, error, 0.0)
-        over = ~(error <= stat)
+        over = ~(error <= stat) | (np.isinf(stat) & ~np.isfinite(y))
+        over = over if real is None else over & real
     vague = np.abs(y) < stat
     vague = vague if real is None else vague & real
     is_vague, share = np.mean(vague) > 0.5, share_of(error, stat)
@@ -200,6 +202,8 @@ def _decided(found: Array, y: Array, bound: Budget, level: Level, real: Array | 
     if unknown.any():
         found, y = np.where(unknown, 0, found).astype(found.dtype), np.where(unknown, 0.0, y)
     error = absolute_errors(found, y, y, bound)
+    if np.isinf(error).any():
+        return Judged("wrong", float("inf"), level)
     status, share = judge(error, y, bound)
     if status != "wrong" and unknown.any():
         status = "no gold"
@@ -226,8 +230,10 @@ def _linear_at(found: Array, exact: Exact, level: Level, over: Array, share: flo
 
 
 def share_of(error: Array, stat: Array) -> float:
-    """Largest error in budgets; infinity where the error is no number."""
+    """Largest error in budgets; infinity where an error is no number."""
     with np.errstate(all="ignore"):
-        share = np.where(error > 0, error / stat, 0.0)
-    share = np.where(np.isnan(error), np.inf, share)
-    return float(np.max(np.nan_to_num(share, nan=0.0, posinf=np.inf), initial=0.0))
+        largest = float(np.max(error, initial=0.0))
+        if largest == 0:
+            return 0.0
+        share = float(np.fmax.reduce(np.ravel(error / stat), initial=0.0))  # 0 / 0 is left out
+    return float("inf") if np.isnan(largest) else share

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,11 +15,11 @@ import numpy as np
 
 from npllm.arguments import check_integer
 from npllm.arrays import is_array, to_numpy
-from npllm.causal_lm import CausalLM
 from npllm.config import Config
 from npllm.config.strict_json import read_json
 from npllm.decoding.prompt import read_prompt
-from npllm.errors import NpllmError, NpllmTypeError
+from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
+from npllm.language_model import Model
 from npllm.tracing.definitions import definitions
 from npllm.tracing.folder import FolderValues, new_folder, write_index
 from npllm.tracing.index import FORMAT, versions
@@ -92,12 +93,18 @@ def trace(
     Each layer is written as soon as it is computed, so that memory holds the values of one layer,
     and the logits.
     """
-    if not isinstance(model, CausalLM):
+    if not isinstance(model, Model):
         raise NpllmTypeError(
             f"trace takes a Model, as npllm.load gives one, got {type(model).__name__}"
         )
     n_new = check_integer("max_new_tokens", max_new_tokens, 0, model.config.context_length)
     ids, valid = _tokens_of(model, prompt, attention_mask, n_new)
+    n_most = model.config.context_length - ids.shape[1]
+    if n_new > n_most:
+        raise NpllmValueError(
+            f"max_new_tokens must be at most {n_most}, what the context length "
+            f"{model.config.context_length} leaves behind {ids.shape[1]} tokens, got {n_new}"
+        )
     chosen = Selection(
         model.config.num_hidden_layers,
         ids.shape[1],
@@ -163,20 +170,25 @@ def _about(model: Any, runner: Any, dtype: str | None) -> dict[str, Any]:
         "config": config_content(model),
         "ops": runner.ops.name,
         "dtype": dtype,
-        "mask": None if model.mask is None else [str(rule) for rule in model._rules],
+        "mask": _own_rules(model),
     }
+
+
+def _own_rules(model: Any) -> list[str] | None:
+    """The rule of each layer, where it is not the checkpoint's."""
+    n_layers = model.config.num_hidden_layers
+    return None if model.mask is None else [str(model.mask_rule(n)) for n in range(n_layers)]
 
 
 def config_content(model: Any) -> dict[str, Any]:
     """Return the content of the model's config.json; of a model without a folder, or whose config
     was changed, what `Config.from_json` reads as the same config.
     """
-    try:
+    with contextlib.suppress(NpllmError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it was read before
         content = read_json(model.folder / "config.json") if model.folder else {}
         if content and Config.from_json(content) == model.config:
             return content
-    except NpllmError:  # the folder is gone
-        pass
     fields = asdict(model.config)
     rope = {key: value for key, value in fields["rope_parameters"].items() if value is not None}
     kept = {key: value for key, value in fields.items() if value is not None}

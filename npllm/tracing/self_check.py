@@ -12,14 +12,18 @@ from typing import Any
 from npllm.tracing.graft import NONE, NotRecordedError, Run, Without
 from npllm.tracing.steps import key_of
 
-__all__ = ["agrees", "flow", "readers", "rotation_keys"]
+__all__ = ["agrees", "cache_keys", "flow", "readers", "rotation_keys"]
 
 Array = Any
 
 MOST = 3  # readers that are asked
+PAIRS = {leaf: pair for pair in (["cos", "sin"], ["gate", "up"]) for leaf in pair}
+"""Values that are made and read together: both may have been recorded at a wrong place."""
+
+LARGE = 100.0  # budgets from which an error that changes nothing is harmless, and not only small
 
 
-def flow(run: Run, name: str, t: int, is_readable: bool = True) -> str:
+def flow(run: Run, name: str, t: int, share: float, is_readable: bool = True) -> str:
     """Ask the readers of a value that its own operation disagrees with.
 
     Parameters
@@ -27,6 +31,8 @@ def flow(run: Run, name: str, t: int, is_readable: bool = True) -> str:
     run : Run
     name : str
     t : int
+    share : float
+        Of the budget, by which it is off.
     is_readable : bool
         False where the recorded value does not even have the right shape.
 
@@ -36,15 +42,17 @@ def flow(run: Run, name: str, t: int, is_readable: bool = True) -> str:
         "wrong", "wrong capture" or "harmless".
     """
     found = readers(run, name, t)
-    if not found:
+    front, _, leaf = name.rpartition(".")
+    pair = [f"{front}.{other}" for other in PAIRS.get(leaf, ())]
+    for names in ([name], pair):
+        keys = frozenset(key_of(one, t) for one in names)
+        if found and keys and all(agrees(run, one, t, keys) for one in found):
+            break
+    else:
         return "wrong"
-    key = frozenset([key_of(name, t)])
-    with_ours = all(agrees(run, one, t, key) for one in found)
-    if not with_ours:
-        return "wrong"
-    if not is_readable:
+    if not is_readable or not all(agrees(run, one, t) for one in found):
         return "wrong capture"
-    return "harmless" if all(agrees(run, one, t) for one in found) else "wrong capture"
+    return "harmless" if share >= LARGE else "wrong"
 
 
 def readers(run: Run, name: str, t: int) -> list[str]:
@@ -70,12 +78,17 @@ def agrees(run: Run, name: str, t: int, without: Without = NONE) -> bool:
     kept = dict(run.orders)
     _, one, _ = run.ordered(name, t, exact)
     run.orders = kept
-    return one is not None and one.status != "wrong"
+    return one is not None and one.status == "within"
 
 
 def rotation_keys(layer: int, t: int) -> Without:
-    """Name the values of a layer that depend on positions, of all steps up to t."""
+    """Name the values that the scores of a layer in step t depend on, behind the rotation."""
     front = f"model.layers.{layer}.self_attn."
-    names = [f"{front}{leaf}" for leaf in ("q", "k", "cached_k")]
-    names += ["model.rotary_emb.cos", "model.rotary_emb.sin"]
-    return frozenset(key_of(name, step) for name in names for step in range(t + 1))
+    names = [f"{front}k", f"{front}cached_k", "model.rotary_emb.cos", "model.rotary_emb.sin"]
+    past = {key_of(name, step) for name in names for step in range(t + 1)}
+    return frozenset(past | {key_of(f"{front}q", t)})
+
+
+def cache_keys(name: str, t: int) -> Without:
+    """Name what the cache held in the steps before t."""
+    return frozenset(key_of(name, step) for step in range(t))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from npllm.config.strict_json import quote
@@ -10,6 +9,7 @@ from npllm.errors import NpllmKeyError, NpllmValueError
 from npllm.tracing.folder import (
     FolderValues,
     files_of,
+    folder_path,
     new_folder,
     read_index,
     write_index,
@@ -116,6 +116,6 @@ class Trace(Mapping[str, Array]):
             When index.json is no index of a trace, or does not fit the files; names the file and
             the tensor.
         """
-        folder = Path(folder)
+        folder = folder_path(folder)
         index = read_index(folder)
         return cls(index, FolderValues(folder, index))

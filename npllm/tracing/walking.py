@@ -5,20 +5,22 @@ from typing import Any
 
 import numpy as np
 
+from npllm.testing.arithmetic import UNITS
 from npllm.testing.inputs import f64
 from npllm.testing.location import where
 from npllm.tracing.graft import NotRecordedError, Run, real_entries, without_padding
 from npllm.tracing.nodes import Exact, Judged, share_of
 from npllm.tracing.recorded import Recorded
 from npllm.tracing.relabelling import orders
-from npllm.tracing.self_check import agrees, flow, rotation_keys
+from npllm.tracing.self_check import agrees, cache_keys, flow, rotation_keys
 from npllm.tracing.steps import key_of
 
 __all__ = ["Row", "Walk", "layer_of"]
 
 Array = Any
 
-AMPLIFIED = 10.0  # gain from which an error counts as amplified
+AMPLIFIED = 30.0  # gain from which an error counts as amplified
+MAY_AMPLIFY = ("attention", "rms_norm", "swiglu", "linear")  # a sum is only in another unit
 AFTER_ROTATION = ("heads", "attention", "o_proj", "residual")
 
 
@@ -125,10 +127,21 @@ class Walk:
         row.arithmetic = str(one.level)
         self._measure(row, name, t, x, exact, one)
         row.status = one.status
+        if one.status == "wrong" and self._is_of_keys(row, name, t):
+            return
         if one.status == "wrong":
             self._accuse(row, name, t, x, exact, one)
         elif one.status == "within":
             self._inherit(row, name, t)
+
+    def _is_of_keys(self, row: Row, name: str, t: int) -> bool:
+        """Tell whether a cache holds the keys that were computed, and not what it held before."""
+        is_cache = self.run.graphs[t][name].op == "cache"
+        if not is_cache or not agrees(self.run, name, t, cache_keys(name, t)):
+            return False
+        row.status, row.introduced = "within", 0.0
+        row.note = f"not what the cache held in step {t - 1}, but the rows that were computed"
+        return True
 
     def _misshapen(self, row: Row, name: str, t: int, x: Array, exact: Exact) -> None:
         """Leave out a value that has another shape, and ask those that read it."""
@@ -136,12 +149,12 @@ class Walk:
         row.note = f"shape {list(x.shape)} for {shape}"
         row.introduced = float("inf")
         self.run.replace(name, t)
-        row.status = flow(self.run, name, t, is_readable=False)
+        row.status = flow(self.run, name, t, np.inf, is_readable=False)
         if row.status == "wrong":
             self.tainted.add(row.name)
 
     def _accuse(self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged) -> None:
-        row.status = flow(self.run, name, t)
+        row.status = flow(self.run, name, t, one.share)
         row.note = "; ".join(text for text in (row.note, not_finite(x)) if text)
         row.diagnosis = self.explain(self.run, name, t, exact, x)
         if not row.diagnosis and not not_finite(x):
@@ -159,8 +172,8 @@ class Walk:
         inherited, gain = row.inherited, row.gain
         if inherited is None or inherited <= 1:
             return
-        is_sum = self.run.graphs[t][name].op in ("add", "view", "cache")  # another unit, no more
-        is_amplified = gain is not None and gain >= AMPLIFIED and not is_sum
+        is_amplified = gain is not None and gain >= AMPLIFIED
+        is_amplified = is_amplified and self.run.graphs[t][name].op in MAY_AMPLIFY
         if is_amplified and inherited >= AMPLIFIED:
             row.status = "amplified"
         elif is_tainted:
@@ -181,7 +194,10 @@ class Walk:
         floor = np.mean(unit, axis=-1, keepdims=True)
         unit = np.maximum(unit, floor)
         unit = unit if real is None else np.where(real, unit, 1.0)
-        row.total, row.inherited = (share_of(np.abs(part - gold), unit) for part in (wide, y))
+        row.total = share_of(np.abs(wide - gold), unit)
+        row.inherited = share_of(np.abs(y - gold), unit)
+        if one.status == "wrong" and np.isfinite(one.share):
+            row.introduced = max(share_of(np.abs(wide - y), unit), min(one.share, 2.0))
         before = [self.rows[key] for key in self._sources(name, t) if key in self.rows]
         if any(one.arithmetic != row.arithmetic and one.arithmetic for one in before):
             before = []  # other units
@@ -190,7 +206,9 @@ class Walk:
 
     def _unit(self, name: str, t: int, exact: Exact, one: Judged) -> Array:
         """The budget that errors are counted in; of a view that of what it shows."""
-        unit = exact.error(one.level, 2)
+        unit = exact.error(one.level)
+        if exact.call.op == "embed" and not np.any(unit):
+            unit = UNITS[one.level.dtype] * np.abs(exact.value)
         if exact.call.arrange is not None and not np.any(unit):
             inputs = [key_of(n, t) for n in self.run.graphs[t][name].inputs]
             if all(key in self.units for key in inputs) and len(inputs) == len(exact.call.inputs):
@@ -231,11 +249,13 @@ class Walk:
         if any(self.run.has(front + one, t) for one in AFTER_ROTATION[: _place(leaf)]):
             return
         keys = rotation_keys(layer, t)
-        if not any(self.rows[key].status == "wrong" for key in keys if key in self.rows):
+        known = sorted(key for key in keys if key in self.rows)
+        if not any(self.rows[key].status in ("wrong", "harmless") for key in known):
             return
-        suspects = sorted(key for key in keys if key in self.rows and key in self.tainted)
+        suspects = [key for key in known if key in self.tainted and self.rows[key].step == t]
         if not agrees(self.run, name, t, keys):
             self.table_votes.append(False)
+            self._did_harm(known)
             return
         if self.rows[key_of(name, t)].status in ("wrong", "wrong capture"):
             self._never_flowed(name, t, suspects)
@@ -251,6 +271,13 @@ class Walk:
             self.tainted -= freed | {key_of(name, t)}
             if self.rows[key_of(name, t)].status == "inherited":
                 self.rows[key_of(name, t)].status = "within"
+
+    def _did_harm(self, keys: list[str]) -> None:
+        """Take back that values of an earlier step were harmless."""
+        for key in keys:
+            if self.rows[key].status == "harmless":
+                self.rows[key].status = "wrong"
+                self.tainted.add(key)
 
     def _never_flowed(self, name: str, t: int, suspects: list[str]) -> None:
         """Leave out rotated values that attention did not read, and judge attention again."""
@@ -278,7 +305,7 @@ def _place(leaf: str) -> int:
 
 def place_of(x: Array, exact: Exact, one: Judged) -> str:
     """Say where the entries over budget are, unless they are everywhere."""
-    over = ~(np.abs(f64(x) - exact.value) <= exact.error(one.level, 2))
+    over = ~(np.abs(f64(x) - exact.value) <= exact.error(one.level))
     text = where(over, "rope" if x.ndim == 4 else "linear")
     return "" if text in ("nowhere", "everywhere") else text
 

@@ -170,7 +170,7 @@ def _compared(x: Array, pair: Pair, config: Config, known: Mapping[tuple, str]) 
         except (ValueError, IndexError):
             continue
         if other.shape == y.shape and _same(other, y):
-            return Finding(pair.name, "different", says)
+            return Finding(pair.name, "other order", says)
     return _unexplained(x, wide, y, pair, known)
 
 
@@ -238,5 +238,5 @@ def _unexplained(
     order = np.lexsort(np.round(wide.reshape(len(wide), -1)[:, :2], 9).T)
     right = np.lexsort(np.round(y.reshape(len(y), -1)[:, :2], 9).T)
     if _same(wide[order], y[right]):
-        return Finding(pair.name, "different", "the same rows in another order")
+        return Finding(pair.name, "other order", "the same rows in another order")
     return Finding(pair.name, "different", f"other values, by {error:.2g} of their size")
