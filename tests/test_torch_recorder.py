@@ -91,7 +91,11 @@ def test_a_prefill_has_every_value_of_the_tap_list(tmp_path, attention, layout):
     recorded = recorder().record(theirs, torch.tensor(IDS))
     assert list(recorded) == list(graph(2))
     assert recorded.index["not recorded"] == []
+    assert recorded["model.rotary_emb.cos"].ndim == 2
     same(recorded, tapped(ours, IDS))
+    for name, node in graph(2).items():
+        entry = recorded.index["values"][name]
+        assert (tuple(entry["inputs"]), tuple(entry["weights"])) == (node.inputs, node.weights)
 
 
 def test_left_padding_and_positions(phi3):
@@ -261,6 +265,34 @@ def test_what_flows_is_recorded_not_what_should(phi3):
     gate_up = wrong["model.layers.0.mlp.gate_up_proj"]
     assert torch.equal(wrong["model.layers.0.mlp.gate"], gate_up[..., d_ff:])
     assert torch.equal(wrong["model.layers.0.mlp.up"], gate_up[..., :d_ff])
+
+
+def test_q_is_what_the_rotation_gave(phi3):
+    """A port that scales q before its attention function is right, and so is its q."""
+    _, theirs = phi3
+    file = sys.modules[type(theirs).__module__]
+    right, eager = recorder().record(theirs, torch.tensor(IDS)), file.eager_attention_forward
+    name = "model.layers.0.self_attn"
+    attention = theirs.model.layers[0].self_attn
+    function = file.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def scaled(key, default):
+        found = function(key, default)
+
+        def call(module, q, k, v, mask, scaling, **kw):
+            return found(module, q * scaling, k, v, mask, scaling=1.0, **kw)
+
+        return call
+
+    file.ALL_ATTENTION_FUNCTIONS.get_interface = scaled
+    try:
+        recorded = recorder().record(theirs, torch.tensor(IDS))
+    finally:
+        del file.ALL_ATTENTION_FUNCTIONS.get_interface
+    assert file.eager_attention_forward is eager and attention.scaling != 1
+    for leaf in ("q", "k", "v"):
+        assert torch.equal(recorded[f"{name}.{leaf}"], right[f"{name}.{leaf}"])
+    close(recorded[f"{name}.heads"].numpy(), right[f"{name}.heads"].numpy(), times=4)
 
 
 def test_a_part_that_shows_nothing_is_listed(phi3):

@@ -319,6 +319,9 @@ class _Session:
             for name, x in values.items():
                 self._keep(f"model.layers.{self.layer}.self_attn.{name}", x)
 
+    def _has_of_layer(self, name: str) -> bool:
+        return f"model.layers.{self.layer}.self_attn.{name}" in self.seen
+
     def _tables(self, _: Any, args: Any, kwargs: Any, out: Any) -> None:
         """A table that all rows share has no batch axis."""
         self.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
@@ -356,10 +359,12 @@ class _Session:
             out = original(module, query, key, value, *args, **kw)
             if id(module) not in self.of_layer:
                 return out
-            cached = self.steps[-1]["cached"]
-            names = ("cached_k", "cached_v") if cached else ("k", "v")
-            self._keep_of_layer(q=query, heads=out[0].transpose(1, 2))
-            self._keep_of_layer(**dict(zip(names, (key, value), strict=True)))
+            read = {"cached_k": key, "cached_v": value, "heads": out[0].transpose(1, 2)}
+            if not self.steps[-1]["cached"]:
+                read = {"k": key, "v": value, "heads": read["heads"]}
+            for name, x in (read | {"q": query}).items():
+                if name not in ("q", "k") or not self._has_of_layer(name):  # seen when rotated
+                    self._keep_of_layer(**{name: x})
             return out
 
         return attention
