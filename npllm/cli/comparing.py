@@ -72,8 +72,8 @@ def compare(
 
 
 def _compared(mine: str, gold: str, weights: str | None, path: str | None, names: str) -> Any:
-    from npllm.testing.golden_bundles import BUNDLES, golden
     from npllm import compare as compared
+    from npllm.testing.golden_bundles import BUNDLES, golden
 
     right = golden(gold) if gold in BUNDLES and not Path(gold).exists() else gold
     return compared(mine, right, weights=weights, model=path, names=names)
