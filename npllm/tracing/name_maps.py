@@ -12,7 +12,7 @@ from npllm.config.strict_json import quote, read_json, require
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES
 
-__all__ = ["FOLDER", "NameMap", "Row", "name_map"]
+__all__ = ["FOLDER", "NameMap", "Row", "name_map", "node_key"]
 
 FOLDER = Path(__file__).parent / "names"
 FORMAT = "npllm names 1"
@@ -128,6 +128,11 @@ def name_map(source: Any = "transformers") -> NameMap:
     notes = tuple(str(note) for note in content.get("notes", []))
     made = tuple(_row(row, f"{path}: row {number}") for number, row in enumerate(rows, 1))
     return NameMap(str(content.get("about", "")), notes, made)
+
+
+def node_key(node: str) -> str:
+    """Name the row of `npllm.models.taps.NAMES` that a value belongs to: its layer is N."""
+    return ".".join("N" if part.isdigit() else part for part in node.split("."))
 
 
 def _row(content: Any, where: str) -> Row:
