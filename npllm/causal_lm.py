@@ -187,8 +187,11 @@ class CausalLM(Portable):
             )
         return phi3.lm_head(hidden, self.params, self.ops, tap)
 
-    def last_logits(self, ids: Array, valid: Array, cache: KVCache | None = None) -> Array:
-        """Score the token after ids that were checked before: what a decoding loop calls.
+    def last_logits(
+        self, ids: Array, valid: Array, cache: KVCache | None = None, *, n_keep: int = 1
+    ) -> Array:
+        """Score the tokens after the last of ids that were checked before: what a decoding loop
+        calls.
 
         Parameters
         ----------
@@ -197,16 +200,18 @@ class CausalLM(Portable):
         valid : bool array [n_batch, n_ctx]
             NumPy; which slots hold tokens, cached ones included.
         cache : KVCache, optional
+        n_keep : int
+            After how many of the last ids; at most n_seq.
 
         Returns
         -------
-        logits : array [n_batch, n_vocab]
+        logits : array [n_batch, n_keep, n_vocab]
             In the library of the weights.
         """
 
         def call(draft: KVCache | None) -> Array:
             tokens = Tokens(ids, valid, _counted_positions(valid, ids.shape[1]))
-            return self._head(self._hidden(tokens, draft, None), 1, None)[:, -1, :]
+            return self._head(self._hidden(tokens, draft, None), n_keep, None)
 
         return self._transact(cache, call)
 

@@ -111,6 +111,11 @@ _GENERATION = (
         default=True,
         help="Without the cache each step recomputes all tokens.",
     ),
+    click.option(
+        "--prompt-lookup-num-tokens",
+        type=click.IntRange(min=1),
+        help="Verify up to so many tokens in one pass, which followed the same words earlier.",
+    ),
 )
 
 

@@ -59,7 +59,7 @@ def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
     if step.cache is None or not fits_step(x, *weights, step, layer.qkv_bias, layer.o_bias):
         return NotImplemented
     d_head = len(layer.qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    tokens = decode_inputs(step, *x.shape[:2], d_head)
+    tokens = decode_inputs(step, len(x), x.shape[1], d_head)
     if tokens is None:
         return NotImplemented
     y = row_major_copy(x)
@@ -128,7 +128,7 @@ def decode_step(x: Array, layers: tuple[LayerParams, ...], step: Step) -> Array 
     if table is None:
         return None
     d_head = len(qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    tokens = decode_inputs(step, *x.shape[:2], d_head)
+    tokens = decode_inputs(step, len(x), x.shape[1], d_head)
     if tokens is None:
         return None
     cos, sin, keys, values, bounds, seen = tokens
