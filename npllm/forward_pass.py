@@ -337,9 +337,10 @@ class CausalLM(ModelBase):
         """Compute cached rows anew whose frequencies change: to rotate their keys again would not
         be enough.
         """
-        rows = np.flatnonzero(cache.rope_variant != variant)
-        if cache.n_ctx == 0 or len(rows) == 0:
+        changed = cache.rope_variant != variant
+        if cache.n_ctx == 0 or not changed.any():
             return
+        rows = np.flatnonzero(changed)
         cached = Tokens(cache.ids[rows], cache.valid[rows], cache.positions[rows])
         fresh = self.new_cache(len(rows))
         for start in range(0, cache.n_ctx, PREFILL_CHUNK):

@@ -38,7 +38,8 @@ def linear(x: Array, weight: Array, bias: Array = None) -> Array:
     """Compute `npllm.ops.linear`."""
     if not fits_product(x, weight, bias):
         return ops.linear(x, weight, bias)
-    return add_bias(rows_product(x, weight, EMPTY, 0.0), bias)
+    y = rows_product(x, weight, EMPTY, 0.0)
+    return y if bias is None else add_bias(y, bias)
 
 
 def norm_linear(x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array = None) -> Any:

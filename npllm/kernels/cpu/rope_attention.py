@@ -5,7 +5,6 @@ kernel where the mask is a band of distances, else the blocks of the tiled set.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -58,15 +57,10 @@ def decode_inputs(step: Step, n_batch: int, d_head: int) -> tuple[Array, ...] | 
     keys, values, slots = reserve_slots(step.cache, step.layer, n_batch, step.n_kv_head, d_head)
     seen = visible_keys(step.mask, slots, n_batch, step.n_head)
     return (
-        (*table_rows(step.cos, step.sin), keys, values, seen)
+        (rows_of(step.cos), rows_of(step.sin), keys, values, seen)
         if fits_cache_arrays(keys, values) and seen is not None
         else None
     )
-
-
-def table_rows(*tables: Array) -> Iterator[Array]:
-    """Tables of one token: [n_batch or 1, d_rope]."""
-    return (rows_of(x) for x in tables)
 
 
 def reserve_slots(
@@ -82,9 +76,10 @@ def fits_cache_arrays(*arrays: Any) -> bool:
     """Tell whether cached keys and values are what the kernels are made for: float32, the channels
     of a head side by side.
     """
-    return is_float32(*arrays) and all(
-        x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable for x in arrays
-    )
+    for x in arrays:
+        if not (x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable):
+            return False
+    return is_float32(*arrays)
 
 
 def slots_first(x: Array) -> Array:
