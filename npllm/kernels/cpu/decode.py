@@ -12,6 +12,7 @@ from npllm.kernels.cpu.attention_step import attend_step
 from npllm.kernels.cpu.gated import gated_product
 from npllm.kernels.cpu.gemv import add_product
 from npllm.kernels.cpu.launching import kernel
+from npllm.kernels.cpu.layout import EMPTY
 from npllm.kernels.cpu.simd_arrays import array_at
 
 __all__ = ["attention_step", "layers_step", "mlp_step"]
@@ -33,7 +34,7 @@ def mlp_step(
     """Add down @ swiglu of the halves of rms_norm(x) @ gate_up.T to x [n, d_model], in place."""
     y = np.empty((len(x), down.shape[1]), np.float32)
     gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, y)
-    add_product(down, down_scales, y, np.zeros(0, np.float32), np.float32(0), x)
+    add_product(down, down_scales, y, EMPTY, np.float32(0), x)
 
 
 @kernel()
@@ -64,7 +65,7 @@ def attention_step(
     add_product(qkv_weight, qkv_scales, x, gain, eps, qkv)
     y = np.empty((n, 1, o_weight.shape[1]), np.float32)
     attend_step(qkv.reshape(n, 1, -1), cos, sin, keys, values, seen, n_head, y)
-    add_product(o_weight, o_scales, y.reshape(n, -1), np.zeros(0, np.float32), np.float32(0), x)
+    add_product(o_weight, o_scales, y.reshape(n, -1), EMPTY, np.float32(0), x)
 
 
 @kernel()
@@ -84,7 +85,6 @@ def layers_step(
     scales of gate_up_proj and of down_proj, keys, values; table [n_layer, 12]: where those of each
     layer lie.
     """
-    nothing = np.zeros(0, np.float32)
     for at in table:
         attention_step(
             x,
@@ -92,7 +92,7 @@ def layers_step(
             eps,
             array_at(first[1], at[1]),
             array_at(first[2], at[2]),
-            nothing,
+            EMPTY,
             cos,
             sin,
             array_at(first[10], at[10]),
@@ -108,7 +108,7 @@ def layers_step(
             eps,
             array_at(first[6], at[6]),
             array_at(first[7], at[7]),
-            nothing,
+            EMPTY,
             array_at(first[8], at[8]),
             array_at(first[9], at[9]),
         )

@@ -15,7 +15,7 @@ from npllm.kernels.cpu.attention import PANELS, attend_many
 from npllm.kernels.cpu.attention_step import attend_step
 from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.launching import launch, n_workers
-from npllm.kernels.cpu.layout import row_major, rows_of
+from npllm.kernels.cpu.layout import row_major, row_major_copy, rows_of
 from npllm.kernels.cpu.rotation import rotate_all
 from npllm.kernels.cpu.softmax import softmax_update
 from npllm.kernels.cpu.tiled_attention import attend, no_bound
@@ -44,7 +44,7 @@ def rope_attention(qkv: Array, step: Step) -> Any:
     if token is None:
         return NotImplemented
     y = np.empty((n_batch, 1, n_head * d_head), np.float32)
-    launch(attend_step, row_major(qkv), *token, n_head, y)
+    launch(attend_step, row_major_copy(qkv), *token, n_head, y)
     return y
 
 
