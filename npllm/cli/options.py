@@ -11,7 +11,8 @@ from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.encoder import Encoder
 from npllm.errors import NpllmValueError
 from npllm.kernels import SETS
-from npllm.model import Model, load
+from npllm.loading import load
+from npllm.model import Model
 
 __all__ = [
     "chat_option",

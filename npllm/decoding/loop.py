@@ -9,8 +9,6 @@ import numpy as np
 
 from npllm.arrays import to_numpy
 from npllm.cache import KVCache
-from npllm.causal_lm import CausalLM
-from npllm.decision import FROM_MODEL, check_scores
 from npllm.decoding.constraints import constrain
 from npllm.decoding.options import Options, resolve_options
 from npllm.decoding.prompt import Prompt, read_prompt, require_tokenizer
@@ -18,6 +16,8 @@ from npllm.decoding.prompt_lookup import PromptLookup
 from npllm.decoding.sampling import choose, uniforms
 from npllm.decoding.sequences import Sequences
 from npllm.errors import NpllmValueError
+from npllm.finite_scores import FROM_MODEL, check_scores
+from npllm.forward_pass import CausalLM
 from npllm.models.rope import frequency_choice
 from npllm.progress import warn
 from npllm.text.stream import TextStream

@@ -12,6 +12,7 @@ from npllm.kernels.cpu.attention_step import attend_step
 from npllm.kernels.cpu.gated import gated_product
 from npllm.kernels.cpu.gemv import add_product
 from npllm.kernels.cpu.launching import kernel
+from npllm.kernels.cpu.layout import EMPTY
 from npllm.kernels.cpu.simd_arrays import array_at
 
 __all__ = ["attention_step", "layers_step", "mlp_step"]
@@ -33,7 +34,7 @@ def mlp_step(
     """Add down @ swiglu of the halves of rms_norm(x) @ gate_up.T to x [n, d_model], in place."""
     y = np.empty((len(x), down.shape[1]), np.float32)
     gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, y)
-    add_product(down, down_scales, y, np.zeros(0, np.float32), np.float32(0), x)
+    add_product(down, down_scales, y, EMPTY, np.float32(0), x)
 
 
 @kernel()
@@ -59,7 +60,7 @@ def attention_step(
     """
     n_batch, n_seq, _ = x.shape
     n = n_batch * n_seq
-    rows, nothing = x.reshape(n, -1), np.zeros(0, np.float32)
+    rows = x.reshape(n, -1)
     qkv = np.zeros((n, len(qkv_weight)), np.float32)
     if len(qkv_bias):
         for k in range(n):
@@ -68,7 +69,7 @@ def attention_step(
     y = np.empty((n_batch, n_seq, o_weight.shape[1]), np.float32)
     heads = qkv.reshape(n_batch, n_seq, -1)
     attend_step(heads, cos, sin, keys, values, bounds, seen, n_head, y)
-    add_product(o_weight, o_scales, y.reshape(n, -1), nothing, np.float32(0), rows)
+    add_product(o_weight, o_scales, y.reshape(n, -1), EMPTY, np.float32(0), rows)
 
 
 @kernel()
@@ -89,7 +90,6 @@ def layers_step(
     scales of gate_up_proj and of down_proj, keys, values; table [n_layer, 12]: where those of each
     layer lie.
     """
-    nothing = np.zeros(0, np.float32)
     rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
     for at in table:
         attention_step(
@@ -98,7 +98,7 @@ def layers_step(
             eps,
             array_at(first[1], at[1]),
             array_at(first[2], at[2]),
-            nothing,
+            EMPTY,
             cos,
             sin,
             array_at(first[10], at[10]),
@@ -115,7 +115,7 @@ def layers_step(
             eps,
             array_at(first[6], at[6]),
             array_at(first[7], at[7]),
-            nothing,
+            EMPTY,
             array_at(first[8], at[8]),
             array_at(first[9], at[9]),
         )

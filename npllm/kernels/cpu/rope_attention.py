@@ -5,7 +5,6 @@ kernel where the mask is a band of distances, else the blocks of the tiled set.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from npllm.kernels.cpu.attention_step import attend_step
 from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.launching import launch, n_workers
-from npllm.kernels.cpu.layout import row_major
+from npllm.kernels.cpu.layout import row_major, row_major_copy
 from npllm.kernels.cpu.rotation import rotate_all
 from npllm.kernels.cpu.softmax import softmax_update
 from npllm.kernels.cpu.tiled_attention import attend, no_bound
@@ -46,7 +45,7 @@ def rope_attention(qkv: Array, step: Step) -> Any:
     if tokens is None:
         return NotImplemented
     y = np.empty((n_batch, n_seq, n_head * d_head), np.float32)
-    launch(attend_step, row_major(qkv), *tokens, n_head, y)
+    launch(attend_step, row_major_copy(qkv), *tokens, n_head, y)
     return y
 
 
@@ -60,15 +59,15 @@ def decode_inputs(step: Step, n_batch: int, n_seq: int, d_head: int) -> tuple[Ar
     keys, values, slots = reserve_slots(step.cache, step.layer, shape)
     visible = visible_keys(step.mask, slots, n_batch, n_seq, step.n_head)
     return (
-        (*tables(step.cos, step.sin), keys, values, *visible)
+        (table_of_tokens(step.cos), table_of_tokens(step.sin), keys, values, *visible)
         if fits_cache_arrays(keys, values) and visible is not None
         else None
     )
 
 
-def tables(*parts: Array) -> Iterator[Array]:
-    """Tables of a few tokens: [n_batch or 1, n_seq, d_rope]."""
-    return (row_major(x.reshape(-1, *x.shape[-2:])) for x in parts)
+def table_of_tokens(x: Array) -> Array:
+    """A table of a few tokens: [n_batch or 1, n_seq, d_rope]."""
+    return row_major(x.reshape(-1, *x.shape[-2:]))
 
 
 def reserve_slots(cache: Any, layer: int, shape: tuple[int, ...]) -> tuple[Array, Array, range]:
@@ -84,9 +83,10 @@ def fits_cache_arrays(*arrays: Any) -> bool:
     """Tell whether cached keys and values are what the kernels are made for: float32, the channels
     of a head side by side.
     """
-    return is_float32(*arrays) and all(
-        x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable for x in arrays
-    )
+    for x in arrays:
+        if not (x.strides[-1] == 4 and x.flags.aligned and x.flags.writeable):
+            return False
+    return is_float32(*arrays)
 
 
 def slots_first(x: Array) -> Array:

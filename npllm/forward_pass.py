@@ -16,11 +16,11 @@ from npllm.arrays import asarray, compute_dtype
 from npllm.cache import CacheOwner, KVCache
 from npllm.config.config import Config
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.model_base import ModelBase
 from npllm.models import heads, phi3
 from npllm.models.params import Params
 from npllm.models.rotations import Rotations
 from npllm.ops.opset import Ops
-from npllm.portable import Portable
 
 __all__ = ["PREFILL_CHUNK", "CausalLM", "Tokens"]
 
@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
         )
 
 
-class CausalLM(Portable):
+class CausalLM(ModelBase):
     """A causal language model without text: a blueprint, its weights, the operations it runs on.
 
     Parameters
@@ -342,9 +342,10 @@ class CausalLM(Portable):
         """Compute cached rows anew whose frequencies change: to rotate their keys again would not
         be enough.
         """
-        rows = np.flatnonzero(cache.rope_variant != variant)
-        if cache.n_ctx == 0 or len(rows) == 0:
+        changed = cache.rope_variant != variant
+        if cache.n_ctx == 0 or not changed.any():
             return
+        rows = np.flatnonzero(changed)
         cached = Tokens(cache.ids[rows], cache.valid[rows], cache.positions[rows])
         fresh = self.new_cache(len(rows))
         for start in range(0, cache.n_ctx, PREFILL_CHUNK):
