@@ -134,8 +134,14 @@ m(ids[:, :1], cache=m.new_cache(2))
 used = [threads.n_threads()]
 if SET == "compiled":
     from npllm.kernels.cpu.launching import launch, n_workers
-    from numba import get_num_threads
-    from thread_count import count
+    from numba import get_num_threads, njit, prange
+
+    @njit(parallel=True)
+    def count(n):
+        x = np.zeros(n, np.int64)
+        for i in prange(n):
+            x[i] = get_num_threads()
+        return x.max()
 
     before = get_num_threads()
     used += [n_workers(), launch(count, 64)]
