@@ -976,7 +976,7 @@ def test_an_interrupt_on_the_way_in_leaves_the_limit_usable():
     """A counter of callers stayed too high, and BLAS had all its threads under every block from
     then on.
     """
-    code = threads._one_blas_thread.__wrapped__.__code__
+    code = threads.one_blas_thread.__wrapped__.__code__
     source, first = inspect.getsourcelines(code)
     on_the_way_in = [first + at for at, text in enumerate(source) if text.startswith(" " * 12)]
     assert len(on_the_way_in) >= 4
