@@ -20,6 +20,7 @@ from npllm.cli import (
     mutants,
     predictions,
     testing,
+    tracing,
     views,
 )
 from npllm.errors import NpllmError
@@ -27,7 +28,17 @@ from npllm.progress import report
 
 __all__ = ["main"]
 
-GROUPS = (generation, predictions, checkpoints, views, measurements, testing, check, mutants)
+GROUPS = (
+    generation,
+    predictions,
+    checkpoints,
+    views,
+    tracing,
+    measurements,
+    testing,
+    check,
+    mutants,
+)
 
 
 class _Group(click.Group):

@@ -18,6 +18,7 @@ __all__ = [
     "chat_option",
     "filter_options",
     "json_option",
+    "load_causal",
     "model_options",
     "path_option",
     "sampling_options",
@@ -65,14 +66,14 @@ def model_options(command: Command) -> Command:
         *args: Any, path: str | None, backend: str, dtype: str | None, ops_name: str, **options: Any
     ) -> Any:
         load_model = functools.partial(
-            _load_causal, path, backend=backend, dtype=dtype, ops=ops_name
+            load_causal, path, backend=backend, dtype=dtype, ops=ops_name
         )
         return command(*args, model=load_model, **options)
 
     return wrapped
 
 
-def _load_causal(path: str | None, **options: Any) -> Model:
+def load_causal(path: str | None, **options: Any) -> Model:
     """Load a causal language model; raise for an encoder."""
     model = load(path, **options)
     if isinstance(model, Encoder):
