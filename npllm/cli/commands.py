@@ -18,6 +18,7 @@ from npllm.cli import (
     generation,
     measurements,
     mutants,
+    precision,
     predictions,
     testing,
     views,
@@ -27,7 +28,17 @@ from npllm.progress import report
 
 __all__ = ["main"]
 
-GROUPS = (generation, predictions, checkpoints, views, measurements, testing, check, mutants)
+GROUPS = (
+    generation,
+    predictions,
+    checkpoints,
+    views,
+    measurements,
+    testing,
+    check,
+    mutants,
+    precision,
+)
 
 
 class _Group(click.Group):

@@ -48,7 +48,7 @@ POINTS = {
 """Where a 16-bit model rounds: name -> what is rounded, in the order of a layer."""
 
 
-def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
+def emulate(dtype: str, points: Iterable[str] = tuple(POINTS), *, bitwise: bool = True) -> Ops:
     """Make the set of operations that rounds where Transformers rounds in a 16-bit type.
 
         model = npllm.load(folder, dtype="bfloat16", ops=npllm.ops.emulate("bfloat16"))
@@ -60,6 +60,9 @@ def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
     points : collection of str
         The places where it rounds, by the names below; the others stay float32.  Leave one out to
         see what it costs, or to find the one that a kernel has forgotten.
+    bitwise : bool
+        False: products by the library's matmul, many times as fast; their sums are float32 too, in
+        another order.  Weights may then be of any type: they are used as they are, in float32.
 
     Returns
     -------
@@ -118,7 +121,7 @@ def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
         raise NpllmValueError(
             f"no rounding point is called {', '.join(unknown)}; there are {', '.join(POINTS)}"
         )
-    rounded = _Rounding(dtype, frozenset(points))
+    rounded = _Rounding(dtype, frozenset(points), bitwise)
     named: dict[str, Callable[..., Any]] = {
         "embed": _embed,
         "linear": _linear,
@@ -138,6 +141,7 @@ class _Rounding(NamedTuple):
 
     dtype: str
     points: frozenset
+    bitwise: bool = True
 
     def __call__(self, point: str, x: Array) -> Array:
         """Round `x` if this point is one of those that round."""
@@ -145,9 +149,16 @@ class _Rounding(NamedTuple):
         return round_to(x, self.dtype) if point in self.points else x
 
     def weight(self, w: Array) -> Array:
-        """Return a weight as float32; raise where it is not stored in the emulated type."""
-        self.expect(w, self.dtype)
-        return widen(w)
+        """Return a weight as float32; raise where it is not stored in the emulated type, and equal
+        bits are asked for.
+        """
+        if self.bitwise:
+            self.expect(w, self.dtype)
+        return widen(w, array_namespace(w).float32)
+
+    def product(self, a: Array, b: Array, xp: Any) -> Array:
+        """Multiply matrices, with sums in float32."""
+        return _product(a, b, xp) if self.bitwise else xp.matmul(a, b)
 
     def expect(self, x: Array, dtype: Any) -> None:
         """Raise for an array of another dtype: a float64 model has nothing to emulate, a float32
@@ -164,8 +175,10 @@ class _Rounding(NamedTuple):
 
 def _embed(rounded: _Rounding, ids: Array, weight: Array) -> Array:
     """Look up `embed`: nothing to round."""
-    rounded.expect(weight, rounded.dtype)
-    return embed(ids, weight)
+    if rounded.bitwise:
+        rounded.expect(weight, rounded.dtype)
+    x = embed(ids, weight)
+    return array_namespace(x).astype(x, array_namespace(x).float32, copy=False)
 
 
 def _linear(rounded: _Rounding, x: Array, weight: Array, bias: Array = None) -> Array:
@@ -177,7 +190,7 @@ def _linear(rounded: _Rounding, x: Array, weight: Array, bias: Array = None) -> 
     n_rows = max(1, entries_at_once(weight) // max(1, d_in))
     y = xp.concat(
         [
-            _product(
+            rounded.product(
                 rows, xp.matrix_transpose(rounded.weight(weight[start : start + n_rows, :])), xp
             )
             for start in range(0, d_out, n_rows)
@@ -275,13 +288,13 @@ def _attention(
         xp.repeat(k, group, axis=-3),
         xp.repeat(v, group, axis=-3),
     )  # [..., n_kv_head, ...] -> [..., n_head, ...]
-    s = rounded("scores", _product(q, xp.matrix_transpose(k), xp))
+    s = rounded("scores", rounded.product(q, xp.matrix_transpose(k), xp))
     s = rounded("scaled", s * (q.shape[-1] ** -0.5 if scale is None else scale))
     if visible is not None:
         s = xp.where(visible, s, rounded("masked", s - LARGEST[rounded.dtype]))
     e = xp.exp(s - xp.max(s, axis=-1, keepdims=True))
     weights = rounded("weights", e / xp.sum(e, axis=-1, keepdims=True))
-    return rounded("values", _product(weights, v, xp))
+    return rounded("values", rounded.product(weights, v, xp))
 
 
 def _swiglu(rounded: _Rounding, gate: Array, up: Array) -> Array:
