@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 import npllm
 from npllm import ops
+from npllm.causal_lm import Tokens
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.ops.emulate import POINTS
 from npllm.tracing.distances import LogitDistance, centred_error, kl_divergence, relative_error
-from npllm.tracing.extremes import Extreme
-from npllm.tracing.passes import convert
+from npllm.tracing.extremes import Extreme, first_overflow
+from npllm.tracing.passes import Arithmetic, convert, logits_of, residual_streams
 from npllm.tracing.precision import EMULATED, PARAMETERS, precision
 
 BFLOAT16 = tiny.DTYPES["BF16"]
+FLOAT64 = Arithmetic("float64", ops.reference, np.float64)
 IDS = tiny.random_ids(1, 12)
 seeds = st.integers(0, 2**16)
 
@@ -156,7 +158,6 @@ def test_the_reference_of_int8_weights_is_these_weights(tmp_path):
     found = report(model, types=["own", "int8", "float64"])
     assert found.row("float64").logits == 0
     assert found.row("own").logits < 1e-5
-    assert found.row("int8") == found.row("int8")
     assert found.row("int8").logits == found.row("own").logits
 
 
@@ -184,7 +185,24 @@ MODELS = {
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_the_reference_is_the_model_in_float64(changes):
-    """A wrong gold would show as a large error of the model's own float32."""
+    """Layer by layer as in one call; the last stream is that after the norm."""
+    model, valid = tiny.model(dtype=np.float64, **changes), np.ones(IDS.shape, bool)
+    seen = {}
+    want = model.on("reference").model(IDS, tap=lambda name, x: seen.setdefault(name, x))
+    tokens = Tokens(IDS, valid, np.arange(IDS.shape[1]))
+    first, second, third, last = (
+        states[0] for states in residual_streams(model, tokens, [FLOAT64])
+    )
+    close(first, seen["model.embed_tokens"], times=0)
+    close(second, seen["model.layers.0"])
+    close(third, seen["model.layers.1"])
+    close(last, want)
+    logits = logits_of(FLOAT64, last[0], model.params.lm_head)
+    close(logits, model.on("reference")(IDS)[0])
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_the_rows_of_every_kind_of_model(changes):
     found = report(tiny.model(**changes), types=["own", "bfloat16"])
     assert found.row("own").logits < 1e-5
     assert 1e-3 < found.row("bfloat16").depth[-1] < 0.1
@@ -232,19 +250,37 @@ def scaled(model, layer, **factors):
 
 
 def test_a_planted_large_activation_is_the_overflow_that_is_named():
-    model = scaled(tiny.model(), 1, down_proj=1e5)
+    model = scaled(tiny.model(), 1, gate_up_proj=4, down_proj=1e4)
     found = report(model, types=["own", "float16"])
     seen = {}
     model(IDS, tap=lambda name, x: seen.setdefault(name, x))
     largest = float(np.abs(seen["model.layers.1.mlp.down_proj"]).max())
     assert largest > 65520
-    first_weight = found.overflow.name == "model.layers.1.down_proj.weight"
-    assert first_weight or found.overflow.name == "model.layers.1.mlp.down_proj"
+    assert found.overflow.name == "model.layers.1.mlp.down_proj"
     assert found.overflow.headroom < 0
     assert not found.row("float16").is_finite
     assert "not finite" in str(found)
     assert f"overflows first at {found.overflow.name}" in str(found)
     json.dumps(found.facts(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [("down_proj", "mlp.down_proj.weight"), ("qkv_proj", "self_attn.qkv_proj.weight")],
+)
+def test_a_weight_beyond_float16_is_named(field, name):
+    found = report(scaled(tiny.model(), 1, **{field: 1e6}), types=["own"])
+    assert found.overflow.name == f"model.layers.1.{name}"
+
+
+def test_the_largest_weights_are_listed():
+    model = tiny.model()
+    found = {extreme.name: extreme.largest for extreme in report(model, types=["own"]).largest}
+    assert found["lm_head.weight"] == np.abs(model.params.lm_head).max()
+    assert found["model.norm.weight"] == np.abs(model.params.norm).max()
+    largest = [np.abs(layer.o_proj).max() for layer in model.params.layers]
+    name = f"model.layers.{int(np.argmax(largest))}.self_attn.o_proj.weight"
+    assert found[name] == max(largest)
 
 
 @pytest.mark.parametrize("name", ["scores", "swiglu"])
@@ -273,6 +309,13 @@ def test_the_largest_values_are_those_of_the_model():
     (name,) = [name for name in found if name.endswith("self_attn.scores")]
     assert found[name] == pytest.approx(max(scores), rel=1e-12)
     assert scores.index(max(scores)) // 4 == int(name.split(".")[2])
+
+
+@pytest.mark.parametrize("value", [65520.0, math.inf, math.nan])
+def test_the_first_overflow_is_the_first_in_the_order_of_execution(value):
+    found = [Extreme("a", 65519.9), Extreme("b", value), Extreme("c", 1e9)]
+    assert first_overflow(found) is found[1]
+    assert first_overflow(found[:1]) is None
 
 
 def test_headroom_is_the_number_of_doublings_before_infinity():

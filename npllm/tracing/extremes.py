@@ -13,6 +13,7 @@ __all__ = ["INFINITE", "Extreme", "LargestValues", "first_overflow", "worst_by_o
 
 Array = Any
 
+ENTRIES = 2**22  # of a weight, to widen at a time
 INFINITE = 65520.0  # rounds to infinity in float16; the largest finite value is 65504
 
 
@@ -70,11 +71,27 @@ class LargestValues:
         if not extreme.is_view:
             self.found.append(extreme)
 
-    def see_weights(self, prefix: str, weights: LayerParams) -> None:
-        """Keep the largest |entry| of a layer's weights."""
-        for name, x in weights._asdict().items():
+    def see_layer(self, prefix: str, weights: LayerParams) -> None:
+        """Keep the largest |entry| of each of a layer's weights."""
+        for field, x in weights._asdict().items():
             if x is not None:
-                self.see(f"{prefix}.{name}.weight", widen(x))
+                self.see_weight(f"{prefix}.{_parameter_name(field)}", x)
+
+    def see_weight(self, name: str, x: Any) -> None:
+        """Keep the largest |entry| of a weight, widening some rows at a time."""
+        n_rows = max(1, ENTRIES // x.shape[-1])
+        blocks = [x[start : start + n_rows] for start in range(0, len(x), n_rows)]
+        largest = [float(np.max(np.abs(widen(block)))) for block in blocks]
+        self.found.append(Extreme(name, float(np.max(largest))))
+
+
+def _parameter_name(field: str) -> str:
+    """The name of a weight or bias within its layer, as checkpoints write it."""
+    part, _, kind = field.rpartition("_")
+    if kind == "layernorm":
+        return f"{field}.weight"
+    half = "mlp" if part in ("gate_up", "down") else "self_attn"
+    return f"{half}.{part}_proj.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def _largest_score(q: Array, k: Array) -> float:

@@ -190,7 +190,7 @@ def _depth(
             for key, x in zip(ways, hidden, strict=True):
                 depth[key].append(relative_error(x, hidden[0]))
             if number < len(layers):
-                largest.see_weights(f"model.layers.{number}", layers[number])
+                largest.see_layer(f"model.layers.{number}", layers[number])
             advance(1)
     return depth, hidden
 
@@ -200,6 +200,8 @@ def _distances(
 ) -> dict[Key, LogitDistance]:
     """The distances of the logits of each pass, some tokens at a time."""
     head = model.params.lm_head
+    largest.see_weight("model.norm.weight", model.params.norm)
+    largest.see_weight("lm_head.weight", head)
     distances = {key: LogitDistance(is_full=not key.point) for key in ways}
     for start in range(0, len(hidden[0]), TOKENS):
         rows = [x[start : start + TOKENS] for x in hidden]
