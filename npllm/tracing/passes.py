@@ -15,11 +15,12 @@ from npllm.ops import Ops, Step, mask
 from npllm.quantized.int8 import quantize
 from npllm.threads import run_blocks
 
-__all__ = ["STORED", "Arithmetic", "convert", "logits_of", "residual_streams"]
+__all__ = ["QUANTIZED", "STORED", "Arithmetic", "convert", "logits_of", "residual_streams"]
 
 Array = Any
 
 STORED = "stored"
+QUANTIZED = {"int8": quantize}  # every type of weights that `npllm.load(path, dtype=...)` makes
 ENTRIES = 2**22  # of the output matrix, to convert at a time
 
 
@@ -27,7 +28,7 @@ class Arithmetic(NamedTuple):
     """One way to compute: how weights are held, and what the operations round.
 
     `weights` is "stored" (as the model holds them), "float64", "float32", "bfloat16", "float16" or
-    "int8".  `dtype` is that of the activations.
+    one of `QUANTIZED`.  `dtype` is that of the activations.
     """
 
     weights: str
@@ -52,9 +53,9 @@ def convert(weight: Any, kind: str) -> Any:
     """
     if weight is None or kind == STORED:
         return weight
-    if kind == "int8":
+    if kind in QUANTIZED:
         is_plain = weight.ndim == 2 and not hasattr(weight, "widened")
-        return quantize(weight) if is_plain else weight
+        return QUANTIZED[kind](weight) if is_plain else weight
     if kind in ("float32", "float64"):
         return widen(weight, dtype_named(kind))
     return round_to(widen(weight, np.float32), kind)

@@ -18,15 +18,15 @@ from npllm.ops.emulate import POINTS
 from npllm.progress import progress_bar
 from npllm.tracing.distances import LogitDistance, relative_error
 from npllm.tracing.extremes import LargestValues, first_overflow, worst_by_op
-from npllm.tracing.passes import STORED, Arithmetic, logits_of, residual_streams
+from npllm.tracing.passes import QUANTIZED, STORED, Arithmetic, logits_of, residual_streams
 from npllm.tracing.precision_report import Flip, Precision, Row, Share
 
 __all__ = ["EMULATED", "PARAMETERS", "TYPES", "precision"]
 
 Array = Any
 
-TYPES = ("own", "bfloat16", "float16", "int8")
 EMULATED = ("bfloat16", "float16")
+TYPES = ("own", *EMULATED, *QUANTIZED)
 PARAMETERS = "parameters"  # the rounding of the weights: a point beside those of POINTS
 TOKENS = 64  # whose logits are in memory at a time
 
@@ -151,8 +151,8 @@ def _ways(model: Model, types: Sequence[str], shares: bool) -> dict[Key, Arithme
     own = compute_dtype(model.params.embed_tokens)
     plain = {
         "own": Arithmetic(STORED, model.ops, own),
-        "int8": Arithmetic("int8", model.ops, np.float32),
         "float64": Arithmetic("float64", ops.reference, np.float64),
+        **{kind: Arithmetic(kind, model.ops, np.float32) for kind in QUANTIZED},
     }
     ways = {GOLD: plain["float64"]}
     for kind in dict.fromkeys(types):

@@ -15,7 +15,6 @@ TITLES = {
     "float64": "float64 definitions",
     "bfloat16": "bfloat16 (emulated)",
     "float16": "float16 (emulated)",
-    "int8": "int8 weights",
 }
 
 
@@ -53,7 +52,7 @@ class Row:
     @property
     def title(self) -> str:
         """What the text calls it."""
-        return TITLES[self.type]
+        return TITLES.get(self.type, f"{self.type} weights")
 
     @property
     def is_finite(self) -> bool:
