@@ -90,9 +90,12 @@ def precision(
 
         d = y - z;   error = sqrt(mean over tokens and vocabulary of (d - mean over vocabulary)**2)
 
-    The share of a rounding point is what leaving it out takes from the square of that error:
+    The share of a rounding point in the square of that error, left out or alone:
 
         without = 1 - (error without the point / error)**2,   alone = (error of it alone / error)**2
+
+    Shares are sorted by `alone`, which adds up to about 1.  `without` may be negative: roundings
+    have signs, and one may cancel others.
 
     Peak memory: the weights, one layer in each type of weights, the residual streams of all passes,
     twice, and an attention table [n_batch, n_head, n_prompt, n_prompt] for each thread.

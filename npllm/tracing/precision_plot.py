@@ -51,10 +51,10 @@ def _draw_shares(axes: Any, rows: list[Row]) -> None:
     points = [share.point for share in rows[0].shares]
     height = 0.8 / len(rows)
     for number, row in enumerate(rows):
-        share_of = {share.point: share.without for share in row.shares}
+        share_of = {share.point: share.alone for share in row.shares}
         places = np.arange(len(points)) + number * height
         axes.barh(places, [share_of[point] for point in points], height, label=row.title)
     axes.set_yticks(np.arange(len(points)) + 0.4 - height / 2, points, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("share of the squared error of the logits")
+    axes.set_xlabel("squared error of the logits by this rounding alone, of the whole")
     axes.legend(fontsize=8)
