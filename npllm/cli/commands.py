@@ -18,6 +18,7 @@ from npllm.cli import (
     generation,
     measurements,
     mutants,
+    precision,
     predictions,
     testing,
     tracing,
@@ -38,6 +39,7 @@ GROUPS = (
     testing,
     check,
     mutants,
+    precision,
 )
 
 
