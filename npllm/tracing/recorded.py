@@ -12,6 +12,7 @@ from npllm.config.strict_json import printable, read_json
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES, PAIRS
 from npllm.testing.judging import on_host
+from npllm.tracing.name_maps import name_map
 from npllm.tracing.steps import Step, steps_of
 
 __all__ = ["Recorded", "recorded"]
@@ -125,6 +126,7 @@ def recorded(
     NpllmOSError, NpllmValueError, NpllmTypeError
     """
     config = like.config if like else None
+    name_map(names)  # a name that is none is an error, wherever it would be needed
     if isinstance(source, str | Path):
         return _from_path(Path(source), like, names, config)
     if not isinstance(source, Mapping):
@@ -156,7 +158,7 @@ def _with_steps(
     values: Mapping[str, Any], index: Mapping[str, Any], where: str, like: Recorded | None
 ) -> Recorded:
     """Take the steps of the other side where there are none."""
-    if index.get("steps") or (index.get("steps") is None and index and like is None):
+    if index.get("steps") or (index and like is None):
         return Recorded(values, index, where)
     if like is None:
         raise NpllmTypeError(
