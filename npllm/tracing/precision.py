@@ -9,11 +9,11 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import array_namespace, compute_dtype
-from npllm.causal_lm import Tokens
-from npllm.decision import FROM_MODEL, check_scores
 from npllm.decoding.prompt import read_prompt
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.language_model import Model
+from npllm.finite_scores import FROM_MODEL, check_scores
+from npllm.forward_pass import Tokens
+from npllm.model import Model
 from npllm.ops.emulate import POINTS
 from npllm.progress import progress_bar
 from npllm.tracing.distances import LogitDistance, relative_error
