@@ -17,6 +17,7 @@ from npllm.causal_lm import Tokens
 import npllm
 from npllm import ops
 from npllm.errors import NpllmError, NpllmValueError
+from npllm.forward_pass import Tokens
 from npllm.ops.emulate import POINTS
 from npllm.tracing.distances import LogitDistance, centred_error, kl_divergence, relative_error
 from npllm.tracing.extremes import Extreme, first_overflow

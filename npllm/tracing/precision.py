@@ -9,9 +9,9 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import array_namespace, compute_dtype
-from npllm.decision import FROM_MODEL, check_scores
 from npllm.decoding.prompt import read_prompt
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.forward_pass import Tokens
 from npllm.model import Model
 from npllm.ops.emulate import POINTS
