@@ -157,6 +157,26 @@ def test_the_first_recorded_descendant_is_accused(seed):
     assert clean.status == "same", str(clean)
 
 
+LAYERS = ("model.layers.0", "model.layers.1", "lm_head")
+HIDDEN = {
+    "attention: C9 not causal": ({0}, "C9 not causal in self_attn.heads"),
+    "rms_norm: C29 centred": ({3}, "C29 centred in post_attention_layernorm"),
+    "swiglu: GELU": ({0}, "GELU in place of SiLU (tanh) in mlp.swiglu"),
+    "apply_rope: C27 -sin": ({2, 3}, "C27 -sin in self_attn.q and self_attn.k"),
+    "linear: C31 weight [d_in, d_out]": ({5}, "C31 weight [d_in, d_out] in self_attn.o_proj"),
+}
+
+
+@pytest.mark.parametrize("key", HIDDEN)
+def test_a_mistake_between_the_outputs_of_two_layers_is_named(key):
+    calls, says = HIDDEN[key]
+    values = planted_runs.wrong_run("gqa", bugs[key].op, bugs[key].fn, calls)
+    found = npllm.compare({name: values[name] for name in LAYERS}, testing.golden("gqa"))
+    layer = min(calls) // planted_runs.CALLS[bugs[key].op]
+    assert [row.name for row in found.wrong] == [f"model.layers.{layer}"]
+    assert says in found.first_wrong.diagnosis
+
+
 def test_logits_alone_are_enough_to_say_whether_a_run_is_right():
     gold = testing.golden("gqa")
     right = planted_runs.right_run("gqa")
@@ -181,6 +201,13 @@ def test_positions_that_are_shifted_are_harmless():
         "model.rotary_emb.cos", "model.rotary_emb.sin", "self_attn.q", "self_attn.k",
     }  # fmt: skip
     assert "C32 position off by one" in {row.diagnosis for row in found.rows}
+
+
+def test_a_small_mistake_is_wrong_and_not_harmless():
+    """eps left out where rows are large: 2.8 budgets, which no reader sees."""
+    bug = bugs["rms_norm: C29 eps omitted"]
+    found = npllm.compare(planted_runs.wrong_run("gqa", bug.op, bug.fn, {3}), testing.golden("gqa"))
+    assert [row.name for row in found.wrong] == ["model.layers.1.post_attention_layernorm"]
 
 
 def test_positions_that_are_scaled_are_not():
@@ -237,7 +264,8 @@ def test_queries_that_were_recorded_before_their_rotation_are_a_wrong_capture():
 def test_nan_is_said_first_and_where():
     values = planted_runs.right_run("gqa")
     values["model.layers.1.mlp.down_proj"][1, 3, 5] = np.nan
-    for name in ("model.layers.1", "model.norm", "lm_head.input", "lm_head"):
+    values["model.layers.1"][1, 3, 5] = np.nan
+    for name in ("model.norm", "lm_head.input", "lm_head"):
         values[name][1, 3] = np.nan
     found = npllm.compare(values, testing.golden("gqa"))
     assert [row.name for row in found.wrong] == ["model.layers.1.mlp.down_proj"]

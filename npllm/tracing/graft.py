@@ -8,7 +8,7 @@ An input that was not recorded is computed anew from the nearest values that wer
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -64,6 +64,7 @@ class Run:
         self.excluded: set[str] = set()
         self.orders: dict[str, Order] = {}  # by value, and by the last part of its name
         self._known: dict[tuple[str, Without], Known] = {}
+        self._given: dict[str, Known] = {}
 
     def nodes(self) -> Iterator[tuple[str, int, Node]]:
         """Every value in the order of execution: name, step, node."""
@@ -92,11 +93,22 @@ class Run:
         NotRecordedError
         """
         key = (key_of(name, t), without)
+        if key[0] in self._given:
+            return self._given[key[0]]
         if key not in self._known:
             is_recorded = self.has(name, t, without)
             found = self._recorded(name, t) if is_recorded else self.exact(name, t, without)
             self._known[key] = found
         return self._known[key]
+
+    @contextmanager
+    def given(self, values: dict[str, Known]) -> Iterator[None]:
+        """Take some values as given, and compute what depends on them anew."""
+        kept, self._known, self._given = self._known, {}, values
+        try:
+            yield
+        finally:
+            self._known, self._given = kept, {}
 
     def exact(self, name: str, t: int, without: Without = NONE) -> Exact:
         """Compute a value from its inputs."""

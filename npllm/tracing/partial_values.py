@@ -10,7 +10,7 @@ from npllm.testing.inputs import f64
 from npllm.tracing.graft import NotRecordedError, Run
 from npllm.tracing.nodes import Exact, share_of
 from npllm.tracing.recorded import Recorded
-from npllm.tracing.relabelling import interleaved
+from npllm.tracing.row_orders import interleaved
 from npllm.tracing.steps import key_of
 from npllm.tracing.walking_row import Row
 

@@ -12,13 +12,13 @@ import numpy as np
 
 from npllm.models.taps import NAMES
 from npllm.tracing.operations import cut_heads, merged
+from npllm.tracing.row_orders import ROTATED, gathered, pairs, qkv_index
 
-__all__ = ["AS_IS", "Order", "interleaved", "orders", "qkv_index", "rope_rows"]
+__all__ = ["AS_IS", "Order", "orders"]
 
 Array = Any
 Change = Callable[[Array], Array]
 
-ROTATED = ("q_proj", "k_proj", "q", "k", "cached_k")
 HEADS = ("q_proj", "k_proj", "v", "q", "k", "cached_k", "cached_v", "heads")
 
 
@@ -144,10 +144,10 @@ def _contents(leaf: str, x: Array, y: Array, config: Any) -> Iterator[Order]:
     d_rope = config.d_rope
     if leaf in (*ROTATED, "cos", "sin"):
         says = "channels 2i and 2i + 1 stand for i and i + d_rope/2 (interleaved RoPE pairs)"
-        yield Order(says, lambda x: _gathered(x, _pairs(d_rope)), "rope")
+        yield Order(says, lambda x: gathered(x, pairs(d_rope)), "rope")
         yield Order(
             "channels i and i + d_rope/2 stand for 2i and 2i + 1 (RoPE pairs)",
-            lambda x: _gathered(x, np.argsort(_pairs(d_rope))),
+            lambda x: gathered(x, np.argsort(pairs(d_rope))),
             "rope",
         )
     if leaf == "qkv_proj":
@@ -165,57 +165,6 @@ def _contents(leaf: str, x: Array, y: Array, config: Any) -> Iterator[Order]:
 
 def _by(index: Array) -> Change:
     return lambda x: x[..., index]
-
-
-def _pairs(d_rope: int) -> Array:
-    """Where our channels stand among interleaved ones."""
-    return np.r_[0:d_rope:2, 1:d_rope:2]
-
-
-def _gathered(x: Array, index: Array) -> Array:
-    return np.concatenate([x[..., index], x[..., len(index) :]], axis=-1)
-
-
-def interleaved(leaf: str, d_rope: int) -> list[tuple[str, Change]]:
-    """Orders of channels that a partial value may have: sentence, and what makes ours theirs."""
-    found: list[tuple[str, Change]] = [("", lambda x: x)]
-    if leaf in ROTATED:
-        says = "channels 2i and 2i + 1 stand for i and i + d_rope/2 (interleaved RoPE pairs)"
-        back = np.argsort(_pairs(d_rope))
-        found.append((says, lambda x: _gathered(x, back)))
-    return found
-
-
-def rope_rows(n_row: int, config: Any) -> Array:
-    """For each row of a query or key matrix its place among interleaved RoPE pairs."""
-    channel = np.r_[_pairs(config.d_rope), config.d_rope : config.head_dim]
-    return np.arange(n_row).reshape(-1, config.head_dim)[:, channel].ravel()
-
-
-def qkv_index(config: Any, order: str) -> Array:
-    """For each of our rows of `qkv_proj` its place in another order.
-
-    Parameters
-    ----------
-    config : Config
-    order : str
-        "rope": the channels of queries and keys are interleaved pairs; "per-head interleave": the
-        rows stand by key/value head; "k first" and "v first": blocks in another order.
-    """
-    n_q, n_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    rows = np.arange((n_q + 2 * n_kv) * d)
-    if order == "rope":
-        heads = rows.reshape(-1, d)
-        channel = np.r_[_pairs(config.d_rope), config.d_rope : d]
-        heads = np.concatenate([heads[: n_q + n_kv][:, channel], heads[n_q + n_kv :]])
-        return heads.ravel()
-    if order == "per-head interleave":
-        cut = rows.reshape(n_kv, n_q // n_kv + 2, d)
-        return np.concatenate([cut[:, :-2].ravel(), cut[:, -2].ravel(), cut[:, -1].ravel()])
-    q, k, v = n_q * d, n_kv * d, n_kv * d
-    if order == "k and v swapped":
-        return np.r_[0:q, q + k : q + k + v, q : q + k]
-    return np.r_[k : k + q, 0:k, k + q : k + q + v]
 
 
 def _qkv_rows(config: Any) -> Iterator[Order]:

@@ -12,7 +12,8 @@ from npllm.tracing.nodes import Exact, Judged, share_of
 from npllm.tracing.partial_values import compare_partial
 from npllm.tracing.recorded import Recorded
 from npllm.tracing.relabelling import orders
-from npllm.tracing.self_check import agrees, cache_keys, flow, rotation_keys
+from npllm.tracing.rotation_check import after_rotation, settle_tables
+from npllm.tracing.self_check import agrees, cache_keys, flow
 from npllm.tracing.steps import key_of
 from npllm.tracing.walking_row import Row, layer_of
 
@@ -20,9 +21,9 @@ __all__ = ["Walk"]
 
 Array = Any
 
+EXPLAINED = 4  # wrong values of one name, in several layers, that are diagnosed
 AMPLIFIED = 30.0  # gain from which an error counts as amplified
 MAY_AMPLIFY = ("attention", "rms_norm", "swiglu", "linear")  # a sum is only in another unit
-AFTER_ROTATION = ("heads", "attention", "o_proj", "residual")
 
 
 class Walk:
@@ -42,6 +43,7 @@ class Walk:
         self.tainted: set[str] = set()
         self.units: dict[str, Array] = {}
         self.table_votes: list[bool] = []
+        self.n_explained: dict[str, int] = {}
 
     def all_rows(self) -> list[Row]:
         """Walk through all values in the order of execution."""
@@ -52,16 +54,17 @@ class Walk:
                 self.run.forget(-1 if layer is None else layer)
                 self.units = {key: x for key, x in self.units.items() if layer_of(key) is None}
             if self.run.has(name, t):
-                self._visit(name, t)
-                self._after_rotation(name, t)
+                self.visit(name, t)
+                after_rotation(self, name, t)
             elif self.run.mine.is_partial(key_of(name, t)):
                 self._visit_part(name, t)
-        self._settle_tables()
+        settle_tables(self)
         return [*self.rows.values()]
 
     # -------------------------------------------------------------- one value
 
-    def _visit(self, name: str, t: int) -> None:
+    def visit(self, name: str, t: int) -> None:
+        """Make the row of a value that was recorded whole."""
         row = self._row(name, t)
         try:
             exact = self.run.exact(name, t)
@@ -132,7 +135,10 @@ class Walk:
     def _accuse(self, row: Row, name: str, t: int, x: Array, exact: Exact, one: Judged) -> None:
         row.status = flow(self.run, name, t, one.share)
         row.note = "; ".join(text for text in (row.note, not_finite(x)) if text)
-        row.diagnosis = self.explain(self.run, name, t, exact, x)
+        leaf = name.rsplit(".", 1)[-1]
+        self.n_explained[leaf] = self.n_explained.get(leaf, 0) + 1
+        if self.n_explained[leaf] <= EXPLAINED:
+            row.diagnosis = self.explain(self.run, name, t, exact, x)
         if not row.diagnosis and not not_finite(x):
             row.note = "; ".join(text for text in (row.note, place_of(x, exact, one)) if text)
         if row.status == "wrong capture":
@@ -213,70 +219,6 @@ class Walk:
             past = name if name in self.run.graphs[t - 1] else name.replace(".cached_", ".")
             found += [key_of(past, t - 1)] if self.run.has(past, t - 1) else []
         return found
-
-    # -------------------------------------------------------------- positions
-
-    def _after_rotation(self, name: str, t: int) -> None:
-        """Ask, at the first value behind the scores, whether a wrong rotation did any harm."""
-        layer, leaf = layer_of(name), name.rsplit(".", 1)[-1]
-        if layer is None or leaf not in AFTER_ROTATION:
-            return
-        front = name.removesuffix(leaf).removesuffix("self_attn.") + "self_attn."
-        if any(self.run.has(front + one, t) for one in AFTER_ROTATION[: _place(leaf)]):
-            return
-        keys = rotation_keys(layer, t)
-        known = sorted(key for key in keys if key in self.rows)
-        if not any(self.rows[key].status in ("wrong", "harmless") for key in known):
-            return
-        suspects = [key for key in known if key in self.tainted and self.rows[key].step == t]
-        if not agrees(self.run, name, t, keys):
-            self.table_votes.append(False)
-            self._did_harm(known)
-            return
-        if self.rows[key_of(name, t)].status in ("wrong", "wrong capture"):
-            self._never_flowed(name, t, suspects)
-            return
-        self.table_votes.append(True)
-        others = [key_of(front + leaf, t) for leaf in ("q_proj", "k_proj", "v")]
-        is_clean = not self.tainted.intersection(others)
-        for key in suspects:
-            if ".rotary_emb." not in key and (is_clean or self.rows[key].status == "wrong"):
-                self.rows[key].status = "harmless"
-        if is_clean:
-            freed = {key for key in suspects if ".rotary_emb." not in key}
-            self.tainted -= freed | {key_of(name, t)}
-            if self.rows[key_of(name, t)].status == "inherited":
-                self.rows[key_of(name, t)].status = "within"
-
-    def _did_harm(self, keys: list[str]) -> None:
-        """Take back that values of an earlier step were harmless."""
-        for key in keys:
-            if self.rows[key].status == "harmless":
-                self.rows[key].status = "wrong"
-                self.tainted.add(key)
-
-    def _never_flowed(self, name: str, t: int, suspects: list[str]) -> None:
-        """Leave out rotated values that attention did not read, and judge attention again."""
-        for key in suspects:
-            plain, _, step = key.partition("@")
-            if ".rotary_emb." not in key:
-                self.rows[key].status = "wrong capture"
-                self.tainted.discard(key)
-                self.run.replace(plain, int(step or 0))
-        self.tainted.discard(key_of(name, t))
-        self._visit(name, t)
-
-    def _settle_tables(self) -> None:
-        """Tables that did no harm in any layer are harmless."""
-        if not self.table_votes or not all(self.table_votes):
-            return
-        for key, row in self.rows.items():
-            if ".rotary_emb." in key and row.status == "wrong":
-                row.status = "harmless"
-
-
-def _place(leaf: str) -> int:
-    return AFTER_ROTATION.index(leaf)
 
 
 def place_of(x: Array, exact: Exact, one: Judged) -> str:

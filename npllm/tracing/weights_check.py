@@ -18,7 +18,7 @@ from npllm.errors import NpllmError
 from npllm.testing.inputs import widened_weight
 from npllm.tracing.comparison import Finding
 from npllm.tracing.levels import SHORT
-from npllm.tracing.relabelling import qkv_index, rope_rows
+from npllm.tracing.row_orders import qkv_index, rope_rows
 from npllm.tracing.their_weights import Pair, array_of, open_weights, pairs_of
 
 __all__ = ["check_config", "check_weights"]

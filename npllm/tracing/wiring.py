@@ -14,7 +14,7 @@ from npllm.tracing.graft import NotRecordedError, Run, real_entries
 from npllm.tracing.nodes import Exact
 from npllm.tracing.operations import call_of, value_of
 
-__all__ = ["wired"]
+__all__ = ["plain_attempts", "short_name", "wired"]
 
 Array = Any
 Attempt = tuple[str, Array]
@@ -44,7 +44,14 @@ def wired(run: Run, name: str, t: int, exact: Exact, x: Array) -> str:
 
 
 def _attempts(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
-    op, a, y = run.graphs[t][name].op, exact.call.arguments, exact.value
+    yield from plain_attempts(run, name, t, exact)
+    yield from _other_inputs(run, name, t, exact)
+    yield "the output is zero", np.zeros_like(exact.value)
+
+
+def plain_attempts(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
+    """List other computations on the same inputs: what they are, and their result."""
+    op, a = run.graphs[t][name].op, exact.call.arguments
     if op == "linear":
         yield from _of_linear(run, name, t, exact)
     if op == "add":
@@ -54,19 +61,15 @@ def _attempts(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
         yield "no gate: up alone", a["up"]
         yield "sigmoid in place of SiLU", a["up"] / (1 + np.exp(-a["gate"]))
         yield "ReLU in place of SiLU", np.maximum(a["gate"], 0) * a["up"]
-        for kind in ("tanh", "none"):
-            yield (
-                "GELU in place of SiLU",
-                gold("gelu", {"x": a["gate"], "approximate": kind}) * a["up"],
-            )
+        for kind, text in (("none", ""), ("tanh", " (tanh)")):
+            gelu = gold("gelu", {"x": a["gate"], "approximate": kind})
+            yield f"GELU in place of SiLU{text}", gelu * a["up"]
     if op == "cache":
         yield from _of_cache(exact)
     if op == "view":
         yield from _of_view(run, name, exact)
     if op in ("rope", "rms_norm", "swiglu"):
         yield f"{op} is left out", a.get("x", a.get("gate"))
-    yield from _other_inputs(run, name, t, exact)
-    yield "the output is zero", np.zeros_like(y)
 
 
 def _of_linear(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
@@ -109,7 +112,7 @@ def _of_view(run: Run, name: str, exact: Exact) -> Iterator[Attempt]:
         yield "C7 up first", x[..., half:] if leaf == "gate" else x[..., :half]
         yield "C7 interleaved", x[..., 0::2] if leaf == "gate" else x[..., 1::2]
     if leaf in ("q_proj", "k_proj", "v"):
-        from npllm.tracing.relabelling import qkv_index
+        from npllm.tracing.row_orders import qkv_index
 
         for order in ("per-head interleave", "k and v swapped", "q and k swapped"):
             convention = "C6" if order == "per-head interleave" else "C22"
@@ -135,7 +138,10 @@ def _other_inputs(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt
                 if np.array_equal(inputs[place], values[place]):
                     continue
                 call = call_of(name, node, inputs, run.settings[t])
-                yield f"reads {_short(other)} in place of {_short(right)}", value_of(call, name)
+                yield (
+                    f"reads {short_name(other)} in place of {short_name(right)}",
+                    value_of(call, name),
+                )
             except (NotRecordedError, NpllmError, ValueError):
                 continue
 
@@ -153,8 +159,8 @@ def _alike(run: Run, name: str, t: int, shape: tuple, used: tuple) -> list[str]:
     return found
 
 
-def _short(name: str) -> str:
-    """A name without its layer."""
+def short_name(name: str) -> str:
+    """Write a value's name without its layer."""
     if not name.startswith("model.layers."):
         return name
     number, _, rest = name.removeprefix("model.layers.").partition(".")
