@@ -18,10 +18,11 @@ from npllm import ops
 from npllm.causal_lm import Tokens
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.ops.emulate import POINTS
+from npllm.tracing.arithmetics import EMULATED, PARAMETERS
 from npllm.tracing.distances import LogitDistance, centred_error, kl_divergence, relative_error
 from npllm.tracing.extremes import Extreme, first_overflow
 from npllm.tracing.passes import Arithmetic, convert, logits_of, residual_streams
-from npllm.tracing.precision import EMULATED, PARAMETERS, precision
+from npllm.tracing.precision import precision
 
 BFLOAT16 = tiny.DTYPES["BF16"]
 FLOAT64 = Arithmetic("float64", ops.reference, np.float64)
