@@ -21,6 +21,7 @@ from npllm.cli import (
     precision,
     predictions,
     testing,
+    tracing,
     views,
 )
 from npllm.errors import NpllmError
@@ -33,6 +34,7 @@ GROUPS = (
     predictions,
     checkpoints,
     views,
+    tracing,
     measurements,
     testing,
     check,
