@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import npllm
 from npllm import ops
-from npllm.causal_lm import Tokens
 from npllm.errors import NpllmError, NpllmValueError
+from npllm.forward_pass import Tokens
 from npllm.ops.emulate import POINTS
 from npllm.testing.golden_bundles import BUNDLES
 from npllm.tracing.arithmetics import EMULATED, PARAMETERS

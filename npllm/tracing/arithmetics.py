@@ -7,7 +7,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import compute_dtype
-from npllm.language_model import Model
+from npllm.model import Model
 from npllm.ops.emulate import POINTS
 from npllm.tracing.passes import QUANTIZED, STORED, Arithmetic
 

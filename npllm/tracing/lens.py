@@ -6,8 +6,8 @@ import numpy as np
 
 from npllm.arguments import check_integer
 from npllm.arrays import to_numpy
-from npllm.decision import FROM_MODEL, check_finite
 from npllm.errors import NpllmValueError
+from npllm.finite_scores import FROM_MODEL, check_finite
 from npllm.tracing.record import trace
 from npllm.tracing.trace import Trace
 

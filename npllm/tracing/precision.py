@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import array_namespace
-from npllm.causal_lm import Tokens
-from npllm.decision import FROM_MODEL, check_scores
 from npllm.decoding.prompt import read_prompt
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.language_model import Model
+from npllm.finite_scores import FROM_MODEL, check_scores
+from npllm.forward_pass import Tokens
+from npllm.model import Model
 from npllm.progress import progress_bar
 from npllm.tracing.arithmetics import GOLD, TYPES, Key, arithmetics
 from npllm.tracing.distances import LogitDistance, relative_error
