@@ -19,10 +19,12 @@ from npllm import ops
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.forward_pass import Tokens
 from npllm.ops.emulate import POINTS
+from npllm.testing.golden_bundles import BUNDLES
+from npllm.tracing.arithmetics import EMULATED, PARAMETERS
 from npllm.tracing.distances import LogitDistance, centred_error, kl_divergence, relative_error
 from npllm.tracing.extremes import Extreme, first_overflow
 from npllm.tracing.passes import Arithmetic, convert, logits_of, residual_streams
-from npllm.tracing.precision import EMULATED, PARAMETERS, precision
+from npllm.tracing.precision import precision
 
 BFLOAT16 = tiny.DTYPES["BF16"]
 FLOAT64 = Arithmetic("float64", ops.reference, np.float64)
@@ -207,6 +209,15 @@ def test_the_rows_of_every_kind_of_model(changes):
     found = report(tiny.model(**changes), types=["own", "bfloat16"])
     assert found.row("own").logits < 1e-5
     assert 1e-3 < found.row("bfloat16").depth[-1] < 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in BUNDLES if name != "bert"])
+def test_every_golden_bundle_can_be_measured(name):
+    """Positions, factors and windows as the model has them: float32 is near, int8 is not."""
+    bundle = npllm.testing.golden(name)
+    found = report(npllm.load(bundle.folder), bundle.values["input_ids"])
+    assert found.row("own").logits < 1e-5 < 1e-3 < found.row("int8").logits
+    assert found.overflow is None
 
 
 def test_left_padding_is_not_measured():

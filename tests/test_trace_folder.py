@@ -1,6 +1,7 @@
 """The folder of a trace: a round trip bit for bit, and folders that are not what they say."""
 
 import json
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -71,15 +72,25 @@ def test_a_bool_table_is_kept(tmp_path):
     assert np.array_equal(npllm.Trace.load(tmp_path / "new")[node], visible)
 
 
-def test_only_files_that_are_looked_at_are_open(tmp_path):
+def test_only_files_that_are_looked_at_are_open(tmp_path, monkeypatch):
     made().save(tmp_path / "new")
+    mapped, memmap = [], np.memmap
+
+    def watched(*args, **options):
+        mapping = memmap(*args, **options)
+        mapped.append(weakref.ref(mapping))
+        return mapping
+
+    def names():
+        return [one().filename.name for one in mapped if one() is not None]
+
+    monkeypatch.setattr(np, "memmap", watched)
     trace = npllm.Trace.load(tmp_path / "new")
-    mapped = trace._values._files._mappings
-    assert len(mapped) == 0
-    held = trace[NAME]
-    assert len(mapped) == 1
+    assert names() == []
+    held = [trace[NAME], trace["model.layers.1.mlp.gate"]]
+    assert names() == [FILE] and np.shares_memory(held[0], mapped[0]())
     del held
-    assert len(mapped) == 0
+    assert names() == []
 
 
 def test_where_no_file_can_be_mapped_values_are_copied(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 converted once, and no second copy of the model exists.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,15 @@ from npllm.ops import Ops, Step, mask
 from npllm.quantized.int8 import quantize
 from npllm.threads import run_blocks
 
-__all__ = ["QUANTIZED", "STORED", "Arithmetic", "convert", "logits_of", "residual_streams"]
+__all__ = [
+    "QUANTIZED",
+    "STORED",
+    "Arithmetic",
+    "convert",
+    "for_each",
+    "logits_of",
+    "residual_streams",
+]
 
 Array = Any
 
@@ -147,13 +155,21 @@ def _step(model: Any, tokens: Any, way: Arithmetic) -> Step:
     return Step(cos, sin, *sizes, rules)
 
 
+def for_each(work: Callable[[Any], None], ways: Mapping[Any, Arithmetic], own: Ops) -> None:
+    """Call a function with the key of every arithmetic.
+
+    The model's own operations use all threads by themselves; every other arithmetic takes one.
+    """
+    for key, way in ways.items():
+        if way.ops is own:
+            work(key)
+    run_blocks(work, [key for key, way in ways.items() if way.ops is not own])
+
+
 def _advance(
     function: Any, states: list[Array], ways: Sequence[Arithmetic], weights: Any, own: Ops
 ) -> list[Array]:
-    """Call function (number, state, weights) for every arithmetic, one type of weights at a time.
-
-    The model's own operations use all threads; every other arithmetic takes one.
-    """
+    """Call function (number, state, weights) for every arithmetic, by type of weights."""
     after = [*states]
     for kind in dict.fromkeys(way.weights for way in ways):
         converted = [convert(x, kind) for x in weights]
@@ -162,11 +178,8 @@ def _advance(
         def work(at: int, converted: Any = converted) -> None:
             after[at] = function(at, states[at], converted)
 
-        numbers = [at for at, way in enumerate(ways) if way.weights == kind]
-        for at in numbers:
-            if ways[at].ops is own:
-                work(at)
-        run_blocks(work, [at for at in numbers if ways[at].ops is not own])
+        chosen = {at: way for at, way in enumerate(ways) if way.weights == kind}
+        for_each(work, chosen, own)
     return after
 
 

@@ -3,43 +3,33 @@ the float64 definitions.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from npllm import ops
-from npllm.arrays import array_namespace, compute_dtype
+from npllm.arrays import array_namespace
 from npllm.decoding.prompt import read_prompt
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.forward_pass import Tokens
 from npllm.model import Model
-from npllm.ops.emulate import POINTS
 from npllm.progress import progress_bar
+from npllm.tracing.arithmetics import GOLD, TYPES, Key, arithmetics
 from npllm.tracing.distances import LogitDistance, relative_error
 from npllm.tracing.extremes import LargestValues, first_overflow, worst_by_op
-from npllm.tracing.passes import QUANTIZED, STORED, Arithmetic, logits_of, residual_streams
+from npllm.tracing.passes import (
+    Arithmetic,
+    for_each,
+    logits_of,
+    residual_streams,
+)
 from npllm.tracing.precision_report import Flip, Precision, Row, Share
 
-__all__ = ["EMULATED", "PARAMETERS", "TYPES", "precision"]
+__all__ = ["precision"]
 
 Array = Any
 
-EMULATED = ("bfloat16", "float16")
-TYPES = ("own", *EMULATED, *QUANTIZED)
-PARAMETERS = "parameters"  # the rounding of the weights: a point beside those of POINTS
 TOKENS = 64  # whose logits are in memory at a time
-
-
-class Key(NamedTuple):
-    """Which pass: a type; with one rounding point left out ("without") or "alone"."""
-
-    type: str
-    point: str = ""
-    how: str = ""
-
-
-GOLD = Key("gold")
 
 
 def precision(
@@ -105,7 +95,7 @@ def precision(
     _check(model, types)
     found = read_prompt(model, prompt, attention_mask)
     tokens = Tokens(found.ids, found.valid, _positions(found.valid))
-    ways = _ways(model, types, shares)
+    ways = arithmetics(model, types, shares)
     largest = LargestValues()
     depth, hidden = _depth(model, tokens, ways, largest, progress)
     distances = _distances(model, ways, hidden, largest)
@@ -149,37 +139,6 @@ def _positions(valid: Array) -> Array:
     return counted[0] if valid.all() else counted
 
 
-def _ways(model: Model, types: Sequence[str], shares: bool) -> dict[Key, Arithmetic]:
-    """Every pass that is needed, the float64 one first."""
-    own = compute_dtype(model.params.embed_tokens)
-    plain = {
-        "own": Arithmetic(STORED, model.ops, own),
-        "float64": Arithmetic("float64", ops.reference, np.float64),
-        **{kind: Arithmetic(kind, model.ops, np.float32) for kind in QUANTIZED},
-    }
-    ways = {GOLD: plain["float64"]}
-    for kind in dict.fromkeys(types):
-        ways |= _emulated(kind, shares) if kind in EMULATED else {Key(kind): plain[kind]}
-    return ways
-
-
-def _emulated(kind: str, shares: bool) -> dict[Key, Arithmetic]:
-    """A 16-bit type, and all its passes with a rounding point less, and with one point alone."""
-    every = frozenset((*POINTS, PARAMETERS))
-    chosen = {Key(kind): every}
-    for point in (*POINTS, PARAMETERS) if shares else ():
-        chosen[Key(kind, point, "without")] = every - {point}
-        chosen[Key(kind, point, "alone")] = frozenset((point,))
-    return {key: _emulation(kind, points) for key, points in chosen.items()}
-
-
-def _emulation(kind: str, points: frozenset[str]) -> Arithmetic:
-    """A 16-bit type that rounds at some points only."""
-    weights = kind if PARAMETERS in points else "float32"
-    emulation = ops.emulate(kind, points - {PARAMETERS}, bitwise=False)
-    return Arithmetic(weights, emulation, np.float32)
-
-
 def _depth(
     model: Model, tokens: Tokens, ways: dict[Key, Arithmetic], largest: LargestValues, shown: bool
 ) -> tuple[dict[Key, list[float]], list[Array]]:
@@ -207,12 +166,15 @@ def _distances(
     largest.see_weight("lm_head.weight", head)
     distances = {key: LogitDistance(is_full=not key.point) for key in ways}
     for start in range(0, len(hidden[0]), TOKENS):
-        rows = [x[start : start + TOKENS] for x in hidden]
-        gold = logits_of(ways[GOLD], rows[0], head)
+        rows = {key: x[start : start + TOKENS] for key, x in zip(ways, hidden, strict=True)}
+        gold = logits_of(ways[GOLD], rows[GOLD], head)
         check_scores(gold, "the float64 logits", FROM_MODEL)
         largest.see("lm_head", gold)
-        for key, x in zip(ways, rows, strict=True):
-            distances[key].see(logits_of(ways[key], x, head), gold)
+
+        def measure(key: Key, rows: dict[Key, Array] = rows, gold: Array = gold) -> None:
+            distances[key].see(logits_of(ways[key], rows[key], head), gold)
+
+        for_each(measure, ways, model.ops)
     return distances
 
 
