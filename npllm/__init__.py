@@ -41,7 +41,9 @@ from npllm.decoding import beam
 from npllm.decoding.sampling import next_token_distribution
 from npllm.encoder import Encoder
 from npllm.errors import NpllmError
-from npllm.model import Model, load, pipeline
+from npllm.loading import load
+from npllm.model import Model
+from npllm.pipelines import pipeline
 from npllm.text.tokenizer import Tokenizer
 from npllm.tracing.comparing import compare
 from npllm.tracing.record import trace
@@ -96,6 +98,12 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
     "cost": "analysis.cost",
     "profile": "analysis.profiling",
     "plots": "analysis.plots",
+    "language_model": "model",
+    "causal_lm": "forward_pass",
+    "portable": "model_base",
+    "decision": "finite_scores",
+    "testing.judging": ("testing.within_budget", "testing.libraries"),
+    "testing.judgement": "testing.diagnosis_status",
     "cache_owner": "cache.owner",
     "cache_state": "cache.state",
     "report": _REPORT,

@@ -268,14 +268,10 @@ def test_names_that_are_missing_and_unknown_are_said():
     values = planted_runs.right_run("gqa")
     del values["model.layers.0.mlp.up"]
     values["h.0.attn"] = values["lm_head"]
-    text = str(npllm.compare(values, testing.golden("gqa")))
+    with pytest.warns(UserWarning, match="names that no map knows"):
+        text = str(npllm.compare(values, testing.golden("gqa")))
     assert "not recorded: model.layers.0.mlp.up" in text
     assert "left out: h.0.attn" in text
-
-
-def test_names_of_which_none_is_known_are_an_error():
-    with pytest.raises(NpllmValueError, match="none of its 1 names is one of npllm's"):
-        npllm.compare({"h.0": np.zeros((2, 9, 16))}, testing.golden("gqa"))
 
 
 def test_integers_are_an_error():

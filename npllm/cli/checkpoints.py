@@ -16,7 +16,7 @@ from npllm.cli.options import chat_option, json_option, path_option
 from npllm.cli.streams import print_json, read_prompt
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
-from npllm.model import checkpoint_folder
+from npllm.loading import checkpoint_folder
 from npllm.progress import write_line
 from npllm.text.tokenizer import Tokenizer
 

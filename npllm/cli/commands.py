@@ -19,6 +19,7 @@ from npllm.cli import (
     generation,
     measurements,
     mutants,
+    precision,
     predictions,
     testing,
     tracing,
@@ -40,6 +41,7 @@ GROUPS = (
     check,
     mutants,
     comparing,
+    precision,
 )
 
 

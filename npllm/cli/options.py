@@ -11,7 +11,8 @@ from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.encoder import Encoder
 from npllm.errors import NpllmValueError
 from npllm.kernels import SETS
-from npllm.model import Model, load
+from npllm.loading import load
+from npllm.model import Model
 
 __all__ = [
     "chat_option",
@@ -111,6 +112,11 @@ _GENERATION = (
         "--use-cache/--no-use-cache",
         default=True,
         help="Without the cache each step recomputes all tokens.",
+    ),
+    click.option(
+        "--prompt-lookup-num-tokens",
+        type=click.IntRange(min=1),
+        help="Verify up to so many tokens in one pass, which followed the same words earlier.",
     ),
 )
 

@@ -29,7 +29,7 @@ SAMPLED = 24  # values from which the dtype of a run is read
 def compared(mine: Any, gold: Any, weights: Any, model: Any, names: Any) -> Comparison:
     """Do what `npllm.compare` says."""
     right = recorded(gold, "gold")
-    own = recorded(_renamed(mine, names), "mine", right)
+    own = recorded(mine, "mine", right, names)
     config = _config(right)
     found = Comparison(own.where, right.where)
     found.notes += check_config(own.config, right.config)
@@ -45,13 +45,6 @@ def compared(mine: Any, gold: Any, weights: Any, model: Any, names: Any) -> Comp
     found.notes += _names(own, right, run)
     found.read_logits(run, right)
     return found
-
-
-def _renamed(mine: Any, names: Any) -> Any:
-    """Bring other names to npllm's."""
-    if names in (None, "transformers", "npllm"):
-        return mine
-    raise NpllmValueError(f"names must be transformers, got {names!r}")
 
 
 def _config(gold: Recorded) -> Config:
@@ -117,6 +110,7 @@ def _names(own: Recorded, right: Recorded, run: Run) -> list[str]:
     """Say which names are missing on either side."""
     known = {key_of(name, t) for name, t, _ in run.nodes()}
     unknown = [n for n in own.names if n not in known and not _is_pair(n) and n != "logits"]
+    unknown += [str(name) for name in own.index.get("ignored") or ()]
     missing = [n for n in right.names if n in known and n not in set(own.names)]
     if not known.intersection(own.names):
         raise NpllmValueError(

@@ -17,8 +17,9 @@ def compare(
     ----------
     mine : Trace, mapping of str to array, golden bundle, str or Path
         What the implementation under test computed, under npllm's names
-        (`npllm.models.taps.NAMES`).  Some of the values are enough.  A mapping without an `index`
-        has the steps of `gold`.
+        (`npllm.models.taps.NAMES`), or under those that `names` says.  Some of the values are
+        enough.  A path is a trace, .npz, .npy or safetensors files, or the text that
+        llama-eval-callback printed.  Without an index of its own it has the steps of `gold`.
     gold : Trace, mapping of str to array, golden bundle, str or Path
         The right values, best in float64: `npllm.trace(model, prompt, dtype="float64")`, or
         `npllm.testing.golden("gqa")`.
@@ -26,8 +27,9 @@ def compare(
         The parameters of the implementation under test, which are looked at first.
     model : Model, str or Path, optional
         Whose weights made the gold.  Default: the one that the gold's index names.
-    names : str or mapping of str to str
-        What the names of `mine` are.
+    names : str or Path
+        What the values of `mine` are called: "transformers", "gguf", "mlx_lm",
+        "transformer_lens", or a file like those in npllm/tracing/names.
 
     Returns
     -------

@@ -10,7 +10,7 @@ from npllm.tracing.graft import Run
 from npllm.tracing.recorded import Recorded
 from npllm.tracing.report import lines_of
 from npllm.tracing.steps import key_of
-from npllm.tracing.walking import Row
+from npllm.tracing.walking_row import Row
 
 __all__ = ["Comparison", "Finding"]
 

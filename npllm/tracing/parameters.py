@@ -29,7 +29,7 @@ def model_of(model: Any, gold: Any) -> Any:
     NpllmValueError
         Where none can be found.
     """
-    from npllm.model import load
+    from npllm.loading import load
 
     if model is not None and not isinstance(model, str | Path):
         if not hasattr(model, "params") or not hasattr(model, "config"):

@@ -19,7 +19,7 @@ from npllm.config import Config
 from npllm.config.strict_json import read_json
 from npllm.decoding.prompt import read_prompt
 from npllm.errors import NpllmError, NpllmTypeError, NpllmValueError
-from npllm.language_model import Model
+from npllm.model import Model
 from npllm.tracing.definitions import definitions
 from npllm.tracing.folder import FolderValues, new_folder, write_index
 from npllm.tracing.index import FORMAT, versions

@@ -10,7 +10,9 @@ import numpy as np
 from npllm.arrays import DTYPES
 from npllm.config.strict_json import printable, read_json
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
+from npllm.models.taps import NAMES, PAIRS
 from npllm.testing.judging import on_host
+from npllm.tracing.name_maps import name_map
 from npllm.tracing.steps import Step, steps_of
 
 __all__ = ["Recorded", "recorded"]
@@ -57,6 +59,32 @@ class Recorded:
         """Tell whether only a part of the value was recorded."""
         return name in self._known and name not in self._whole
 
+    def kept(self, name: str) -> tuple[Array, ...] | None:
+        """The indices along each axis of the entries of a partial value; None where not said.
+
+        Raises
+        ------
+        NpllmValueError
+            For indices that do not fit the array.
+        """
+        found = self.about[name].get("kept")
+        if found is None:
+            return None
+        shape = self.array(name).shape
+        axes = [np.asarray(axis) for axis in found] if isinstance(found, list) else []
+        fits = tuple(axis.size for axis in axes) == shape
+        if not fits or any(axis.ndim != 1 or axis.dtype.kind not in "iu" for axis in axes):
+            raise NpllmValueError(
+                f"{self.where}: kept of {printable(name[:200])} must be a list of indices for each "
+                f"axis of {list(shape)}"
+            )
+        return tuple(axes)
+
+    def rounded_to(self, name: str) -> float:
+        """The unit that the entries of a partial value were rounded to; 0: not at all."""
+        unit = self.about[name].get("rounded to")
+        return float(unit) if isinstance(unit, int | float) else 0.0
+
     def array(self, name: str) -> Array:
         """Return a value as a NumPy array of a float type.
 
@@ -78,49 +106,86 @@ class Recorded:
         return str(about.get("status", "whole")) if isinstance(about, Mapping) else "whole"
 
 
-def recorded(source: Any, where: str, like: Recorded | None = None) -> Recorded:
+def recorded(
+    source: Any, where: str, like: Recorded | None = None, names: Any = "transformers"
+) -> Recorded:
     """Open what `compare` takes.
 
     Parameters
     ----------
     source : Trace, mapping, golden bundle, str or Path
-        A mapping may have an `index`; without one it has that of `like`.
+        A mapping may have an `index`; without one, or without steps, it has those of `like`.
     where : str
         "mine" or "gold", for messages.
     like : Recorded, optional
+    names : str or Path
+        What the values are called, where they are no trace.
 
     Raises
     ------
     NpllmOSError, NpllmValueError, NpllmTypeError
     """
+    config = like.config if like else None
+    name_map(names)  # a name that is none is an error, wherever it would be needed
     if isinstance(source, str | Path):
-        return _from_folder(Path(source))
-    if hasattr(source, "values") and isinstance(getattr(source, "folder", None), Path):
-        if not isinstance(source, Mapping):
-            return _from_bundle(source.folder, source.values, source.index)
+        return _from_path(Path(source), like, names, config)
     if not isinstance(source, Mapping):
+        if hasattr(source, "values") and isinstance(getattr(source, "folder", None), Path):
+            return _from_bundle(source.folder, source.values, source.index)
         raise NpllmTypeError(
             f"{where} must be a trace, a mapping from names to arrays, a folder or a golden "
             f"bundle, got {type(source).__name__}"
         )
     index = getattr(source, "index", None)
     if isinstance(index, Mapping):
-        return Recorded(source, index, where)
+        return _with_steps(source, index, where, like)
+    if names == "transformers" and all(_is_ours(name) for name in source):
+        return _with_steps(source, {}, where, like)
+    from npllm.tracing.readers import rename_arrays
+
+    trace = rename_arrays(source, names=names, config=config)
+    return _with_steps(trace, trace.index, where, like)
+
+
+def _is_ours(name: Any) -> bool:
+    """Tell whether a name is npllm's."""
+    parts = str(name).partition("@")[0].split(".")
+    general = ".".join("N" if part.isdigit() else part for part in parts)
+    return general in NAMES or general in PAIRS
+
+
+def _with_steps(
+    values: Mapping[str, Any], index: Mapping[str, Any], where: str, like: Recorded | None
+) -> Recorded:
+    """Take the steps of the other side where there are none."""
+    if index.get("steps") or (index and like is None):
+        return Recorded(values, index, where)
     if like is None:
         raise NpllmTypeError(
-            f"{where} is a mapping without an index, which says its steps and config; use what "
-            "npllm.trace or npllm.Trace.load returns"
+            f"{where} has no index that says its steps and config; use what npllm.trace or "
+            "npllm.Trace.load returns"
         )
-    return Recorded(source, {**like.index, "values": {}, "dtype": None}, where)
+    return Recorded(values, {**index, "steps": like.index["steps"]}, where)
+
+
+def _from_path(path: Path, like: Recorded | None, names: Any, config: Any) -> Recorded:
+    """Open a trace, a golden bundle, files of arrays, or what llama-eval-callback printed."""
+    if (path / "index.json").is_file():
+        return _from_folder(path)
+    if like is None:
+        raise NpllmOSError(f"{path}: holds no index.json; `npllm trace` and Trace.save write one")
+    from npllm.tracing import readers
+
+    if path.is_dir() or path.suffix in (".npz", ".npy", ".safetensors"):
+        trace = readers.read_arrays(path, names=names, config=config)
+    else:
+        names = "gguf" if names == "transformers" else names
+        trace = readers.read_eval_callback(path, names=names, config=config)
+    return _with_steps(trace, trace.index, str(path), like)
 
 
 def _from_folder(folder: Path) -> Recorded:
     """Open a trace, or a golden bundle, that lies in a folder."""
-    if not (folder / "index.json").is_file():
-        raise NpllmOSError(
-            f"{folder}: holds no index.json; `npllm trace` and Trace.save write one, and "
-            "the recorders read dumps of other programs"
-        )
     if "format" not in read_json(folder / "index.json"):
         from npllm.testing.golden_bundles import Golden
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import to_numpy
-from npllm.causal_lm import Tokens
+from npllm.forward_pass import Tokens
 from npllm.tracing.folder import write_values
 from npllm.tracing.graph import Node, graph
 from npllm.tracing.index import step_name, value_entry

@@ -13,7 +13,7 @@ import numpy as np
 from npllm.models.taps import NAMES
 from npllm.tracing.operations import cut_heads, merged
 
-__all__ = ["AS_IS", "Order", "orders", "qkv_index", "rope_rows"]
+__all__ = ["AS_IS", "Order", "interleaved", "orders", "qkv_index", "rope_rows"]
 
 Array = Any
 Change = Callable[[Array], Array]
@@ -96,7 +96,7 @@ def _layouts(leaf: str, name: str, x: Array, y: Array) -> Iterator[Order]:
             if order != tuple(range(x.ndim)) and tuple(np.array(x.shape)[[*order]]) == shape:
                 back = [axes[order.index(n)] for n in range(x.ndim)] if len(axes) == x.ndim else []
                 says = f"axes [{', '.join(back)}]" if back else f"axes in the order {order}"
-                yield Order(says, lambda x, order=order: np.transpose(x, order))
+                yield Order(says, _turned(order))
     if leaf in HEADS and len(shape) == 4 and x.ndim in (2, 3):
         flat = (shape[0], shape[2], shape[1] * shape[3])
         yield Order("heads side by side", lambda x: cut_heads(x.reshape(flat), shape[1]))
@@ -105,6 +105,10 @@ def _layouts(leaf: str, name: str, x: Array, y: Array) -> Iterator[Order]:
         yield Order("heads as an axis", lambda x: x.reshape(shape))
     if x.ndim == 2 and y.ndim == 3:
         yield Order("n_batch and n_seq as one axis", lambda x: x.reshape(shape))
+
+
+def _turned(order: tuple[int, ...]) -> Change:
+    return lambda x: np.transpose(x, order)
 
 
 def _table_layouts(x: Array, shape: tuple) -> Iterator[Order]:
@@ -170,6 +174,16 @@ def _pairs(d_rope: int) -> Array:
 
 def _gathered(x: Array, index: Array) -> Array:
     return np.concatenate([x[..., index], x[..., len(index) :]], axis=-1)
+
+
+def interleaved(leaf: str, d_rope: int) -> list[tuple[str, Change]]:
+    """Orders of channels that a partial value may have: sentence, and what makes ours theirs."""
+    found: list[tuple[str, Change]] = [("", lambda x: x)]
+    if leaf in ROTATED:
+        says = "channels 2i and 2i + 1 stand for i and i + d_rope/2 (interleaved RoPE pairs)"
+        back = np.argsort(_pairs(d_rope))
+        found.append((says, lambda x: _gathered(x, back)))
+    return found
 
 
 def rope_rows(n_row: int, config: Any) -> Array:

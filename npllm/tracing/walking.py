@@ -1,6 +1,5 @@
 """From values to rows: what each operation introduces, what comes in with its inputs."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,69 +9,20 @@ from npllm.testing.inputs import f64
 from npllm.testing.location import where
 from npllm.tracing.graft import NotRecordedError, Run, real_entries, without_padding
 from npllm.tracing.nodes import Exact, Judged, share_of
+from npllm.tracing.partial_values import compare_partial
 from npllm.tracing.recorded import Recorded
 from npllm.tracing.relabelling import orders
 from npllm.tracing.self_check import agrees, cache_keys, flow, rotation_keys
 from npllm.tracing.steps import key_of
+from npllm.tracing.walking_row import Row, layer_of
 
-__all__ = ["Row", "Walk", "layer_of"]
+__all__ = ["Walk"]
 
 Array = Any
 
 AMPLIFIED = 30.0  # gain from which an error counts as amplified
 MAY_AMPLIFY = ("attention", "rms_norm", "swiglu", "linear")  # a sum is only in another unit
 AFTER_ROTATION = ("heads", "attention", "o_proj", "residual")
-
-
-@dataclass
-class Row:
-    """What is known of a value, in units of its budget.
-
-    Parameters
-    ----------
-    name : str
-        With "@t" of a later step.
-    op : str
-        The last part of the name, with its module.
-    layer : int, optional
-    step : int
-    total : float, optional
-        |theirs - gold|; None where one of the two is missing.
-    introduced : float, optional
-        |theirs - op(their inputs)|.
-    inherited : float, optional
-        |op(their inputs) - gold|.
-    gain : float, optional
-        `inherited` over the largest `total` of the inputs.
-    status : str
-        "within", "wrong", "wrong capture", "inherited", "amplified", "harmless", "not decidable" or
-        "no gold".
-    diagnosis : str
-        Convention and option, or what else is known.
-    note : str
-        How the value was ordered, or what else was found.
-    arithmetic : str
-        The strictest level that explains the value.
-    """
-
-    name: str
-    op: str
-    layer: int | None
-    step: int
-    total: float | None = None
-    introduced: float | None = None
-    inherited: float | None = None
-    gain: float | None = None
-    status: str = "within"
-    diagnosis: str = ""
-    note: str = ""
-    arithmetic: str = ""
-
-
-def layer_of(name: str) -> int | None:
-    """The number of a value's layer."""
-    parts = name.partition("@")[0].split(".")
-    return int(parts[2]) if name.startswith("model.layers.") else None
 
 
 class Walk:
@@ -104,16 +54,15 @@ class Walk:
             if self.run.has(name, t):
                 self._visit(name, t)
                 self._after_rotation(name, t)
+            elif self.run.mine.is_partial(key_of(name, t)):
+                self._visit_part(name, t)
         self._settle_tables()
         return [*self.rows.values()]
 
     # -------------------------------------------------------------- one value
 
     def _visit(self, name: str, t: int) -> None:
-        key, layer = key_of(name, t), layer_of(name)
-        op = name.split(".", 3)[-1] if layer is not None else name
-        op = "output" if name == f"model.layers.{layer}" else op
-        row = self.rows[key] = Row(key, op, layer, t)
+        row = self._row(name, t)
         try:
             exact = self.run.exact(name, t)
         except NotRecordedError as error:
@@ -133,6 +82,33 @@ class Walk:
             self._accuse(row, name, t, x, exact, one)
         elif one.status == "within":
             self._inherit(row, name, t)
+
+    def _row(self, name: str, t: int) -> Row:
+        key, layer = key_of(name, t), layer_of(name)
+        op = name.split(".", 3)[-1] if layer is not None else name
+        op = "output" if name == f"model.layers.{layer}" else op
+        row = self.rows[key] = Row(key, op, layer, t)
+        return row
+
+    def _visit_part(self, name: str, t: int) -> None:
+        """Compare a part of a value; only the first wrong one is accused."""
+        row = self._row(name, t)
+        compare_partial(row, self.run, self.gold, name, t)
+        if row.status == "wrong":
+            if self._is_behind_a_wrong_one(name, t):
+                row.status = "inherited"
+            self.tainted.add(row.name)
+
+    def _is_behind_a_wrong_one(self, name: str, t: int) -> bool:
+        """Tell whether one of the values before it, whole or partial, is wrong."""
+        for other in self.run.graphs[t][name].inputs:
+            key = key_of(other, t)
+            if key in self.tainted:
+                return True
+            is_whole = self.run.has(other, t)  # a part may be right where the rest is wrong
+            if not is_whole and self._is_behind_a_wrong_one(other, t):
+                return True
+        return False
 
     def _is_of_keys(self, row: Row, name: str, t: int) -> bool:
         """Tell whether a cache holds the keys that were computed, and not what it held before."""

@@ -207,7 +207,7 @@ def _changes(
             ("k and v swapped", "C22"),
             ("q and k swapped", "C22"),
         ):
-            yield f"{convention} {order}", lambda x, order=order: x[qkv_index(config, order)]
+            yield f"{convention} {order}", _rows_by(qkv_index(config, order))
     if leaf == "gate_up_proj":
         half = shape[0] // 2
         yield "C7 up first", lambda x: np.concatenate([x[half:], x[:half]])
@@ -215,6 +215,10 @@ def _changes(
     if len(shape) == 1:
         yield "C28: holds w - 1, for a norm that multiplies by 1 + w", lambda x: x + 1
         yield "C28: holds w + 1", lambda x: x - 1
+
+
+def _rows_by(index: Array) -> Callable[[Array], Array]:
+    return lambda x: x[index]
 
 
 def _unexplained(

@@ -16,12 +16,12 @@ from npllm.arrays import asarray, compute_dtype
 from npllm.cache import CacheOwner, KVCache
 from npllm.config.config import Config
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.model_base import ModelBase
 from npllm.models import heads, phi3
 from npllm.models.params import Params
 from npllm.models.patch import Patch, value_names
 from npllm.models.rotations import Rotations
 from npllm.ops.opset import Ops
-from npllm.portable import Portable
 
 __all__ = ["PREFILL_CHUNK", "CausalLM", "Tokens"]
 
@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
         )
 
 
-class CausalLM(Portable):
+class CausalLM(ModelBase):
     """A causal language model without text: a blueprint, its weights, the operations it runs on.
 
     Parameters
@@ -238,8 +238,11 @@ class CausalLM(Portable):
             )
         return phi3.lm_head(hidden, self.params, self.ops, tap)
 
-    def last_logits(self, ids: Array, valid: Array, cache: KVCache | None = None) -> Array:
-        """Score the token after ids that were checked before: what a decoding loop calls.
+    def last_logits(
+        self, ids: Array, valid: Array, cache: KVCache | None = None, *, n_keep: int = 1
+    ) -> Array:
+        """Score the tokens after the last of ids that were checked before: what a decoding loop
+        calls.
 
         Parameters
         ----------
@@ -248,16 +251,18 @@ class CausalLM(Portable):
         valid : bool array [n_batch, n_ctx]
             NumPy; which slots hold tokens, cached ones included.
         cache : KVCache, optional
+        n_keep : int
+            After how many of the last ids; at most n_seq.
 
         Returns
         -------
-        logits : array [n_batch, n_vocab]
+        logits : array [n_batch, n_keep, n_vocab]
             In the library of the weights.
         """
 
         def call(draft: KVCache | None) -> Array:
             tokens = Tokens(ids, valid, _counted_positions(valid, ids.shape[1]))
-            return self._head(self._hidden(tokens, draft, None), 1, None)[:, -1, :]
+            return self._head(self._hidden(tokens, draft, None), n_keep, None)
 
         return self._transact(cache, call)
 
@@ -394,9 +399,10 @@ class CausalLM(Portable):
         """Compute cached rows anew whose frequencies change: to rotate their keys again would not
         be enough.
         """
-        rows = np.flatnonzero(cache.rope_variant != variant)
-        if cache.n_ctx == 0 or len(rows) == 0:
+        changed = cache.rope_variant != variant
+        if cache.n_ctx == 0 or not changed.any():
             return
+        rows = np.flatnonzero(changed)
         cached = Tokens(cache.ids[rows], cache.valid[rows], cache.positions[rows])
         fresh = self.new_cache(len(rows))
         for start in range(0, cache.n_ctx, PREFILL_CHUNK):
