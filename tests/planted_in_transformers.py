@@ -28,7 +28,7 @@ LONG = BASE | {
 PARTIAL = BASE | {"partial_rotary_factor": 0.5}
 EPS = BASE | {"rms_norm_eps": 1e-2}  # with 1e-5 another eps is within rounding for large rows
 WINDOW = BASE | {"sliding_window": 4}
-ALL = ("prefill", "cached", "padded", "packed")
+ALL = ("prefill", "cached", "padded", "padded cached", "packed")
 
 
 class Mistake(NamedTuple):
@@ -235,6 +235,7 @@ def wrong_attention(site, q, k, v, mask, scale):
     seen = (
         torch.ones(1, 1, n_seq, n_ctx, dtype=torch.bool) if mask is None else mask[..., :n_ctx] > -1
     )
+    real = seen.any(dim=-2, keepdim=True)  # keys that are no padding
     option = site.option
     if option == "tile":
         return attend(q, k, v, seen, scale, expand="tile")
@@ -246,9 +247,9 @@ def wrong_attention(site, q, k, v, mask, scale):
         return attend(q, k, v, seen | (j > i), scale)
     if option == "w + 1 keys":
         w = site.model.config.sliding_window
-        return attend(q, k, v, seen | ((j == i - w) & (j >= 0)), scale)
+        return attend(q, k, v, seen | ((j == i - w) & real), scale)
     if option == "ignored":
-        return attend(q, k, v, seen | (j <= i), scale)
+        return attend(q, k, v, (j <= i) & real, scale)
     if option in ("no document mask", "padding enters"):
         return attend(q, k, v, (j <= i)[None, None], scale)
     if option == "rotated part":
@@ -434,6 +435,10 @@ def residual(site):
     site.put(layer, "forward", forward)
 
 
+def nothing(_):
+    """The mistake is in what the model is given."""
+
+
 def embedding(site):
     scale = math.sqrt(site.model.config.hidden_size)
     hook = site.model.model.embed_tokens.register_forward_hook(lambda m, i, y: scale * y)  # noqa: ARG005
@@ -488,7 +493,15 @@ KINDS = {
         *_of("C2", ["bfloat16 positions"], COS, tables, modes=("far",), layer=False)
     ],
     "C3 factors": [
-        *_of("C3", ["always short"], COS, tables, LONG, ("prefill", "cached", "padded"), False),
+        *_of(
+            "C3",
+            ["always short"],
+            COS,
+            tables,
+            LONG,
+            ("prefill", "cached", "padded", "padded cached"),
+            False,
+        ),
         *_of("C3", ["ignored"], COS, tables, LONG, layer=False),
     ],
     "C4 magnitude": [
@@ -500,7 +513,7 @@ KINDS = {
     "C7 gate and up": [*_of("C7", ["up first", "interleaved"], ("mlp.gate", "mlp.swiglu"), mlp)],
     "C8 expansion": [*_of("C8", ["tile"], HEADS, attention)],
     "C9 causality": [
-        *_of("C9", ["top-left"], HEADS, attention, modes=("cached",)),
+        *_of("C9", ["top-left"], HEADS, attention, modes=("cached", "padded cached")),
         *_of("C9", ["one key early", "not causal"], HEADS, attention, modes=("prefill",)),
     ],
     "C10 window": [
@@ -508,7 +521,14 @@ KINDS = {
     ],
     "C14 softmax": [*_of("C14", ["softmax in bfloat16"], HEADS, attention, name="")],
     "C18 positions": [
-        *_of("C18", ["column index"], (), lambda site: None, modes=("padded",), layer=False)  # noqa: ARG005
+        *_of(
+            "C18",
+            ["column index"],
+            (),
+            nothing,
+            modes=("padded", "padded cached"),
+            layer=False,
+        )
     ],
     "C19 packing": [*_of("C19", ["no document mask"], HEADS, attention, modes=("packed",))],
     "C21 scale": [
@@ -521,7 +541,7 @@ KINDS = {
     ],
     "C23 keys beyond the end": [
         *_of("C23", ["zero tail to 16"], HEADS, attention),
-        *_of("C23", ["padding enters"], HEADS, attention, modes=("padded",)),
+        *_of("C23", ["padding enters"], HEADS, attention, modes=("padded", "padded cached")),
     ],
     "C25 base": [*_of("C25", ["10000"], COS, tables, layer=False)],
     "C26 table layout": [
@@ -545,7 +565,13 @@ KINDS = {
         *_products("C30", "bfloat16 accumulator", LINEARS, "C30 bfloat16 accumulator"),
     ],
     "C31 layout": [
-        *_of("C31", ["output position-major"], HEADS, attention),
+        *_of(
+            "C31",
+            ["output position-major"],  # values of padding would move to tokens
+            HEADS,
+            attention,
+            modes=("prefill", "cached", "packed"),
+        ),
         *_of("C31", ["heads not moved back"], ("self_attn.attention",), heads_cut, name="C31"),
         *_products("C31", "weight [d_in, d_out]", LINEARS, "C31 weight [d_in, d_out]"),
     ],
@@ -555,10 +581,12 @@ KINDS = {
             ["another request's rows", "new row not written", "one slot early"],
             ("self_attn.cached_k",),
             cache_rows,
-            modes=("cached",),
+            modes=("cached", "padded cached"),
         )
     ],
-    "C32 position": [*_of("C32", ["position off by one"], Q, rotation, modes=("cached",))],
+    "C32 position": [
+        *_of("C32", ["position off by one"], Q, rotation, modes=("cached", "padded cached"))
+    ],
     "C33 embedding scale": [
         *_of("C33", ["times sqrt(d_model)"], ("model.embed_tokens",), embedding, layer=False)
     ],
@@ -600,10 +628,10 @@ class Run(NamedTuple):
 def run_of(mode):
     """Two rows of tokens; documents of 5 and 7 tokens where they are packed."""
     ids = tiny.random_ids(2, 12)
-    if mode == "padded":
+    if mode.startswith("padded"):
         mask = np.ones_like(ids)
         mask[0, :3] = 0
-        return Run(ids, mask, np.maximum(mask.cumsum(1) - 1, 0))
+        return Run(ids, mask, np.maximum(mask.cumsum(1) - 1, 0), 2 if "cached" in mode else 0)
     if mode == "packed":
         positions = np.array([[*range(5), *range(7)]] * 2)
         return Run(ids, None, positions, labels=np.array([[1] * 5 + [2] * 7] * 2))
