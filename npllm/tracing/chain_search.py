@@ -16,7 +16,7 @@ from npllm.tracing.nodes import Exact, Known, share_of
 from npllm.tracing.operations import table_part
 from npllm.tracing.questions import questions
 from npllm.tracing.steps import key_of
-from npllm.tracing.wiring import plain_attempts, short_name
+from npllm.tracing.wiring import last_roundings, plain_attempts, short_name
 
 __all__ = ["searched"]
 
@@ -45,13 +45,16 @@ def searched(run: Run, name: str, t: int, exact: Exact, x: Array) -> str:
     text : str
         "C7 up first in mlp.swiglu"; several are joined by " or ".  Empty where none is found.
     """
-    allowed = exact.error(run.levels(x)[-1])
+    level = run.levels(x)[-1]
+    allowed = exact.error(level)
     real = real_entries(name, exact.value.shape, run.settings[t].step)
     found: dict[str, float] = {}
     for text, values in _candidates(run, name, t):
         with run.given({key_of(other, t): Known(value) for other, value in values.items()}):
-            error = np.abs(run.exact(name, t).value - f64(x))
-        share = share_of(error if real is None else np.where(real, error, 0.0), allowed)
+            y = run.exact(name, t).value
+        error = np.abs(y - f64(x))
+        unit = allowed + last_roundings(level, y)
+        share = share_of(error if real is None else np.where(real, error, 0.0), unit)
         if share <= CLOSE:
             found[f"{text} in {' and '.join(map(short_name, values))}"] = share
     return " or ".join(sorted(found, key=lambda text: found[text])[:3])

@@ -14,9 +14,9 @@ from npllm.testing.inputs import f64
 from npllm.testing.registry import alternatives
 from npllm.tracing.chain_search import searched
 from npllm.tracing.graft import Run, without_padding
-from npllm.tracing.nodes import Exact
+from npllm.tracing.nodes import Exact, share_of
 from npllm.tracing.questions import questions
-from npllm.tracing.wiring import wired
+from npllm.tracing.wiring import last_roundings, wired
 
 __all__ = ["explain"]
 
@@ -51,16 +51,22 @@ def explain(run: Run, name: str, t: int, exact: Exact, x: Array) -> str:
         found = _asked(question, output, run, exact)
         if found:
             return found
+    found = wired(run, name, t, exact, x)
     is_chain = any(isinstance(one, Exact) for one in exact.inputs)
-    return wired(run, name, t, exact, x) or (searched(run, name, t, exact, x) if is_chain else "")
+    return found or (searched(run, name, t, exact, x) if is_chain else "")
+
+
+def _is_chain(run: Run, exact: Exact, x: Array) -> bool:
+    """Tell whether an input was computed anew, with a budget of its own; a view has none."""
+    level = run.levels(x)[-1]
+    return any(isinstance(one, Exact) and np.any(one.error(level)) for one in exact.inputs)
 
 
 def _asked(question: Question, output: Array, run: Run, exact: Exact) -> str:
     """The answer of `diagnose`, else the option that is nearest."""
     op, inputs = question
-    is_chain = any(isinstance(one, Exact) for one in exact.inputs)
     try:
-        if not is_chain:
+        if not _is_chain(run, exact, output):
             found = diagnose(op, inputs, output)
             return " & ".join(found.names) or (found.model or "")
         return _nearest(op, inputs, output, run, exact)
@@ -79,9 +85,8 @@ def _nearest(op: str, inputs: dict[str, Any], output: Array, run: Run, exact: Ex
             continue
         if answer.y.size != output.size:
             continue
-        error = np.abs(answer.y.reshape(output.shape) - f64(output))
-        with np.errstate(all="ignore"):
-            share = float(np.max(np.where(error > 0, error / allowed, 0.0)))
+        y = answer.y.reshape(output.shape)
+        share = share_of(np.abs(y - f64(output)), allowed + last_roundings(level, y))
         if share <= CLOSE:
             found[f"{name} {option}"] = share
     return " or ".join(sorted(found, key=lambda text: found[text]))

@@ -43,6 +43,7 @@ def questions(
             table = run.settings[t].weights.params.embed_tokens
             kept = {"hidden": a["x"], "weight": f64(a["weight"]), "embedding": f64(table)}
             yield ("lm_head", kept), x
+            yield ("linear", {"x": a["x"], "weight": f64(a["weight"])}), x
         else:
             yield (op, {key: f64(one) if np.ndim(one) else one for key, one in kept.items()}), x
     if op == "embed":
