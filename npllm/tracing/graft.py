@@ -139,6 +139,13 @@ class Run:
         """The array as it was recorded."""
         return self.mine.array(key_of(name, t))
 
+    def with_padding(self, name: str, t: int) -> Array:
+        """Return a value with what stands at its padding, where it was recorded and is finite."""
+        if not self.has(name, t):
+            return self.known(name, t).value
+        x = f64(self.orders.get(key_of(name, t), AS_IS).undo(self.raw(name, t)))
+        return x if np.isfinite(x).all() else self.known(name, t).value
+
     def levels(self, x: Array) -> list[Level]:
         """The levels that may explain a recorded array."""
         return levels_of(str(x.dtype), self.dtype)

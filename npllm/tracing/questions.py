@@ -79,7 +79,8 @@ def _of_tables(run: Run, name: str, t: int) -> Iterator[tuple[Question, Array]]:
     names = "model.rotary_emb.cos", "model.rotary_emb.sin"
     half = run.config.d_rope // 2
     head = table_arguments(run.config, run.settings[t].step)["x"]
-    question = rope_question(run, t, f64(head))
+    real = run.settings[t].step.real[:, None, :, None]  # known values are zeros at padding
+    question = rope_question(run, t, f64(head) * real)
     try:
         cos, sin = (run.known(one, t).value[..., :half] for one in names)
         dtype = run.raw(name, t).dtype if run.has(name, t) else np.dtype(np.float64)

@@ -75,12 +75,22 @@ def plain_attempts(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attemp
         for kind, text in (("none", ""), ("tanh", " (tanh)")):
             gelu = gold("gelu", {"x": a["gate"], "approximate": kind})
             yield f"GELU in place of SiLU{text}", gelu * a["up"]
+    if op == "attention" and not run.settings[t].step.valid.all():
+        yield "C23 padding enters", _with_padding(run, name, t)
     if op == "cache":
         yield from _of_cache(run, name, t, exact)
     if op == "view":
         yield from _of_view(run, name, exact)
     if op in ("rope", "rms_norm", "swiglu"):
         yield f"{op} is left out", a.get("x", a.get("gate"))
+
+
+def _with_padding(run: Run, name: str, t: int) -> Array:
+    """Attention to padding as well, whatever stands there."""
+    node, setting = run.graphs[t][name], run.settings[t]
+    step = setting.step._replace(valid=np.ones_like(setting.step.valid))
+    inputs = [run.with_padding(other, t) for other in node.inputs]
+    return value_of(call_of(name, node, inputs, setting._replace(step=step)), name)
 
 
 def _of_linear(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
