@@ -12,7 +12,6 @@ import tiny
 from close import close
 from hypothesis import given
 from hypothesis import strategies as st
-from npllm.causal_lm import Tokens
 
 import npllm
 from npllm import ops
