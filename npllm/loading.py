@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a model or an encoder."""
+"""From a checkpoint folder, or a GGUF file, to a model or an encoder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,10 @@ from tokenizers import normalizers
 
 from npllm.arrays import backend_name, backend_namespace
 from npllm.checkpoints import bert_layout, phi3_layout
+from npllm.checkpoints.gguf import GGUFFile
+from npllm.checkpoints.gguf_config import gguf_config
+from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
+from npllm.checkpoints.gguf_weights import load_gguf_params
 from npllm.checkpoints.sentence_settings import (
     SentenceSettings,
     read_sentence_settings,
@@ -25,7 +29,15 @@ from npllm.language_model import Model
 from npllm.ops.opset import Ops
 from npllm.text.tokenizer import Tokenizer
 
-__all__ = ["Origin", "load_encoder", "load_model"]
+__all__ = [
+    "Origin",
+    "is_gguf",
+    "load_encoder",
+    "load_gguf",
+    "load_model",
+    "read_config",
+    "read_tokenizer",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Origin:
     Attributes
     ----------
     folder : Path
+        Or a GGUF file.
     dtype : str or None
         As in `load`.
     backend : str
@@ -59,7 +72,69 @@ class Origin:
         }
         if isinstance(config, BertConfig):
             return bert_layout.load_params(self.folder, config, is_pooled=self.is_pooled, **how)
+        if is_gguf(self.folder):
+            return load_gguf_params(GGUFFile(self.folder), config, progress=progress, **how)
         return phi3_layout.load_params(self.folder, config, progress=progress, **how)
+
+
+def is_gguf(path: Path) -> bool:
+    """Tell whether a path names a GGUF file, and no folder."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def read_config(path: Path) -> Config:
+    """Read the configuration of a checkpoint folder or a GGUF file."""
+    return Config.from_json(gguf_config(GGUFFile(path)) if is_gguf(path) else path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint folder or a GGUF file."""
+    return gguf_tokenizer(GGUFFile(path)) if is_gguf(path) else Tokenizer.from_folder(path)
+
+
+def load_gguf(
+    path: Path,
+    *,
+    dtype: str | None = None,
+    ops: Ops | str | None = None,
+    xp: ModuleType = np,
+    mmap: bool = True,
+) -> Model:
+    """Load a causal language model from a GGUF file, its weights in blocks as they are stored.
+
+    Parameters
+    ----------
+    path : Path
+    dtype, ops, mmap, xp
+        As in `load_model`.
+
+    Returns
+    -------
+    model : Model
+
+    Raises
+    ------
+    NpllmOSError
+        When the file cannot be read.
+    NpllmValueError
+        When it is incomplete, contradictory, or holds what is not implemented: an architecture
+        other than llama and phi3, a pre-tokenizer, a type of a tensor.
+
+    Notes
+    -----
+    The token ids that end an answer are those of `GGUFFile.stop_ids`.
+    """
+    gguf = GGUFFile(path)
+    config = Config.from_json(gguf_config(gguf))
+    how: dict[str, Any] = {"dtype": dtype, "xp": xp, "mmap": mmap, "progress": True}
+    return Model(
+        config,
+        load_gguf_params(gguf, config, **how),
+        ops=ops,
+        tokenizer=gguf_tokenizer(gguf),
+        folder=path,
+        origin=Origin(path.absolute(), dtype, backend_name(xp), mmap),
+    )
 
 
 def load_model(

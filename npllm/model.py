@@ -1,4 +1,4 @@
-"""The convenient front: `load` a folder or a fetched checkpoint; `pipeline`."""
+"""The convenient front: `load` a folder, a GGUF file or a fetched checkpoint; `pipeline`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +7,14 @@ from typing import Any
 from npllm.arguments import check_flag
 from npllm.arrays import backend_name, backend_namespace
 from npllm.checkpoints.fetch import WHEELS, fetch, find_checkpoint
-from npllm.config.strict_json import read_json
+from npllm.config.regular_file import is_present
+from npllm.config.strict_json import printable, read_json
 from npllm.decoding.prompt import is_chat
 from npllm.encoder import Encoder
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.kernels import choose_ops
 from npllm.language_model import Model
-from npllm.loading import load_encoder, load_model
+from npllm.loading import is_gguf, load_encoder, load_gguf, load_model
 from npllm.ops.opset import Ops
 
 __all__ = ["Model", "checkpoint_folder", "load", "pipeline"]
@@ -27,19 +28,20 @@ def load(
     ops: Ops | str | None = None,
     mmap: bool = True,
 ) -> Any:
-    """Load a model from a checkpoint folder.
+    """Load a model from a checkpoint folder or a GGUF file.
 
     Parameters
     ----------
     path : str or Path, optional
-        A folder with config.json and safetensors, or the name of a fetched checkpoint
-        ("microsoft/Phi-3-mini-4k-instruct").  None: the default checkpoint, fetched on first use.
+        A folder with config.json and safetensors, a GGUF file ("model.gguf"; architectures phi3 and
+        llama), or the name of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").  None: the
+        default checkpoint, fetched on first use.
     backend : str
         "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
     dtype : str, optional
         Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8"
-        (matrices in 8 bits with a scale for every 64 entries); None: as stored.  With "float64"
-        everything is computed in float64.
+        (matrices in 8 bits with a scale for every 64 entries); None: as stored, which for a GGUF
+        file means in its blocks.  With "float64" everything is computed in float64.
     ops : Ops or str, optional
         None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
         definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA
@@ -68,17 +70,24 @@ def load(
     xp = backend_namespace(backend)
     ops, mmap = choose_ops(ops, backend_name(xp)), check_flag("mmap", mmap)
     folder = checkpoint_folder(path)
+    if is_gguf(folder):
+        return load_gguf(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
     if read_json(folder / "config.json").get("model_type") == "bert":
         return load_encoder(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
     return load_model(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
 
 
 def checkpoint_folder(path: str | Path | None) -> Path:
-    """Find the folder of a path, of a fetched checkpoint's name, or of the default checkpoint."""
+    """Find the folder of a path, of a fetched checkpoint's name, or of the default checkpoint.
+
+    A GGUF file is returned as it is; so is the only one of a folder without config.json.
+    """
     if path is None:
         return fetch()
     folder = Path(path)
     if folder.is_dir():
+        return _only_gguf(folder) or folder
+    if is_gguf(folder) and folder.exists():
         return folder
     found = find_checkpoint(str(path))
     if found is None:
@@ -88,9 +97,21 @@ def checkpoint_folder(path: str | Path | None) -> Path:
             else "OWNER/NAME` gets one from the Hugging Face hub"
         )
         raise NpllmOSError(
-            f"{path}: is neither a folder nor a fetched checkpoint; `npllm fetch {name}"
+            f"{path}: is neither a folder, a GGUF file nor a fetched checkpoint; "
+            f"`npllm fetch {name}"
         )
     return found
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """Return the GGUF file of a folder without config.json; raise where there are several."""
+    if is_present(folder / "config.json"):
+        return None
+    files = sorted(file for file in folder.glob("*.gguf") if file.is_file())
+    if len(files) > 1:
+        names = ", ".join(printable(file.name) for file in files[:5])
+        raise NpllmValueError(f"{folder}: holds {len(files)} GGUF files; name one of {names}")
+    return files[0] if files else None
 
 
 def pipeline(task: str, model: Any = None) -> Callable[..., list[Any]]:

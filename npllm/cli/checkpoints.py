@@ -16,9 +16,9 @@ from npllm.cli.options import chat_option, json_option, path_option
 from npllm.cli.streams import print_json, read_prompt
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
+from npllm.loading import read_config, read_tokenizer
 from npllm.model import checkpoint_folder
 from npllm.progress import write_line
-from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["COMMANDS"]
 
@@ -30,7 +30,7 @@ __all__ = ["COMMANDS"]
 @json_option
 def tokens(text: str, path: str | None, chat: bool, as_json: bool) -> None:
     """Show how TEXT is split into tokens."""
-    tokenizer = Tokenizer.from_folder(checkpoint_folder(path))
+    tokenizer = read_tokenizer(checkpoint_folder(path))
     prompt = read_prompt(text, chat)
     ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
     rows = [{"id": i, "text": tokenizer.token_text(i)} for i in ids]
@@ -100,7 +100,10 @@ def _inspect_facts(folder: Path, check_finite: bool, int8: bool) -> dict[str, An
 @json_option
 def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json: bool) -> None:
     """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json only."""
-    config = Config.from_json(path if path and path.endswith(".json") else checkpoint_folder(path))
+    if path and path.endswith(".json"):
+        config = Config.from_json(path)
+    else:
+        config = read_config(checkpoint_folder(path))
     facts = cost_facts(config, context, n_batch=batch, dtype=dtype)
     if as_json:
         print_json(facts)
