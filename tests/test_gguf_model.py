@@ -397,6 +397,7 @@ def test_a_width_that_is_no_multiple_of_the_block_names_the_tensor(tmp_path):
         npllm.load(path)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_random_damage_raises_or_loads(tmp_path):
     """Whatever byte of the header is changed: an NpllmError, or a model."""
     path, _ = write_tiny(tmp_path / "x.gguf", "llama", q4_k_m)
