@@ -36,6 +36,7 @@ __all__ = [
     "load_gguf",
     "load_model",
     "read_config",
+    "read_params",
     "read_tokenizer",
 ]
 
@@ -90,6 +91,11 @@ def read_config(path: Path) -> Config:
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read the tokenizer of a checkpoint folder or a GGUF file."""
     return gguf_tokenizer(GGUFFile(path)) if is_gguf(path) else Tokenizer.from_folder(path)
+
+
+def read_params(path: Path) -> Any:
+    """Read the weights of a checkpoint folder or a GGUF file, as they are stored."""
+    return Origin(path).read(read_config(path))
 
 
 def load_gguf(

@@ -97,10 +97,10 @@ def checkpoint_folder(path: str | Path | None) -> Path:
             else "OWNER/NAME` gets one from the Hugging Face hub"
         )
         raise NpllmOSError(
-            f"{path}: is neither a folder, a GGUF file nor a fetched checkpoint; "
+            f"{path}: is neither a folder nor a fetched checkpoint nor a GGUF file; "
             f"`npllm fetch {name}"
         )
-    return found
+    return _only_gguf(found) or found
 
 
 def _only_gguf(folder: Path) -> Path | None:

