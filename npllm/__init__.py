@@ -41,8 +41,12 @@ from npllm.decoding import beam
 from npllm.decoding.sampling import next_token_distribution
 from npllm.encoder import Encoder
 from npllm.errors import NpllmError
-from npllm.model import Model, load, pipeline
+from npllm.loading import load
+from npllm.model import Model
+from npllm.pipelines import pipeline
 from npllm.text.tokenizer import Tokenizer
+from npllm.tracing.record import trace
+from npllm.tracing.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -53,6 +57,7 @@ __all__ = [
     "Model",
     "NpllmError",
     "Tokenizer",
+    "Trace",
     "beam",
     "cost",
     "load",
@@ -62,6 +67,7 @@ __all__ = [
     "pipeline",
     "score",
     "steps",
+    "trace",
 ]
 
 _REPORT = (
@@ -90,6 +96,12 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
     "cost": "analysis.cost",
     "profile": "analysis.profiling",
     "plots": "analysis.plots",
+    "language_model": "model",
+    "causal_lm": "forward_pass",
+    "portable": "model_base",
+    "decision": "finite_scores",
+    "testing.judging": ("testing.within_budget", "testing.libraries"),
+    "testing.judgement": "testing.diagnosis_status",
     "cache_owner": "cache.owner",
     "cache_state": "cache.state",
     "report": _REPORT,

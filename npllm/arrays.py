@@ -14,6 +14,7 @@ import importlib
 import math
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -446,4 +447,9 @@ def _dtype_name(x: Array) -> str:
     """Name of an array's dtype, alike in NumPy ("float32"), CuPy and libraries that write
     "array_api_strict.float32".
     """
-    return str(x.dtype).rsplit(".", 1)[-1]
+    return _name_of_dtype(x.dtype)
+
+
+@lru_cache(typed=True)  # NumPy takes seven Python calls to name a dtype
+def _name_of_dtype(dtype: Any) -> str:
+    return str(dtype).rsplit(".", 1)[-1]

@@ -12,16 +12,16 @@ from npllm.arrays import asarray, to_numpy
 from npllm.checkpoints.sentence_settings import SentenceSettings
 from npllm.config.bert_config import BertConfig
 from npllm.config.strict_json import quote
-from npllm.decision import FROM_MODEL, check_finite
 from npllm.decoding.prompt import require_tokenizer
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.finite_scores import FROM_MODEL, check_finite
+from npllm.model_base import ModelBase
 from npllm.models import bert
 from npllm.models.bert import BertParams
 from npllm.models.sentence import mean_pool
 from npllm.models.sentence import normalize as unit_length
 from npllm.ops.checked import replaced_ops
 from npllm.ops.opset import Ops
-from npllm.portable import Portable
 from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["Encoder", "cosine_similarities", "mean_pool"]
@@ -30,7 +30,7 @@ Array = Any
 BATCH_TOKENS = 2048  # that go through the layers at a time, padding included
 
 
-class Encoder(Portable):
+class Encoder(ModelBase):
     """A bidirectional encoder: a blueprint, its weights, and the operations it runs on.
 
     Parameters

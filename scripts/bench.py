@@ -37,7 +37,7 @@ from npllm.arrays import backend_namespace, to_numpy
 from npllm.checkpoints.fetch import weights_folder
 from npllm.checkpoints.phi3_layout import expected_shapes
 from npllm.config.strict_json import read_json
-from npllm.model import checkpoint_folder
+from npllm.loading import checkpoint_folder
 
 MESSAGES = [
     {"role": "user", "content": "Explain to a child, in a few simple words, why the sky is blue."}

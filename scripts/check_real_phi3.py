@@ -21,7 +21,7 @@ from npllm.arrays import BACKENDS, to_numpy
 from npllm.config.config import Config
 from npllm.config.strict_json import read_json
 from npllm.errors import NpllmError, NpllmValueError
-from npllm.model import checkpoint_folder
+from npllm.loading import checkpoint_folder
 
 # Source: tests/models/phi3/test_modeling_phi3.py in Transformers: logits[0, :2, :30], compared
 # there in float32 with assert_close(rtol=1e-4, atol=1e-4).  The file had other numbers earlier; the

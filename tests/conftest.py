@@ -42,6 +42,11 @@ def pytest_configure(config):
         sys.modules["numba"] = None  # an import of it now fails
 
 
+# Files whose tests compile nearly every kernel.  They come first: of two workers one then compiles
+# while the other, which begins in the middle, runs what compiles little and finds the rest on disk.
+COMPILING = ("test_kernels_extremes.py", "test_kernels_layouts.py", "test_kernels.py")
+
+
 def pytest_report_header():
     blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     return f"numpy {np.__version__}, BLAS {blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip()
@@ -54,6 +59,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("weights")
         if item.get_closest_marker("slow") and not config.getoption("--all"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
+    items.sort(key=lambda item: item.path.name not in COMPILING)
     if "gpu" in config.getoption("markexpr"):
         return
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]

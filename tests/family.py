@@ -192,7 +192,7 @@ def margin(logits):
 @contextlib.contextmanager
 def prefill_chunk(n):
     """Send at most n tokens at a time through the layers where there is a cache."""
-    module = __import__("npllm.causal_lm", fromlist=["PREFILL_CHUNK"])
+    module = __import__("npllm.forward_pass", fromlist=["PREFILL_CHUNK"])
     before, module.PREFILL_CHUNK = module.PREFILL_CHUNK, n
     try:
         yield

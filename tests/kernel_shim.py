@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +16,17 @@ from npllm.kernels import cuda
 from npllm.kernels.cuda import launching
 
 HERE = Path(__file__).parent
+KEPT = HERE / "__pycache__" / "shim"  # libraries by the hash of what they are made of
+# -U: a fiber is left by longjmp; -fno-gnu-unique: no variant sees the shared memory of another
+COMMAND = (
+    "g++",
+    "-std=c++20",
+    "-O1",
+    "-U_FORTIFY_SOURCE",
+    "-fno-gnu-unique",
+    "-w",
+    "-fPIC",
+)
 ENTRY = """
 extern "C" void shim_launch(unsigned n_blocks, unsigned n_threads, void** arguments) {{
     shim::launch({}, n_blocks, n_threads, arguments);
@@ -42,27 +54,41 @@ def installed(monkeypatch):
 @functools.cache
 def compiled(kernel, definitions, text=None):
     """One variant as a function (n_blocks, n_threads, pointers to the arguments)."""
-    folder = Path(tempfile.mkdtemp(prefix="npllm-shim-"))
-    text = '#include "cuda_shim.h"\n' + (text or launching.source(kernel)) + ENTRY.format(kernel)
-    (folder / "kernel.cpp").write_text(text, encoding="utf-8")
-    # -U: a fiber is left by longjmp; -fno-gnu-unique: no variant sees the shared memory of another
-    command = [
-        "g++",
-        "-std=c++20",
-        "-O1",
-        "-U_FORTIFY_SOURCE",
-        "-fno-gnu-unique",
-        "-w",
-        "-shared",
-        "-fPIC",
-        f"-I{HERE}",
-        *(f"-D{name}={value}" for name, value in definitions),
-        str(folder / "kernel.cpp"),
-        "-o",
-        str(folder / "kernel.so"),
-    ]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(folder / "kernel.so")).shim_launch
+    macros = "".join(f"#define {name} {value}\n" for name, value in definitions)
+    text = '#include "cuda_shim.h"\n' + macros + (text or launching.source(kernel))
+    library = made((text + ENTRY.format(kernel)).encode(), "kernel.cpp", "kernel.so", "-shared")
+    return ctypes.CDLL(str(library)).shim_launch
+
+
+@functools.cache
+def header():
+    """The folder of tests/cuda_shim.h, compiled: reading it takes most of a kernel's compilation."""
+    text = (HERE / "cuda_shim.h").read_bytes()
+    return made(text, "cuda_shim.h", "cuda_shim.h.gch", "-xc++-header").parent
+
+
+@functools.cache
+def version():
+    """What g++ says of itself."""
+    return subprocess.run(["g++", "--version"], check=True, capture_output=True).stdout
+
+
+def made(text, source, target, *options):
+    """The file that g++ makes of a text, kept for other processes and later runs."""
+    if source != "cuda_shim.h":
+        options = f"-I{header()}", *options
+    key = hashlib.sha256(repr((version(), COMMAND, options, text)).encode()).hexdigest()[:24]
+    folder = KEPT / key
+    if not folder.is_dir():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=KEPT))
+        (new / source).write_bytes(text)
+        subprocess.run([*COMMAND, *options, source, "-o", target], check=True, cwd=new)
+        try:
+            new.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(new)
+    return folder / target
 
 
 def launch(kernel, definitions, n_blocks, n_threads, *arguments, text=None):

@@ -51,6 +51,7 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 def _counted():
     with pytest.MonkeyPatch.context() as monkeypatch:
         guard.installed(monkeypatch)
+        monkeypatch.setattr(guard, "FILLS", False)
         monkeypatch.setattr(launching, "launch", lambda kernel, *_: guard.operation(kernel))
         yield
 

@@ -574,7 +574,7 @@ def test_ids_are_checked_once_at_the_door(monkeypatch, options):
         calls.append(args[0])
         return check_ids(*args)
 
-    for module in (npllm.decoding.prompt, npllm.causal_lm):
+    for module in (npllm.decoding.prompt, npllm.forward_pass):
         monkeypatch.setattr(module, "check_ids", counted)
     without_stop().generate(random_ids(2, 5), max_new_tokens=6, **options)
     assert calls == ["input_ids"]
@@ -583,10 +583,10 @@ def test_ids_are_checked_once_at_the_door(monkeypatch, options):
 def test_nothing_below_the_front_calls_it():
     """A token's way goes down: decoding and the forward pass know no Model, only what they need."""
     folder = Path(npllm.__file__).parent
-    below = [folder / "causal_lm.py", *(folder / "decoding").glob("*.py")]
+    below = [folder / "forward_pass.py", *(folder / "decoding").glob("*.py")]
     for file in below:
         text = file.read_text(encoding="utf-8")
-        assert "npllm.language_model" not in text and "npllm.model " not in text, file
+        assert not re.search(r"npllm\.(model|loading|pipelines)\b", text), file
         assert not re.search(r"model\.(generate|stream|beam_search|embed)\(", text), file
 
 

@@ -205,7 +205,7 @@ exchanges = pytest.mark.parametrize("how", ["renameat2", "renames"])
 @exchanges
 def test_conversion_replaces_a_checkpoint_and_keeps_other_files(tmp_path, monkeypatch, how):
     if how == "renames":
-        monkeypatch.setattr(disk, "_exchange_on_linux", lambda *_: False)
+        monkeypatch.setattr(disk, "exchange_by_renameat2", lambda *_: False)
     folder = old_checkpoint(tmp_path / "out")
     gguf_to_phi3(write_gguf(tmp_path / "x.gguf", random_tensors()), folder)
     found = contents(folder)
@@ -234,7 +234,7 @@ def test_a_conversion_that_dies_leaves_the_old_checkpoint_or_the_new(
 ):
     """The process dies at the step-th call that writes."""
     if how == "renames":
-        monkeypatch.setattr(disk, "_exchange_on_linux", lambda *_: False)
+        monkeypatch.setattr(disk, "exchange_by_renameat2", lambda *_: False)
     folder = old_checkpoint(tmp_path / "out")
     path = write_gguf(tmp_path / "x.gguf", random_tensors())
     n_calls = 0
@@ -250,9 +250,9 @@ def test_a_conversion_that_dies_leaves_the_old_checkpoint_or_the_new(
         return wrapped
 
     for module, name in (
-        (convert_gguf, "_write_weights"),
-        (convert_gguf, "_write_json"),
-        (convert_gguf, "_check_loads"),
+        (convert_gguf, "write_weights"),
+        (convert_gguf, "write_json"),
+        (convert_gguf, "check_loads"),
         (disk.os, "fsync"),
         (disk, "exchange_folders"),
     ):
@@ -272,7 +272,7 @@ def test_a_conversion_that_dies_leaves_the_old_checkpoint_or_the_new(
 
 
 def test_a_second_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_exchange_on_linux", lambda *_: False)
+    monkeypatch.setattr(disk, "exchange_by_renameat2", lambda *_: False)
     folder, calls, rename = old_checkpoint(tmp_path / "out"), [], os.rename
 
     def refuse_second(source, target):
@@ -306,12 +306,12 @@ def test_other_files_that_cannot_be_moved_back_are_not_deleted(tmp_path, monkeyp
 KILLED = """
 import os, signal, sys
 from npllm.checkpoints import convert_gguf, disk
-exchange = disk._exchange_on_linux
+exchange = disk.exchange_by_renameat2
 def kill(*names):
     if sys.argv[3] == "after":
         exchange(*names)
     os.kill(os.getpid(), signal.SIGKILL)
-disk._exchange_on_linux = kill
+disk.exchange_by_renameat2 = kill
 convert_gguf.gguf_to_phi3(sys.argv[1], sys.argv[2])
 """
 

@@ -914,7 +914,7 @@ FUZZ = {
 }
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=40, **FUZZ)
 @given(number=st.integers(0, 2**40))
 def test_mutated_folders(worker, number):
     """Without the compiled set: Numba would compile for every mixture of dtypes that a mutation

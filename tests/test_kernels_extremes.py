@@ -228,12 +228,12 @@ def test_softmax_of_scores_of_every_size(tested):
     "rule", [mask.causal(), lambda i, j: (j <= i) & (j >= 0)], ids=["band", "function"]
 )
 def test_nan_in_a_key_reaches_every_query_that_sees_it(tested, n_seq, rule):
-    qkv = np.random.default_rng(0).standard_normal((1, 40, 4 * 8), dtype=np.float32)
-    qkv[0, 20, 16:24] = np.nan  # a key
+    qkv = np.random.default_rng(0).standard_normal((1, 40, 6 * 8), dtype=np.float32)
+    qkv[0, 20, 16:32] = np.nan  # a key of both heads
     cache, tables = KVCache(1, 1, 64), np.ones((2, 40, 8), np.float32)
     parts = [slice(0, 40 - n_seq), slice(40 - n_seq, 40)]
     rows = [
-        tested.rope_attention(qkv[:, at], *tables[:, at], 2, 1, mask=rule, cache=cache)
+        tested.rope_attention(qkv[:, at], *tables[:, at], 2, 2, mask=rule, cache=cache)
         for at in parts
         if at.start < at.stop
         and not cache.advance(*np.zeros((2, 1, at.start - cache.n_ctx), int), None, None)
@@ -244,15 +244,15 @@ def test_nan_in_a_key_reaches_every_query_that_sees_it(tested, n_seq, rule):
 
 # --------------------------------------------------------------------------------------------------------- a row of zeros, eps = 0
 
-D_MODEL, D_FF, N_HEAD, N_KV, D_HEAD = 64, 64, 2, 1, 32
+D_MODEL, D_FF, N_HEAD, N_KV, D_HEAD = 64, 64, 2, 2, 32
 
 
 def weights(dtype=np.float32):
     rng = np.random.default_rng(0)
     sizes = [
         (D_MODEL,),
-        (4 * D_HEAD, D_MODEL),
-        (D_MODEL, 2 * D_HEAD),
+        ((N_HEAD + 2 * N_KV) * D_HEAD, D_MODEL),
+        (D_MODEL, N_HEAD * D_HEAD),
         (D_MODEL,),
         (2 * D_FF, D_MODEL),
         (D_MODEL, D_FF),

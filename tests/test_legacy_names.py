@@ -63,9 +63,9 @@ def test_gamma_and_beta_are_weight_and_bias(tmp_path, prefix):
 def test_any_mixture_of_spellings_gives_the_same_names(data, prefix):
     names = list(WEIGHTS)
     spelled = {prefix + (old(n) if data.draw(st.booleans()) else n): n for n in names}
-    entries, head = bert_layout._split_off_head(dict.fromkeys(spelled))
+    entries, head = bert_layout.split_off_head(dict.fromkeys(spelled))
     assert head == []
-    assert list(bert_layout._rename(entries)) == names
+    assert list(bert_layout.rename_entries(entries)) == names
 
 
 @pytest.mark.parametrize(

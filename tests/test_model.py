@@ -149,7 +149,7 @@ def test_any_split_agrees_under_left_padding(any_model, data):
 def test_a_long_prompt_goes_through_in_chunks_of_its_own(monkeypatch):
     m = model(sliding_window=7)
     ids, whole = random_ids(2, 40), model(sliding_window=7)(random_ids(2, 40))
-    monkeypatch.setattr(npllm.causal_lm, "PREFILL_CHUNK", 6)
+    monkeypatch.setattr(npllm.forward_pass, "PREFILL_CHUNK", 6)
     cache = m.new_cache(2)
     close(m(ids[:, :33], cache=cache), whole[:, :33], times=2)
     close(m(ids[:, 33:], cache=cache), whole[:, 33:], times=2)
@@ -769,7 +769,7 @@ def test_a_sequence_is_classified_at_its_last_token_that_is_no_padding(tmp_path)
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_a_pass_that_fails_midway_leaves_the_cache_usable(monkeypatch, variant, chunk):
     m = model(max_position_embeddings=200, **{k: v for k, v in VARIANTS[variant].items()})
-    monkeypatch.setattr(npllm.causal_lm, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(npllm.forward_pass, "PREFILL_CHUNK", chunk)
     ids, cache, calls = random_ids(2, 24), m.new_cache(2), []
 
     def failing(*args, **options):

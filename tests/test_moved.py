@@ -18,6 +18,9 @@ MOVED = {  # a sample of the table, written out: old path, name in it, new path
     "npllm.beam": ("beam_search", "npllm.decoding.beam"),
     "npllm.score": ("windows", "npllm.analysis.score"),
     "npllm.cost": ("counting_ops", "npllm.analysis.cost"),
+    "npllm.language_model": ("Model", "npllm.model"),
+    "npllm.causal_lm": ("CausalLM", "npllm.forward_pass"),
+    "npllm.testing.judgement": ("output_status", "npllm.testing.diagnosis_status"),
     "npllm.profile": ("machine_limits", "npllm.analysis.profiling"),
     "npllm.kernels.tiled": ("TILED", "npllm.kernels.cpu.tiled"),
 }

@@ -37,16 +37,51 @@ print("loaded" if loaded else "compiled")
 """
 
 
+# Runs the kernels as often as is asked for.  Each run defines them anew, as a new process does, and
+# finds the files of the one before; between two runs a file may be damaged.
+RUNS = """
+import json, pathlib, runpy
+folder = pathlib.Path(FOLDER)
+for damage in DAMAGES:
+    if damage:
+        suffix, change = damage
+        (file,) = folder.rglob("*quadruple*" + suffix)
+        data = file.read_bytes()
+        if change == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(CHANGES[change](data))
+    runpy.run_path(SCRIPT)
+"""
+CHANGES = """
+CHANGES = {
+    "empty": lambda _: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: bytes(len(data)),
+    "another file": lambda data: b"GIF89a" + data,
+}
+"""
+DAMAGES = ("empty", "truncated", "zeros", "another file")
+
+
 @pytest.fixture
 def kernels(tmp_path):
-    """A function that runs the kernels in a process of its own, with a cache in `tmp_path`."""
+    """A function that runs the kernels in a process of its own, with a cache in `tmp_path`; once
+    for each of `damages`, and returns what each run said.
+    """
     script = tmp_path / "kernels_of_a_test.py"
     script.write_text(KERNELS, encoding="utf-8")
     folder = tmp_path / "cache"
     folder.mkdir()
 
-    def run(before="", warns=False, **environment):
-        start = f"import runpy\n{before}\nrunpy.run_path({str(script)!r})"
+    def run(before="", warns=False, damages=(None,)):
+        start = (
+            before
+            + CHANGES
+            + RUNS.replace("FOLDER", repr(str(folder)))
+            .replace("SCRIPT", repr(str(script)))
+            .replace("in DAMAGES", f"in {damages!r}")
+        )
         done = subprocess.run(
             [sys.executable, *([] if warns else ["-W", "error"]), "-c", start],
             capture_output=True,
@@ -54,44 +89,30 @@ def kernels(tmp_path):
             timeout=600,
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-            | {"NUMBA_CACHE_DIR": str(folder)}
-            | environment,
+            | {"NUMBA_CACHE_DIR": str(folder)},
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("cannot be kept on disk") == warns, done.stderr
-        return done.stdout.strip()
+        return done.stdout.split()
 
-    run.files = lambda suffix: sorted(folder.rglob(f"*quadruple*{suffix}"))
     return run
 
 
 def test_code_is_kept_for_the_next_process(kernels):
-    assert [kernels(), kernels()] == ["compiled", "loaded"]
+    assert [kernels(), kernels()] == [["compiled"], ["loaded"]]
 
 
-DAMAGES = {
-    "empty": lambda _: b"",
-    "truncated": lambda data: data[: len(data) // 2],
-    "zeros": lambda data: bytes(len(data)),
-    "another file": lambda data: b"GIF89a" + data,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
-def test_a_damaged_file_is_ignored_and_written_again(kernels, suffix, damage):
-    kernels()
-    (file,) = kernels.files(suffix)
-    file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    assert kernels() == "compiled"
-    assert kernels() == "loaded"
+def test_a_damaged_file_is_ignored_and_written_again(kernels, suffix):
+    """Each damage, one after the other: the run after it compiles, the next finds a new file."""
+    damages = [(suffix, damage) for damage in DAMAGES]
+    runs = [None, *(run for damage in damages for run in (damage, None))]
+    assert kernels(damages=runs) == ["compiled", *["compiled", "loaded"] * len(damages)]
 
 
 def test_a_file_that_is_missing_is_written_again(kernels):
-    kernels()
-    (file,) = kernels.files(".nbc")
-    file.unlink()
-    assert [kernels(), kernels()] == ["compiled", "loaded"]
+    runs = [None, (".nbc", "missing"), None]
+    assert kernels(damages=runs) == ["compiled", "compiled", "loaded"]
 
 
 NO_FOLDER = """
@@ -111,8 +132,7 @@ caching.IndexDataCacheFile._open_for_write = fails
 
 @pytest.mark.parametrize("before", [NO_FOLDER, FULL], ids=["read-only", "full"])
 def test_without_a_disk_cache_kernels_are_compiled_with_one_warning(kernels, before):
-    assert kernels(before, warns=True) == "compiled"
-    assert kernels(before, warns=True) == "compiled"
+    assert kernels(before, warns=True, damages=[None, None]) == ["compiled", "compiled"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of file sizes are a matter of Unix")
@@ -123,8 +143,9 @@ import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 """
-    assert kernels(limit, warns=True) == "compiled"
-    assert [kernels(), kernels()] == ["compiled", "loaded"], "what it left is no obstacle"
+    assert kernels(limit, warns=True) == ["compiled"]
+    after = kernels(damages=[None, None])
+    assert after == ["compiled", "loaded"], "what it left is no obstacle"
 
 
 READ_ONLY_PACKAGE = """

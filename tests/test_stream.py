@@ -172,9 +172,18 @@ def test_an_added_token_that_is_not_special_is_text():
     assert answer(tokenizer, ids, ["<|tool|>"]) == ("a", True)
 
 
-def test_special_tokens_cost_nothing_without_stop_strings():
-    stream = TextStream(FORMS["byte level"])
-    assert stream._special == {}
+def test_special_tokens_cost_nothing_without_stop_strings(monkeypatch):
+    class Backend:
+        def __getattr__(self, name):
+            assert name != "get_added_tokens_decoder", "a list of every special token"
+            return getattr(backend, name)
+
+    tokenizer = FORMS["byte level"]
+    backend = tokenizer.backend
+    monkeypatch.setattr(tokenizer, "backend", Backend())
+    TextStream(tokenizer)
+    with pytest.raises(AssertionError, match="every special token"):
+        TextStream(tokenizer, stop=["x"])
     assert TextStream(None, [np.int64(3)]).push(np.int64(3)) == ""
 
 

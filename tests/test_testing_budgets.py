@@ -15,8 +15,8 @@ from npllm.errors import NpllmValueError
 from npllm.quantized.int8 import quantize
 from npllm.testing import budget, gold, verdict
 from npllm.testing.arithmetic import UNITS, gamma, repeats
-from npllm.testing.judging import absolute_errors as _errors
-from npllm.testing.judging import judge
+from npllm.testing.within_budget import absolute_errors as _errors
+from npllm.testing.within_budget import judge
 
 every_op = pytest.mark.parametrize("op", INPUTS)
 SEED = int(os.environ.get("NPLLM_TEST_SEED", np.random.SeedSequence().entropy % 2**32))

@@ -119,7 +119,7 @@ def test_mutants_lists_what_weak_tests_miss(folder, monkeypatch):
     assert [missed["name"] for missed in facts["missed"]] == ["rms_norm: C29 eps outside the root"]
     assert facts["missed"][0]["used"] > 1
     assert "d_model" in facts["missed"][0]["case"]
-    lines = mutants._lines(facts)
+    lines = mutants.report_lines(facts)
     assert lines[0] == "1 of 2 planted bugs of rms_norm are found"
     assert "missed   rms_norm: C29 eps outside the root" in lines
 

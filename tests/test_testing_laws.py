@@ -246,7 +246,7 @@ def test_a_guard_sees_both_sides():
         guarded = Guarded((2, 3), "float32")
         guarded.out[...] = 0
         assert guarded.is_intact()
-        guarded._buffer[at] = 0
+        guarded.buffer[at] = 0
         assert not guarded.is_intact()
 
 
@@ -326,11 +326,11 @@ def test_checks_need_no_pytest_and_replays_no_hypothesis():
 
 @given(st.integers(0, 2**16))
 def test_budgets_of_drawn_attention_stay_far_below_the_values(seed):
-    from npllm.testing.laws.attention import _operands
+    from npllm.testing.laws.attention import draw_operands
 
     case = {"n_batch": 1, "n_head": 2, "n_kv_head": 1, "n_seq": 5, "n_ctx": 9, "d_head": 8}
     case |= {"size": "plain", "dtype": "float32", "seed": seed}
-    q, k, v = _operands(case)
+    q, k, v = draw_operands(case)
     bound = testing.budget("attention", {"q": q, "k": k, "v": v})
     y = testing.gold("attention", {"q": q, "k": k, "v": v})
     assert np.median(bound.statistical / np.abs(y)) < 1e-4

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from npllm import ops
 from npllm.testing import gold, verdict, where
 from npllm.testing.budgets import Budget
-from npllm.testing.judging import judge
 from npllm.testing.location import describe_indices
+from npllm.testing.within_budget import judge
 
 F, H, B = np.float32, np.float16, ml_dtypes.bfloat16
 every_op = pytest.mark.parametrize("op", INPUTS)

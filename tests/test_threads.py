@@ -181,7 +181,7 @@ def test_a_count_that_openmp_would_ignore_is_ignored(monkeypatch, value, counts)
     for name in threads.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert list(threads._requested()) == counts
+    assert list(threads.requested_counts()) == counts
 
 
 @needs_numba

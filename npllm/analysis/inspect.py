@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import widen
-from npllm.checkpoints.gguf import GGUFFile
+from npllm.checkpoints.gguf import GGUFFile, is_gguf
 from npllm.checkpoints.gguf_config import gguf_config
 from npllm.checkpoints.gguf_rope import ROPE_TENSORS
 from npllm.checkpoints.gguf_weights import check_tensors, expected_tensors
+from npllm.checkpoints.origin import read_params
 from npllm.checkpoints.phi3_layout import check_entries
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries
 from npllm.config.config import Config
-from npllm.loading import is_gguf, read_params
 from npllm.models import module_tree
 from npllm.models.params import Params
 from npllm.quantized.int8 import quantize

@@ -7,8 +7,8 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import to_numpy
-from npllm.decision import FROM_MODEL, check_scores
 from npllm.errors import NpllmValueError
+from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.model import Model
 from npllm.models import rope
 

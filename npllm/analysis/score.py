@@ -10,8 +10,8 @@ import numpy as np
 from npllm import ops
 from npllm.arguments import host_integers
 from npllm.arrays import is_integer, to_numpy
-from npllm.decision import FROM_MODEL, check_finite, check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.finite_scores import FROM_MODEL, check_finite, check_scores
 from npllm.model import Model
 from npllm.progress import progress_bar
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import to_numpy
-from npllm.decision import FROM_MODEL, check_finite
 from npllm.decoding.prompt import read_prompt
 from npllm.errors import NpllmValueError
+from npllm.finite_scores import FROM_MODEL, check_finite
 from npllm.model import Model
 
 __all__ = ["AttentionSteps", "attention_rows", "attention_steps"]

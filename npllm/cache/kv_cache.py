@@ -3,6 +3,7 @@ pass.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from threading import Lock
 from typing import Any
 
@@ -15,6 +16,7 @@ from npllm.cache.state import (
     State,
     capacity_for,
     check_held,
+    crop,
     empty,
     first_visible,
     reallocated,
@@ -90,15 +92,16 @@ class KVCache:
         self._draft: KVCache | None = None  # kept between calls: kernels remember tables by it
         self._lock = Lock()
 
-    owner = property(lambda self: self._state.owner)
-    n_ctx = property(lambda self: self._state.n_ctx)
-    ids = property(lambda self: self._state.ids)
-    positions = property(lambda self: self._state.positions)
-    valid = property(lambda self: self._state.valid)
-    rope_variant = property(lambda self: self._state.rope_variant)
+    # read about 30 times a token: an attrgetter takes no Python call, a function would
+    state = property(attrgetter("_state"))
+    owner = property(attrgetter("_state.owner"))
+    n_ctx = property(attrgetter("_state.n_ctx"))
+    ids = property(attrgetter("_state.ids"))
+    positions = property(attrgetter("_state.positions"))
+    valid = property(attrgetter("_state.valid"))
+    rope_variant = property(attrgetter("_state.rope_variant"))
     n_batch = property(lambda self: len(self._state.ids))
     n_layer = property(lambda self: len(self._state.layers))
-    state = property(lambda self: self._state)
 
     @property
     def n_bytes(self) -> int:
@@ -205,14 +208,14 @@ class KVCache:
             When the cache is full, has no such layer, or was filled with another number of
             sequences or shape of heads, or in float32 where these are float64.
         """
-        layers, n_ctx, n_seq = self._state.layers, self.n_ctx, k.shape[-2]
+        layers, n_ctx, n_seq = self._state.layers, self._state.n_ctx, k.shape[-2]
         self.check_fits(k.shape[0], n_seq)
         if not 0 <= layer < len(layers):
             raise NpllmValueError(
                 f"layer must lie in 0 ... n_layer - 1 = {len(layers) - 1}, got {layer}; "
                 "a cache goes with the model that made it"
             )
-        oldest, stop = self._oldest(), n_ctx + n_seq
+        oldest, stop = first_visible(n_ctx, self.window), n_ctx + n_seq
         keys, values, first = layers[layer] or self._allocated(k, v)
         check_held(layer, "keys", keys, k)
         check_held(layer, "values", values, v)
@@ -319,6 +322,38 @@ class KVCache:
             )
         self.transact(lambda draft: draft._select(chosen))
 
+    def crop(self, n_ctx: int) -> None:
+        """Forget the tokens from slot n_ctx on.
+
+        Parameters
+        ----------
+        n_ctx : int
+
+        Raises
+        ------
+        NpllmValueError
+            When the cache holds fewer tokens, or no longer holds what a query in slot n_ctx sees: a
+            sliding window gives up old keys.
+        NpllmRuntimeError
+            When another call is using the cache.
+
+        Notes
+        -----
+        Source: `DynamicCache.crop` in Transformers.
+        """
+        n = check_integer("n_ctx", n_ctx, 0, self.n_ctx, " (cached tokens)")
+        first = max((layer[2] for layer in self._state.layers if layer), default=0)
+        if first_visible(n, self.window) < first:
+            raise NpllmValueError(
+                f"the cache cannot go back to n_ctx = {n}: a query there sees slots from "
+                f"{first_visible(n, self.window)} on, and only those from {first} on are kept "
+                f"(sliding_window {self.window})"
+            )
+        self.transact(lambda draft: draft._crop(n))
+
+    def _crop(self, n_ctx: int) -> None:
+        self._state = crop(self._state, n_ctx)
+
     def _select(self, rows: Array) -> None:
         self._state = select_rows(self._state, rows)
 
@@ -342,9 +377,10 @@ class KVCache:
 
     def check_fits(self, n_batch: int, n_seq: int) -> None:
         """Raise unless n_seq more tokens of n_batch sequences fit."""
-        if n_batch != self.n_batch:
+        n_mine = len(self._state.ids)
+        if n_batch != n_mine:
             raise NpllmValueError(
-                f"the cache was made for n_batch = {self.n_batch} sequences, got {n_batch}; "
+                f"the cache was made for n_batch = {n_mine} sequences, got {n_batch}; "
                 f"make one with model.new_cache(n_batch={n_batch})"
             )
         if self.n_ctx + n_seq > self.max_slots:

@@ -78,8 +78,8 @@ def load_params(
         For position ids that are not 0, 1, 2, ..., for a head (`cls.*`, `classifier.*`), and for a
         pooler, which is not used, unless `is_pooled`.
     """
-    entries, head = _split_off_head(read_entries(folder))
-    entries = _rename(entries)
+    entries, head = split_off_head(read_entries(folder))
+    entries = rename_entries(entries)
     check_shapes(folder, entries, expected_shapes(config), (POSITION_IDS, *POOLER))
     warn_of_unused(folder, head, "they are a head of the model, and an encoder has none")
     _warn_of_ignored(folder, entries, config, is_pooled)
@@ -200,7 +200,7 @@ def _layer(get: Callable[[str], Array], layer: str) -> EncoderLayerParams:
     return EncoderLayerParams(attention, attention_norm, network, network_norm)
 
 
-def _split_off_head(
+def split_off_head(
     entries: Mapping[str, TensorEntry],
 ) -> tuple[dict[str, TensorEntry], list[str]]:
     """Return the tensors of the encoder, and the names of those of a head on top of it.
@@ -215,7 +215,7 @@ def _split_off_head(
     return {name: entry for name, entry in entries.items() if name not in head}, head
 
 
-def _rename(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+def rename_entries(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Give tensors the names of `expected_shapes`, except where two would have the same."""
     result = {}
     n_names = Counter(_short_name(name) for name in entries)

@@ -82,7 +82,7 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
         complete = staging / "checkpoint"
         try:
             _write_checkpoint(gguf, config, complete)
-            _check_loads(gguf, complete)
+            check_loads(gguf, complete)
             publish_over(complete, folder)
         finally:
             remove_checkpoint(complete)
@@ -97,15 +97,15 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
 def _write_checkpoint(gguf: GGUFFile, config: dict[str, Any], folder: Path) -> None:
     """Write all files of the checkpoint to a new folder."""
     folder.mkdir()
-    _write_weights(gguf.tensors, config, folder / "model.safetensors")
+    write_weights(gguf.tensors, config, folder / "model.safetensors")
     text = read_tokenizer(gguf).to_str(pretty=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(gguf))
-    _write_json(folder / "generation_config.json", gguf.special_ids())
-    _write_json(folder / "config.json", config)
+    write_json(folder / "tokenizer_config.json", tokenizer_config(gguf))
+    write_json(folder / "generation_config.json", gguf.special_ids())
+    write_json(folder / "config.json", config)
 
 
-def _check_loads(gguf: GGUFFile, folder: Path) -> None:
+def check_loads(gguf: GGUFFile, folder: Path) -> None:
     """Raise unless every reader of `npllm.load` accepts the folder."""
     try:
         config = Config.from_json(folder)
@@ -118,7 +118,7 @@ def _check_loads(gguf: GGUFFile, folder: Path) -> None:
         ) from None
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, indented, in UTF-8."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
@@ -155,7 +155,7 @@ def _phi3_rows(tensor: GGUFTensor, config: dict[str, Any]) -> Iterator[np.ndarra
         yield half_split(np.concatenate(list(dequantized_rows(tensor))), n_head)
 
 
-def _write_weights(tensors: dict[str, GGUFTensor], config: dict[str, Any], path: Path) -> None:
+def write_weights(tensors: dict[str, GGUFTensor], config: dict[str, Any], path: Path) -> None:
     """Write model.safetensors, one block of rows at a time: the model is never whole in memory."""
     sources = _sources(config)
     shapes = {}

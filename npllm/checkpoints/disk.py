@@ -194,7 +194,7 @@ def exchange_folders(one: Path, other: Path) -> None:
     OSError
         When they cannot be exchanged; they are as they were before.
     """
-    if _exchange_on_linux(one, other):
+    if exchange_by_renameat2(one, other):
         return
     replaced = other.with_name(f"{other.name}.replaced")
     os.rename(other, replaced)
@@ -206,7 +206,7 @@ def exchange_folders(one: Path, other: Path) -> None:
     os.rename(replaced, one)
 
 
-def _exchange_on_linux(one: Path, other: Path) -> bool:
+def exchange_by_renameat2(one: Path, other: Path) -> bool:
     """Exchange two names by `renameat2`; return False where that is not possible."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

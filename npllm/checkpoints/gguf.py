@@ -18,7 +18,7 @@ from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_weight import BlockWeight
 
-__all__ = ["FLOATS", "GGUFFile", "GGUFTensor", "dequantized_rows", "tensor_kind"]
+__all__ = ["FLOATS", "GGUFFile", "GGUFTensor", "dequantized_rows", "is_gguf", "tensor_kind"]
 
 ARCHITECTURES = ("llama", "phi3")
 FLOATS = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
@@ -226,6 +226,11 @@ def _rows(data: np.ndarray, bounds: TensorRange) -> np.ndarray:
     """View the bytes of a tensor as rows along its last axis."""
     n_rows = math.prod(bounds.shape[:-1])
     return np.asarray(data)[bounds.start : bounds.stop].reshape(n_rows, -1)
+
+
+def is_gguf(path: Path) -> bool:
+    """Tell whether a path names a GGUF file, and no folder."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def tensor_kind(name: str) -> str:

@@ -11,14 +11,15 @@ from npllm.arrays import DTYPES
 from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
+from npllm.checkpoints.gguf import is_gguf
 from npllm.checkpoints.gguf_finite import find_nonfinite_blocks
+from npllm.checkpoints.origin import read_config
 from npllm.cli.layout import checkpoint_lines, cost_lines
 from npllm.cli.options import chat_option, json_option, path_option
 from npllm.cli.streams import print_json, read_prompt
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
-from npllm.loading import is_gguf, read_config, read_tokenizer
-from npllm.model import checkpoint_folder
+from npllm.loading import checkpoint_folder, read_tokenizer
 from npllm.progress import write_line
 
 __all__ = ["COMMANDS"]

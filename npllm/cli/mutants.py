@@ -35,7 +35,7 @@ def mutants(context: click.Context, command: str, only: str | None, as_json: boo
     if as_json:
         print_json(facts)
     else:
-        click.echo("\n".join(_lines(facts)))
+        click.echo("\n".join(report_lines(facts)))
     context.exit(MISSED if facts["missed"] else 0)
 
 
@@ -62,7 +62,7 @@ def _tried(text: str, only: str | None) -> dict[str, Any]:
     return {"command": text, "ops": ops, "bugs": len(names), "missed": missed}
 
 
-def _lines(facts: dict[str, Any]) -> list[str]:
+def report_lines(facts: dict[str, Any]) -> list[str]:
     n_found = facts["bugs"] - len(facts["missed"])
     lines = [f"{n_found} of {facts['bugs']} planted bugs of {', '.join(facts['ops'])} are found"]
     for missed in facts["missed"]:

@@ -11,7 +11,8 @@ from npllm.cli.options import chat_option, filter_options, json_option, model_op
 from npllm.cli.streams import print_json, read_file, read_prompt, write
 from npllm.decoding.sampling import FILTER_ORDERS
 from npllm.encoder import cosine_similarities
-from npllm.model import Model, load
+from npllm.loading import load
+from npllm.model import Model
 from npllm.progress import write_line
 
 __all__ = ["COMMANDS"]

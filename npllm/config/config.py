@@ -5,6 +5,7 @@ value that would change the numbers and is not implemented raises; an unknown ke
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -113,7 +114,7 @@ class Config:
         """Channels of a head that RoPE rotates, `int(d_head * partial_rotary_factor)`."""
         return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
 
-    @property
+    @cached_property
     def head(self) -> str:
         """The head: "lm", "sequence" (classification) or "token" (classification)."""
         name = self.architectures[0]

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from npllm import ops
-from npllm.decision import check_scores
 from npllm.decoding.options import Options
 from npllm.decoding.sequences import Sequences
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.finite_scores import check_scores
 
 __all__ = ["constrain"]
 

@@ -8,10 +8,10 @@ from npllm import ops
 from npllm.arguments import to_python
 from npllm.arrays import array_namespace, widen
 from npllm.config.strict_json import quote
-from npllm.decision import check_scores
 from npllm.decoding.generation_config import Sampling
 from npllm.decoding.options import check_sampling
 from npllm.errors import NpllmValueError
+from npllm.finite_scores import check_scores
 
 __all__ = [
     "FILTER_ORDERS",

@@ -9,8 +9,8 @@ from operator import index
 from typing import Any
 
 from npllm.arrays import array_namespace, expect_shape, largest, to_numpy, widen
-from npllm.decision import check_scores
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.finite_scores import check_scores
 
 __all__ = [
     "greedy",

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from npllm.errors import NpllmValueError
+from npllm.testing.diagnosis_status import is_vague, output_status
 from npllm.testing.diagnosis_text import lines_of
 from npllm.testing.forms import Array, op_named, prepare
 from npllm.testing.forms.text import detokenize
-from npllm.testing.judgement import is_vague, judge_output
-from npllm.testing.judging import on_host
+from npllm.testing.libraries import on_host
 from npllm.testing.rates import rounding_options
 from npllm.testing.registry import alternatives, conventions
 from npllm.testing.search import Choices, Search, named
@@ -108,7 +108,7 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     rates = rounding_options(op, prepared, output)
     rounding = {name: option for name, (option, _) in rates.items()}
     is_repeated = any(rate >= REPEATED and name != "C30" for name, (_, rate) in rates.items())
-    found = judge_output(op, prepared, output, is_repeated=is_repeated)
+    found = output_status(op, prepared, output, is_repeated=is_repeated)
     groups = found.search.classes()
     undecided = _undecided(groups)
     names: list[Any] = []

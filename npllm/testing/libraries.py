@@ -9,7 +9,7 @@ import numpy as np
 
 from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 
-__all__ = ["LIBRARIES", "from_numpy", "to_host", "torch_to_numpy"]
+__all__ = ["LIBRARIES", "from_numpy", "on_host", "to_host", "torch_to_numpy"]
 
 Array = Any
 
@@ -167,3 +167,10 @@ def to_host(x: Any, library: str, what: str = "the function") -> Array:
             f"{what} must return {wanted}, got {type(x).__module__}.{type(x).__qualname__}"
         )
     return LIBRARIES[library][1](x)
+
+
+def on_host(x: Array) -> Array:
+    """Bring an array of any library to NumPy; bfloat16 of torch by its bits."""
+    if type(x).__module__.partition(".")[0] == "torch":
+        return torch_to_numpy(x)
+    return np.asarray(x.get() if hasattr(x, "get") else x) if hasattr(x, "dtype") else x

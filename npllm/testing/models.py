@@ -10,7 +10,7 @@ from npllm.arrays import DTYPES
 from npllm.testing.arithmetic import Arithmetic
 from npllm.testing.budgets import Budget, budget
 from npllm.testing.exact import gold
-from npllm.testing.judging import absolute_errors, judge
+from npllm.testing.within_budget import absolute_errors, judge
 
 __all__ = ["Evidence", "describe", "explain", "models", "model_budget"]
 

@@ -10,9 +10,10 @@ from npllm.arrays import DTYPES
 from npllm.testing.arithmetic import Arithmetic
 from npllm.testing.budgets import Budget
 from npllm.testing.exact import gold
-from npllm.testing.judging import absolute_errors, judge, on_host, undetermined
+from npllm.testing.libraries import on_host
 from npllm.testing.location import features_of, where
 from npllm.testing.models import Evidence, describe, explain, model_budget
+from npllm.testing.within_budget import absolute_errors, judge, undetermined
 
 __all__ = ["Verdict", "verdict"]
 

@@ -55,6 +55,11 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._process: Any = None
 
+    @property
+    def pid(self) -> int | None:
+        """The id of the process that answered last; None where there is none."""
+        return None if self._process is None else self._process.pid
+
     def ask(self, request: str, allowance: Allowance) -> dict[str, str]:
         """Send a request and wait for the answer.
 

@@ -6,6 +6,7 @@ kernel, and so are all layers where they are alike.
 """
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,15 +55,15 @@ Array = Any
 
 
 def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
-    """Compute the first half of a layer: one kernel for one token of a few sequences."""
+    """Compute the first half of a layer: one kernel for a few tokens with a cache."""
     weights = layer.input_layernorm, layer.qkv_proj, layer.o_proj
     if step.cache is None or not fits_step(x, *weights, step, layer.qkv_bias, layer.o_bias):
         return NotImplemented
     d_head = len(layer.qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    token = decode_inputs(step, len(x), d_head)
-    if token is None:
+    tokens = decode_inputs(step, len(x), x.shape[1], d_head)
+    if tokens is None:
         return NotImplemented
-    y = row_major_copy(x[:, 0])
+    y = row_major_copy(x)
     launch(
         attention_step,
         y,
@@ -70,7 +71,7 @@ def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
         np.float32(step.eps),
         *kernel_operands(layer.qkv_proj),
         bias_or_empty(layer.qkv_bias),
-        *token,
+        *tokens,
         step.n_head,
         *kernel_operands(layer.o_proj),
     )
@@ -106,9 +107,9 @@ def mlp_block(x: Array, layer: LayerParams, step: Step) -> Any:
 
 
 def decoder_layers(x: Array, layers: Any, step: Step) -> Any:
-    """Compute all layers: one kernel for one token of a few sequences where layers are alike."""
-    masks = step.masks
-    one_mask = masks is None or all(mask is step.mask for mask in masks)
+    """Compute all layers: one kernel for a few tokens with a cache where layers are alike."""
+    masks, first = step.masks, step.mask
+    one_mask = masks is None or all(mask is first for mask in masks)
     known = (
         type(layers) is tuple
         and layers
@@ -120,33 +121,27 @@ def decoder_layers(x: Array, layers: Any, step: Step) -> Any:
 
 
 def decode_step(x: Array, layers: tuple[LayerParams, ...], step: Step) -> Array | None:
-    """One token of a few sequences through all layers; None where they are not what `layers_step`
-    is made for.
-    """
+    """A few tokens through all layers; None where they are not what `layers_step` is made for."""
     gain, qkv_proj, o_proj, *mlp = weights_of(layers[0])
     if not (fits_step(x, gain, qkv_proj, o_proj, step) and fits_mlp(x, *mlp)):
         return None
-    table = address_table(layers, step.cache)
+    arrays, table = known_arrays(layers, step.cache)
     if table is None:
         return None
     d_head = len(qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    token = decode_inputs(step, len(x), d_head)
-    if token is None:
+    tokens = decode_inputs(step, len(x), x.shape[1], d_head)
+    if tokens is None:
         return None
-    cos, sin, keys, values, seen = token
-    others = (
-        reserve_slots(step.cache, step.layer + n, len(x), step.n_kv_head, d_head)[:2]
-        for n in range(1, len(layers))
-    )
+    cos, sin, keys, values, bounds, seen = tokens
+    shape = len(x), step.n_kv_head, x.shape[1], d_head
+    others = (reserve_slots(step.cache, step.layer + n, shape)[:2] for n in range(1, len(layers)))
     cached = [(keys, values), *others]
     if not all(same_layout(k, keys) and same_layout(v, values) for k, v in cached):
         return None
-    first, table = (
-        (*arrays_of(layers[0]), keys, values),
-        np.hstack((table, [(data_address(k), data_address(v)) for k, v in cached])),
-    )
-    y = row_major_copy(x[:, 0])
-    launch(layers_step, y, first, table, np.float32(step.eps), cos, sin, seen, step.n_head)
+    first = (*arrays[0], keys, values)
+    table = np.hstack((table, [(data_address(k), data_address(v)) for k, v in cached]))
+    y = row_major_copy(x)
+    launch(layers_step, y, first, table, np.float32(step.eps), cos, sin, bounds, seen, step.n_head)
     return y.reshape(x.shape)
 
 
@@ -162,15 +157,13 @@ def fits_step(
     qkv_bias: Array = None,
     o_bias: Array = None,
 ) -> bool:
-    """Tell whether the attention of one token of a few sequences is what `attention_step` is made
-    for.
-    """
+    """Tell whether the attention of a few tokens is what `attention_step` is made for."""
     if not (
         fits_product(x, qkv_weight, qkv_bias)
         and fits_gain(x, norm_weight)
-        and len(x) <= FEW_ROWS
+        and x.ndim == 3
+        and len(x) * x.shape[1] <= FEW_ROWS
         and fits_rope((*x.shape[:-1], len(qkv_weight)), *step[:4])
-        and x.shape[1] == 1
     ):
         return False
     d_head = len(qkv_weight) // (step.n_head + 2 * step.n_kv_head)
@@ -203,16 +196,19 @@ WEIGHTS = (
     "gate_up_proj",
     "down_proj",
 )
+weights_of = attrgetter(*WEIGHTS)  # of a layer, in this order
 BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
 # cache -> layers, arrays, table: checking all weights for every token would cost as much as a layer
 _KNOWN: WeakKeyDictionary[KVCache, tuple[tuple, list, np.ndarray | None]] = WeakKeyDictionary()
 
 
-def address_table(layers: tuple[LayerParams, ...], cache: KVCache) -> Array | None:
-    """Where the arrays of each layer lie, [n_layer, 10] in the order of `arrays_of`; None where
-    layers differ or have biases.
+def known_arrays(layers: tuple[LayerParams, ...], cache: KVCache) -> tuple[list, Array | None]:
+    """The arrays of each layer as `arrays_of` gives them, and where they lie, [n_layer, 10].
+
+    The table is None where layers differ or have biases.
     """
-    if cache not in _KNOWN or _KNOWN[cache][0] is not layers:
+    known = _KNOWN.get(cache)
+    if known is None or known[0] is not layers:
         same = all(
             all(map(same_layout, weights_of(layer), weights_of(layers[0]))) for layer in layers
         )
@@ -220,17 +216,9 @@ def address_table(layers: tuple[LayerParams, ...], cache: KVCache) -> Array | No
         arrays = (
             [arrays_of(layer) for layer in layers] if same and plain else []
         )  # references keep the arrays at the addresses alive
-        _KNOWN[cache] = (
-            layers,
-            arrays,
-            np.array([list(map(data_address, row)) for row in arrays]) if arrays else None,
-        )
-    return _KNOWN[cache][2]
-
-
-def weights_of(layer: LayerParams) -> list[Any]:
-    """The weights of a layer in the order of `WEIGHTS`."""
-    return [getattr(layer, name) for name in WEIGHTS]
+        table = np.array([list(map(data_address, row)) for row in arrays]) if arrays else None
+        known = _KNOWN[cache] = layers, arrays, table
+    return known[1:]
 
 
 def arrays_of(layer: LayerParams) -> tuple[Array, ...]:

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["frozen", "is_row_major", "row_major", "row_major_copy", "rows_of"]
+__all__ = [
+    "EMPTY",
+    "few_rows_of",
+    "frozen",
+    "is_row_major",
+    "row_major",
+    "row_major_copy",
+    "rows_of",
+]
 
 Array = Any
 
@@ -42,3 +50,14 @@ def row_major_copy(x: Array) -> Array:
 def rows_of(x: Array) -> Array:
     """An array [..., d] as rows [n, d] in row-major order."""
     return row_major(x.reshape(-1, x.shape[-1]))
+
+
+def few_rows_of(x: Array) -> Array:
+    """A copy of an array [..., d] as rows [n, d] in row-major order.
+
+    Writable, as are the rows that one kernel hands to the next, so that each is compiled once.
+    """
+    return row_major_copy(x.reshape(-1, x.shape[-1]))
+
+
+EMPTY = frozen(np.zeros(0, np.float32))  # for no gain and no bias, in Python and inside kernels

@@ -6,11 +6,10 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 from npllm.kernels.cpu import fits
-from npllm.kernels.cpu.layout import frozen, is_row_major, row_major
+from npllm.kernels.cpu.layout import EMPTY, frozen, is_row_major, row_major
 from npllm.quantized.int8 import GROUP, Int8Weight
 
 __all__ = [
-    "EMPTY",
     "as_bits",
     "bias_or_empty",
     "fits_gain",
@@ -22,7 +21,7 @@ __all__ = [
 
 Array = Any
 
-EMPTY, NO_SCALES = frozen(np.zeros(0, np.float32)), frozen(np.zeros((0, 0), np.float32))
+NO_SCALES = frozen(np.zeros((0, 0), np.float32))
 BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
 
 

@@ -17,9 +17,8 @@ from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.gated import gated_product, swiglu_panels
 from npllm.kernels.cpu.gemv import FEW_ROWS, add_product
 from npllm.kernels.cpu.launching import kernel, launch
-from npllm.kernels.cpu.layout import row_major, row_major_copy, rows_of
+from npllm.kernels.cpu.layout import EMPTY, few_rows_of, row_major, row_major_copy, rows_of
 from npllm.kernels.cpu.operands import (
-    EMPTY,
     as_bits,
     bias_or_empty,
     fits_gain,
@@ -38,7 +37,8 @@ def linear(x: Array, weight: Array, bias: Array = None) -> Array:
     """Compute `npllm.ops.linear`."""
     if not fits_product(x, weight, bias):
         return ops.linear(x, weight, bias)
-    return add_bias(rows_product(x, weight, EMPTY, 0.0), bias)
+    y = rows_product(x, weight, EMPTY, 0.0)
+    return y if bias is None else add_bias(y, bias)
 
 
 def norm_linear(x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array = None) -> Any:
@@ -67,7 +67,8 @@ def rows_product(x: Array, weight: Array, gain: Array, eps: float) -> Array:
             many_rows(x, weight, gain, eps), np.empty((n, d_out), np.float32)
         ).reshape(*x.shape[:-1], d_out)
     y = np.zeros((n, d_out), np.float32)
-    launch(add_product, *kernel_operands(weight), rows_of(x), as_bits(gain), np.float32(eps), y)
+    rows = few_rows_of(x)
+    launch(add_product, *kernel_operands(weight), rows, as_bits(gain), np.float32(eps), y)
     return y.reshape(*x.shape[:-1], d_out)
 
 
@@ -93,7 +94,7 @@ def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array, bias: A
         launch(
             gated_product,
             *kernel_operands(weight),
-            rows_of(x),
+            few_rows_of(x),
             as_bits(norm_weight),
             np.float32(eps),
             bias_or_empty(bias),
@@ -131,7 +132,7 @@ def linear_add(x: Array, weight: Array, residual: Array, bias: Array = None) -> 
         y = gemm.add_unpacked(many_rows(x, weight), row_major_copy(residual.reshape(n, d_out)))
     else:
         y = row_major_copy(residual.reshape(n, d_out))
-        launch(add_product, *kernel_operands(weight), rows_of(x), EMPTY, np.float32(0), y)
+        launch(add_product, *kernel_operands(weight), few_rows_of(x), EMPTY, np.float32(0), y)
     return add_bias(y, bias).reshape(residual.shape)
 
 

@@ -86,12 +86,12 @@ class Guarded:
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         size = int(np.prod(shape))
-        self._buffer = np.full(size + 2 * GUARD, np.nan, dtype=DTYPES[dtype])
-        self._buffer[:GUARD] = self._buffer[GUARD + size :] = 1.5
-        self.out = self._buffer[GUARD : GUARD + size].reshape(shape)
+        self.buffer = np.full(size + 2 * GUARD, np.nan, dtype=DTYPES[dtype])
+        self.buffer[:GUARD] = self.buffer[GUARD + size :] = 1.5
+        self.out = self.buffer[GUARD : GUARD + size].reshape(shape)
 
     def is_intact(self) -> bool:
         """Tell whether nothing was written beside the output."""
         size = self.out.size
-        bands = self._buffer[:GUARD], self._buffer[GUARD + size :]
+        bands = self.buffer[:GUARD], self.buffer[GUARD + size :]
         return all(bool((band == 1.5).all()) for band in bands)

@@ -43,7 +43,7 @@ LSE = "The log-sum-exp of a row is that of its visible scores, and -inf where th
 
 def attention_trials(case: dict[str, Any], features: frozenset[str], **arithmetic: Any) -> list:
     """Make the trials of a case: the whole, then one row whose hidden keys hold poison."""
-    q, k, v = _operands(case)
+    q, k, v = draw_operands(case)
     seen = _visible(case)
     k, v = _hidden(case, k, v, seen.any(axis=(1, 2)))
     options = _options(case)
@@ -56,7 +56,7 @@ def attention_trials(case: dict[str, Any], features: frozenset[str], **arithmeti
 # ------------------------------------------------------------------ arrays
 
 
-def _operands(case: dict[str, Any]) -> tuple[Array, Array, Array]:
+def draw_operands(case: dict[str, Any]) -> tuple[Array, Array, Array]:
     """q, k, v of a case; the values keep the sign of their channel, so that no sum cancels."""
     rng, dtype, d = np.random.default_rng(case["seed"]), case["dtype"], case["d_head"]
     heads = (case["n_batch"], case["n_kv_head"])

@@ -9,11 +9,11 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 from npllm.ops import mask as rules
-from npllm.testing.judging import on_host
 from npllm.testing.laws.arrays import Array, same_bits
 from npllm.testing.laws.broken import Finding, LawBroken
 from npllm.testing.laws.checks import Report, _strategies
 from npllm.testing.laws.subjects import parameter_names
+from npllm.testing.libraries import on_host
 
 __all__ = ["FEATURES", "Decoder", "check_decoder", "decoder_findings"]
 

@@ -16,10 +16,10 @@ import npllm
 from npllm import ops
 from npllm.analysis import packing, score, speed, steps
 from npllm.config.bert_config import BertConfig
-from npllm.decision import check_finite, check_scores
 from npllm.decoding import FILTER_ORDERS, Sampling, choose, next_token_distribution
 from npllm.encoder import cosine_similarities
 from npllm.errors import NpllmValueError
+from npllm.finite_scores import check_finite, check_scores
 
 strict = optional.module("array_api_strict")
 IDS = tiny.random_ids(1, 6)

@@ -1,4 +1,7 @@
-"""Right, wrong or not decidable: by the verdict, else by the bounds of a form."""
+"""Status of a diagnosed output, before any convention is tried: right, wrong or not decidable.
+
+It is that of the verdict; where an operation has none, that of the bounds of its form.
+"""
 
 from typing import Any, NamedTuple
 
@@ -11,13 +14,13 @@ from npllm.testing.location import where
 from npllm.testing.search import UNITS, Search, allowance, dtype_name
 from npllm.testing.verdicts import Verdict, verdict
 
-__all__ = ["Judgement", "is_vague", "judge_output"]
+__all__ = ["OutputStatus", "is_vague", "output_status"]
 
 CLOSE = 0.5  # share of the entries whose bound may exceed their value before nothing can be said
 
 
-class Judgement(NamedTuple):
-    """What is said of an output before any convention is tried.
+class OutputStatus(NamedTuple):
+    """Status of an output, and where it is wrong.
 
     Parameters
     ----------
@@ -37,9 +40,9 @@ class Judgement(NamedTuple):
     search: Search
 
 
-def judge_output(
+def output_status(
     op: str, inputs: dict[str, Any], output: Array, *, is_repeated: bool = False
-) -> Judgement:
+) -> OutputStatus:
     """Say whether an output is right.
 
     Parameters
@@ -54,7 +57,7 @@ def judge_output(
 
     Returns
     -------
-    judgement : Judgement
+    status : OutputStatus
 
     Notes
     -----
@@ -71,13 +74,13 @@ def judge_output(
             status = said
     status = "right" if is_repeated else status
     if status == "right":
-        return Judgement(status, "", None, search)
+        return OutputStatus(status, "", None, search)
     place = (
         found.where
         if found is not None and found.where != "nowhere"
         else _where(op, search, output)
     )
-    return Judgement(status, place, None if found is None else found.model, search)
+    return OutputStatus(status, place, None if found is None else found.model, search)
 
 
 def _by_bounds(op: str, inputs: dict, output: Array) -> tuple[str, Search]:

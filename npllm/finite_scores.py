@@ -1,4 +1,4 @@
-"""The last look at numbers before they become a decision or a figure.
+"""Checks that scores are finite, before a token is chosen or a figure computed from them.
 
 NaN has no place in an order: `argmax` returns its index, a sort puts it last, a sum becomes NaN.
 Whatever chooses a token or reports a number passes its scores through here first.

@@ -1,4 +1,4 @@
-"""Errors held against a budget: within, wrong, or not decidable."""
+"""Whether errors are within a budget: within, wrong, or not decidable."""
 
 from typing import Any
 
@@ -6,9 +6,8 @@ import numpy as np
 
 from npllm.testing.arithmetic import LARGEST
 from npllm.testing.budgets import Budget
-from npllm.testing.libraries import torch_to_numpy
 
-__all__ = ["absolute_errors", "judge", "on_host", "undetermined"]
+__all__ = ["absolute_errors", "judge", "undetermined"]
 
 Array = Any
 
@@ -64,10 +63,3 @@ def absolute_errors(found: Array, exact: Array, finite: Array, bound: Budget) ->
         same = np.isinf(got) & (towards >= LARGEST[str(found.dtype)])
     error = np.where(usable, error, np.inf)
     return np.where(same, 0.0, error)
-
-
-def on_host(x: Array) -> Array:
-    """Bring an array of any library to NumPy; bfloat16 of torch by its bits."""
-    if type(x).__module__.partition(".")[0] == "torch":
-        return torch_to_numpy(x)
-    return np.asarray(x.get() if hasattr(x, "get") else x) if hasattr(x, "dtype") else x

@@ -1,4 +1,4 @@
-"""Copies of a model, and a model in another process."""
+"""ModelBase: what `Model` and `Encoder` share: weights, operations, copying, pickling."""
 
 import copy
 from typing import Any
@@ -8,12 +8,12 @@ from npllm.arrays import array_namespace, backend_name
 from npllm.kernels import SETS, choose_ops
 from npllm.ops.opset import Ops
 
-__all__ = ["Portable"]
+__all__ = ["ModelBase"]
 
 DERIVED = ("_xp", "_rotations", "_rules")  # set by `_set_up`
 
 
-class Portable:
+class ModelBase:
     """What a model and an encoder have in common: config, weights, operations, origin.
 
     Pickled, it is its settings and, in place of the weights, their origin: the folder, from which
@@ -42,7 +42,7 @@ class Portable:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in DERIVED}
-        state["ops"] = _portable_ops(self.ops, backend_name(self._xp))
+        state["ops"] = _picklable_ops(self.ops, backend_name(self._xp))
         if self.origin is not None:
             del state["params"]
         return state
@@ -67,7 +67,7 @@ class Portable:
         return new
 
 
-def _portable_ops(ops: Ops, backend: str) -> Ops | str:
+def _picklable_ops(ops: Ops, backend: str) -> Ops | str:
     """The name of a set that has one, else the set itself."""
     names = [name for name in SETS if name != "cuda" or backend != "numpy"]
     return next((name for name in names if choose_ops(name, backend) is ops), ops)
