@@ -45,6 +45,8 @@ from npllm.loading import load
 from npllm.model import Model
 from npllm.pipelines import pipeline
 from npllm.text.tokenizer import Tokenizer
+from npllm.tracing.record import trace
+from npllm.tracing.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,7 @@ __all__ = [
     "Model",
     "NpllmError",
     "Tokenizer",
+    "Trace",
     "beam",
     "cost",
     "load",
@@ -64,6 +67,7 @@ __all__ = [
     "pipeline",
     "score",
     "steps",
+    "trace",
 ]
 
 _REPORT = (

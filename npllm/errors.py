@@ -7,6 +7,7 @@ do.
 __all__ = [
     "MissingExtraError",
     "NpllmError",
+    "NpllmKeyError",
     "NpllmOSError",
     "NpllmRuntimeError",
     "NpllmTypeError",
@@ -20,6 +21,13 @@ class NpllmError(Exception):
 
 class NpllmValueError(NpllmError, ValueError):
     """A value, shape, config entry or option that cannot be right."""
+
+
+class NpllmKeyError(NpllmError, KeyError):
+    """A name that a mapping does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # KeyError would put it in quotes
 
 
 class NpllmTypeError(NpllmError, TypeError):

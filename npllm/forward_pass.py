@@ -1,6 +1,6 @@
 """The forward pass: from token ids to logits, with or without a cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.model_base import ModelBase
 from npllm.models import heads, phi3
 from npllm.models.params import Params
+from npllm.models.patch import Patch, value_names
 from npllm.models.rotations import Rotations
 from npllm.ops.opset import Ops
 
@@ -135,13 +136,63 @@ class CausalLM(ModelBase):
         n_keep = check_integer("logits_to_keep", logits_to_keep, 0, 2**63)
 
         def call(draft: KVCache | None) -> Array:
-            tokens = self._check(input_ids, attention_mask, position_ids, draft)
+            tokens = self.check_tokens(input_ids, attention_mask, position_ids, draft)
             hidden = self._hidden(tokens, draft, tap)
             if self.config.head == "sequence":
                 return self._classify_sequences(hidden, tokens, attention_mask is not None)
             return self._head(hidden, n_keep, tap)
 
         return self._transact(cache, call)
+
+    def run(
+        self,
+        input_ids: Any,
+        *,
+        patch: Mapping[str, Any],
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        tap: Tap | None = None,
+    ) -> Array:
+        """Score every possible next token while some values are replaced.
+
+        Parameters
+        ----------
+        input_ids : integer array [n_batch, n_seq]
+        patch : mapping of str to function or array
+            By the names of `npllm.models.taps`.  A function gets the value, which it must not
+            change in place, and returns what the model goes on with; an array takes the value's
+            place.  Shape and dtype stay.
+        attention_mask, position_ids, cache, logits_to_keep
+            As in `__call__`.
+        tap : function (name, array) -> array, optional
+            As in `__call__`; sees every value after its patch.
+
+        Returns
+        -------
+        logits : array [n_batch, n_seq, n_vocab]
+            As `__call__` returns them.
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            As `__call__`; for a name that the run does not have, a patch that never fired, and one
+            that returns another library, dtype or shape.
+
+        Notes
+        -----
+        Source: "Locating and Editing Factual Associations in GPT" (Meng et al. 2022), section 2.1.
+        """
+        names = value_names(self.config, cached=cache is not None)
+        return self(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            logits_to_keep=logits_to_keep,
+            tap=Patch(patch, names, self._xp, tap),
+        )
 
     def model(
         self,
@@ -169,7 +220,7 @@ class CausalLM(ModelBase):
         """
 
         def call(draft: KVCache | None) -> Array:
-            tokens = self._check(input_ids, attention_mask, position_ids, draft)
+            tokens = self.check_tokens(input_ids, attention_mask, position_ids, draft)
             return self._hidden(tokens, draft, tap)
 
         return self._transact(cache, call)
@@ -187,8 +238,11 @@ class CausalLM(ModelBase):
             )
         return phi3.lm_head(hidden, self.params, self.ops, tap)
 
-    def last_logits(self, ids: Array, valid: Array, cache: KVCache | None = None) -> Array:
-        """Score the token after ids that were checked before: what a decoding loop calls.
+    def last_logits(
+        self, ids: Array, valid: Array, cache: KVCache | None = None, *, n_keep: int = 1
+    ) -> Array:
+        """Score the tokens after the last of ids that were checked before: what a decoding loop
+        calls.
 
         Parameters
         ----------
@@ -197,16 +251,18 @@ class CausalLM(ModelBase):
         valid : bool array [n_batch, n_ctx]
             NumPy; which slots hold tokens, cached ones included.
         cache : KVCache, optional
+        n_keep : int
+            After how many of the last ids; at most n_seq.
 
         Returns
         -------
-        logits : array [n_batch, n_vocab]
+        logits : array [n_batch, n_keep, n_vocab]
             In the library of the weights.
         """
 
         def call(draft: KVCache | None) -> Array:
             tokens = Tokens(ids, valid, _counted_positions(valid, ids.shape[1]))
-            return self._head(self._hidden(tokens, draft, None), 1, None)[:, -1, :]
+            return self._head(self._hidden(tokens, draft, None), n_keep, None)
 
         return self._transact(cache, call)
 
@@ -256,10 +312,16 @@ class CausalLM(ModelBase):
         mask = None if self.mask is None else tuple(self._rules)
         return CacheOwner(self.params, self.config, mask)
 
-    def _check(
+    def check_tokens(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: KVCache | None
     ) -> Tokens:
-        """Check the arguments of a call: the one door for ids from outside."""
+        """Check the arguments of a call, as in `__call__`: the one door for ids from outside.
+
+        Returns
+        -------
+        tokens : Tokens
+            With the mask and the positions that the call would use.
+        """
         ids = check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
         n_batch, n_seq = ids.shape
         if cache is not None:

@@ -87,6 +87,7 @@ class Model(CausalLM):
         begin_suppress_tokens: Sequence[int] | None = None,
         forced_eos_token_id: int | Sequence[int] | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
+        prompt_lookup_num_tokens: int | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> Any:
         """Continue a prompt.
@@ -125,6 +126,10 @@ class Model(CausalLM):
             Run after all of these and before the filters of sampling.  NumPy: ids [n_batch, n_ctx],
             padding included, and logits [n_batch, n_vocab], which a function returns in the same
             shape and dtype.
+        prompt_lookup_num_tokens : int, optional
+            For one prompt: up to so many tokens that followed the same words earlier are proposed
+            and verified in one pass (`npllm.decoding.prompt_lookup`).  The text is the same, sooner
+            where it repeats the prompt.  None: off.
         tools : list of dict, optional
             Only with messages: JSON schemas that the chat template describes to the model.
 
@@ -165,6 +170,7 @@ class Model(CausalLM):
             begin_suppress_tokens=begin_suppress_tokens,
             forced_eos_token_id=forced_eos_token_id,
             logits_processors=logits_processors,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
         found = read_prompt(self, prompt, attention_mask, tools)
         if options.num_beams > 1:
@@ -196,6 +202,7 @@ class Model(CausalLM):
         begin_suppress_tokens: Sequence[int] | None = None,
         forced_eos_token_id: int | Sequence[int] | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
+        prompt_lookup_num_tokens: int | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[str]:
         """Continue one prompt, and yield the new text piece by piece, never half a character.
@@ -241,6 +248,7 @@ class Model(CausalLM):
             begin_suppress_tokens=begin_suppress_tokens,
             forced_eos_token_id=forced_eos_token_id,
             logits_processors=logits_processors,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
             tools=tools,
         )
         return _pieces(run)

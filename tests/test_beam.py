@@ -221,9 +221,9 @@ class Table(npllm.Model):
             )  # the rest, spread thin
             self.table[last, 0, list(row)] = np.log(list(row.values()))
 
-    def last_logits(self, ids, valid, cache=None):
-        super().last_logits(ids, valid, cache)
-        return self.table[ids[:, -1], 0]
+    def last_logits(self, ids, valid, cache=None, *, n_keep=1):
+        super().last_logits(ids, valid, cache, n_keep=n_keep)
+        return self.table[ids[:, -n_keep:], 0]
 
 
 @pytest.mark.parametrize(("early_stopping", "second"), [(True, [10, 2]), ("never", [10, 11, 2])])

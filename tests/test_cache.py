@@ -216,6 +216,37 @@ def test_replace_rows_takes_over_what_a_coming_query_can_see(n_first, sizes, win
             close(x[1, :, :-1], keys(n - start, start, sign * (7.0 + layer))[1], times=0)
 
 
+@given(chunks, windows, st.integers(0, 300), st.integers(1, 20))
+def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(sizes, window, n_ctx, n_more):
+    cache, shorter = (KVCache(N_BATCH, 2, 4096, window) for _ in range(2))
+    before = 0
+    for n in sizes:
+        before = cache.n_ctx
+        append(cache, n)
+    n_ctx = min(n_ctx, cache.n_ctx)
+    first = cache.state.layers[0][2]
+    if n_ctx < before and window is not None and max(0, n_ctx - window + 1) < first:
+        with pytest.raises(NpllmValueError, match=f"cannot go back to n_ctx = {n_ctx}"):
+            cache.crop(n_ctx)
+        return
+    cache.crop(n_ctx)
+    if n_ctx:
+        append(shorter, n_ctx)
+    assert cache.ids.shape == shorter.ids.shape and cache.n_ctx == n_ctx
+    for got, want in zip(append(cache, n_more), append(shorter, n_more), strict=True):
+        assert got[2] == want[2]
+        for one, other in zip(got[:2], want[:2], strict=True):
+            close(one, other, times=0)
+
+
+def test_a_cache_is_cropped_to_what_it_holds():
+    cache = KVCache(N_BATCH, 2, 4096)
+    append(cache, 5)
+    for n_ctx in (6, -1):
+        with pytest.raises(NpllmValueError, match=f"n_ctx.*5.*got {n_ctx}"):
+            cache.crop(n_ctx)
+
+
 def test_a_models_cache_is_as_long_as_its_context():
     m = model(max_position_embeddings=20, sliding_window=6)
     assert (m.new_cache(3).n_batch, m.new_cache().max_slots, m.new_cache().window) == (3, 20, 6)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 import family
@@ -451,6 +452,19 @@ def live_shares(transformers, tmp_path, dtype, seeds):
         ]
         shares.append(float(np.mean(np.concatenate([part.ravel() for part in equal]))))
     return shares
+
+
+def test_the_docstring_lists_every_point():
+    listed = ops.emulate.__doc__.split("The points", 1)[1].split("Between two points", 1)[0]
+    assert {name for name in POINTS if not re.search(rf"\b{name}\b", listed)} == set()
+
+
+def test_points_may_come_from_a_generator():
+    x, w = np.ones((1, 2), np.float32), np.full((1, 2), 1 + 2**-7, np.dtype(tiny.DTYPES["BF16"]))
+    w = w + np.array([[2**-7, 0]], w.dtype)
+    rounded = ops.emulate("bfloat16", (name for name in ("linear",))).linear(x, w)
+    assert rounded == ops.emulate("bfloat16", ["linear"]).linear(x, w)
+    assert rounded != ops.emulate("bfloat16", []).linear(x, w)
 
 
 @pytest.mark.live

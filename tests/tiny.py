@@ -271,7 +271,7 @@ class Scripted(npllm.Model):
     def ids(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def last_logits(self, ids, valid, cache=None):  # noqa: ARG002 - what a model takes
+    def last_logits(self, ids, valid, cache=None, *, n_keep=1):  # noqa: ARG002 - what a model takes
         n_seen = valid.shape[1]
         self.n_prompt = n_seen if self.n_prompt is None else self.n_prompt
         self.n_calls += 1
@@ -279,4 +279,4 @@ class Scripted(npllm.Model):
         for row, told in enumerate(self.script[: len(ids)]):
             step = n_seen - self.n_prompt
             logits[row, told[step] if step < len(told) else self.ids(" ")[0]] = 1
-        return logits
+        return logits[:, None]

@@ -10,7 +10,7 @@ import numpy as np
 from npllm.errors import MissingExtraError
 from npllm.ops import mask
 
-__all__ = ["draw_masks", "draw_weights", "example_rules"]
+__all__ = ["draw_masks", "draw_weights", "example_rules", "new_figure"]
 
 Array = Any
 
@@ -75,7 +75,7 @@ def draw_masks(
     """
     rules = example_rules(n) if rules is None else rules
     lines = -(-len(rules) // columns)
-    figure = _figure((2.4 * columns, 2.6 * lines))
+    figure = new_figure((2.4 * columns, 2.6 * lines))
     for number, (name, rule) in enumerate(rules.items(), 1):
         _draw_rule(figure.add_subplot(lines, columns, number), name, rule, np.arange(n))
     figure.tight_layout()
@@ -113,7 +113,7 @@ def draw_weights(path: str | Path, weights: Array, tokens: list[str], title: str
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     side = max(3.0, 0.3 * len(tokens)) if len(panels) == 1 else 2.6
-    figure = _figure((side * columns + 1, side * lines + 0.6))
+    figure = new_figure((side * columns + 1, side * lines + 0.6))
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(lines, columns, number + 1)
         axes.imshow(panel, cmap="Blues", vmin=0, vmax=1)
@@ -133,7 +133,7 @@ def _label_tokens(axes: Any, tokens: list[str], n_seq: int) -> None:
     axes.set_yticks(range(len(queries)), queries, fontsize=7, parse_math=False)
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Any:
     """Create an empty figure that is saved to a file and needs no display."""
     try:
         from matplotlib.figure import Figure

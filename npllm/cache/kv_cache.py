@@ -16,6 +16,7 @@ from npllm.cache.state import (
     State,
     capacity_for,
     check_held,
+    crop,
     empty,
     first_visible,
     reallocated,
@@ -320,6 +321,38 @@ class KVCache:
                 f"got {chosen.tolist()}"
             )
         self.transact(lambda draft: draft._select(chosen))
+
+    def crop(self, n_ctx: int) -> None:
+        """Forget the tokens from slot n_ctx on.
+
+        Parameters
+        ----------
+        n_ctx : int
+
+        Raises
+        ------
+        NpllmValueError
+            When the cache holds fewer tokens, or no longer holds what a query in slot n_ctx sees: a
+            sliding window gives up old keys.
+        NpllmRuntimeError
+            When another call is using the cache.
+
+        Notes
+        -----
+        Source: `DynamicCache.crop` in Transformers.
+        """
+        n = check_integer("n_ctx", n_ctx, 0, self.n_ctx, " (cached tokens)")
+        first = max((layer[2] for layer in self._state.layers if layer), default=0)
+        if first_visible(n, self.window) < first:
+            raise NpllmValueError(
+                f"the cache cannot go back to n_ctx = {n}: a query there sees slots from "
+                f"{first_visible(n, self.window)} on, and only those from {first} on are kept "
+                f"(sliding_window {self.window})"
+            )
+        self.transact(lambda draft: draft._crop(n))
+
+    def _crop(self, n_ctx: int) -> None:
+        self._state = crop(self._state, n_ctx)
 
     def _select(self, rows: Array) -> None:
         self._state = select_rows(self._state, rows)

@@ -14,6 +14,7 @@ __all__ = [
     "State",
     "capacity_for",
     "check_held",
+    "crop",
     "empty",
     "first_visible",
     "reallocated",
@@ -28,8 +29,8 @@ SMALLEST_CAPACITY = 64  # slots of the first allocation
 class State(NamedTuple):
     """What a cache holds.  It is replaced as a whole, so that a call happens wholly or not at all.
 
-    Arrays of keys and values are shared by old and new states: a slot below `n_ctx` is never
-    written again, and what a call that failed has written beyond it is overwritten by the next.
+    Arrays of keys and values are shared by old and new states: a slot below `n_ctx` is not written
+    again unless the cache is cropped, and what stands beyond it is overwritten by the next call.
     """
 
     owner: CacheOwner | None
@@ -108,6 +109,16 @@ def select_rows(state: State, rows: Array) -> State:
         positions=state.positions[rows],
         valid=state.valid[rows],
         rope_variant=state.rope_variant[rows],
+    )
+
+
+def crop(state: State, n_ctx: int) -> State:
+    """Return the state without what stands in slot n_ctx and beyond; the arrays stay."""
+    return state._replace(
+        n_ctx=n_ctx,
+        ids=state.ids[:, :n_ctx],
+        positions=state.positions[:, :n_ctx],
+        valid=state.valid[:, :n_ctx],
     )
 
 

@@ -20,15 +20,20 @@ from npllm.models.params import LayerParams, Params  # noqa: F401 - importable f
 
 __all__ = [
     "INTEGER_DTYPES",
+    "NUMPY_DTYPES",
     "SAFETENSORS_DTYPES",
     "TensorEntry",
+    "check_file_name",
     "check_shapes",
     "read_entries",
+    "read_header",
 ]
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # Of buffers that old files hold.
 INTEGER_DTYPES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+# safetensors' name -> NumPy's, of every type that is read.
+NUMPY_DTYPES = SAFETENSORS_DTYPES | INTEGER_DTYPES | {"BOOL": "bool"}
 LARGEST_HEADER = 2**25  # bytes; published files have headers of up to 1 MB
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_DANGER = (
@@ -69,7 +74,7 @@ def read_entries(folder: str | PathLike[str]) -> dict[str, TensorEntry]:
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if is_present(single):
-        return _read_header(single)
+        return read_header(single)
     if not is_present(index):
         raise NpllmOSError(
             f"{folder}: holds neither {single.name} nor {index.name}{_found_instead(folder)}"
@@ -84,8 +89,8 @@ def read_entries(folder: str | PathLike[str]) -> dict[str, TensorEntry]:
 
 def _read_shards(index: Path, weight_map: dict[str, Any]) -> dict[str, TensorEntry]:
     """Read the headers of the files that an index names."""
-    files = sorted({_check_file_name(index, file) for file in weight_map.values()})
-    headers = {file: _read_header(index.parent / file) for file in files}
+    files = sorted({check_file_name(index, file) for file in weight_map.values()})
+    headers = {file: read_header(index.parent / file) for file in files}
     missing = [
         f"{name} in {file}" for name, file in weight_map.items() if name not in headers[file]
     ]
@@ -102,9 +107,24 @@ def _read_shards(index: Path, weight_map: dict[str, Any]) -> dict[str, TensorEnt
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """Read one file's header: its length in 8 bytes, little-endian, then JSON.
 
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    entries : dict of str to TensorEntry
+
+    Raises
+    ------
+    NpllmOSError
+        When the file is missing, truncated, or not safetensors.
+
+    Notes
+    -----
     The safetensors library validates the header first.
     """
     if not is_present(path):
@@ -137,8 +157,24 @@ def _entry(path: Path, data_start: int, content: dict[str, Any]) -> TensorEntry:
     return TensorEntry(path, content["dtype"], shape, data_start + start, data_start + stop)
 
 
-def _check_file_name(index: Path, name: Any) -> str:
-    """Check a file name in an index: the file, or a link to it, must be in the same folder."""
+def check_file_name(index: Path, name: Any) -> str:
+    """Check a file name in an index: the file, or a link to it, must be in the same folder.
+
+    Parameters
+    ----------
+    index : Path
+        For the message.
+    name : str
+
+    Returns
+    -------
+    name : str
+
+    Raises
+    ------
+    NpllmValueError
+        For a path, a name that no terminal can show, and a file that may hold Python pickles.
+    """
     is_name = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
     if not is_name or "\\" in name or not name.isprintable():
         raise NpllmValueError(f"{index}: may only name files of its own folder, got {quote(name)}")

@@ -4,13 +4,15 @@ A mapping holds one file descriptor.  It lives as long as an array that views it
 """
 
 import mmap
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.checkpoints.safetensors import INTEGER_DTYPES, SAFETENSORS_DTYPES, TensorEntry
+from npllm.checkpoints.safetensors import NUMPY_DTYPES, TensorEntry
 from npllm.errors import NpllmOSError
 
 __all__ = ["TensorFiles", "view_of"]
@@ -26,6 +28,9 @@ class TensorFiles:
     is_mapped : bool
         True: tensors are read-only views of the mapped files.  False: they are read-only copies,
         which no later change of a file can reach.
+    keeps : bool
+        True: a file stays mapped as long as this object lives.  False: as long as an array views
+        it, so that a walk over many files holds few of them open.
 
     Notes
     -----
@@ -35,9 +40,9 @@ class TensorFiles:
     one.
     """
 
-    def __init__(self, is_mapped: bool = True) -> None:
+    def __init__(self, is_mapped: bool = True, *, keeps: bool = True) -> None:
         self._is_mapped = is_mapped
-        self._mappings: dict[Path, np.ndarray] = {}
+        self._mappings: MutableMapping[Path, np.ndarray] = {} if keeps else WeakValueDictionary()
 
     def read(self, entry: TensorEntry) -> np.ndarray:
         """Read one tensor of numbers.
@@ -45,7 +50,7 @@ class TensorFiles:
         Parameters
         ----------
         entry : TensorEntry
-            Of a dtype in `SAFETENSORS_DTYPES` or `INTEGER_DTYPES`.
+            Of a dtype in `NUMPY_DTYPES`.
 
         Returns
         -------
@@ -67,12 +72,14 @@ class TensorFiles:
 
     def _view(self, entry: TensorEntry) -> np.ndarray:
         """View the bytes of a tensor in the mapped file."""
-        if entry.file not in self._mappings:
+        mapping = self._mappings.get(entry.file)
+        if mapping is None:
             try:
-                self._mappings[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
+                mapping = np.memmap(entry.file, np.uint8, mode="r")
             except (OSError, ValueError) as error:
                 raise _changed(entry, f"cannot be mapped into memory ({error})") from None
-        raw = self._mappings[entry.file][entry.start : entry.stop]
+            self._mappings[entry.file] = mapping
+        raw = mapping[entry.start : entry.stop]
         if len(raw) != entry.stop - entry.start:
             raise _changed(entry, "cannot be mapped into memory (it ends within a tensor)")
         return raw
@@ -97,7 +104,7 @@ def view_of(entry: TensorEntry) -> np.ndarray:
 
 def _stored_dtype(entry: TensorEntry) -> np.dtype:
     """Return the little-endian dtype of a tensor."""
-    name = SAFETENSORS_DTYPES.get(entry.dtype) or INTEGER_DTYPES[entry.dtype]
+    name = NUMPY_DTYPES[entry.dtype]
     return (DTYPES[name] if name in DTYPES else np.dtype(name)).newbyteorder("<")
 
 

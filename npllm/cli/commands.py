@@ -18,8 +18,10 @@ from npllm.cli import (
     generation,
     measurements,
     mutants,
+    precision,
     predictions,
     testing,
+    tracing,
     views,
 )
 from npllm.errors import NpllmError
@@ -27,7 +29,18 @@ from npllm.progress import report
 
 __all__ = ["main"]
 
-GROUPS = (generation, predictions, checkpoints, views, measurements, testing, check, mutants)
+GROUPS = (
+    generation,
+    predictions,
+    checkpoints,
+    views,
+    tracing,
+    measurements,
+    testing,
+    check,
+    mutants,
+    precision,
+)
 
 
 class _Group(click.Group):

@@ -18,6 +18,7 @@ __all__ = [
     "chat_option",
     "filter_options",
     "json_option",
+    "load_causal",
     "model_options",
     "path_option",
     "sampling_options",
@@ -65,14 +66,14 @@ def model_options(command: Command) -> Command:
         *args: Any, path: str | None, backend: str, dtype: str | None, ops_name: str, **options: Any
     ) -> Any:
         load_model = functools.partial(
-            _load_causal, path, backend=backend, dtype=dtype, ops=ops_name
+            load_causal, path, backend=backend, dtype=dtype, ops=ops_name
         )
         return command(*args, model=load_model, **options)
 
     return wrapped
 
 
-def _load_causal(path: str | None, **options: Any) -> Model:
+def load_causal(path: str | None, **options: Any) -> Model:
     """Load a causal language model; raise for an encoder."""
     model = load(path, **options)
     if isinstance(model, Encoder):
@@ -111,6 +112,11 @@ _GENERATION = (
         "--use-cache/--no-use-cache",
         default=True,
         help="Without the cache each step recomputes all tokens.",
+    ),
+    click.option(
+        "--prompt-lookup-num-tokens",
+        type=click.IntRange(min=1),
+        help="Verify up to so many tokens in one pass, which followed the same words earlier.",
     ),
 )
 

@@ -12,11 +12,13 @@ from npllm.cache import KVCache
 from npllm.decoding.constraints import constrain
 from npllm.decoding.options import Options, resolve_options
 from npllm.decoding.prompt import Prompt, read_prompt, require_tokenizer
+from npllm.decoding.prompt_lookup import PromptLookup
 from npllm.decoding.sampling import choose, uniforms
 from npllm.decoding.sequences import Sequences
 from npllm.errors import NpllmValueError
 from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.forward_pass import CausalLM
+from npllm.models.rope import frequency_choice
 from npllm.progress import warn
 from npllm.text.stream import TextStream
 
@@ -57,6 +59,11 @@ class Generation:
                 "use generate or beam_search, or give num_beams=1"
             )
         self.model, self.options, self.is_text = model, options, prompt.is_text
+        if options.prompt_lookup_num_tokens and len(prompt.ids) > 1:
+            raise NpllmValueError(
+                "prompt_lookup_num_tokens takes one prompt at a time: the rows of a batch would "
+                f"keep different numbers of proposed tokens; got {len(prompt.ids)} prompts"
+            )
         tokenizer = require_tokenizer(model) if options.stop or prompt.is_text else None
         eos = model.generation_config.eos_token_id
         self._streams = [TextStream(tokenizer, eos, options.stop) for _ in prompt.ids]
@@ -133,7 +140,9 @@ def generate_tokens(
         Holds the prompts; each new token is appended.
     options : Options
         seed: the same seed draws the same numbers; None draws fresh ones.  use_cache=False computes
-        the whole sequence again for every token.
+        the whole sequence again for every token.  prompt_lookup_num_tokens: tokens are proposed and
+        verified several in a pass; each is chosen from its own logits, with its own number, so that
+        the text is the same.
 
     Yields
     ------
@@ -144,15 +153,51 @@ def generate_tokens(
     cache = model.new_cache(n_batch) if options.use_cache else None
     seed = secrets.randbits(64) if options.seed is None else options.seed
     sampling = replace(options.sampling, repetition_penalty=None)  # a constraint, applied first
+    lookup = PromptLookup(options.prompt_lookup_num_tokens)
     while sequences.n_ctx < sequences.n_max:
-        is_whole = sequences.n_new == 0 or cache is None
-        new = sequences.ids if is_whole else sequences.ids[:, -1:]
-        logits = last_logits(model, new, attention_mask=sequences.valid, cache=cache)
-        logits = constrain(logits, sequences, options, eos)
-        u = uniforms(seed, n_batch, sequences.n_new) if sampling.do_sample else None
-        token = choose(logits, sampling, u=u)
-        sequences.append(token)
-        yield token
+        proposed = _proposed(model, lookup, sequences)
+        n_kept = 0
+        for logits in step_logits(model, sequences, proposed, cache):
+            logits = constrain(logits, sequences, options, eos)
+            u = uniforms(seed, n_batch, sequences.n_new) if sampling.do_sample else None
+            token = choose(logits, sampling, u=u)
+            sequences.append(token)
+            yield token
+            if n_kept == len(proposed) or token[0] != proposed[n_kept]:
+                break
+            n_kept += 1
+        lookup.learn(len(proposed), n_kept)
+        if cache is not None and len(proposed):
+            cache.crop(sequences.n_ctx - 1)
+
+
+def _proposed(model: Any, lookup: PromptLookup, sequences: Sequences) -> Array:
+    """What to verify besides the next token: nothing before the first one, nothing beyond the end,
+    and nothing that other frequencies of RoPE would rotate.
+    """
+    if sequences.n_new == 0 or not lookup.n_tokens:
+        return sequences.ids[0, :0]
+    proposed = lookup.propose(sequences.ids[0], sequences.n_max - sequences.n_ctx - 1)
+    n, length = len(proposed), int(np.count_nonzero(sequences.valid))
+    choice = frequency_choice(model.config, length)
+    while n and frequency_choice(model.config, length + n) != choice:
+        n -= 1
+    return proposed[:n]
+
+
+def step_logits(
+    model: CausalLM, sequences: Sequences, proposed: Array, cache: KVCache | None
+) -> Iterator[Array]:
+    """One pass: logits [n_batch, n_vocab] after the sequences, then after each proposed token."""
+    is_whole = sequences.n_new == 0 or cache is None
+    new = sequences.ids if is_whole else sequences.ids[:, -1:]
+    valid, n = sequences.valid, len(proposed)
+    if n:
+        new = np.append(new, proposed[None], axis=1)
+        valid = np.append(valid, np.ones((1, n), bool), axis=1)
+    logits = to_numpy(model.last_logits(new, valid, cache, n_keep=1 + n))
+    for i in range(1 + n):
+        yield check_scores(logits[:, i], "the model's logits", FROM_MODEL)
 
 
 def last_logits(
@@ -175,7 +220,7 @@ def last_logits(
     NpllmValueError
         When a row is none: NaN, +inf, or nothing but -inf.
     """
-    logits = to_numpy(model.last_logits(ids, attention_mask, cache))
+    logits = to_numpy(model.last_logits(ids, attention_mask, cache))[:, -1]
     return check_scores(logits, "the model's logits", FROM_MODEL)
 
 

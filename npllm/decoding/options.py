@@ -35,6 +35,7 @@ class Options:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     use_cache: bool = True
+    prompt_lookup_num_tokens: int = 0
     num_beams: int = 1
     num_return_sequences: int = 1
     length_penalty: float = 1.0
@@ -48,6 +49,7 @@ def resolve_options(
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     use_cache: bool = True,
+    prompt_lookup_num_tokens: int | None = None,
     logits_processors: Sequence[Callable[[Array, Array], Array]] = (),
     do_sample: bool | None = None,
     repetition_penalty: float | None = None,
@@ -91,6 +93,7 @@ def resolve_options(
         **filters,
     )
     config.require_supported(sampling.do_sample)
+    beams = _beam_options(config, **others)
     return Options(
         max_new_tokens=n_new,
         seed=seed,
@@ -99,7 +102,8 @@ def resolve_options(
         constraints=resolve_constraints(config.constraints, config.source, **constraints),
         logits_processors=_processors(logits_processors),
         use_cache=check_flag("use_cache", use_cache),
-        **_beam_options(config, **others),
+        prompt_lookup_num_tokens=_lookup(prompt_lookup_num_tokens, use_cache, beams["num_beams"]),
+        **beams,
     )
 
 
@@ -257,6 +261,20 @@ def _stop_strings(config: GenerationConfig, stop: Any) -> tuple[str, ...]:
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
         raise NpllmTypeError(f"{where} must be strings, none of them empty, got {quote(stop)}")
     return tuple(texts)
+
+
+def _lookup(n: int | None, use_cache: bool, num_beams: int) -> int:
+    """How many tokens prompt lookup may propose; 0: it is off."""
+    if n is None:
+        return 0
+    found = check_integer("prompt_lookup_num_tokens", n, 1, MOST_TOKENS)
+    if not use_cache or num_beams > 1:
+        other = f"num_beams is {num_beams}" if use_cache else "use_cache is False"
+        raise NpllmValueError(
+            f"prompt_lookup_num_tokens = {found} needs the cache and a single beam, and {other}: "
+            "leave one of them out"
+        )
+    return found
 
 
 def _processors(given: Any) -> tuple[Callable[[Array, Array], Array], ...]:

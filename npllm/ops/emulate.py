@@ -1,9 +1,8 @@
-"""Rounding as another engine rounds: the set of operations that repeats Transformers' 16-bit
-arithmetic bit by bit.
+"""Emulation of 16-bit arithmetic: the set of operations that rounds where Transformers rounds.
 
-A model that Transformers runs in bfloat16 rounds after every elementary step.  Each such place has
-a name here (`POINTS`); between two of them everything is float32, as it is inside PyTorch's
-kernels.  Activations stay float32 arrays, of values that the 16-bit type holds.
+A model that Transformers runs in bfloat16 rounds after every elementary step.  Each such place is a
+rounding point with a name (`POINTS`); between two of them everything is float32, as it is inside
+PyTorch's kernels.  Activations are float32 arrays whose values the 16-bit type holds.
 """
 
 from collections.abc import Callable, Iterable
@@ -48,7 +47,7 @@ POINTS = {
 """Where a 16-bit model rounds: name -> what is rounded, in the order of a layer."""
 
 
-def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
+def emulate(dtype: str, points: Iterable[str] = tuple(POINTS), *, bitwise: bool = True) -> Ops:
     """Make the set of operations that rounds where Transformers rounds in a 16-bit type.
 
         model = npllm.load(folder, dtype="bfloat16", ops=npllm.ops.emulate("bfloat16"))
@@ -56,10 +55,15 @@ def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
     Parameters
     ----------
     dtype : str
-        "bfloat16" or "float16"; the weights must be stored in it.
+        "bfloat16" or "float16".
     points : collection of str
-        The places where it rounds, by the names below; the others stay float32.  Leave one out to
-        see what it costs, or to find the one that a kernel has forgotten.
+        Where to round, by the names below; the other places stay float32.  Leave one out to see
+        what it costs (`npllm precision` does so for each), or to find the one that a kernel has
+        forgotten.
+    bitwise : bool
+        True: sums in PyTorch's order, as far as it is known; the weights must be stored in `dtype`.
+        False: the library's matmul, about 20 times as fast, float32 sums in another order;
+        weights of any type are used as they are, in float32, without rounding.
 
     Returns
     -------
@@ -68,31 +72,47 @@ def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
 
     Raises
     ------
+    NpllmTypeError
+        While the model runs: for float64 activations, and under `bitwise` for weights of another
+        type.
     NpllmValueError
-        For another dtype, and for a point that does not exist.
+        For another dtype, and for a point that does not exist.  While the model runs: for an
+        attention with bias, softcap or return_lse, which the emulated model does not have.
 
     Notes
     -----
+    The points, in the order of a layer (as data: `from npllm.ops.emulate import POINTS`):
+
+        normalised, gain          rms_norm: x / root mean square; weight * that
+        linear                    every product with a weight matrix, bias included
+        tables                    cos and sin, after the attention factor; phases stay float32
+        cos_part, sin_part        apply_rope: x * cos; rotated x * sin
+        rotation                  apply_rope: the sum of the two
+        scores, scaled            attention: q k^T; scale * that
+        masked                    attention: scaled + the lowest finite number, where hidden
+        weights, values           attention: softmax; weights @ v
+        silu, gated               swiglu: silu(gate); that * up
+        residual                  the residual stream, after each half of a layer
+
+    Between two points everything is float32: sums of products, the mean of squares, exp and sum of
+    the softmax.
+
     Attention is the eager form with its n x n table.  A row that sees no key gets what Transformers
     gives it, the mean of all values (the lowest finite number is added to every score), where the
     definition gives zeros.
 
-    Points: normalised and gain (rms_norm: the row before, and after, its product with the weight);
-    linear (every product with a matrix, bias included); tables (cos and sin); cos_part, sin_part,
-    rotation (apply_rope: the products and their sum); scores, scaled, masked, weights, values
-    (attention: q k^T, times scale, plus mask, softmax, times v); silu, gated (swiglu); residual
-    (add).
-
     Equal bits need equal sums, and their order depends on PyTorch's kernel and the CPU.  Here it is
     that of the instruction VDPBF16PS: channel after channel in float32, the odd one of each pair
-    first.  It was found by comparison, on a CPU with AVX512_BF16 and PyTorch 2.13: there bfloat16
-    products of up to 512 channels came out equal in every entry tried; longer ones are cut into
-    blocks, which is not repeated.  Measured there, with `scripts/make_golden_emulate.py --measure`
-    and the live tests: of 40 random tiny bfloat16 models 39 are equal in every logit, 99.98 % of
-    all; in float16, where PyTorch sums in yet another order, 78 % of the logits of 20 models.  A
-    linear op of the default checkpoint, given the same input, is equal in 99.998 % of its outputs
-    (576 channels in; 1536: 99.98 %).  But 30 layers make any such last bit grow, and in the end 10
-    % of the logits are equal.
+    first.  It was found by comparison with PyTorch 2.13 on a CPU with AVX512_BF16: bfloat16
+    products of up to 512 channels have the same bits in every entry tried.  PyTorch cuts longer
+    ones into blocks, which is not repeated here.  Share of equal bits, measured on that CPU with
+    `scripts/make_golden_emulate.py --measure` and the tests marked live:
+
+        logits of 40 tiny bfloat16 models, random weights       99.98 % (39 models: all)
+        logits of 20 tiny float16 models (another order there)  78 %
+        linear of the default checkpoint, 576 channels in       99.998 %
+        linear of the default checkpoint, 1536 channels in      99.98 %
+        logits of the default checkpoint                        10 %: 30 layers amplify a last bit
 
     Distance from float64, max and mean of the logits' |difference|:
 
@@ -101,10 +121,11 @@ def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
         emulation of bfloat16             0.21, 0.018                    0.76, 0.12
         Transformers in bfloat16          0.21, 0.018 (the same bits)    0.95, 0.14
 
-    so that the default is the more accurate by four orders of magnitude.  Beside Transformers in
-    bfloat16, the default is off by 0.95 and 0.14 on that checkpoint, the emulation by 1.1 and 0.13:
-    two equally rough answers.  The most likely token of its 25 positions is Transformers' in 92 %
-    (default) and 96 % (emulation), and that of float64 in 100 % and 96 %.
+    The default operations are the more accurate by four orders of magnitude.  On that checkpoint,
+    the distance from Transformers in bfloat16 is 0.95 and 0.14 for the default operations, 1.1 and
+    0.13 for the emulation: two runs in bfloat16 are as far from each other as from float64.  The
+    most likely token at its 25 positions is that of float64 in 100 % (default) and 96 %
+    (emulation), and that of Transformers in bfloat16 in 92 % and 96 %.
 
     Source: `modeling_phi3.py` of Transformers 5.23 with `attn_implementation="eager"`.
     """
@@ -113,12 +134,13 @@ def emulate(dtype: str, points: Iterable[str] = tuple(POINTS)) -> Ops:
             f"emulate knows the 16-bit types {' and '.join(LARGEST)}, got {dtype!r}; "
             "the default operations compute in float32"
         )
-    unknown = sorted(set(points) - set(POINTS))
+    chosen = frozenset(points)
+    unknown = sorted(chosen - set(POINTS))
     if unknown:
         raise NpllmValueError(
             f"no rounding point is called {', '.join(unknown)}; there are {', '.join(POINTS)}"
         )
-    rounded = _Rounding(dtype, frozenset(points))
+    rounded = _Rounding(dtype, chosen, bitwise)
     named: dict[str, Callable[..., Any]] = {
         "embed": _embed,
         "linear": _linear,
@@ -138,6 +160,7 @@ class _Rounding(NamedTuple):
 
     dtype: str
     points: frozenset
+    bitwise: bool = True
 
     def __call__(self, point: str, x: Array) -> Array:
         """Round `x` if this point is one of those that round."""
@@ -145,9 +168,16 @@ class _Rounding(NamedTuple):
         return round_to(x, self.dtype) if point in self.points else x
 
     def weight(self, w: Array) -> Array:
-        """Return a weight as float32; raise where it is not stored in the emulated type."""
-        self.expect(w, self.dtype)
-        return widen(w)
+        """Return a weight as float32; raise where it is not stored in the emulated type, and equal
+        bits are asked for.
+        """
+        if self.bitwise:
+            self.expect(w, self.dtype)
+        return widen(w, array_namespace(w).float32)
+
+    def product(self, a: Array, b: Array, xp: Any) -> Array:
+        """Multiply matrices, with sums in float32."""
+        return _product(a, b, xp) if self.bitwise else xp.matmul(a, b)
 
     def expect(self, x: Array, dtype: Any) -> None:
         """Raise for an array of another dtype: a float64 model has nothing to emulate, a float32
@@ -164,8 +194,10 @@ class _Rounding(NamedTuple):
 
 def _embed(rounded: _Rounding, ids: Array, weight: Array) -> Array:
     """Look up `embed`: nothing to round."""
-    rounded.expect(weight, rounded.dtype)
-    return embed(ids, weight)
+    if rounded.bitwise:
+        rounded.expect(weight, rounded.dtype)
+    x = embed(ids, weight)
+    return array_namespace(x).astype(x, array_namespace(x).float32, copy=False)
 
 
 def _linear(rounded: _Rounding, x: Array, weight: Array, bias: Array = None) -> Array:
@@ -177,7 +209,7 @@ def _linear(rounded: _Rounding, x: Array, weight: Array, bias: Array = None) -> 
     n_rows = max(1, entries_at_once(weight) // max(1, d_in))
     y = xp.concat(
         [
-            _product(
+            rounded.product(
                 rows, xp.matrix_transpose(rounded.weight(weight[start : start + n_rows, :])), xp
             )
             for start in range(0, d_out, n_rows)
@@ -275,13 +307,13 @@ def _attention(
         xp.repeat(k, group, axis=-3),
         xp.repeat(v, group, axis=-3),
     )  # [..., n_kv_head, ...] -> [..., n_head, ...]
-    s = rounded("scores", _product(q, xp.matrix_transpose(k), xp))
+    s = rounded("scores", rounded.product(q, xp.matrix_transpose(k), xp))
     s = rounded("scaled", s * (q.shape[-1] ** -0.5 if scale is None else scale))
     if visible is not None:
         s = xp.where(visible, s, rounded("masked", s - LARGEST[rounded.dtype]))
     e = xp.exp(s - xp.max(s, axis=-1, keepdims=True))
     weights = rounded("weights", e / xp.sum(e, axis=-1, keepdims=True))
-    return rounded("values", _product(weights, v, xp))
+    return rounded("values", rounded.product(weights, v, xp))
 
 
 def _swiglu(rounded: _Rounding, gate: Array, up: Array) -> Array:

@@ -1,4 +1,9 @@
-"""Attention of one query of each sequence: a decoding step."""
+"""Attention of a few queries of each sequence: a decoding step, or several proposed tokens at once.
+
+A query's scores, its softmax and its sum over values are evaluated in one order, from the first key
+that it sees to the last, whatever other queries there are: it has the same bits alone and in
+company.
+"""
 
 from typing import Any
 
@@ -15,6 +20,8 @@ __all__ = ["attend_step"]
 
 Array = Any
 
+BLOCK = 64  # keys, or values, that stay in the nearest cache while all queries read them
+
 
 @kernel(parallel=True)
 def attend_step(
@@ -23,48 +30,70 @@ def attend_step(
     sin: Array,
     keys: Array,
     values: Array,
+    bounds: Array,
     seen: Array,
     n_head: int,
     y: Array,
 ) -> None:
-    """Rotate one token of each sequence, write its key and value into the last column, and attend;
-    heads on all threads.
+    """Rotate a few tokens of each sequence, write their keys and values into the last columns, and
+    attend; heads on all threads.
 
-    qkv [n_batch, 1, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch or 1, d_rope], keys and
-    values [n_ctx, n_batch, n_kv_head, d_head], seen [n_batch or 1, n_ctx] or without a row, y
-    [n_batch, 1, n_head*d_head].
+    qkv [n_batch, n_seq, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch or 1, n_seq, d_rope],
+    keys and values [n_ctx, n_batch, n_kv_head, d_head], y [n_batch, n_seq, n_head*d_head].  A query
+    sees the keys from bounds[..., 0] to before bounds[..., 1], [n_batch or 1, n_seq, 2], where
+    seen [n_batch or 1, n_seq, n_ctx] is true; without a row of `seen` all of them.
     """
     n_ctx, n_batch, n_kv_head, d_head = keys.shape
-    group = n_head // n_kv_head
+    n_seq, group = qkv.shape[1], n_head // n_kv_head
     for b in range(n_batch):
         row = b if len(cos) > 1 else 0
-        append_token(
-            qkv[b, 0], cos[row], sin[row], n_head, keys[n_ctx - 1, b], values[n_ctx - 1, b]
-        )
+        for t in range(n_seq):
+            slot = n_ctx - n_seq + t
+            append_token(
+                qkv[b, t], cos[row, t], sin[row, t], n_head, keys[slot, b], values[slot, b]
+            )
     for at in prange(n_batch * n_head):
         b, h = at // n_head, at % n_head
-        q, row = np.empty(d_head, np.float32), b if len(cos) > 1 else 0
-        rotate(qkv[b, 0, h * d_head : (h + 1) * d_head], cos[row], sin[row], q)
-        p = softmax_weights(q, keys[:, b, h // group], seen, b)
-        weighted_sum(p, values[:, b, h // group], y[b, 0, h * d_head : (h + 1) * d_head])
+        q, row = np.empty((n_seq, d_head), np.float32), b if len(cos) > 1 else 0
+        for t in range(n_seq):
+            rotate(qkv[b, t, h * d_head : (h + 1) * d_head], cos[row, t], sin[row, t], q[t])
+        limits = bounds[b if len(bounds) > 1 else 0]
+        p = softmax_weights(q, keys[:, b, h // group], limits, seen, b)
+        sums = np.zeros((n_seq, d_head), np.float32)
+        weighted_sums(p, values[:, b, h // group], limits, sums)
+        for t in range(n_seq):
+            y[b, t, h * d_head : (h + 1) * d_head] = sums[t]
 
 
 @kernel()
-def softmax_weights(q: Array, keys: Array, seen: Array, b: int) -> Array:
-    """softmax(scale * keys @ q) over the keys that are seen; zeros where none is."""
-    n_ctx, d = keys.shape
-    kept, stride, whole, scale = (
-        flat_memory(keys),
-        keys.strides[0] // 4,
-        d // LANES * LANES,
-        np.float32(1 / np.sqrt(d)),
-    )
-    p, largest = np.empty(n_ctx, np.float32), np.float32(-np.inf)
-    row = b if len(seen) > 1 else 0
-    for j in range(n_ctx):
-        if len(seen) and not seen[row, j]:
-            p[j] = -np.inf
-            continue
+def softmax_weights(q: Array, keys: Array, bounds: Array, seen: Array, b: int) -> Array:
+    """exp(s - max s) with s = scale * keys @ q, [n_seq, n_ctx]: between the bounds of each query; 0
+    where a key is not seen.
+    """
+    n_seq, n_ctx = len(q), len(keys)
+    p = np.empty((n_seq, n_ctx), np.float32)
+    for start in range(0, n_ctx, BLOCK):
+        for t in range(n_seq):
+            first, stop = max(start, bounds[t, 0]), min(start + BLOCK, bounds[t, 1])
+            scores(q[t], keys, first, stop, p[t])
+    for t in range(n_seq):
+        largest = np.float32(-np.inf)
+        for j in range(bounds[t, 0], bounds[t, 1]):
+            if len(seen) and not seen[b if len(seen) > 1 else 0, t, j]:
+                p[t, j] = -np.inf
+            largest = max(largest, p[t, j])
+        if largest == -np.inf:  # nothing is seen
+            largest = np.float32(0)
+        exponentials(p[t, bounds[t, 0] : bounds[t, 1]], largest)
+    return p
+
+
+@kernel()
+def scores(q: Array, keys: Array, first: int, stop: int, p: Array) -> None:
+    """Write scale * keys @ q for the keys first ... stop - 1 into p."""
+    d, kept, stride = len(q), flat_memory(keys), keys.strides[0] // 4
+    whole, scale = d // LANES * LANES, np.float32(1 / np.sqrt(d))
+    for j in range(first, stop):
         s = splat(np.float32(0))
         for i in range(0, whole, LANES):
             s = fma(load(q, i), load(kept, j * stride + i), s)
@@ -72,32 +101,37 @@ def softmax_weights(q: Array, keys: Array, seen: Array, b: int) -> Array:
         for i in range(whole, d):
             score += q[i] * keys[j, i]
         p[j] = score * scale
-        largest = max(largest, p[j])
-    if largest == -np.inf:  # nothing is seen
-        largest = np.float32(0)
-    exponentials(p, largest)
-    return p
 
 
 @kernel()
-def weighted_sum(p: Array, values: Array, y: Array) -> None:
-    """Compute y = sum_j p[j] * values[j] / sum_j p[j]; zeros where the sum is."""
+def weighted_sums(p: Array, values: Array, bounds: Array, y: Array) -> None:
+    """Compute y[t] = sum_j p[t, j] * values[j] / sum_j p[t, j] between the bounds of each query;
+    zeros where the sum is, or where there is no key.
+    """
     n_ctx, d = values.shape
+    for start in range(0, n_ctx, BLOCK):
+        for t in range(len(y)):
+            first, stop = max(start, bounds[t, 0]), min(start + BLOCK, bounds[t, 1])
+            add_values(p[t], values, first, stop, y[t])
+    for t in range(len(y)):
+        denominator = np.float32(0)
+        for j in range(bounds[t, 0], bounds[t, 1]):
+            denominator += p[t, j]
+        if denominator > 0:
+            for i in range(d):
+                y[t, i] /= denominator
+
+
+@kernel()
+def add_values(p: Array, values: Array, first: int, stop: int, y: Array) -> None:
+    """Compute y += sum_j p[j] * values[j] over the keys first ... stop - 1, one after another."""
+    d = len(y)
     kept, stride, whole = flat_memory(values), values.strides[0] // 4, d // LANES * LANES
-    y[:] = 0
-    for start in range(0, n_ctx, 64):  # keys whose values stay in the nearest cache
-        stop = min(start + 64, n_ctx)
-        for i in range(0, whole, LANES):
-            a = load(y, i)
-            for j in range(start, stop):
-                a = fma(splat(p[j]), load(kept, j * stride + i), a)
-            store(y, i, a)
-        for i in range(whole, d):
-            for j in range(start, stop):
-                y[i] += p[j] * values[j, i]
-    denominator = np.float32(0)
-    for j in range(n_ctx):
-        denominator += p[j]
-    if denominator > 0:
-        for i in range(d):
-            y[i] /= denominator
+    for i in range(0, whole, LANES):
+        a = load(y, i)
+        for j in range(first, stop):
+            a = fma(splat(p[j]), load(kept, j * stride + i), a)
+        store(y, i, a)
+    for i in range(whole, d):
+        for j in range(first, stop):
+            y[i] += p[j] * values[j, i]

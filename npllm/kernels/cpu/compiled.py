@@ -55,15 +55,15 @@ Array = Any
 
 
 def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
-    """Compute the first half of a layer: one kernel for one token of a few sequences."""
+    """Compute the first half of a layer: one kernel for a few tokens with a cache."""
     weights = layer.input_layernorm, layer.qkv_proj, layer.o_proj
     if step.cache is None or not fits_step(x, *weights, step, layer.qkv_bias, layer.o_bias):
         return NotImplemented
     d_head = len(layer.qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    token = decode_inputs(step, len(x), d_head)
-    if token is None:
+    tokens = decode_inputs(step, len(x), x.shape[1], d_head)
+    if tokens is None:
         return NotImplemented
-    y = row_major_copy(x[:, 0])
+    y = row_major_copy(x)
     launch(
         attention_step,
         y,
@@ -71,7 +71,7 @@ def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
         np.float32(step.eps),
         *kernel_operands(layer.qkv_proj),
         bias_or_empty(layer.qkv_bias),
-        *token,
+        *tokens,
         step.n_head,
         *kernel_operands(layer.o_proj),
     )
@@ -107,7 +107,7 @@ def mlp_block(x: Array, layer: LayerParams, step: Step) -> Any:
 
 
 def decoder_layers(x: Array, layers: Any, step: Step) -> Any:
-    """Compute all layers: one kernel for one token of a few sequences where layers are alike."""
+    """Compute all layers: one kernel for a few tokens with a cache where layers are alike."""
     masks, first = step.masks, step.mask
     one_mask = masks is None or all(mask is first for mask in masks)
     known = (
@@ -121,9 +121,7 @@ def decoder_layers(x: Array, layers: Any, step: Step) -> Any:
 
 
 def decode_step(x: Array, layers: tuple[LayerParams, ...], step: Step) -> Array | None:
-    """One token of a few sequences through all layers; None where they are not what `layers_step`
-    is made for.
-    """
+    """A few tokens through all layers; None where they are not what `layers_step` is made for."""
     gain, qkv_proj, o_proj, *mlp = weights_of(layers[0])
     if not (fits_step(x, gain, qkv_proj, o_proj, step) and fits_mlp(x, *mlp)):
         return None
@@ -131,21 +129,19 @@ def decode_step(x: Array, layers: tuple[LayerParams, ...], step: Step) -> Array 
     if table is None:
         return None
     d_head = len(qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    token = decode_inputs(step, len(x), d_head)
-    if token is None:
+    tokens = decode_inputs(step, len(x), x.shape[1], d_head)
+    if tokens is None:
         return None
-    cos, sin, keys, values, seen = token
-    others = (
-        reserve_slots(step.cache, step.layer + n, len(x), step.n_kv_head, d_head)[:2]
-        for n in range(1, len(layers))
-    )
+    cos, sin, keys, values, bounds, seen = tokens
+    shape = len(x), step.n_kv_head, x.shape[1], d_head
+    others = (reserve_slots(step.cache, step.layer + n, shape)[:2] for n in range(1, len(layers)))
     cached = [(keys, values), *others]
     if not all(same_layout(k, keys) and same_layout(v, values) for k, v in cached):
         return None
     first = (*arrays[0], keys, values)
     table = np.hstack((table, [(data_address(k), data_address(v)) for k, v in cached]))
-    y = row_major_copy(x[:, 0])
-    launch(layers_step, y, first, table, np.float32(step.eps), cos, sin, seen, step.n_head)
+    y = row_major_copy(x)
+    launch(layers_step, y, first, table, np.float32(step.eps), cos, sin, bounds, seen, step.n_head)
     return y.reshape(x.shape)
 
 
@@ -161,15 +157,13 @@ def fits_step(
     qkv_bias: Array = None,
     o_bias: Array = None,
 ) -> bool:
-    """Tell whether the attention of one token of a few sequences is what `attention_step` is made
-    for.
-    """
+    """Tell whether the attention of a few tokens is what `attention_step` is made for."""
     if not (
         fits_product(x, qkv_weight, qkv_bias)
         and fits_gain(x, norm_weight)
-        and len(x) <= FEW_ROWS
+        and x.ndim == 3
+        and len(x) * x.shape[1] <= FEW_ROWS
         and fits_rope((*x.shape[:-1], len(qkv_weight)), *step[:4])
-        and x.shape[1] == 1
     ):
         return False
     d_head = len(qkv_weight) // (step.n_head + 2 * step.n_kv_head)

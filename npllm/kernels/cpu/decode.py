@@ -1,4 +1,4 @@
-"""One token of a few sequences through half a layer, or through all layers, in one kernel.
+"""A few tokens through half a layer, or through all layers, in one kernel.
 
 Decoding a small model is bound by Python call overhead: between two kernels the memory would be
 idle for longer than reading the weights of a layer takes.
@@ -49,23 +49,27 @@ def attention_step(
     sin: Array,
     keys: Array,
     values: Array,
+    bounds: Array,
     seen: Array,
     n_head: int,
     o_weight: Array,
     o_scales: Array,
 ) -> None:
-    """Add to x [n, d_model], a token of each sequence, in place: o_weight @ attention of heads of
-    rms_norm(x) @ qkv_weight.T.
+    """Add to x [n_batch, n_seq, d_model], in place: o_weight @ attention of heads of rms_norm(x) @
+    qkv_weight.T.
     """
-    n = len(x)
+    n_batch, n_seq, _ = x.shape
+    n = n_batch * n_seq
+    rows = x.reshape(n, -1)
     qkv = np.zeros((n, len(qkv_weight)), np.float32)
     if len(qkv_bias):
         for k in range(n):
             qkv[k] = qkv_bias
-    add_product(qkv_weight, qkv_scales, x, gain, eps, qkv)
-    y = np.empty((n, 1, o_weight.shape[1]), np.float32)
-    attend_step(qkv.reshape(n, 1, -1), cos, sin, keys, values, seen, n_head, y)
-    add_product(o_weight, o_scales, y.reshape(n, -1), EMPTY, np.float32(0), x)
+    add_product(qkv_weight, qkv_scales, rows, gain, eps, qkv)
+    y = np.empty((n_batch, n_seq, o_weight.shape[1]), np.float32)
+    heads = qkv.reshape(n_batch, n_seq, -1)
+    attend_step(heads, cos, sin, keys, values, bounds, seen, n_head, y)
+    add_product(o_weight, o_scales, y.reshape(n, -1), EMPTY, np.float32(0), rows)
 
 
 @kernel()
@@ -76,15 +80,17 @@ def layers_step(
     eps: float,
     cos: Array,
     sin: Array,
+    bounds: Array,
     seen: Array,
     n_head: int,
 ) -> None:
-    """Take x [n, d_model], one token of each sequence, through all layers, in place.
+    """Take x [n_batch, n_seq, d_model], a few tokens, through all layers, in place.
 
     first: of the first layer, gain, weight and scales of qkv_proj and of o_proj, gain, weight and
     scales of gate_up_proj and of down_proj, keys, values; table [n_layer, 12]: where those of each
     layer lie.
     """
+    rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
     for at in table:
         attention_step(
             x,
@@ -97,13 +103,14 @@ def layers_step(
             sin,
             array_at(first[10], at[10]),
             array_at(first[11], at[11]),
+            bounds,
             seen,
             n_head,
             array_at(first[3], at[3]),
             array_at(first[4], at[4]),
         )
         mlp_step(
-            x,
+            rows,
             array_at(first[5], at[5]),
             eps,
             array_at(first[6], at[6]),

@@ -29,7 +29,9 @@ __all__ = ["FEW_ROWS", "add_product"]
 
 Array = Any
 
-FEW_ROWS = 12  # up to here reading the weight directly is faster than panels; a multiple of 4
+FEW_ROWS = (
+    16  # up to here a weight is read directly, and a row has the same bits alone and in company
+)
 AHEAD = 512  # entries of each stream of weights that are prefetched
 STEP = 2 * LANES
 

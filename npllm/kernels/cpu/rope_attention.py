@@ -1,6 +1,6 @@
 """Rotation, append and attention in the compiled set: which kernel a call takes.
 
-One token a sequence takes one kernel, which writes into the cache itself.  Many tokens take one
+A few tokens with a cache take one kernel, which writes into the cache itself.  Many tokens take one
 kernel where the mask is a band of distances, else the blocks of the tiled set.
 """
 
@@ -14,8 +14,9 @@ from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.attention import PANELS, attend_many
 from npllm.kernels.cpu.attention_step import attend_step
 from npllm.kernels.cpu.fits import is_float32
+from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.launching import launch, n_workers
-from npllm.kernels.cpu.layout import row_major, row_major_copy, rows_of
+from npllm.kernels.cpu.layout import row_major, row_major_copy
 from npllm.kernels.cpu.rotation import rotate_all
 from npllm.kernels.cpu.softmax import softmax_update
 from npllm.kernels.cpu.tiled_attention import attend, no_bound
@@ -30,44 +31,50 @@ Array = Any
 
 
 def rope_attention(qkv: Array, step: Step) -> Any:
-    """Compute rotation, append and attention; one token a sequence takes one kernel, which writes
-    into the cache itself.
+    """Compute rotation, append and attention; a few tokens take one kernel, which writes into the
+    cache itself.
     """
     cos, sin, n_head, n_kv_head = step[:4]
     if not (is_float32(qkv) and fits_rope(qkv.shape, cos, sin, n_head, n_kv_head)):
         return NotImplemented
     n_batch, n_seq, d_qkv = qkv.shape
-    if n_seq > 1 or step.cache is None:
+    if n_batch * n_seq > FEW_ROWS or step.cache is None:
         return rope_attention_many(qkv, step)
     d_head = d_qkv // (n_head + 2 * n_kv_head)
-    token = decode_inputs(step, n_batch, d_head)
-    if token is None:
+    tokens = decode_inputs(step, n_batch, n_seq, d_head)
+    if tokens is None:
         return NotImplemented
-    y = np.empty((n_batch, 1, n_head * d_head), np.float32)
-    launch(attend_step, row_major_copy(qkv), *token, n_head, y)
+    y = np.empty((n_batch, n_seq, n_head * d_head), np.float32)
+    launch(attend_step, row_major_copy(qkv), *tokens, n_head, y)
     return y
 
 
-def decode_inputs(step: Step, n_batch: int, d_head: int) -> tuple[Array, ...] | None:
-    """What attention of one new token a sequence needs: its rotation, keys and values with room for
-    its own, and which it sees.
+def decode_inputs(step: Step, n_batch: int, n_seq: int, d_head: int) -> tuple[Array, ...] | None:
+    """What attention of a few new tokens needs, as `attend_step` takes it: their rotation, keys and
+    values with room for their own, and which keys they see.
 
     None where keys are not float32, or heads see different ones.
     """
-    keys, values, slots = reserve_slots(step.cache, step.layer, n_batch, step.n_kv_head, d_head)
-    seen = visible_keys(step.mask, slots, n_batch, step.n_head)
+    shape = n_batch, step.n_kv_head, n_seq, d_head
+    keys, values, slots = reserve_slots(step.cache, step.layer, shape)
+    visible = visible_keys(step.mask, slots, n_batch, n_seq, step.n_head)
     return (
-        (rows_of(step.cos), rows_of(step.sin), keys, values, seen)
-        if fits_cache_arrays(keys, values) and seen is not None
+        (table_of_tokens(step.cos), table_of_tokens(step.sin), keys, values, *visible)
+        if fits_cache_arrays(keys, values) and visible is not None
         else None
     )
 
 
-def reserve_slots(
-    cache: Any, layer: int, n_batch: int, n_kv_head: int, d_head: int
-) -> tuple[Array, Array, range]:
-    """Reserve a cache slot for one token of each sequence; return keys, values and slots."""
-    k = np.empty((n_batch, n_kv_head, 1, d_head), np.float32)  # its shape is asked for
+def table_of_tokens(x: Array) -> Array:
+    """A table of a few tokens: [n_batch or 1, n_seq, d_rope]."""
+    return row_major(x.reshape(-1, *x.shape[-2:]))
+
+
+def reserve_slots(cache: Any, layer: int, shape: tuple[int, ...]) -> tuple[Array, Array, range]:
+    """Reserve cache slots for new keys of a shape [n_batch, n_kv_head, n_seq, d_head]; return keys,
+    values and slots.
+    """
+    k = np.empty(shape, np.float32)  # its shape is asked for
     keys, values, slots = cache.reserve_slots(layer, k, k)
     return slots_first(keys), slots_first(values), slots
 
@@ -185,19 +192,34 @@ def attend_by_blocks(
     return ops.merge_heads(y)
 
 
-def visible_keys(mask: Any, slots: range, n_batch: int, n_head: int) -> Array | None:
-    """Which cached keys the query in the last slot sees, [n_batch or 1, n_ctx]; no row at all where
-    it sees every one.
+def visible_keys(
+    mask: Any, slots: range, n_batch: int, n_seq: int, n_head: int
+) -> tuple[Array, Array] | None:
+    """Which cached keys the queries in the last slots see: between which bounds, [n_batch or 1,
+    n_seq, 2], and there, [n_batch or 1, n_seq, n_ctx]; no row where every one is.
 
-    None where its heads see different ones.
+    None where heads see different ones.
     """
-    slot = slots.stop - 1
-    bound = ALL if mask is None else getattr(mask, "bound", no_bound)(slot, slot, slots.start, slot)
-    if bound == ALL:
-        return np.zeros((0, len(slots)), bool)
-    q = np.broadcast_to(np.float32(0), (n_batch, n_head, 1, 1))  # its shape is asked for
-    seen = np.asarray(evaluate_mask(np, mask, q, range(slot, slot + 1), slots))
+    slot, n_ctx = slots.stop - 1, len(slots)
+    if n_seq == 1:
+        bound = getattr(mask, "bound", no_bound)(slot, slot, slots.start, slot)
+        if mask is None or bound == ALL:
+            return np.array([[[0, n_ctx]]]), np.zeros((0, 1, n_ctx), bool)
+    q = np.broadcast_to(np.float32(0), (n_batch, n_head, n_seq, 1))  # its shape is asked for
+    found = evaluate_mask(np, mask, q, range(slots.stop - n_seq, slots.stop), slots)
+    seen = np.asarray(True if found is None else found)
     if seen.ndim > 2 and seen.shape[-3] != 1:
         return None
-    seen = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, (1, len(slots))))
-    return np.array(seen.reshape(-1, len(slots)), bool)
+    seen = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, (n_seq, n_ctx)))
+    return bounds_of(np.array(seen.reshape(-1, n_seq, n_ctx), bool))
+
+
+def bounds_of(seen: Array) -> tuple[Array, Array]:
+    """The first key that each query sees and the one after the last, [..., 2], with what they leave
+    open: `seen` itself, or no row of it.
+    """
+    n_ctx = seen.shape[-1]
+    first = np.argmax(seen, axis=-1)
+    stop = np.where(seen.any(-1), n_ctx - np.argmax(seen[..., ::-1], axis=-1), first)
+    is_whole = np.array_equal(stop - first, np.count_nonzero(seen, axis=-1))
+    return np.stack([first, stop], axis=-1), seen[:0] if is_whole else seen

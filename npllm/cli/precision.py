@@ -1,0 +1,56 @@
+"""The command that says what rounding costs: `npllm precision`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from npllm.cli.options import chat_option, json_option, model_options
+from npllm.cli.streams import print_json, read_prompt
+from npllm.model import Model
+from npllm.tracing.arithmetics import TYPES
+from npllm.tracing.precision import precision as measure
+from npllm.tracing.precision_plot import draw_precision
+
+__all__ = ["COMMANDS"]
+
+
+@click.command()
+@model_options
+@click.option("-p", "--prompt", required=True, help='"-": standard input.')
+@click.option(
+    "--type",
+    "types",
+    type=click.Choice((*TYPES, "float64")),
+    multiple=True,
+    help=f"What to measure; may be given again. [{', '.join(TYPES)}]",
+)
+@click.option(
+    "--shares/--no-shares",
+    default=True,
+    help="What each rounding point of the 16-bit types causes: most of the time goes there.",
+)
+@click.option("--plot", type=click.Path(), help="Draw error against depth, and the shares.")
+@chat_option
+@json_option
+def precision(
+    model: Callable[[], Model],
+    prompt: str,
+    types: tuple[str, ...],
+    plot: str | None,
+    chat: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Show what float32, bfloat16, float16 and int8 weights cost on a prompt, against float64."""
+    text = read_prompt(prompt, chat)
+    report = measure(model(), text, types=types or TYPES, progress=True, **options)
+    if plot:
+        draw_precision(plot, report)
+    if as_json:
+        print_json(report.facts())
+        return
+    click.echo(str(report))
+
+
+COMMANDS = (precision,)

@@ -1,0 +1,110 @@
+"""The compiled set: a row has the same bits alone and in company, of up to 16 rows.
+
+This is what makes verifying proposed tokens, reusing a prefix and serving many callers exact.
+"""
+
+from functools import lru_cache
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from close import close
+from hypothesis import given
+from hypothesis import strategies as st
+
+import npllm
+from npllm import kernels
+from npllm.quantized.int8 import quantize
+
+MOST = 16  # rows
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CONFIGS = {
+    "plain": {},
+    "window": {"sliding_window": 7},
+    "one key/value head, half rotated": {"num_key_value_heads": 1, "partial_rotary_factor": 0.5},
+    "odd widths": {"hidden_size": 36, "intermediate_size": 46, "num_attention_heads": 2},
+}
+made = st.tuples(st.sampled_from(list(CONFIGS)), st.sampled_from(list(DTYPES)))
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if kernels.compiled_ops() is None:
+        pytest.skip(kernels.why_not_compiled())
+
+
+@lru_cache
+def model(config, dtype):
+    return tiny.model(ops=kernels.compiled_ops(), dtype=DTYPES[dtype], **CONFIGS[config])
+
+
+@lru_cache
+def model_in_8_bits():
+    plain = tiny.model(hidden_size=64, intermediate_size=128)
+    names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    layers = tuple(
+        layer._replace(**{name: quantize(getattr(layer, name)) for name in names})
+        for layer in plain.params.layers
+    )
+    params = plain.params._replace(layers=layers, lm_head=quantize(plain.params.lm_head))
+    return npllm.Model(plain.config, params, ops=kernels.compiled_ops())
+
+
+def one_by_one(model, ids, n_past):
+    """Logits of the tokens from n_past on, each sent alone."""
+    cache = model.new_cache(1)
+    if n_past:
+        model(ids[:, :n_past], cache=cache)
+    steps = [model(ids[:, t : t + 1], cache=cache)[:, 0] for t in range(n_past, ids.shape[1])]
+    return np.stack(steps, axis=1)
+
+
+@given(made, st.integers(0, 9), st.integers(0, 30), st.integers(1, MOST))
+def test_tokens_sent_together_are_as_those_sent_one_by_one(which, seed, n_past, n_new):
+    m = model(*which)
+    ids = tiny.random_ids(1, n_past + n_new, seed)
+    together = m.new_cache(1)
+    if n_past:
+        m(ids[:, :n_past], cache=together)
+    close(m(ids[:, n_past:], cache=together), one_by_one(m, ids, n_past), times=0)
+
+
+@given(st.integers(0, 9), st.integers(0, 30), st.integers(1, MOST))
+def test_and_so_with_weights_in_8_bits(seed, n_past, n_new):
+    m = model_in_8_bits()
+    ids = tiny.random_ids(1, n_past + n_new, seed)
+    together = m.new_cache(1)
+    if n_past:
+        m(ids[:, :n_past], cache=together)
+    close(m(ids[:, n_past:], cache=together), one_by_one(m, ids, n_past), times=0)
+
+
+@given(made, st.integers(0, 9), st.integers(1, 5), st.integers(1, 20), st.integers(1, 3))
+def test_a_sequence_has_no_part_in_what_its_neighbours_are(which, seed, n_batch, n_past, n_new):
+    """The cache was filled row by row, so that only the step itself has company."""
+    m = model(*which)
+    ids = tiny.random_ids(n_batch, n_past + n_new, seed)
+    past, new = ids[:, :n_past], ids[:, n_past:]
+    caches = [m.new_cache(1) for _ in ids]
+    for row, cache in zip(past, caches, strict=True):
+        m(row[None], cache=cache)
+    shared = m.new_cache(1)
+    m(past[:1], cache=shared)
+    shared.reorder([0] * n_batch)
+    shared.transact(lambda draft: [draft.replace_rows([b], c) for b, c in enumerate(caches)])
+    together = m(new, cache=shared)
+    for row, cache, logits in zip(new, caches, together, strict=True):
+        close(logits[None], m(row[None], cache=cache), times=0)
+
+
+@given(made, st.integers(0, 9), st.integers(1, 6), st.integers(1, 12), st.integers(1, 10))
+def test_padding_on_the_left_does_not_matter(which, seed, n_pad, n_past, n_new):
+    m = model(*which)
+    ids = tiny.random_ids(1, n_pad + n_past + n_new, seed)
+    valid, padded = np.arange(ids.shape[1])[None] >= n_pad, m.new_cache(1)
+    n = n_pad + n_past
+    for t in range(n):
+        m(ids[:, t : t + 1], attention_mask=valid[:, : t + 1], cache=padded)
+    together = m(ids[:, n:], attention_mask=valid, cache=padded)
+    close(together, one_by_one(m, ids[:, n_pad:], 0)[:, n_past:], times=0)
