@@ -37,6 +37,7 @@ __all__ = [
     "ieee_semantics",
     "is_array",
     "is_integer",
+    "is_packed",
     "largest",
     "native",
     "round_to",
@@ -242,9 +243,14 @@ def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 def asarray(x: Any, xp: Any) -> Array:
     """Move a host array to library `xp`; no copy where it is there already."""
-    if hasattr(x, "to") and hasattr(x, "scales"):  # an Int8Weight
+    if is_packed(x):
         return x if xp is np else x.to(xp)
     return x if xp is np else xp.asarray(x)
+
+
+def is_packed(x: Any) -> bool:
+    """Tell whether `x` is a `PackedMatrix`: a weight that is no array of floats."""
+    return hasattr(x, "widened")
 
 
 def to_numpy(x: Any) -> Array:
@@ -277,7 +283,7 @@ def widen(x: Array, dtype: Any = None) -> Array:
     Parameters
     ----------
     x : array [...]
-        bfloat16, float16, float32 or float64; or an `Int8Weight`.
+        bfloat16, float16, float32 or float64; or a `PackedMatrix`.
     dtype : dtype, optional
         float32 or float64; by default what `compute_dtype(x)` says.
 
@@ -292,7 +298,7 @@ def widen(x: Array, dtype: Any = None) -> Array:
     NpllmTypeError
         When `x` is not of a float type.
     """
-    if hasattr(x, "widened"):
+    if is_packed(x):
         x = x.widened()
     if _dtype_name(x) not in _FLOATS:
         raise NpllmTypeError(

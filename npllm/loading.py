@@ -1,4 +1,4 @@
-"""`load`: from a checkpoint folder, or the name of a checkpoint, to a model or an encoder."""
+"""`load`: from a folder, a GGUF file or the name of a checkpoint to a model or an encoder."""
 
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +10,10 @@ from tokenizers import normalizers
 from npllm.arguments import check_flag
 from npllm.arrays import backend_name, backend_namespace
 from npllm.checkpoints.fetch import WHEELS, fetch, find_checkpoint
+from npllm.checkpoints.gguf import GGUFFile, is_gguf
+from npllm.checkpoints.gguf_config import gguf_config
+from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
+from npllm.checkpoints.gguf_weights import load_gguf_params
 from npllm.checkpoints.origin import Origin
 from npllm.checkpoints.sentence_settings import (
     SentenceSettings,
@@ -19,16 +23,23 @@ from npllm.checkpoints.sentence_settings import (
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import Config
 from npllm.config.regular_file import is_present
-from npllm.config.strict_json import read_json
+from npllm.config.strict_json import printable, read_json
 from npllm.decoding.generation_config import GenerationConfig
 from npllm.encoder import Encoder
-from npllm.errors import NpllmOSError
+from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.kernels import choose_ops
 from npllm.model import Model
 from npllm.ops.opset import Ops
 from npllm.text.tokenizer import Tokenizer
 
-__all__ = ["checkpoint_folder", "load", "load_encoder", "load_model"]
+__all__ = [
+    "checkpoint_folder",
+    "load",
+    "load_encoder",
+    "load_gguf",
+    "load_model",
+    "read_tokenizer",
+]
 
 
 def load(
@@ -39,19 +50,20 @@ def load(
     ops: Ops | str | None = None,
     mmap: bool = True,
 ) -> Any:
-    """Load a model from a checkpoint folder.
+    """Load a model from a checkpoint folder or a GGUF file.
 
     Parameters
     ----------
     path : str or Path, optional
-        A folder with config.json and safetensors, or the name of a fetched checkpoint
-        ("microsoft/Phi-3-mini-4k-instruct").  None: the default checkpoint, fetched on first use.
+        A folder with config.json and safetensors, a GGUF file ("model.gguf"; architectures phi3 and
+        llama), or the name of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").  None: the
+        default checkpoint, fetched on first use.
     backend : str
         "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
     dtype : str, optional
         Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8"
-        (matrices in 8 bits with a scale for every 64 entries); None: as stored.  With "float64"
-        everything is computed in float64.
+        (matrices in 8 bits with a scale for every 64 entries); None: as stored, which for a GGUF
+        file means in its blocks.  With "float64" everything is computed in float64.
     ops : Ops or str, optional
         None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
         definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA
@@ -80,17 +92,24 @@ def load(
     xp = backend_namespace(backend)
     ops, mmap = choose_ops(ops, backend_name(xp)), check_flag("mmap", mmap)
     folder = checkpoint_folder(path)
+    if is_gguf(folder):
+        return load_gguf(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
     if read_json(folder / "config.json").get("model_type") == "bert":
         return load_encoder(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
     return load_model(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
 
 
 def checkpoint_folder(path: str | Path | None) -> Path:
-    """Find the folder of a path, of a fetched checkpoint's name, or of the default checkpoint."""
+    """Find the folder of a path, of a fetched checkpoint's name, or of the default checkpoint.
+
+    A GGUF file is returned as it is; so is the only one of a folder without config.json.
+    """
     if path is None:
         return fetch()
     folder = Path(path)
     if folder.is_dir():
+        return _only_gguf(folder) or folder
+    if is_gguf(folder) and folder.exists():
         return folder
     found = find_checkpoint(str(path))
     if found is None:
@@ -100,9 +119,71 @@ def checkpoint_folder(path: str | Path | None) -> Path:
             else "OWNER/NAME` gets one from the Hugging Face hub"
         )
         raise NpllmOSError(
-            f"{path}: is neither a folder nor a fetched checkpoint; `npllm fetch {name}"
+            f"{path}: is neither a folder nor a fetched checkpoint nor a GGUF file; "
+            f"`npllm fetch {name}"
         )
-    return found
+    return _only_gguf(found) or found
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """Return the GGUF file of a folder without config.json; raise where there are several."""
+    if is_present(folder / "config.json"):
+        return None
+    files = sorted(file for file in folder.glob("*.gguf") if file.is_file())
+    if len(files) > 1:
+        names = ", ".join(printable(file.name) for file in files[:5])
+        raise NpllmValueError(f"{folder}: holds {len(files)} GGUF files; name one of {names}")
+    return files[0] if files else None
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint folder or a GGUF file."""
+    return gguf_tokenizer(GGUFFile(path)) if is_gguf(path) else Tokenizer.from_folder(path)
+
+
+def load_gguf(
+    path: Path,
+    *,
+    dtype: str | None = None,
+    ops: Ops | str | None = None,
+    xp: ModuleType = np,
+    mmap: bool = True,
+) -> Model:
+    """Load a causal language model from a GGUF file, its weights in blocks as they are stored.
+
+    Parameters
+    ----------
+    path : Path
+    dtype, ops, mmap, xp
+        As in `load_model`.
+
+    Returns
+    -------
+    model : Model
+
+    Raises
+    ------
+    NpllmOSError
+        When the file cannot be read.
+    NpllmValueError
+        When it is incomplete, contradictory, or holds what is not implemented: an architecture
+        other than llama and phi3, a pre-tokenizer, a type of a tensor.
+
+    Notes
+    -----
+    The token ids that end an answer are those of `GGUFFile.stop_ids`.
+    """
+    gguf = GGUFFile(path)
+    config = Config.from_json(gguf_config(gguf))
+    how: dict[str, Any] = {"dtype": dtype, "xp": xp, "mmap": mmap, "progress": True}
+    return Model(
+        config,
+        load_gguf_params(gguf, config, **how),
+        ops=ops,
+        tokenizer=gguf_tokenizer(gguf),
+        folder=path,
+        origin=Origin(path.absolute(), dtype, backend_name(xp), mmap),
+    )
 
 
 def load_model(

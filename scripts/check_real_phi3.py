@@ -12,6 +12,8 @@ logits in float32 (weights as stored), and the greedy answer to one question.  E
 import json
 import math
 import sys
+from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -23,6 +25,7 @@ from npllm.config.strict_json import read_json
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.loading import checkpoint_folder
 
+Facts = dict[str, Any]
 # Source: tests/models/phi3/test_modeling_phi3.py in Transformers: logits[0, :2, :30], compared
 # there in float32 with assert_close(rtol=1e-4, atol=1e-4).  The file had other numbers earlier; the
 # weights on the hub were replaced as well.
@@ -38,7 +41,7 @@ PROMPT = f"<|system|> {SYSTEM}<|end|><|user|> {QUESTION}<|end|><|assistant|>"
 NEAR_TIE = 0.01  # logits: a smaller margin may change sign with the order of summation
 
 
-def _rows(text):
+def _rows(text: str) -> list[list[float]]:
     return np.array(text.split(), dtype=float).reshape(2, 30).tolist()
 
 
@@ -91,7 +94,7 @@ PUBLISHED = {
 FORM = {"input_ids": INPUT_IDS, "messages": MESSAGES, "prompt": PROMPT}
 
 
-def published_for(config, folder):
+def published_for(config: Config, folder: Path) -> tuple[str, Facts]:
     """Name the model and return what was published of it, by its sizes and its RoPE factors."""
     sizes = (
         config.model_type,
@@ -115,7 +118,7 @@ def published_for(config, folder):
     )
 
 
-def read_expected(path):
+def read_expected(path: str) -> Facts:
     """Read other expected numbers: {"logits": {name: rows}, "input_ids": [...], "messages": [...],
     "text": ..., "prompt": ...}.
     """
@@ -138,7 +141,7 @@ def read_expected(path):
     return FORM | {"prompt": None, "text": None} | expected
 
 
-def compare_logits(model, expected):
+def compare_logits(model: npllm.Model, expected: Facts) -> list[Facts]:
     """Compare the first rows of logits with every published version; returns one row of the table
     for each.
     """
@@ -151,7 +154,7 @@ def compare_logits(model, expected):
     ]
 
 
-def _compare(name, logits, want):
+def _compare(name: str, logits: np.ndarray, want: np.ndarray) -> Facts:
     got = logits[: want.shape[0], : want.shape[1]]
     if got.shape != want.shape:
         raise NpllmValueError(
@@ -167,7 +170,7 @@ def _compare(name, logits, want):
     }
 
 
-def compare_text(model, expected):
+def compare_text(model: npllm.Model, expected: Facts) -> Facts:
     """Check that the published answer is the greedy one.
 
     The error is the largest margin between the best logit and that of the published token.
@@ -195,7 +198,7 @@ def compare_text(model, expected):
     return row | {"error": float(lack[at]), "verdict": f"differs, at token {at}: {ours[-60:]!r}"}
 
 
-def check(model, expected):
+def check(model: npllm.Model, expected: Facts) -> Facts:
     """Compare everything; the model agrees when one published version of the logits does and the
     text does not differ.
     """
@@ -213,7 +216,7 @@ def check(model, expected):
 )
 @click.option("--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(path, expected_file, backend, as_json):
+def main(path: str, expected_file: str | None, backend: str, as_json: bool) -> None:
     """Check npllm on Microsoft's own weights in the folder PATH."""
     try:
         folder = checkpoint_folder(path)

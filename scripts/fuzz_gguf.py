@@ -1,4 +1,4 @@
-"""Cases for `fuzz.py --mode gguf`: headers of GGUF files, converted and loaded."""
+"""Cases for `fuzz.py --mode gguf`: headers of GGUF files, loaded as they are, and converted."""
 
 import contextlib
 import random
@@ -28,6 +28,8 @@ class GGUFCases:
         rng = random.Random(f"{self.seed} {number}")
         path, out = self.scratch / "x.gguf", self.scratch / "out"
         path.write_bytes(self.content(rng) if change else self.content(None))
+        if run_packed(path) != "loads and runs" and not change:
+            raise SystemExit("the file is meant to run as it is")
         try:
             outcome = checked(lambda: convert_gguf.gguf_to_phi3(path, out))
             if outcome == "loads and runs":
@@ -250,7 +252,20 @@ def pack(code: str, x: float) -> bytes:
 
 def use_folder(folder: Path) -> None:
     """Use a converted folder; nothing may come out."""
-    model = npllm.load(folder, ops="reference")
+    use_model(npllm.load(folder, ops="reference"))
+
+
+def run_packed(path: Path) -> str:
+    """Run a file as it is; return the outcome of loading it."""
+    loaded: list[npllm.Model] = []
+    outcome = checked(lambda: loaded.append(npllm.load(path, ops="reference")))
+    for model in loaded:
+        use_model(model)
+    return outcome
+
+
+def use_model(model: npllm.Model) -> None:
+    """Run a model and its tokenizer; nothing may come out but refusals of text."""
     model(np.array([[model.config.vocab_size - 1]]))
     with contextlib.suppress(npllm.NpllmError):  # a template may be wrong
         model.tokenizer.encode_chat([{"role": "user", "content": "the 12"}])

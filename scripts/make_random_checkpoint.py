@@ -13,6 +13,7 @@ import argparse
 import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,18 +23,20 @@ from npllm.config.config import Config
 from npllm.config.strict_json import read_json
 
 BLOCK = 2**25  # random numbers drawn once
+Shapes = dict[str, tuple[int, ...]]  # by the tensor's name
 
 
-def split_in_shards(shapes, n_shards):
+def split_in_shards(shapes: Shapes, n_shards: int) -> list[Shapes]:
     """Cut the tensors, in order, into shards of about equal size."""
-    total, done, shards = sum(map(prod, shapes.values())), 0, [{} for _ in range(n_shards)]
+    total, done = sum(map(prod, shapes.values())), 0
+    shards: list[Shapes] = [{} for _ in range(n_shards)]
     for name, shape in shapes.items():
         shards[min(done * n_shards // total, n_shards - 1)][name] = shape
         done += prod(shape)
     return [shard for shard in shards if shard]
 
 
-def write_shard(path, shapes, rng, block):
+def write_shard(path: Path, shapes: Shapes, rng: np.random.Generator, block: np.ndarray) -> None:
     """Write one safetensors file tensor by tensor: header length, header, bytes."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -57,7 +60,14 @@ def write_shard(path, shapes, rng, block):
                 )
 
 
-def write_checkpoint(config, folder, *, shards=1, layers=None, seed=0):
+def write_checkpoint(
+    config: dict[str, Any],
+    folder: str | Path,
+    *,
+    shards: int = 1,
+    layers: int | None = None,
+    seed: int = 0,
+) -> None:
     """Write a folder with random weights in the shapes of a config.
 
     config.json is written last, so that a folder with one is complete.
@@ -87,7 +97,7 @@ def write_checkpoint(config, folder, *, shards=1, layers=None, seed=0):
     (folder / "config.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
 
 
-def random_block(rng, largest):
+def random_block(rng: np.random.Generator, largest: int) -> np.ndarray:
     """Draw the numbers that weights are cut from: BLOCK of them, fewer where the largest tensor is
     small.
     """
@@ -95,7 +105,7 @@ def random_block(rng, largest):
     return (rng.standard_normal(n, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
 
 
-def write_index(folder, names, parts):
+def write_index(folder: Path, names: list[str], parts: list[Shapes]) -> None:
     """Write the table of tensors and files."""
     weight_map = {
         tensor: name for name, shapes in zip(names, parts, strict=True) for tensor in shapes
@@ -105,7 +115,7 @@ def write_index(folder, names, parts):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def main():
+def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config_file")

@@ -3,6 +3,7 @@
 import os
 import sys
 
+import compile_once
 import numpy as np
 import optional
 import pytest
@@ -40,6 +41,8 @@ def pytest_configure(config):
     )
     if config.getoption("--without-numba"):
         sys.modules["numba"] = None  # an import of it now fails
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        compile_once.share_compilations()
 
 
 # Files whose tests compile nearly every kernel.  They come first: of two workers one then compiles

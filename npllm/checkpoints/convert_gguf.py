@@ -18,10 +18,11 @@ import numpy as np
 from npllm.checkpoints.disk import publish_over, remove_checkpoint
 from npllm.checkpoints.gguf import GGUFFile, GGUFTensor, dequantized_rows, tensor_kind
 from npllm.checkpoints.gguf_config import phi3_config
+from npllm.checkpoints.gguf_layout import check_tensors, expected_tensors
 from npllm.checkpoints.gguf_tokenizer import read_tokenizer, tokenizer_config
+from npllm.checkpoints.gguf_weights import half_split
 from npllm.checkpoints.phi3_layout import load_params
 from npllm.config.config import Config
-from npllm.config.strict_json import quote
 from npllm.decoding.generation_config import GenerationConfig
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.text.tokenizer import Tokenizer
@@ -73,7 +74,8 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
     """
     gguf, folder = GGUFFile(Path(gguf_path)), Path(folder)
     config = phi3_config(gguf)
-    _check_tensors(gguf, config)
+    check_tensors(gguf, expected_tensors(Config.from_json(config), "llama"))
+    _check_pre_tokenizer(gguf)
     read_tokenizer(gguf)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -123,42 +125,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def half_split(weight: np.ndarray, n_head: int) -> np.ndarray:
-    """Reorder the rows of a q or k projection from interleaved to half-split RoPE order.
-
-        y[h, i] = w[h, 2 i],  y[h, i + d_head / 2] = w[h, 2 i + 1]      for i < d_head / 2
-
-    GGUF rotates the channel pairs (2 i, 2 i + 1), Phi-3 the pairs (i, i + d_head / 2); the pair
-    keeps its angle i.
-
-    Parameters
-    ----------
-    weight : array [n_head * d_head, d_model]
-    n_head : int
-        Heads in these rows: `n_kv_head` for k.
-
-    Returns
-    -------
-    y : array [n_head * d_head, d_model]
-        A copy.
-
-    Raises
-    ------
-    NpllmValueError
-        When the rows are not `n_head` heads of even width.
-
-    Notes
-    -----
-    Source: the inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
-    """
-    n_rows, d_model = weight.shape
-    if n_rows % (2 * n_head):
-        raise NpllmValueError(
-            f"weight must have n_head * d_head rows, {n_head} heads of even "
-            f"width, got {n_rows} rows"
-        )
-    pairs = weight.reshape(n_head, n_rows // n_head // 2, 2, d_model)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(n_rows, d_model)
+def _check_pre_tokenizer(gguf: GGUFFile) -> None:
+    """Raise unless the vocabulary is one that the folder's files can express."""
+    gguf.require("tokenizer.ggml.model", gguf.value("tokenizer.ggml.model", str), "gpt2")
+    gguf.require("tokenizer.ggml.pre", gguf.value("tokenizer.ggml.pre", str), "smollm")
 
 
 def _sources(config: dict[str, Any]) -> dict[str, list[str]]:
@@ -172,46 +142,6 @@ def _sources(config: dict[str, Any]) -> dict[str, list[str]]:
     if not config["tie_word_embeddings"]:
         sources["lm_head.weight"] = ["output.weight"]
     return sources
-
-
-def _source_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape that each kind of GGUF tensor must have."""
-    n_vocab = config["vocab_size"]
-    d_model, d_ff = config["hidden_size"], config["intermediate_size"]
-    d_kv = d_model // config["num_attention_heads"] * config["num_key_value_heads"]
-    return {
-        "token_embd": (n_vocab, d_model),
-        "output": (n_vocab, d_model),
-        "attn_norm": (d_model,),
-        "ffn_norm": (d_model,),
-        "output_norm": (d_model,),
-        "attn_q": (d_model, d_model),
-        "attn_k": (d_kv, d_model),
-        "attn_v": (d_kv, d_model),
-        "attn_output": (d_model, d_model),
-        "ffn_gate": (d_ff, d_model),
-        "ffn_up": (d_ff, d_model),
-        "ffn_down": (d_model, d_ff),
-    }
-
-
-def _check_tensors(gguf: GGUFFile, config: dict[str, Any]) -> None:
-    """Raise if a tensor is missing, unknown or of another shape."""
-    wanted = [name for names in _sources(config).values() for name in names]
-    missing = sorted(set(wanted) - set(gguf.tensors))
-    unknown = sorted(set(gguf.tensors) - set(wanted))
-    if missing or unknown:
-        raise NpllmValueError(
-            f"{gguf.path}: tensors missing: {quote(missing[:3])}, "
-            f"tensors that would be dropped: {quote(unknown[:3])}"
-        )
-    shapes = _source_shapes(config)
-    for name in wanted:
-        expected, shape = shapes[tensor_kind(name)], gguf.tensors[name].shape
-        if shape != expected:
-            raise NpllmValueError(
-                f"{gguf.path}: {name} must be {list(expected)}, got {list(shape)}"
-            )
 
 
 def _phi3_rows(tensor: GGUFTensor, config: dict[str, Any]) -> Iterator[np.ndarray]:

@@ -39,8 +39,8 @@ OTHER_ADVICE = "name another folder with NPLLM_WEIGHTS if this one cannot be use
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder, under its final name, holds a checkpoint."""
-    return (folder / "config.json").is_file()
+    """Return whether a folder, under its final name, holds a checkpoint: config.json, or GGUF."""
+    return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
 
 
 @contextlib.contextmanager
@@ -163,7 +163,7 @@ def publish_over(complete: Path, folder: Path) -> None:
         publish(complete, folder)
         return
     _flush_files(complete)
-    if is_checkpoint(folder):
+    if (folder / "config.json").is_file():
         exchange_folders(complete, folder)
         for other in complete.iterdir():
             if not LOADED.fullmatch(other.name) and not (folder / other.name).exists():

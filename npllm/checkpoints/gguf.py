@@ -1,4 +1,4 @@
-"""GGUF files: metadata values, and tensors as rows of bfloat16.  Llama architecture only."""
+"""GGUF files: metadata values, and tensors as rows of bytes."""
 
 import math
 from collections.abc import Iterator
@@ -8,30 +8,63 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from npllm.arrays import DTYPES, widen
 from npllm.checkpoints.extras import import_extra
+from npllm.checkpoints.ggml_types import TYPES
 from npllm.checkpoints.gguf_header import TensorRange, parse_header
 from npllm.config.regular_file import open_regular
 from npllm.config.strict_json import printable
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
+from npllm.quantized.block_formats import FORMATS
+from npllm.quantized.block_weight import BlockWeight
 
-__all__ = ["GGUFFile", "GGUFTensor", "dequantized_rows", "tensor_kind"]
+__all__ = ["FLOATS", "GGUFFile", "GGUFTensor", "dequantized_rows", "is_gguf", "tensor_kind"]
 
+ARCHITECTURES = ("llama", "phi3")
+FLOATS = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
+READ = (*FLOATS, *FORMATS)  # types that a model runs on
 ROWS_AT_ONCE = 4096  # of a matrix: bounds the memory of dequantization
 # Beside `eos`, the tokens that end an answer in llama.cpp.
 END_NAMES = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+END_TEXTS = frozenset(
+    ("<|end|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+)
 
 
 class GGUFTensor(NamedTuple):
     """A tensor of a mapped GGUF file."""
 
     name: str
-    kind: Any  # gguf.GGMLQuantizationType
+    kind: str  # name of GGML's type, such as "Q4_K"
     shape: tuple[int, ...]  # slowest axis first
-    rows: np.ndarray  # uint8 [n_rows, bytes of a row]
+    rows: np.ndarray  # uint8 [n_rows, bytes of a row], a view of the mapped file
+
+    @property
+    def stored(self) -> Any:
+        """The tensor as it is stored: a float array, or a `BlockWeight`.
+
+        Raises
+        ------
+        NpllmValueError
+            When it is of a type that has no definition here.
+        """
+        if self.kind in FORMATS and len(self.shape) == 2:
+            return BlockWeight(self.rows, self.kind)
+        if self.kind in FORMATS:
+            return BlockWeight(self.rows, self.kind).widened().reshape(self.shape)
+        if self.kind in FLOATS:
+            dtype = FLOATS[self.kind].newbyteorder("<")
+            is_aligned = self.rows.ctypes.data % dtype.itemsize == 0
+            rows = self.rows if is_aligned else self.rows.copy()
+            return rows.view(dtype).reshape(self.shape)
+        raise NpllmValueError(
+            f"{printable(self.name[:100])} is stored as {self.kind}, which is not implemented; "
+            f"npllm runs on {', '.join(READ)}: use a file of the same model in one of these types"
+        )
 
 
 class GGUFFile:
-    """A memory-mapped GGUF file that holds a Llama-architecture model.
+    """A memory-mapped GGUF file that holds a model of the architecture llama or phi3.
 
     Parameters
     ----------
@@ -39,18 +72,19 @@ class GGUFFile:
 
     Raises
     ------
-    MissingExtraError
-        When the package `gguf` is not installed.
     NpllmOSError
         When the file cannot be read or is no regular file.
     NpllmValueError
         When it is not GGUF, incomplete, contradicts itself, or is of another architecture.
+
+    Notes
+    -----
+    The file must stay as it is while arrays view it, as `TensorFiles` says.
     """
 
     def __init__(self, path: Path) -> None:
-        gguf = import_extra("gguf", "reading GGUF")
         self.path = path
-        sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+        sizes = {number: (kind.n_entries, kind.n_bytes) for number, kind in TYPES.items()}
         try:
             with open_regular(path) as file:
                 data = np.memmap(file, np.uint8, mode="r")
@@ -65,11 +99,22 @@ class GGUFFile:
             ) from None
         self.metadata = header.metadata
         self.tensors = {
-            name: GGUFTensor(name, gguf.GGMLQuantizationType(at.kind), at.shape, _rows(data, at))
+            name: GGUFTensor(name, TYPES[at.kind].name, at.shape, _rows(data, at))
             for name, at in header.tensors.items()
         }
-        architecture = self.value("general.architecture", str)
-        self.require("general.architecture", architecture, "llama")
+        self.n_bytes = len(data)
+        self.architecture = self.value("general.architecture", str)
+        if self.architecture not in ARCHITECTURES:
+            raise NpllmValueError(
+                f"{path}: general.architecture must be one of {', '.join(ARCHITECTURES)}, "
+                f"got {printable(self.architecture[:60])!r}, which is not implemented"
+            )
+        version = self.value_or("general.quantization_version", int, 2)
+        self.require("general.quantization_version", version, 2)
+
+    def own(self, name: str) -> str:
+        """Return the key of a value of this architecture: `llama.block_count`."""
+        return f"{self.architecture}.{name}"
 
     def value(self, key: str, kind: type) -> Any:
         """Return one metadata value.
@@ -88,7 +133,7 @@ class GGUFFile:
         """
         if key not in self.metadata:
             raise NpllmValueError(
-                f"{self.path}: the GGUF metadata has no {key!r}; a Llama model must have it"
+                f"{self.path}: the GGUF metadata has no {key!r}; a model must have it"
             )
         found = self.metadata[key]
         if kind is float and isinstance(found, int):
@@ -122,7 +167,7 @@ class GGUFFile:
         if got != wanted:
             raise NpllmValueError(
                 f"{self.path}: {what} must be {wanted!r}, got {got!r}; "
-                "other GGUF files are not converted"
+                "other GGUF files are not read"
             )
 
     def special_ids(self) -> dict[str, Any]:
@@ -149,6 +194,19 @@ class GGUFFile:
             "pad_token_id": self.token_id("padding") if self.has_token_id("padding") else eos,
         }
 
+    def stop_ids(self) -> list[int]:
+        """Return the ids that end an answer, by metadata or by their text, eos first.
+
+        Notes
+        -----
+        The converter writes no id for `<|end|>` of Phi-3; llama.cpp goes by the texts of tokens.
+
+        Source: `special_eog_ids` in llama.cpp's llama-vocab.cpp.
+        """
+        named = [self.token_id(name) for name in ("eos", *END_NAMES) if self.has_token_id(name)]
+        tokens = self.values("tokenizer.ggml.tokens", str)
+        return [*dict.fromkeys([*named, *(i for i, x in enumerate(tokens) if x in END_TEXTS)])]
+
     def has_token_id(self, name: str) -> bool:
         """Return whether the metadata name the id of a special token."""
         return f"tokenizer.ggml.{name}_token_id" in self.metadata
@@ -170,6 +228,11 @@ def _rows(data: np.ndarray, bounds: TensorRange) -> np.ndarray:
     return np.asarray(data)[bounds.start : bounds.stop].reshape(n_rows, -1)
 
 
+def is_gguf(path: Path) -> bool:
+    """Tell whether a path names a GGUF file, and no folder."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
 def tensor_kind(name: str) -> str:
     """Return the kind of a tensor by its name: `attn_q` for `blk.3.attn_q.weight`."""
     return name.split(".")[-2]
@@ -180,16 +243,24 @@ def dequantized_rows(tensor: GGUFTensor) -> Iterator[np.ndarray]:
 
     Raises
     ------
+    MissingExtraError
+        When the type has no definition here, and the package `gguf` is not installed.
     NpllmValueError
-        When the `gguf` package cannot dequantize the tensor's type.
+        When that package cannot dequantize the type either.
     """
-    from gguf.quants import dequantize
-
     for start in range(0, len(tensor.rows), ROWS_AT_ONCE):
-        try:
-            rows = dequantize(tensor.rows[start : start + ROWS_AT_ONCE], tensor.kind)
-        except NotImplementedError as error:
-            raise NpllmValueError(
-                f"{tensor.name} is stored as {tensor.kind.name}: {error}"
-            ) from error
-        yield rows.astype(ml_dtypes.bfloat16)
+        rows = tensor.rows[start : start + ROWS_AT_ONCE]
+        yield _dequantized(tensor, rows).astype(ml_dtypes.bfloat16)
+
+
+def _dequantized(tensor: GGUFTensor, rows: np.ndarray) -> np.ndarray:
+    """Widen rows of bytes to float32, by the definition or else by the package `gguf`."""
+    if tensor.kind in READ:
+        part = tensor._replace(rows=rows, shape=(len(rows), tensor.shape[-1]))
+        return widen(part.stored, np.float32)
+    gguf = import_extra("gguf", f"converting {tensor.kind}")
+    quants = import_extra("gguf.quants", f"converting {tensor.kind}")
+    try:
+        return quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind])
+    except NotImplementedError as error:
+        raise NpllmValueError(f"{tensor.name} is stored as {tensor.kind}: {error}") from error

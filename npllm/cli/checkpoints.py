@@ -11,14 +11,16 @@ from npllm.arrays import DTYPES
 from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
+from npllm.checkpoints.gguf import is_gguf
+from npllm.checkpoints.gguf_finite import find_nonfinite_blocks
+from npllm.checkpoints.origin import read_config
 from npllm.cli.layout import checkpoint_lines, cost_lines
 from npllm.cli.options import chat_option, json_option, path_option
 from npllm.cli.streams import print_json, read_prompt
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
-from npllm.loading import checkpoint_folder
+from npllm.loading import checkpoint_folder, read_tokenizer
 from npllm.progress import write_line
-from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["COMMANDS"]
 
@@ -30,7 +32,7 @@ __all__ = ["COMMANDS"]
 @json_option
 def tokens(text: str, path: str | None, chat: bool, as_json: bool) -> None:
     """Show how TEXT is split into tokens."""
-    tokenizer = Tokenizer.from_folder(checkpoint_folder(path))
+    tokenizer = read_tokenizer(checkpoint_folder(path))
     prompt = read_prompt(text, chat)
     ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
     rows = [{"id": i, "text": tokenizer.token_text(i)} for i in ids]
@@ -74,7 +76,8 @@ def _inspect_facts(folder: Path, check_finite: bool, int8: bool) -> dict[str, An
     if int8:
         facts["int8_errors"] = int8_errors(folder)
     if check_finite:
-        facts["not_finite"] = find_nonfinite(folder)
+        find = find_nonfinite_blocks if is_gguf(folder) else find_nonfinite
+        facts["not_finite"] = find(folder)
     return facts
 
 
@@ -100,7 +103,10 @@ def _inspect_facts(folder: Path, check_finite: bool, int8: bool) -> dict[str, An
 @json_option
 def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json: bool) -> None:
     """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json only."""
-    config = Config.from_json(path if path and path.endswith(".json") else checkpoint_folder(path))
+    if path and path.endswith(".json"):
+        config = Config.from_json(path)
+    else:
+        config = read_config(checkpoint_folder(path))
     facts = cost_facts(config, context, n_batch=batch, dtype=dtype)
     if as_json:
         print_json(facts)

@@ -30,6 +30,14 @@ def checkpoint_lines(facts: Facts) -> Iterator[str]:
     yield from (f"  {part:<12} {count:>16,}" for part, count in facts["parameters_by_part"].items())
     dtypes = ", ".join(facts["dtypes"])
     yield f"bytes          {facts['bytes']:>16,}  {dtypes}, {facts['files']} file(s)"
+    yield from (
+        f"  {kind:<12} {x['parameters']:>16,}  parameters in {x['tensors']} tensors, "
+        f"{x['bits_per_weight']:.4g} bits each"
+        for kind, x in facts["types"].items()
+    )
+    yield f"bits a weight  {facts['bits_per_weight']:>16.4g}"
+    per_token = facts["weight_bytes_per_token"]
+    yield f"bytes a token  {per_token:>16,}  of weights, read by a decode step"
     yield f"context length {facts['context_length']:>16,}  tokens"
     yield f"KV cache       {facts['kv_bytes_per_token']:>16,}  bytes per token in float32"
     for part, errors in facts.get("int8_errors", {}).items():

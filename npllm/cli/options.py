@@ -31,7 +31,7 @@ path_option = click.option(
     "--model",
     "path",
     metavar="PATH",
-    help=f"Checkpoint folder, or name of a fetched one. [{DEFAULT_MODEL}]",
+    help=f"Checkpoint folder, GGUF file, or name of a fetched checkpoint. [{DEFAULT_MODEL}]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 chat_option = click.option(

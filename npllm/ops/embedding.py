@@ -9,10 +9,10 @@ from npllm.arrays import (
     host_range,
     ieee_semantics,
     is_integer,
+    is_packed,
     widen,
 )
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.quantized.int8 import Int8Weight
 
 __all__ = ["add_positions", "embed", "sinusoidal_positions"]
 
@@ -30,7 +30,7 @@ def embed(ids: Array, weight: Array) -> Array:
     ids : integer array [...]
         Token ids, 0 <= id < n_vocab.
     weight : array [n_vocab, d_model]
-        Or an `Int8Weight`.
+        Or a `PackedMatrix`, such as an `Int8Weight`.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def embed(ids: Array, weight: Array) -> Array:
             f"{lowest_highest[1]}; is this the tokenizer of another model?"
         )
     flat = xp.reshape(as_index(ids), (-1,))
-    rows = weight.take(flat) if isinstance(weight, Int8Weight) else xp.take(weight, flat, axis=0)
+    rows = weight.take(flat) if is_packed(weight) else xp.take(weight, flat, axis=0)
     return xp.reshape(widen(rows), (*ids.shape, d_model))
 
 

@@ -197,7 +197,7 @@ def _embed(rounded: _Rounding, ids: Array, weight: Array) -> Array:
     if rounded.bitwise:
         rounded.expect(weight, rounded.dtype)
     x = embed(ids, weight)
-    return array_namespace(x).astype(x, array_namespace(x).float32, copy=False)
+    return array_namespace(x).astype(x, array_namespace(x).float32)
 
 
 def _linear(rounded: _Rounding, x: Array, weight: Array, bias: Array = None) -> Array:

@@ -28,7 +28,7 @@ def linear(x: Array, weight: Array, bias: Array = None) -> Array:
     ----------
     x : array [..., d_in]
     weight : array [d_out, d_in]
-        In the checkpoint's orientation: one row for each output.  Or an `Int8Weight`.
+        In the checkpoint's orientation: one row for each output.  Or a `PackedMatrix`.
     bias : array [d_out], optional
 
     Returns
@@ -44,7 +44,7 @@ def linear(x: Array, weight: Array, bias: Array = None) -> Array:
     Notes
     -----
     Computes and accumulates in float32, in float64 when `x` or `weight` is; rounds once, at the
-    end.  A 16-bit weight is widened block of rows by block of rows, never as a whole
+    end.  A 16-bit or packed weight is widened block of rows by block of rows, never as a whole
     (`npllm.arrays.entries_at_once`).
 
     Source: `torch.nn.Linear`.
@@ -186,7 +186,7 @@ def _row_blocks(weight: Array, dtype: Any) -> list[Array]:
     if weight.dtype == dtype or d_out == 0:
         return [weight]
     n_rows = max(1, entries_at_once(weight) // max(1, d_in))
-    return [weight[start : start + n_rows, :] for start in range(0, d_out, n_rows)]
+    return [weight[start : min(start + n_rows, d_out), :] for start in range(0, d_out, n_rows)]
 
 
 def _round(y: Array, x: Array) -> Array:

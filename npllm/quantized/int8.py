@@ -7,6 +7,7 @@ import numpy as np
 
 from npllm.arrays import array_namespace, asarray, expect_shape
 from npllm.errors import NpllmValueError
+from npllm.quantized.packed import PackedMatrix
 from npllm.threads import run_blocks
 
 __all__ = ["GROUP", "Int8Weight", "quantize"]
@@ -18,7 +19,7 @@ BLOCK = 2**20  # entries to quantize at a time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Int8Weight:
+class Int8Weight(PackedMatrix):
     """A matrix in 8 bits, which `linear` and `embed` take in place of a float one.
 
         weight[o, i] = scales[o, i // GROUP] * values[o, i]
@@ -51,8 +52,6 @@ class Int8Weight:
         d_out, d_in = self.values.shape
         expect_shape("scales", self.scales, d_out=d_out, n_group=_count_groups(d_in))
 
-    ndim = 2
-
     @property
     def shape(self) -> tuple[int, ...]:
         """[d_out, d_in]."""
@@ -72,22 +71,16 @@ class Int8Weight:
         """Return the library that the values belong to."""
         return array_namespace(self.values, self.scales)
 
-    def __len__(self) -> int:
-        return self.shape[0]
+    def rows(self, span: slice) -> "Int8Weight":
+        """Return the rows of a slice."""
+        return Int8Weight(self.values[span, :], self.scales[span, :])
 
-    def __getitem__(self, rows: Any) -> "Int8Weight":
-        """Return some of the rows: a slice, or a slice and `:` for all columns."""
-        rows = rows[0] if isinstance(rows, tuple) and rows[1:] == (slice(None),) else rows
-        if not isinstance(rows, slice):
-            raise NpllmValueError(
-                f"an Int8Weight can be indexed by slices of rows only, got index {rows!r}"
-            )
-        return Int8Weight(self.values[rows, :], self.scales[rows, :])
-
-    def take(self, rows: Array) -> "Int8Weight":
+    def take(self, numbers: Array) -> "Int8Weight":
         """Return the rows with the given numbers, a 1-D integer array."""
-        xp = array_namespace(self.values, rows)
-        return Int8Weight(xp.take(self.values, rows, axis=0), xp.take(self.scales, rows, axis=0))
+        xp = array_namespace(self.values, numbers)
+        return Int8Weight(
+            xp.take(self.values, numbers, axis=0), xp.take(self.scales, numbers, axis=0)
+        )
 
     def widened(self) -> Array:
         """Return the float32 values of all rows; slice first to widen a block of rows."""

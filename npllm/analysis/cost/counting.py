@@ -113,6 +113,6 @@ def bytes_moved(name: str, args: Any, options: dict[str, Any], y: Any) -> int:
     """
     if name == "embed":
         ids, weight = args
-        return ids.nbytes + ids.size * weight.shape[1] * weight.dtype.itemsize + y.nbytes
+        return ids.nbytes + ids.size * (weight.nbytes // weight.shape[0]) + y.nbytes
     results = y if isinstance(y, tuple) else (y,)
     return sum(x.nbytes for x in (*args, *options.values(), *results) if hasattr(x, "nbytes"))
