@@ -355,7 +355,8 @@ def test_metadata_that_cannot_be_converted_is_named(tmp_path, change, message):
 def test_another_architecture_is_named(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", random_tensors(), arch="mamba")
     with pytest.raises(
-        NpllmValueError, match=r"m\.gguf: general\.architecture must be one of llama, phi3, got 'mamba'"
+        NpllmValueError,
+        match=r"m\.gguf: general\.architecture must be one of llama, phi3, got 'mamba'",
     ):
         convert.gguf_to_phi3(path, tmp_path / "out")
 

@@ -8,7 +8,7 @@ import numpy as np
 from npllm.testing.arithmetic import LAMBDA, STEP, UNITS
 from npllm.testing.budgets import Budget
 from npllm.testing.inputs import f64, widened_weight
-from npllm.testing.judging import absolute_errors, judge
+from npllm.testing.within_budget import absolute_errors, judge
 from npllm.tracing.carried import CERTAIN, carried
 from npllm.tracing.levels import ROUNDING, Level
 from npllm.tracing.operations import Call, linear_blocks, own_budget, value_of

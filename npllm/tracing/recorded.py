@@ -11,7 +11,7 @@ from npllm.arrays import DTYPES
 from npllm.config.strict_json import printable, read_json
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES, PAIRS
-from npllm.testing.judging import on_host
+from npllm.testing.libraries import on_host
 from npllm.tracing.name_maps import name_map
 from npllm.tracing.steps import Step, steps_of
 

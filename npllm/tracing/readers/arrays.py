@@ -14,7 +14,7 @@ from npllm.config.regular_file import open_regular
 from npllm.config.strict_json import config_data, quote
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.models.taps import NAMES
-from npllm.testing.judging import on_host
+from npllm.testing.libraries import on_host
 from npllm.tracing.name_maps import NameMap, name_map, node_key
 from npllm.tracing.readers.placing import Value, head_counts, placed, trace_of
 from npllm.tracing.trace import Trace
