@@ -23,6 +23,7 @@ __all__ = ["explain"]
 Array = Any
 Question = tuple[str, dict[str, Any]]
 
+ROUNDED = 1e-5  # of the mean difference: what another operation rounds, where ours is small
 CLOSE = 2.0  # budgets within which an option explains a chain of operations
 
 
@@ -71,7 +72,8 @@ def _asked(question: Question, output: Array, run: Run, exact: Exact) -> str:
 def _nearest(op: str, inputs: dict[str, Any], output: Array, run: Run, exact: Exact) -> str:
     """The single option within the budget of the chain: several, where they agree."""
     prepared, level = prepare(op, inputs), run.levels(output)[-1]
-    allowed, found = exact.error(level), {}
+    scale = np.mean(np.abs(f64(output) - exact.value.reshape(output.shape)))
+    allowed, found = exact.error(level) + ROUNDED * scale, {}
     for name, option in alternatives(op):
         try:
             answer = evaluate(op, prepared, {name: option})

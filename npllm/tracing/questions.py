@@ -41,12 +41,12 @@ def questions(
         kept = {key: a[key] for key in ("x", "weight", "eps", "bias") if a.get(key) is not None}
         if name == "lm_head":
             table = run.settings[t].weights.params.embed_tokens
-            kept = {"hidden": a["x"], "weight": f64(a["weight"]), "embedding": f64(table)}
-            yield ("lm_head", kept), x
-        else:
-            yield (op, {key: f64(one) if np.ndim(one) else one for key, one in kept.items()}), x
+            head = {"hidden": a["x"], "weight": f64(a["weight"]), "embedding": f64(table)}
+            yield ("lm_head", head), x
+        yield (op, {key: f64(one) if np.ndim(one) else one for key, one in kept.items()}), x
     if op == "embed":
-        yield ("embed", {"ids": a["ids"], "weight": f64(a["weight"])}), x
+        real = run.settings[t].step.real  # padding is zero in x
+        yield ("embed", {"ids": a["ids"][real], "weight": f64(a["weight"])}), x[real]
     if op == "swiglu":
         yield ("swiglu", {"gate_up": np.concatenate([a["gate"], a["up"]], axis=-1)}), x
     if op == "rope":
@@ -85,7 +85,12 @@ def _of_tables(run: Run, name: str, t: int) -> Iterator[tuple[Question, Array]]:
     except NpllmError:
         return
     if cos.shape == sin.shape == (*head.shape[:1], head.shape[2], half):
-        yield ("rope", question), np.concatenate([cos, sin], axis=-1)[:, None].astype(dtype)
+        found = np.concatenate([cos, sin], axis=-1)[:, None].astype(dtype)
+        real = run.settings[t].step.real[:, None, :, None]
+        if not real.all() and len(real) == len(found):  # padding is zero on both sides
+            question["x"] = np.where(real, question["x"], 0)
+            found = np.where(real, found, 0).astype(dtype)
+        yield ("rope", question), found
 
 
 def _attention_question(run: Run, t: int, a: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def wired(run: Run, name: str, t: int, exact: Exact, x: Array) -> str:
     if not (np.isfinite(wide).all() and np.isfinite(exact.value).all()):
         return ""
     scale = np.mean(np.abs(wide - exact.value))
-    floor = CLOSE * allowed + 1e-6 * scale if exact.call.arrange is None else 1e-9 * scale
+    floor = CLOSE * allowed + 1e-5 * scale if exact.call.arrange is None else 1e-9 * scale
     real = real_entries(name, exact.value.shape, run.settings[t].step)
     for text, y in _attempts(run, name, t, exact):
         with np.errstate(all="ignore"):
@@ -64,6 +64,8 @@ def plain_attempts(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attemp
         for kind, text in (("none", ""), ("tanh", " (tanh)")):
             gelu = gold("gelu", {"x": a["gate"], "approximate": kind})
             yield f"GELU in place of SiLU{text}", gelu * a["up"]
+    if op == "attention" and not run.settings[t].step.valid.all():
+        yield from _of_padding(run, name, t, exact)
     if op == "cache":
         yield from _of_cache(exact)
     if op == "view":
@@ -87,6 +89,18 @@ def _of_linear(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
         weights = tuple(w.replace(f".{number}.", f".{other}.", 1) for w in node.weights)
         call = call_of(name, node._replace(weights=weights), [a["x"]], setting)
         yield f"the weights are those of layer {other}", value_of(call, name)
+
+
+def _of_padding(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
+    """C23: keys that are padding are seen, with what was recorded there."""
+    node, setting = run.graphs[t][name], run.settings[t]
+    inputs = [one.value for one in exact.inputs]
+    for place, other in enumerate(node.inputs):
+        x = f64(run.raw(other, t)) if run.has(other, t) else inputs[place]
+        inputs[place] = x if x.shape == inputs[place].shape else inputs[place]
+    step = setting.step._replace(valid=np.ones_like(setting.step.valid))
+    call = call_of(name, node, inputs, setting._replace(step=step))
+    yield "C23 padding enters", value_of(call, name)
 
 
 def _of_cache(exact: Exact) -> Iterator[Attempt]:
