@@ -561,7 +561,8 @@ KINDS = {
         *_norms("C29", "eps omitted", "C29 eps", config=EPS),
     ],
     "C30 accumulation": [
-        *_norms("C30", "bfloat16 accumulator"),
+        # which bits come out depends on the root as well: the place is found, the name is not
+        *_norms("C30", "bfloat16 accumulator", ""),
         *_products("C30", "bfloat16 accumulator", LINEARS, "C30 bfloat16 accumulator"),
     ],
     "C31 layout": [
@@ -572,17 +573,31 @@ KINDS = {
             attention,
             modes=("prefill", "cached", "packed"),
         ),
-        *_of("C31", ["heads not moved back"], ("self_attn.attention",), heads_cut, name="C31"),
+        *_of(
+            "C31",
+            ["heads not moved back"],
+            ("self_attn.attention",),
+            heads_cut,
+            modes=("prefill", "cached", "packed"),
+            name="C31",
+        ),
         *_products("C31", "weight [d_in, d_out]", LINEARS, "C31 weight [d_in, d_out]"),
     ],
     "C32 cache rows": [
         *_of(
             "C32",
-            ["another request's rows", "new row not written", "one slot early"],
+            ["another request's rows"],  # with padding, keys of padding move to tokens
+            ("self_attn.cached_k",),
+            cache_rows,
+            modes=("cached",),
+        ),
+        *_of(
+            "C32",
+            ["new row not written", "one slot early"],
             ("self_attn.cached_k",),
             cache_rows,
             modes=("cached", "padded cached"),
-        )
+        ),
     ],
     "C32 position": [
         *_of("C32", ["position off by one"], Q, rotation, modes=("cached", "padded cached"))
