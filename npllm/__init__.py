@@ -45,7 +45,7 @@ from npllm.loading import load
 from npllm.model import Model
 from npllm.pipelines import pipeline
 from npllm.text.tokenizer import Tokenizer
-from npllm.tracing.comparing import compare
+from npllm.tracing.comparison.comparing import compare
 from npllm.tracing.record import trace
 from npllm.tracing.trace import Trace
 

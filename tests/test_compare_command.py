@@ -10,8 +10,8 @@ import pytest
 import npllm
 from npllm import testing
 from npllm.testing import bugs
-from npllm.tracing.html_report import page_of
-from npllm.tracing.report import lines_of, number
+from npllm.tracing.comparison.html_report import page_of
+from npllm.tracing.comparison.report import lines_of, number
 
 GQA = testing.golden("gqa")
 

@@ -15,7 +15,7 @@ import tiny
 
 import npllm
 from npllm import ops
-from npllm.tracing.comparing import compare
+from npllm.tracing.comparison.comparing import compare
 
 torch = optional.module("torch")
 transformers = optional.module("transformers")

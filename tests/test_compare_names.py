@@ -28,7 +28,7 @@ def test_a_folder_of_arrays_has_the_tokens_of_the_gold(tmp_path):
 
 def test_names_of_another_program_are_mapped():
     """mlx-lm's names of the same modules."""
-    from npllm.tracing.name_maps import name_map
+    from npllm.tracing.readers.name_maps import name_map
 
     values = {}
     rows = {row.ours: row for row in name_map("mlx_lm").rows if not row.op}

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 import npllm
 from npllm import testing
 from npllm.errors import NpllmOSError, NpllmTypeError
-from npllm.tracing.row_orders import qkv_index
+from npllm.tracing.comparison.row_orders import qkv_index
 
 GQA = testing.golden("gqa")
 CONFIG = npllm.Config.from_json(GQA.folder)

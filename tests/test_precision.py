@@ -19,11 +19,16 @@ from npllm.errors import NpllmError, NpllmValueError
 from npllm.forward_pass import Tokens
 from npllm.ops.emulate import POINTS
 from npllm.testing.golden_bundles import BUNDLES
-from npllm.tracing.arithmetics import EMULATED, PARAMETERS
-from npllm.tracing.distances import LogitDistance, centred_error, kl_divergence, relative_error
-from npllm.tracing.extremes import Extreme, first_overflow
-from npllm.tracing.passes import Arithmetic, convert, logits_of, residual_streams
-from npllm.tracing.precision import precision
+from npllm.tracing.precision.arithmetics import EMULATED, PARAMETERS
+from npllm.tracing.precision.distances import (
+    LogitDistance,
+    centred_error,
+    kl_divergence,
+    relative_error,
+)
+from npllm.tracing.precision.extremes import Extreme, first_overflow
+from npllm.tracing.precision.measuring import precision
+from npllm.tracing.precision.passes import Arithmetic, convert, logits_of, residual_streams
 
 BFLOAT16 = tiny.DTYPES["BF16"]
 FLOAT64 = Arithmetic("float64", ops.reference, np.float64)
@@ -431,7 +436,7 @@ def test_the_command_prints_the_table_or_json(folder):
 
 def test_the_picture_shows_depth_and_shares(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib (npllm[plot])")
-    from npllm.tracing.precision_plot import draw_precision
+    from npllm.tracing.precision.plot import draw_precision
 
     for shares in (True, False):
         path = tmp_path / f"{shares}.png"
@@ -442,7 +447,7 @@ def test_the_picture_shows_depth_and_shares(tmp_path):
 @pytest.mark.usefixtures("folder")
 def test_an_overflow_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib (npllm[plot])")
-    from npllm.tracing.precision_plot import draw_precision
+    from npllm.tracing.precision.plot import draw_precision
 
     path = tmp_path / "picture.png"
     draw_precision(path, report(scaled(tiny.model(), 0, down_proj=1e6), shares=True))

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 import npllm
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES
-from npllm.tracing.name_maps import FOLDER, name_map
 from npllm.tracing.readers import read_arrays, read_eval_callback, rename_arrays
+from npllm.tracing.readers.name_maps import FOLDER, name_map
 
 MAPS = sorted(path.stem for path in FOLDER.glob("*.json"))
 CONFIG = tiny.config_dict()
@@ -89,7 +89,7 @@ def test_transformer_lens_says_that_it_folds_weights():
 def test_the_package_carries_the_maps():
     setup = ConfigParser()
     setup.read(Path(npllm.__file__).parents[1] / "setup.cfg")
-    patterns = setup["options.package_data"]["npllm.tracing"].replace(",", " ").split()
+    patterns = setup["options.package_data"]["npllm.tracing.readers"].replace(",", " ").split()
     carried = {path for pattern in patterns for path in FOLDER.parent.glob(pattern)}
     assert carried == set(FOLDER.iterdir())
 

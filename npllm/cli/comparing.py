@@ -65,7 +65,7 @@ def compare(
     if as_json:
         print_json(found.facts())
     else:
-        from npllm.tracing.report import lines_of
+        from npllm.tracing.comparison.report import lines_of
 
         click.echo("\n".join(lines_of(found, everything=everything)))
     context.exit(EXIT_CODES[found.status])
@@ -82,11 +82,11 @@ def _compared(mine: str, gold: str, weights: str | None, path: str | None, names
 def _draw(found: Any, plot: str | None, html: str | None) -> None:
     """Write the pictures that were asked for."""
     if plot:
-        from npllm.tracing.error_plot import draw_errors
+        from npllm.tracing.comparison.error_plot import draw_errors
 
         draw_errors(plot, found)
     if html:
-        from npllm.tracing.html_report import write_page
+        from npllm.tracing.comparison.html_report import write_page
 
         write_page(html, found)
 

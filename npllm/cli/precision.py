@@ -8,9 +8,9 @@ import click
 from npllm.cli.options import chat_option, json_option, model_options
 from npllm.cli.streams import print_json, read_prompt
 from npllm.model import Model
-from npllm.tracing.arithmetics import TYPES
-from npllm.tracing.precision import precision as measure
-from npllm.tracing.precision_plot import draw_precision
+from npllm.tracing.precision.arithmetics import TYPES
+from npllm.tracing.precision.measuring import precision as measure
+from npllm.tracing.precision.plot import draw_precision
 
 __all__ = ["COMMANDS"]
 

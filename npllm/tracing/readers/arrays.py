@@ -15,7 +15,7 @@ from npllm.config.strict_json import config_data, quote
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.models.taps import NAMES
 from npllm.testing.libraries import on_host
-from npllm.tracing.name_maps import NameMap, name_map, node_key
+from npllm.tracing.readers.name_maps import NameMap, name_map, node_key
 from npllm.tracing.readers.placing import Value, head_counts, placed, trace_of
 from npllm.tracing.trace import Trace
 
@@ -39,7 +39,7 @@ def read_arrays(
         in the file; of a .npy file it is the file's name.  A name that ends in @t is of decode
         step t.  Arrays named input_ids, attention_mask and position_ids are the tokens.
     names : str, Path or NameMap
-        As `npllm.tracing.name_maps.name_map` takes them.  Our own names need no map.
+        As `npllm.tracing.readers.name_maps.name_map` takes them.  Our own names need no map.
     config : dict, str or Path, optional
         A config.json, where queries, keys or values must be cut into heads.
     input_ids : integer array [n_batch, n_seq], optional

@@ -13,7 +13,7 @@ import numpy as np
 from npllm.config.regular_file import read_text
 from npllm.config.strict_json import config_data, quote
 from npllm.errors import NpllmValueError
-from npllm.tracing.name_maps import NameMap, name_map
+from npllm.tracing.readers.name_maps import NameMap, name_map
 from npllm.tracing.readers.placing import Value, placed, trace_of
 from npllm.tracing.trace import Trace
 
@@ -53,7 +53,7 @@ def read_eval_callback(path: Any, *, names: Any = "gguf", config: Any = None) ->
     path : str or Path
         The text; other lines may stand between.
     names : str, Path or NameMap
-        As `npllm.tracing.name_maps.name_map` takes them.
+        As `npllm.tracing.readers.name_maps.name_map` takes them.
     config : dict, str or Path, optional
         The config.json of the model, for the index.
 

@@ -10,7 +10,7 @@ from npllm.errors import NpllmValueError
 from npllm.models.taps import NAMES
 from npllm.tracing.graph import Node, graph
 from npllm.tracing.index import FORMAT, step_name, value_entry, versions
-from npllm.tracing.name_maps import node_key
+from npllm.tracing.readers.name_maps import node_key
 from npllm.tracing.trace import Trace
 
 __all__ = ["Value", "head_counts", "placed", "trace_of"]

@@ -8,9 +8,9 @@ import numpy as np
 from npllm.errors import NpllmError
 from npllm.models import rope
 from npllm.testing.inputs import f64
-from npllm.tracing.graft import Run
-from npllm.tracing.nodes import Exact
-from npllm.tracing.operations import table_arguments
+from npllm.tracing.comparison.graft import Run
+from npllm.tracing.comparison.nodes import Exact
+from npllm.tracing.comparison.operations import table_arguments
 
 __all__ = ["questions", "rope_question"]
 

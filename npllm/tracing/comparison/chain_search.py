@@ -11,12 +11,12 @@ from npllm.errors import NpllmError
 from npllm.testing.forms import NotApplicableError, evaluate, prepare
 from npllm.testing.inputs import f64
 from npllm.testing.registry import alternatives
-from npllm.tracing.graft import NotRecordedError, Run, real_entries
-from npllm.tracing.nodes import Exact, Known, share_of
-from npllm.tracing.operations import table_part
-from npllm.tracing.questions import questions
-from npllm.tracing.steps import key_of
-from npllm.tracing.wiring import last_roundings, plain_attempts, short_name
+from npllm.tracing.comparison.graft import NotRecordedError, Run, real_entries
+from npllm.tracing.comparison.nodes import Exact, Known, share_of
+from npllm.tracing.comparison.operations import table_part
+from npllm.tracing.comparison.questions import questions
+from npllm.tracing.comparison.steps import key_of
+from npllm.tracing.comparison.wiring import last_roundings, plain_attempts, short_name
 
 __all__ = ["searched"]
 

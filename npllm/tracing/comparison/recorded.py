@@ -12,8 +12,8 @@ from npllm.config.strict_json import printable, read_json
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES, PAIRS
 from npllm.testing.libraries import on_host
-from npllm.tracing.name_maps import name_map
-from npllm.tracing.steps import Step, steps_of
+from npllm.tracing.comparison.steps import Step, steps_of
+from npllm.tracing.readers.name_maps import name_map
 
 __all__ = ["Recorded", "recorded"]
 

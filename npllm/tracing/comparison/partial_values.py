@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from npllm.testing.inputs import f64
-from npllm.tracing.graft import NotRecordedError, Run
-from npllm.tracing.nodes import Exact, share_of
-from npllm.tracing.recorded import Recorded
-from npllm.tracing.row_orders import interleaved
-from npllm.tracing.steps import key_of
-from npllm.tracing.walking_row import Row
+from npllm.tracing.comparison.graft import NotRecordedError, Run
+from npllm.tracing.comparison.nodes import Exact, share_of
+from npllm.tracing.comparison.recorded import Recorded
+from npllm.tracing.comparison.row_orders import interleaved
+from npllm.tracing.comparison.steps import key_of
+from npllm.tracing.comparison.walking_row import Row
 
 __all__ = ["compare_partial"]
 

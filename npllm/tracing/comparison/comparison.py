@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from npllm.testing.inputs import f64
-from npllm.tracing.graft import Run
-from npllm.tracing.recorded import Recorded
-from npllm.tracing.report import lines_of
-from npllm.tracing.steps import key_of
-from npllm.tracing.walking_row import Row
+from npllm.tracing.comparison.graft import Run
+from npllm.tracing.comparison.recorded import Recorded
+from npllm.tracing.comparison.report import lines_of
+from npllm.tracing.comparison.steps import key_of
+from npllm.tracing.comparison.walking_row import Row
 
 __all__ = ["Comparison", "Finding"]
 

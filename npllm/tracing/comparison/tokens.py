@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 
 from npllm.testing.inputs import f64
+from npllm.tracing.comparison.levels import Level
+from npllm.tracing.comparison.nodes import Exact, Known, judged
+from npllm.tracing.comparison.operations import Setting, call_of
+from npllm.tracing.comparison.recorded import Recorded
+from npllm.tracing.comparison.steps import Step, key_of
 from npllm.tracing.graph import graph
-from npllm.tracing.levels import Level
-from npllm.tracing.nodes import Exact, Known, judged
-from npllm.tracing.operations import Setting, call_of
-from npllm.tracing.recorded import Recorded
-from npllm.tracing.steps import Step, key_of
 
 __all__ = ["different_tokens", "documents_of"]
 

@@ -16,10 +16,10 @@ from npllm.arrays import DTYPES, to_numpy
 from npllm.config.config import Config
 from npllm.errors import NpllmError
 from npllm.testing.inputs import widened_weight
-from npllm.tracing.comparison import Finding
-from npllm.tracing.levels import SHORT
-from npllm.tracing.row_orders import qkv_index, rope_rows
-from npllm.tracing.their_weights import Pair, array_of, open_weights, pairs_of
+from npllm.tracing.comparison.comparison import Finding
+from npllm.tracing.comparison.levels import SHORT
+from npllm.tracing.comparison.row_orders import qkv_index, rope_rows
+from npllm.tracing.comparison.their_weights import Pair, array_of, open_weights, pairs_of
 
 __all__ = ["check_config", "check_weights"]
 

@@ -14,7 +14,7 @@ from npllm.config.config import Config
 from npllm.config.strict_json import printable
 from npllm.errors import NpllmOSError, NpllmTypeError
 from npllm.testing.libraries import on_host
-from npllm.tracing.parameters import BIASES
+from npllm.tracing.comparison.parameters import BIASES
 
 __all__ = ["SPLIT", "Pair", "array_of", "open_weights", "pairs_of"]
 

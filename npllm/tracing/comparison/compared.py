@@ -7,17 +7,17 @@ import numpy as np
 
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
-from npllm.tracing.comparison import Comparison
-from npllm.tracing.diagnosing import explain
-from npllm.tracing.graft import Run
-from npllm.tracing.levels import SHORT, run_dtype
-from npllm.tracing.operations import Setting
-from npllm.tracing.parameters import Weights, model_of
-from npllm.tracing.recorded import Recorded, recorded
-from npllm.tracing.steps import Step, key_of
-from npllm.tracing.tokens import different_tokens, documents_of
-from npllm.tracing.walking import Walk
-from npllm.tracing.weights_check import check_config, check_weights
+from npllm.tracing.comparison.comparison import Comparison
+from npllm.tracing.comparison.diagnosing import explain
+from npllm.tracing.comparison.graft import Run
+from npllm.tracing.comparison.levels import SHORT, run_dtype
+from npllm.tracing.comparison.operations import Setting
+from npllm.tracing.comparison.parameters import Weights, model_of
+from npllm.tracing.comparison.recorded import Recorded, recorded
+from npllm.tracing.comparison.steps import Step, key_of
+from npllm.tracing.comparison.tokens import different_tokens, documents_of
+from npllm.tracing.comparison.walking import Walk
+from npllm.tracing.comparison.weights_check import check_config, check_weights
 
 __all__ = ["compared"]
 

@@ -7,15 +7,15 @@ import numpy as np
 from npllm.testing.arithmetic import UNITS
 from npllm.testing.inputs import f64
 from npllm.testing.location import where
-from npllm.tracing.graft import NotRecordedError, Run, real_entries, without_padding
-from npllm.tracing.nodes import Exact, Judged, share_of
-from npllm.tracing.partial_values import compare_partial
-from npllm.tracing.recorded import Recorded
-from npllm.tracing.relabelling import orders
-from npllm.tracing.rotation_check import after_rotation, settle_tables
-from npllm.tracing.self_check import agrees, cache_keys, flow
-from npllm.tracing.steps import key_of
-from npllm.tracing.walking_row import Row, layer_of
+from npllm.tracing.comparison.graft import NotRecordedError, Run, real_entries, without_padding
+from npllm.tracing.comparison.nodes import Exact, Judged, share_of
+from npllm.tracing.comparison.partial_values import compare_partial
+from npllm.tracing.comparison.recorded import Recorded
+from npllm.tracing.comparison.relabelling import orders
+from npllm.tracing.comparison.rotation_check import after_rotation, settle_tables
+from npllm.tracing.comparison.self_check import agrees, cache_keys, flow
+from npllm.tracing.comparison.steps import key_of
+from npllm.tracing.comparison.walking_row import Row, layer_of
 
 __all__ = ["Walk"]
 

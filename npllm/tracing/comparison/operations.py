@@ -9,9 +9,9 @@ from npllm.models import rope
 from npllm.testing.budgets import Budget, budget
 from npllm.testing.exact import gold
 from npllm.testing.inputs import f64
+from npllm.tracing.comparison.parameters import Weights
+from npllm.tracing.comparison.steps import Step, visible
 from npllm.tracing.graph import Node
-from npllm.tracing.parameters import Weights
-from npllm.tracing.steps import Step, visible
 
 __all__ = ["Call", "Setting", "call_of", "own_budget", "value_of"]
 

@@ -11,10 +11,10 @@ from npllm.testing.exact import gold
 from npllm.testing.forms.attention import operands
 from npllm.testing.forms.common import NotApplicableError
 from npllm.testing.inputs import f64
-from npllm.tracing.graft import NotRecordedError, Run, real_entries
-from npllm.tracing.levels import Level
-from npllm.tracing.nodes import Exact
-from npllm.tracing.operations import call_of, value_of
+from npllm.tracing.comparison.graft import NotRecordedError, Run, real_entries
+from npllm.tracing.comparison.levels import Level
+from npllm.tracing.comparison.nodes import Exact
+from npllm.tracing.comparison.operations import call_of, value_of
 
 __all__ = ["last_roundings", "plain_attempts", "short_name", "wired"]
 
@@ -137,7 +137,7 @@ def _of_view(run: Run, name: str, exact: Exact) -> Iterator[Attempt]:
         yield "C7 up first", x[..., half:] if leaf == "gate" else x[..., :half]
         yield "C7 interleaved", x[..., 0::2] if leaf == "gate" else x[..., 1::2]
     if leaf in ("q_proj", "k_proj", "v"):
-        from npllm.tracing.row_orders import qkv_index
+        from npllm.tracing.comparison.row_orders import qkv_index
 
         for order in ("per-head interleave", "k and v swapped", "q and k swapped"):
             convention = "C6" if order == "per-head interleave" else "C22"

@@ -14,16 +14,16 @@ from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.forward_pass import Tokens
 from npllm.model import Model
 from npllm.progress import progress_bar
-from npllm.tracing.arithmetics import GOLD, TYPES, Key, arithmetics
-from npllm.tracing.distances import LogitDistance, relative_error
-from npllm.tracing.extremes import LargestValues, first_overflow, worst_by_op
-from npllm.tracing.passes import (
+from npllm.tracing.precision.arithmetics import GOLD, TYPES, Key, arithmetics
+from npllm.tracing.precision.distances import LogitDistance, relative_error
+from npllm.tracing.precision.extremes import LargestValues, first_overflow, worst_by_op
+from npllm.tracing.precision.passes import (
     Arithmetic,
     for_each,
     logits_of,
     residual_streams,
 )
-from npllm.tracing.precision_report import Flip, Precision, Row, Share
+from npllm.tracing.precision.report import Flip, Precision, Row, Share
 
 __all__ = ["precision"]
 

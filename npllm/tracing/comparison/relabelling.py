@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.models.taps import NAMES
-from npllm.tracing.operations import cut_heads, merged
-from npllm.tracing.row_orders import ROTATED, gathered, pairs, qkv_index
+from npllm.tracing.comparison.operations import cut_heads, merged
+from npllm.tracing.comparison.row_orders import ROTATED, gathered, pairs, qkv_index
 
 __all__ = ["AS_IS", "Order", "orders"]
 

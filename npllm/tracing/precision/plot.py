@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from npllm.analysis.plots import new_figure
-from npllm.tracing.precision_report import Precision, Row
+from npllm.tracing.precision.report import Precision, Row
 
 __all__ = ["draw_precision"]
 

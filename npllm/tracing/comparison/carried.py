@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from npllm.testing.inputs import f64, visible_keys, widened_weight
-from npllm.tracing.operations import Call, linear_blocks
+from npllm.tracing.comparison.operations import Call, linear_blocks
 
 __all__ = ["CERTAIN", "carried"]
 

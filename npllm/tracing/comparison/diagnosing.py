@@ -12,11 +12,11 @@ from npllm.testing.diagnosis import diagnose
 from npllm.testing.forms import NotApplicableError, evaluate, prepare
 from npllm.testing.inputs import f64
 from npllm.testing.registry import alternatives
-from npllm.tracing.chain_search import searched
-from npllm.tracing.graft import Run, without_padding
-from npllm.tracing.nodes import Exact, share_of
-from npllm.tracing.questions import questions
-from npllm.tracing.wiring import last_roundings, wired
+from npllm.tracing.comparison.chain_search import searched
+from npllm.tracing.comparison.graft import Run, without_padding
+from npllm.tracing.comparison.nodes import Exact, share_of
+from npllm.tracing.comparison.questions import questions
+from npllm.tracing.comparison.wiring import last_roundings, wired
 
 __all__ = ["explain"]
 

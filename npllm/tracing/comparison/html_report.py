@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from npllm.errors import NpllmOSError
-from npllm.tracing.report import MARKS, lines_of, number
+from npllm.tracing.comparison.report import MARKS, lines_of, number
 
 __all__ = ["page_of", "write_page"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from npllm.tracing.extremes import Extreme
+from npllm.tracing.precision.extremes import Extreme
 
 __all__ = ["Flip", "Precision", "Row", "Share"]
 

@@ -16,13 +16,13 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 from npllm.testing.inputs import f64
+from npllm.tracing.comparison.levels import Level, levels_of
+from npllm.tracing.comparison.nodes import Exact, Judged, Known, judged
+from npllm.tracing.comparison.operations import Setting, call_of
+from npllm.tracing.comparison.recorded import Recorded
+from npllm.tracing.comparison.relabelling import AS_IS, Order, orders
+from npllm.tracing.comparison.steps import Step, key_of
 from npllm.tracing.graph import Node, graph
-from npllm.tracing.levels import Level, levels_of
-from npllm.tracing.nodes import Exact, Judged, Known, judged
-from npllm.tracing.operations import Setting, call_of
-from npllm.tracing.recorded import Recorded
-from npllm.tracing.relabelling import AS_IS, Order, orders
-from npllm.tracing.steps import Step, key_of
 
 __all__ = ["NotRecordedError", "Run"]
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from npllm.tracing.comparison import Comparison
+    from npllm.tracing.comparison.comparison import Comparison
 
 __all__ = ["compare"]
 
@@ -29,7 +29,7 @@ def compare(
         Whose weights made the gold.  Default: the one that the gold's index names.
     names : str or Path
         What the values of `mine` are called: "transformers", "gguf", "mlx_lm",
-        "transformer_lens", or a file like those in npllm/tracing/names.
+        "transformer_lens", or a file like those in npllm/tracing/readers/names.
 
     Returns
     -------
@@ -47,6 +47,6 @@ def compare(
     Every operation is evaluated in float64 on the inputs that the implementation itself recorded,
     so that an error is counted where it arises: docs/compare.md.
     """
-    from npllm.tracing.compared import compared  # nothing of it is needed before
+    from npllm.tracing.comparison.compared import compared  # nothing of it is needed before
 
     return compared(mine, gold, weights, model, names)

@@ -4,9 +4,9 @@ score.
 
 from typing import Any
 
-from npllm.tracing.self_check import agrees, rotation_keys
-from npllm.tracing.steps import key_of
-from npllm.tracing.walking_row import layer_of
+from npllm.tracing.comparison.self_check import agrees, rotation_keys
+from npllm.tracing.comparison.steps import key_of
+from npllm.tracing.comparison.walking_row import layer_of
 
 __all__ = ["after_rotation", "settle_tables"]
 

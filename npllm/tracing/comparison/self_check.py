@@ -9,8 +9,8 @@ the right value in its place
 
 from typing import Any
 
-from npllm.tracing.graft import NONE, NotRecordedError, Run, Without
-from npllm.tracing.steps import key_of
+from npllm.tracing.comparison.graft import NONE, NotRecordedError, Run, Without
+from npllm.tracing.comparison.steps import key_of
 
 __all__ = ["agrees", "cache_keys", "flow", "readers", "rotation_keys"]
 

@@ -9,9 +9,9 @@ from npllm.testing.arithmetic import LAMBDA, STEP, UNITS
 from npllm.testing.budgets import Budget
 from npllm.testing.inputs import f64, widened_weight
 from npllm.testing.within_budget import absolute_errors, judge
-from npllm.tracing.carried import CERTAIN, carried
-from npllm.tracing.levels import ROUNDING, Level
-from npllm.tracing.operations import Call, linear_blocks, own_budget, value_of
+from npllm.tracing.comparison.carried import CERTAIN, carried
+from npllm.tracing.comparison.levels import ROUNDING, Level
+from npllm.tracing.comparison.operations import Call, linear_blocks, own_budget, value_of
 
 __all__ = ["Exact", "Judged", "Known", "judged"]
 
@@ -37,7 +37,7 @@ class Exact(Known):
     """The float64 answer of a call, with what an implementation may be off.
 
     The budget is that of the call, and what the budgets of inputs that were not recorded carry into
-    it (`npllm.tracing.carried`).
+    it (`npllm.tracing.comparison.carried`).
 
     Parameters
     ----------

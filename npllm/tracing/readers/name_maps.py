@@ -1,6 +1,6 @@
 """Name maps: what other programs call the values of a forward pass, as data files.
 
-A file of `npllm/tracing/names` has a row for each value: their name, ours, and their axes.
+A file of `npllm/tracing/readers/names` has a row for each value: their name, ours, and their axes.
 """
 
 import re
@@ -96,7 +96,7 @@ def name_map(source: Any = "transformers") -> NameMap:
     ----------
     source : str or Path
         "transformers", "gguf", "mlx_lm" or "transformer_lens", or a JSON file of your own like
-        those in npllm/tracing/names.
+        those in npllm/tracing/readers/names.
 
     Returns
     -------

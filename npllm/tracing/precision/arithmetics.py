@@ -9,7 +9,7 @@ from npllm import ops
 from npllm.arrays import compute_dtype
 from npllm.model import Model
 from npllm.ops.emulate import POINTS
-from npllm.tracing.passes import QUANTIZED, STORED, Arithmetic
+from npllm.tracing.precision.passes import QUANTIZED, STORED, Arithmetic
 
 __all__ = ["EMULATED", "GOLD", "PARAMETERS", "TYPES", "Key", "arithmetics"]
 
