@@ -18,6 +18,8 @@ from npllm import ops
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.forward_pass import Tokens
 from npllm.ops.emulate import POINTS
+from npllm.quantized.block_formats import FORMATS
+from npllm.quantized.block_packing import quantize_blocks
 from npllm.testing.golden_bundles import BUNDLES
 from npllm.tracing.precision.arithmetics import EMULATED, PARAMETERS
 from npllm.tracing.precision.distances import (
@@ -157,6 +159,30 @@ def test_int8_is_what_the_quantized_checkpoint_gives(tmp_path):
     assert row.kl_mean == pytest.approx(np.mean(want), rel=1e-4)
     assert row.kl_max == pytest.approx(max(want), rel=1e-4)
     assert row.logits == pytest.approx(float(np.sqrt(np.mean(np.var(y - gold, axis=-1)))), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*FORMATS])
+def test_a_block_format_is_measured_as_it_is_quantized(name):
+    """Beside the model whose matrices are replaced by hand; widths of 32 take the fallback."""
+    model = tiny.model(intermediate_size=64)
+    row = report(model, types=[name]).row(name)
+    gold = model.on(ops.reference)
+    held = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}.get(name, name)
+
+    def rounded(x):
+        return quantize_blocks(x, held).widened() if x is not None and x.ndim == 2 else x
+
+    layers = tuple(type(layer)(*map(rounded, layer)) for layer in model.params.layers)
+    embed, head = rounded(model.params.embed_tokens), rounded(model.params.lm_head)
+    params = model.params._replace(embed_tokens=embed, layers=layers, lm_head=head)
+    y = npllm.Model(model.config, params, ops=ops.reference)(IDS)[0]
+    want = [kl_oracle(*rows) for rows in zip(gold(IDS)[0].tolist(), y.tolist(), strict=True)]
+    assert row.kl_mean == pytest.approx(np.mean(want), rel=1e-3)
+
+
+def test_a_width_that_no_block_divides_is_refused():
+    with pytest.raises(NpllmValueError, match="multiple of the 32 entries of a Q4_0 block, got 40"):
+        report(tiny.model(), types=["Q4_0"])
 
 
 def test_the_reference_of_int8_weights_is_these_weights(tmp_path):
@@ -390,7 +416,7 @@ def test_an_overflow_has_no_shares():
 @pytest.mark.parametrize(
     ("ids", "options", "says"),
     [
-        (IDS, {"types": ["int3"]}, "types must be some of own, bfloat16"),
+        (IDS, {"types": ["int3"]}, "types must be some of own, float64"),
         (IDS, {"types": []}, "types must be some of"),
         (IDS, {"types": "own"}, "types must be some of"),
         (IDS + 1000, {}, "vocab_size"),

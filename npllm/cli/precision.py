@@ -10,6 +10,7 @@ from npllm.cli.streams import print_json, read_prompt
 from npllm.model import Model
 from npllm.tracing.precision.arithmetics import TYPES
 from npllm.tracing.precision.measuring import precision as measure
+from npllm.tracing.precision.passes import BLOCKS
 from npllm.tracing.precision.plot import draw_precision
 
 __all__ = ["COMMANDS"]
@@ -21,7 +22,7 @@ __all__ = ["COMMANDS"]
 @click.option(
     "--type",
     "types",
-    type=click.Choice((*TYPES, "float64")),
+    type=click.Choice((*TYPES, *BLOCKS, "float64")),
     multiple=True,
     help=f"What to measure; may be given again. [{', '.join(TYPES)}]",
 )
@@ -42,7 +43,7 @@ def precision(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Show what float32, bfloat16, float16 and int8 weights cost on a prompt, against float64."""
+    """Show what float32, 16-bit arithmetic and quantized weights cost on a prompt."""
     text = read_prompt(prompt, chat)
     report = measure(model(), text, types=types or TYPES, progress=True, **options)
     if plot:

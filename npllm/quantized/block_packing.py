@@ -13,7 +13,10 @@ from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_search import search_affine, search_scale
 from npllm.quantized.block_weight import BlockWeight
 
-__all__ = ["quantize_blocks"]
+__all__ = ["FALLBACKS", "quantize_blocks", "quantize_with_fallback"]
+
+FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""For rows whose length is no multiple of 256: a format of at least as many bits, as llama.cpp."""
 
 BAND = 2**20  # entries to quantize at a time
 LARGEST_HALF = 65504.0
@@ -57,6 +60,19 @@ def quantize_blocks(weight: np.ndarray, name: str) -> BlockWeight:
         packed = PACK[name](rows.reshape(-1, layout.n_entries))
         blocks[start : start + n_rows] = packed.reshape(len(rows), -1)
     return BlockWeight(blocks, name)
+
+
+def quantize_with_fallback(weight: np.ndarray, name: str) -> BlockWeight:
+    """Round a matrix to blocks of a format, or of its fallback where the rows do not fit.
+
+    Parameters and errors are those of `quantize_blocks`.
+
+    Notes
+    -----
+    Source: `llama_tensor_get_type` in llama.cpp.
+    """
+    fits = name not in FALLBACKS or np.ndim(weight) != 2 or weight.shape[1] % 256 == 0
+    return quantize_blocks(weight, name if fits else FALLBACKS[name])
 
 
 def _half(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

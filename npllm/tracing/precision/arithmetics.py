@@ -14,7 +14,7 @@ from npllm.tracing.precision.passes import QUANTIZED, STORED, Arithmetic
 __all__ = ["EMULATED", "GOLD", "PARAMETERS", "TYPES", "Key", "arithmetics"]
 
 EMULATED = ("bfloat16", "float16")
-TYPES = ("own", *EMULATED, *QUANTIZED)
+TYPES = ("own", *EMULATED, "int8")  # by default; the others are QUANTIZED and "float64"
 PARAMETERS = "parameters"  # the rounding of the weights: a point beside those of POINTS
 
 
@@ -36,7 +36,7 @@ def arithmetics(model: Model, types: Sequence[str], shares: bool) -> dict[Key, A
     ----------
     model : Model
     types : sequence of str
-        Of `TYPES` and "float64".
+        "own", "float64", and of EMULATED and QUANTIZED.
     shares : bool
         With two passes for each rounding point of a 16-bit type.
 

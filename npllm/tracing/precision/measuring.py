@@ -14,10 +14,11 @@ from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.forward_pass import Tokens
 from npllm.model import Model
 from npllm.progress import progress_bar
-from npllm.tracing.precision.arithmetics import GOLD, TYPES, Key, arithmetics
+from npllm.tracing.precision.arithmetics import EMULATED, GOLD, TYPES, Key, arithmetics
 from npllm.tracing.precision.distances import LogitDistance, relative_error
 from npllm.tracing.precision.extremes import LargestValues, first_overflow, worst_by_op
 from npllm.tracing.precision.passes import (
+    QUANTIZED,
     Arithmetic,
     for_each,
     logits_of,
@@ -52,8 +53,9 @@ def precision(
         Only with an array of ids: 0 for padding on the left.  Padding is not measured.
     types : sequence of str
         Of "own" (the model as it is), "bfloat16" and "float16" (as Transformers computes in them,
-        `npllm.ops.emulate`), "int8" (weights, under the model's own operations), "float64" (the
-        definitions once more, at distance 0).
+        `npllm.ops.emulate`), "int8" (weights, under the model's own operations), "Q4_K" and the
+        other block formats of GGUF (weights likewise, quantized here), "float64" (the definitions
+        once more, at distance 0).
     shares : bool
         Also find what each rounding point of the 16-bit types causes: 32 passes for each type.
     progress : bool
@@ -128,7 +130,7 @@ def _check(model: Any, types: Sequence[str]) -> None:
             f"precision computes in NumPy, got weights in {library}; "
             'load the model with backend="numpy"'
         )
-    known = (*TYPES, "float64")
+    known = ("own", "float64", *EMULATED, *QUANTIZED)
     if isinstance(types, str) or not types or not set(types) <= set(known):
         raise NpllmValueError(f"types must be some of {', '.join(known)}, got {types!r}")
 

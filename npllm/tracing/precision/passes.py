@@ -3,6 +3,7 @@ converted once, and no second copy of the model exists.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,13 @@ from npllm.models.phi3 import decoder_layers
 from npllm.models.rotations import Rotations
 from npllm.models.taps import Tap
 from npllm.ops import Ops, Step, mask
+from npllm.quantized.block_formats import FORMATS
+from npllm.quantized.block_packing import quantize_with_fallback
 from npllm.quantized.int8 import quantize
 from npllm.threads import run_blocks
 
 __all__ = [
+    "BLOCKS",
     "QUANTIZED",
     "STORED",
     "Arithmetic",
@@ -28,7 +32,9 @@ __all__ = [
 Array = Any
 
 STORED = "stored"
-QUANTIZED = {"int8": quantize}  # every type of weights that `npllm.load(path, dtype=...)` makes
+BLOCKS = {name: partial(quantize_with_fallback, name=name) for name in FORMATS}
+QUANTIZED: dict[str, Callable[[Array], Any]] = {"int8": quantize, **BLOCKS}
+"""Every type that a matrix can be rounded to, other than those of floats."""
 ENTRIES = 2**22  # of the output matrix, to convert at a time
 
 
@@ -49,15 +55,16 @@ def convert(weight: Any, kind: str) -> Any:
 
     Parameters
     ----------
-    weight : array or Int8Weight or None
+    weight : array or PackedMatrix or None
     kind : str
         As `Arithmetic.weights`.
 
     Returns
     -------
-    converted : array or Int8Weight or None
-        float32 for the 16-bit types, whose values they hold; an `Int8Weight` for a matrix in int8,
-        as `npllm.load(path, dtype="int8")` makes it.
+    converted : array or PackedMatrix or None
+        float32 for the 16-bit types, whose values they hold; for a matrix in int8 what
+        `npllm.load(path, dtype="int8")` makes of it, for one in blocks what
+        `npllm.quantized.block_packing.quantize_with_fallback` does.
     """
     if weight is None or kind == STORED:
         return weight
