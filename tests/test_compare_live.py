@@ -9,7 +9,6 @@ import copy
 import os
 
 import numpy as np
-import optional
 import pytest
 import tiny
 
@@ -17,9 +16,9 @@ import npllm
 from npllm import ops
 from npllm.tracing.comparison.comparing import compare
 
-torch = optional.module("torch")
-transformers = optional.module("transformers")
-planted = optional.module("planted_in_transformers")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+planted = pytest.importorskip("planted_in_transformers")
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]
 
 SEED = int(os.environ.get("NPLLM_PLANT_SEED", "19"))

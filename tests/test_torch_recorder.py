@@ -327,6 +327,8 @@ def test_models_that_cannot_be_recorded_are_named(phi3):
 
 def test_the_file_works_alone(tmp_path):
     """Copied to another folder, where npllm cannot be imported."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     tiny.write_folder(tmp_path / "model")
     (tmp_path / "my_recorder.py").write_text(WHERE.read_text())
     script = """
