@@ -3,6 +3,7 @@
 import numpy as np
 import planted_runs
 import pytest
+import tiny
 
 import npllm
 from npllm import ops, testing
@@ -332,3 +333,17 @@ def test_a_hostile_index_is_an_error(change, message):
     gold = testing.golden("gqa")
     with pytest.raises(NpllmValueError, match=message):
         npllm.compare(gold, indexed(gold.values, gold, **change))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": 48}, "hidden_size is 32 in the gold, 48 in the model"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 2 in the gold, 3 in the model"),
+        ({"seed": 5}, "model.embed_tokens of the gold is another one"),
+    ],
+)
+def test_weights_that_did_not_make_the_gold_accuse_nothing(changes, says):
+    gold = npllm.trace(tiny.model(), tiny.random_ids(1, 5), dtype="float64")
+    with pytest.raises(NpllmValueError, match=says):
+        npllm.compare(gold, gold, model=tiny.model(**changes))
