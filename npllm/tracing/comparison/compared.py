@@ -83,7 +83,8 @@ def _run(
     """Set up what is computed anew: weights as the run holds them, masks as the gold has them."""
     dtypes = {str(own.array(name).dtype) for name in own.names if _is_value(own, name)}
     dtype = run_dtype(own.index, _sample(own))
-    table = np.asarray(params.embed_tokens) if not hasattr(params.embed_tokens, "scales") else None
+    is_packed = any(hasattr(params.embed_tokens, name) for name in ("scales", "widened"))
+    table = None if is_packed else np.asarray(params.embed_tokens)
     weights = Weights(params, _weight_dtype(own, dtype, table), theirs)
     settings = []
     for t, step in enumerate(right.steps):
