@@ -378,3 +378,5 @@ def test_a_packed_embedding_is_gathered():
     ids = tiny.random_ids(1, 5)
     gold = npllm.trace(model, ids, dtype="float64")
     assert npllm.compare(npllm.trace(model, ids), gold, model=model).status == "same"
+    wrong = dict(npllm.trace(model, ids)) | {"lm_head": 2 * gold["lm_head"]}
+    assert npllm.compare(wrong, gold, model=model).first_wrong.name == "lm_head"
