@@ -3,10 +3,13 @@
 import numpy as np
 import planted_runs
 import pytest
+import tiny
 
 import npllm
 from npllm import ops, testing
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.quantized.block_packing import quantize_blocks
+from npllm.quantized.int8 import quantize
 from npllm.testing import bugs
 
 SEED = 20251126  # of the layers; printed by every case
@@ -332,3 +335,48 @@ def test_a_hostile_index_is_an_error(change, message):
     gold = testing.golden("gqa")
     with pytest.raises(NpllmValueError, match=message):
         npllm.compare(gold, indexed(gold.values, gold, **change))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": 48}, "hidden_size is 32 in the gold, 48 in the model"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 2 in the gold, 3 in the model"),
+        ({"seed": 5}, "model.embed_tokens of the gold is another one"),
+    ],
+)
+def test_weights_that_did_not_make_the_gold_accuse_nothing(changes, says):
+    gold = npllm.trace(tiny.model(), tiny.random_ids(1, 5), dtype="float64")
+    with pytest.raises(NpllmValueError, match=says):
+        npllm.compare(gold, gold, model=tiny.model(**changes))
+
+
+@pytest.mark.parametrize("bug", [False, True])
+def test_weights_in_block_formats_are_widened(bug):
+    dense = tiny.model(intermediate_size=64)
+    layers = tuple(
+        layer._replace(gate_up_proj=quantize_blocks(layer.gate_up_proj, "Q8_0"))
+        for layer in dense.params.layers
+    )
+    table = quantize_blocks(dense.params.embed_tokens, "Q4_1")
+    params = dense.params._replace(layers=layers, embed_tokens=table)
+    model = npllm.Model(dense.config, params)
+    ids = tiny.random_ids(1, 5)
+    gold = npllm.trace(model, ids, dtype="float64")
+    wrong = {"swiglu": lambda gate, up: ops.swiglu(up, gate)} if bug else {}
+    found = npllm.compare(npllm.trace(model.with_ops(**wrong), ids), gold, model=model)
+    name = found.first_wrong.name if bug else None
+    assert (found.status, name) == (
+        ("differs", "model.layers.0.mlp.swiglu") if bug else ("same", None)
+    )
+
+
+def test_a_packed_embedding_is_gathered():
+    dense = tiny.model()
+    table = quantize(dense.params.embed_tokens)
+    model = npllm.Model(dense.config, dense.params._replace(embed_tokens=table))
+    ids = tiny.random_ids(1, 5)
+    gold = npllm.trace(model, ids, dtype="float64")
+    assert npllm.compare(npllm.trace(model, ids), gold, model=model).status == "same"
+    wrong = dict(npllm.trace(model, ids)) | {"lm_head": 2 * gold["lm_head"]}
+    assert npllm.compare(wrong, gold, model=model).first_wrong.name == "lm_head"

@@ -80,10 +80,19 @@ def test_indices_that_do_not_fit_are_an_error_or_wrong():
     about = mine.index["values"]["lm_head"]
     about["kept"][2][-1] = 10**9
     assert npllm.compare(mine, GQA).status == "differs"
-    for wrong in ([[0]], "x", [["a"], [0], [0]], None):
+    for wrong in ([[0]], "x", [["a"], [0], [0]], [[[0], 1], [0], [0]], [[-1], [0], [0]], None):
         about["kept"] = wrong
         if wrong is None:
             assert npllm.compare(mine, GQA).status == "not decidable"
             continue
         with pytest.raises(NpllmValueError, match="kept of lm_head must be a list of indices"):
             npllm.compare(mine, GQA)
+
+
+def test_a_unit_that_no_float_holds_counts_as_none():
+    mine = ends(planted_runs.right_run("gqa"), ["lm_head"])
+    mine.index["values"]["lm_head"]["rounded to"] = 10**400
+    assert (
+        npllm.compare(mine, GQA).status
+        == npllm.compare(ends(planted_runs.right_run("gqa"), ["lm_head"]), GQA).status
+    )

@@ -352,3 +352,13 @@ def test_it_does_not_import_npllm():
     text = WHERE.read_text()
     assert "import npllm" not in text
     assert "from npllm" not in text
+
+
+def test_one_sequence_and_one_token_are_saved(phi3, tmp_path):
+    """Then a half of a fused projection is contiguous as it is: a view of the whole."""
+    recording = recorder().record(phi3[1], torch.tensor(IDS[:1]), max_new_tokens=1)
+    recording.save(tmp_path / "mine")
+    saved = npllm.Trace.load(tmp_path / "mine")
+    assert list(saved) == list(recording)
+    name = "model.layers.0.mlp.up@1"
+    assert np.array_equal(saved[name], recording[name].numpy())

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from npllm import ops
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 from npllm.tracing.comparison.comparison import Comparison
@@ -23,6 +24,10 @@ __all__ = ["compared"]
 
 Array = Any
 
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
 SAMPLED = 24  # values from which the dtype of a run is read
 
 
@@ -36,6 +41,7 @@ def compared(mine: Any, gold: Any, weights: Any, model: Any, names: Any) -> Comp
     if different_tokens(own, right, found):
         return found
     reference = model_of(model, right)
+    _require_weights(right, config, reference)
     theirs: dict[str, Array] = {}
     if weights is not None:
         found.weights, theirs = check_weights(weights, reference.params, config)
@@ -55,13 +61,30 @@ def _config(gold: Recorded) -> Config:
     return Config.from_json(gold.config)
 
 
+def _require_weights(right: Recorded, config: Config, model: Any) -> None:
+    """Raise where the gold was made with other weights: then every operation would be accused."""
+    sizes = [(name, getattr(config, name), getattr(model.config, name, None)) for name in SIZES]
+    wrong = [f"{name} is {one} in the gold, {other}" for name, one, other in sizes if one != other]
+    if not wrong and right.has("model.embed_tokens"):
+        x, ids = right.array("model.embed_tokens").astype(np.float64), right.steps[0].ids
+        rows = np.asarray(ops.embed(ids, model.params.embed_tokens), np.float64)
+        if x.shape == rows.shape and np.abs(x - rows).max() > 0.1 * np.abs(rows).max():
+            wrong = ["model.embed_tokens of the gold is another one than that"]
+    if wrong:
+        raise NpllmValueError(
+            f"{right.where}: {wrong[0]} in the model whose weights were given; name the model "
+            "that made the gold, with model= or -m"
+        )
+
+
 def _run(
     own: Recorded, right: Recorded, config: Config, params: Any, theirs: dict[str, Array]
 ) -> Run:
     """Set up what is computed anew: weights as the run holds them, masks as the gold has them."""
     dtypes = {str(own.array(name).dtype) for name in own.names if _is_value(own, name)}
     dtype = run_dtype(own.index, _sample(own))
-    table = np.asarray(params.embed_tokens) if not hasattr(params.embed_tokens, "scales") else None
+    is_packed = any(hasattr(params.embed_tokens, name) for name in ("scales", "widened"))
+    table = None if is_packed else np.asarray(params.embed_tokens)
     weights = Weights(params, _weight_dtype(own, dtype, table), theirs)
     settings = []
     for t, step in enumerate(right.steps):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from npllm import ops
 from npllm.models import rope
 from npllm.testing.budgets import Budget, budget
 from npllm.testing.exact import gold
@@ -95,7 +96,7 @@ def call_of(name: str, node: Node, inputs: Sequence[Array], setting: Setting) ->
     names = ARGUMENTS[node.op]
     arguments = dict(zip(names, inputs, strict=True))
     if node.op == "embed":
-        rows = setting.weights.weight(node.weights[0])[setting.step.ids.ravel()]
+        rows = ops.embed(setting.step.ids.ravel(), setting.weights.weight(node.weights[0]))
         order = np.arange(setting.step.ids.size).reshape(setting.step.ids.shape)
         return Call("embed", {"ids": order, "weight": rows}, ())
     if node.op == "rms_norm":

@@ -90,9 +90,9 @@ class Weights:
         return self.params.layers[int(name.split(".")[2])]
 
     def _rounded(self, w: Array) -> Array:
-        if w is None or hasattr(w, "scales"):
+        if w is None:
             return w
-        w = to_numpy(w)
+        w = to_numpy(w.widened() if hasattr(w, "widened") else w)  # int8, or a format of GGUF
         if self.dtype is None or str(w.dtype) == self.dtype:
             return w
         return w.astype(DTYPES[self.dtype])

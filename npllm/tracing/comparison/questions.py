@@ -40,7 +40,7 @@ def questions(
     if op in ("rms_norm", "linear") and np.size(a["weight"]) <= MOST_WEIGHTS:
         kept = {key: a[key] for key in ("x", "weight", "eps", "bias") if a.get(key) is not None}
         if name == "lm_head":
-            table = run.settings[t].weights.params.embed_tokens
+            table = run.settings[t].weights.weight("model.embed_tokens")
             kept = {"hidden": a["x"], "weight": f64(a["weight"]), "embedding": f64(table)}
             yield ("lm_head", kept), x
             yield ("linear", {"x": a["x"], "weight": f64(a["weight"])}), x

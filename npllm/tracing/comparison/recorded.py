@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.config.strict_json import printable, read_json
+from npllm.config.strict_json import is_int, printable, read_json
 from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES, PAIRS
 from npllm.testing.libraries import on_host
@@ -18,6 +18,8 @@ from npllm.tracing.readers.name_maps import name_map
 __all__ = ["Recorded", "recorded"]
 
 Array = Any
+
+LARGEST_UNIT = 1e30  # that partial values can be rounded to
 
 
 class Recorded:
@@ -71,9 +73,11 @@ class Recorded:
         if found is None:
             return None
         shape = self.array(name).shape
-        axes = [np.asarray(axis) for axis in found] if isinstance(found, list) else []
-        fits = tuple(axis.size for axis in axes) == shape
-        if not fits or any(axis.ndim != 1 or axis.dtype.kind not in "iu" for axis in axes):
+        rows = found if isinstance(found, list) else []
+        fits = all(isinstance(axis, list) and all(map(is_int, axis)) for axis in rows)
+        fits = fits and all(0 <= place < 2**31 for axis in rows for place in axis)
+        axes = [np.asarray(axis, np.int64) for axis in rows] if fits else []
+        if tuple(axis.size for axis in axes) != shape:
             raise NpllmValueError(
                 f"{self.where}: kept of {printable(name[:200])} must be a list of indices for each "
                 f"axis of {list(shape)}"
@@ -83,7 +87,8 @@ class Recorded:
     def rounded_to(self, name: str) -> float:
         """The unit that the entries of a partial value were rounded to; 0: not at all."""
         unit = self.about[name].get("rounded to")
-        return float(unit) if isinstance(unit, int | float) else 0.0
+        is_unit = isinstance(unit, int | float) and 0 <= unit < LARGEST_UNIT
+        return float(unit) if is_unit else 0.0
 
     def array(self, name: str) -> Array:
         """Return a value as a NumPy array of a float type.

@@ -143,7 +143,8 @@ class Recording(Mapping):
         files = {entry["file"] for entry in self.index["values"].values()}
         for file in sorted(files):
             inside = [name for name, e in self.index["values"].items() if e["file"] == file]
-            save_file({name: self[name].contiguous() for name in inside}, folder / file)
+            own = {n: self[n].clone(memory_format=torch.contiguous_format) for n in inside}
+            save_file(own, folder / file)  # which refuses views of one array, such as up
         text = json.dumps(self.index, indent=1, ensure_ascii=False)
         (folder / "index.json").write_text(text, encoding="utf-8")
 
