@@ -3,6 +3,7 @@
 import numpy as np
 import planted_runs
 import pytest
+import tiny
 
 import npllm
 from npllm import testing
@@ -96,3 +97,17 @@ def test_a_unit_that_no_float_holds_counts_as_none():
         npllm.compare(mine, GQA).status
         == npllm.compare(ends(planted_runs.right_run("gqa"), ["lm_head"]), GQA).status
     )
+
+
+def test_many_layers_of_which_nothing_was_recorded_take_no_time():
+    """There are 2**30 paths through 30 layers; every value is looked at once."""
+    model = tiny.model(num_hidden_layers=30)
+    ids = tiny.random_ids(1, 5)
+    gold = npllm.trace(model, ids, dtype="float64")
+    found = npllm.compare(npllm.trace(model, ids, layers=[0]), gold, model=model)
+    assert found.status in ("same", "not decidable"), str(found)
+    values = {name: np.array(gold[name]) for name in gold}
+    values["model.layers.0.mlp.swiglu"] *= 2
+    kept = {name: x for name, x in values.items() if "layers." not in name or "layers.0." in name}
+    wrong = npllm.compare(kept, gold, model=model)
+    assert wrong.first_wrong.name == "model.layers.0.mlp.swiglu"

@@ -1,5 +1,6 @@
 """Cached steps use the run's own past; padding is not judged; packed documents are kept apart."""
 
+import family
 import numpy as np
 import planted_runs
 import pytest
@@ -7,6 +8,7 @@ import tiny
 
 import npllm
 from npllm import ops
+from npllm.errors import NpllmOSError
 from npllm.testing import bugs
 
 IDS = tiny.random_ids(2, 7, seed=5)
@@ -205,3 +207,27 @@ def test_documents_are_apart_where_the_gold_keeps_them_apart(is_apart):
     assert {row.op for row in found.wrong} == {"self_attn.heads"}
     if is_apart:
         assert {row.diagnosis for row in found.wrong} == {"C19 no document mask"}
+
+
+def test_a_cache_that_is_computed_anew_is_not_accused():
+    """LongRoPE: with the ninth token every key gets the long factors."""
+    model = family.model(family.longrope(8), dtype="float32")
+    ids = tiny.random_ids(1, 7)
+    gold = npllm.trace(model, ids, dtype="float64", max_new_tokens=3)
+    found = npllm.compare(npllm.trace(model, ids, max_new_tokens=3), gold, model=model)
+    assert found.status == "same", str(found)
+    open_ones = {row.name for row in found.rows if row.status == "not decidable"}
+    assert open_ones == {
+        f"model.layers.{n}.self_attn.cached_{x}@2"
+        for n in range(len(model.params.layers))
+        for x in "kv"
+    }
+
+
+def test_a_trace_without_its_index_is_incomplete(tmp_path):
+    model = tiny.model()
+    gold = npllm.trace(model, IDS, dtype="float64")
+    npllm.trace(model, IDS, folder=tmp_path / "mine")
+    (tmp_path / "mine" / "index.json").unlink()
+    with pytest.raises(NpllmOSError, match=r"no index\.json: it is incomplete"):
+        npllm.compare(tmp_path / "mine", gold, model=model)

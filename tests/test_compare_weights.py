@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import npllm
 from npllm import testing
-from npllm.errors import NpllmOSError, NpllmTypeError
+from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.tracing.comparison.row_orders import qkv_index
 
 GQA = testing.golden("gqa")
@@ -95,6 +95,12 @@ def test_missing_and_unknown_names_are_said():
         "extra": "unknown",
     }
     assert "weights: extra: is no parameter of this checkpoint" in str(found)
+
+
+@pytest.mark.parametrize(("given", "got"), [({}, "no name"), ({"x": np.ones(2)}, "got x")])
+def test_parameters_that_have_nothing_in_common_are_an_error(given, got):
+    with pytest.raises(NpllmValueError, match=f"none of the {len(given)} names.*{got}"):
+        npllm.compare(planted_runs.right_run("gqa"), GQA, weights=given)
 
 
 def test_rounded_parameters_are_computed_with(tmp_path):

@@ -79,7 +79,7 @@ CONFIGS = {
     st.sampled_from([None, 0.2, 1.0]), st.data(),
 )  # fmt: skip
 def test_the_text_is_that_of_a_run_without_it(name, config, seed, n_prompt, n, temperature, data):
-    model = counted(family.model(CONFIGS[config]).on(SETS[name]))
+    model = counted(family.model(CONFIGS[config], dtype="float32").on(SETS[name]))
     few = np.random.default_rng(seed).integers(3, 3 + data.draw(st.integers(1, 4)), (1, n_prompt))
     options = {"max_new_tokens": 24, "temperature": temperature, "seed": seed}
     options |= data.draw(

@@ -47,7 +47,6 @@ class PackedMatrix:
         rows = index[0] if isinstance(index, tuple) and index[1:] == (slice(None),) else index
         if not isinstance(rows, slice):
             raise NpllmValueError(
-                f"an {type(self).__name__} can be indexed by slices of rows only, "
-                f"got index {index!r}"
+                f"{type(self).__name__} can be indexed by slices of rows only, got index {index!r}"
             )
         return self.rows(rows)

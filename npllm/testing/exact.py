@@ -238,7 +238,7 @@ def embed(m: Any, ids: Array, weight: Array) -> Array:
 def _matrix(m: Any, weight: Array) -> Array:
     """A weight matrix; of a quantised one, each stored integer times the scale of its group."""
     if not hasattr(weight, "scales"):
-        return m.array(weight)
+        return m.array(weight.widened() if hasattr(weight, "widened") else weight)
     scales = np.repeat(m.array(weight.scales), getattr(weight, "group", 64), axis=-1)
     return m.array(weight.values) * scales[:, : weight.values.shape[1]]
 

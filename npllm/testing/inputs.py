@@ -29,8 +29,10 @@ def f64(x: Array) -> Array:
 
 def widened_weight(weight: Array) -> tuple[Array, int]:
     """Return a weight matrix in float64, and the roundings that widening it may take."""
-    if not hasattr(weight, "scales"):
+    if not hasattr(weight, "widened"):
         return f64(weight), 0
+    if not hasattr(weight, "scales"):  # blocks of GGUF: a scale's product, that with q, a minimum
+        return f64(weight.widened()), 3
     group = getattr(weight, "group", GROUP)
     scales = np.repeat(f64(weight.scales), group, axis=-1)[:, : weight.values.shape[1]]
     return f64(weight.values) * scales, 1

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from npllm.errors import NpllmValueError
+from npllm.models.rope import frequency_choice
 from npllm.testing.inputs import f64
 from npllm.tracing.comparison.levels import Level, levels_of
 from npllm.tracing.comparison.nodes import Exact, Judged, Known, judged
@@ -206,8 +207,15 @@ class Run:
         before = self.settings[t - 1].step
         if before.n_past + before.ids.shape[1] != self.settings[t].step.n_past:
             raise NotRecordedError(f"a step between {t - 1} and {t} was not recorded")
+        if self._choices(t) != self._choices(t - 1):
+            raise NotRecordedError("the frequencies of RoPE change: the cache is computed anew")
         same = name if before.cached else name.replace(".cached_", ".")
         return self.known(same, t - 1, without)
+
+    def _choices(self, t: int) -> list[int]:
+        """Which frequencies of RoPE each row has in step t: by its largest position so far."""
+        ends = [one.step.positions.max(axis=1) for one in self.settings[: t + 1]]
+        return [frequency_choice(self.config, int(n) + 1) for n in np.max(ends, axis=0)]
 
     def _slots(self, name: str, t: int) -> int | None:
         """Slots of a recorded cache; a cache with a window holds fewer than there were."""

@@ -153,7 +153,7 @@ def value_of(call: Call, name: str) -> Array:
 def linear_blocks(call: Call) -> list[Call]:
     """Cut a large matrix into blocks of rows, each a call of its own."""
     weight, bias = call.arguments["weight"], call.arguments["bias"]
-    if hasattr(weight, "scales") or len(weight) <= BLOCK:
+    if hasattr(weight, "widened") or len(weight) <= BLOCK:
         return [call]
     return [
         call._replace(

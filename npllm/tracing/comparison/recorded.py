@@ -179,6 +179,11 @@ def _from_path(path: Path, like: Recorded | None, names: Any, config: Any) -> Re
         return _from_folder(path)
     if like is None:
         raise NpllmOSError(f"{path}: holds no index.json; `npllm trace` and Trace.save write one")
+    if any(path.glob("step-*.safetensors")):
+        raise NpllmOSError(
+            f"{path}: holds the values of a trace and no index.json: it is incomplete; record it "
+            "again"
+        )
     from npllm.tracing import readers
 
     if path.is_dir() or path.suffix in (".npz", ".npy", ".safetensors"):

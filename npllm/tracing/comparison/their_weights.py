@@ -5,8 +5,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from npllm.arrays import DTYPES, to_numpy
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries, read_header
 from npllm.checkpoints.tensor_files import TensorFiles
@@ -143,12 +141,14 @@ def _parts(
 ) -> Iterator[Pair]:
     """One pair, or one for each part of what we have fused."""
     field = node if kind == "weight" else f"{node}.bias"
-    if not split or hasattr(ours, "scales"):
+    if not split:
         yield Pair(f"{node}.{kind}", field, ours)
         return
     front, d = node.rpartition(".")[0], config.head_dim
     sizes = [config.intermediate_size] * 2
     if len(split) == 3:
         sizes = [config.num_attention_heads * d] + [config.num_key_value_heads * d] * 2
-    for part, rows in zip(split, np.split(to_numpy(ours), np.cumsum(sizes)[:-1]), strict=True):
-        yield Pair(f"{front}.{part}.{kind}", field, rows)
+    start = 0
+    for part, n_rows in zip(split, sizes, strict=True):
+        yield Pair(f"{front}.{part}.{kind}", field, ours[start : start + n_rows])
+        start += n_rows

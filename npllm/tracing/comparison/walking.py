@@ -104,14 +104,7 @@ class Walk:
 
     def _is_behind_a_wrong_one(self, name: str, t: int) -> bool:
         """Tell whether one of the values before it, whole or partial, is wrong."""
-        for other in self.run.graphs[t][name].inputs:
-            key = key_of(other, t)
-            if key in self.tainted:
-                return True
-            is_whole = self.run.has(other, t)  # a part may be right where the rest is wrong
-            if not is_whole and self._is_behind_a_wrong_one(other, t):
-                return True
-        return False
+        return any(key_of(one, t) in self.tainted for one in self._before(name, t))
 
     def _is_of_keys(self, row: Row, name: str, t: int) -> bool:
         """Tell whether a cache holds the keys that were computed, and not what it held before."""
@@ -210,15 +203,27 @@ class Walk:
 
     def _sources(self, name: str, t: int) -> list[str]:
         """The nearest recorded values that a value is made from."""
-        found: list[str] = []
-        node = self.run.graphs[t][name]
-        for other in node.inputs:
-            is_recorded = self.run.has(other, t)
-            found += [key_of(other, t)] if is_recorded else self._sources(other, t)
-        if node.op == "cache" and t:
-            past = name if name in self.run.graphs[t - 1] else name.replace(".cached_", ".")
-            found += [key_of(past, t - 1)] if self.run.has(past, t - 1) else []
+        names = self._before(name, t)
+        found = [key_of(one, t) for one in names if self.run.has(one, t)]
+        computed = [name, *(one for one in names if not self.run.has(one, t))]
+        for one in computed if t else ():
+            if self.run.graphs[t][one].op == "cache":
+                past = one if one in self.run.graphs[t - 1] else one.replace(".cached_", ".")
+                found += [key_of(past, t - 1)] if self.run.has(past, t - 1) else []
         return found
+
+    def _before(self, name: str, t: int) -> list[str]:
+        """The values that a value is made from, up to those that were recorded whole: each once,
+        since there are 2**n paths through n layers.
+        """
+        left: list[str] = [name]
+        found: dict[str, None] = {}
+        while left:
+            for other in self.run.graphs[t][left.pop()].inputs:
+                if other not in found and not self.run.has(other, t):
+                    left.append(other)
+                found[other] = None
+        return list(found)
 
 
 def place_of(x: Array, exact: Exact, one: Judged) -> str:

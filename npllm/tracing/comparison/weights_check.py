@@ -14,7 +14,8 @@ import numpy as np
 
 from npllm.arrays import DTYPES, to_numpy
 from npllm.config.config import Config
-from npllm.errors import NpllmError
+from npllm.config.strict_json import printable
+from npllm.errors import NpllmError, NpllmValueError
 from npllm.testing.inputs import widened_weight
 from npllm.tracing.comparison.comparison import Finding
 from npllm.tracing.comparison.levels import SHORT
@@ -104,11 +105,18 @@ def check_weights(
     ------
     NpllmOSError, NpllmTypeError
         As `open_weights`.
+    NpllmValueError
+        When no name is that of a parameter.
     """
     theirs = open_weights(source)
     names = set(theirs)
     pairs = [*pairs_of(names, params, config)]
-    known = {_mark(pair.ours): pair.name for pair in pairs if not hasattr(pair.ours, "scales")}
+    if not names & {pair.name for pair in pairs}:
+        raise NpllmValueError(
+            f"weights: none of the {len(names)} names is a parameter of this checkpoint, such as "
+            f"{pairs[0].name}, got {printable(', '.join(sorted(map(str, names))[:3])) or 'no name'}"
+        )
+    known = {_mark(pair.ours): pair.name for pair in pairs if not hasattr(pair.ours, "widened")}
     found = []
     for pair in pairs:
         if pair.name not in names:
