@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -16,7 +17,8 @@ from npllm.kernels import cuda
 from npllm.kernels.cuda import launching
 
 HERE = Path(__file__).parent
-KEPT = HERE / "__pycache__" / "shim"  # libraries by the hash of what they are made of
+# libraries by the hash of what they are made of
+KEPT = Path(os.environ.get("NPLLM_SHIM_CACHE", HERE / "__pycache__" / "shim"))
 # -U: a fiber is left by longjmp; -fno-gnu-unique: no variant sees the shared memory of another
 COMMAND = (
     "g++",

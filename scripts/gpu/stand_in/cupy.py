@@ -6,14 +6,8 @@ unchanged.
 
 import ctypes
 import functools
-import hashlib
 import importlib.machinery
-import os
-import shutil
-import subprocess
 import sys
-import types
-from pathlib import Path
 
 import guard
 from gpu.records import plant
@@ -23,29 +17,10 @@ BYTES = 8 * 2**30
 
 @functools.cache
 def shim():
-    """tests/kernel_shim.py, with a compiler that keeps what it made for other processes."""
+    """tests/kernel_shim.py, which keeps what g++ made for other processes."""
     import kernel_shim
 
-    kernel_shim.subprocess = types.SimpleNamespace(run=run_once)
     return kernel_shim
-
-
-def run_once(command, **options):
-    """Run g++, or copy what it made of the same text, header and options before."""
-    source = next(Path(word) for word in command if word.endswith(".cpp"))
-    made = Path(command[command.index("-o") + 1])
-    header = Path(guard.__file__).with_name("cuda_shim.h")
-    flags = [word for word in command if str(source.parent) not in word]
-    said = repr((flags, source.read_text(encoding="utf-8"), header.read_text(encoding="utf-8")))
-    kept = Path(os.environ["NPLLM_SHIM_CACHE"]) / hashlib.sha256(said.encode()).hexdigest()
-    if kept.exists():
-        shutil.copyfile(kept, made)
-        return
-    subprocess.run(command, **options)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}")
-    shutil.copyfile(made, partial)
-    partial.rename(kept)
 
 
 class RawKernel:
