@@ -4,12 +4,13 @@ matplotlib.
 
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from npllm.analysis import plots
-from npllm.errors import MissingExtraError
+from npllm.errors import MissingExtraError, NpllmOSError
 from npllm.ops import mask
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -167,3 +168,16 @@ def test_drawing_needs_no_screen_and_leaves_pyplot_alone(picture, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     plots.draw_weights(picture, np.eye(2), ["a", "b"])
     pixels(picture)
+
+
+@pytest.mark.parametrize("name", ["none/picture.png", "picture.abc"])
+def test_a_file_that_cannot_be_written_is_named(picture, name):
+    with pytest.raises(NpllmOSError, match=r"(none|picture\.abc).*: cannot be written"):
+        plots.save_figure(plots.new_figure((1, 1)), picture.parent / name)
+
+
+def test_every_picture_is_saved_there():
+    """`savefig` raises what the user's path is to blame for: it is called in one place."""
+    root = Path(plots.__file__).parents[1]
+    calls = [f for f in root.rglob("*.py") for _ in range(f.read_text("utf-8").count(".savefig("))]
+    assert calls == [Path(plots.__file__)]

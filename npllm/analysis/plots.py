@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from npllm.errors import MissingExtraError
+from npllm.errors import MissingExtraError, NpllmOSError
 from npllm.ops import mask
 
-__all__ = ["draw_masks", "draw_weights", "example_rules", "new_figure"]
+__all__ = ["draw_masks", "draw_weights", "example_rules", "new_figure", "save_figure"]
 
 Array = Any
 
@@ -78,8 +78,7 @@ def draw_masks(
     figure = new_figure((2.4 * columns, 2.6 * lines))
     for number, (name, rule) in enumerate(rules.items(), 1):
         _draw_rule(figure.add_subplot(lines, columns, number), name, rule, np.arange(n))
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _draw_rule(axes: Any, name: str, rule: Any, slots: Array) -> None:
@@ -121,8 +120,7 @@ def draw_weights(path: str | Path, weights: Array, tokens: list[str], title: str
             axes.set_title(f"head {number}", fontsize=8)
         _label_tokens(axes, [] if len(panels) > 1 else tokens, len(panel))
     figure.suptitle(title, fontsize=9, parse_math=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _label_tokens(axes: Any, tokens: list[str], n_seq: int) -> None:
@@ -142,3 +140,18 @@ def new_figure(size: tuple[float, float]) -> Any:
             f'plots need matplotlib ({error}); pip install "npllm[plot]"'
         ) from error
     return Figure(figsize=size)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure to a file, whose suffix chooses the format.
+
+    Raises
+    ------
+    NpllmOSError
+        When the file cannot be written, or no such format exists.
+    """
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise NpllmOSError(f"{path}: cannot be written ({error})") from None

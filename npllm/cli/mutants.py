@@ -63,6 +63,7 @@ def _tried(text: str, only: str | None) -> dict[str, Any]:
 
 
 def report_lines(facts: dict[str, Any]) -> list[str]:
+    """Lay out what `mutants` found: each bug that was missed, by how much, and what shows it."""
     n_found = facts["bugs"] - len(facts["missed"])
     lines = [f"{n_found} of {facts['bugs']} planted bugs of {', '.join(facts['ops'])} are found"]
     for missed in facts["missed"]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.errors import MissingExtraError, NpllmOSError
+from npllm.analysis.plots import new_figure, save_figure
 
 __all__ = ["draw_errors"]
 
@@ -28,13 +28,7 @@ def draw_errors(path: str | Path, comparison: Any) -> None:
     NpllmOSError
         When the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f'plots need matplotlib ({error}); pip install "npllm[plot]"'
-        ) from error
-    figure = Figure(figsize=(10, 4))
+    figure = new_figure((10, 4))
     axes = figure.add_subplot()
     rows = comparison.rows
     places = np.arange(len(rows))
@@ -50,11 +44,7 @@ def draw_errors(path: str | Path, comparison: Any) -> None:
     axes.set_ylabel("error / budget")
     _label_layers(axes, rows)
     axes.legend(fontsize=8)
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise NpllmOSError(f"{path}: cannot be written ({error})") from None
+    save_figure(figure, path)
 
 
 def _label_layers(axes: Any, rows: list[Any]) -> None:

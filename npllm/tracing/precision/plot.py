@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.analysis.plots import new_figure
+from npllm.analysis.plots import new_figure, save_figure
 from npllm.tracing.precision.report import Precision, Row
 
 __all__ = ["draw_precision"]
@@ -24,6 +24,8 @@ def draw_precision(path: str | Path, report: Precision) -> None:
     ------
     MissingExtraError
         When matplotlib is not installed.
+    NpllmOSError
+        When the file cannot be written.
     """
     shared = [row for row in report.rows if row.shares]
     n_panels = 1 + bool(shared)
@@ -32,8 +34,7 @@ def draw_precision(path: str | Path, report: Precision) -> None:
     if shared:
         _draw_shares(figure.add_subplot(1, n_panels, 2), shared)
     figure.suptitle(f"{report.model}, {report.n_tokens} tokens", fontsize=9, parse_math=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _draw_depth(axes: Any, report: Precision) -> None:
