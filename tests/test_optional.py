@@ -81,11 +81,16 @@ def test_where_everything_is_required_a_missing_package_is_an_error(monkeypatch)
 
 def test_what_ci_installs_last_is_never_required_before(monkeypatch):
     monkeypatch.setattr(optional, "REQUIRED", True)
+    monkeypatch.setattr(optional, "REQUIRED_LIVE", False)
     monkeypatch.setattr(optional, "LIVE", (*optional.LIVE, "no_such_package"))
     with pytest.raises(pytest.skip.Exception):
         optional.import_or_fail("no_such_package.part")
     with pytest.raises(pytest.skip.Exception):
         _ = optional.module("no_such_package.part").anything
+    monkeypatch.setattr(optional, "REQUIRED_LIVE", True)  # and then it is
+    for find in (optional.import_or_fail, optional.module):
+        with pytest.raises(ImportError):
+            find("no_such_package.part")
 
 
 BLOCKED = """
