@@ -127,9 +127,10 @@ class Model(CausalLM):
             padding included, and logits [n_batch, n_vocab], which a function returns in the same
             shape and dtype.
         prompt_lookup_num_tokens : int, optional
-            For one prompt: up to so many tokens that followed the same words earlier are proposed
-            and verified in one pass (`npllm.decoding.prompt_lookup`).  The text is the same, sooner
-            where it repeats the prompt.  None: off.
+            For one prompt: up to so many tokens that followed the same words earlier, at most 15,
+            are proposed and verified in one pass.  The text is the same (but at near ties on a set
+            that sums rows together in another order; the compiled set does not), sooner where it
+            repeats the prompt.  None: off.  See `npllm.decoding.prompt_lookup`.
         tools : list of dict, optional
             Only with messages: JSON schemas that the chat template describes to the model.
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import npllm
 from npllm import kernels, ops
-from npllm.decoding.prompt_lookup import MOST_WAITING, PromptLookup, continuation
+from npllm.decoding.prompt_lookup import MOST_PROPOSED, MOST_WAITING, PromptLookup, continuation
 from npllm.errors import NpllmValueError
 
 SETS = {"blockwise": ops.blockwise, "compiled": kernels.compiled_ops()}
@@ -46,6 +46,7 @@ def test_fewer_are_proposed_where_few_are_kept_and_none_for_a_while_where_none_i
         while not len(lookup.propose(ids, 99)):
             pauses[-1] += 1
     assert pauses == [1, 3, 7, 15, 31, 63, *[MOST_WAITING] * 3]
+    assert len(PromptLookup(99).propose(ids, 99)) == MOST_PROPOSED == 15
     assert len(PromptLookup(10).propose(ids, 0)) == len(PromptLookup(10).propose(ids, -3)) == 0
 
 

@@ -141,8 +141,7 @@ def generate_tokens(
     options : Options
         seed: the same seed draws the same numbers; None draws fresh ones.  use_cache=False computes
         the whole sequence again for every token.  prompt_lookup_num_tokens: tokens are proposed and
-        verified several in a pass; each is chosen from its own logits, with its own number, so that
-        the text is the same.
+        verified several in a pass; each is chosen from its own logits, with its own number.
 
     Yields
     ------

@@ -1,5 +1,10 @@
 """Prompt lookup decoding: what followed the last tokens earlier is proposed, and verified in one
 pass.
+
+Each token is chosen from its own logits, with its own random number, so that the text depends on
+the logits alone.  The compiled set gives the same bits for up to 16 tokens in a pass as for each
+alone, so there the text is the same.  Other sets, and weights in the blocks of GGUF, sum in another
+order: there another token can be chosen at a near tie.
 """
 
 from typing import Any
@@ -11,6 +16,7 @@ __all__ = ["PromptLookup", "continuation"]
 Array = Any
 
 LONGEST, SHORTEST = 3, 2  # tokens at the end that are looked for earlier in the sequence
+MOST_PROPOSED = 15  # which are 16 rows with the token before them
 MOST_WAITING = 64  # tokens for which nothing is proposed after proposals that were of no use
 
 
@@ -57,7 +63,7 @@ class PromptLookup:
     Parameters
     ----------
     n_tokens : int
-        Proposed at most.
+        Proposed at most, and never more than MOST_PROPOSED.
 
     Notes
     -----
@@ -67,7 +73,7 @@ class PromptLookup:
     """
 
     def __init__(self, n_tokens: int):
-        self.n_tokens = self._n = n_tokens
+        self.n_tokens = self._n = min(n_tokens, MOST_PROPOSED)
         self._pause = self._left = 0
 
     def propose(self, ids: Array, n_most: int) -> Array:
