@@ -1,4 +1,4 @@
-"""Commands on checkpoints: `npllm tokens`, `inspect`, `cost`, `fetch` and `quantize`."""
+"""Commands on checkpoints: `npllm tokens`, `inspect`, `cost`, `fetch`, `list`, `quantize`."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import click
 
 from npllm.analysis.cost import cost_facts, gguf_weight_bytes
 from npllm.analysis.inspect import checkpoint_facts, rounding_errors
-from npllm.checkpoints.fetch import DEFAULT_MODEL
+from npllm.checkpoints.fetch import DEFAULT_MODEL, list_checkpoints, weights_folder
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.checkpoints.gguf import is_gguf
@@ -127,11 +127,30 @@ def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json:
 @click.option(
     "--token", help="Hugging Face access token, for gated repositories.", envvar="HF_TOKEN"
 )
-def fetch(name: str, revision: str | None, token: str | None) -> None:
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help='Only files that match, GGUF files among them: "*Q4_K_M*"; may be given again.',
+)
+def fetch(name: str, revision: str | None, token: str | None, include: tuple[str, ...]) -> None:
     """Fetch the default checkpoint, all-minilm-l6-v2, or any Hugging Face repository OWNER/NAME
-    (safetensors, json, templates).
+    (safetensors, json, templates; with --include GGUF).
     """
-    click.echo(str(fetch_checkpoint(name, revision=revision, token=token)))
+    click.echo(str(fetch_checkpoint(name, revision=revision, token=token, include=include)))
+
+
+@click.command("list")
+@json_option
+def list_present(as_json: bool) -> None:
+    """List the checkpoints that were fetched, with their bytes and GGUF files."""
+    found = list_checkpoints()
+    if as_json:
+        print_json(found)
+        return
+    for x in found:
+        click.echo(f"{x['bytes']:>16,}  {x['name']}  {' '.join(x['gguf'])}".rstrip())
+    write_line(f"{len(found)} in {weights_folder()}")
 
 
 def _known_file_type(_context: Any, _option: Any, name: str) -> str:
@@ -170,4 +189,4 @@ def quantize(path: str | None, file_type: str, output: Path, force: bool, as_jso
     write_line(f"{facts['bytes']:,} bytes, {facts['bits_per_weight']:.2f} bits a weight")
 
 
-COMMANDS = (tokens, inspect, cost, fetch, quantize)
+COMMANDS = (tokens, inspect, cost, fetch, list_present, quantize)
