@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import prod
-from operator import index
 from typing import Any
 
 import numpy as np
 
+from npllm.arguments import check_integer
 from npllm.arrays import ieee_semantics
-from npllm.errors import NpllmTypeError, NpllmValueError
 
 __all__ = ["n_threads", "run_blocks", "scratch", "set_threads", "threads_are_fixed"]
 
@@ -119,21 +118,13 @@ def set_threads(count: int | None) -> None:
 
     Raises
     ------
-    NpllmTypeError
-        For what is no integer.
     NpllmValueError
-        For another number.
+        For anything else.
     """
     global _fixed, _limit
     if count is None:
         return
-    if isinstance(count, bool) or not hasattr(count, "__index__"):
-        raise NpllmTypeError(f"threads must be an integer, got {count!r}")
-    count = index(count)
-    if not 1 <= count <= _n_cores():
-        raise NpllmValueError(
-            f"threads must be from 1 to {_n_cores()}, the cores of this process, got {count}"
-        )
+    count = check_integer("threads", count, 1, _n_cores(), " (the cores of this process)")
     with _lock:
         _default_threads()  # as BLAS was before
         _fixed = count

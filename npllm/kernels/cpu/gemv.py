@@ -7,7 +7,8 @@ of its rows are read at once, and each is prefetched.
 from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.extending import overload
 
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.panels import root_mean_square
@@ -22,7 +23,7 @@ from npllm.kernels.cpu.simd import (
     reduce_add,
     splat,
 )
-from npllm.kernels.cpu.simd_arrays import deinterleave, is_int8
+from npllm.kernels.cpu.simd_arrays import deinterleave
 from npllm.quantized.int8 import GROUP
 
 __all__ = ["FEW_ROWS", "add_product"]
@@ -211,7 +212,8 @@ def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
     n, d = x.shape
     rows = np.zeros((1 if n == 1 else (n + 3) // 4 * 4, d), np.float32)
     for k in range(n):
-        rows[k] = x[k]
+        for i in range(d):
+            rows[k, i] = x[k, i]
         if len(gain):
             rms_norm_row(rows[k], gain, eps)
         deinterleave(weight, rows[k])
@@ -230,9 +232,24 @@ def rms_norm_row(x: Array, gain: Array, eps: float) -> None:
 def add_product(weight: Array, scales: Array, x: Array, gain: Array, eps: float, y: Array) -> None:
     """Compute y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
     rows = prepare_rows(weight, x, gain, eps)
-    if is_int8(weight):
+    add_prepared(weight, scales, rows, y)
+
+
+def add_prepared(weight: Array, scales: Array, rows: Array, y: Array) -> None:
+    """Compute y [n, d_out] += rows @ weight.T, of rows from `prepare_rows`."""
+
+
+@overload(add_prepared)
+def choose_product(weight: Any, scales: Any, rows: Any, y: Any) -> Any:  # noqa: ARG001
+    """Choose by the weight's type, so that only the products of this type are compiled."""
+
+    def of_int8(weight: Array, scales: Array, rows: Array, y: Array) -> None:
         add_product_int8(weight, scales, rows, y)
-    elif len(x) == 1:
-        add_product_one(weight, rows[0], y[0])
-    else:
-        add_product_few(weight, rows, y)
+
+    def of_floats(weight: Array, scales: Array, rows: Array, y: Array) -> None:  # noqa: ARG001
+        if len(y) == 1:
+            add_product_one(weight, rows[0], y[0])
+        else:
+            add_product_few(weight, rows, y)
+
+    return of_int8 if weight.dtype == types.int8 else of_floats

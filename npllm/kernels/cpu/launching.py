@@ -15,6 +15,7 @@ from typing import Any
 from numba import config, get_num_threads, njit, set_num_threads, threading_layer
 
 from npllm.errors import NpllmRuntimeError
+from npllm.kernels.compilation import compile_seconds
 from npllm.kernels.cpu.contention import Controller, can_measure, read_usage
 from npllm.kernels.cpu.numba_internals import openmp_dies_in_a_fork, use_disk_cache
 from npllm.threads import n_threads, threads_are_fixed
@@ -139,12 +140,13 @@ def _launch_on(count: int, before: int, compiled: Any, arguments: tuple) -> Any:
 def _launch_measured(compiled: Any, arguments: tuple, full: int) -> Any:
     """Call a kernel on as many threads as the controller says, and tell it what they used.
 
-    A launch that overlaps another one is not measured: what the process uses is the sum of both.
+    A launch that overlaps another one is not measured, since what the process uses is the sum of
+    both; nor is one that compiled its kernel.
     """
     global _controller, _newest
     if _controller is None:
         _controller = Controller(full)
-    usage = read_usage()
+    usage, compiled_for = read_usage(), compile_seconds()
     count = _controller.choose(usage.seconds)
     mark, is_first = object(), not _inside
     try:
@@ -155,5 +157,5 @@ def _launch_measured(compiled: Any, arguments: tuple, full: int) -> Any:
         return _launch_on(count, full, compiled, arguments)
     finally:
         _inside.discard(mark)
-        if is_first and _newest is mark:
+        if is_first and _newest is mark and compiled_for == compile_seconds():
             _controller.record(count, usage, read_usage())
