@@ -173,9 +173,11 @@ def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
     """Prepare the rows of x for products: normalised where there is a gain, in the weight's
     order.
     """
-    rows = np.empty(x.shape, np.float32)
-    for k in range(len(x)):
-        rows[k] = x[k]
+    n, d = x.shape
+    rows = np.empty((n, d), np.float32)
+    for k in range(n):
+        for i in range(d):
+            rows[k, i] = x[k, i]
         if len(gain):
             rms_norm_row(rows[k], gain, eps)
         deinterleave(weight, rows[k])
