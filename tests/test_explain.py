@@ -21,7 +21,7 @@ from npllm.page.sections import SECTIONS
 
 pytest.importorskip("jinja2", reason="the page is made with Jinja2")
 ROOT = Path(__file__).resolve().parents[1] / "npllm" / "page"
-PROMPT = "hello wé"
+PROMPT = "hello wé, how low"
 HOSTILE = "</script><img src=x onerror=alert(1)><!--\u2028{{ 7 * 7 }}\"'&"
 
 NOTIONS = {  # of the chapter -> words of the table of contents

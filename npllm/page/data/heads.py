@@ -50,11 +50,28 @@ def attention(run: Run) -> Data:
         "k": significant(k, 4),
         "v": significant(v, 4),
         "scores": _scores(run, q, k),
-        "weights": significant(run.of_layer("self_attn.weights"), 4),
+        "weights": significant(run.of_layer("self_attn.weights"), 6),
         "output": significant(run.of_layer("self_attn.heads"), 4),
         "added": significant(run.of_layer("self_attn.o_proj"), 4),
         "shares": significant(_shares(run), 4),
+        "lengths": _lengths(run, run.value(name), q, k, v),
     }
+
+
+def _lengths(run: Run, stream: Array, q: Array, k: Array, v: Array) -> Data:
+    """Lengths of the vectors, which the page cannot compute exactly from rounded channels."""
+    added = run.of_layer("self_attn.o_proj")
+    vectors = {
+        "x": run.of_layer("input_layernorm"),
+        "q": q,
+        "k": k,
+        "v": v,
+        "output": run.of_layer("self_attn.heads"),
+        "added": added,
+        "stream": stream,
+        "after": stream + added,
+    }
+    return {name: significant(np.linalg.norm(x, axis=-1), 6) for name, x in vectors.items()}
 
 
 def _scores(run: Run, q: Array, k: Array) -> list[Any]:

@@ -15,7 +15,12 @@ __all__ = ["packing"]
 Array = Any
 Data = dict[str, Any]
 
-TEXTS = ("One, two, three, four.", "The dog chased the squirrel because it", "Dear Sarah,")
+TEXTS = (
+    "One, two, three, four.",
+    "The dog chased the squirrel because it",
+    "The Shawshank Redemption is a film.",
+    "Dear Sarah,",
+)
 
 
 def packing(run: Run) -> Data:
@@ -57,11 +62,11 @@ def _that_fit(order: list[int], lengths: list[int], n_most: int, n_documents: in
 
 
 def _documents(run: Run) -> list[list[int]]:
-    """The prompt and three short texts; of a model without tokenizer, parts of the prompt."""
+    """The prompt and three other short texts; of a model without tokenizer, parts of the prompt."""
     if run.model.tokenizer is None:
         return [run.ids, run.ids[:2] or run.ids, run.ids[-3:]]
     others = [run.model.tokenizer.encode(text) for text in TEXTS]
-    return [run.ids, *(ids for ids in others if ids)]
+    return [run.ids, *(ids for ids in others if ids and ids != run.ids)][:4]
 
 
 def _without_mask(model: Any, documents: list[list[int]]) -> list[Array]:

@@ -40,19 +40,19 @@ function attentionSteps(data, h, i) {
   const weighted = keys.map((j) => data.v[g][j].map((x) => w[j] * x));
   const after = data.stream[i].map((x, c) => x + data.added[i][c]);
   return [
-    ["The normalised vector x of the current position", strips([[name(i), data.x[i], `length ${digits(norm(data.x[i]))}`]])],
-    ["Its query, after the rotation by its position", strips([[`q of head ${h}`, data.q[h][i], `length ${digits(norm(data.q[h][i]))}`]])],
-    [`The keys and values of the visible positions (key/value head ${g})`, el("div", { class: "pair" }, el("div", {}, "Keys", strips(keys.map((j) => [name(j), data.k[g][j], digits(norm(data.k[g][j]), 3)]), most(keys.map((j) => data.k[g][j])))), el("div", {}, "Values", strips(keys.map((j) => [name(j), data.v[g][j], digits(norm(data.v[g][j]), 3)]), most(keys.map((j) => data.v[g][j])))))],
-    ["Scores, and their softmax", scoreTable(data, keys, scores, w, weighted, i)],
-    ["Each value times its weight", strips(keys.map((j, k) => [name(j), weighted[k], digits(norm(weighted[k]), 3)]), most(weighted))],
-    ["Their sum: the output of this head", strips([[`head ${h}`, data.output[h][i], `length ${digits(norm(data.output[h][i]))}`]])],
-    ["W_o maps the outputs of all heads back: what each head adds", el("div", {}, headShares(data, h, i), strips([["all heads", data.added[i], `length ${digits(norm(data.added[i]))}`]]))],
-    ["The sum goes into the residual stream", strips([["before", data.stream[i], digits(norm(data.stream[i]))], ["added", data.added[i], digits(norm(data.added[i]))], ["after", after, digits(norm(after))]], most([data.stream[i], after]))],
+    ["The normalised vector x of the current position", strips([[name(i), data.x[i], `length ${digits(data.lengths.x[i])}`]])],
+    ["Its query, after the rotation by its position", strips([[`q of head ${h}`, data.q[h][i], `length ${digits(data.lengths.q[h][i])}`]])],
+    [`The keys and values of the visible positions (key/value head ${g})`, el("div", { class: "pair" }, el("div", {}, "Keys", strips(keys.map((j) => [name(j), data.k[g][j], digits(data.lengths.k[g][j], 3)]), most(keys.map((j) => data.k[g][j])))), el("div", {}, "Values", strips(keys.map((j) => [name(j), data.v[g][j], digits(data.lengths.v[g][j], 3)]), most(keys.map((j) => data.v[g][j])))))],
+    ["Scores, and their softmax", scoreTable(data, keys, scores, w, g, i)],
+    ["Each value times its weight", strips(keys.map((j, k) => [name(j), weighted[k], digits(w[j] * data.lengths.v[g][j], 3)]), most(weighted))],
+    ["Their sum: the output of this head", strips([[`head ${h}`, data.output[h][i], `length ${digits(data.lengths.output[h][i])}`]])],
+    ["W_o maps the outputs of all heads back: what each head adds", el("div", {}, headShares(data, h, i), strips([["all heads", data.added[i], `length ${digits(data.lengths.added[i])}`]]))],
+    ["The sum goes into the residual stream", strips([["before", data.stream[i], digits(data.lengths.stream[i])], ["added", data.added[i], digits(data.lengths.added[i])], ["after", after, digits(data.lengths.after[i])]], most([data.stream[i], after]))],
   ];
 }
 
-function scoreTable(data, keys, scores, w, weighted, i) {
-  const rows = keys.map((j, k) => [String(j), token(data.tokens[j], j === i ? { class: "token new" } : {}), fixed(scores[j], 3), fixed(w[j], 4), bars(w[j], 1), fixed(norm(weighted[k]), 4)]);
+function scoreTable(data, keys, scores, w, g, i) {
+  const rows = keys.map((j) => [String(j), token(data.tokens[j], j === i ? { class: "token new" } : {}), fixed(scores[j], 3), fixed(w[j], 4), bars(w[j], 1), fixed(w[j] * data.lengths.v[g][j], 4)]);
   const sum = keys.reduce((s, j) => s + w[j], 0);
   return scroll("Scores and weights", table(`The weights sum to ${fixed(sum, 3)}; positions after the query are excluded`, ["", "key", "score", "weight", "", "|w v|"], rows, [0, 2, 3, 5]));
 }

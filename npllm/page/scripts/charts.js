@@ -93,6 +93,11 @@ function heatmap(n, m, label, options) {
   return node;
 }
 
+// The width that a figure may take, which is small on a phone.
+function room() {
+  return Math.max(280, document.documentElement.clientWidth - 40);
+}
+
 function ticks(low, high) {
   const step = 10 ** Math.floor(Math.log10((high - low) / 3 || 1));
   const wide = [1, 2, 5, 10].map((k) => k * step).find((s) => (high - low) / s <= 6);
@@ -109,7 +114,7 @@ const LINES = [["var(--accent)", ""], ["var(--second)", "6 3"], ["var(--third)",
 
 // options: series [[name, xs, ys]], xTitle, yTitle, log, at (x that is marked).
 function lines(label, options) {
-  const [width, height, left, low] = [560, 250, 62, 40];
+  const [width, height, left, low] = [Math.min(560, room()), 250, 62, 40];
   const all = options.series.flatMap(([, , ys]) => ys).filter((y) => !options.log || y > 0);
   const xs = options.series.flatMap(([, x]) => x);
   const f = options.log ? Math.log10 : (y) => y;
@@ -127,7 +132,7 @@ function lines(label, options) {
   for (const x of ticks(x0, x1)) {
     node.append(svgEl("text", { x: px(x), y: height - low + 16, "text-anchor": "middle" }, digits(x, 6)));
   }
-  node.append(svgEl("text", { x: left, y: height - 6, class: "faint" }, `${options.xTitle} → ; vertical: ${options.yTitle}`));
+  node.append(svgEl("text", { x: left, y: height - 6, class: "faint" }, `${options.xTitle} →`));
   if (options.at !== undefined) {
     node.append(svgEl("line", { x1: px(options.at), x2: px(options.at), y1: 10, y2: height - low, stroke: "var(--current)", "stroke-width": 1.5 }));
   }
@@ -142,5 +147,5 @@ function lines(label, options) {
     key.append(svgEl("line", { x1: 0, x2: 30, y1: 4, y2: 4, stroke, "stroke-width": 2, "stroke-dasharray": dash }));
     return el("li", {}, key, name);
   });
-  return el("figure", {}, el("ul", { class: "legend" }, ...keys), scroll(label, node));
+  return el("figure", {}, el("ul", { class: "legend" }, ...keys), el("figcaption", {}, `Vertical: ${options.yTitle}`), scroll(label, node));
 }

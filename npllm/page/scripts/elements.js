@@ -83,7 +83,7 @@ function table(caption, heads, rows, numeric = [], attributes = {}) {
     const cells = row.map((cell, k) => el("td", cell instanceof Bars ? { class: "wide" } : kind(k), cell instanceof Bars ? cell.node : cell));
     return el("tr", {}, ...cells);
   });
-  return el("table", attributes, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body));
+  return el("table", attributes, el("caption", {}, el("span", {}, caption)), el("thead", {}, head), el("tbody", {}, ...body));
 }
 
 class Bars {
@@ -112,8 +112,4 @@ function replace(host, ...children) {
 
 function range(n) {
   return Array.from({ length: n }, (_, k) => k);
-}
-
-function norm(x) {
-  return Math.sqrt(x.reduce((sum, v) => sum + v * v, 0));
 }

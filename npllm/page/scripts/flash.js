@@ -82,5 +82,5 @@ function movedBytes(data) {
     draw();
   };
   draw();
-  return el("div", {}, controls(slider("Positions", 0, data.lengths.length - 1, 5, change("n"), { format: (k) => commas(data.lengths[k]) }), slider("Positions in a block", 0, data.blocks.length - 1, 2, change("block"), { format: (k) => String(data.blocks[k]) })), place);
+  return el("div", {}, controls(slider("Positions", 0, data.lengths.length - 1, 5, change("n"), { format: (k) => commas(data.lengths[k]) }), slider("Block size", 0, data.blocks.length - 1, 2, change("block"), { format: (k) => String(data.blocks[k]) })), place);
 }

@@ -31,9 +31,9 @@ function thumbnails(data, pick) {
   const n = data.tokens.length;
   const node = el("div", { class: "thumbs", role: "group", "aria-label": "Layers and heads" });
   node.style.gridTemplateColumns = `max-content repeat(${n_head}, max-content)`;
-  node.append(el("span", { class: "name" }, "layer"), ...range(n_head).map((h) => el("span", { class: "name" }, `head ${h}`)));
+  node.append(el("span", { class: "name" }, "head"), ...range(n_head).map((h) => el("span", { class: "name" }, String(h))));
   const all = data.weights.map((heads, l) => {
-    node.append(el("span", { class: "name" }, String(l)));
+    node.append(el("span", { class: "name" }, l === 0 ? "layer 0" : String(l)));
     return heads.map((_, h) => {
       const one = el("button", { type: "button", tabindex: -1, "aria-label": `layer ${l}, head ${h}`, title: `layer ${l}, head ${h}` }, el("canvas", {}));
       one.addEventListener("click", () => pick(l, h));

@@ -65,7 +65,7 @@ function maskFigure(data, variant, state, pick) {
   const [full, causal] = [data.n ** 2, (data.n * (data.n + 1)) / 2];
   const called = Object.entries(variant.parameters).map(([name, x]) => `${name} = ${x}`).join(", ");
   const matrix = heatmap(data.n, data.n, `${rule.name}: row i is the query, column j the key`, {
-    cell: 11, mark: i, pick: (y) => pick(y), colour: (y, x) => MASK.colour(bits, y, x, y),
+    cell: Math.min(11, Math.floor((room() - 8) / data.n)), mark: i, pick: (y) => pick(y), colour: (y, x) => MASK.colour(bits, y, x, y),
     text: (y, x) => `query ${y}, key ${x}: ${bits[y][x] ? "visible" : "excluded"}`,
   });
   return [
@@ -112,5 +112,5 @@ function comparePicture(data) {
     draw();
   };
   draw();
-  return el("div", {}, controls(slider("Width of the picture, or block", 2, 12, data.side, change("width")), slider("Current position", 0, data.n - 1, 27, change("at"))), MASK.key(), place);
+  return el("div", {}, controls(slider("Width of the picture, or block", 2, 12, data.side, change("width")), slider("Position in the picture", 0, data.n - 1, 27, change("at"))), MASK.key(), place);
 }
