@@ -174,13 +174,13 @@ def test_logits_are_all_there_and_give_the_exact_distribution(model, data):
 
 
 def test_an_edit_of_the_last_token_changes_the_last_stream_only(model, data):
-    change = np.array(data["streams"]["change"])
-    assert (change[:, :-1] == 0).all()
-    assert (change[:, -1] > 0).all()
+    change, rounding = np.array(data["streams"]["change"]), np.array(data["streams"]["rounding"])
+    assert (change[:, :-1] <= rounding[:, None]).all()
+    assert (change[:, -1] > 10 * rounding).all()
     assert data["streams"]["edited"]["id"] != model.tokenizer.encode(PROMPT)[-1]
     heads = data["other_heads"]["change"]
-    assert np.count_nonzero(heads["causal"]) == 1
-    assert np.count_nonzero(heads["bidirectional"]) == len(heads["causal"])
+    assert np.count_nonzero(np.array(heads["causal"]) > data["other_heads"]["rounding"]) == 1
+    assert (np.array(heads["bidirectional"]) > data["other_heads"]["rounding"]).all()
 
 
 def test_bytes_are_those_of_the_cost_formulas(model, data):

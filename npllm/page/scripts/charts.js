@@ -95,7 +95,7 @@ function heatmap(n, m, label, options) {
 
 // The width that a figure may take, which is small on a phone.
 function room() {
-  return Math.max(280, document.documentElement.clientWidth - 40);
+  return Math.max(280, document.querySelector("main").clientWidth);
 }
 
 function ticks(low, high) {

@@ -110,6 +110,10 @@ function replace(host, ...children) {
   host.replaceChildren(...children.filter((child) => child !== null));
 }
 
+function changed(x, rounding) {
+  return x === 0 ? "the same: 0" : x <= rounding ? `rounding: ${digits(x, 3)}` : `changed: ${digits(x, 3)}`;
+}
+
 function range(n) {
   return Array.from({ length: n }, (_, k) => k);
 }

@@ -18,7 +18,7 @@ FIGURES.heads = (host, data) => {
   const head = slider("Head", 0, n_head - 1, state.head, (x) => pick({ head: x }));
   const query = slider("Query", 0, data.tokens.length - 1, state.query, (x) => pick({ query: x }), { format: (k) => `${k} ${short(data.tokens[k].text)}` });
   const left = el("div", {}, scroll("Attention of every head; arrow keys move, Enter chooses", grid));
-  host.append(controls(layer, head, query), el("div", { class: "beside" }, left, large));
+  host.append(controls(layer, head, query), el("div", { class: data.tokens.length <= 12 ? "beside" : "" }, left, large));
   REDRAW.push(() => {
     grid.paint();
     draw();
@@ -69,7 +69,7 @@ function enlarged(data, { layer, head, query }, pick) {
   const title = `Layer ${layer}, head ${head}: weight of each key (columns) for each query (rows)`;
   const value = (y, x) => (w[y][x] || 0) / 1000;
   const map = heatmap(n, n, title, {
-    rows: names, columns: names, cell: n > 32 ? 13 : n > 16 ? 16 : 24, mark: query, pick,
+    rows: names, columns: names, cell: n > 48 ? 12 : n > 32 ? 15 : n > 16 ? 18 : 24, mark: query, pick,
     colour: (y, x) => rgb(weightColour(value(y, x))),
     text: (y, x) => `${names[y]} looks at ${names[x]}: ${fixed(value(y, x))}`,
   });

@@ -19,7 +19,7 @@ FIGURES.masks = (host, data) => {
   }));
   const choose = (k) => {
     state.rule = Number(k);
-    state.parameters = { ...middle(data.rules[state.rule]).parameters };
+    state.parameters = { ...middle(data.rules[state.rule], data.side).parameters };
     replace(sliders, ...parameterSliders(data.rules[state.rule], state.parameters, draw));
     draw();
   };
@@ -32,8 +32,9 @@ FIGURES.masks = (host, data) => {
   document.querySelector("#masks .compare").append(comparePicture(data));
 };
 
-function middle(rule) {
-  return rule.variants[Math.floor(rule.variants.length / 3)];
+function middle(rule, side) {
+  const fits = (v) => Object.values(v.parameters)[0] === side && Object.keys(v.parameters).length === 1;
+  return rule.variants.find(fits) || rule.variants[Math.floor(rule.variants.length / 3)];
 }
 
 function values(rule, name) {

@@ -38,7 +38,7 @@ function packedFigure(data, kind) {
   const leak = kind === "leaky" ? data.leak : data.leak_masked;
   const rows = data.together.flatMap((d, k) => data.alone[k].map((x, t) => [String(d), token(data.documents[d][t + 1]), fixed(x, 3), fixed(data[kind][k][t], 3), fixed(Math.abs(data[kind][k][t] - x), 3)]));
   return [
-    facts([["leak: the largest change of a log-probability", digits(leak, 3)]]),
+    facts([[`leak: the largest change of a log-probability${kind === "masked" ? " (rounding)" : ""}`, digits(leak, 3)]]),
     el("figure", {}, el("figcaption", {}, `One row with the documents ${data.together.join(", ")}`), MASK.key(), scroll("Mask of the packed row", map)),
     scroll("Log-probabilities", table("Log-probability of each token: alone, and in the packed row", ["document", "token", "alone", "packed", "change"], rows, [0, 2, 3, 4])),
   ];

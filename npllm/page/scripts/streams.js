@@ -10,7 +10,7 @@ FIGURES.streams = (host, data) => {
   const draw = (l) => {
     const chips = data.tokens.map((t, n) => {
       const x = data.change[l][n];
-      return named(t, n, { class: x > 0 ? "token changed" : "token" }, x > 0 ? `changed: ${digits(x, 3)}` : "the same: 0");
+      return named(t, n, { class: x > data.rounding[l] ? "token changed" : "token" }, changed(x, data.rounding[l]));
     });
     replace(row, ...chips);
   };
