@@ -45,6 +45,7 @@ from npllm.loading import load
 from npllm.model import Model
 from npllm.page.explain import explain
 from npllm.pipelines import pipeline
+from npllm.quantization import quantize
 from npllm.text.tokenizer import Tokenizer
 from npllm.tracing.comparison.comparing import compare
 from npllm.tracing.record import trace
@@ -69,6 +70,7 @@ __all__ = [
     "ops",
     "packing",
     "pipeline",
+    "quantize",
     "score",
     "steps",
     "trace",
