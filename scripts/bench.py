@@ -9,6 +9,8 @@
     context -m DIR      a decode step at 128, 1k and 4k tokens of context, beside the bytes it reads
     batch -m DIR        tokens/s of decoding 1 ... 16 sequences at once
     checkouts A B       prefill and decoding of two checkouts of npllm
+    lookup              20 prompts with and without prompt lookup
+    contention          decoding beside 0, 1, 2 and 4 busy processes, and in two processes at once
     attention           the definition, both schedules, a window, and torch, by sequence length
 
 Every contender is a process of its own.  They run in turns (A B A B ...), so that a slow period of
@@ -25,6 +27,8 @@ import sys
 import time
 from math import prod
 
+import bench_contention
+import bench_lookup
 import click
 import contenders
 import numpy as np
@@ -864,6 +868,9 @@ def show(result, as_json):
             f"| {result['peak_bytes'][name.split()[0]] / 1e6:.0f} |"
         )
 
+
+main.add_command(bench_lookup.lookup)
+main.add_command(bench_contention.contention)
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,7 @@ from npllm.cli import (
     check,
     checkpoints,
     comparing,
+    explain,
     generation,
     measurements,
     mutants,
@@ -26,6 +27,7 @@ from npllm.cli import (
     views,
 )
 from npllm.errors import NpllmError
+from npllm.kernels import compilation
 from npllm.progress import report
 
 __all__ = ["main"]
@@ -35,6 +37,7 @@ GROUPS = (
     predictions,
     checkpoints,
     views,
+    explain,
     tracing,
     measurements,
     testing,
@@ -54,6 +57,7 @@ class _Group(click.Group):
             if isinstance(stream, io.TextIOWrapper) and not stream.closed:
                 stream.reconfigure(errors="replace")  # "?" for what the encoding lacks
         warnings.showwarning = _show_warning
+        compilation.announce(report)
         try:
             return super().invoke(ctx)
         except NpllmError as error:
