@@ -7,9 +7,9 @@ than one.  `Controller` measures, over launches that take WINDOW seconds togethe
     share = CPU seconds of the process / (threads * seconds)
 
 which is near 1 on idle cores, since threads that wait spin.  A share below LOW together with an
-involuntary context switch, in two windows in succession, means contention, and a quarter of the threads, at
-least one, is given up.  Measured on two cores, decoding: 0.72 to 1.03 on idle ones, at most 0.52
-beside one, two and four busy processes.
+involuntary context switch, in WINDOWS windows in succession, means contention, and a quarter of the
+threads, at least one, is given up.  Measured on two cores, decoding: 0.72 to 1.03 on idle ones, at
+most 0.52 beside one, two and four busy processes.
 
 Threads are taken back when the system reports idle cores; where it reports nothing, a third more is
 tried.  The pause before an attempt doubles with each that failed.
