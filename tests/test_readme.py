@@ -143,6 +143,7 @@ def test_options_of_the_readme_exist():
     }
     assert {name for name, flags in options.items() if "-m" not in flags} == {
         "fetch",
+        "list",
         "doctor",
         "masks",
         "diagnose",
