@@ -139,6 +139,11 @@ def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
     assert read_regular(tmp_path / "x", 1000) == b"x" * 1000
 
 
+def test_a_small_file_takes_little_memory_whatever_the_limit(tmp_path, traced_peak):
+    (tmp_path / "x").write_bytes(b"x" * 1000)
+    assert traced_peak(lambda: read_regular(tmp_path / "x", 2**27)) < 2**17
+
+
 def test_links_to_files_and_to_nothing(tmp_path):
     (tmp_path / "file").write_text("\ufeffa\r\nb", encoding="utf-8")
     (tmp_path / "link").symlink_to("file")

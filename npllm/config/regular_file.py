@@ -90,7 +90,9 @@ def read_regular(path: str | os.PathLike[str], largest: int) -> bytes:
     try:
         with open_regular(path) as file:
             n_bytes = os.fstat(file.fileno()).st_size
-            data = b"" if n_bytes > largest else file.read(largest + 1)
+            data = b"" if n_bytes > largest else file.read(n_bytes + 1)  # `read` reserves as much
+            if len(data) > n_bytes:  # it has grown
+                data += file.read(largest + 1 - len(data))
     except NpllmOSError:
         raise
     except (OSError, ValueError) as error:
