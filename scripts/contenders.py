@@ -149,10 +149,12 @@ GGUF_LAYER = {
 
 def gguf_file(folder, dtype):
     """Write the weights of a Phi-3 folder as a GGUF file beside them, once; without a vocabulary,
-    since ids come and logits go.
+    since ids come and logits go.  A GGUF file is taken as it is.
     """
     from pathlib import Path
 
+    if str(folder).endswith(".gguf"):
+        return folder
     path = Path(folder) / f"bench-{dtype}.gguf"
     if not path.exists():
         partial = path.with_suffix(".partial")

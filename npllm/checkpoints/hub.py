@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from npllm.checkpoints.disk import check_hash, publish, remove_leftovers, require_space, sha256
+from npllm.checkpoints.disk import (
+    check_hash,
+    publish,
+    publish_into,
+    remove_leftovers,
+    require_space,
+    sha256,
+)
 from npllm.checkpoints.extras import import_extra
 from npllm.checkpoints.hub_listing import (
     TIMEOUT,
@@ -36,20 +43,30 @@ Advance = Callable[..., None]
 
 
 def fetch_repository(
-    name: str, revision: str | None, token: str | None, folder: Path, progress: bool
-) -> None:
+    name: str,
+    revision: str | None,
+    token: str | None,
+    folder: Path,
+    progress: bool,
+    include: Sequence[str] = (),
+) -> list[str]:
     """Download the checkpoint files of a repository; continue an interrupted download.
 
     Parameters
     ----------
     name : str
         OWNER/NAME.
-    revision, token : str, optional
+    revision, token, include
         As in `npllm.checkpoints.fetch.fetch`.
     folder : Path
-        Of the checkpoint; appears when it is complete.
+        Of the checkpoint; appears when it is complete.  Files are added to one that is there.
     progress : bool
         Show a bar on stderr.
+
+    Returns
+    -------
+    names : list of str
+        Of the files.
 
     Raises
     ------
@@ -60,7 +77,7 @@ def fetch_repository(
         hash differs.
     """
     with hub_errors(name):
-        repository = ask_hub(name, revision, token)
+        repository = ask_hub(name, revision, token, include)
         files = repository.files
         partial = folder.parent / f"{folder.name}.partial-{repository.commit[:12]}"
         remove_leftovers(folder, keep=partial)
@@ -71,7 +88,11 @@ def fetch_repository(
         ) as advance:
             for file in files:
                 _download(repository, file, partial / file.name, advance)
-    publish(partial, folder)
+    if folder.exists():
+        publish_into(partial, folder)
+    else:
+        publish(partial, folder)
+    return [file.name for file in files]
 
 
 def _part_of(target: Path) -> Path:

@@ -5,8 +5,9 @@ Whatever answers under HF_ENDPOINT is not trusted: a mirror, a proxy, a login pa
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 from urllib.parse import quote as url_quote
 
@@ -19,6 +20,8 @@ __all__ = ["RemoteFile", "Repository", "ask_hub", "check_status", "hub_errors"]
 
 # consolidated*.safetensors repeat the weights under other names.
 WANTED = re.compile(r"(?:\d+_\w+/)?(?!consolidated)[\w.-]+\.(?:safetensors|json|jinja)", re.ASCII)
+GGUF = re.compile(r"[\w.-]+\.gguf", re.ASCII)  # of the top folder, only where asked for
+SPLIT = re.compile(r".*-\d{5}-of-\d{5}\.gguf", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 BLOB_ID = re.compile(r"[0-9a-f]{40}", re.ASCII)
@@ -47,14 +50,16 @@ class Repository(NamedTuple):
     files: tuple[RemoteFile, ...] = ()
 
 
-def ask_hub(name: str, revision: str | None, token: str | None) -> Repository:
+def ask_hub(
+    name: str, revision: str | None, token: str | None, include: Sequence[str] = ()
+) -> Repository:
     """Ask the hub for the files that make a checkpoint.
 
     Parameters
     ----------
     name : str
         OWNER/NAME.
-    revision, token : str, optional
+    revision, token, include
         As in `npllm.checkpoints.fetch.fetch`.
 
     Returns
@@ -79,7 +84,7 @@ def ask_hub(name: str, revision: str | None, token: str | None) -> Repository:
     try:
         read = Reader(parse_json(_receive_listing(repository), where), where)
         commit = _hash(read, "sha", COMMIT)
-        files = _wanted_files(name, read)
+        files = _wanted_files(name, read, include)
     except NpllmValueError as error:
         if not str(error).startswith(where):
             raise
@@ -132,8 +137,8 @@ def _hash(read: Reader, key: str, pattern: re.Pattern[str]) -> str:
     return value
 
 
-def _wanted_files(name: str, read: Reader) -> tuple[RemoteFile, ...]:
-    """Return the files of a checkpoint."""
+def _wanted_files(name: str, read: Reader, include: Sequence[str]) -> tuple[RemoteFile, ...]:
+    """Return the files of a checkpoint, or those that are asked for."""
     siblings = read.get("siblings")
     if not isinstance(siblings, list) or not all(isinstance(entry, dict) for entry in siblings):
         raise NpllmValueError(
@@ -144,18 +149,47 @@ def _wanted_files(name: str, read: Reader) -> tuple[RemoteFile, ...]:
     files = [
         _remote_file(file, entry)
         for file, entry in zip(names, entries, strict=True)
-        if WANTED.fullmatch(file)
+        if _is_wanted(file, include)
     ]
     wanted = [file.name for file in files]
     if len(set(map(str.casefold, wanted))) < len(wanted):
         raise NpllmValueError(f"{read.where}: siblings names a file twice")
-    if "config.json" not in wanted or not any(n.endswith(".safetensors") for n in wanted):
+    if include:
+        _check_included(name, names, wanted, include)
+    elif "config.json" not in wanted or not any(n.endswith(".safetensors") for n in wanted):
         found = printable(", ".join(sorted(names)[:8])[:500])
+        advice = "npllm reads no pickles (.bin, .pt)"
+        if any(map(GGUF.fullmatch, names)):
+            advice = 'of its GGUF files, `--include "*Q4_K_M*"` fetches those that match'
         raise NpllmValueError(
             f"{name} must have config.json and *.safetensors, but has {found or 'no files'}; "
-            "npllm reads no pickles (.bin, .pt)"
+            f"{advice}"
         )
     return tuple(sorted(files, key=lambda file: (file.size, file.name)))
+
+
+def _is_wanted(file: str, include: Sequence[str]) -> bool:
+    """Tell whether a file is fetched; without patterns no GGUF file is."""
+    if not include:
+        return WANTED.fullmatch(file) is not None
+    is_known = WANTED.fullmatch(file) or GGUF.fullmatch(file)
+    return bool(is_known) and any(fnmatchcase(file, pattern) for pattern in include)
+
+
+def _check_included(name: str, names: list[str], wanted: list[str], include: Sequence[str]) -> None:
+    """Raise unless patterns match a file, and GGUF files that are whole."""
+    if not wanted:
+        ours = [file for file in names if GGUF.fullmatch(file) or WANTED.fullmatch(file)]
+        found = printable(", ".join(sorted(ours)[:12])[:500])
+        raise NpllmValueError(
+            f"{name} has no file that matches {' or '.join(map(quote, include))}; "
+            f"it has {found or 'none that npllm reads'}"
+        )
+    split = [file for file in wanted if SPLIT.fullmatch(file)]
+    if split:
+        raise NpllmValueError(
+            f"{name}: {split[0]} is a part of a split GGUF file, which npllm does not read"
+        )
 
 
 def _remote_file(name: str, read: Reader) -> RemoteFile:
