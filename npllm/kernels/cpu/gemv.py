@@ -39,7 +39,7 @@ FEW_ROWS = (
 )
 AHEAD = 512  # entries of each stream of weights that are prefetched
 STEP = 2 * LANES
-RUN = 8 * STEP  # channels whose sum is added to that of other runs: the error of a long chain grows
+RUN = 6 * STEP  # channels whose sum is added to that of other runs: the error of a long chain grows
 
 
 @kernel()
@@ -149,7 +149,10 @@ def add_streams(
         row = o + j * n
         if row < d_out:
             for t in range(len(zeros)):
-                y[k + t, row] += sums[j][t] + dot_remainder(weight, row * d_in, x[k + t])
+                more = sums[j][t]
+                if d_in % STEP != 0:
+                    more += dot_remainder(weight, row * d_in, x[k + t])
+                y[k + t, row] += more
 
 
 @kernel(parallel=True)
