@@ -1,5 +1,6 @@
 """Commands on checkpoint folders: `npllm tokens`, `inspect`, `cost` and `fetch`."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import click
 
 from npllm.analysis.cost import cost_facts
 from npllm.analysis.inspect import checkpoint_facts, int8_errors
+from npllm.analysis.speed import warm_up
 from npllm.arrays import DTYPES
 from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
@@ -18,9 +20,11 @@ from npllm.cli.layout import checkpoint_lines, cost_lines
 from npllm.cli.options import chat_option, json_option, path_option
 from npllm.cli.streams import print_json, read_prompt
 from npllm.config.config import Config
-from npllm.errors import NpllmValueError
-from npllm.loading import checkpoint_folder, read_tokenizer
-from npllm.progress import write_line
+from npllm.errors import NpllmError, NpllmValueError
+from npllm.kernels import compiled_ops
+from npllm.loading import checkpoint_folder, load, read_tokenizer
+from npllm.model import Model
+from npllm.progress import report, write_line
 
 __all__ = ["COMMANDS"]
 
@@ -121,11 +125,29 @@ def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json:
 @click.option(
     "--token", help="Hugging Face access token, for gated repositories.", envvar="HF_TOKEN"
 )
-def fetch(name: str, revision: str | None, token: str | None) -> None:
+@click.option(
+    "--prepare/--no-prepare",
+    default=True,
+    show_default=True,
+    help="Compile the kernels for it, so that the first answer need not.",
+)
+def fetch(name: str, revision: str | None, token: str | None, prepare: bool) -> None:
     """Fetch the default checkpoint, all-minilm-l6-v2, or any Hugging Face repository OWNER/NAME
     (safetensors, json, templates).
     """
-    click.echo(str(fetch_checkpoint(name, revision=revision, token=token)))
+    folder = fetch_checkpoint(name, revision=revision, token=token)
+    click.echo(str(folder))
+    if prepare and folder.is_dir():
+        _prepare(folder)
+
+
+def _prepare(folder: Path) -> None:
+    """Compile the kernels that a causal model needs; what cannot be loaded is left alone."""
+    with suppress(NpllmError):
+        model = load(folder)
+        seconds = warm_up(model) if isinstance(model, Model) and compiled_ops() else 0
+        if seconds:
+            report(f"compiled the kernels in {seconds:.1f} s")
 
 
 COMMANDS = (tokens, inspect, cost, fetch)
