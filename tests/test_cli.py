@@ -97,9 +97,10 @@ def failed(result, *words):
 
 
 def test_generate_streams_the_prompt_and_the_answer(call, folder):
+    expected = npllm.load(folder).generate("hello", max_new_tokens=5)  # has compiled the kernels
     result = call("generate", "hello", "-n", 5)
     assert result.exit_code == 0
-    assert result.stdout == "hello" + npllm.load(folder).generate("hello", max_new_tokens=5) + "\n"
+    assert result.stdout == "hello" + expected + "\n"
     assert re.fullmatch(
         r"prompt 1 tokens, [\d.]+ tokens/s; generation 5 tokens, [\d.]+ tokens/s; peak memory \d+ MB\n",
         result.stderr,
@@ -271,10 +272,22 @@ def test_fetch_prints_the_folder_and_passes_its_options_on(call, monkeypatch):
     ]
 
 
+def test_fetch_prepares_the_kernels_of_the_checkpoint(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("NPLLM_WEIGHTS", str(tmp_path))
+    tiny.write_folder(tmp_path / DEFAULT_MODEL)
+    steps = []
+    monkeypatch.setattr("npllm.cli.checkpoints.compiled_ops", lambda: True)
+    monkeypatch.setattr(npllm.Model, "__call__", lambda _, ids, **__: steps.append(ids.shape))
+    assert call("fetch", "--no-prepare").exit_code == 0
+    assert steps == []
+    assert call("fetch").exit_code == 0
+    assert [n > 16 for _, n in steps] == [True, False]
+
+
 def test_fetch_of_what_is_there_does_nothing(call, tmp_path, monkeypatch):
     monkeypatch.setenv("NPLLM_WEIGHTS", str(tmp_path))
     there = tiny.write_folder(tmp_path / DEFAULT_MODEL)
-    result = call("fetch")
+    result = call("fetch", "--no-prepare")
     assert (result.exit_code, result.stdout) == (0, f"{there}\n")
 
 

@@ -16,7 +16,7 @@ from npllm.decoding.loop import start as start_generation
 from npllm.kernels.compilation import compile_seconds, working_seconds
 from npllm.model import Model
 
-__all__ = ["compare_sets", "generate_timed", "speed"]
+__all__ = ["compare_sets", "generate_timed", "speed", "warm_up"]
 
 Array = Any
 
@@ -80,6 +80,25 @@ def _rates(n_prompt: int, start: float, ticks: list[float]) -> dict[str, Any]:
         "new_tokens_per_second": (len(ticks) - 1) / rest if rest else 0.0,
         "peak_bytes": peak_memory(),
     }
+
+
+def warm_up(model: Model) -> float:
+    """Run a prompt and a token through a model, so that what they need is compiled.
+
+    Parameters
+    ----------
+    model : Model
+
+    Returns
+    -------
+    seconds : float
+        Of compilation; 0 where everything was compiled before.
+    """
+    before, ids = compile_seconds(), np.zeros((1, 32), np.int64)
+    cache = model.new_cache()
+    for new in (ids, ids[:, :1]):
+        model(new, cache=cache, logits_to_keep=1)
+    return compile_seconds() - before
 
 
 def speed(

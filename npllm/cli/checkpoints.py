@@ -1,5 +1,6 @@
 """Commands on checkpoints: `npllm tokens`, `inspect`, `cost`, `fetch`, `list`, `quantize`."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import click
 
 from npllm.analysis.cost import cost_facts, gguf_weight_bytes
 from npllm.analysis.inspect import checkpoint_facts, rounding_errors
+from npllm.analysis.speed import warm_up
 from npllm.checkpoints.fetch import DEFAULT_MODEL, list_checkpoints, weights_folder
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
@@ -18,9 +20,11 @@ from npllm.cli.layout import checkpoint_lines, cost_lines
 from npllm.cli.options import chat_option, json_option, path_option
 from npllm.cli.streams import print_json, read_prompt
 from npllm.config.config import Config
-from npllm.errors import NpllmValueError
-from npllm.loading import checkpoint_folder, read_tokenizer
-from npllm.progress import write_line
+from npllm.errors import NpllmError, NpllmValueError
+from npllm.kernels import compiled_ops
+from npllm.loading import checkpoint_folder, load, read_tokenizer
+from npllm.model import Model
+from npllm.progress import report, write_line
 from npllm.quantization import quantize as quantize_checkpoint
 from npllm.quantized.dtypes import NAMES
 
@@ -133,11 +137,31 @@ def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json:
     metavar="PATTERN",
     help='Only files that match, GGUF files among them: "*Q4_K_M*"; may be given again.',
 )
-def fetch(name: str, revision: str | None, token: str | None, include: tuple[str, ...]) -> None:
+@click.option(
+    "--prepare/--no-prepare",
+    default=True,
+    show_default=True,
+    help="Compile the kernels for it, so that the first answer need not.",
+)
+def fetch(
+    name: str, revision: str | None, token: str | None, include: tuple[str, ...], prepare: bool
+) -> None:
     """Fetch the default checkpoint, all-minilm-l6-v2, or any Hugging Face repository OWNER/NAME
     (safetensors, json, templates; with --include GGUF).
     """
-    click.echo(str(fetch_checkpoint(name, revision=revision, token=token, include=include)))
+    path = fetch_checkpoint(name, revision=revision, token=token, include=include)
+    click.echo(str(path))
+    if prepare:
+        _prepare(path)
+
+
+def _prepare(path: Path) -> None:
+    """Compile the kernels that a causal model needs; what cannot be loaded is left alone."""
+    with suppress(NpllmError):
+        model = load(path)
+        seconds = warm_up(model) if isinstance(model, Model) and compiled_ops() else 0
+        if seconds:
+            report(f"compiled the kernels in {seconds:.1f} s")
 
 
 @click.command("list")
