@@ -7,8 +7,10 @@ of its rows are read at once, and each is prefetched.
 from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.extending import overload
 
+from npllm.kernels.cpu.block_gemv import add_product_blocks
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.panels import root_mean_square
 from npllm.kernels.cpu.simd import (
@@ -229,10 +231,30 @@ def rms_norm_row(x: Array, gain: Array, eps: float) -> None:
 @kernel()
 def add_product(weight: Array, scales: Array, x: Array, gain: Array, eps: float, y: Array) -> None:
     """Compute y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
-    rows = prepare_rows(weight, x, gain, eps)
+    add_few(weight, scales, prepare_rows(weight, x, gain, eps), y)
+
+
+def add_few(weight: Array, scales: Array, rows: Array, y: Array) -> None:
+    """Compute y [n, d_out] += rows [1 or 4m, d_in] @ weight.T, for n up to 4m rows; compiled
+    kernels only.
+    """
+    raise NotImplementedError
+
+
+@overload(add_few, strict=False)
+def _add_few(weight: Array, *_: Any) -> Any:
+    """Choose the kernel for a type of weight; the others are not compiled."""
+    if weight.dtype == types.int64:
+        return lambda weight, scales, rows, y: add_product_blocks(weight, rows, y)  # noqa: ARG005
+    return lambda weight, scales, rows, y: add_product_entries(weight, scales, rows, y)
+
+
+@kernel()
+def add_product_entries(weight: Array, scales: Array, rows: Array, y: Array) -> None:
+    """As `add_few`, of a weight that is an array of entries."""
     if is_int8(weight):
         add_product_int8(weight, scales, rows, y)
-    elif len(x) == 1:
+    elif len(rows) == 1:
         add_product_one(weight, rows[0], y[0])
     else:
         add_product_few(weight, rows, y)
