@@ -44,6 +44,7 @@ from npllm.errors import NpllmError
 from npllm.loading import load
 from npllm.model import Model
 from npllm.pipelines import pipeline
+from npllm.quantization import quantize
 from npllm.text.tokenizer import Tokenizer
 from npllm.tracing.comparison.comparing import compare
 from npllm.tracing.record import trace
@@ -67,6 +68,7 @@ __all__ = [
     "ops",
     "packing",
     "pipeline",
+    "quantize",
     "score",
     "steps",
     "trace",

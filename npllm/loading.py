@@ -31,6 +31,7 @@ from npllm.kernels import choose_ops
 from npllm.model import Model
 from npllm.ops.opset import Ops
 from npllm.text.tokenizer import Tokenizer
+from npllm.threads import set_threads
 
 __all__ = [
     "checkpoint_folder",
@@ -49,6 +50,7 @@ def load(
     dtype: str | None = None,
     ops: Ops | str | None = None,
     mmap: bool = True,
+    threads: int | None = None,
 ) -> Any:
     """Load a model from a checkpoint folder or a GGUF file.
 
@@ -73,6 +75,10 @@ def load(
         truncated or overwritten in place while the model lives: the process would be ended with
         SIGBUS, or the weights would change.  (Deletion and replacement by a rename are safe.)
         False: all weights are copied into memory.
+    threads : int, optional
+        Of every kernel on the CPU, and of NumPy's BLAS: exactly so many from now on, for every
+        model of the process.  None: what OMP_NUM_THREADS, OPENBLAS_NUM_THREADS or NUMBA_NUM_THREADS
+        say, which is fixed as well; else every core, and fewer while other programs use them.
 
     Returns
     -------
@@ -85,10 +91,11 @@ def load(
         When the folder or a file of it is missing or unreadable.
     NpllmValueError
         When its content is contradictory or not implemented; when `backend="cupy"` finds no driver
-        or device.
+        or device; when `threads` is not an integer from 1 to the cores of the process.
     MissingExtraError
         When `backend="cupy"` and CuPy is not installed.
     """
+    set_threads(threads)
     xp = backend_namespace(backend)
     ops, mmap = choose_ops(ops, backend_name(xp)), check_flag("mmap", mmap)
     folder = checkpoint_folder(path)

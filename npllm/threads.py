@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from npllm.arguments import check_integer
 from npllm.arrays import ieee_semantics
 
-__all__ = ["n_threads", "run_blocks", "scratch"]
+__all__ = ["n_threads", "run_blocks", "scratch", "set_threads", "threads_are_fixed"]
 
 Array = Any
 
@@ -34,6 +35,7 @@ VARIABLES = (
 _lock = threading.Lock()
 _users: set[object] = set()  # one mark for each caller inside `one_blas_thread`
 _limit: contextlib.AbstractContextManager | None = None
+_fixed: int | None = None  # what `set_threads` was given
 _local = threading.local()
 
 
@@ -84,18 +86,55 @@ def _n_cores() -> int:
     return os.cpu_count() or 1
 
 
-@cache
 def n_threads() -> int:
     """Count the threads of every kernel, of every set: one count for BLAS, the pool and Numba.
 
-    It is the smallest of: the cores of this process, the threads that BLAS uses, and each of the
-    `VARIABLES` that is set.  `OMP_NUM_THREADS=1` alone means one thread everywhere.
+    It is what `set_threads` was given, else the smallest of: the cores of this process, the threads
+    that BLAS uses, and each of the `VARIABLES` that is set.  `OMP_NUM_THREADS=1` alone means one
+    thread everywhere.
     """
+    return _default_threads() if _fixed is None else _fixed
+
+
+@cache
+def _default_threads() -> int:
+    """Count the threads where nobody called `set_threads`."""
     blas = [blas_threads()] if _blas().info() else []
     return max(1, min([_n_cores(), *requested_counts(), *blas]))
 
 
-@cache
+def threads_are_fixed() -> bool:
+    """Tell whether the user chose the count, which the kernels then do not change."""
+    return _fixed is not None or any(True for _ in requested_counts())
+
+
+def set_threads(count: int | None) -> None:
+    """Fix the number of threads of this process, BLAS's included.
+
+    Parameters
+    ----------
+    count : int or None
+        From 1 to the cores of this process.  None: leave it as it is.
+
+    Raises
+    ------
+    NpllmValueError
+        For anything else.
+    """
+    global _fixed, _limit
+    if count is None:
+        return
+    count = check_integer("threads", count, 1, _n_cores(), " (the cores of this process)")
+    with _lock:
+        _default_threads()  # as BLAS was before
+        _fixed = count
+        if _limit is not None:
+            _limit.__exit__(None, None, None)
+        _blas().limit(limits=count)
+        if _limit is not None:
+            _limit = _blas().limit(limits=1)
+
+
 def _pool_threads() -> int:
     """Count the threads of `run_blocks`: 1 where BLAS cannot be limited to one thread for each."""
     return n_threads() if _blas().info() else 1
@@ -103,8 +142,8 @@ def _pool_threads() -> int:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads beside the caller's own; only asked for where there are some."""
-    return ThreadPoolExecutor(_pool_threads() - 1, thread_name_prefix="npllm")
+    """The threads beside the caller's own; each starts when it is first needed."""
+    return ThreadPoolExecutor(max(1, _n_cores() - 1), thread_name_prefix="npllm")
 
 
 @contextlib.contextmanager
@@ -122,7 +161,7 @@ def one_blas_thread() -> Iterator[None]:
         with _lock:
             _users.add(caller)
             if _limit is None:
-                n_threads()  # as it was before the limit
+                _default_threads()  # as it was before the limit
                 _limit = _blas().limit(limits=1)
         yield
     finally:

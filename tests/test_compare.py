@@ -305,6 +305,11 @@ def test_names_that_are_missing_and_unknown_are_said():
     assert "left out: h.0.attn" in text
 
 
+def test_names_that_are_no_text_are_an_error():
+    with pytest.raises(NpllmTypeError, match="names of values must be str, got 1"):
+        npllm.compare({1: np.zeros((2, 9, 29))}, testing.golden("gqa"))
+
+
 def test_integers_are_an_error():
     with pytest.raises(NpllmTypeError, match="got int64"):
         npllm.compare({"lm_head": np.zeros((2, 9, 29), np.int64)}, testing.golden("gqa"))

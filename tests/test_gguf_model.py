@@ -18,6 +18,7 @@ from npllm.checkpoints.gguf import GGUFFile
 from npllm.checkpoints.gguf_config import gguf_config
 from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
+from npllm.models.rope import frequencies
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.int8 import Int8Weight
 from npllm.quantized.stacked import StackedWeight
@@ -247,7 +248,8 @@ def test_llama3_is_found_by_its_frequencies(tmp_path):
     config = config_of(tmp_path, "llama", extra, **{"llama.rope.freq_base": 500000.0})
     rope = config.rope_parameters
     assert (rope.rope_type, rope.factor, rope.low_freq_factor) == ("llama3", 32.0, 1.0)
-    assert rope.high_freq_factor == 4.0 and config.original_max_position_embeddings == 128
+    assert rope.high_freq_factor == 4.0 and config.original_max_position_embeddings == 8192
+    close(frequencies(config, 0), np.float32(scaled))
     quotient[3] = 1.5
     with pytest.raises(
         NpllmValueError, match=r"rope_freqs.weight are not the frequencies of llama"

@@ -153,6 +153,7 @@ HOSTILE = {
     "no steps": (index_changed(steps={}), "steps must be a list"),
     "ragged ids": (index_changed(steps=[{"input_ids": [[1], [1, 2]]}]), "step 0: input_ids"),
     "ids that are none": (index_changed(steps=[{"input_ids": [["a"]]}]), "step 0: input_ids"),
+    "a huge position": (index_changed(steps=[{"position_ids": [[2**62]]}]), "32-bit integers"),
     "past that is none": (index_changed(steps=[{"n_past": -1}]), "n_past must be from 0"),
     "a cache that is none": (index_changed(steps=[{"cached": 1}]), "cached must be true or false"),
     "a step that is no object": (index_changed(steps=[3]), "step 0: must be an object, got 3"),

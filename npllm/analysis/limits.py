@@ -1,7 +1,6 @@
 """The limits of the machine: bytes read per second, float32 operations per second."""
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from npllm import kernels
+from npllm.kernels.compilation import working_seconds
 from npllm.threads import run_blocks
 
 __all__ = ["machine_limits", "seconds"]
@@ -73,6 +73,6 @@ def _median_seconds(function: Callable[[], object], repeat: int = 5) -> float:
 
 def seconds(function: Callable[[], object]) -> float:
     """Time one call."""
-    start = time.perf_counter()
+    start = working_seconds()
     function()
-    return time.perf_counter() - start
+    return working_seconds() - start

@@ -1,7 +1,6 @@
 """What a model predicts, as plain data: the next tokens, the score of every token of a text."""
 
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from npllm.decoding.loop import last_logits
 from npllm.decoding.prompt import read_prompt, require_tokenizer
 from npllm.decoding.sampling import next_token_distribution
 from npllm.decoding.sequences import seen_tokens
+from npllm.kernels.compilation import working_seconds
 from npllm.model import Model
 
 __all__ = ["next_tokens", "perplexity_facts", "score_facts"]
@@ -97,9 +97,9 @@ def perplexity_facts(model: Model, text: str, **options: Any) -> dict[str, Any]:
         `bits_per_byte` is the negative log-probability in bits over the bytes of the text in UTF-8;
         `tokens_per_second` counts scored tokens.
     """
-    begin = time.perf_counter()
+    begin = working_seconds()
     scored = score(model, text, **options)
-    seconds = time.perf_counter() - begin
+    seconds = working_seconds() - begin
     n = len(scored.log_probs)
     return {
         "perplexity": scored.perplexity,

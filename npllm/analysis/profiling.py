@@ -9,7 +9,6 @@ Waterman and Patterson 2009).
 """
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from npllm.analysis.cost import COUNTS, bytes_moved
 from npllm.analysis.limits import machine_limits, seconds
 from npllm.arrays import array_namespace, to_numpy
 from npllm.errors import NpllmValueError
+from npllm.kernels.compilation import working_seconds
 from npllm.model import Model
 from npllm.ops import Ops, split_qkv
 
@@ -111,10 +111,10 @@ def _run_phases(
     spans = [slice(0, n_prompt)] + [slice(at, at + 1) for at in range(n_prompt, ids.shape[1])]
     for name, part in (("prefill", spans[:1]), ("decode", spans[1:])):
         calls.clear()
-        start = time.perf_counter()
+        start = working_seconds()
         for span in part:
             to_numpy(model(ids[:, span], cache=cache, logits_to_keep=1))
-        took = time.perf_counter() - start
+        took = working_seconds() - start
         phases[name] = (took, {key: tuple(call) for key, call in calls.items()})
     return phases
 
@@ -174,12 +174,12 @@ def timed_ops(ops: Ops, cuda: Any = None) -> tuple[Ops, Calls]:
     def wrap(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:
             synchronize()
-            start = time.perf_counter()
+            start = working_seconds()
             y = op(*args, **options)
             if y is NotImplemented:
                 return y
             synchronize()
-            took = time.perf_counter() - start
+            took = working_seconds() - start
             call = calls[name, _weight_shape(name, args)]
             for place, value in enumerate((1, took, *count(name, args, options, y))):
                 call[place] += value

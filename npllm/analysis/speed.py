@@ -3,7 +3,6 @@ another.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from npllm.analysis.machine import peak_memory
 from npllm.analysis.profiling import seconds
 from npllm.arrays import array_namespace, backend_name, to_numpy
 from npllm.decoding.loop import start as start_generation
+from npllm.kernels.compilation import compile_seconds, working_seconds
 from npllm.model import Model
 
 __all__ = ["compare_sets", "generate_timed", "speed"]
@@ -45,21 +45,26 @@ def generate_timed(
     -------
     stats : dict
         Seconds and tokens/s of the prompt (up to the first new token) and of the generation after
-        it; peak memory in bytes.
+        it, in which the compilation of kernels is not counted; its seconds; peak memory in bytes.
     """
     run = start_generation(model, prompt, **options)
     if echo and isinstance(prompt, str):
         write(prompt)
-    start, ticks, text = time.perf_counter(), [], []
+    compiled_before = compile_seconds()
+    start, ticks, text = working_seconds(), [], []
     try:
         for (piece,) in run:
-            ticks.append(time.perf_counter())
+            ticks.append(working_seconds())
             text.append(piece)
             write(piece)
     finally:
         text.extend(run.close())
         write(text[-1])
-    return {"text": "".join(text), **_rates(run.sequences.n_prompt, start, ticks)}
+    return {
+        "text": "".join(text),
+        **_rates(run.sequences.n_prompt, start, ticks),
+        "compile_seconds": compile_seconds() - compiled_before,
+    }
 
 
 def _rates(n_prompt: int, start: float, ticks: list[float]) -> dict[str, Any]:

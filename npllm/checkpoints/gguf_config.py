@@ -163,6 +163,8 @@ def _own_content(gguf: GGUFFile) -> dict[str, Any]:
     if gguf.architecture == "llama" and n_head > 0:
         gguf.require(own("rope.dimension_count"), d_rope, d_head)
     theta = shortest(gguf.value_or(own("rope.freq_base"), float, 10000.0))
+    scaling = rope_parameters(gguf, theta, d_rope)
+    n_original = _or(gguf, "rope.scaling.original_context_length", n_ctx)
     return {
         "architectures": [FAMILIES[gguf.architecture] + "ForCausalLM"],
         "model_type": gguf.architecture,
@@ -175,12 +177,12 @@ def _own_content(gguf: GGUFFile) -> dict[str, Any]:
         "head_dim": d_head,
         "partial_rotary_factor": _rotated_fraction(d_rope, d_head),
         "max_position_embeddings": n_ctx,
-        "original_max_position_embeddings": _or(
-            gguf, "rope.scaling.original_context_length", n_ctx
+        "original_max_position_embeddings": (scaling or {}).get(
+            "original_max_position_embeddings", n_original
         ),
         "rms_norm_eps": shortest(gguf.value(own("attention.layer_norm_rms_epsilon"), float)),
         "rope_theta": theta,
-        "rope_scaling": rope_parameters(gguf, theta, d_rope),
+        "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         **({"sliding_window": _window(gguf, n_ctx)} if gguf.architecture == "phi3" else {}),
         **gguf.special_ids(),

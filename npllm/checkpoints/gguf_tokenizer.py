@@ -13,7 +13,13 @@ from npllm.errors import NpllmValueError
 from npllm.text import tokenizer as text_tokenizer
 from npllm.text.tokenizer_checks import check_added_tokens
 
-__all__ = ["PRE_TOKENIZERS", "gguf_tokenizer", "read_tokenizer", "tokenizer_config"]
+__all__ = [
+    "PRE_TOKENIZERS",
+    "gguf_tokenizer",
+    "read_tokenizer",
+    "tokenizer_config",
+    "word_splitter",
+]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token_type
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -147,14 +153,19 @@ def _byte_level(gguf: GGUFFile, tokens: list[str], types: list[int]) -> Tokenize
     merges = [_read_merge(gguf, x, vocab) for x in gguf.values("tokenizer.ggml.merges", str)]
     options: dict[str, Any] = {"ignore_merges": True} if pre in WHOLE_WORDS else {}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
+    tokenizer.pre_tokenizer = word_splitter(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def word_splitter(pre: str) -> pre_tokenizers.PreTokenizer:
+    """Build the pre-tokenizer of a name of `PRE_TOKENIZERS`."""
     pattern = PRE_TOKENIZERS[pre]
     first: Any = pre_tokenizers.Digits(individual_digits=True)
     if pattern is not None:
         first = pre_tokenizers.Split(Regex(pattern), "isolated")
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, words])
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return pre_tokenizers.Sequence([first, words])
 
 
 def _sentencepiece(gguf: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:

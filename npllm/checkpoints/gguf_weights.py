@@ -17,7 +17,7 @@ from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.int8 import quantize
 from npllm.quantized.stacked import StackedWeight
 
-__all__ = ["half_split", "load_gguf_params"]
+__all__ = ["half_split", "interleaved", "load_gguf_params"]
 
 Array = Any
 BAND = 2**22  # entries to widen and round at a time
@@ -168,6 +168,27 @@ def half_split(weight: np.ndarray, n_head: int) -> np.ndarray:
         )
     pairs = weight.reshape(n_head, n_rows // n_head // 2, 2, d_row)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(n_rows, d_row)
+
+
+def interleaved(weight: np.ndarray, n_head: int) -> np.ndarray:
+    """Reorder the rows of a q or k projection from half-split to interleaved RoPE order.
+
+        y[h, 2 i] = w[h, i],  y[h, 2 i + 1] = w[h, i + d_head / 2]      for i < d_head / 2
+
+    The inverse of `half_split`; parameters, result and errors are alike.
+
+    Notes
+    -----
+    Source: `LlamaModel.permute` in llama.cpp's converter.
+    """
+    n_rows, d_row = weight.shape
+    if n_rows % (2 * n_head):
+        raise NpllmValueError(
+            f"weight must have n_head * d_head rows, {n_head} heads of even "
+            f"width, got {n_rows} rows"
+        )
+    halves = weight.reshape(n_head, 2, n_rows // n_head // 2, d_row)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(n_rows, d_row)
 
 
 def _stack(parts: list[Array]) -> Array:

@@ -33,7 +33,7 @@ from npllm.errors import NpllmValueError
 from npllm.models.params import LayerParams, Params
 from npllm.progress import progress_bar, warn
 
-__all__ = ["check_entries", "expected_shapes", "load_params"]
+__all__ = ["check_entries", "expected_shapes", "load_params", "top_sources_in"]
 
 ROPE_BUFFER = "rotary_emb.inv_freq"
 MAY_BE_ABSENT = "lm_head.weight may be absent only where config.json says tie_word_embeddings: true"
@@ -97,7 +97,7 @@ def load_params(
     entries = read_entries(folder)
     check_entries(folder, entries, config)
     _warn_of_ignored(folder, entries, config)
-    sources = _top_sources_in(folder, entries, config)
+    sources = top_sources_in(folder, entries, config)
     layers = [layer_sources(config, number) for number in range(config.num_hidden_layers)]
     n_bytes = _count_bytes(entries, [sources, *layers])
     with progress_bar(n_bytes, "loading", wanted=progress) as advance:
@@ -137,7 +137,7 @@ def _is_tied(config: Config) -> bool:
     return config.head == "lm" and config.tie_word_embeddings
 
 
-def _top_sources_in(
+def top_sources_in(
     folder: str | PathLike[str], entries: Mapping[str, TensorEntry], config: Config
 ) -> Sources:
     """List what to read: `top_sources`, but of two tied matrices those that the file holds.

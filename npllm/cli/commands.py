@@ -26,6 +26,7 @@ from npllm.cli import (
     views,
 )
 from npllm.errors import NpllmError
+from npllm.kernels import compilation
 from npllm.progress import report
 
 __all__ = ["main"]
@@ -54,6 +55,7 @@ class _Group(click.Group):
             if isinstance(stream, io.TextIOWrapper) and not stream.closed:
                 stream.reconfigure(errors="replace")  # "?" for what the encoding lacks
         warnings.showwarning = _show_warning
+        compilation.announce(report)
         try:
             return super().invoke(ctx)
         except NpllmError as error:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from npllm.cli.options import json_option, path_option
+from npllm.cli.options import json_option, path_option, threads_option
 from npllm.cli.streams import print_json
 from npllm.errors import NpllmError
 from npllm.progress import report
@@ -25,6 +25,7 @@ USAGE = 2
     help="The port's own parameters, a safetensors file or a folder of them: looked at first.",
 )
 @path_option
+@threads_option
 @click.option(
     "--names",
     default="transformers",

@@ -13,6 +13,7 @@ from npllm.errors import NpllmValueError
 from npllm.kernels import SETS
 from npllm.loading import load
 from npllm.model import Model
+from npllm.threads import set_threads
 
 __all__ = [
     "chat_option",
@@ -22,6 +23,7 @@ __all__ = [
     "model_options",
     "path_option",
     "sampling_options",
+    "threads_option",
 ]
 
 Command = Callable[..., Any]
@@ -54,6 +56,20 @@ _ops_option = click.option(
 )
 
 
+def _set_threads(_context: click.Context, _parameter: click.Parameter, count: int | None) -> None:
+    set_threads(count)
+
+
+threads_option = click.option(
+    "-t",
+    "--threads",
+    type=int,
+    expose_value=False,
+    callback=_set_threads,
+    help="Exactly so many. [all cores, fewer beside busy programs]",
+)
+
+
 def model_options(command: Command) -> Command:
     """Add the options that choose a model; the command gets `model`, a function that loads it."""
 
@@ -61,6 +77,7 @@ def model_options(command: Command) -> Command:
     @_backend_option
     @_dtype_option
     @_ops_option
+    @threads_option
     @functools.wraps(command)
     def wrapped(
         *args: Any, path: str | None, backend: str, dtype: str | None, ops_name: str, **options: Any

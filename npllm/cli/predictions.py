@@ -7,7 +7,13 @@ import click
 
 from npllm.analysis.predictions import next_tokens, perplexity_facts, score_facts
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, fetch
-from npllm.cli.options import chat_option, filter_options, json_option, model_options
+from npllm.cli.options import (
+    chat_option,
+    filter_options,
+    json_option,
+    model_options,
+    threads_option,
+)
 from npllm.cli.streams import print_json, read_file, read_prompt, write
 from npllm.decoding.sampling import FILTER_ORDERS
 from npllm.encoder import cosine_similarities
@@ -110,6 +116,7 @@ def perplexity(file: str, model: Load, as_json: bool, **options: Any) -> None:
     help="Folder of an encoder, or name of a fetched one. "
     f"[{EMBEDDING_MODEL}, fetched on first use]",
 )
+@threads_option
 @json_option
 def embed(texts: tuple[str, ...], path: str | None, as_json: bool) -> None:
     """Show the cosine similarity of every pair of texts, by their embeddings."""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from npllm.errors import NpllmOSError, NpllmValueError
-from npllm.progress import write_line
+from npllm.progress import report, write_line
 
 __all__ = [
     "from_stdin",
@@ -66,7 +66,9 @@ def write(text: str) -> None:
 
 
 def print_stats(stats: dict[str, Any]) -> None:
-    """Print speed and memory of a run on stderr."""
+    """Print speed and memory of a run on stderr, and what compiling the kernels took."""
+    if stats["compile_seconds"]:
+        report(f"compiled the kernels in {stats['compile_seconds']:.1f} s, not counted below")
     write_line(
         f"prompt {stats['prompt_tokens']} tokens, "
         f"{stats['prompt_tokens_per_second']:.1f} tokens/s; "

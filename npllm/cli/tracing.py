@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from npllm.cli.options import json_option, load_causal, model_options, path_option
+from npllm.cli.options import json_option, load_causal, model_options, path_option, threads_option
 from npllm.cli.streams import print_json, read_prompt, write
 from npllm.model import Model
 from npllm.progress import write_line
@@ -39,6 +39,7 @@ prompt_option = click.option(
 
 @click.command()
 @path_option
+@threads_option
 @prompt_option
 @click.option("-o", "--output", metavar="DIR", required=True, help="A new or empty folder.")
 @click.option("--layers", type=Numbers(), metavar="N,N:N", help="Only these layers. [all]")

@@ -4,31 +4,33 @@ The inverse of the `widen_*` functions, which define the layouts.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from npllm.arrays import expect_shape
+from npllm.arrays import expect_shape, widen
 from npllm.errors import NpllmValueError
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_search import search_affine, search_scale
 from npllm.quantized.block_weight import BlockWeight
+from npllm.threads import run_blocks
 
 __all__ = ["FALLBACKS", "quantize_blocks", "quantize_with_fallback"]
 
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """For rows whose length is no multiple of 256: a format of at least as many bits, as llama.cpp."""
 
-BAND = 2**20  # entries to quantize at a time
+BAND = 2**17  # entries that a thread quantizes at a time: what a search holds fits the cache
 LARGEST_HALF = 65504.0
 
 
-def quantize_blocks(weight: np.ndarray, name: str) -> BlockWeight:
+def quantize_blocks(weight: Any, name: str) -> BlockWeight:
     """Round a matrix to blocks of a format, with scales of least squared error.
 
     Parameters
     ----------
     weight : array [d_out, d_in]
-        NumPy, of a float type; finite.
+        NumPy, of a float type, or packed; finite.
     name : str
         A key of `npllm.quantized.block_formats.FORMATS`.
 
@@ -53,16 +55,19 @@ def quantize_blocks(weight: np.ndarray, name: str) -> BlockWeight:
         )
     blocks = np.empty((d_out, d_in // layout.n_entries * layout.n_bytes), np.uint8)
     n_rows = max(1, BAND // max(1, d_in))
-    for start in range(0, d_out, n_rows):
-        rows = weight[start : start + n_rows].astype(np.float32)
+
+    def pack_band(start: int) -> None:
+        rows = np.asarray(widen(weight[start : start + n_rows], np.float32))
         if not np.isfinite(rows).all():
             raise NpllmValueError("a weight that holds NaN or infinity cannot be rounded to blocks")
         packed = PACK[name](rows.reshape(-1, layout.n_entries))
         blocks[start : start + n_rows] = packed.reshape(len(rows), -1)
+
+    run_blocks(pack_band, range(0, d_out, n_rows))
     return BlockWeight(blocks, name)
 
 
-def quantize_with_fallback(weight: np.ndarray, name: str) -> BlockWeight:
+def quantize_with_fallback(weight: Any, name: str) -> BlockWeight:
     """Round a matrix to blocks of a format, or of its fallback where the rows do not fit.
 
     Parameters and errors are those of `quantize_blocks`.

@@ -25,20 +25,25 @@ def search_scale(x: np.ndarray, low: int, high: int) -> np.ndarray:
 
     Notes
     -----
-    Each candidate fixes the integers; the best scale for these is sum(x q) / sum(q q).
+    Each candidate fixes the integers; the best scale for these is sum(x q) / sum(q q), and the
+    error is sum(x x) - sum(x q)**2 / sum(q q).  Groups are columns while they are searched, so that
+    sums are over rows.
 
     Source: `make_qx_quants` in ggml-quants.c has the same aim; the search is our own.
     """
-    at = np.argmax(np.abs(x), axis=-1, keepdims=True)
-    base = np.take_along_axis(x, at, axis=-1)[..., 0] / low
-    best, least = base, np.full(base.shape, np.inf, np.float32)
+    columns = _columns(x)
+    at = np.argmax(np.abs(columns), axis=0, keepdims=True)
+    base = np.take_along_axis(columns, at, axis=0)[0] / low
+    best, most = base, np.full(base.shape, -1.0)
+    q = np.empty_like(columns)
     for shrink in SHRINKS:
-        q = _rounded(x, base * shrink, low, high)
-        norm = np.sum(q * q, axis=-1)
-        d = np.divide(np.sum(x * q, axis=-1), norm, out=np.zeros_like(base), where=norm > 0)
-        error = np.sum((x - d[..., None] * q) ** 2, axis=-1)
-        best, least = np.where(error < least, d, best), np.minimum(error, least)
-    return best
+        np.divide(columns, _nonzero(base * shrink), out=q)
+        np.clip(np.rint(q, out=q), low, high, out=q)
+        sum_qq, sum_qx = _products(q, q), _products(q, columns)
+        d = np.divide(sum_qx, sum_qq, out=np.zeros_like(base), where=sum_qq > 0)
+        explained = d.astype(np.float64) * sum_qx
+        best, most = np.where(explained > most, d, best), np.maximum(explained, most)
+    return best.reshape(x.shape[:-1])
 
 
 def search_affine(x: np.ndarray, high: int, *, below: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -61,42 +66,76 @@ def search_affine(x: np.ndarray, high: int, *, below: bool) -> tuple[np.ndarray,
     Notes
     -----
     Each candidate fixes the integers; the best scale and minimum for these solve two equations.
+    Sums are of the distances from the smallest number, since large numbers would cancel.
 
     Source: `make_qkx2_quants` in ggml-quants.c has the same aim; the search is our own.
     """
-    smallest, largest = x.min(axis=-1), x.max(axis=-1)
+    columns = _columns(x)
+    smallest, largest = columns.min(axis=0), columns.max(axis=0)
     smallest = np.minimum(smallest, 0) if below else smallest
     base = (largest - smallest) / high
-    best = [base, smallest]
-    least = np.full(smallest.shape, np.inf, np.float32)
+    distance = columns - smallest
+    best, least = [base, np.zeros_like(base)], np.full(base.shape, np.inf)
+    sum_x, q = distance.sum(axis=0), np.empty_like(columns)
     for shrink in SHRINKS:
-        q = _rounded(x - smallest[..., None], base * shrink, 0, high)
-        d, m = _line(x, q, below)
-        error = np.sum((x - d[..., None] * q - m[..., None]) ** 2, axis=-1)
+        np.divide(distance, _nonzero(base * shrink), out=q)
+        np.minimum(np.rint(q, out=q), high, out=q)
+        sums = q.sum(axis=0), sum_x, _products(q, q), _products(q, distance)
+        d, m = _line(*sums, len(columns), -smallest if below else None)
+        error = _error(d, m, *sums, len(columns))
         is_better = error < least
         best = [np.where(is_better, new, old) for new, old in zip((d, m), best, strict=True)]
         least = np.minimum(error, least)
-    return best[0], best[1]
+    shape = x.shape[:-1]
+    return best[0].reshape(shape), (best[1] + smallest).reshape(shape)
 
 
-def _line(x: np.ndarray, q: np.ndarray, below: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Fit x = d * q + m by least squares; m at most 0 where it must be."""
-    n = x.shape[-1]
-    sum_q, sum_x = q.sum(axis=-1), x.sum(axis=-1)
-    sum_qq, sum_qx = (q * q).sum(axis=-1), (q * x).sum(axis=-1)
+def _columns(x: np.ndarray) -> np.ndarray:
+    """Return the groups as columns: [n, n_group]."""
+    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).T)
+
+
+def _nonzero(d: np.ndarray) -> np.ndarray:
+    """Return divisors: 1 where a scale is 0, and all numbers of the group with it."""
+    return np.where(d == 0, np.float32(1), d)
+
+
+def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the scalar products of columns."""
+    return np.einsum("ng,ng->g", x, y)
+
+
+def _line(
+    sum_q: np.ndarray,
+    sum_x: np.ndarray,
+    sum_qq: np.ndarray,
+    sum_qx: np.ndarray,
+    n: int,
+    largest: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit x = d * q + m by least squares; m at most `largest` where that is given."""
     determinant = n * sum_qq - sum_q**2
     d = np.divide(
         n * sum_qx - sum_q * sum_x, determinant, where=determinant > 0, out=np.zeros_like(sum_x)
     )
     m = (sum_x - d * sum_q) / n
-    if below:
-        through_zero = np.divide(sum_qx, sum_qq, where=sum_qq > 0, out=np.zeros_like(sum_x))
-        d, m = np.where(m > 0, through_zero, d), np.minimum(m, 0)
+    if largest is not None:
+        rest = sum_qx - largest * sum_q
+        bounded = np.divide(rest, sum_qq, where=sum_qq > 0, out=np.zeros_like(sum_x))
+        d, m = np.where(m > largest, bounded, d), np.minimum(m, largest)
     return d, m
 
 
-def _rounded(x: np.ndarray, d: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Round x / d to integers in low ... high; 0 where d is 0."""
-    d = d[..., None]
-    steps = np.divide(x, d, out=np.zeros_like(x), where=d != 0)
-    return np.clip(np.rint(steps), low, high)
+def _error(
+    d: np.ndarray,
+    m: np.ndarray,
+    sum_q: np.ndarray,
+    sum_x: np.ndarray,
+    sum_qq: np.ndarray,
+    sum_qx: np.ndarray,
+    n: int,
+) -> np.ndarray:
+    """Return sum (x - d q - m)**2 less sum x**2, in float64: the terms cancel."""
+    d, m = d.astype(np.float64), m.astype(np.float64)
+    linear = d * sum_qx + m * sum_x
+    return d * d * sum_qq + 2 * d * m * sum_q + n * m * m - 2 * linear

@@ -106,23 +106,28 @@ def attention_cases(
 def rope_cases(
     draw: Callable, features: Features, tiles: Tiles = (16, 64), dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Draw a case of a rotation: what `npllm.testing.laws.positions` makes arrays of."""
+    """Draw a case of a rotation: what `npllm.testing.laws.positions` makes arrays of.
+
+    Half of the cases lie where LongRoPE changes its factors: the longest call without the long
+    ones, the shortest with them, one in the middle.
+    """
     n_seq, starts = draw(lengths(tiles, 70)), [0]
     starts += [1, 300] if "cache" in features else []
-    across = [N_ORIGINAL - 2, N_ORIGINAL - n_seq // 2]  # where LongRoPE changes its factors
-    starts += [*across, 15962, 70001] if "long" in features else []
+    starts += [15962, 70001] if "long" in features else []
+    is_across = _switch(draw, {"factors", "long"} <= set(features))
+    across = [N_ORIGINAL - n_seq + n for n in (0, 1, (n_seq + 1) // 2)]
     return {
         "n_batch": draw(st.integers(1, 2)),
         "n_head": draw(st.integers(1, 3)),
         "n_seq": n_seq,
         "d_head": draw(st.sampled_from([8, 16, 20, 32, 64, 96])),
-        "start": draw(st.sampled_from(starts)),
+        "start": draw(st.sampled_from(across if is_across else starts)),
         "base": draw(st.sampled_from([10000.0, 5e5])),
         "partial": _switch(draw, "partial" in features),
         "magnitude": _switch(draw, "magnitude" in features),
-        "factors": _switch(draw, "factors" in features),
+        "factors": is_across or _switch(draw, "factors" in features),
         "padding": _switch(draw, "padding" in features),
-        "packing": _switch(draw, "packing" in features),
+        "packing": _switch(draw, "packing" in features and not is_across),
         "size": draw(st.sampled_from(["plain", "huge", "equal", "subnormal"])),
         "layout": draw(st.sampled_from(LAYOUTS)),
         "dtype": dtype,

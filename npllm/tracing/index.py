@@ -169,17 +169,17 @@ def _are_sizes(x: Any) -> bool:
 
 
 def _are_rows(x: Any) -> bool:
-    """Rows of integers, all of one length; None where they are not known."""
+    """Rows of 32-bit integers, all of one length; None where they are not known."""
     return x is None or (
         isinstance(x, list)
         and all(isinstance(row, list) and len(row) == len(x[0]) for row in x)
-        and all(is_int(number) for row in x for number in row)
+        and all(is_int(number) and abs(number) < 2**31 for row in x for number in row)
     )
 
 
 # Key -> the check of its value, and what the value must be.
 TEXT, TEXTS = (_is_text, "a text"), (_are_texts, "a list of texts")
-ROWS, COUNT = (_are_rows, "rows of integers of one length, or null"), (_is_count, "from 0")
+ROWS, COUNT = (_are_rows, "rows of 32-bit integers of one length, or null"), (_is_count, "from 0")
 INDEX: dict[str, Any] = {
     "format": (lambda x: x == FORMAT, f'"{FORMAT}"'),
     "values": (lambda x: isinstance(x, dict), "an object"),

@@ -62,7 +62,8 @@ def attend_step(
         sums = np.zeros((n_seq, d_head), np.float32)
         weighted_sums(p, values[:, b, h // group], limits, sums)
         for t in range(n_seq):
-            y[b, t, h * d_head : (h + 1) * d_head] = sums[t]
+            for i in range(d_head):
+                y[b, t, h * d_head + i] = sums[t, i]
 
 
 @kernel()

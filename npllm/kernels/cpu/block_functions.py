@@ -10,7 +10,7 @@ from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from numba import types
+from numba import config, types
 
 from npllm.kernels.cpu.block_codes import STEP, UNITS
 from npllm.kernels.cpu.block_units import add_unit, widen_unit
@@ -41,7 +41,7 @@ __all__ = [
 
 FLOAT, VECTOR, LINE, LANES = 4, 64, 64, 16  # bytes; floats of a vector
 STEP_BYTES = 5 * VECTOR  # of x as it is stored
-AHEAD = 1024  # bytes by which weights are prefetched
+AHEAD = 4096  # bytes by which weights are prefetched, for one row of x
 RUN = 4096  # entries of rows of x, all together, that stay in the nearest cache
 MOST_ROWS = 32  # of a weight that are multiplied at a time
 # columns of a table that describes a weight, one integer each
@@ -52,8 +52,9 @@ COLUMNS = ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN, ADD_1, A
 
 @cache
 def has_lookup() -> bool:
-    """Tell whether this processor looks up sixteen floats in a register."""
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+    """Tell whether this processor looks up sixteen floats in a register, and Numba may use it."""
+    is_host = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
+    return bool(is_host and llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
 
 @cache

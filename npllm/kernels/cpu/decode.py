@@ -34,7 +34,7 @@ def mlp_step(
     """Add down @ swiglu of the halves of rms_norm(x) @ gate_up.T to x [n, d_model], in place."""
     y = np.empty((len(x), channels_of_weight(down)), np.float32)
     gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, y)
-    add_product(down, down_scales, y, EMPTY, np.float32(0), x)
+    add_product(down, down_scales, y, gain[:0], np.float32(0), x)
 
 
 @kernel()
@@ -64,12 +64,13 @@ def attention_step(
     qkv = np.zeros((n, rows_of_weight(qkv_weight)), np.float32)
     if len(qkv_bias):
         for k in range(n):
-            qkv[k] = qkv_bias
+            for i in range(len(qkv_bias)):
+                qkv[k, i] = qkv_bias[i]
     add_product(qkv_weight, qkv_scales, rows, gain, eps, qkv)
     y = np.empty((n_batch, n_seq, channels_of_weight(o_weight)), np.float32)
     heads = qkv.reshape(n_batch, n_seq, -1)
     attend_step(heads, cos, sin, keys, values, bounds, seen, n_head, y)
-    add_product(o_weight, o_scales, y.reshape(n, -1), EMPTY, np.float32(0), rows)
+    add_product(o_weight, o_scales, y.reshape(n, -1), gain[:0], np.float32(0), rows)
 
 
 @kernel()

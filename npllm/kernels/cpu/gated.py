@@ -26,7 +26,8 @@ def gated_product(
     both = np.zeros((len(x), 2 * d_ff), np.float32)
     if len(bias):
         for k in range(len(x)):
-            both[k] = bias
+            for i in range(len(bias)):
+                both[k, i] = bias[i]
     add_product(weight, scales, x, gain, eps, both)
     for k in range(len(x)):
         swiglu_row(both[k, :d_ff], both[k, d_ff:], y[k])

@@ -263,17 +263,6 @@ def widen_run(
         wide[r, i] = load_scalar(weight, p + i)
 
 
-@kernel(nogil=True)
-def widen_run_of_blocks(
-    weight: Array, row: int, start: int, depth: int, wide: Array, r: int, exists: bool
-) -> None:
-    """As `widen_run`, of a weight in blocks."""
-    if exists:
-        widen_row(weight, row, start, depth, wide[r].ctypes.data, AHEAD)
-    else:
-        wide[r, :depth] = 0
-
-
 def write_run(
     weight: Array,
     scales: Array,
@@ -284,19 +273,30 @@ def write_run(
     r: int,
     exists: bool,
 ) -> None:
-    """As `widen_run`, of any weight; compiled kernels only."""
-    raise NotImplementedError
+    """As `widen_run`, of any weight."""
 
 
 @overload(write_run, strict=False)
-def _write_run(weight: Array, *_: Any) -> Any:
-    if weight.dtype == types.int64:
-        return lambda weight, scales, row, start, depth, wide, r, exists: widen_run_of_blocks(  # noqa: ARG005
-            weight, row, start, depth, wide, r, exists
-        )
-    return lambda weight, scales, row, start, depth, wide, r, exists: widen_run(
-        weight, scales, row, start, depth, wide, r, exists
-    )
+def choose_widening(weight: Any, *_: Any) -> Any:
+    """Choose by the weight's type: an array of entries, or the table of a weight in blocks."""
+
+    def of_blocks(
+        weight: Array,
+        scales: Array,  # noqa: ARG001
+        row: int,
+        start: int,
+        depth: int,
+        wide: Array,
+        r: int,
+        exists: bool,
+    ) -> None:
+        if exists:
+            widen_row(weight, row, start, depth, wide[r].ctypes.data, AHEAD)
+        else:
+            for i in range(depth):
+                wide[r, i] = 0
+
+    return of_blocks if weight.dtype == types.int64 else widen_run.py_func
 
 
 @kernel(nogil=True)

@@ -24,7 +24,7 @@ from npllm.kernels.cpu.simd import (
     reduce_add,
     splat,
 )
-from npllm.kernels.cpu.simd_arrays import deinterleave, is_int8
+from npllm.kernels.cpu.simd_arrays import deinterleave
 from npllm.quantized.int8 import GROUP
 
 __all__ = ["FEW_ROWS", "add_product"]
@@ -213,7 +213,8 @@ def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
     n, d = x.shape
     rows = np.zeros((1 if n == 1 else (n + 3) // 4 * 4, d), np.float32)
     for k in range(n):
-        rows[k] = x[k]
+        for i in range(d):
+            rows[k, i] = x[k, i]
         if len(gain):
             rms_norm_row(rows[k], gain, eps)
         deinterleave(weight, rows[k])
@@ -231,30 +232,29 @@ def rms_norm_row(x: Array, gain: Array, eps: float) -> None:
 @kernel()
 def add_product(weight: Array, scales: Array, x: Array, gain: Array, eps: float, y: Array) -> None:
     """Compute y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
-    add_few(weight, scales, prepare_rows(weight, x, gain, eps), y)
+    rows = prepare_rows(weight, x, gain, eps)
+    add_prepared(weight, scales, rows, y)
 
 
-def add_few(weight: Array, scales: Array, rows: Array, y: Array) -> None:
-    """Compute y [n, d_out] += rows [1 or 4m, d_in] @ weight.T, for n up to 4m rows; compiled
-    kernels only.
-    """
-    raise NotImplementedError
+def add_prepared(weight: Array, scales: Array, rows: Array, y: Array) -> None:
+    """Compute y [n, d_out] += rows @ weight.T, of rows from `prepare_rows`."""
 
 
-@overload(add_few, strict=False)
-def _add_few(weight: Array, *_: Any) -> Any:
-    """Choose the kernel for a type of weight; the others are not compiled."""
-    if weight.dtype == types.int64:
-        return lambda weight, scales, rows, y: add_product_blocks(weight, rows, y)  # noqa: ARG005
-    return lambda weight, scales, rows, y: add_product_entries(weight, scales, rows, y)
+@overload(add_prepared)
+def choose_product(weight: Any, scales: Any, rows: Any, y: Any) -> Any:  # noqa: ARG001
+    """Choose by the weight's type, so that only the products of this type are compiled."""
 
-
-@kernel()
-def add_product_entries(weight: Array, scales: Array, rows: Array, y: Array) -> None:
-    """As `add_few`, of a weight that is an array of entries."""
-    if is_int8(weight):
+    def of_int8(weight: Array, scales: Array, rows: Array, y: Array) -> None:
         add_product_int8(weight, scales, rows, y)
-    elif len(rows) == 1:
-        add_product_one(weight, rows[0], y[0])
-    else:
-        add_product_few(weight, rows, y)
+
+    def of_floats(weight: Array, scales: Array, rows: Array, y: Array) -> None:  # noqa: ARG001
+        if len(y) == 1:
+            add_product_one(weight, rows[0], y[0])
+        else:
+            add_product_few(weight, rows, y)
+
+    def of_blocks(weight: Array, scales: Array, rows: Array, y: Array) -> None:  # noqa: ARG001
+        add_product_blocks(weight, rows, y)
+
+    chosen = {types.int8: of_int8, types.int64: of_blocks}
+    return chosen.get(weight.dtype, of_floats)

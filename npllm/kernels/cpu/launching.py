@@ -1,7 +1,8 @@
 """How Python reaches a compiled kernel: `kernel` compiles a function, `launch` calls it.
 
-Three things are decided here and nowhere else: how many threads a kernel runs on, that only one
-caller is inside where Numba's threads need that, and what a forked child is told.
+Three things are decided here and nowhere else: how many threads a kernel runs on (`contention` says
+when fewer), that only one caller is inside where Numba's threads need that, and what a forked child
+is told.
 """
 
 import contextlib
@@ -14,8 +15,10 @@ from typing import Any
 from numba import config, get_num_threads, njit, set_num_threads, threading_layer
 
 from npllm.errors import NpllmRuntimeError
+from npllm.kernels.compilation import compile_seconds
+from npllm.kernels.cpu.contention import Controller, can_measure, read_usage
 from npllm.kernels.cpu.numba_internals import openmp_dies_in_a_fork, use_disk_cache
-from npllm.threads import n_threads
+from npllm.threads import n_threads, threads_are_fixed
 
 __all__ = ["kernel", "launch", "n_workers"]
 
@@ -45,7 +48,9 @@ def _start_threads() -> None:
 
 _start_threads()
 
-FEWER = n_threads() < config.NUMBA_NUM_THREADS  # than Numba has started
+_controller: Controller | None = None
+_inside: set[object] = set()  # one mark for each launch that is measured and has not ended
+_newest: object = None  # the mark of the launch that began last
 _forked = False
 # Numba's own threads ("workqueue", what its macOS wheels have) abort the process when a second
 # thread calls them.
@@ -57,6 +62,7 @@ _turn: contextlib.AbstractContextManager = (
 def _reset_after_fork() -> None:
     """Note in a forked child whether its kernels can still run."""
     global _forked, _turn
+    _inside.clear()
     _forked = _forked or openmp_dies_in_a_fork()
     if threading_layer() == "workqueue":
         _turn = threading.RLock()  # another thread of the parent may have held the old one
@@ -88,7 +94,7 @@ def kernel(**options: Any) -> Callable[[Callable], Any]:
 
 
 def n_workers() -> int:
-    """Count the threads on which `launch` runs a kernel that this thread calls."""
+    """Count the threads on which `launch` runs a kernel that this thread calls, at most."""
     return min(get_num_threads(), n_threads())
 
 
@@ -114,11 +120,42 @@ def launch(compiled: Any, *arguments: Any) -> Any:
     if _forked:
         raise NpllmRuntimeError(FORKED)
     with _turn:
-        if not FEWER:
+        before, most = get_num_threads(), n_workers()
+        if most == config.NUMBA_NUM_THREADS > 1 and can_measure() and not threads_are_fixed():
+            return _launch_measured(compiled, arguments, most)
+        if most == before:
             return compiled(*arguments)
-        before = get_num_threads()
-        set_num_threads(n_workers())
-        try:
+        return _launch_on(most, before, compiled, arguments)
+
+
+def _launch_on(count: int, before: int, compiled: Any, arguments: tuple) -> Any:
+    """Call a kernel on so many threads; another count is current before and afterwards."""
+    set_num_threads(count)
+    try:
+        return compiled(*arguments)
+    finally:
+        set_num_threads(before)
+
+
+def _launch_measured(compiled: Any, arguments: tuple, full: int) -> Any:
+    """Call a kernel on as many threads as the controller says, and tell it what they used.
+
+    A launch that overlaps another one is not measured, since what the process uses is the sum of
+    both; nor is one that compiled its kernel.
+    """
+    global _controller, _newest
+    if _controller is None:
+        _controller = Controller(full)
+    usage, compiled_for = read_usage(), compile_seconds()
+    count = _controller.choose(usage.seconds)
+    mark, is_first = object(), not _inside
+    try:
+        _newest = mark
+        _inside.add(mark)
+        if count == full:
             return compiled(*arguments)
-        finally:
-            set_num_threads(before)
+        return _launch_on(count, full, compiled, arguments)
+    finally:
+        _inside.discard(mark)
+        if is_first and _newest is mark and compiled_for == compile_seconds():
+            _controller.record(count, usage, read_usage())

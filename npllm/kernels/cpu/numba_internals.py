@@ -1,4 +1,5 @@
-"""Everything of Numba that has no public name: its disk cache, its OpenMP, its array structs.
+"""Everything of Numba that has no public name: its disk cache, its OpenMP, its array structs, its
+events.
 
 No other file uses them.  They were checked with the versions that setup.cfg allows, and
 tests/test_numba_internals.py fails where a new version changes them.
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from numba import threading_layer
+from numba.core import event
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 
+from npllm.kernels import compilation
 from npllm.progress import warn
 
 __all__ = ["DiskCache", "c_function", "openmp_dies_in_a_fork", "struct_value", "use_disk_cache"]
@@ -104,6 +107,28 @@ class DiskCache(FunctionCache):
         except Exception:
             self.flush()
             super().save_overload(sig, data)
+
+
+class CompileWatch(event.Listener):
+    """Tells `compilation` when a kernel of this package is compiled, and not loaded from disk."""
+
+    def on_start(self, event: Any) -> None:
+        """Note the beginning of a compilation."""
+        if is_ours(event):
+            compilation.begin()
+
+    def on_end(self, event: Any) -> None:
+        """Note the end of a compilation."""
+        if is_ours(event):
+            compilation.end()
+
+
+def is_ours(event: Any) -> bool:
+    """Tell whether an event is the compilation of a kernel of this package."""
+    return event.data["dispatcher"].py_func.__module__.startswith("npllm.")
+
+
+event.register("numba:compile", CompileWatch())
 
 
 def openmp_dies_in_a_fork() -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "fits_gated",
     "fits_product",
     "fits_weight",
+    "gain_bits",
     "kernel_operands",
 ]
 
@@ -27,6 +28,7 @@ Array = Any
 
 BLOCKS = BlockWeight, StackedWeight
 NO_SCALES = frozen(np.zeros((0, 0), np.float32))
+NO_GAIN = {np.dtype(x): frozen(np.zeros(0, x)) for x in (np.uint16, np.int16, np.float32)}
 BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
 
 
@@ -44,6 +46,17 @@ def kernel_operands(weight: Any) -> tuple[Array, Array]:
     if isinstance(weight, Int8Weight):
         return row_major(weight.values), row_major(weight.scales)
     return as_bits(weight), NO_SCALES
+
+
+def gain_bits(gain: Array, weight: Any) -> Array:
+    """View a gain as a dtype that Numba knows; none, an empty array, as the weight's dtype, which
+    a gain usually has: every type more would compile each kernel once more.
+    """
+    if len(gain):
+        return as_bits(gain)
+    if isinstance(weight, BLOCKS):
+        return NO_GAIN[np.dtype(np.float32)]
+    return NO_GAIN[np.dtype(np.uint16 if isinstance(weight, Int8Weight) else BITS[weight.dtype])]
 
 
 def bias_or_empty(bias: Array) -> Array:

@@ -24,6 +24,7 @@ from npllm.kernels.cpu.operands import (
     fits_gain,
     fits_gated,
     fits_product,
+    gain_bits,
     kernel_operands,
 )
 from npllm.threads import scratch
@@ -68,13 +69,22 @@ def rows_product(x: Array, weight: Array, gain: Array, eps: float) -> Array:
         ).reshape(*x.shape[:-1], d_out)
     y = np.zeros((n, d_out), np.float32)
     rows = few_rows_of(x)
-    launch(add_product, *kernel_operands(weight), rows, as_bits(gain), np.float32(eps), y)
+    launch(
+        add_product,
+        *kernel_operands(weight),
+        rows,
+        gain_bits(gain, weight),
+        np.float32(eps),
+        y,
+    )
     return y.reshape(*x.shape[:-1], d_out)
 
 
 def many_rows(x: Array, weight: Array, gain: Array = EMPTY, eps: float = 0.0) -> Array:
     """The product of many rows, normalised where there is a gain, as panels in a buffer."""
-    return gemm.product(gemm.packed(rows_of(x), as_bits(gain), eps), *kernel_operands(weight))
+    return gemm.product(
+        gemm.packed(rows_of(x), gain_bits(gain, weight), eps), *kernel_operands(weight)
+    )
 
 
 def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array = None) -> Any:
@@ -132,7 +142,8 @@ def linear_add(x: Array, weight: Array, residual: Array, bias: Array = None) -> 
         y = gemm.add_unpacked(many_rows(x, weight), row_major_copy(residual.reshape(n, d_out)))
     else:
         y = row_major_copy(residual.reshape(n, d_out))
-        launch(add_product, *kernel_operands(weight), few_rows_of(x), EMPTY, np.float32(0), y)
+        no_gain = gain_bits(EMPTY, weight)
+        launch(add_product, *kernel_operands(weight), few_rows_of(x), no_gain, np.float32(0), y)
     return add_bias(y, bias).reshape(residual.shape)
 
 

@@ -33,13 +33,15 @@ def append_token(
         start = (n_head + h) * d_head
         rotate(token[start : start + d_head], cos, sin, keys[h])
         start += n_kv_head * d_head
-        values[h] = token[start : start + d_head]
+        for i in range(d_head):
+            values[h, i] = token[start + i]
 
 
 @kernel(nogil=True)
 def rotate_all(x: Array, cos: Array, sin: Array, y: Array, rotated: bool) -> None:
     """Write one head of many tokens [n_seq, d_head] into y, rotated where `rotated`."""
     for n in range(len(x)):
-        y[n] = x[n]
+        for i in range(x.shape[1]):
+            y[n, i] = x[n, i]
         if rotated:
             rotate(y[n], cos[n], sin[n], y[n])

@@ -12,7 +12,7 @@ from npllm.checkpoints.safetensors import read_header
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.config.regular_file import open_regular
 from npllm.config.strict_json import config_data, quote
-from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
+from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 from npllm.models.taps import NAMES
 from npllm.testing.libraries import on_host
 from npllm.tracing.readers.name_maps import NameMap, name_map, node_key
@@ -86,6 +86,9 @@ def rename_arrays(
     -------
     trace : Trace
     """
+    other = next((name for name in values if not isinstance(name, str)), None)
+    if other is not None:
+        raise NpllmTypeError(f"the names of values must be str, got {quote(other)}")
     found = {name: (Path("values"), on_host(x)) for name, x in values.items()}
     return _trace(found, names, config, input_ids)
 
