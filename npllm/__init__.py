@@ -43,6 +43,7 @@ from npllm.encoder import Encoder
 from npllm.errors import NpllmError
 from npllm.loading import load
 from npllm.model import Model
+from npllm.page.explain import explain
 from npllm.pipelines import pipeline
 from npllm.quantization import quantize
 from npllm.text.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ __all__ = [
     "beam",
     "compare",
     "cost",
+    "explain",
     "load",
     "next_token_distribution",
     "ops",

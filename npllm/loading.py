@@ -63,9 +63,10 @@ def load(
     backend : str
         "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
     dtype : str, optional
-        Of the weights held in memory: "bfloat16", "float16", "float32", "float64" or "int8"
-        (matrices in 8 bits with a scale for every 64 entries); None: as stored, which for a GGUF
-        file means in its blocks.  With "float64" everything is computed in float64.
+        Of the weights held in memory: "bfloat16", "float16", "float32", "float64", "int8"
+        (matrices in 8 bits with a scale for every 64 entries) or "int4" (in 4 bits with a scale
+        and a minimum for every 32: `npllm.quantized.dtypes.int4_format`); None: as stored, which
+        for a GGUF file means in its blocks.  With "float64" everything is computed in float64.
     ops : Ops or str, optional
         None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
         definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA

@@ -11,6 +11,7 @@
     batch -m DIR        tokens/s of decoding 1 ... 16 sequences at once
     checkouts A B       prefill and decoding of two checkouts of npllm
     lookup              20 prompts with and without prompt lookup
+    contention          decoding beside 0, 1, 2 and 4 busy processes, and in two processes at once
     attention           the definition, both schedules, a window, and torch, by sequence length
 
 Every contender is a process of its own.  They run in turns (A B A B ...), so that a slow period of
@@ -27,6 +28,7 @@ import sys
 import time
 from math import prod
 
+import bench_contention
 import bench_lookup
 import click
 import contenders
@@ -892,6 +894,7 @@ def show(result, as_json):
 
 
 main.add_command(bench_lookup.lookup)
+main.add_command(bench_contention.contention)
 
 if __name__ == "__main__":
     main()

@@ -3,18 +3,23 @@
     python scripts/quantisation_error.py
 
 The matrices were never quantised: those of all-MiniLM-L6-v2, stored in float32, whose width is a
-multiple of 256; random normal ones; and random ones with outliers, one entry in a thousand ten
-times as large.
+multiple of 256, and those of width 384, which have no K format; random normal ones; and random ones
+with outliers, one entry in a thousand ten times as large.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from npllm.checkpoints.fetch import EMBEDDING_MODEL, fetch
 from npllm.checkpoints.safetensors import read_entries
 from npllm.checkpoints.tensor_files import view_of
+from npllm.errors import NpllmValueError
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_packing import quantize_blocks
-from npllm.quantized.int8 import quantize
+from npllm.quantized.dtypes import QUANTIZERS
 
 D_OUT, D_IN = 512, 3072
 ORDER = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
@@ -22,37 +27,48 @@ ORDER = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 
 def main() -> None:
     """Print the table in Markdown."""
-    kinds = {"MiniLM": minilm(), "normal": [normal()], "outliers": [with_outliers()]}
+    kinds = {
+        "MiniLM": minilm(1536),
+        "MiniLM, 384 wide": minilm(384),
+        "normal": [normal()],
+        "outliers": [with_outliers()],
+    }
     print(f"| format | bits a weight | {' | '.join(kinds)} |")
     print("|---|---|" + "---|" * len(kinds))
     for name in ORDER:
-        errors = [error(x, name) for x in kinds.values()]
-        print_row(name, FORMATS[name].bits, errors)
-    print_row('dtype="int8"', 8.5, [error(x, None) for x in kinds.values()])
+        errors = [error(x, partial(quantize_blocks, name=name)) for x in kinds.values()]
+        print_row(name, f"{FORMATS[name].bits:g}", errors)
+    for name, bits in (("int8", "8.5"), ("int4", "4.5 or 5")):
+        errors = [error(x, QUANTIZERS[name]) for x in kinds.values()]
+        print_row(f'dtype="{name}"', bits, errors)
 
 
-def print_row(name: str, bits: float, errors: list[float]) -> None:
+def print_row(name: str, bits: str, errors: list[float | None]) -> None:
     """Print one format."""
-    print(f"| {name} | {bits:g} | {' | '.join(f'{100 * x:.2f} %' for x in errors)} |")
+    cells = ["" if x is None else f"{100 * x:.2f} %" for x in errors]
+    print(f"| {name} | {bits} | {' | '.join(cells)} |")
 
 
-def error(matrices: list[np.ndarray], name: str | None) -> float:
-    """Relative error of all matrices together; None: 8 bits in groups of 64."""
+def error(matrices: list[np.ndarray], rounded: Callable[[Any], Any]) -> float | None:
+    """Relative error of all matrices together; None where rows are no whole blocks."""
     lost = total = 0.0
     for x in matrices:
-        packed = quantize(x) if name is None else quantize_blocks(x, name)
+        try:
+            packed = rounded(x)
+        except NpllmValueError:
+            return None
         lost += float(np.sum((packed.widened() - x).astype(np.float64) ** 2))
         total += float(np.sum(x.astype(np.float64) ** 2))
     return (lost / total) ** 0.5
 
 
-def minilm() -> list[np.ndarray]:
-    """The matrices of all-MiniLM-L6-v2 whose width is a multiple of 256."""
+def minilm(width: int) -> list[np.ndarray]:
+    """The matrices of the layers of all-MiniLM-L6-v2 with rows of this width."""
     entries = read_entries(fetch(EMBEDDING_MODEL)).items()
     return [
         view_of(x)
         for name, x in entries
-        if name.endswith("output.dense.weight") and x.shape[1] % 256 == 0
+        if ".layer." in name and len(x.shape) == 2 and x.shape[1] == width
     ]
 
 

@@ -148,7 +148,8 @@ def test_dtype_converts_every_tensor(tmp_path, stored, asked):
 @pytest.mark.parametrize("asked", ["int4", "float8", "", 5, ["float32"]])
 def test_an_unknown_dtype_is_refused_before_anything_is_read(tmp_path, asked):
     with pytest.raises(
-        NpllmValueError, match="dtype must be one of bfloat16, float16, float32, float64, int8, got"
+        NpllmValueError,
+        match="dtype must be one of bfloat16, float16, float32, float64, int8, int4, got",
     ):
         load_params(tmp_path / "no such folder", None, dtype=asked)
 

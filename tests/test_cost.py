@@ -9,6 +9,7 @@ import family
 import numpy as np
 import pytest
 import tiny
+from gguf_files import write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import invoke
@@ -74,6 +75,42 @@ def test_a_pass_without_cache_costs_what_the_formula_says(content, n_batch, n_se
     n_logits = data.draw(st.integers(1, n_seq))
     model(ids_of(model.config, n_batch, n_seq), logits_to_keep=n_logits)
     assert costs == cost.forward_cost(model.config, n_seq, n_batch=n_batch, n_logits=n_logits)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
+def test_rounded_weights_count_as_they_are_held(tmp_path, dtype):
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "torch_dtype": "float32"}
+    model = npllm.load(tiny.write_folder(tmp_path, **sizes), dtype=dtype)
+    check_counts(model, dtype=dtype)
+    odd = npllm.load(tiny.write_folder(tmp_path / "odd"), dtype=dtype)
+    check_counts(odd, dtype=dtype)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("arch", ["phi3", "llama"])
+def test_the_weights_of_a_gguf_file_count_as_it_stores_them(tmp_path, arch, tied):
+    kinds = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q8_0", "output": "F16"}
+    path, found = write_tiny(
+        tmp_path / "x.gguf", arch, lambda name: kinds.get(name.split(".")[-2], "Q4_K"), tied=tied
+    )
+    check_counts(npllm.load(path), weights=cost.gguf_weight_bytes(path))
+    facts = json.loads(invoke(["cost", "-m", str(path), "--context", "9", "--json"]).stdout)
+    assert facts["weight_bytes"] == sum(raw.nbytes for raw, _, _ in found.values())
+    as_float = ["cost", "-m", str(path), "--context", "9", "--json", "--dtype", "float32"]
+    facts = json.loads(invoke(as_float).stdout)
+    assert facts["weight_bytes"] == 4 * sum(wide.size for _, wide, _ in found.values())
+
+
+def check_counts(model, **how):
+    """Count a prefill and a decode step of a model, and compare with the formulas."""
+    ops, costs = cost.counting_ops()
+    counting = npllm.Model(model.config, model.params, ops=ops)
+    cache, ids = counting.new_cache(2), ids_of(model.config, 2, 8)
+    counting(ids[:, :7], cache=cache, logits_to_keep=1)
+    assert costs == cost.prefill_cost(model.config, 7, n_batch=2, **how)
+    costs.clear()
+    counting(ids[:, 7:], cache=cache)
+    assert costs == cost.decode_cost(model.config, 7, n_batch=2, **how)
 
 
 @settings(max_examples=40)

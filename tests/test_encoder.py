@@ -349,6 +349,7 @@ def test_a_folder_loads_with_the_prefix_and_without(tmp_path, prefix):
         ("bfloat16", "float32", 0.05),
         ("float16", "float32", 0.01),
         ("int8", "float32", 0.05),
+        ("int4", "float32", 0.3),
     ],
 )
 def test_weights_load_in_every_dtype(tmp_path, dtype, result, error):

@@ -20,6 +20,7 @@ from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.models.rope import frequencies
 from npllm.quantized.block_weight import BlockWeight
+from npllm.quantized.dtypes import quantize_int4
 from npllm.quantized.int8 import Int8Weight
 from npllm.quantized.stacked import StackedWeight
 
@@ -89,6 +90,20 @@ def test_another_type_can_be_asked_for(tmp_path, dtype):
             assert isinstance(mine, Int8Weight) == isinstance(other, Int8Weight)
             np.testing.assert_array_equal(widen(mine), widen(other))
     close(ours(IDS), theirs(IDS), times=8)
+
+
+def test_in_int4_what_is_in_4_bits_stays_and_the_rest_is_rounded(tmp_path):
+    path, _ = write_tiny(tmp_path / "x.gguf", "llama", q4_k_m)
+    stored, ours = npllm.load(path).params, npllm.load(path, dtype="int4").params
+    assert {type(stored.layers[0].qkv_proj), type(ours.layers[0].qkv_proj)} == {
+        StackedWeight,
+        BlockWeight,
+    }
+    for mine, other in zip(ours.layers[1], stored.layers[1], strict=True):
+        if mine is not None and mine.ndim == 2:
+            assert mine.format == "Q4_K"
+            np.testing.assert_array_equal(mine.blocks, quantize_int4(other).blocks)
+    assert ours.embed_tokens.format == "Q4_K" and ours.norm.dtype == np.float32
 
 
 def test_a_file_runs_on_a_device(tmp_path, monkeypatch):

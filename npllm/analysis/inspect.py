@@ -1,6 +1,6 @@
-"""What a checkpoint holds: parameters, bytes and types by part; the error of 8-bit weights."""
+"""What a checkpoint holds: parameters, bytes and types by part; the error of rounded weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries
 from npllm.config.config import Config
 from npllm.models import module_tree
 from npllm.models.params import Params
-from npllm.quantized.int8 import quantize
+from npllm.quantized.dtypes import QUANTIZERS
 
-__all__ = ["checkpoint_facts", "int8_errors"]
+__all__ = ["checkpoint_facts", "int8_errors", "rounding_errors"]
 
 Array = Any
 
@@ -142,13 +142,21 @@ def _part(name: str) -> str:
 
 
 def int8_errors(folder: Path) -> dict[str, dict[str, float]]:
-    """Measure the relative error of every matrix of a checkpoint in 8 bits.
+    """Measure the relative error of every matrix of a checkpoint in 8 bits."""
+    return rounding_errors(folder, "int8")
+
+
+def rounding_errors(folder: Path, dtype: str) -> dict[str, dict[str, float]]:
+    """Measure the relative error of every matrix of a checkpoint in a weight type.
 
         error = |weight - quantized| / |weight|,   |.| the square root of the sum of squares
 
     Parameters
     ----------
     folder : Path
+        Or a GGUF file.
+    dtype : str
+        A key of `npllm.quantized.dtypes.QUANTIZERS`.
 
     Returns
     -------
@@ -157,7 +165,11 @@ def int8_errors(folder: Path) -> dict[str, dict[str, float]]:
     """
     params = read_params(folder)
     return {
-        part: {name: _int8_error(x) for name, x in tensors.items() if x is not None and x.ndim == 2}
+        part: {
+            name: _error(x, QUANTIZERS[dtype])
+            for name, x in tensors.items()
+            if x is not None and x.ndim == 2
+        }
         for part, tensors in _tensors_by_part(params)
     }
 
@@ -172,7 +184,7 @@ def _tensors_by_part(params: Params) -> Iterator[tuple[str, dict[str, Array]]]:
         yield f"layer {number}", layer._asdict()
 
 
-def _int8_error(weight: Array, n_rows: int = 512) -> float:
+def _error(weight: Array, quantize: Callable[[Array], Any], n_rows: int = 512) -> float:
     """Relative error of one matrix, n_rows rows at a time."""
     squared_error = squared_norm = 0.0
     for start in range(0, len(weight), n_rows):

@@ -29,6 +29,7 @@ from npllm.models.transformer import (
     FeedForwardParams,
     NormParams,
 )
+from npllm.quantized.dtypes import check_dtype
 
 __all__ = ["assemble", "expected_shapes", "load_params"]
 
@@ -78,6 +79,7 @@ def load_params(
         For position ids that are not 0, 1, 2, ..., for a head (`cls.*`, `classifier.*`), and for a
         pooler, which is not used, unless `is_pooled`.
     """
+    check_dtype(dtype)
     entries, head = split_off_head(read_entries(folder))
     entries = rename_entries(entries)
     check_shapes(folder, entries, expected_shapes(config), (POSITION_IDS, *POOLER))

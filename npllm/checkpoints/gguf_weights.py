@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.arrays import DTYPES, asarray, dtype_named, is_packed, widen, widest
+from npllm.arrays import asarray, dtype_named, is_packed, widest
 from npllm.checkpoints.gguf import GGUFFile, GGUFTensor, tensor_kind
 from npllm.checkpoints.gguf_layout import check_tensors, expected_tensors, layer_kinds
 from npllm.checkpoints.tensor_files import release_mapped
@@ -14,7 +14,7 @@ from npllm.errors import NpllmValueError
 from npllm.models.params import LayerParams, Params
 from npllm.progress import progress_bar
 from npllm.quantized.block_weight import BlockWeight
-from npllm.quantized.int8 import quantize
+from npllm.quantized.dtypes import QUANTIZERS, check_dtype
 from npllm.quantized.stacked import StackedWeight
 
 __all__ = ["half_split", "interleaved", "load_gguf_params"]
@@ -40,8 +40,8 @@ def load_gguf_params(
     config : Config
         From its metadata.
     dtype : str, optional
-        "bfloat16", "float16", "float32", "float64" or "int8": every matrix is widened and rounded
-        to it.  Default: as stored, in blocks.
+        "bfloat16", "float16", "float32", "float64", "int8" or "int4": every matrix is widened and
+        rounded to it.  Default: as stored, in blocks.
     xp : module
         The array library of the weights.
     mmap : bool
@@ -69,8 +69,7 @@ def load_gguf_params(
     Source: `tensor_mapping.py` of the package gguf; `LlamaModel.permute` in
     convert_hf_to_gguf.py.
     """
-    if dtype is not None and dtype not in (*DTYPES, "int8"):
-        raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, int8, got {dtype!r}")
+    check_dtype(dtype)
     check_tensors(gguf, expected_tensors(config, gguf.architecture))
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     heads = heads if gguf.architecture == "llama" else {}
@@ -114,7 +113,7 @@ def _read(
     x = stored[0] if len(stored) == 1 else _stack(stored)
     try:
         x = _converted(x, dtype)
-    except NpllmValueError as error:  # int8 has no code for NaN
+    except NpllmValueError as error:  # NaN cannot be quantised
         raise NpllmValueError(f"{gguf.path}: {parts[0].name}: {error}") from None
     if any(_shares(x, part.rows) for part in parts):
         return x if mmap else _copy(x)
@@ -204,10 +203,10 @@ def _stack(parts: list[Array]) -> Array:
 
 def _converted(x: Array, dtype: str | None) -> Array:
     """Convert to a named dtype, a band of rows at a time; None: as stored."""
-    if dtype is None or (dtype == "int8" and x.ndim == 1):
+    if dtype is None or (dtype in QUANTIZERS and x.ndim == 1):
         return x
-    if dtype == "int8":
-        return quantize(widen(x, np.float32))
+    if dtype in QUANTIZERS:
+        return QUANTIZERS[dtype](x)
     target = dtype_named(dtype)
     if not is_packed(x):
         return x.astype(target, copy=False)

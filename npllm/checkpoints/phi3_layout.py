@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from npllm.arrays import DTYPES
 from npllm.checkpoints.phi3_sources import (
     EMBEDDING,
     OUTPUT,
@@ -29,9 +28,9 @@ from npllm.checkpoints.tensor_files import view_of
 from npllm.checkpoints.tensor_reader import TensorReader
 from npllm.checkpoints.unused import are_rope_frequencies, same_values, warn_of_unused
 from npllm.config.config import Config
-from npllm.errors import NpllmValueError
 from npllm.models.params import LayerParams, Params
 from npllm.progress import progress_bar, warn
+from npllm.quantized.dtypes import check_dtype
 
 __all__ = ["check_entries", "expected_shapes", "load_params", "top_sources_in"]
 
@@ -56,8 +55,8 @@ def load_params(
         Holds model.safetensors, or model.safetensors.index.json and the files it names.
     config : Config
     dtype : str, optional
-        "bfloat16", "float16", "float32", "float64", or "int8": matrices quantized to `Int8Weight`,
-        all else as stored.  Default: each tensor as it is stored.
+        "bfloat16", "float16", "float32", "float64"; or "int8" (matrices quantized to `Int8Weight`)
+        or "int4" (to `BlockWeight`), all else as stored.  Default: each tensor as it is stored.
     xp : module
         The array library of the weights.
     progress : bool
@@ -92,8 +91,7 @@ def load_params(
 
     Source: `PreTrainedModel.tie_weights` in Transformers 5.23.
     """
-    if dtype is not None and (not isinstance(dtype, str) or dtype not in (*DTYPES, "int8")):
-        raise NpllmValueError(f"dtype must be one of {', '.join(DTYPES)}, int8, got {dtype!r}")
+    check_dtype(dtype)
     entries = read_entries(folder)
     check_entries(folder, entries, config)
     _warn_of_ignored(folder, entries, config)

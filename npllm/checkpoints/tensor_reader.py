@@ -10,7 +10,7 @@ from npllm.checkpoints.safetensors import TensorEntry
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.checkpoints.upload import Upload
 from npllm.errors import NpllmValueError
-from npllm.quantized.int8 import quantize
+from npllm.quantized.dtypes import QUANTIZERS
 
 __all__ = ["TensorReader"]
 
@@ -53,12 +53,14 @@ class TensorReader:
     def read(self, names: Collection[str]) -> Array:
         """Read one tensor, or concatenate several along their rows."""
         views = [self.files.read(self.entries[name]) for name in names]
-        if self.upload and self.dtype != "int8":  # quantized on the host, one tensor at a time
+        if (
+            self.upload and self.dtype not in QUANTIZERS
+        ):  # quantized on the host, one tensor at a time
             return self._send(self.upload, views, names)
         x = views[0] if len(views) == 1 else self._concatenate(views)
         try:
             x = _convert(x, self.dtype)
-        except NpllmValueError as error:  # int8 has no code for NaN
+        except NpllmValueError as error:  # NaN cannot be quantised
             name = next(iter(names))
             raise NpllmValueError(f"{self.entries[name].file}: {name}: {error}") from None
         for name in names:
@@ -88,7 +90,7 @@ class TensorReader:
 
     def _common_dtype(self, views: list[np.ndarray]) -> np.dtype:
         """Return the wanted dtype; else the widest stored one, so that no tensor is rounded."""
-        if self.dtype in (None, "int8"):
+        if self.dtype is None or self.dtype in QUANTIZERS:
             return widest(view.dtype for view in views)
         return dtype_named(self.dtype)
 
@@ -110,7 +112,7 @@ class TensorReader:
 
 
 def _convert(x: np.ndarray, dtype: str | None) -> Array:
-    """Convert to a named dtype; int8 quantizes matrices and keeps other tensors as stored."""
-    if dtype == "int8":
-        return quantize(x) if x.ndim == 2 else x
+    """Convert to a named dtype; int8 and int4 round matrices and keep other tensors as stored."""
+    if dtype in QUANTIZERS:
+        return QUANTIZERS[dtype](x) if x.ndim == 2 else x
     return native(x) if dtype is None else x.astype(dtype_named(dtype), copy=False)

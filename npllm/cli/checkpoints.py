@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
-from npllm.analysis.cost import cost_facts
-from npllm.analysis.inspect import checkpoint_facts, int8_errors
-from npllm.arrays import DTYPES
+from npllm.analysis.cost import cost_facts, gguf_weight_bytes
+from npllm.analysis.inspect import checkpoint_facts, rounding_errors
 from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
@@ -23,6 +22,7 @@ from npllm.errors import NpllmValueError
 from npllm.loading import checkpoint_folder, read_tokenizer
 from npllm.progress import write_line
 from npllm.quantization import quantize as quantize_checkpoint
+from npllm.quantized.dtypes import NAMES
 
 __all__ = ["COMMANDS"]
 
@@ -58,10 +58,12 @@ def tokens(text: str, path: str | None, chat: bool, as_json: bool) -> None:
     is_flag=True,
     help="Also measure the error of every matrix under --dtype int8: |w - rounded| / |w|.",
 )
+@click.option("--int4", is_flag=True, help="The same under --dtype int4.")
 @json_option
-def inspect(path: str | None, check_finite: bool, int8: bool, as_json: bool) -> None:
+def inspect(path: str | None, check_finite: bool, int8: bool, int4: bool, as_json: bool) -> None:
     """Show a checkpoint's modules, parameters and bytes, from its headers alone."""
-    facts = _inspect_facts(checkpoint_folder(path), check_finite, int8)
+    dtypes = [name for name, wanted in (("int8", int8), ("int4", int4)) if wanted]
+    facts = _inspect_facts(checkpoint_folder(path), check_finite, dtypes)
     if as_json:
         print_json(facts)
     else:
@@ -73,10 +75,9 @@ def inspect(path: str | None, check_finite: bool, int8: bool, as_json: bool) -> 
         )
 
 
-def _inspect_facts(folder: Path, check_finite: bool, int8: bool) -> dict[str, Any]:
+def _inspect_facts(folder: Path, check_finite: bool, dtypes: list[str]) -> dict[str, Any]:
     facts = checkpoint_facts(folder)
-    if int8:
-        facts["int8_errors"] = int8_errors(folder)
+    facts |= {f"{name}_errors": rounding_errors(folder, name) for name in dtypes}
     if check_finite:
         find = find_nonfinite_blocks if is_gguf(folder) else find_nonfinite
         facts["not_finite"] = find(folder)
@@ -99,17 +100,20 @@ def _inspect_facts(folder: Path, check_finite: bool, int8: bool) -> dict[str, An
     show_default=True,
     help="Number of sequences.",
 )
-@click.option(
-    "--dtype", type=click.Choice(tuple(DTYPES)), help="Of the weights. [as config.json says]"
-)
+@click.option("--dtype", type=click.Choice(NAMES), help="Of the weights. [as stored]")
 @json_option
 def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json: bool) -> None:
-    """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json only."""
+    """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json, or the
+    header of a GGUF file.
+    """
+    weights = None
     if path and path.endswith(".json"):
         config = Config.from_json(path)
     else:
-        config = read_config(checkpoint_folder(path))
-    facts = cost_facts(config, context, n_batch=batch, dtype=dtype)
+        found = checkpoint_folder(path)
+        config = read_config(found)
+        weights = gguf_weight_bytes(found) if is_gguf(found) and dtype is None else None
+    facts = cost_facts(config, context, n_batch=batch, dtype=dtype, weights=weights)
     if as_json:
         print_json(facts)
         return

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from npllm.quantized.dtypes import QUANTIZERS
+
 __all__ = [
     "attention_lines",
     "checkpoint_lines",
@@ -40,9 +42,10 @@ def checkpoint_lines(facts: Facts) -> Iterator[str]:
     yield f"bytes a token  {per_token:>16,}  of weights, read by a decode step"
     yield f"context length {facts['context_length']:>16,}  tokens"
     yield f"KV cache       {facts['kv_bytes_per_token']:>16,}  bytes per token in float32"
-    for part, errors in facts.get("int8_errors", {}).items():
-        values = "  ".join(f"{name} {error:.4f}" for name, error in errors.items())
-        yield f"int8 error     {part:<24} {values}"
+    for dtype in QUANTIZERS:
+        for part, errors in facts.get(f"{dtype}_errors", {}).items():
+            values = "  ".join(f"{name} {error:.4f}" for name, error in errors.items())
+            yield f"{dtype} error     {part:<24} {values}"
     for name, (n_nan, n_infinite) in facts.get("not_finite", {}).items():
         yield f"{name}: {n_nan} NaN, {n_infinite} infinities"
 

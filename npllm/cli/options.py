@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
-from npllm.arrays import BACKENDS, DTYPES
+from npllm.arrays import BACKENDS
 from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.encoder import Encoder
 from npllm.errors import NpllmValueError
 from npllm.kernels import SETS
 from npllm.loading import load
 from npllm.model import Model
+from npllm.quantized.dtypes import NAMES
 from npllm.threads import set_threads
 
 __all__ = [
@@ -43,7 +44,7 @@ _backend_option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True
 )
 _dtype_option = click.option(
-    "--dtype", type=click.Choice((*DTYPES, "int8")), help="Of the weights. [as stored]"
+    "--dtype", type=click.Choice(NAMES), help="Of the weights. [as stored]"
 )
 _ops_option = click.option(
     "--ops",

@@ -2,7 +2,7 @@
 token alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,15 +209,31 @@ def best_texts(model: Any, tokenizer: Any, tokens: Array, stop: Sequence[str]) -
     return [[text(answer) for answer in row] for row in tokens]
 
 
-def search(model: Any, prompt: Prompt, options: Options) -> Beams:
-    """Run a beam search for each prompt, side by side; see `beam_search`."""
+def search(
+    model: Any, prompt: Prompt, options: Options, watch: Callable[..., object] | None = None
+) -> Beams:
+    """Run a beam search for each prompt, side by side; see `beam_search`.
+
+    Parameters
+    ----------
+    model : Model
+    prompt : Prompt
+    options : Options
+    watch : function (answers, scores), optional
+        Is told, after each step of each search, of the answers that run on: new ids [n_answer,
+        n_new], and their sums of log-probabilities [n_answer].
+
+    Returns
+    -------
+    beams : Beams
+    """
     tokenizer = require_tokenizer(model) if options.stop else None
     n_new = count_new_tokens(model.config, prompt, options.max_new_tokens)
     searches = [
         _Search(ids[valid], n_new, options, model, tokenizer)
         for ids, valid in zip(prompt.ids, prompt.valid, strict=True)
     ]
-    _run(model, prompt, searches)
+    _run(model, prompt, searches, watch)
     fill = model.generation_config.fill_id
     return _collect(prompt.ids, searches, options.num_return_sequences, fill)
 
@@ -300,7 +316,12 @@ class _Search:
         return options.early_stopping is True or reachable <= self.finished[-1][0]
 
 
-def _run(model: Any, prompt: Prompt, searches: list[_Search]) -> None:
+def _run(
+    model: Any,
+    prompt: Prompt,
+    searches: list[_Search],
+    watch: Callable[..., object] | None = None,
+) -> None:
     """Send prompts, and then the last tokens of all running answers, through the model until every
     search is done.
     """
@@ -316,6 +337,8 @@ def _run(model: Any, prompt: Prompt, searches: list[_Search]) -> None:
         for owner in dict.fromkeys(owners):
             mine = np.flatnonzero(np.equal(owners, owner))
             parents, new = searches[owner].step(log_probs[mine])
+            if watch is not None:
+                watch(searches[owner].sequences.new_ids, searches[owner].scores)
             if not searches[owner].done:
                 rows += mine[parents].tolist()
                 tokens += new.tolist()

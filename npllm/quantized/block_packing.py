@@ -59,7 +59,10 @@ def quantize_blocks(weight: Any, name: str) -> BlockWeight:
     def pack_band(start: int) -> None:
         rows = np.asarray(widen(weight[start : start + n_rows], np.float32))
         if not np.isfinite(rows).all():
-            raise NpllmValueError("a weight that holds NaN or infinity cannot be rounded to blocks")
+            raise NpllmValueError(
+                "a weight that holds NaN or infinity cannot be rounded to blocks; "
+                "`npllm inspect --check-finite` names every such tensor"
+            )
         packed = PACK[name](rows.reshape(-1, layout.n_entries))
         blocks[start : start + n_rows] = packed.reshape(len(rows), -1)
 

@@ -40,6 +40,7 @@ from npllm.analysis.cost.passes import (
     total,
     uncached_flops,
 )
+from npllm.analysis.cost.weights import gguf_weight_bytes, weight_bytes
 
 __all__ = [
     "COUNTS",
@@ -49,6 +50,7 @@ __all__ = [
     "counting_ops",
     "decode_cost",
     "forward_cost",
+    "gguf_weight_bytes",
     "kv_cache_bytes",
     "kv_table",
     "parameter_counts",
@@ -56,4 +58,5 @@ __all__ = [
     "total",
     "uncached_flops",
     "visible_pairs",
+    "weight_bytes",
 ]

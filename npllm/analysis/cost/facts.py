@@ -4,7 +4,7 @@ from typing import Any
 
 from npllm.analysis.cost.kv_cache import kv_cache_bytes, kv_table
 from npllm.analysis.cost.operations import Cost
-from npllm.analysis.cost.parameters import itemsizes, parameter_counts
+from npllm.analysis.cost.parameters import parameter_counts
 from npllm.analysis.cost.passes import (
     decode_cost,
     forward_cost,
@@ -12,13 +12,19 @@ from npllm.analysis.cost.passes import (
     total,
     uncached_flops,
 )
+from npllm.analysis.cost.weights import WeightBytes, activation_bytes, total_bytes, weight_bytes
 from npllm.config.config import Config
 
 __all__ = ["cost_facts"]
 
 
 def cost_facts(
-    config: Config, n_context: int, *, n_batch: int = 1, dtype: str | None = None
+    config: Config,
+    n_context: int,
+    *,
+    n_batch: int = 1,
+    dtype: str | None = None,
+    weights: WeightBytes | None = None,
 ) -> dict[str, Any]:
     """Gather everything that `npllm cost` reports.
 
@@ -28,7 +34,8 @@ def cost_facts(
     n_context : int
         Tokens of the prompt, and tokens in the cache at the decode step.
     n_batch : int
-    dtype : str, optional
+    dtype, weights
+        As in `npllm.analysis.cost.forward_cost`.
 
     Returns
     -------
@@ -39,39 +46,40 @@ def cost_facts(
     NpllmValueError
         When the context and one token more exceed the context length, or the model has no LM head.
     """
-    sizes = {"n_batch": n_batch, "itemsize": itemsizes(config, dtype)[1]}
+    sizes = {"n_batch": n_batch, "itemsize": activation_bytes(config, dtype)}
+    how: Any = {"n_batch": n_batch, "dtype": dtype, "weights": weights}
     return {
         "context": n_context,
         "batch": n_batch,
-        "dtype": dtype or config.dtype,
+        "dtype": dtype or (config.dtype if weights is None else "the types of the file"),
         "window": config.sliding_window,
-        **_weight_facts(config, dtype),
+        **_weight_facts(config, dtype, weights),
         "kv_cache_bytes": kv_cache_bytes(config, n_context, window=config.sliding_window, **sizes),
         "kv_cache": kv_table(config, n_context, **sizes),
-        **_pass_facts(config, n_context, n_batch, dtype),
+        **_pass_facts(config, n_context, how),
         "whole_run": _run_facts(config, n_context, n_batch),
     }
 
 
-def _weight_facts(config: Config, dtype: str | None) -> dict[str, Any]:
+def _weight_facts(config: Config, dtype: str | None, weights: WeightBytes | None) -> dict[str, Any]:
     parameters = parameter_counts(config)
-    n = sum(parameters.values())
+    held = weight_bytes(config, dtype) if weights is None else weights
     return {
-        "parameters": n,
+        "parameters": sum(parameters.values()),
         "parameters_by_part": parameters,
-        "weight_bytes": n * itemsizes(config, dtype)[0],
+        "weight_bytes": total_bytes(held, config),
     }
 
 
-def _pass_facts(config: Config, n_context: int, n_batch: int, dtype: str | None) -> dict[str, Any]:
+def _pass_facts(config: Config, n_context: int, how: Any) -> dict[str, Any]:
     def facts(costs: dict[str, Cost]) -> dict[str, Any]:
         by_op = {name: _cost(cost) for name, cost in costs.items()}
         return {**_cost(total(costs)), "by_op": by_op}
 
-    uncached = forward_cost(config, n_context + 1, n_batch=n_batch, dtype=dtype)
+    uncached = forward_cost(config, n_context + 1, **how)
     return {
-        "prefill": facts(prefill_cost(config, n_context, n_batch=n_batch, dtype=dtype)),
-        "decode_step": facts(decode_cost(config, n_context, n_batch=n_batch, dtype=dtype)),
+        "prefill": facts(prefill_cost(config, n_context, **how)),
+        "decode_step": facts(decode_cost(config, n_context, **how)),
         "decode_step_uncached": facts(uncached),
     }
 

@@ -5,7 +5,8 @@ conventions.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from npllm.analysis.cost.parameters import bias_sizes, itemsizes, linear_shapes
+from npllm.analysis.cost.parameters import bias_sizes, linear_shapes
+from npllm.analysis.cost.weights import WeightBytes
 from npllm.config.config import Config
 
 __all__ = ["FORMULAS", "SOFTMAX", "Cost", "Sizes", "pair_flops", "visible_pairs"]
@@ -74,17 +75,8 @@ class Sizes:
     n_past: int
     n_batch: int
     n_logits: int
-    dtype: str | None
-
-    @property
-    def weight(self) -> int:
-        """Bytes of a stored number of a weight."""
-        return itemsizes(self.config, self.dtype)[0]
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a number of an activation."""
-        return itemsizes(self.config, self.dtype)[1]
+    weights: WeightBytes
+    wide: int  # bytes of a number of an activation
 
     @property
     def n_token(self) -> int:
@@ -108,8 +100,8 @@ class Sizes:
 
 
 def _embed(z: Sizes) -> Cost:
-    d = z.config.hidden_size
-    return Cost(0, z.n_token * (8 + d * z.weight + d * z.wide))
+    row = z.weights["embedding"] // z.config.vocab_size
+    return Cost(0, z.n_token * (8 + row + z.config.hidden_size * z.wide))
 
 
 def _rope_tables(z: Sizes) -> Cost:
@@ -120,7 +112,8 @@ def _rope_tables(z: Sizes) -> Cost:
 
 def _rms_norm(z: Sizes) -> Cost:
     n, d = 2 * z.n_layer + 1, z.config.hidden_size
-    return Cost(n * z.n_token * (4 * d + 3), n * (2 * z.n_token * d * z.wide + d * z.weight))
+    n_bytes = n * 2 * z.n_token * d * z.wide + z.weights["norms"]
+    return Cost(n * z.n_token * (4 * d + 3), n_bytes)
 
 
 def _linear(z: Sizes) -> Cost:
@@ -128,12 +121,12 @@ def _linear(z: Sizes) -> Cost:
     cost = Cost(0, 0)
     for name, (d_out, d_in) in linear_shapes(z.config).items():
         flops = z.n_token * (2 * d_in * d_out + biases[name])
-        n_bytes = z.n_token * (d_in + d_out) * z.wide + (d_in * d_out + biases[name]) * z.weight
-        cost += Cost(z.n_layer * flops, z.n_layer * n_bytes)
+        n_bytes = z.n_token * (d_in + d_out) * z.wide
+        cost += Cost(z.n_layer * flops, z.n_layer * n_bytes + z.weights[name])
     if z.n_logits == 0:
         return cost
     n, d_out = z.n_batch * z.n_logits, z.config.vocab_size
-    return cost + Cost(2 * n * d * d_out, n * (d + d_out) * z.wide + d * d_out * z.weight)
+    return cost + Cost(2 * n * d * d_out, n * (d + d_out) * z.wide + z.weights["lm_head"])
 
 
 def _apply_rope(z: Sizes) -> Cost:

@@ -1,10 +1,9 @@
 """Parameters of a decoder by part, and the sizes of its linear maps."""
 
-from npllm.arrays import dtype_named
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 
-__all__ = ["bias_sizes", "itemsizes", "linear_shapes", "parameter_counts", "require_lm"]
+__all__ = ["bias_sizes", "linear_shapes", "parameter_counts", "require_lm"]
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
@@ -78,9 +77,3 @@ def bias_sizes(config: Config) -> dict[str, int]:
         "down": config.mlp_bias,
     }
     return {name: d_out if has[name] else 0 for name, (d_out, _) in linear_shapes(config).items()}
-
-
-def itemsizes(config: Config, dtype: str | None) -> tuple[int, int]:
-    """Return the bytes of a weight and of an activation."""
-    weight = dtype_named(dtype or config.dtype).itemsize
-    return weight, max(weight, 4)

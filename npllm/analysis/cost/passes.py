@@ -1,7 +1,10 @@
 """The cost of a forward pass, of a prefill, of a decode step and of a whole run."""
 
+from typing import Any
+
 from npllm.analysis.cost.operations import FORMULAS, Cost, Sizes, pair_flops, visible_pairs
 from npllm.analysis.cost.parameters import require_lm
+from npllm.analysis.cost.weights import WeightBytes, activation_bytes, weight_bytes
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 
@@ -18,6 +21,7 @@ def forward_cost(
     n_batch: int = 1,
     n_logits: int = 1,
     dtype: str | None = None,
+    weights: WeightBytes | None = None,
 ) -> Costs:
     """Compute the cost of one pass of n_seq new tokens through the model, by operation.
 
@@ -40,6 +44,8 @@ def forward_cost(
     dtype : str, optional
         Of the weights; default: as the configuration says.  Activations are float32, float64 for
         "float64".
+    weights : dict of str to int, optional
+        Bytes of the weights, where they are not of one type: `weights.gguf_weight_bytes`.
 
     Returns
     -------
@@ -60,12 +66,20 @@ def forward_cost(
     that it leaves out.
     """
     _check(config, n_seq, n_past, n_batch, n_logits)
-    sizes = Sizes(config, n_seq, n_past, n_batch, n_logits, dtype)
+    held = weight_bytes(config, dtype) if weights is None else weights
+    wide = activation_bytes(config, dtype)
+    sizes = Sizes(config, n_seq, n_past, n_batch, n_logits, held, wide)
     return {name: formula(sizes) for name, formula in FORMULAS.items()}
 
 
 def prefill_cost(
-    config: Config, n_prompt: int, *, n_batch: int = 1, chunk: int = 512, dtype: str | None = None
+    config: Config,
+    n_prompt: int,
+    *,
+    n_batch: int = 1,
+    chunk: int = 512,
+    dtype: str | None = None,
+    weights: WeightBytes | None = None,
 ) -> Costs:
     """Compute the cost of a prefill in chunks, up to the logits of the first new token.
 
@@ -78,29 +92,35 @@ def prefill_cost(
     n_prompt, n_batch : int
     chunk : int
         Tokens of one pass through the layers; each pass reads the weights once.
-    dtype : str, optional
+    dtype, weights
+        As in `forward_cost`.
 
     Returns
     -------
     costs : dict of str to Cost
     """
+    how: Any = {"n_batch": n_batch, "dtype": dtype, "weights": weights}
     parts = []
     for start in range(0, n_prompt, chunk):
         n = min(chunk, n_prompt - start)
         n_logits = int(start + n == n_prompt)
-        parts.append(
-            forward_cost(config, n, n_past=start, n_batch=n_batch, n_logits=n_logits, dtype=dtype)
-        )
+        parts.append(forward_cost(config, n, n_past=start, n_logits=n_logits, **how))
     return {name: sum((part[name] for part in parts), Cost(0, 0)) for name in parts[0]}
 
 
 def decode_cost(
-    config: Config, n_context: int, *, n_batch: int = 1, dtype: str | None = None
+    config: Config,
+    n_context: int,
+    *,
+    n_batch: int = 1,
+    dtype: str | None = None,
+    weights: WeightBytes | None = None,
 ) -> Costs:
     """Compute the cost of a decode step with n_context cached tokens: `forward_cost` of one token
     for each sequence.
     """
-    return forward_cost(config, 1, n_past=n_context, n_batch=n_batch, dtype=dtype)
+    how: Any = {"n_batch": n_batch, "dtype": dtype, "weights": weights}
+    return forward_cost(config, 1, n_past=n_context, **how)
 
 
 def total(costs: Costs) -> Cost:

@@ -119,6 +119,7 @@ def attend_part(
         np.zeros((n_panel, d_head, columns), np.float32),
         np.empty((KEYS, columns), np.float32),
     )
+    tile = np.empty(TILE_ROWS * columns, np.float32)
     first = max(0, n_past + start // group - band[1] + 1)
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
     for j in range(first, last, KEYS):
@@ -131,7 +132,19 @@ def attend_part(
                 continue
             at, step = p * d_head * columns, keys.strides[0] // 4
             multiply(
-                flat_memory(keys), j * step, step, 1, n_key, q, at, d_head, scores, 0, False, at
+                flat_memory(keys),
+                j * step,
+                step,
+                1,
+                n_key,
+                q,
+                at,
+                d_head,
+                scores,
+                0,
+                False,
+                at,
+                tile,
             )
             apply_band_mask(scores, n_key, start + p * columns, group, n_past - j, band)
             update_columns(scores, n_key, largest[p], sums[p], weighted[p])
@@ -149,6 +162,7 @@ def attend_part(
                 at,
                 True,
                 0,
+                tile,
             )
     for c in range(start, stop):
         p, k = (c - start) // columns, (c - start) % columns

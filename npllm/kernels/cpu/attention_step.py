@@ -1,8 +1,8 @@
 """Attention of a few queries of each sequence: a decoding step, or several proposed tokens at once.
 
-A query's scores, its softmax and its sum over values are evaluated in one order, from the first key
-that it sees to the last, whatever other queries there are: it has the same bits alone and in
-company.
+A query's scores, its softmax and its sum over values are evaluated in one order, in runs of keys
+from the first one that it sees to the last, whatever other queries there are: it has the same bits
+alone and in company.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = ["attend_step"]
 Array = Any
 
 BLOCK = 64  # keys, or values, that stay in the nearest cache while all queries read them
+RUN = 32  # values whose sum is added to that of other runs; divides BLOCK
 
 
 @kernel(parallel=True)
@@ -58,21 +59,23 @@ def attend_step(
         for t in range(n_seq):
             rotate(qkv[b, t, h * d_head : (h + 1) * d_head], cos[row, t], sin[row, t], q[t])
         limits = bounds[b if len(bounds) > 1 else 0]
-        p = softmax_weights(q, keys[:, b, h // group], limits, seen, b)
+        p, totals = softmax_weights(q, keys[:, b, h // group], limits, seen, b)
         sums = np.zeros((n_seq, d_head), np.float32)
-        weighted_sums(p, values[:, b, h // group], limits, sums)
+        weighted_sums(p, totals, values[:, b, h // group], limits, sums)
         for t in range(n_seq):
             for i in range(d_head):
                 y[b, t, h * d_head + i] = sums[t, i]
 
 
 @kernel()
-def softmax_weights(q: Array, keys: Array, bounds: Array, seen: Array, b: int) -> Array:
+def softmax_weights(
+    q: Array, keys: Array, bounds: Array, seen: Array, b: int
+) -> tuple[Array, Array]:
     """exp(s - max s) with s = scale * keys @ q, [n_seq, n_ctx]: between the bounds of each query; 0
-    where a key is not seen.
+    where a key is not seen.  And their sums, [n_seq].
     """
     n_seq, n_ctx = len(q), len(keys)
-    p = np.empty((n_seq, n_ctx), np.float32)
+    p, totals = np.empty((n_seq, n_ctx), np.float32), np.empty(n_seq, np.float32)
     for start in range(0, n_ctx, BLOCK):
         for t in range(n_seq):
             first, stop = max(start, bounds[t, 0]), min(start + BLOCK, bounds[t, 1])
@@ -85,8 +88,8 @@ def softmax_weights(q: Array, keys: Array, bounds: Array, seen: Array, b: int) -
             largest = max(largest, p[t, j])
         if largest == -np.inf:  # nothing is seen
             largest = np.float32(0)
-        exponentials(p[t, bounds[t, 0] : bounds[t, 1]], largest)
-    return p
+        totals[t] = exponentials(p[t, bounds[t, 0] : bounds[t, 1]], largest)
+    return p, totals
 
 
 @kernel()
@@ -105,34 +108,35 @@ def scores(q: Array, keys: Array, first: int, stop: int, p: Array) -> None:
 
 
 @kernel()
-def weighted_sums(p: Array, values: Array, bounds: Array, y: Array) -> None:
-    """Compute y[t] = sum_j p[t, j] * values[j] / sum_j p[t, j] between the bounds of each query;
-    zeros where the sum is, or where there is no key.
+def weighted_sums(p: Array, totals: Array, values: Array, bounds: Array, y: Array) -> None:
+    """Compute y[t] = sum_j p[t, j] * values[j] / totals[t] between the bounds of each query; zeros
+    where the total is, or where there is no key.
     """
     n_ctx, d = values.shape
     for start in range(0, n_ctx, BLOCK):
         for t in range(len(y)):
-            first, stop = max(start, bounds[t, 0]), min(start + BLOCK, bounds[t, 1])
-            add_values(p[t], values, first, stop, y[t])
+            first = bounds[t, 0] + start
+            add_values(p[t], values, first, min(first + BLOCK, bounds[t, 1]), y[t])
     for t in range(len(y)):
-        denominator = np.float32(0)
-        for j in range(bounds[t, 0], bounds[t, 1]):
-            denominator += p[t, j]
-        if denominator > 0:
+        if totals[t] > 0:
             for i in range(d):
-                y[t, i] /= denominator
+                y[t, i] /= totals[t]
 
 
 @kernel()
 def add_values(p: Array, values: Array, first: int, stop: int, y: Array) -> None:
-    """Compute y += sum_j p[j] * values[j] over the keys first ... stop - 1, one after another."""
-    d = len(y)
+    """Compute y += sum_j p[j] * values[j] over the keys first ... stop - 1, run by run."""
+    d, one = len(y), splat(np.float32(1))
     kept, stride, whole = flat_memory(values), values.strides[0] // 4, d // LANES * LANES
-    for i in range(0, whole, LANES):
-        a = load(y, i)
-        for j in range(first, stop):
-            a = fma(splat(p[j]), load(kept, j * stride + i), a)
-        store(y, i, a)
-    for i in range(whole, d):
-        for j in range(first, stop):
-            y[i] += p[j] * values[j, i]
+    for start in range(first, stop, RUN):
+        end = min(start + RUN, stop)
+        for i in range(0, whole, LANES):
+            a = splat(np.float32(0))
+            for j in range(start, end):
+                a = fma(splat(p[j]), load(kept, j * stride + i), a)
+            store(y, i, fma(one, load(y, i), a))
+        for i in range(whole, d):
+            part = np.float32(0)
+            for j in range(start, end):
+                part += p[j] * values[j, i]
+            y[i] += part

@@ -182,9 +182,9 @@ def multiply_function() -> Any:
     -------
     function : with an `address`
         Of part, first, n_rows, rows, n, packed, packed_bytes, y, y_bytes, n_y: the address of a
-        row of a table; which rows of the weight, at most 32; addresses of the rows of x [n, d_in],
-        as they are and as `pack_function` stores them, n 1 or a multiple of 4; that of n_y rows of
-        sums, y_bytes apart, to whose columns 0 ... n_rows - 1 is added.
+        row of a table; which rows of the weight, at most 32; addresses of the rows of x [n_y,
+        d_in], and of n rows as `pack_function` stores them, n 1 or a multiple of 4; that of n_y
+        rows of sums, y_bytes apart, to whose columns 0 ... n_rows - 1 is added.
 
     Notes
     -----

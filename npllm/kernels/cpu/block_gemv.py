@@ -129,13 +129,13 @@ def multiply_task(
 
 
 @kernel(parallel=True)
-def multiply_tasks(table: Array, rows: Array, memory: Array, width: int, y: Array) -> None:
-    """Compute y [n_y, d_out] += rows [n, d_in] @ weight.T; tasks of all parts on all threads.
+def multiply_tasks(table: Array, rows: Array, memory: Array, n: int, width: int, y: Array) -> None:
+    """Compute y [n_y, d_out] += rows [n_y, d_in] @ weight.T; tasks of all parts on all threads.
 
-    The rows stand in `memory` as well, packed, `width` bytes each.  The caller keeps the arrays:
-    here they are addresses.
+    The rows stand in `memory` as well, packed, n of them, `width` bytes each.  The caller keeps the
+    arrays: here they are addresses.
     """
-    (n, _), (n_y, d_out) = rows.shape, y.shape
+    n_y, d_out = y.shape
     source, packed, sums = rows.ctypes.data, aligned(memory), y.ctypes.data
     n_task = 0
     for p in range(MOST_PARTS):
@@ -152,10 +152,13 @@ def aligned(memory: Array) -> int:
 
 @kernel()
 def add_product_blocks(table: Array, rows: Array, y: Array) -> None:
-    """Compute y [n, d_out] += rows [1 or 4m, d_in] @ weight.T, for n up to 4m rows."""
+    """Compute y [n, d_out] += rows [n, d_in] @ weight.T; several rows are filled up with zeros to a
+    multiple of four.
+    """
     n, d = rows.shape
+    n_x = 1 if n == 1 else (n + 3) // 4 * 4
     n_step = (d + STEP - 1) // STEP
     width = (5 * n_step + (n_step + 3) // 4) * VECTOR
-    memory = np.empty((n * width + VECTOR) // FLOAT, np.float32)
+    memory = np.zeros((n_x * width + VECTOR) // FLOAT, np.float32)
     call_address(table[MOST_PARTS, PACK], (rows.ctypes.data, d, n, aligned(memory), width))
-    multiply_tasks(table, rows, memory, width, y)
+    multiply_tasks(table, rows, memory, n_x, width, y)

@@ -7,7 +7,7 @@ than one.  `Controller` measures, over launches that take WINDOW seconds togethe
     share = CPU seconds of the process / (threads * seconds)
 
 which is near 1 on idle cores, since threads that wait spin.  A share below LOW together with an
-involuntary context switch in the same window means contention, and a quarter of the threads, at
+involuntary context switch, in two windows in succession, means contention, and a quarter of the threads, at
 least one, is given up.  Measured on two cores, decoding: 0.72 to 1.03 on idle ones, at most 0.52
 beside one, two and four busy processes.
 
@@ -28,7 +28,8 @@ except ImportError:  # Windows counts no involuntary context switches
 
 __all__ = ["Controller", "IdleCores", "Usage", "can_measure", "read_usage"]
 
-WINDOW = 0.02  # seconds of launches that one decision rests on
+WINDOW = 0.02  # seconds of launches, at least, that a share is of
+WINDOWS = 2  # in succession with contention: one alone may be a short task of the system
 LOW = 0.65  # share below which threads wait for one that is descheduled
 SPARE = 0.6  # idle cores from which on one more thread is tried
 PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds from giving up threads to an attempt to take them back
@@ -109,6 +110,7 @@ class Controller:
         self.full = self.count = full
         self.meter = meter or IdleCores()
         self.pause = PAUSE
+        self.contended = 0  # windows in succession
         self.raised, self.next_attempt = -FAILED, 0.0  # of the clock of `Usage`
         self.clear()
 
@@ -131,6 +133,7 @@ class Controller:
         more = self.count / 3 if idle is None else idle
         self.count = min(self.full, self.count + max(1, round(more)))
         self.raised = now
+        self.contended = 0
         self.clear()
 
     def record(self, count: int, before: Usage, after: Usage) -> None:
@@ -141,7 +144,9 @@ class Controller:
         self.cpu += after.cpu - before.cpu
         self.switches += after.switches - before.switches
         if self.seconds >= WINDOW:
-            if self.switches and self.cpu < LOW * count * self.seconds:
+            is_low = self.cpu < LOW * count * self.seconds
+            self.contended = self.contended + 1 if is_low and self.switches else 0
+            if self.contended == WINDOWS:
                 self.give_up(after.seconds)
             self.clear()
 
@@ -150,5 +155,6 @@ class Controller:
         failed = now - self.raised < FAILED
         self.pause = min(2 * self.pause, LONGEST_PAUSE) if failed else PAUSE
         self.count = max(1, self.count - max(1, self.count // 4))
+        self.contended = 0
         self.next_attempt = now + self.pause
         self.meter.read()

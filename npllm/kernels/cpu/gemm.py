@@ -6,6 +6,9 @@ A task is a band of 96 rows of the weight; for each run of channels it widens it
 into the second-level cache, and passes it over all panels, six rows at a time: 6 x 64 sums stay in
 24 registers, 6 x 16 in 12.
 
+An entry is summed on three levels, since the error of a chain of sums grows with its length: short
+runs in registers, their sums in a tile in the nearest cache, the sums of those in y.
+
 Source: "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Geijn 2008), section
 4.2.
 """
@@ -41,6 +44,7 @@ TILE_ROWS = 6  # rows of a tile
 BAND = 16 * TILE_ROWS  # rows of a task
 DEPTH = 512  # channels of a run
 SHALLOW = 288  # of one with 16 columns: a panel's part and a tile's rows stay in the nearest cache
+SHORT = 32  # channels that are summed in registers
 AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 
@@ -72,7 +76,7 @@ def product(panels: Array, weight: Array, scales: Array) -> Array:
     y = scratch(
         "y panels", (len(panels), -(-d_out // TILE_ROWS) * TILE_ROWS, panels.shape[2]), np.float32
     )
-    wide = scratch("band", (n_workers(), BAND, DEPTH), np.float32)
+    wide = scratch("band", (n_workers(), BAND + 1, DEPTH), np.float32)  # the last row: a tile
     launch(multiply_all, weight, scales, panels, wide, y, np.zeros(1, np.int64))
     return y
 
@@ -168,8 +172,6 @@ def multiply_narrow(
 ) -> None:
     """As `multiply_tile` with 16 columns: twelve of sixteen registers hold sums."""
     a = b = c = d = e = f = splat(np.float32(0))
-    for r in range(TILE_ROWS):
-        prefetch(y, at + r * NARROW)  # is read at the end
     for k in range(depth):
         v, j = load(panels, x + k * NARROW), w + k * step
         a, b = fma(splat(load_scalar(m, j)), v, a), fma(splat(load_scalar(m, j + row)), v, b)
@@ -190,6 +192,42 @@ def multiply_narrow(
 
 
 @kernel(nogil=True)
+def add_tile(tile: Array, y: Array, at: int, size: int, accumulate: bool) -> None:
+    """Set entries of y from `at` on to those of a tile, or add them."""
+    one = splat(np.float32(1))
+    for i in range(0, size, LANES):
+        a = load(tile, i)
+        store(y, at + i, fma(one, load(y, at + i), a) if accumulate else a)
+
+
+@kernel(nogil=True)
+def multiply_runs(
+    m: Array,
+    w: int,
+    row: int,
+    step: int,
+    panel: Array,
+    x: int,
+    depth: int,
+    y: Array,
+    at: int,
+    accumulate: bool,
+    tile: Array,
+) -> None:
+    """As `multiply_tile`, or `multiply_narrow`, over short runs of channels whose sums are added up
+    in a tile.
+    """
+    columns = y.shape[y.ndim - 1]
+    for k in range(0, depth, SHORT):
+        n, v, p = min(SHORT, depth - k), w + k * step, x + k * columns
+        if columns == WIDE:
+            multiply_tile(m, v, row, step, panel, p, n, tile, 0, k > 0)
+        else:
+            multiply_narrow(m, v, row, step, panel, p, n, tile, 0, k > 0)
+    add_tile(tile, y, at, TILE_ROWS * columns, accumulate)
+
+
+@kernel(nogil=True)
 def multiply(
     m: Array,
     w: int,
@@ -203,36 +241,42 @@ def multiply(
     at: int,
     accumulate: bool,
     next_panel: int,
+    tile: Array,
 ) -> None:
     """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in
     `multiply_tile`, times a panel.
 
-    The part of a panel at `next_panel`, which the next call reads, is fetched meanwhile.
+    The part of a panel at `next_panel`, which the next call reads, is fetched meanwhile; `tile` is
+    a buffer of 6 x columns entries.
     """
     columns = y.shape[y.ndim - 1]
     whole = n_row // TILE_ROWS * TILE_ROWS
     share = depth * TILE_ROWS // max(whole, 1) + 1  # channels to fetch during each tile
     for r in range(0, whole, TILE_ROWS):
-        if columns == WIDE:
-            multiply_tile(
-                m, w + r * row, row, step, panel, x, depth, y, at + r * columns, accumulate
-            )
-        else:
+        if columns == NARROW:
             for k in range(r // TILE_ROWS * share, (r // TILE_ROWS + 1) * share):
                 prefetch(panel, next_panel + k * NARROW)
-            multiply_narrow(
-                m, w + r * row, row, step, panel, x, depth, y, at + r * columns, accumulate
-            )
+        to = at + r * columns
+        multiply_runs(m, w + r * row, row, step, panel, x, depth, y, to, accumulate, tile)
     for r in range(whole, n_row):
         for c in range(0, columns, LANES):
-            a = load(y, at + r * columns + c) if accumulate else splat(np.float32(0))
-            for k in range(depth):
-                a = fma(
-                    splat(load_scalar(m, w + r * row + k * step)),
-                    load(panel, x + k * columns + c),
-                    a,
-                )
-            store(y, at + r * columns + c, a)
+            to = at + r * columns + c
+            a = dot_columns(m, w + r * row, step, panel, x + c, columns, depth)
+            store(y, to, fma(splat(np.float32(1)), load(y, to), a) if accumulate else a)
+
+
+@kernel(nogil=True)
+def dot_columns(
+    m: Array, w: int, step: int, panel: Array, x: int, columns: int, depth: int
+) -> Vector:
+    """One row of a matrix times sixteen columns of a panel, summed over short runs."""
+    total, one = splat(np.float32(0)), splat(np.float32(1))
+    for start in range(0, depth, SHORT):
+        a = splat(np.float32(0))
+        for k in range(start, min(start + SHORT, depth)):
+            a = fma(splat(load_scalar(m, w + k * step)), load(panel, x + k * columns), a)
+        total = fma(one, a, total)
+    return total
 
 
 @kernel(nogil=True)
@@ -336,6 +380,7 @@ def multiply_band(
                 at,
                 start > 0,
                 next_panel,
+                wide[BAND],
             )
 
 

@@ -1,9 +1,9 @@
 """Sixteen floats at a time: the few vector operations that the compiled kernels are written in.
 
-Numba compiles loops over single numbers and leaves it to LLVM to vectorise them, which fails where
-a loop also prefetches or widens 16-bit numbers.  Here a vector is a type of its own, so that a
-kernel says what it wants: `acc = fma(load(weight, p), load(x, i), acc)`.  LLVM turns sixteen floats
-into one register with AVX-512, two with AVX2, four with NEON.
+LLVM does not vectorise a loop over single numbers that also prefetches or widens 16-bit numbers.
+Here a vector is a type of its own, so that a kernel says what it wants: `acc = fma(load(weight, p),
+load(x, i), acc)`.  LLVM turns sixteen floats into one register with AVX-512, two with AVX2, four
+with NEON.
 
 Arrays of 16-bit floats are passed as their bits (Numba knows neither type): bfloat16 as uint16,
 float16 as int16.
@@ -207,13 +207,18 @@ def maximum(_typing: Any, a: Vector, b: Vector) -> Any:
     return vector(vector, vector), generate
 
 
+def sum_lanes(builder: Any, value: Any) -> Any:
+    """The sum of the lanes, in any order."""
+    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+    return call(builder, name, F32, [ir.Constant(F32, 0.0), value], fastmath=("reassoc",))
+
+
 @intrinsic
 def reduce_add(_typing: Any, a: Vector) -> Any:
     """The sum of the lanes, in any order."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-        return call(builder, name, F32, [ir.Constant(F32, 0.0), *arguments], fastmath=("reassoc",))
+        return sum_lanes(builder, arguments[0])
 
     return types.float32(vector), generate
 

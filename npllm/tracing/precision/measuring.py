@@ -53,9 +53,9 @@ def precision(
         Only with an array of ids: 0 for padding on the left.  Padding is not measured.
     types : sequence of str
         Of "own" (the model as it is), "bfloat16" and "float16" (as Transformers computes in them,
-        `npllm.ops.emulate`), "int8" (weights, under the model's own operations), "Q4_K" and the
-        other block formats of GGUF (weights likewise, quantized here), "float64" (the definitions
-        once more, at distance 0).
+        `npllm.ops.emulate`), "int8" and "int4" (weights, under the model's own operations), "Q4_K"
+        and the other block formats of GGUF (weights likewise, quantized here), "float64" (the
+        definitions once more, at distance 0).
     shares : bool
         Also find what each rounding point of the 16-bit types causes: 32 passes for each type.
     progress : bool

@@ -15,7 +15,7 @@ from npllm.models.taps import Tap
 from npllm.ops import Ops, Step, mask
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_packing import quantize_with_fallback
-from npllm.quantized.int8 import quantize
+from npllm.quantized.dtypes import QUANTIZERS
 from npllm.threads import run_blocks
 
 __all__ = [
@@ -33,7 +33,7 @@ Array = Any
 
 STORED = "stored"
 BLOCKS = {name: partial(quantize_with_fallback, name=name) for name in FORMATS}
-QUANTIZED: dict[str, Callable[[Array], Any]] = {"int8": quantize, **BLOCKS}
+QUANTIZED: dict[str, Callable[[Array], Any]] = {**QUANTIZERS, **BLOCKS}
 """Every type that a matrix can be rounded to, other than those of floats."""
 ENTRIES = 2**22  # of the output matrix, to convert at a time
 
@@ -62,7 +62,7 @@ def convert(weight: Any, kind: str) -> Any:
     Returns
     -------
     converted : array or PackedMatrix or None
-        float32 for the 16-bit types, whose values they hold; for a matrix in int8 what
+        float32 for the 16-bit types, whose values they hold; for a matrix in int8 or int4 what
         `npllm.load(path, dtype="int8")` makes of it, for one in blocks what
         `npllm.quantized.block_packing.quantize_with_fallback` does.
     """

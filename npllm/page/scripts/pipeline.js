@@ -1,0 +1,1 @@
+// The pipeline is written by its template.

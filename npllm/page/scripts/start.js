@@ -1,0 +1,6 @@
+// Each section has a place for its figure; a figure draws again when the colour scheme changes.
+for (const [name, draw] of Object.entries(FIGURES)) {
+  const host = document.querySelector(`#${name} .figure`);
+  if (host !== null) draw(host, DATA[name]);
+}
+document.documentElement.dataset.ready = "yes";
