@@ -5,7 +5,8 @@
 
     generate            100 new tokens from a 51-token chat prompt, with and without the KV cache
     first-token -m DIR  a new process up to the first token and the eighth, and its peak memory
-    speed -m DIR        prefill and decoding of every installed engine, and the machine's limits
+    speed -m DIR        prefill and decoding of every installed engine, and the machine's limits;
+                        -m FILE.gguf: of those that read it
     context -m DIR      a decode step at 128, 1k and 4k tokens of context, beside the bytes it reads
     batch -m DIR        tokens/s of decoding 1 ... 16 sequences at once
     checkouts A B       prefill and decoding of two checkouts of npllm
@@ -566,11 +567,16 @@ ENGINES = (
     "llama.cpp:float32",
     "llama.cpp:int8",
 )
+GGUF_ENGINES = "npllm:as stored", "llama.cpp:as stored"
 
 
 @main.command()
 @speed_options
-@click.option("--engines", default=",".join(ENGINES), show_default=True)
+@click.option(
+    "--engines",
+    help=f"Of a folder, or of --config: engine:dtype, which may be a type of GGUF files such as "
+    f"q4_0; {','.join(ENGINES)}. Of a GGUF file: {','.join(GGUF_ENGINES)}.",
+)
 @click.option("--prompts", default="256,1024", show_default=True)
 @click.option("-n", "--n-new", default=16, show_default=True)
 def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_new):
@@ -578,6 +584,8 @@ def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_
     turns.
     """
     folder = bench_folder(path, config, layers)
+    if engines is None:
+        engines = ",".join(GGUF_ENGINES if folder.suffix == ".gguf" else ENGINES)
     names = [name for name in engines.split(",") if contenders.installed(name.partition(":")[0])]
     running = {name: Engine(name, folder, threads) for name in names}
     tasks = {f"prefill {n}": (int(n), 0) for n in prompts.split(",")} | {"decode": (64, n_new)}
@@ -594,6 +602,7 @@ def speed(path, config, layers, threads, repeat, json_path, engines, prompts, n_
     result = {
         "folder": folder.name,
         "parameters": matrix_parameters(folder),
+        "bytes": {name: bytes_of_token(folder, name.partition(":")[2]) for name in names},
         "repeat": repeat,
         "threads": threads,
         "seconds": seconds,
@@ -627,7 +636,10 @@ def matrix_parameters(folder):
     """Entries of the matrices that a token passes: of the layers, and of lm_head, which prefill
     uses for one row only.
     """
-    config = npllm.Config.from_json(folder)
+    if folder.suffix == ".gguf":
+        config = npllm.load(folder).config
+    else:
+        config = npllm.Config.from_json(folder)
     shapes = expected_shapes(config)
     layers = sum(
         prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2
@@ -643,9 +655,19 @@ BYTES = {
 }  # of a weight; int8 with the scale of its group
 
 
+def bytes_of_token(folder, dtype):
+    """Bytes of the matrices that a token passes."""
+    dtype = dtype.partition("/")[0]
+    if dtype in BYTES:
+        return BYTES[dtype] * sum(matrix_parameters(folder).values())
+    params = npllm.load(contenders.gguf_file(folder, dtype)).params
+    matrices = [x for layer in params.layers for x in layer if x is not None and x.ndim == 2]
+    return sum(x.nbytes for x in (*matrices, params.lm_head))
+
+
 def speed_table(result):
-    """Lines of a Markdown table: medians, the share of the machine's limit, and how npllm's
-    bfloat16 compares.
+    """Lines of a Markdown table: medians, the share of the machine's limit, and how npllm
+    compares, in bfloat16 where that is measured.
     """
     n_read, n_layers = sum(result["parameters"].values()), result["parameters"]["layers"]
     read, sgemm = result["limits"]["read"], result["limits"]["flops"]
@@ -665,19 +687,21 @@ def speed_table(result):
     yield f"| engine | decode, ms/token | GB/s | of the limit | {columns} |"
     yield "|---" * (4 + 2 * len(tasks)) + "|"
     for name, row in medians.items():
-        rate = n_read * BYTES[name.partition(":")[2].partition("/")[0]] / row["decode"]
+        rate = result["bytes"][name] / row["decode"]
         cells = [name, f"{row['decode'] * 1e3:.1f}", f"{rate / 1e9:.1f}", f"{rate / read:.0%}"]
         for task in tasks:
             n = int(task.split()[1])
             cells += [f"{n / row[task]:.0f}", f"{2 * n_layers * n / row[task] / sgemm:.0%}"]
         yield "| " + " | ".join(cells) + " |"
-    ours = medians.get("npllm:bfloat16")
+    npllm_names = [name for name in medians if name.startswith("npllm:")]
+    first = "npllm:bfloat16" if "npllm:bfloat16" in npllm_names else next(iter(npllm_names), "")
+    ours = medians.get(first)
     for name, row in medians.items() if ours else ():
-        if not name.startswith("npllm:bfloat16"):
+        if not name.startswith(first):
             ratios = ", ".join(
                 f"{row[task] / ours[task]:.2f} times as fast in {task}" for task in row
             )
-            yield f"\n{name}: npllm:bfloat16 is {ratios}"
+            yield f"\n{name}: {first} is {ratios}"
 
 
 @main.command()

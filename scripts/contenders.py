@@ -16,7 +16,7 @@ N_CTX = 8192
 
 class Npllm:
     """The library itself; `dtype` of the weights, and optionally the set of operations: "bfloat16",
-    "bfloat16/tiled".
+    "bfloat16/tiled".  A type of GGUF files, "q4_0", is read from a file of that type.
     """
 
     def __init__(self, folder, dtype):
@@ -25,6 +25,8 @@ class Npllm:
 
         dtype, _, name = dtype.partition("/")
         sets = {"": None, "tiled": kernels.tiled_ops(), "blockwise": ops.blockwise}
+        if str(folder).endswith(".gguf") or dtype in block_types():
+            folder, dtype = gguf_file(folder, dtype), None
         self.model, self.version = (
             npllm.load(folder, dtype=dtype or None, ops=sets[name]),
             npllm.__version__,
@@ -136,7 +138,7 @@ class quiet_stderr:
         os.close(self.saved)
 
 
-GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "Q8_0"}
+GGUF_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "q8_0"}
 GGUF_LAYER = {
     "input_layernorm": "attn_norm",
     "qkv_proj": "attn_qkv",
@@ -147,9 +149,16 @@ GGUF_LAYER = {
 }
 
 
+def block_types():
+    """Types of GGUF files whose matrices are in blocks."""
+    from npllm.checkpoints.gguf_types import FILE_TYPES
+
+    return [name for name in FILE_TYPES if name.startswith("q")]
+
+
 def gguf_file(folder, dtype):
-    """Write the weights of a Phi-3 folder as a GGUF file beside them, once; without a vocabulary,
-    since ids come and logits go.  A GGUF file is taken as it is.
+    """Write the weights of a Phi-3 folder as a GGUF file beside them, once; its
+    vocabulary means nothing, since ids come and logits go.  A file is what it is.
     """
     from pathlib import Path
 
@@ -164,17 +173,24 @@ def gguf_file(folder, dtype):
 
 
 def write_gguf(folder, path, dtype):
-    """Write one GGUF file: norms in float32, every matrix in the type asked for."""
+    """Write one GGUF file: norms in float32, every matrix in the type that llama.cpp chooses in a
+    file of the type asked for.
+    """
     import gguf
-    from gguf.quants import quantize
 
+    from npllm.checkpoints.gguf_types import ModelSizes, file_type_named, tensor_type
     from npllm.checkpoints.phi3_layout import load_params
     from npllm.config.config import Config
     from npllm.models import rope
 
     config = Config.from_json(folder)
     params = load_params(folder, config)
-    kind = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
+    wanted = file_type_named(GGUF_TYPES.get(dtype, dtype))
+    sizes = ModelSizes(
+        config.num_hidden_layers,
+        config.tie_word_embeddings,
+        config.num_attention_heads != config.num_key_value_heads,
+    )
     writer = gguf.GGUFWriter(path, "phi3", use_temp_file=False)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
@@ -186,16 +202,8 @@ def write_gguf(folder, path, dtype):
     writer.add_rope_dimension_count(2 * len(rope.frequencies(config, 0)))
     writer.add_rope_freq_base(config.rope_parameters.rope_theta)
     writer.add_rope_scaling_attn_factors(rope.attention_factor(config))
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(
-        {
-            "BF16": gguf.LlamaFileType.MOSTLY_BF16,
-            "F16": gguf.LlamaFileType.MOSTLY_F16,
-            "F32": gguf.LlamaFileType.ALL_F32,
-            "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-        }[GGUF_TYPES[dtype]]
-    )
+    add_vocabulary(writer, config.vocab_size)
+    writer.add_file_type(wanted.number)
     plain = config.rope_parameters.rope_theta ** (
         -np.arange(0, 1, 1 / len(rope.frequencies(config, 0)))
     )
@@ -206,11 +214,9 @@ def write_gguf(folder, path, dtype):
             )
 
     def add(name, x):
-        wide = np.asarray(x).astype(np.float32)
-        if x.ndim == 1:
-            writer.add_tensor(name, wide)
-        else:
-            writer.add_tensor(name, quantize(wide, kind), raw_dtype=kind)
+        kind = gguf.GGMLQuantizationType[tensor_type(name, x.shape, wanted, sizes)]
+        rounded = rounded_to(x, kind)
+        writer.add_tensor(name, rounded, raw_dtype=kind if x.ndim > 1 else None)
 
     add("token_embd.weight", params.embed_tokens)
     for number, layer in enumerate(params.layers):
@@ -222,6 +228,45 @@ def write_gguf(folder, path, dtype):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_vocabulary(writer, n_vocab):
+    """Write a SentencePiece vocabulary whose tokens stand for nothing."""
+    import gguf
+
+    control, byte, normal = (
+        gguf.TokenType.CONTROL,
+        gguf.TokenType.BYTE,
+        gguf.TokenType.NORMAL,
+    )
+    known = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    tokens = [*known, *(f"t{n}" for n in range(len(known), n_vocab))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * n_vocab)
+    writer.add_token_types(
+        [gguf.TokenType.UNKNOWN, control, control, *[byte] * 256]
+        + [normal] * (n_vocab - len(known))
+    )
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+ROUNDED_ROWS = 256  # of a matrix in blocks; the rest repeats them, whose scales take a search each
+
+
+def rounded_to(x, kind):
+    """A tensor in a type of GGUF: blocks of a matrix's first rows, again and again."""
+    from gguf.quants import quantize
+
+    from npllm.quantized.block_formats import FORMATS
+    from npllm.quantized.block_packing import quantize_blocks
+
+    if x.ndim == 1 or kind.name not in FORMATS:
+        wide = np.asarray(x).astype(np.float32)
+        return wide if x.ndim == 1 else quantize(wide, kind)
+    blocks = quantize_blocks(np.asarray(x[:ROUNDED_ROWS]), kind.name).blocks
+    return np.resize(blocks, (len(x), blocks.shape[1]))
 
 
 CONTENDERS = {"npllm": Npllm, "transformers": Transformers, "llama.cpp": LlamaCpp}

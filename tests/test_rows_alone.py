@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 import npllm
 from npllm import kernels
+from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.int8 import quantize
+from npllm.quantized.stacked import StackedWeight
 
 MOST = 16  # rows
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -24,6 +26,12 @@ CONFIGS = {
     "window": {"sliding_window": 7},
     "one key/value head, half rotated": {"num_key_value_heads": 1, "partial_rotary_factor": 0.5},
     "odd widths": {"hidden_size": 36, "intermediate_size": 46, "num_attention_heads": 2},
+}
+MIXES = {
+    "Q4_0": (["Q4_0"], "Q4_0", "Q4_0", "Q4_0"),
+    "Q4_1": (["Q4_1"], "Q4_1", "Q4_1", "Q4_1"),
+    "Q4_K and Q6_K": (["Q4_K", "Q4_K", "Q6_K"], "Q4_K", "Q4_K", "Q6_K"),
+    "Q5 and Q8_0": (["Q5_0"], "Q5_1", "Q5_K", "Q8_0"),
 }
 made = st.tuples(st.sampled_from(list(CONFIGS)), st.sampled_from(list(DTYPES)))
 
@@ -51,6 +59,27 @@ def model_in_8_bits():
     return npllm.Model(plain.config, params, ops=kernels.compiled_ops())
 
 
+@lru_cache
+def model_in_blocks(mix):
+    """A model whose matrices are in blocks of the formats of a mix, qkv_proj perhaps in several."""
+    plain = tiny.model(hidden_size=256, intermediate_size=512)
+    qkv, o, gate_up, down = MIXES[mix]
+
+    def layer(old):
+        rows = np.split(np.asarray(old.qkv_proj), [256, 384])
+        parts = tuple(map(quantize_blocks, rows, qkv)) if len(qkv) > 1 else ()
+        return old._replace(
+            qkv_proj=StackedWeight(parts) if parts else quantize_blocks(old.qkv_proj, qkv[0]),
+            o_proj=quantize_blocks(old.o_proj, o),
+            gate_up_proj=quantize_blocks(old.gate_up_proj, gate_up),
+            down_proj=quantize_blocks(old.down_proj, down),
+        )
+
+    head = quantize_blocks(plain.params.lm_head, down)
+    params = plain.params._replace(layers=tuple(map(layer, plain.params.layers)), lm_head=head)
+    return npllm.Model(plain.config, params, ops=kernels.compiled_ops())
+
+
 def one_by_one(model, ids, n_past):
     """Logits of the tokens from n_past on, each sent alone."""
     cache = model.new_cache(1)
@@ -73,6 +102,16 @@ def test_tokens_sent_together_are_as_those_sent_one_by_one(which, seed, n_past, 
 @given(st.integers(0, 9), st.integers(0, 30), st.integers(1, MOST))
 def test_and_so_with_weights_in_8_bits(seed, n_past, n_new):
     m = model_in_8_bits()
+    ids = tiny.random_ids(1, n_past + n_new, seed)
+    together = m.new_cache(1)
+    if n_past:
+        m(ids[:, :n_past], cache=together)
+    close(m(ids[:, n_past:], cache=together), one_by_one(m, ids, n_past), times=0)
+
+
+@given(st.sampled_from(list(MIXES)), st.integers(0, 9), st.integers(0, 30), st.integers(1, MOST))
+def test_and_so_with_weights_in_blocks(mix, seed, n_past, n_new):
+    m = model_in_blocks(mix)
     ids = tiny.random_ids(1, n_past + n_new, seed)
     together = m.new_cache(1)
     if n_past:

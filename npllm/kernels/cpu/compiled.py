@@ -15,11 +15,13 @@ import numpy as np
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
 from npllm.kernels.cpu import gemm
+from npllm.kernels.cpu.block_gemv import fits_blocks
 from npllm.kernels.cpu.decode import attention_step, layers_step, mlp_step
 from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.launching import launch
 from npllm.kernels.cpu.layout import row_major_copy, rows_of
 from npllm.kernels.cpu.operands import (
+    BLOCKS,
     as_bits,
     bias_or_empty,
     fits_gain,
@@ -236,6 +238,8 @@ def arrays_of(layer: LayerParams) -> tuple[Array, ...]:
 
 def same_layout(a: Any, b: Any) -> bool:
     """Tell whether two weights, or two caches, differ in their numbers and their place only."""
+    if isinstance(a, BLOCKS) and isinstance(b, BLOCKS):
+        return fits_blocks(a) and fits_blocks(b) and a.shape == b.shape
     if isinstance(a, Int8Weight) and isinstance(b, Int8Weight):
         return same_layout(a.values, b.values) and same_layout(a.scales, b.scales)
     return (

@@ -13,7 +13,7 @@ from npllm.kernels.cpu.gated import gated_product
 from npllm.kernels.cpu.gemv import add_product
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import EMPTY
-from npllm.kernels.cpu.simd_arrays import array_at
+from npllm.kernels.cpu.simd_arrays import array_at, channels_of_weight, rows_of_weight
 
 __all__ = ["attention_step", "layers_step", "mlp_step"]
 
@@ -32,7 +32,7 @@ def mlp_step(
     down_scales: Array,
 ) -> None:
     """Add down @ swiglu of the halves of rms_norm(x) @ gate_up.T to x [n, d_model], in place."""
-    y = np.empty((len(x), down.shape[1]), np.float32)
+    y = np.empty((len(x), channels_of_weight(down)), np.float32)
     gated_product(gate_up, gate_up_scales, x, gain, eps, gate_up_bias, y)
     add_product(down, down_scales, y, gain[:0], np.float32(0), x)
 
@@ -61,13 +61,13 @@ def attention_step(
     n_batch, n_seq, _ = x.shape
     n = n_batch * n_seq
     rows = x.reshape(n, -1)
-    qkv = np.zeros((n, len(qkv_weight)), np.float32)
+    qkv = np.zeros((n, rows_of_weight(qkv_weight)), np.float32)
     if len(qkv_bias):
         for k in range(n):
             for i in range(len(qkv_bias)):
                 qkv[k, i] = qkv_bias[i]
     add_product(qkv_weight, qkv_scales, rows, gain, eps, qkv)
-    y = np.empty((n_batch, n_seq, o_weight.shape[1]), np.float32)
+    y = np.empty((n_batch, n_seq, channels_of_weight(o_weight)), np.float32)
     heads = qkv.reshape(n_batch, n_seq, -1)
     attend_step(heads, cos, sin, keys, values, bounds, seen, n_head, y)
     add_product(o_weight, o_scales, y.reshape(n, -1), gain[:0], np.float32(0), rows)

@@ -18,12 +18,19 @@ from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.extending import overload
 
+from npllm.kernels.cpu.block_gemv import widen_row
 from npllm.kernels.cpu.launching import kernel, launch, n_workers
 from npllm.kernels.cpu.panels import pack_all, unpack_all
 from npllm.kernels.cpu.simd import LANES, fma, load, load_scalar, prefetch, splat, store
-from npllm.kernels.cpu.simd_arrays import atomic_fetch_add, is_int8
+from npllm.kernels.cpu.simd_arrays import (
+    atomic_fetch_add,
+    channels_of_weight,
+    is_int8,
+    rows_of_weight,
+)
 from npllm.quantized.int8 import GROUP
 from npllm.threads import scratch
 
@@ -65,7 +72,7 @@ def product(panels: Array, weight: Array, scales: Array) -> Array:
     """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns]
     in a buffer.
     """
-    d_out = len(weight)
+    d_out = rows_of_weight(weight)
     y = scratch(
         "y panels", (len(panels), -(-d_out // TILE_ROWS) * TILE_ROWS, panels.shape[2]), np.float32
     )
@@ -300,6 +307,42 @@ def widen_run(
         wide[r, i] = load_scalar(weight, p + i)
 
 
+def write_run(
+    weight: Array,
+    scales: Array,
+    row: int,
+    start: int,
+    depth: int,
+    wide: Array,
+    r: int,
+    exists: bool,
+) -> None:
+    """As `widen_run`, of any weight."""
+
+
+@overload(write_run, strict=False)
+def choose_widening(weight: Any, *_: Any) -> Any:
+    """Choose by the weight's type: an array of entries, or the table of a weight in blocks."""
+
+    def of_blocks(
+        weight: Array,
+        scales: Array,  # noqa: ARG001
+        row: int,
+        start: int,
+        depth: int,
+        wide: Array,
+        r: int,
+        exists: bool,
+    ) -> None:
+        if exists:
+            widen_row(weight, row, start, depth, wide[r].ctypes.data, AHEAD)
+        else:
+            for i in range(depth):
+                wide[r, i] = 0
+
+    return of_blocks if weight.dtype == types.int64 else widen_run.py_func
+
+
 @kernel(nogil=True)
 def run_length(d_in: int, most: int) -> int:
     """Channels of a run: at most so many, a multiple of LANES, and no short run at the end that is
@@ -314,13 +357,13 @@ def multiply_band(
     weight: Array, scales: Array, panels: Array, wide: Array, y: Array, first: int, stop: int
 ) -> None:
     """Rows first ... stop - 1 of the product, for all panels."""
-    d_in, columns = weight.shape[1], panels.shape[2]
+    d_in, columns = channels_of_weight(weight), panels.shape[2]
     n_tile = (stop - first + TILE_ROWS - 1) // TILE_ROWS
     run = run_length(d_in, DEPTH if columns == WIDE else SHALLOW)
     for start in range(0, d_in, run):
         depth = min(run, d_in - start)
         for r in range(n_tile * TILE_ROWS):
-            widen_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
+            write_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
         for p in range(len(panels)):
             x, at = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns
             next_panel = ((p + 1) % len(panels) * d_in + start) * columns
@@ -348,7 +391,7 @@ def multiply_all(
     """All bands of the product: whichever thread is free takes the next one, so that a core that is
     busy otherwise gets fewer.
     """
-    d_out = len(weight)
+    d_out = rows_of_weight(weight)
     for thread in prange(len(wide)):
         first = atomic_fetch_add(counter) * BAND
         while first < d_out:

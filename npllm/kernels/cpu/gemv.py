@@ -12,6 +12,7 @@ import numpy as np
 from numba import prange, types
 from numba.extending import overload
 
+from npllm.kernels.cpu.block_gemv import add_product_blocks
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.panels import root_mean_square
 from npllm.kernels.cpu.simd import (
@@ -198,4 +199,20 @@ def rms_norm_row(x: Array, gain: Array, eps: float) -> None:
 @kernel()
 def add_product(weight: Array, scales: Array, x: Array, gain: Array, eps: float, y: Array) -> None:
     """Compute y [n, d_out] += rms_norm(x) @ weight.T; without a gain x is not normalised."""
-    add_products(weight, scales, prepare_rows(weight, x, gain, eps), y)
+    add_prepared(weight, scales, prepare_rows(weight, x, gain, eps), y)
+
+
+def add_prepared(weight: Array, scales: Array, rows: Array, y: Array) -> None:
+    """Compute y [n, d_out] += rows @ weight.T, of rows from `prepare_rows`."""
+    raise NotImplementedError("kernels call this")
+
+
+@overload(add_prepared, strict=False)  # which would compare annotations
+def _choose_product(weight: Any, scales: Any, rows: Any, y: Any) -> Any:  # noqa: ARG001
+    def of_blocks(weight: Array, scales: Array, rows: Array, y: Array) -> None:  # noqa: ARG001
+        add_product_blocks(weight, rows, y)
+
+    def of_entries(weight: Array, scales: Array, rows: Array, y: Array) -> None:
+        add_products(weight, scales, rows, y)
+
+    return of_blocks if weight.dtype == types.int64 else of_entries

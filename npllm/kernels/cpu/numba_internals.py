@@ -15,11 +15,12 @@ from typing import Any
 from numba import threading_layer
 from numba.core import event
 from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 
 from npllm.kernels import compilation
 from npllm.progress import warn
 
-__all__ = ["DiskCache", "openmp_dies_in_a_fork", "struct_value", "use_disk_cache"]
+__all__ = ["DiskCache", "c_function", "openmp_dies_in_a_fork", "struct_value", "use_disk_cache"]
 
 SOURCES = sorted(
     (path.name, path.stat().st_mtime, path.stat().st_size)
@@ -29,13 +30,26 @@ REMEDY = "set NUMBA_CACHE_DIR to a writable folder with free space"
 _warned: list[str] = []
 
 
-def use_disk_cache(dispatcher: Any) -> Any:
+def use_disk_cache(dispatcher: Any, function: Callable | None = None) -> Any:
     """Let a compiled function keep its code for later processes; without a folder, do not."""
     try:
-        dispatcher._cache = DiskCache(dispatcher.py_func)
+        dispatcher._cache = DiskCache(function or dispatcher.py_func)
     except (RuntimeError, OSError) as error:  # no folder that can be written to
         warn_once(error)
     return dispatcher
+
+
+def c_function(function: Callable, signature: Any) -> Any:
+    """Compile a function of C's calling convention; its `address` is what other kernels call.
+
+    Its code is kept on disk: what it closes over must be numbers and strings.
+    """
+    compiled = CFunc(
+        function, (signature.args, signature.return_type), {}, {"error_model": "numpy"}
+    )
+    use_disk_cache(compiled, function)
+    compiled.compile()
+    return compiled
 
 
 def warn_once(error: Exception) -> None:

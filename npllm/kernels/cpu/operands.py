@@ -6,10 +6,14 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 from npllm.kernels.cpu import fits
+from npllm.kernels.cpu.block_gemv import block_table, fits_blocks
 from npllm.kernels.cpu.layout import EMPTY, frozen, is_row_major, row_major
+from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.int8 import GROUP, Int8Weight
+from npllm.quantized.stacked import StackedWeight
 
 __all__ = [
+    "BLOCKS",
     "as_bits",
     "bias_or_empty",
     "fits_gain",
@@ -22,6 +26,7 @@ __all__ = [
 
 Array = Any
 
+BLOCKS = BlockWeight, StackedWeight
 NO_SCALES = frozen(np.zeros((0, 0), np.float32))
 NO_GAIN = {np.dtype(x): frozen(np.zeros(0, x)) for x in (np.uint16, np.int16, np.float32)}
 BITS = {DTYPES["bfloat16"]: np.uint16, DTYPES["float16"]: np.int16, DTYPES["float32"]: np.float32}
@@ -33,7 +38,11 @@ def as_bits(x: Array) -> Array:
 
 
 def kernel_operands(weight: Any) -> tuple[Array, Array]:
-    """Return the entries of a weight, and their scales where it is in 8 bits, for a kernel."""
+    """Return the entries of a weight, and their scales where it is in 8 bits, for a kernel; of one
+    in blocks, its table.
+    """
+    if isinstance(weight, BLOCKS):
+        return block_table(weight), NO_SCALES
     if isinstance(weight, Int8Weight):
         return row_major(weight.values), row_major(weight.scales)
     return as_bits(weight), NO_SCALES
@@ -45,6 +54,8 @@ def gain_bits(gain: Array, weight: Any) -> Array:
     """
     if len(gain):
         return as_bits(gain)
+    if isinstance(weight, BLOCKS):
+        return NO_GAIN[np.dtype(np.float32)]
     return NO_GAIN[np.dtype(np.uint16 if isinstance(weight, Int8Weight) else BITS[weight.dtype])]
 
 
@@ -60,6 +71,8 @@ def fits_product(x: Array, weight: Array, bias: Array = None) -> bool:
 
 def fits_weight(weight: Any, d_in: int, bias: Array = None) -> bool:
     """Tell whether a weight is one that the kernels are made for."""
+    if isinstance(weight, BLOCKS):
+        return fits_blocks(weight) and weight.shape[1] == d_in > 0 and fits.fits_bias(bias, weight)
     if isinstance(weight, Int8Weight):
         return (
             type(weight.values) is np.ndarray

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
 
 from npllm.kernels.cpu.launching import kernel
@@ -14,13 +15,17 @@ from npllm.kernels.cpu.simd import LANES
 __all__ = [
     "array_at",
     "atomic_fetch_add",
+    "channels_of_weight",
     "deinterleave",
     "flat_memory",
     "is_bfloat16",
     "is_int8",
+    "rows_of_weight",
 ]
 
 Array = Any
+
+N_ROWS, D_IN = 2, 3  # columns of the table of a weight in blocks
 
 
 @intrinsic
@@ -41,6 +46,30 @@ def is_int8(_typing: Any, array: Array) -> Any:
         return ir.Constant(ir.IntType(1), int(signature.args[0].dtype == types.int8))
 
     return types.boolean(array), generate
+
+
+def rows_of_weight(weight: Array) -> int:
+    """d_out of a weight as kernels take it: an array of entries, or the table of one in blocks."""
+    return int(weight[:, N_ROWS].sum()) if weight.dtype == np.int64 else len(weight)
+
+
+@overload(rows_of_weight, strict=False)
+def _rows_of_weight(weight: Array) -> Any:
+    if weight.dtype == types.int64:
+        return lambda weight: weight[:, N_ROWS].sum()
+    return lambda weight: len(weight)
+
+
+def channels_of_weight(weight: Array) -> int:
+    """d_in of a weight as kernels take it."""
+    return int(weight[0, D_IN]) if weight.dtype == np.int64 else weight.shape[1]
+
+
+@overload(channels_of_weight, strict=False)
+def _channels_of_weight(weight: Array) -> Any:
+    if weight.dtype == types.int64:
+        return lambda weight: weight[0, D_IN]
+    return lambda weight: weight.shape[1]
 
 
 @intrinsic
