@@ -37,9 +37,10 @@ class Cores:
         return Usage(self.now, self.cpu, self.switches)
 
     def launch(self):
-        before, count = self.usage(), self.controller.choose(self.now)
+        before, was = self.usage(), self.controller.count
+        count = self.controller.choose(self.now)
         waits = count + self.busy > self.full
-        self.failed += waits and self.controller.raised == self.now
+        self.failed += waits and count > was
         self.now += STEP * (6 if waits else 1) * self.full / count
         self.cpu += STEP * self.full * (2 if waits else 1)
         self.switches += waits

@@ -12,7 +12,7 @@ threads, at least one, is given up.  Measured on two cores, decoding: 0.72 to 1.
 most 0.52 beside one, two and four busy processes.
 
 Threads are taken back when the system reports idle cores; where it reports nothing, a third more is
-tried.  The pause before an attempt doubles with each that failed.
+tried.  The pause before an attempt doubles with each that failed, and halves with each that held.
 """
 
 import os
@@ -34,7 +34,7 @@ LOW = 0.65  # share below which threads wait for one that is descheduled
 SPARE = 0.6  # idle cores from which on one more thread is tried
 PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds from giving up threads to an attempt to take them back
 LOOK = 0.2  # seconds between looks at the idle cores, where there were none
-FAILED = 1.0  # threads that are given up again within so many seconds were an attempt that failed
+FAILED = 50  # windows: threads that are given up again within so many were an attempt that failed
 
 
 class Usage(NamedTuple):
@@ -111,7 +111,9 @@ class Controller:
         self.meter = meter or IdleCores()
         self.pause = PAUSE
         self.contended = 0  # windows in succession
-        self.raised, self.next_attempt = -FAILED, 0.0  # of the clock of `Usage`
+        self.since_raised = FAILED  # windows
+        self.held = False  # whether the last attempt was not given up
+        self.next_attempt = 0.0  # of the clock of `Usage`
         self.clear()
 
     def clear(self) -> None:
@@ -123,16 +125,19 @@ class Controller:
         """Return the number of threads for a launch at this time."""
         if self.count < self.full and now >= self.next_attempt:
             self.next_attempt = now + max(LOOK, self.pause)
-            self.take_back(now, self.meter.read())
+            self.take_back(self.meter.read())
         return self.count
 
-    def take_back(self, now: float, idle: float | None) -> None:
+    def take_back(self, idle: float | None) -> None:
         """Use more threads where cores are idle, or where nothing is known of them."""
         if idle is not None and idle < SPARE:
             return
+        if self.held:
+            self.pause = max(PAUSE, self.pause / 2)
+        self.held = True
         more = self.count / 3 if idle is None else idle
         self.count = min(self.full, self.count + max(1, round(more)))
-        self.raised = now
+        self.since_raised = 0
         self.contended = 0
         self.clear()
 
@@ -144,6 +149,7 @@ class Controller:
         self.cpu += after.cpu - before.cpu
         self.switches += after.switches - before.switches
         if self.seconds >= WINDOW:
+            self.since_raised += 1
             is_low = self.cpu < LOW * count * self.seconds
             self.contended = self.contended + 1 if is_low and self.switches else 0
             if self.contended == WINDOWS:
@@ -152,9 +158,9 @@ class Controller:
 
     def give_up(self, now: float) -> None:
         """Use a quarter fewer threads, and look for idle cores after a pause."""
-        failed = now - self.raised < FAILED
+        failed = self.since_raised < FAILED
         self.pause = min(2 * self.pause, LONGEST_PAUSE) if failed else PAUSE
         self.count = max(1, self.count - max(1, self.count // 4))
-        self.contended = 0
+        self.contended, self.held = 0, False
         self.next_attempt = now + self.pause
         self.meter.read()
