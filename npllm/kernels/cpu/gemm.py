@@ -44,7 +44,7 @@ TILE_ROWS = 6  # rows of a tile
 BAND = 16 * TILE_ROWS  # rows of a task
 DEPTH = 512  # channels of a run
 SHALLOW = 288  # of one with 16 columns: a panel's part and a tile's rows stay in the nearest cache
-SHORT = 32  # channels that are summed in registers
+SHORT = 64  # channels that are summed in registers: 32 are more exact, and 9 % slower
 AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 
