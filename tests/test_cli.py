@@ -17,6 +17,7 @@ import pytest
 import tiny
 
 import npllm
+from npllm.analysis.speed import generate_timed
 from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.kernels import fastest_ops
 
@@ -105,6 +106,22 @@ def test_generate_streams_the_prompt_and_the_answer(call, folder):
         r"prompt 1 tokens, [\d.]+ tokens/s; generation 5 tokens, [\d.]+ tokens/s; peak memory \d+ MB\n",
         result.stderr,
     )
+
+
+def test_the_prompt_is_written_when_the_answer_begins(folder):
+    """A line on stderr, that kernels are compiled, does not come in the middle of it."""
+    written, before = [], []
+
+    def processor(_, logits):
+        before.append(len(written))
+        return logits
+
+    model = npllm.load(folder)
+    stats = generate_timed(
+        model, "hello", written.append, echo=True, max_new_tokens=2, logits_processors=[processor]
+    )
+    assert before[0] == 0 and "".join(written).startswith("hello")
+    assert stats["new_tokens"] == 2
 
 
 def test_generate_json_holds_the_new_text(call, folder):

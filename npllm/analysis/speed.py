@@ -37,7 +37,7 @@ def generate_timed(
     prompt : str or list of messages
     write : function (str)
     echo : bool
-        Write a text prompt first, after all checks.
+        Write a text prompt before the first piece.
     **options
         As in `Model.generate`.
 
@@ -48,18 +48,18 @@ def generate_timed(
         it, in which the compilation of kernels is not counted; its seconds; peak memory in bytes.
     """
     run = start_generation(model, prompt, **options)
-    if echo and isinstance(prompt, str):
-        write(prompt)
+    pending = prompt if echo and isinstance(prompt, str) else ""  # lines on stderr come before it
     compiled_before = compile_seconds()
     start, ticks, text = working_seconds(), [], []
     try:
         for (piece,) in run:
             ticks.append(working_seconds())
             text.append(piece)
-            write(piece)
+            write(pending + piece)
+            pending = ""
     finally:
         text.extend(run.close())
-        write(text[-1])
+        write(pending + text[-1])
     return {
         "text": "".join(text),
         **_rates(run.sequences.n_prompt, start, ticks),
