@@ -282,10 +282,10 @@ def test_fetch_prints_the_folder_and_passes_its_options_on(call, monkeypatch):
         lambda name, **options: asked.append((name, options)) or Path("here"),
     )
     assert call("fetch", "a/b", "--revision", "main", "--token", "x").stdout == "here\n"
-    assert call("fetch", env={"HF_TOKEN": "y"}).exit_code == 0
+    assert call("fetch", "--include", "*.gguf", env={"HF_TOKEN": "y"}).exit_code == 0
     assert asked == [
-        ("a/b", {"revision": "main", "token": "x"}),
-        (DEFAULT_MODEL, {"revision": None, "token": "y"}),
+        ("a/b", {"revision": "main", "token": "x", "include": ()}),
+        (DEFAULT_MODEL, {"revision": None, "token": "y", "include": ("*.gguf",)}),
     ]
 
 

@@ -223,7 +223,7 @@ def multiply_function() -> Any:
     return c_function(multiply, types.void(*[types.intp] * 10))
 
 
-@kernel()
+@kernel(nogil=True)
 def add_runs(part: int, w: int, n_rows: int, group: int, x: int, x_bytes: int, sums: int) -> None:
     """Compute sums [n_rows, group, 16] of rows of a weight from w on with a group of rows of x.
 
@@ -246,7 +246,7 @@ def add_runs(part: int, w: int, n_rows: int, group: int, x: int, x_bytes: int, s
         u += max(n_units, 1)
 
 
-@kernel()
+@kernel(nogil=True)
 def exact_product(part: int, w: int, x: int) -> Any:
     """The product of a row at w with a row at x, entry by entry, as the definition has it.
 
