@@ -94,6 +94,18 @@ def _device_where_asked_for(request):
         backend_namespace("cupy")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_line_about_compiling():
+    """Commands in this process do not say that kernels are compiled: that depends on which test
+    comes first.
+    """
+    from npllm.kernels import compilation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "announce", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def default_folder():
     """Folder of the default checkpoint, fetched on first use."""

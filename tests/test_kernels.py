@@ -310,7 +310,8 @@ def test_attention(fast, rule, n_kv, group, n_seq, n_more, d, d_value, seed, n_b
     want, want_lse = ops.attention(
         *(x.astype(np.float64) for x in (q, k, v)), mask=RULES[rule], return_lse=True
     )
-    close(y, want, dtype="float32")
+    cancelled = np.abs(v).max() / np.abs(want).max(initial=1e-30)  # a mean of values, which cancel
+    close(y, want, dtype="float32", times=max(1.0, cancelled))
     close(lse, want_lse, dtype="float32")
 
 
