@@ -174,9 +174,12 @@ def test_greedy_generate_of_a_scaled_real_config(pairs, name):
     ours, theirs = pairs(name)
     trial = family.Trial(CONFIGS[name])
     sequence, logits = _generated(theirs, trial.prompt, trial.n_new)
-    cache, new = ours.new_cache(), sequence[:, : trial.prompt.shape[1]]
+    # on the definitions, whose phases are float32 as Transformers': those of the fast sets are
+    # float64, and once, of phi-3-mini-128k, Transformers is off by 1.1e-5 and the fast set by 4e-6
+    plain = npllm.Model(ours.config, ours.params, ops=npllm.ops.reference)
+    cache, new = plain.new_cache(), sequence[:, : trial.prompt.shape[1]]
     for step in range(logits.shape[1]):
-        _same(ours(new, cache=cache, logits_to_keep=1)[:, -1], logits[:, step], name)
+        _same(plain(new, cache=cache, logits_to_keep=1)[:, -1], logits[:, step], name)
         new = sequence[:, trial.prompt.shape[1] + step :][:, :1]
     assert family.margin(logits) > 1e-4 * np.abs(logits).max()
     close(ours.generate(trial.prompt, max_new_tokens=trial.n_new), sequence)
