@@ -316,6 +316,15 @@ def test_attention(fast, rule, n_kv, group, n_seq, n_more, d, d_value, seed, n_b
 
 
 @each_set
+def test_phases_are_float64(fast):
+    """In float32 they are off by 1e-4 at these positions."""
+    inv_freq, at = ops.rope_frequencies(64), np.arange(3000, 4096)
+    want = ops.rope_tables(at, inv_freq.astype(np.float64), 1.2)
+    for got, right in zip(fast.rope_tables(at, inv_freq, 1.2), want, strict=True):
+        close(got, right, dtype="float32", times=0.05)
+
+
+@each_set
 @given(
     n_kv=st.integers(1, 3),
     group=st.integers(1, 3),
