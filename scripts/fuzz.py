@@ -1082,7 +1082,7 @@ def keep(seed, number, folder):
     )
 
 
-def run_mode(name, n, seed, only):
+def run_mode(name, n, seed, only, minutes):
     """Run the cases of another mode, watched from outside; return whether there were escapes."""
     import fuzz_files
     import fuzz_templates
@@ -1094,7 +1094,7 @@ def run_mode(name, n, seed, only):
         with tempfile.TemporaryDirectory() as scratch:
             print(cases(seed, Path(scratch)).run(only))
         return False
-    summary = watch(cases, n, seed, *module.LIMITS[name])
+    summary = watch(cases, n, seed, *module.LIMITS[name], minutes)
     write_summary(name, summary, seed)
     return bool(summary.failures)
 
@@ -1113,6 +1113,7 @@ def main():
         "--jobs",
         type=int,
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        help="processes of the mode folders; the other modes have one",
     )
     parser.add_argument("--only", type=int, help="run this case alone")
     parser.add_argument(
@@ -1125,7 +1126,8 @@ def main():
         arguments.seed = random.SystemRandom().randrange(2**32)
     print(f"seed {arguments.seed}", flush=True)
     if arguments.mode != "folders":
-        sys.exit(run_mode(arguments.mode, arguments.n, arguments.seed, arguments.only))
+        chosen = arguments.n, arguments.seed, arguments.only, arguments.minutes
+        sys.exit(run_mode(arguments.mode, *chosen))
     if arguments.only is not None:
         keep(arguments.seed, arguments.only, arguments.keep)
         return

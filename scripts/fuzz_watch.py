@@ -44,8 +44,10 @@ def resident_bytes(pid: int | str = "self") -> int:
     return 0
 
 
-def work(mode: Any, seed: int, numbers: range, shared: Any, pipe: Any, scratch: str) -> None:
-    """Run cases in this process, and send what came out."""
+def work(
+    mode: Any, seed: int, numbers: range, stop_at: float, shared: Any, pipe: Any, scratch: str
+) -> None:
+    """Run cases in this process, until a time of the monotonic clock; send what came out."""
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
     with open(os.devnull, "w") as nowhere:
@@ -63,14 +65,24 @@ def work(mode: Any, seed: int, numbers: range, shared: Any, pipe: Any, scratch: 
         except BaseException as error:
             failures.append((number, f"{type(error).__name__}: {error}"[:300]))
         slowest = max(slowest, (time.monotonic() - start, number))
-        if failures or (number + 1) % REPORT_CASES == 0 or number == numbers[-1]:
+        is_last = number == numbers[-1] or time.monotonic() > stop_at
+        if failures or (number + 1) % REPORT_CASES == 0 or is_last:
             pipe.send((number + 1, outcomes, failures, slowest))
             outcomes, failures = collections.Counter(), []
+        if is_last:
+            break
     pipe.close()
     os._exit(0)  # threads of a case's server must not hold the process
 
 
-def watch(mode: Any, n: int, seed: int, limit_seconds: float, limit_bytes: int) -> Summary:
+def watch(
+    mode: Any,
+    n: int,
+    seed: int,
+    limit_seconds: float,
+    limit_bytes: int,
+    minutes: float = float("inf"),
+) -> Summary:
     """Run n cases of a mode, one process at a time.
 
     Parameters
@@ -82,38 +94,43 @@ def watch(mode: Any, n: int, seed: int, limit_seconds: float, limit_bytes: int) 
         Of one case.
     limit_bytes : int
         Of resident memory above that before the first case.
+    minutes : float
+        After which no further case begins.
     """
     context, start = multiprocessing.get_context("fork"), time.monotonic()
     outcomes: collections.Counter[str] = collections.Counter()
     failures: list[tuple[int, str]] = []
     slowest, most, first = (0.0, -1), (0, -1), 0
     disk = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    while first < n:
+    stop_at = start + 60 * minutes
+    while first < n and time.monotonic() < stop_at:
         numbers = range(first, min(n, first + CHILD_CASES))
         with tempfile.TemporaryDirectory(dir=disk) as scratch:
-            child = _Child(context, mode, seed, numbers, scratch)
+            child = _Child(context, mode, seed, numbers, stop_at, scratch)
             reports, failure, peak = child.follow(limit_seconds, limit_bytes)
         for _, counts, failed, slow in reports:
             outcomes += counts
             failures += failed
             slowest = max(slowest, slow)
         most = max(most, peak)
-        first = numbers.stop if failure is None else failure[0] + 1
+        first = reports[-1][0] if failure is None else failure[0] + 1
         failures += [] if failure is None else [failure]
-    return Summary(n, time.monotonic() - start, outcomes, failures, slowest, most)
+    return Summary(first, time.monotonic() - start, outcomes, failures, slowest, most)
 
 
 class _Child:
     """A process that runs cases, and its watch."""
 
-    def __init__(self, context: Any, mode: Any, seed: int, numbers: range, scratch: str) -> None:
+    def __init__(
+        self, context: Any, mode: Any, seed: int, numbers: range, stop_at: float, scratch: str
+    ) -> None:
         self.shared = {
             "number": context.Value("q", numbers.start),
             "started": context.Value("d", time.monotonic() + 60),  # of the first case: see `work`
             "baseline": context.Value("q", 0),
         }
         self.pipe, sender = context.Pipe(duplex=False)
-        arguments = (mode, seed, numbers, self.shared, sender, scratch)
+        arguments = (mode, seed, numbers, stop_at, self.shared, sender, scratch)
         self.process = context.Process(target=work, args=arguments)
         self.process.start()
         sender.close()

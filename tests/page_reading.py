@@ -3,6 +3,10 @@
 import json
 from html.parser import HTMLParser
 
+import tiny
+
+import npllm
+
 EMPTY = {"meta", "link", "br", "img", "input", "hr"}  # elements without an end
 
 
@@ -42,3 +46,9 @@ def data_of(html):
     """The numbers in a page, read from its data block."""
     (block,) = Elements(html).named("script", type="application/json")
     return json.loads(block["text"])
+
+
+def tiny_model(folder):
+    """A tiny model with a tokenizer, on the definitions."""
+    tiny.write_folder(folder, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=272)
+    return npllm.load(folder, ops="reference")

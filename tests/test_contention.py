@@ -65,7 +65,7 @@ def test_no_more_threads_than_free_cores_beside_busy_programs(full, data, report
     cores = Cores(full, data.draw(st.integers(1, full - 1)), reports)
     cores.run(4.0)
     cores.failed = 0
-    counts = cores.run(20.0)
+    counts = cores.run(20.0)  # an attempt lasts two windows, here launches of up to a second
     assert counts.count(max(counts)) < len(counts) / 5 or max(counts) <= full - cores.busy
     assert cores.failed <= (3 if reports else 14)
 

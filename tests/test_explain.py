@@ -8,7 +8,7 @@ import numpy as np
 import optional
 import pytest
 import tiny
-from page_reading import Elements, data_of
+from page_reading import Elements, data_of, tiny_model
 
 import npllm
 from npllm import ops
@@ -50,10 +50,7 @@ NOTIONS = {  # of the chapter -> words of the table of contents
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny model with a tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_folder(folder, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=272)
-    return npllm.load(folder, ops="reference")
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import optional
 import pytest
-import tiny
+from page_reading import tiny_model
 
 import npllm
 from npllm import ops
@@ -49,9 +49,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_folder(folder, tokenizer=tiny.byte_level(), settings=tiny.SETTINGS, vocab_size=272)
-    return npllm.load(folder, ops="reference")
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

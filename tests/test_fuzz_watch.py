@@ -74,6 +74,20 @@ def test_an_error_is_an_escape_with_its_number(scripts):
     assert summary.outcomes == collections.Counter(fine=15)
 
 
+def test_no_case_begins_after_the_time_is_over(scripts):
+    class Slow(Cases):
+        def run(self, _):
+            time.sleep(0.02)
+            return "fine"
+
+    watch, _ = scripts
+    summary = watch.watch(
+        Slow, 10_000, 4, limit_seconds=20, limit_bytes=100 << 20, minutes=0.5 / 60
+    )
+    assert 1 <= summary.n_cases < 1000 and summary.failures == []
+    assert summary.outcomes["fine"] == summary.n_cases
+
+
 @pytest.mark.parametrize(
     ("name", "packages"),
     [("gguf", ["gguf"]), ("hub", ["huggingface_hub", "filelock"]), ("tokenizer", [])],
