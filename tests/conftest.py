@@ -7,17 +7,10 @@ import compile_once
 import numpy as np
 import optional
 import pytest
+import seeds
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "default",
-    deadline=None,
-    max_examples=20,
-    derandomize=os.environ.get("CI") == "true",
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.register_profile("all", settings.get_profile("default"), max_examples=50)  # that of --all
-settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+EXAMPLES = {"default": 20, "all": 50, "thorough": 1000}  # "all": with --all
 
 
 if optional.REQUIRED:
@@ -35,10 +28,19 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    settings.load_profile(
-        os.environ.get("HYPOTHESIS_PROFILE", "all" if config.getoption("--all") else "default")
+    seeds.settle_seed(config)
+    profile = "all" if config.getoption("--all") else "default"
+    name = os.environ.get("HYPOTHESIS_PROFILE", profile)
+    settings.register_profile(
+        name,
+        deadline=None,
+        max_examples=EXAMPLES[name],
+        derandomize=seeds.run_seed() == seeds.FIXED,
+        suppress_health_check=[HealthCheck.too_slow],
     )
+    settings.load_profile(name)
     if config.getoption("--without-numba"):
         sys.modules["numba"] = None  # an import of it now fails
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -52,7 +54,13 @@ COMPILING = ("test_kernels_extremes.py", "test_kernels_layouts.py", "test_kernel
 
 def pytest_report_header():
     blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
-    return f"numpy {np.__version__}, BLAS {blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip()
+    blas = f"{blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip()
+    return f"numpy {np.__version__}, BLAS {blas}, NPLLM_TEST_SEED={seeds.run_seed()}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if seeds.run_seed() != seeds.FIXED:
+        terminalreporter.write_line(f"NPLLM_TEST_SEED={seeds.run_seed()} repeats this run")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -103,6 +111,14 @@ def _no_line_about_compiling():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compilation, "announce", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _searches_for_broken_laws_start_from_the_seed_of_the_run():
+    """`npllm.testing.check_*` without a seed draws one: here that of the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secrets.randbelow", lambda limit: seeds.run_seed() % limit)
         yield
 
 

@@ -1,15 +1,6 @@
 """Fresh inputs for every operation of `diagnose`, with the edges that tell options apart."""
 
-import os
-
 import numpy as np
-
-
-def run_seed():
-    """Seed of this run, printed, so that a failure can be repeated."""
-    seed = int(os.environ.get("NPLLM_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
-    print(f"NPLLM_TEST_SEED={seed}")
-    return seed
 
 
 def normal(rng, *shape, scale=1.0):

@@ -1,7 +1,6 @@
 """Budgets: correct code stays inside them and comes near, every planted mistake exceeds them."""
 
 import importlib
-import os
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from budget_implementations import SUMS, library, naive
 from budget_inputs import INPUTS, plain
 from budget_mistakes import mistakes
+from seeds import run_seed
 
 from npllm import kernels, ops
 from npllm.errors import NpllmValueError
@@ -19,7 +19,7 @@ from npllm.testing.within_budget import absolute_errors as _errors
 from npllm.testing.within_budget import judge
 
 every_op = pytest.mark.parametrize("op", INPUTS)
-SEED = int(os.environ.get("NPLLM_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
+SEED = run_seed()
 SETS = {
     "reference": ops.reference,
     "blockwise": ops.blockwise,

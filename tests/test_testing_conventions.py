@@ -7,7 +7,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from fresh import FRESH, run_seed
+from fresh import FRESH
+from seeds import run_seed
 
 from npllm import testing
 from npllm.errors import NpllmValueError

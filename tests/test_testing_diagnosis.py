@@ -5,7 +5,8 @@ import collections
 import ml_dtypes
 import numpy as np
 import pytest
-from fresh import FRESH, normal, run_seed
+from fresh import FRESH, normal
+from seeds import run_seed
 
 from npllm import testing
 from npllm.errors import NpllmValueError

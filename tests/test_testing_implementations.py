@@ -3,17 +3,16 @@
 torch, Transformers, JAX and onnx are used where they are installed.
 """
 
-import secrets
-
 import numpy as np
 import pytest
+from seeds import run_seed
 
 from npllm import ops, testing
 from npllm.kernels import compiled_ops, tiled_ops, why_not_compiled
 from npllm.testing.laws import check
 from npllm.testing.laws.attention import FEATURES
 
-SEED = secrets.randbelow(2**32)
+SEED = run_seed()
 EVERY = set(FEATURES) - {"poison"}
 live = pytest.mark.live
 
