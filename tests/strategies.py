@@ -34,6 +34,11 @@ def examples(n):
     return settings(max_examples=min(n, int(os.environ.get("NPLLM_EXAMPLES", n))))
 
 
+def fewer(times):
+    """Settings of a test whose examples differ little: a part of the examples of others."""
+    return settings(max_examples=settings.default.max_examples // times)
+
+
 def normal(shape, dtype=np.float32, scale=1.0):
     """Draw an array of normally distributed values: Hypothesis draws the seed, which is enough for
     a law that holds for any.

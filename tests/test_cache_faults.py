@@ -3,6 +3,7 @@ the same bits as without it.
 """
 
 import contextlib
+import functools
 import linecache
 import signal
 import sys
@@ -127,6 +128,11 @@ def wanted(scene, model):
     return [*play(scene, model, model.new_cache(n_batch)), shorter(model, instead)]
 
 
+@functools.cache
+def is_with_line(file, line):
+    return linecache.getline(file, line).lstrip().startswith("with ")
+
+
 @contextlib.contextmanager
 def at_line(number, model, lines):
     """Raise at the n-th line of the package that is reached; count them all where it is never
@@ -143,11 +149,7 @@ def at_line(number, model, lines):
         if event == "line":
             place = frame, frame.f_lineno
             again = place in entered
-            if (
-                linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-                .lstrip()
-                .startswith("with ")
-            ):
+            if is_with_line(frame.f_code.co_filename, frame.f_lineno):
                 entered.add(place)
             if not again:
                 lines.append(None)
@@ -185,7 +187,7 @@ def fail_at_lines(scene, n_points, set_=ops.blockwise):
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_fault_at_any_line(scene):
-    assert fail_at_lines(scene, 12) >= 10
+    assert fail_at_lines(scene, 6) >= 10
 
 
 @pytest.mark.slow
@@ -235,16 +237,17 @@ def at_op(number, model, after, calls):
     )
 
 
+@pytest.mark.parametrize("n_points", [6, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("scene", [scene for scene in SCENES if scene != "reorder"])
-def test_a_fault_in_any_operation(scene, after):
+def test_a_fault_in_any_operation(scene, after, n_points):
     """From the embedding to the product that gives the logits, in every layer and chunk, in rows
     that are computed anew.
     """
     model, calls = made(scene), []
     want = wanted(scene, model)
     assert not check(scene, model, lambda: at_op(-1, model, after, calls), want)
-    for number in range(1, len(calls) + 1, max(1, len(calls) // 15)):
+    for number in range(1, len(calls) + 1, max(1, len(calls) // n_points)):
         assert check(scene, model, lambda number=number: at_op(number, model, after, []), want)
     assert check(scene, model, lambda: at_op(len(calls), model, after, []), want), (
         "the last is lm_head"

@@ -59,15 +59,16 @@ def call(folder):
     return run
 
 
-def start(*arguments, env=None, **options):
-    """A process of its own."""
+def start(command, *arguments, env=None, **options):
+    """A process of its own; a model runs on the definitions, so that no kernels are loaded."""
+    runs = ("--ops", "reference") if command in ("chat", "generate", "topk") else ()
     pipes = {
         "stdin": subprocess.PIPE,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
     } | options
     return subprocess.Popen(
-        [sys.executable, "-m", "npllm", *map(str, arguments)],
+        [sys.executable, "-m", "npllm", command, *runs, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | (env or {}),
         preexec_fn=_hear_ctrl_c,
