@@ -9,7 +9,7 @@ import tiny
 from close import close
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import ARRAY_OPS, documented_calls
+from strategies import ARRAY_OPS, documented_calls, fewer
 from test_encoder import make
 
 import npllm
@@ -207,6 +207,7 @@ SETS = {"reference": ops.reference, "blockwise": ops.blockwise, "fast": fastest_
 
 @pytest.mark.parametrize("op", [name for name in ARRAY_OPS if name in ops.__all__])
 @pytest.mark.parametrize("set_of_ops", SETS.values(), ids=SETS)
+@fewer(4)
 @given(st.data())
 def test_operations_refuse_the_other_byte_order_or_take_it_for_what_it_is(op, set_of_ops, data):
     function = getattr(set_of_ops, op, None) or getattr(ops, op)

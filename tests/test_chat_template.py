@@ -307,6 +307,7 @@ def watched(sources):
     return slowest, own * 1024, child * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
 def test_memory_and_time_as_seen_from_outside():
     _, own, _ = watched(["x"])

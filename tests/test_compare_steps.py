@@ -79,10 +79,16 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+CASES = [(key, made, step) for key, (made, steps) in MISTAKES.items() for step in steps]
+
+
 @pytest.mark.parametrize(
-    ("key", "made", "step"),
-    [(key, made, step) for key, (made, steps) in MISTAKES.items() for step in steps],
+    ("setting", "key", "made", "step"),
+    [
+        pytest.param(setting, *case, marks=[] if (n + m) % 2 == 0 else pytest.mark.slow)
+        for n, setting in enumerate(SETTINGS)
+        for m, case in enumerate(CASES)
+    ],
 )
 def test_a_mistake_in_one_step_is_found_there(setting, key, made, step):
     bug = bugs[key]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import ARRAY_OPS, OPS, documented, documented_calls, shape_of
+from strategies import ARRAY_OPS, OPS, documented, documented_calls, fewer, shape_of
 
 from npllm import ops
 from npllm.arrays import is_integer
@@ -51,12 +51,14 @@ def check(op, arguments, axis):
 
 
 @every_op
+@fewer(2)
 @given(st.data())
 def test_results_have_the_shapes_that_the_docstring_states(op, data):
     check(op, *data.draw(documented_calls(op)))
 
 
 @pytest.mark.parametrize("op", ARRAY_OPS.values(), ids=ARRAY_OPS)
+@fewer(2)
 @given(st.data())
 def test_results_have_the_dtypes_that_the_docstring_states(op, data):
     arguments, axis = data.draw(documented_calls(op, dtype=np.float32))

@@ -17,6 +17,7 @@ from npllm import ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
+LONG = ("explain", "precision")  # take seconds; their own tests run them on small models
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -68,9 +69,14 @@ def test_an_example_has_at_most_six_lines(page):
 
 
 def page_params():
-    """Each page; those that load the default checkpoint are marked so."""
+    """Each page; those that load the default checkpoint are marked so, and the slow ones."""
     return [
-        pytest.param(page, marks=[pytest.mark.weights] * needs_weights(page), id=page.name)
+        pytest.param(
+            page,
+            marks=[pytest.mark.weights] * needs_weights(page)
+            + [pytest.mark.slow] * (page.stem in LONG),
+            id=page.name,
+        )
         for page in PAGES
     ]
 
@@ -90,7 +96,14 @@ def commands(page):
 
 
 @pytest.mark.usefixtures("default_model")
-@pytest.mark.parametrize("command", [command for page in PAGES for command in commands(page)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] * (command.split()[1] in LONG))
+        for page in PAGES
+        for command in commands(page)
+    ],
+)
 def test_commands_run(command, tmp_path, monkeypatch):
     program, name, *arguments = shlex.split(command)
     if name == "masks":

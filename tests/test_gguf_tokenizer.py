@@ -78,7 +78,7 @@ def loaded(tmp_path_factory):
     return load
 
 
-@pytest.mark.parametrize("size", ["cut down", "whole"])
+@pytest.mark.parametrize("size", ["cut down", pytest.param("whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PRE)
 def test_ids_are_those_of_the_folder(loaded, name, size):
     folder = CUT_DOWN / name

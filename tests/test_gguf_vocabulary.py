@@ -37,7 +37,7 @@ def found_in(folder):
     return tokenizer, vocabulary_metadata(tokenizer, max(backend.get_vocab().values()) + 6, [])
 
 
-@pytest.fixture(params=["cut down", "whole"])
+@pytest.fixture(params=["cut down", pytest.param("whole", marks=pytest.mark.slow)])
 def folder(request):
     """Function name -> folder of a tokenizer."""
 

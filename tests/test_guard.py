@@ -12,10 +12,17 @@ import pytest
 import tiny
 from close import close
 from guard import Refused, moved, xp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from optional import invoke
-from strategies import ARRAY_OPS, attention_calls, compute_dtypes, documented_calls, normal
+from strategies import (
+    ARRAY_OPS,
+    attention_calls,
+    compute_dtypes,
+    documented_calls,
+    fewer,
+    normal,
+)
 
 import npllm
 from npllm import arrays, ops
@@ -233,7 +240,7 @@ def test_the_stand_in_offers_nothing_that_cupy_has_not():
 
 @pytest.mark.parametrize("name", ARRAY_OPS)
 @given(st.data())
-@settings(max_examples=20)
+@fewer(2)
 def test_every_op_runs_and_agrees(name, data):
     arguments, _ = data.draw(documented_calls(ARRAY_OPS[name]))
     result = ARRAY_OPS[name](**moved(arguments))
@@ -358,15 +365,21 @@ def test_a_tap_sees_device_arrays_and_may_replace_them():
     assert set(seen) == {guard.Array}
 
 
-@every_kind
+GENERATIONS = [
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"use_cache": False},
+    {},
+    {"temperature": 1.3, "use_cache": False},
+    {"repetition_penalty": 1.3, "temperature": 1.0},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        {},
-        {"use_cache": False},
-        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
-        {"temperature": 1.3, "use_cache": False},
-        {"repetition_penalty": 1.3, "temperature": 1.0},
+        pytest.param(kind, options, marks=[] if (n + m) % 3 == 0 else pytest.mark.slow)
+        for n, kind in enumerate(KINDS)
+        for m, options in enumerate(GENERATIONS)
     ],
     ids=str,
 )

@@ -121,6 +121,7 @@ def test_the_commands_take_it(tmp_path):
     assert facts["weight_bytes"] == sum(x.nbytes for x in held)
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_default_model_in_4_bits(default_folder, default_model):
     """Its weights are in Q4_1: of its matrices those of 576 columns lose little more."""

@@ -9,6 +9,7 @@ from blocks import FORMAT_NAMES, HALVES, KINDS, random_blocks, random_weight
 from close import close
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import fewer
 
 from npllm import kernels, ops
 from npllm.cache import KVCache
@@ -66,6 +67,7 @@ def largest_terms(weight, x):
 
 @every_format
 @either_way
+@fewer(2)
 @given(
     n=st.integers(1, 16),
     n_block=st.integers(1, 9),

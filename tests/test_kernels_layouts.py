@@ -193,6 +193,7 @@ ARGUMENTS = {
 }
 
 
+ATTENDING = {"attention", "rope_attention", "attention_block", "decoder_layers"}
 WEIGHTLESS = {
     "rope_tables",
     "apply_rope",
@@ -283,6 +284,8 @@ ONE_FEW_MANY = [(1, 1), (2, 1), (3, 14)]  # kernels of one row, of a few, and of
     "shapes", [ONE_FEW_MANY, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["some", "all"]
 )
 def test_an_op_reads_its_arguments_in_logical_order(tested, name, dtype, shapes):
+    if tested is SETS["blockwise"] and name not in ATTENDING:
+        return  # the op is that of the reference set
     for shape in shapes:
         arguments = ARGUMENTS[name](Draw(*shape, dtype))
         changed = [key for key, value in arguments.items() if arrays_in(value)]

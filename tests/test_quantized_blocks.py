@@ -11,6 +11,7 @@ from close import close
 from composed import Composed, definitions
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import fewer
 
 from npllm import kernels, ops
 from npllm.arrays import array_namespace, asarray, is_packed, widen
@@ -151,6 +152,7 @@ def test_a_stack_runs_on_a_device(monkeypatch):
 
 @every_set
 @every_format
+@fewer(2)
 @given(n=st.sampled_from([1, 2, 16, 17, 70]), d_out=st.integers(1, 40), seed=st.integers(0, 99))
 def test_linear_takes_it(fast, name, n, d_out, seed):
     weight, x = random_weight(name, d_out, 256, seed), inputs(n, 256, seed + 1)
@@ -175,6 +177,7 @@ def test_the_gated_product_takes_it(fast, name):
 
 @every_set
 @every_format
+@fewer(4)
 @given(seed=st.integers(0, 99))
 def test_embed_and_rows_are_those_of_the_widened_matrix(fast, name, seed):
     weight = random_weight(name, 23, 512, seed)

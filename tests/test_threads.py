@@ -155,8 +155,17 @@ print(max(used))
 
 
 @needs_cores
-@each_set
-@pytest.mark.parametrize("variable", COUNTS)
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        *(("tiled", variable) for variable in COUNTS),
+        pytest.param("compiled", COUNTS[0], marks=needs_numba),
+        *(
+            pytest.param("compiled", variable, marks=[needs_numba, pytest.mark.slow])
+            for variable in COUNTS[1:]
+        ),
+    ],
+)
 def test_one_variable_means_one_thread_in_every_kernel(name, variable):
     assert int(run(COUNT, name, **{variable: "1"})) == 1
 
@@ -257,9 +266,12 @@ print(launching._controller is not None)
 
 @needs_cores
 @needs_numba
-def test_kernels_give_up_threads_only_where_nobody_fixed_them():
+@pytest.mark.parametrize(
+    "variables", [COUNTS[:1], pytest.param(COUNTS[1:], marks=pytest.mark.slow)], ids=str
+)
+def test_kernels_give_up_threads_only_where_nobody_fixed_them(variables):
     assert run(ADAPTS, "compiled") == "True\n"
-    for variable in COUNTS:
+    for variable in variables:
         assert run(ADAPTS, "compiled", **{variable: "2"}) == "False\n"
     fixed = ADAPTS.replace("m(ids)", "threads.set_threads(2)\nm(ids)")
     assert run(fixed, "compiled") == "False\n"

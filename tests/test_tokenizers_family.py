@@ -63,7 +63,7 @@ def theirs(folder):
     return cache(lambda name: AutoTokenizer.from_pretrained(folder(name)))
 
 
-@pytest.fixture(params=["cut down", "whole"])
+@pytest.fixture(params=["cut down", pytest.param("whole", marks=pytest.mark.slow)])
 def tokenizer(request):
     """Function name -> Tokenizer: the cut-down one, then the whole one."""
     if request.param == "cut down":
