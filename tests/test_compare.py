@@ -74,7 +74,10 @@ SMALL = ("rms_norm: C29 eps omitted",)  # eps shows in small rows, those of the 
 CASES = [(bundle, key, name) for bundle, found in PLANTED.items() for key, name in found.items()]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
+@pytest.mark.parametrize(
+    "number",  # that each option is named: test_testing_diagnosis.py
+    [pytest.param(n, marks=[pytest.mark.slow] * (n % 3 > 0)) for n in range(len(CASES))],
+)
 def test_a_planted_mistake_is_localised_and_named(number):
     bundle, key, name = CASES[number]
     rng = np.random.default_rng(SEED + number)

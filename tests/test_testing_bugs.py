@@ -13,7 +13,6 @@ from npllm.testing.probe_inputs import PROBES
 from npllm.testing.registry import alternatives, conventions
 
 BUGS = testing.bugs
-each = pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 LSE = {"C24"}  # conventions that show in the log-sum-exp
 ROUNDED_FLOAT32 = {
     "C14"
@@ -94,7 +93,13 @@ HARMLESS = {
 """Bugs whose first result is right."""
 
 
-@each
+@pytest.mark.parametrize(
+    "bug",  # that each option is named: test_testing_diagnosis.py
+    [
+        pytest.param(bug, id=name, marks=[pytest.mark.slow] * bool(bug.convention and n % 3))
+        for n, (name, bug) in enumerate(BUGS.items())
+    ],
+)
 def test_a_bug_is_over_budget_on_some_probe_and_diagnosed_by_its_convention_or_by_where_it_lives(
     bug,
 ):
