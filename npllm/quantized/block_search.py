@@ -80,8 +80,8 @@ def search_affine(x: np.ndarray, high: int, *, below: bool) -> tuple[np.ndarray,
         np.minimum(np.rint(q, out=q), high, out=q)
         totals = q.sum(axis=0), sum_x, _products(q, q), _products(q, distance)
         sums = [total.astype(np.float64) for total in totals]
-        d, m = _line(*sums, len(columns), -smallest if below else None)
-        error = _error(d, m, *sums, len(columns))
+        d, m = _line(sums, len(columns), -smallest if below else None)
+        error = _error(d, m, sums, len(columns))
         is_better = error < least
         best = [np.where(is_better, new, old) for new, old in zip((d, m), best, strict=True)]
         least = np.minimum(error, least)
@@ -118,14 +118,10 @@ def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _line(
-    sum_q: np.ndarray,
-    sum_x: np.ndarray,
-    sum_qq: np.ndarray,
-    sum_qx: np.ndarray,
-    n: int,
-    largest: np.ndarray | None,
+    sums: list[np.ndarray], n: int, largest: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit x = d * q + m by least squares; m at most `largest` where that is given."""
+    sum_q, sum_x, sum_qq, sum_qx = sums
     determinant = n * sum_qq - sum_q**2
     d = np.divide(
         n * sum_qx - sum_q * sum_x, determinant, where=determinant > 0, out=np.zeros_like(sum_x)
@@ -138,15 +134,8 @@ def _line(
     return d, m
 
 
-def _error(
-    d: np.ndarray,
-    m: np.ndarray,
-    sum_q: np.ndarray,
-    sum_x: np.ndarray,
-    sum_qq: np.ndarray,
-    sum_qx: np.ndarray,
-    n: int,
-) -> np.ndarray:
+def _error(d: np.ndarray, m: np.ndarray, sums: list[np.ndarray], n: int) -> np.ndarray:
     """Return sum (x - d q - m)**2 less sum x**2; the terms cancel."""
+    sum_q, sum_x, sum_qq, sum_qx = sums
     linear = d * sum_qx + m * sum_x
     return d * d * sum_qq + 2 * d * m * sum_q + n * m * m - 2 * linear
