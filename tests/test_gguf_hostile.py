@@ -16,7 +16,8 @@ gguf = pytest.importorskip("gguf")
 from test_convert import METADATA, TOKENS, random_tensors, write_gguf  # noqa: E402
 
 import npllm  # noqa: E402
-from npllm.checkpoints import convert_gguf, disk  # noqa: E402
+from npllm.checkpoints import disk  # noqa: E402
+from npllm.checkpoints.gguf import convert as convert_gguf  # noqa: E402
 from npllm.checkpoints.gguf.convert import gguf_to_phi3  # noqa: E402
 from npllm.errors import NpllmOSError, NpllmValueError  # noqa: E402
 
