@@ -1,5 +1,6 @@
 """What every test shares: options, markers, Hypothesis profiles, and the default checkpoint."""
 
+import gc
 import os
 import sys
 
@@ -77,6 +78,12 @@ def pytest_collection_modifyitems(config, items):
     if on_gpu:
         config.hook.pytest_deselected(items=on_gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_collection_finish():
+    """Ten thousand tests are many objects: the garbage collector need not visit them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

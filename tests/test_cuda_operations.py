@@ -132,8 +132,16 @@ def counted(model, n_batch=1, n_ctx=100, n_padding=0):
     return dict(guard.OPERATIONS)
 
 
-@every_config
-@pytest.mark.parametrize("n_ctx", CONTEXTS)
+@pytest.mark.parametrize(
+    ("name", "n_ctx"),
+    [
+        pytest.param(
+            name, n_ctx, marks=[pytest.mark.slow] * (name != "SmolLM2-135M" and n_ctx != 512)
+        )
+        for name in CONFIGS
+        for n_ctx in CONTEXTS
+    ],
+)
 def test_operations_a_token(name, n_ctx):
     model = model_of(name)
     counts = counted(model, n_ctx=n_ctx)

@@ -273,7 +273,7 @@ ONE_FEW_MANY = [(1, 1), (2, 1), (3, 14)]  # kernels of one row, of a few, and of
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        (name, dtype)
+        pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype == FLOAT32))
         for name in ARGUMENTS
         for dtype in (BFLOAT16, FLOAT32)
         if dtype == BFLOAT16 or name not in WEIGHTLESS

@@ -102,12 +102,17 @@ def test_code_is_kept_for_the_next_process(kernels):
     assert [kernels(), kernels()] == [["compiled"], ["loaded"]]
 
 
-def test_a_damaged_or_missing_file_is_ignored_and_written_again(kernels):
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_a_damaged_file_is_ignored_and_written_again(kernels, suffix):
     """Each damage, one after the other: the run after it compiles, the next finds a new file."""
-    damages = [(suffix, damage) for suffix in (".nbi", ".nbc") for damage in DAMAGES]
-    damages.append((".nbc", "missing"))
+    damages = [(suffix, damage) for damage in DAMAGES]
     runs = [None, *(run for damage in damages for run in (damage, None))]
     assert kernels(damages=runs) == ["compiled", *["compiled", "loaded"] * len(damages)]
+
+
+def test_a_file_that_is_missing_is_written_again(kernels):
+    runs = [None, (".nbc", "missing"), None]
+    assert kernels(damages=runs) == ["compiled", "compiled", "loaded"]
 
 
 NO_FOLDER = """

@@ -161,7 +161,10 @@ def test_int8_is_what_the_quantized_checkpoint_gives(tmp_path):
     assert row.logits == pytest.approx(float(np.sqrt(np.mean(np.var(y - gold, axis=-1)))), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [*FORMATS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (n % 3 > 0)) for n, name in enumerate(FORMATS)],
+)
 def test_a_block_format_is_measured_as_it_is_quantized(name):
     """Beside the model whose matrices are replaced by hand; widths of 32 take the fallback."""
     model = tiny.model(intermediate_size=64)

@@ -96,7 +96,9 @@ HARMLESS = {
 @pytest.mark.parametrize(
     "bug",  # that each option is named: test_testing_diagnosis.py
     [
-        pytest.param(bug, id=name, marks=[pytest.mark.slow] * bool(bug.convention and n % 3))
+        pytest.param(
+            bug, id=name, marks=[pytest.mark.slow] * bool(n % (3 if bug.convention else 2))
+        )
         for n, (name, bug) in enumerate(BUGS.items())
     ],
 )
