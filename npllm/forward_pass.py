@@ -261,7 +261,7 @@ class CausalLM(ModelBase):
         """
 
         def call(draft: KVCache | None) -> Array:
-            tokens = Tokens(ids, valid, _counted_positions(valid, ids.shape[1]))
+            tokens = Tokens(ids, valid, counted_positions(valid, ids.shape[1]))
             return self._head(self._hidden(tokens, draft, None), n_keep, None)
 
         return self._transact(cache, call)
@@ -276,6 +276,11 @@ class CausalLM(ModelBase):
             owner.window,
             owner=owner,
         )
+
+    def check_cache(self, cache: KVCache, n_batch: int) -> None:
+        """Raise unless a cache is of this model and of so many sequences."""
+        self._cache_owner().require(cache)
+        cache.check_fits(n_batch, 0)
 
     def mask_rule(self, layer: int = 0) -> _ops.mask.Rule:
         """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's
@@ -334,7 +339,7 @@ class CausalLM(ModelBase):
         past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
         valid = check_attention_mask(attention_mask, n_seq, past)
         if position_ids is None:
-            return Tokens(ids, valid, _counted_positions(valid, n_seq))
+            return Tokens(ids, valid, counted_positions(valid, n_seq))
         return Tokens(ids, valid, check_positions(position_ids, n_batch, n_seq))
 
     def _hidden(self, tokens: Tokens, cache: KVCache | None, tap: Tap | None) -> Array:
@@ -411,8 +416,10 @@ class CausalLM(ModelBase):
         cache.replace_rows(rows.tolist(), fresh)
 
 
-def _counted_positions(valid: Array, n_seq: int) -> Array:
+def counted_positions(valid: Array, n_seq: int) -> Array:
     """Positions of the last n_seq slots: each row's count of tokens so far."""
+    if n_seq == 0:
+        return np.zeros((len(valid), 0), dtype=np.int64)
     if valid.all():
         return np.arange(valid.shape[1] - n_seq, valid.shape[1])
     return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]

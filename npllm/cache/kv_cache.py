@@ -95,7 +95,7 @@ class KVCache:
     # read about 30 times a token: an attrgetter takes no Python call, a function would
     state = property(attrgetter("_state"))
     owner = property(attrgetter("_state.owner"))
-    n_ctx = property(attrgetter("_state.n_ctx"))
+    n_ctx: int = property(attrgetter("_state.n_ctx"))  # type: ignore[assignment]
     ids = property(attrgetter("_state.ids"))
     positions = property(attrgetter("_state.positions"))
     valid = property(attrgetter("_state.valid"))
@@ -343,13 +343,19 @@ class KVCache:
         """
         n = check_integer("n_ctx", n_ctx, 0, self.n_ctx, " (cached tokens)")
         first = max((layer[2] for layer in self._state.layers if layer), default=0)
-        if first_visible(n, self.window) < first:
+        if 0 < n < self.first_crop:
             raise NpllmValueError(
                 f"the cache cannot go back to n_ctx = {n}: a query there sees slots from "
                 f"{first_visible(n, self.window)} on, and only those from {first} on are kept "
                 f"(sliding_window {self.window})"
             )
         self.transact(lambda draft: draft._crop(n))
+
+    @property
+    def first_crop(self) -> int:
+        """The least n_ctx above 0 that `crop` takes: a sliding window gives up old keys."""
+        first = max((layer[2] for layer in self._state.layers if layer), default=0)
+        return 0 if self.window is None or first == 0 else first + self.window - 1
 
     def _crop(self, n_ctx: int) -> None:
         self._state = crop(self._state, n_ctx)

