@@ -14,6 +14,7 @@ from npllm.arguments import (
 )
 from npllm.arrays import asarray, compute_dtype
 from npllm.cache import CacheOwner, KVCache
+from npllm.cache.files import read_state
 from npllm.config.config import Config
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.model_base import ModelBase
@@ -276,6 +277,36 @@ class CausalLM(ModelBase):
             owner.window,
             owner=owner,
         )
+
+    def load_cache(self, path: Any) -> KVCache:
+        """Read a cache that `KVCache.save` wrote, of the same weights, config and mask.
+
+        Parameters
+        ----------
+        path : str or Path
+
+        Returns
+        -------
+        cache : KVCache
+            As `new_cache` makes one, filled.
+
+        Raises
+        ------
+        NpllmOSError
+            When the file cannot be read, is no safetensors file, or was damaged.
+        NpllmValueError
+            When it is no saved cache, or one of other weights, another config or another mask.
+        """
+        owner = self._cache_owner()
+        is_wide = compute_dtype(self.params.norm) == self._xp.float64
+        on_host = self._xp.__name__ == "numpy"
+        kinds = ("F64",) if is_wide else ("F32",) if on_host else ("F32", "F16", "BF16")
+        state = read_state(path, owner, kinds)
+        layers = [
+            layer and (self.to_backend(layer[0]), self.to_backend(layer[1]), layer[2])
+            for layer in state.layers
+        ]
+        return self.new_cache(len(state.ids)).load_state(state._replace(layers=layers))
 
     def check_cache(self, cache: KVCache, n_batch: int) -> None:
         """Raise unless a cache is of this model and of so many sequences."""

@@ -146,7 +146,7 @@ def test_a_misspelt_argument_is_named(model):
             call("hello", max_new_token=3)
     with pytest.raises(NpllmTypeError, match="did you mean top_k"):
         model.generate("hello", topk=3)
-    with pytest.raises(NpllmTypeError, match="beam_search has no argument 'seed'$"):
+    with pytest.raises(NpllmTypeError, match=r"beam_search has no argument 'seed'$"):
         model.beam_search("hello", seed=3)
 
 

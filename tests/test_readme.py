@@ -9,8 +9,6 @@ import numpy as np
 import optional
 import pytest
 
-import npllm
-
 cli = optional.module("npllm.cli.commands")
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

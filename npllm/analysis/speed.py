@@ -4,6 +4,7 @@ another.
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,15 @@ from npllm.arrays import array_namespace, backend_name, to_numpy
 from npllm.decoding.details import Token
 from npllm.decoding.loop import Generation
 from npllm.decoding.loop import start as start_generation
+from npllm.forward_pass import PREFILL_CHUNK
 from npllm.kernels.compilation import compile_seconds, working_seconds
 from npllm.model import Model
-from npllm.progress import working
+from npllm.progress import progress_bar, stderr_is_terminal, working
 
 __all__ = ["compare_sets", "generate_timed", "speed", "warm_up"]
 
 Array = Any
+LONG_PROMPT = 512  # new tokens from which on a bar is drawn
 
 
 def generate_timed(
@@ -80,6 +83,24 @@ def generate_timed(
     }
 
 
+@contextmanager
+def _reading(run: Generation) -> Iterator[None]:
+    """Show how far the reading of a long prompt is: by layers where the cache is the caller's."""
+    n_prompt, cache = run.sequences.n_prompt, run.options.cache
+    n_new = n_prompt - (0 if cache is None else cache.n_ctx)
+    if cache is None or n_new < LONG_PROMPT or not stderr_is_terminal():
+        with working(f"reading a prompt of {n_prompt} tokens"):
+            yield
+        return
+    total = run.model.config.num_hidden_layers * -(-n_new // PREFILL_CHUNK)
+    with progress_bar(total, f"reading {n_prompt} tokens", unit="layer") as advance:
+        cache.watch = lambda _: advance(1)
+        try:
+            yield
+        finally:
+            cache.watch = None
+
+
 def _token_facts(model: Model, tokens: Iterable[Token]) -> list[dict[str, Any]]:
     """Tokens as plain data, with their text."""
     text = model.require_tokenizer().token_text
@@ -99,7 +120,7 @@ def _token_facts(model: Model, tokens: Iterable[Token]) -> list[dict[str, Any]]:
 def _announced(run: Generation) -> Iterator[list[str]]:
     """The steps of a run; while a long prompt is read, lines on stderr say so."""
     steps = iter(run)
-    with working(f"reading a prompt of {run.sequences.n_prompt} tokens"):
+    with _reading(run):
         first = next(steps, None)
     if first is not None:
         yield first

@@ -8,6 +8,8 @@ import contextlib
 import os
 import sys
 
+from npllm.progress import report, write_line
+
 __all__ = ["main"]
 
 
@@ -29,9 +31,9 @@ def main(args: list[str] | None = None) -> None:
 
         run(args)
     except KeyboardInterrupt:
-        sys.stderr.write("Aborted!\n")
+        write_line("Aborted!")
     except (MemoryError, OSError) as error:
-        sys.stderr.write(f"npllm: {str(error) or type(error).__name__}\n")
+        report(str(error) or type(error).__name__)
     with contextlib.suppress(AttributeError, OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops what is left
     sys.exit(1)

@@ -63,11 +63,21 @@ def generate(
 @model_options
 @sampling_options
 @click.option("--system", metavar="TEXT", help="System message.")
-def chat(model: Load, system: str | None, **options: Any) -> None:
-    """Chat with the model.  /reset starts a new conversation, /exit or Ctrl-D ends the program,
-    Ctrl-C stops an answer.
+@click.option("--save", metavar="FILE", type=click.Path(), help="Save the conversation at the end.")
+@click.option(
+    "--resume", metavar="FILE", type=click.Path(), help="Go on with a saved conversation."
+)
+def chat(
+    model: Load, system: str | None, save: str | None, resume: str | None, **options: Any
+) -> None:
+    """Chat with the model.  /help lists the commands, /exit or Ctrl-D ends the program, Ctrl-C
+    stops an answer.
     """
-    run_chat(model(), system, options)
+    if resume is not None:
+        refuse_without("a saved conversation has its own system message", "system")
+    if not options["use_cache"]:
+        refuse_without("a conversation is saved with its cache", "save", "resume")
+    run_chat(model(), system, options, save=save, resume=resume)
 
 
 @click.command()
