@@ -9,7 +9,7 @@ from tokenizers import normalizers
 
 from npllm.arguments import check_flag, check_path
 from npllm.arrays import backend_name, backend_namespace
-from npllm.checkpoints.fetch import WHEELS, fetch, find_checkpoint
+from npllm.checkpoints.fetch import WHEELS, did_you_mean, fetch, find_checkpoint
 from npllm.checkpoints.gguf.config import gguf_config
 from npllm.checkpoints.gguf.reader import GGUFFile, is_gguf
 from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
@@ -128,7 +128,7 @@ def checkpoint_folder(path: str | Path | None) -> Path:
         )
         raise NpllmOSError(
             f"{path}: is neither a folder nor a fetched checkpoint nor a GGUF file; "
-            f"`npllm fetch {name}"
+            f"`npllm fetch {name}{did_you_mean(str(path))}"
         )
     return _only_gguf(found) or found
 

@@ -283,6 +283,10 @@ class Model(CausalLM):
         """Return the same model on another set of operations, with the same weights."""
         return self._changed(ops=ops)
 
+    def with_tokenizer(self, tokenizer: Tokenizer) -> "Model":
+        """Return the same model with another tokenizer, on the same weights."""
+        return self._changed(tokenizer=tokenizer)
+
     def with_mask(self, mask: Any) -> "Model":
         """Return the same model under another mask rule, on the same weights.
 
