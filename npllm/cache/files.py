@@ -137,7 +137,8 @@ def read_state(path: Any, owner: CacheOwner, kinds: tuple[str, ...]) -> State:
         names = (f"layers.{number}.keys", f"layers.{number}.values")
         room = capacity_for(shape[2], owner.window, owner.config.context_length)
         layers[number] = (*(_grown(file, name, tensors[name], room) for name in names), first)
-    return State(owner, books[0].shape[1], *books, layers)
+    ids, positions, valid, variant = books
+    return State(owner, ids.shape[1], ids, positions, valid, variant, layers)
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -161,7 +162,8 @@ def _checked_shapes(
     n_batch, n_ctx = entries["ids"].shape
     oldest = first_visible(n_ctx, owner.window)
     shape = (n_batch, config.num_key_value_heads, n_ctx - oldest, config.head_dim)
-    wanted = {name: (n_batch, n_ctx) for name in BOOKS[:3]} | {"rope_variant": (n_batch,)}
+    wanted: dict[str, tuple[int, ...]] = {name: (n_batch, n_ctx) for name in BOOKS[:3]}
+    wanted["rope_variant"] = (n_batch,)
     for number in range(config.num_hidden_layers if n_ctx else 0):
         wanted |= {f"layers.{number}.{name}": shape for name in ("keys", "values")}
     found = {name: entry.shape for name, entry in entries.items()}
