@@ -26,30 +26,30 @@ n_seq, d_head]: heads before positions.  Weights are [d_out, d_in], as in the ch
 """
 
 import importlib
-import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from npllm import ops
-from npllm.analysis import cost, packing, score, steps
-from npllm.config import BertConfig, Config
-from npllm.decoding import beam
-from npllm.decoding.sampling import next_token_distribution
-from npllm.encoder import Encoder
-from npllm.errors import NpllmError
-from npllm.loading import load
-from npllm.model import Model
-from npllm.page.explain import explain
-from npllm.pipelines import pipeline
-from npllm.quantization import quantize
-from npllm.text.tokenizer import Tokenizer
-from npllm.tracing.comparison.comparing import compare
-from npllm.tracing.record import trace
-from npllm.tracing.trace import Trace
+if TYPE_CHECKING:
+    from npllm import ops
+    from npllm.analysis import cost, packing, score, steps
+    from npllm.config import BertConfig, Config
+    from npllm.decoding import beam
+    from npllm.decoding.sampling import next_token_distribution
+    from npllm.encoder import Encoder
+    from npllm.errors import NpllmError
+    from npllm.loading import load
+    from npllm.model import Model
+    from npllm.page.explain import explain
+    from npllm.pipelines import pipeline
+    from npllm.quantization import quantize
+    from npllm.text.tokenizer import Tokenizer
+    from npllm.tracing.comparison.comparing import compare
+    from npllm.tracing.record import trace
+    from npllm.tracing.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -76,6 +76,25 @@ __all__ = [
     "trace",
 ]
 
+# Public names -> the module that each is imported from at its first use: `import npllm` takes
+# no time and `npllm.ops` needs neither tokenizers nor safetensors.
+_PUBLIC = {
+    "BertConfig": "config.bert_config",
+    "Config": "config.config",
+    "Encoder": "encoder",
+    "Model": "model",
+    "NpllmError": "errors",
+    "Tokenizer": "text.tokenizer",
+    "Trace": "tracing.trace",
+    "compare": "tracing.comparison.comparing",
+    "explain": "page.explain",
+    "load": "loading",
+    "next_token_distribution": "decoding.sampling",
+    "pipeline": "pipelines",
+    "quantize": "quantization",
+    "trace": "tracing.record",
+}
+_LIGHT = ("arrays", "errors", "ops", "testing")  # modules that are used without a model
 _REPORT = (
     "analysis.inspect",
     "analysis.machine",
@@ -119,7 +138,7 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
 }
 
 
-class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _MovedModules:
     """Import a module under its old path: the same module object, imported at the first use."""
 
     def find_spec(
@@ -130,7 +149,8 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> ModuleSpec | None:
         """Claim the old paths."""
         moved = fullname.removeprefix("npllm.") in _MOVED and fullname.startswith("npllm.")
-        return importlib.util.spec_from_loader(fullname, self) if moved else None
+        loader: Any = self
+        return importlib.util.spec_from_loader(fullname, loader) if moved else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Return the module at the new path; its own spec is kept, since the import system
@@ -165,10 +185,27 @@ class _SplitModule(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module, at its first use."""
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"npllm.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
     if name in _MOVED:
         return importlib.import_module(f"npllm.{name}")
-    raise AttributeError(f"module 'npllm' has no attribute {name!r}")
+    if name.startswith("_") or importlib.util.find_spec(f"npllm.{name}") is None:
+        raise AttributeError(f"module 'npllm' has no attribute {name!r}")
+    asks = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+    if (
+        asks not in ("importlib", "npllm") and name not in _LIGHT
+    ):  # `import` and npllm need it alone
+        for module in _PUBLIC.values():  # a user's npllm.models.phi3 is there without an import
+            importlib.import_module(f"npllm.{module}")
+    return importlib.import_module(f"npllm.{name}")
 
 
-sys.meta_path.append(_MovedModules())
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.meta_path.append(_MovedModules())  # type: ignore[arg-type]

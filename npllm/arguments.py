@@ -4,6 +4,9 @@ Arrays become NumPy arrays of one kind of integer and in the byte order of the m
 scalars become Python numbers.
 """
 
+import inspect
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,9 @@ __all__ = [
     "check_flag",
     "check_ids",
     "check_integer",
+    "check_mask",
     "check_number",
+    "check_path",
     "check_positions",
     "host_array",
     "host_integers",
@@ -204,6 +209,45 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(flag, bool):
         raise NpllmValueError(f"{name} must be True or False, got {quote(flag)}")
     return flag
+
+
+def check_mask(mask: Any, name: str = "mask") -> Any:
+    """Return a mask rule, a function of slots, a bool array or None; raise for anything else.
+
+    Raises
+    ------
+    NpllmTypeError
+        For a function of `npllm.ops.mask` that was not called, a name, a list: says what to write.
+    """
+    module = getattr(mask, "__module__", None) or ""
+    if inspect.isfunction(mask) and module.startswith("npllm.ops.mask"):
+        call = f"{mask.__name__}({'...' if inspect.signature(mask).parameters else ''})"
+        raise NpllmTypeError(
+            f"{name} must be a rule, got the function {mask.__name__}, which makes one: "
+            f"call it, {name}=ops.mask.{call}"
+        )
+    if mask is None or callable(mask) or is_array(mask):
+        return mask
+    raise NpllmTypeError(
+        f"{name} must be a rule such as ops.mask.causal(), a bool array (True = visible) or None, "
+        f"got {quote(mask)}"
+    )
+
+
+def check_path(name: str, path: Any) -> Path:
+    """Return a path; raise for what is none.
+
+    Raises
+    ------
+    NpllmTypeError
+        For anything but a str or a path object: a number, bytes, a list.
+    """
+    value = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(value, str):
+        raise NpllmTypeError(f"{name} must be a str or a Path, got {quote(path)}")
+    if "\0" in value:
+        raise NpllmTypeError(f"{name} must hold no NUL character, got {quote(value)}")
+    return Path(value)
 
 
 def native_weights(weights: Any) -> Any:

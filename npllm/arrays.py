@@ -32,6 +32,7 @@ __all__ = [
     "compute_dtype",
     "dtype_named",
     "entries_at_once",
+    "expect_entries",
     "expect_shape",
     "host_range",
     "ieee_semantics",
@@ -113,25 +114,55 @@ def array_namespace(*arrays: Any) -> Any:
             continue
         if not is_array(x):
             raise NpllmTypeError(
-                "expected an array of NumPy, CuPy or another array API library, "
-                f"got {type(x).__module__}."
-                f"{type(x).__qualname__}; convert it first, e.g. with numpy.asarray"
+                f"{_argument_name(x)} must be an array of NumPy, CuPy or another array API "
+                f"library, got {_type_name(x)}; convert it first, e.g. with numpy.asarray"
             )
         if isinstance(x, np.ndarray) and not x.dtype.isnative:
             raise NpllmTypeError(
-                f"dtype {x.dtype} has another byte order than this machine; "
-                "convert the array once, with "
-                "npllm.arrays.native(x)"
+                f"{_argument_name(x)} of dtype {x.dtype} has another byte order than this "
+                "machine; convert the array once, with npllm.arrays.native(x)"
             )
         xp = sys.modules["cupy"] if _is_cupy(x) else x.__array_namespace__()
         namespaces[xp.__name__] = xp
+    if not namespaces:
+        raise NpllmTypeError("a call must have at least one array, got None for each")
     if len(namespaces) != 1:
-        found = " and ".join(sorted(namespaces)) or "no array at all"
         raise NpllmTypeError(
-            f"all arrays of one call must come from one library, got {found}; "
+            f"all arrays of one call must come from one library, got {_libraries(arrays)}; "
             "move one side first (npllm.arrays.asarray, npllm.arrays.to_numpy)"
         )
     return next(iter(namespaces.values()))
+
+
+def _libraries(arrays: Iterable[Any]) -> str:
+    """Say which argument is of which library: "q of numpy and k of cupy"."""
+    found: dict[str, str] = {}
+    for x in arrays:
+        if x is not None:
+            library = type(x).__module__.partition(".")[0]
+            found.setdefault(library, _argument_name(x))
+    return " and ".join(f"{name} of {library}" for library, name in sorted(found.items()))
+
+
+def _argument_name(x: Any) -> str:
+    """What the function of npllm that was called first calls an object, for an error message.
+
+    Looks through the frames of the call; "an argument" where none has the object by a name.
+    """
+    name, frame = "an argument", sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("npllm.") and module != __name__:
+            names = (local for local, value in frame.f_locals.items() if value is x)
+            name = next(names, name)
+        frame = frame.f_back  # type: ignore[assignment]
+    return name
+
+
+def _type_name(x: Any) -> str:
+    """The type of an object, with the module of one that is not built in."""
+    kind = type(x)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def is_array(x: Any) -> bool:
@@ -430,17 +461,42 @@ def expect_shape(name: str, x: Array, **axes: int | None) -> None:
     """
     more = "dots" in axes
     sizes = [size for axis, size in axes.items() if axis != "dots"]
+    if x is None:
+        raise NpllmTypeError(f"{name} must be an array, got None")
     shape = tuple(x.shape)
     tail = shape[len(shape) - len(sizes) :]
     fits = len(shape) >= len(sizes) if more else len(shape) == len(sizes)
     if fits and all(want is None or want == got for want, got in zip(sizes, tail, strict=True)):
         return
     names = ["..."] * more + [axis for axis in axes if axis != "dots"]
-    wanted = ["..."] * more + ["any" if size is None else str(size) for size in sizes]
+    known = {axis: size for axis, size in axes.items() if size is not None}
+    wanted = [str(known.get(axis, axis)) for axis in names]
+    sizes_text = f" = [{', '.join(wanted)}]" if known else ""
     raise NpllmValueError(
-        f"{name} must be [{', '.join(names)}] = [{', '.join(wanted)}], "
-        f"got [{', '.join(map(str, shape))}]"
+        f"{name} must be [{', '.join(names)}]{sizes_text}, got [{', '.join(map(str, shape))}]"
     )
+
+
+def expect_entries(name: str, x: Array, axis: int = -1) -> None:
+    """Raise unless `x` has the axis, and an entry along it: nothing is the largest of nothing.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls the array.
+    x : array
+        A number without axes passes with the axis -1, as in NumPy.
+    axis : int
+    """
+    n_axis = max(len(x.shape), 1)
+    if not -n_axis <= axis < n_axis:
+        raise NpllmValueError(
+            f"axis must lie in {-n_axis} ... {n_axis - 1} for {name} {list(x.shape)}, got {axis}"
+        )
+    if x.shape and x.shape[axis] == 0:
+        raise NpllmValueError(
+            f"{name} must have at least one entry along axis {axis}, got {list(x.shape)}"
+        )
 
 
 def _dtype_name(x: Array) -> str:

@@ -255,8 +255,8 @@ class Encoder(ModelBase):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         """Refuse what only a causal language model can do."""
         raise NpllmTypeError(
-            f"{self!r} is an encoder: it sees both sides of every token and has no next one to "
-            "predict; use embed, or load a causal language model"
+            f"{self.folder or 'this model'} is an encoder: it sees both sides of every token and "
+            "has no next one to predict; use embed, or load a causal language model"
         )
 
     generate = stream = beam_search = next_token_distribution = _refuse

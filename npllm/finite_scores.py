@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.arrays import array_namespace, to_numpy, widen
+from npllm.arrays import array_namespace, expect_entries, to_numpy, widen
 from npllm.errors import NpllmValueError
 
 __all__ = ["FROM_MODEL", "check_finite", "check_scores"]
@@ -46,6 +46,7 @@ def check_scores(scores: Array, name: str, hint: str = "", *, wait: bool = False
     NpllmValueError
         When a row holds NaN or +inf, or nothing but -inf.
     """
+    expect_entries(name, scores)
     if not (wait or isinstance(scores, np.ndarray)):
         return scores
     xp = array_namespace(scores)

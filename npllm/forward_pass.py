@@ -14,6 +14,7 @@ from npllm.arguments import (
 )
 from npllm.arrays import asarray, compute_dtype
 from npllm.cache import CacheOwner, KVCache
+from npllm.cache.files import read_state
 from npllm.config.config import Config
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.model_base import ModelBase
@@ -261,7 +262,7 @@ class CausalLM(ModelBase):
         """
 
         def call(draft: KVCache | None) -> Array:
-            tokens = Tokens(ids, valid, _counted_positions(valid, ids.shape[1]))
+            tokens = Tokens(ids, valid, counted_positions(valid, ids.shape[1]))
             return self._head(self._hidden(tokens, draft, None), n_keep, None)
 
         return self._transact(cache, call)
@@ -276,6 +277,41 @@ class CausalLM(ModelBase):
             owner.window,
             owner=owner,
         )
+
+    def load_cache(self, path: Any) -> KVCache:
+        """Read a cache that `KVCache.save` wrote, of the same weights, config and mask.
+
+        Parameters
+        ----------
+        path : str or Path
+
+        Returns
+        -------
+        cache : KVCache
+            As `new_cache` makes one, filled.
+
+        Raises
+        ------
+        NpllmOSError
+            When the file cannot be read, is no safetensors file, or was damaged.
+        NpllmValueError
+            When it is no saved cache, or one of other weights, another config or another mask.
+        """
+        owner = self._cache_owner()
+        is_wide = compute_dtype(self.params.norm) == self._xp.float64
+        on_host = self._xp.__name__ == "numpy"
+        kinds = ("F64",) if is_wide else ("F32",) if on_host else ("F32", "F16", "BF16")
+        state = read_state(path, owner, kinds)
+        layers = [
+            layer and (self.to_backend(layer[0]), self.to_backend(layer[1]), layer[2])
+            for layer in state.layers
+        ]
+        return self.new_cache(len(state.ids)).load_state(state._replace(layers=layers))
+
+    def check_cache(self, cache: KVCache, n_batch: int) -> None:
+        """Raise unless a cache is of this model and of so many sequences."""
+        self._cache_owner().require(cache)
+        cache.check_fits(n_batch, 0)
 
     def mask_rule(self, layer: int = 0) -> _ops.mask.Rule:
         """Return the rule of a layer: that of `with_mask`, else causal within the checkpoint's
@@ -334,7 +370,7 @@ class CausalLM(ModelBase):
         past = np.ones((n_batch, 0), dtype=bool) if cache is None else cache.valid
         valid = check_attention_mask(attention_mask, n_seq, past)
         if position_ids is None:
-            return Tokens(ids, valid, _counted_positions(valid, n_seq))
+            return Tokens(ids, valid, counted_positions(valid, n_seq))
         return Tokens(ids, valid, check_positions(position_ids, n_batch, n_seq))
 
     def _hidden(self, tokens: Tokens, cache: KVCache | None, tap: Tap | None) -> Array:
@@ -411,8 +447,10 @@ class CausalLM(ModelBase):
         cache.replace_rows(rows.tolist(), fresh)
 
 
-def _counted_positions(valid: Array, n_seq: int) -> Array:
+def counted_positions(valid: Array, n_seq: int) -> Array:
     """Positions of the last n_seq slots: each row's count of tokens so far."""
+    if n_seq == 0:
+        return np.zeros((len(valid), 0), dtype=np.int64)
     if valid.all():
         return np.arange(valid.shape[1] - n_seq, valid.shape[1])
     return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]

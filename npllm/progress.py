@@ -4,13 +4,18 @@ be None, closed, without `isatty` or `flush`, or fail to write.
 
 import inspect
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
-__all__ = ["progress_bar", "report", "stderr_is_terminal", "warn", "write_line"]
+__all__ = ["progress_bar", "report", "stderr_is_terminal", "warn", "working", "write_line"]
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Where stderr is no terminal, or tqdm is not installed, a line says so often how far work is."""
 
 PACKAGE = str(Path(__file__).parent)
 STREAM_ERRORS = (AttributeError, OSError, ValueError)
@@ -27,7 +32,7 @@ def progress_bar(
     only_terminal: bool = True,
     leave: bool = False,
 ) -> Iterator[Callable[..., None]]:
-    """Show a bar while the body runs.
+    """Show a bar while the body runs; where none can be drawn, write a line every ten seconds.
 
     Parameters
     ----------
@@ -40,7 +45,7 @@ def progress_bar(
     wanted : bool
         False: no bar.
     only_terminal : bool
-        No bar where stderr is not a terminal.
+        Lines in place of a bar where stderr is not a terminal.
     leave : bool
         Keep the bar on the screen at the end.
 
@@ -48,12 +53,15 @@ def progress_bar(
     ------
     advance : function (n, label="")
         Moves the bar by n units, which may be negative; the label is written behind it.  Does
-        nothing where there is no bar: not wanted, stderr is None or no terminal, no tqdm installed.
+        nothing where none is wanted, or stderr is None.
     """
-    can_show = stderr_is_terminal() if only_terminal else sys.stderr is not None
-    tqdm = _import_tqdm() if wanted and can_show else None
-    if tqdm is None:
+    if not wanted or sys.stderr is None:
         yield _ignore
+        return
+    tqdm = _import_tqdm() if stderr_is_terminal() or not only_terminal else None
+    if tqdm is None:
+        with _lines(total, description, unit) as count:
+            yield count
         return
     is_bytes = unit == "B"
     try:
@@ -72,6 +80,61 @@ def progress_bar(
     finally:
         with suppress(*STREAM_ERRORS):
             bar.close()
+
+
+@contextmanager
+def _lines(total: int, description: str, unit: str) -> Iterator[Callable[..., None]]:
+    """Write a line now and then that says how far work is; yields `advance` as `progress_bar`."""
+    done = 0
+
+    def advance(n: int, label: str = "") -> None:  # noqa: ARG001 - the signature of a bar's
+        nonlocal done
+        done += n
+
+    def share() -> str:
+        if unit == "B":
+            return f": {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+        return f": {done} of {total} {unit}s"
+
+    with working(description, more=share):
+        yield advance
+
+
+@contextmanager
+def working(
+    description: str, *, wanted: bool = True, more: Callable[[], str] = str
+) -> Iterator[None]:
+    """Write a line every ten seconds while the body runs, so that nobody takes it for hung.
+
+    Parameters
+    ----------
+    description : str
+        What is going on, such as "downloading".
+    wanted : bool
+        False: write nothing.
+    more : function () -> str
+        Called for each line: how far the work is.
+
+    Notes
+    -----
+    Writes from a thread of its own.  Nothing is written by work that takes less than that.
+    """
+    if not wanted:
+        yield
+        return
+    ended, start = Event(), time.monotonic()
+
+    def write_lines() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            report(f"{description}{more()}, {time.monotonic() - start:.0f} s so far")
+
+    writer = Thread(target=write_lines, daemon=True, name="npllm progress")
+    writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        writer.join()
 
 
 def _import_tqdm() -> Any:

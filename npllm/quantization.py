@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from npllm.arguments import check_flag
+from npllm.arguments import check_flag, check_path
 from npllm.checkpoints.extras import import_extra
 from npllm.checkpoints.gguf.sources import gguf_source
 from npllm.checkpoints.gguf.tensor_types import file_type_named
@@ -60,7 +60,7 @@ def quantize(
     (`npllm.quantized.block_search`); llama.cpp's differ in details of its search.  A tensor that
     has its type already is copied.
     """
-    wanted, target = file_type_named(file_type), Path(output)
+    wanted, target = file_type_named(file_type), check_path("output", output)
     import_extra("gguf", "writing GGUF")
     _check_output(target, check_flag("overwrite", overwrite))
     write_gguf(gguf_source(checkpoint_folder(path)), target, wanted, progress=progress)

@@ -82,9 +82,10 @@ def _hear_ctrl_c():
 
 
 def finish(process, given=b""):
-    """Exit code and output, without the line that kernels are compiled."""
+    """Exit code and output, without the lines that say what a busy machine is at."""
     out, err = process.communicate(given, timeout=120)
-    return process.returncode, out, err.decode().replace(f"npllm: {compilation.MESSAGE}\n", "")
+    err = err.decode().replace(f"npllm: {compilation.MESSAGE}\n", "")
+    return process.returncode, out, re.sub("npllm: reading a prompt .* so far\n", "", err)
 
 
 def failed(result, *words):
@@ -105,7 +106,7 @@ def test_generate_streams_the_prompt_and_the_answer(call, folder):
     assert result.exit_code == 0
     assert result.stdout == "hello" + expected + "\n"
     assert re.fullmatch(
-        r"prompt 1 tokens, [\d.]+ tokens/s; generation 5 tokens, [\d.]+ tokens/s; peak memory \d+ MB\n",
+        r"prompt 1 token, [\d.]+ tokens/s; generation 5 tokens, [\d.]+ tokens/s; peak memory \d+ MB\n",
         result.stderr,
     )
 
@@ -284,10 +285,12 @@ def test_fetch_prints_the_folder_and_passes_its_options_on(call, monkeypatch):
         lambda name, **options: asked.append((name, options)) or Path("here"),
     )
     assert call("fetch", "a/b", "--revision", "main", "--token", "x").stdout == "here\n"
-    assert call("fetch", "--include", "*.gguf", env={"HF_TOKEN": "y"}).exit_code == 0
+    assert call("fetch", "c/d", "--include", "*.gguf", env={"HF_TOKEN": "y"}).exit_code == 0
+    assert call("fetch", env={"HF_TOKEN": "y"}).exit_code == 0
     assert asked == [
         ("a/b", {"revision": "main", "token": "x", "include": ()}),
-        (DEFAULT_MODEL, {"revision": None, "token": "y", "include": ("*.gguf",)}),
+        ("c/d", {"revision": None, "token": "y", "include": ("*.gguf",)}),
+        (DEFAULT_MODEL, {"revision": None, "token": None, "include": ()}),
     ]
 
 
@@ -622,7 +625,7 @@ def test_tokens_answers_without_loading_weights(folder, tmp_path):
     assert finish(start("tokens", "hello", "-m", tmp_path)) == (
         0,
         b"    265  'hello'\n",
-        "1 tokens\n",
+        "1 token\n",
     )
 
 

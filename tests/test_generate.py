@@ -268,7 +268,7 @@ def test_values_out_of_range_are_refused_before_any_work(name, values):
 
 @pytest.mark.parametrize(
     "name, values",
-    [("max_new_tokens", [-1, 1.5, "5", None, True]), ("seed", [-1, 2**64, 1.5, "x", True])],
+    [("max_new_tokens", [-1, 1.5, "5", True]), ("seed", [-1, 2**64, 1.5, "x", True])],
 )
 def test_counts_out_of_range_are_refused(name, values):
     for value in values:

@@ -158,7 +158,7 @@ def test_scores_of_bfloat16_queries_are_rounded_once():
 @pytest.mark.parametrize(
     ("cos", "sin", "message"),
     [
-        ((4, 2), (4, 2), "cos must be [..., n_seq, d_rope] = [..., 3, any], got [4, 2]"),
+        ((4, 2), (4, 2), "cos must be [..., n_seq, d_rope] = [..., 3, d_rope], got [4, 2]"),
         ((3, 2), (3, 4), "sin must be [..., n_seq, d_rope] = [..., 3, 2], got [3, 4]"),
         ((3, 8), (3, 8), "at most d_head = 6, got 8"),
         ((3, 3), (3, 3), "even d_rope"),

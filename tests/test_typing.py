@@ -88,4 +88,6 @@ def test_stream_takes_what_generate_takes_for_one_prompt():
         dict(inspect.signature(call).parameters)
         for call in (npllm.Model.generate, npllm.Model.stream)
     )
-    assert generate.pop("attention_mask") and generate == stream
+    for name in ("attention_mask", "return_dict_in_generate"):
+        assert generate.pop(name)
+    assert stream.pop("details") and generate == stream

@@ -23,6 +23,9 @@ def main(path: str) -> list[str]:
     ids = np.array([[5, 6, 7, 8]])
     answer = model.generate(ids, max_new_tokens=3, top_k=5, seed=1, logits_processors=[halved])
     text: Iterator[str] = model.stream("hello", max_new_tokens=4, temperature=0.5, seed=2)
+    for step in model.stream("hello", max_new_tokens=2, details=True, top_logprobs=1):
+        logprob: float = step.token.logprob
+        assert logprob <= 0
     cache = model.new_cache(n_batch=1)
     first, second = (model(part, cache=cache, logits_to_keep=1) for part in (ids, ids[:, :1]))
     other = model.with_ops(rms_norm=scaled_norm)

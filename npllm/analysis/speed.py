@@ -3,7 +3,8 @@ another.
 """
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,18 @@ from npllm import kernels, ops
 from npllm.analysis.machine import peak_memory
 from npllm.analysis.profiling import seconds
 from npllm.arrays import array_namespace, backend_name, to_numpy
+from npllm.decoding.details import Token
+from npllm.decoding.loop import Generation
 from npllm.decoding.loop import start as start_generation
+from npllm.forward_pass import PREFILL_CHUNK
 from npllm.kernels.compilation import compile_seconds, working_seconds
 from npllm.model import Model
+from npllm.progress import progress_bar, stderr_is_terminal, working
 
 __all__ = ["compare_sets", "generate_timed", "speed", "warm_up"]
 
 Array = Any
+LONG_PROMPT = 512  # new tokens from which on a bar is drawn
 
 
 def generate_timed(
@@ -27,6 +33,7 @@ def generate_timed(
     write: Callable[[str], object],
     *,
     echo: bool = False,
+    details: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Generate, hand every piece of text to `write` as it comes, and time it.
@@ -38,6 +45,8 @@ def generate_timed(
     write : function (str)
     echo : bool
         Write a text prompt before the first piece.
+    details : bool
+        Also return "tokens" (id, text, logprob, top_logprobs), "finish_reason" and "seed".
     **options
         As in `Model.generate`.
 
@@ -46,25 +55,76 @@ def generate_timed(
     stats : dict
         Seconds and tokens/s of the prompt (up to the first new token) and of the generation after
         it, in which the compilation of kernels is not counted; its seconds; peak memory in bytes.
+        A rate is None where it cannot be measured: of the prompt without a new token, of the
+        generation with fewer than two.
     """
     run = start_generation(model, prompt, **options)
+    recorder = run.record() if details else None
     pending = prompt if echo and isinstance(prompt, str) else ""  # lines on stderr come before it
     compiled_before = compile_seconds()
     start, ticks, text = working_seconds(), [], []
     try:
-        for (piece,) in run:
+        for (piece,) in _announced(run):
             ticks.append(working_seconds())
             text.append(piece)
             write(pending + piece)
             pending = ""
     finally:
+        (reason,) = run.finish_reasons()
         text.extend(run.close())
         write(pending + text[-1])
     return {
         "text": "".join(text),
         **_rates(run.sequences.n_prompt, start, ticks),
         "compile_seconds": compile_seconds() - compiled_before,
+        "finish_reason": reason,
+        "seed": run.seed,
+        **({} if recorder is None else {"tokens": _token_facts(model, recorder.tokens[0])}),
     }
+
+
+@contextmanager
+def _reading(run: Generation) -> Iterator[None]:
+    """Show how far the reading of a long prompt is: by layers where the cache is the caller's."""
+    n_prompt, cache = run.sequences.n_prompt, run.options.cache
+    n_new = n_prompt - (0 if cache is None else cache.n_ctx)
+    if cache is None or n_new < LONG_PROMPT or not stderr_is_terminal():
+        with working(f"reading a prompt of {n_prompt} tokens"):
+            yield
+        return
+    total = run.model.config.num_hidden_layers * -(-n_new // PREFILL_CHUNK)
+    with progress_bar(total, f"reading {n_prompt} tokens", unit="layer") as advance:
+        cache.watch = lambda _: advance(1)
+        try:
+            yield
+        finally:
+            cache.watch = None
+
+
+def _token_facts(model: Model, tokens: Iterable[Token]) -> list[dict[str, Any]]:
+    """Tokens as plain data, with their text."""
+    text = model.require_tokenizer().token_text
+    return [
+        {
+            "id": token.id,
+            "text": text(token.id),
+            "logprob": token.logprob,
+            "top_logprobs": [
+                {"id": i, "text": text(i), "logprob": value} for i, value in token.top_logprobs
+            ],
+        }
+        for token in tokens
+    ]
+
+
+def _announced(run: Generation) -> Iterator[list[str]]:
+    """The steps of a run; while a long prompt is read, lines on stderr say so."""
+    steps = iter(run)
+    with _reading(run):
+        first = next(steps, None)
+    if first is not None:
+        yield first
+    yield from steps
 
 
 def _rates(n_prompt: int, start: float, ticks: list[float]) -> dict[str, Any]:
@@ -74,10 +134,10 @@ def _rates(n_prompt: int, start: float, ticks: list[float]) -> dict[str, Any]:
     return {
         "prompt_tokens": n_prompt,
         "prompt_seconds": first,
-        "prompt_tokens_per_second": n_prompt / first if first else 0.0,
+        "prompt_tokens_per_second": n_prompt / first if first else None,
         "new_tokens": len(ticks),
         "new_seconds": rest,
-        "new_tokens_per_second": (len(ticks) - 1) / rest if rest else 0.0,
+        "new_tokens_per_second": (len(ticks) - 1) / rest if rest else None,
         "peak_bytes": peak_memory(),
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from npllm.arguments import check_integer, host_integers
 from npllm.arrays import is_integer
+from npllm.cache.files import write_state
 from npllm.cache.owner import CacheOwner
 from npllm.cache.state import (
     State,
@@ -92,10 +93,13 @@ class KVCache:
         self._draft: KVCache | None = None  # kept between calls: kernels remember tables by it
         self._lock = Lock()
 
+    watch: Callable[[int], object] | None = None
+    """Is told of each layer to which a forward pass appends, for a progress bar."""
+
     # read about 30 times a token: an attrgetter takes no Python call, a function would
     state = property(attrgetter("_state"))
     owner = property(attrgetter("_state.owner"))
-    n_ctx = property(attrgetter("_state.n_ctx"))
+    n_ctx: int = property(attrgetter("_state.n_ctx"))  # type: ignore[assignment]
     ids = property(attrgetter("_state.ids"))
     positions = property(attrgetter("_state.positions"))
     valid = property(attrgetter("_state.valid"))
@@ -159,7 +163,7 @@ class KVCache:
             owner.require(self)
         if self._draft is None:
             self._draft = KVCache(self.n_batch, self.n_layer, self.max_slots, self.window)
-        state = self._state
+        state, self._draft.watch = self._state, self.watch
         self._draft._state = state._replace(owner=state.owner or owner, layers=list(state.layers))
         return self._draft
 
@@ -210,6 +214,8 @@ class KVCache:
         """
         layers, n_ctx, n_seq = self._state.layers, self._state.n_ctx, k.shape[-2]
         self.check_fits(k.shape[0], n_seq)
+        if self.watch is not None:
+            self.watch(layer)
         if not 0 <= layer < len(layers):
             raise NpllmValueError(
                 f"layer must lie in 0 ... n_layer - 1 = {len(layers) - 1}, got {layer}; "
@@ -322,6 +328,35 @@ class KVCache:
             )
         self.transact(lambda draft: draft._select(chosen))
 
+    def save(self, path: Any, *, note: str = "") -> None:
+        """Write what the cache holds to a safetensors file, for `model.load_cache`.
+
+        Parameters
+        ----------
+        path : str or Path
+            Replaced where it exists.
+        note : str
+            Any text; `npllm.cache.files.read_note` returns it.
+
+        Raises
+        ------
+        NpllmValueError
+            For a cache of no model, and under a mask rule of a function.
+        NpllmOSError
+            When the file cannot be written.
+
+        Notes
+        -----
+        The file names weights, config and mask by hashes (`npllm.cache.owner.fingerprint`), and has
+        a hash of its own content, tokens included.
+        """
+        write_state(self._state, self.window, path, note)
+
+    def load_state(self, state: State) -> "KVCache":
+        """Take over a state that was read from a file; return the cache itself."""
+        self._state = state
+        return self
+
     def crop(self, n_ctx: int) -> None:
         """Forget the tokens from slot n_ctx on.
 
@@ -343,13 +378,19 @@ class KVCache:
         """
         n = check_integer("n_ctx", n_ctx, 0, self.n_ctx, " (cached tokens)")
         first = max((layer[2] for layer in self._state.layers if layer), default=0)
-        if first_visible(n, self.window) < first:
+        if 0 < n < self.first_crop:
             raise NpllmValueError(
                 f"the cache cannot go back to n_ctx = {n}: a query there sees slots from "
                 f"{first_visible(n, self.window)} on, and only those from {first} on are kept "
                 f"(sliding_window {self.window})"
             )
         self.transact(lambda draft: draft._crop(n))
+
+    @property
+    def first_crop(self) -> int:
+        """The least n_ctx above 0 that `crop` takes: a sliding window gives up old keys."""
+        first = max((layer[2] for layer in self._state.layers if layer), default=0)
+        return 0 if self.window is None or first == 0 else first + self.window - 1
 
     def _crop(self, n_ctx: int) -> None:
         self._state = crop(self._state, n_ctx)

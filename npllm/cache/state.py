@@ -113,8 +113,11 @@ def select_rows(state: State, rows: Array) -> State:
 
 
 def crop(state: State, n_ctx: int) -> State:
-    """Return the state without what stands in slot n_ctx and beyond; the arrays stay."""
+    """Return the state without what stands in slot n_ctx and beyond; the arrays stay, unless
+    nothing is kept.
+    """
     return state._replace(
+        layers=list(state.layers) if n_ctx else [None] * len(state.layers),
         n_ctx=n_ctx,
         ids=state.ids[:, :n_ctx],
         positions=state.positions[:, :n_ctx],

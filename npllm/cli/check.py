@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from npllm.cli.options import refuse_without
 from npllm.cli.streams import print_json
 from npllm.errors import NpllmError
 from npllm.progress import report
@@ -56,6 +57,8 @@ def check(context: click.Context, function: str, as_json: bool, **options: Any) 
     Prints a table, then the verdict, then what to do.  Exit codes: 0 no law is broken, 1 one is, 2
     usage, 3 not decidable.
     """
+    if options["library"] is None:
+        refuse_without("it goes with --library", "layout", "mask")
     try:
         facts = checked(function, **options)
     except NpllmError as error:

@@ -9,7 +9,7 @@ import click
 from npllm.analysis.cost import cost_facts, gguf_weight_bytes
 from npllm.analysis.inspect import checkpoint_facts, rounding_errors
 from npllm.analysis.speed import warm_up
-from npllm.checkpoints.fetch import DEFAULT_MODEL, list_checkpoints, weights_folder
+from npllm.checkpoints.fetch import DEFAULT_MODEL, WHEELS, list_checkpoints, weights_folder
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.checkpoints.gguf.finite import find_nonfinite_blocks
@@ -17,8 +17,8 @@ from npllm.checkpoints.gguf.reader import is_gguf
 from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, file_type_named
 from npllm.checkpoints.origin import read_config
 from npllm.cli.layout import checkpoint_lines, cost_lines
-from npllm.cli.options import chat_option, json_option, path_option
-from npllm.cli.streams import print_json, read_prompt
+from npllm.cli.options import chat_option, given_options, json_option, path_option, prompt_options
+from npllm.cli.streams import as_prompt, print_json, tokens_and_rate
 from npllm.config.config import Config
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.kernels import compiled_ops
@@ -32,22 +32,21 @@ __all__ = ["COMMANDS"]
 
 
 @click.command()
-@click.argument("text", default="-")
+@prompt_options
 @path_option
 @chat_option
 @json_option
-def tokens(text: str, path: str | None, chat: bool, as_json: bool) -> None:
-    """Show how TEXT is split into tokens."""
+def tokens(prompt: str, path: str | None, chat: bool, as_json: bool) -> None:
+    """Show how PROMPT is split into tokens."""
     tokenizer = read_tokenizer(checkpoint_folder(path))
-    prompt = read_prompt(text, chat)
-    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
+    ids = tokenizer.encode_chat(as_prompt(prompt, True)) if chat else tokenizer.encode(prompt)
     rows = [{"id": i, "text": tokenizer.token_text(i)} for i in ids]
     if as_json:
         print_json(rows)
         return
     for row in rows:
         click.echo(f"{row['id']:>7}  {row['text']!r}")
-    write_line(f"{len(rows)} tokens")
+    write_line(tokens_and_rate(len(rows), None))
 
 
 @click.command()
@@ -149,6 +148,8 @@ def fetch(
     """Fetch the default checkpoint, all-minilm-l6-v2, or any Hugging Face repository OWNER/NAME
     (safetensors, json, templates; with --include GGUF).
     """
+    if name in WHEELS and not given_options("token"):
+        token = None  # HF_TOKEN is set for other repositories
     path = fetch_checkpoint(name, revision=revision, token=token, include=include)
     click.echo(str(path))
     if prepare:

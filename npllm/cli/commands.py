@@ -4,9 +4,12 @@ Results go to stdout, progress and statistics to stderr.  Exit codes: 0 success,
 usage.
 """
 
+import errno
 import io
+import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -59,10 +62,27 @@ class _Group(click.Group):
         warnings.showwarning = _show_warning
         compilation.announce(report)
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a full disk can still be reported
+            return result
         except NpllmError as error:
             report(str(error))
-            ctx.exit(1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `npllm ... | head`: click ends without a word
+                raise
+            _report_os_error(error)
+        except MemoryError as error:
+            report(f"not enough memory ({str(error) or 'an allocation failed'})")
+        ctx.exit(1)
+
+
+def _report_os_error(error: OSError) -> None:
+    """Say in one line what the operating system refused; drop what cannot be written."""
+    place = error.filename or "standard output"
+    report(f"{place}: cannot be read or written ({error.strerror or error})")
+    if error.filename is None:
+        with suppress(OSError, ValueError, io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -7,16 +7,16 @@ from typing import Any
 
 import click
 
-from npllm.cli.options import chat_option, json_option, model_options
-from npllm.cli.streams import print_json, read_prompt
+from npllm.cli.options import chat_option, json_option, model_options, prompt_options
+from npllm.cli.streams import as_prompt, print_json
 from npllm.model import Model
 
 __all__ = ["COMMANDS"]
 
 
 @click.command()
+@prompt_options
 @model_options
-@click.option("-p", "--prompt", required=True, help='"-": standard input.', metavar="TEXT")
 @click.option("-o", "--output", metavar="FILE", required=True, help="The HTML file to write.")
 @click.option("--layer", type=int, help="Whose attention is shown step by step. [the middle one]")
 @click.option(
@@ -39,13 +39,13 @@ __all__ = ["COMMANDS"]
 def explain(
     model: Callable[[], Model], prompt: str, output: str, chat: bool, as_json: bool, **options: Any
 ) -> None:
-    """Write one HTML page that shows a prompt in every figure of the chapter, with the numbers of
+    """Write one HTML page that shows PROMPT in every figure of the chapter, with the numbers of
     the model.  It needs no network.
     """
     from npllm.page.explain import explain as run
 
     start = time.perf_counter()
-    page = run(model(), read_prompt(prompt, chat), output, **options)
+    page = run(model(), as_prompt(prompt, chat), output, **options)
     facts = {
         "file": output,
         "bytes": Path(output).stat().st_size,

@@ -7,8 +7,16 @@ import click
 
 from npllm.analysis.speed import generate_timed
 from npllm.cli.chat_loop import run_chat
-from npllm.cli.options import chat_option, json_option, model_options, sampling_options
-from npllm.cli.streams import print_json, print_stats, read_prompt, write
+from npllm.cli.options import (
+    chat_option,
+    json_option,
+    model_options,
+    new_tokens_option,
+    prompt_options,
+    refuse_without,
+    sampling_options,
+)
+from npllm.cli.streams import as_prompt, print_json, print_stats, write
 from npllm.model import Model
 
 __all__ = ["COMMANDS"]
@@ -19,16 +27,32 @@ EARLY_STOPPING: dict[str, bool | str] = {"true": True, "false": False, "never": 
 
 
 @click.command()
-@click.argument("prompt", default="-")
+@prompt_options
 @model_options
 @sampling_options
 @chat_option
+@click.option("--system", metavar="TEXT", help="System message, with --chat.")
+@click.option(
+    "--top-logprobs",
+    type=click.IntRange(min=0),
+    default=0,
+    help="With --json: name so many of the most likely tokens at each step.",
+)
 @json_option
-def generate(prompt: str, model: Load, chat: bool, as_json: bool, **options: Any) -> None:
-    """Continue PROMPT ("-": standard input) and stream the new text."""
-    text, loaded = read_prompt(prompt, chat), model()
+def generate(
+    prompt: str, model: Load, chat: bool, system: str | None, as_json: bool, **options: Any
+) -> None:
+    """Continue PROMPT ("-": standard input) and stream the new text.
+
+    A model that was trained to chat goes on with a PROMPT as with any text; with --chat it answers.
+    """
+    if not as_json:
+        refuse_without("log-probabilities are printed with --json", "top_logprobs")
+    if not chat:
+        refuse_without("a system message goes with --chat", "system")
+    text, loaded = as_prompt(prompt, chat, system), model()
     if as_json:
-        print_json(generate_timed(loaded, text, lambda _: None, **options))
+        print_json(generate_timed(loaded, text, lambda _: None, details=True, **options))
         return
     stats = generate_timed(loaded, text, write, echo=True, **options)
     click.echo()
@@ -39,15 +63,25 @@ def generate(prompt: str, model: Load, chat: bool, as_json: bool, **options: Any
 @model_options
 @sampling_options
 @click.option("--system", metavar="TEXT", help="System message.")
-def chat(model: Load, system: str | None, **options: Any) -> None:
-    """Chat with the model.  /reset starts a new conversation, /exit or Ctrl-D ends the program,
-    Ctrl-C stops an answer.
+@click.option("--save", metavar="FILE", type=click.Path(), help="Save the conversation at the end.")
+@click.option(
+    "--resume", metavar="FILE", type=click.Path(), help="Go on with a saved conversation."
+)
+def chat(
+    model: Load, system: str | None, save: str | None, resume: str | None, **options: Any
+) -> None:
+    """Chat with the model.  /help lists the commands, /exit or Ctrl-D ends the program, Ctrl-C
+    stops an answer.
     """
-    run_chat(model(), system, options)
+    if resume is not None:
+        refuse_without("a saved conversation has its own system message", "system")
+    if not options["use_cache"]:
+        refuse_without("a conversation is saved with its cache", "save", "resume")
+    run_chat(model(), system, options, save=save, resume=resume)
 
 
 @click.command()
-@click.argument("prompt", default="-")
+@prompt_options
 @model_options
 @click.option(
     "--num-beams",
@@ -63,7 +97,7 @@ def chat(model: Load, system: str | None, **options: Any) -> None:
     show_default=True,
     help="At most --num-beams.",
 )
-@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=50, show_default=True)
+@new_tokens_option(50, least=1)
 @click.option(
     "--length-penalty",
     type=float,
@@ -86,7 +120,7 @@ def beam(
     prompt: str, model: Load, chat: bool, early_stopping: str, as_json: bool, **options: Any
 ) -> None:
     """Find the most likely answers to PROMPT ("-": standard input) by beam search."""
-    text = read_prompt(prompt, chat)
+    text = as_prompt(prompt, chat)
     answers = model().beam_search(text, early_stopping=EARLY_STOPPING[early_stopping], **options)
     if as_json:
         print_json(answers)

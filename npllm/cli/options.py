@@ -8,6 +8,7 @@ import click
 
 from npllm.arrays import BACKENDS
 from npllm.checkpoints.fetch import DEFAULT_MODEL
+from npllm.cli.streams import read_prompt
 from npllm.encoder import Encoder
 from npllm.errors import NpllmValueError
 from npllm.kernels import SETS
@@ -19,11 +20,15 @@ from npllm.threads import set_threads
 __all__ = [
     "chat_option",
     "filter_options",
+    "given_options",
     "json_option",
     "load_causal",
     "model_options",
+    "new_tokens_option",
     "path_option",
+    "prompt_options",
     "sampling_options",
+    "refuse_without",
     "threads_option",
 ]
 
@@ -55,6 +60,80 @@ _ops_option = click.option(
     help="The fastest proven operations; the CUDA kernels; the definitions, with blockwise "
     "attention or without.",
 )
+
+
+def prompt_options(command: Command) -> Command:
+    """Add the prompt: by position, as -p, or in a file; the command gets `prompt`, its text."""
+
+    @click.argument("prompt", required=False)
+    @click.option("-p", "--prompt", "named", metavar="TEXT", help="The same as PROMPT.")
+    @click.option(
+        "-f", "--file", metavar="FILE", type=click.Path(), help="Read the prompt from a file."
+    )
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, prompt: str | None, named: str | None, file: str | None, **options: Any
+    ) -> Any:
+        given = [x for x in (prompt, named, file) if x is not None]
+        if len(given) > 1:
+            raise click.UsageError(
+                f"one prompt is needed, got {len(given)}: give PROMPT, -p TEXT or -f FILE"
+            )
+        text = read_prompt(prompt if named is None else named, file)
+        return command(*args, prompt=text, **options)
+
+    return wrapped
+
+
+class _NewTokens(click.ParamType):
+    """A number of new tokens: -1 is as many as come until a stop, or until the context is full."""
+
+    name = "integer"
+
+    def __init__(self, least: int):
+        self.least = least
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        """Turn the text into a number; -1 into None."""
+        n = click.INT.convert(value, param, ctx)
+        if n != -1 and n < self.least:
+            self.fail(f"{n} is neither -1 nor in the range x>={self.least}.", param, ctx)
+        return None if n == -1 else n
+
+
+def new_tokens_option(default: int, least: int = 0) -> Any:
+    """Make the option -n; the command gets `max_new_tokens`, None for -1."""
+    return click.option(
+        "-n",
+        "--max-new-tokens",
+        "--max-tokens",
+        "--n-predict",
+        type=_NewTokens(least),
+        default=default,
+        show_default=True,
+        help="-1: until a stop, or until the context is full.",
+    )
+
+
+def given_options(*names: str) -> list[str]:
+    """Which parameters of the running command were given by the caller: their long options."""
+    context = click.get_current_context()
+    source = click.core.ParameterSource.COMMANDLINE
+    given = [p for p in context.command.params if context.get_parameter_source(p.name) is source]
+    return [max(p.opts, key=len) for p in given if p.name in names]
+
+
+def refuse_without(reason: str, *names: str) -> None:
+    """Raise a usage error for options that would be ignored.
+
+    Raises
+    ------
+    click.UsageError
+        When one of the named parameters was given.
+    """
+    given = given_options(*names)
+    if given:
+        raise click.UsageError(f"{' and '.join(given)} would be ignored: {reason}")
 
 
 def _set_threads(_context: click.Context, _parameter: click.Parameter, count: int | None) -> None:
@@ -105,24 +184,28 @@ def load_causal(path: str | None, **options: Any) -> Model:
 _temperature_option = click.option(
     "--temp", "--temperature", "temperature", type=float, help="0 is greedy."
 )
+_TOP_K_HELP = "Keep so many of the most likely tokens; 0 keeps all."
 _FILTERS = (
     _temperature_option,
-    click.option("--top-k", type=int),
+    click.option("--top-k", type=int, help=_TOP_K_HELP),
     click.option("--top-p", type=float),
     click.option("--min-p", type=float),
     click.option("--repetition-penalty", type=float),
 )
 _GENERATION = (
-    click.option(
-        "-n", "--max-new-tokens", type=click.IntRange(min=0), default=256, show_default=True
-    ),
+    new_tokens_option(256),
     click.option(
         "--do-sample/--no-do-sample",
         default=None,
         help="Sample, or decode greedily. [as the checkpoint says]",
     ),
-    *_FILTERS,
-    click.option("--seed", type=int, help="Replays the same draw."),
+    _temperature_option,
+    click.option("-k", "--top-k", type=int, help=_TOP_K_HELP),
+    *_FILTERS[2:],
+    click.option(
+        "--min-new-tokens", type=click.IntRange(min=0), help="No stop before so many tokens."
+    ),
+    click.option("-s", "--seed", type=int, help="Replays the same draw."),
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again."
     ),

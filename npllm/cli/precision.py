@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from npllm.cli.options import chat_option, json_option, model_options
-from npllm.cli.streams import print_json, read_prompt
+from npllm.cli.options import chat_option, json_option, model_options, prompt_options
+from npllm.cli.streams import as_prompt, print_json
 from npllm.model import Model
 from npllm.tracing.precision.arithmetics import TYPES
 from npllm.tracing.precision.measuring import precision as measure
@@ -17,8 +17,8 @@ __all__ = ["COMMANDS"]
 
 
 @click.command()
+@prompt_options
 @model_options
-@click.option("-p", "--prompt", required=True, help='"-": standard input.')
 @click.option(
     "--type",
     "types",
@@ -43,8 +43,8 @@ def precision(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Show what float32, 16-bit arithmetic and quantized weights cost on a prompt."""
-    text = read_prompt(prompt, chat)
+    """Show what float32, 16-bit arithmetic and quantized weights cost on PROMPT."""
+    text = as_prompt(prompt, chat)
     report = measure(model(), text, types=types or TYPES, progress=True, **options)
     if plot:
         draw_precision(plot, report)

@@ -12,11 +12,13 @@ from npllm.cli.options import (
     filter_options,
     json_option,
     model_options,
+    prompt_options,
     threads_option,
 )
-from npllm.cli.streams import print_json, read_file, read_prompt, write
+from npllm.cli.streams import as_prompt, print_json, read_file, write
 from npllm.decoding.sampling import FILTER_ORDERS
-from npllm.encoder import cosine_similarities
+from npllm.encoder import Encoder, cosine_similarities
+from npllm.errors import NpllmTypeError
 from npllm.loading import load
 from npllm.model import Model
 from npllm.progress import write_line
@@ -27,16 +29,14 @@ Load = Callable[[], Model]
 
 
 @click.command()
-@click.argument("prompt", default="-")
+@prompt_options
 @model_options
 @click.option(
     "-k",
     "--top",
     "n",
     type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    help="Number of tokens.",
+    help="Number of tokens to show. [as many as --top-k keeps, else 10]",
 )
 @filter_options
 @click.option(
@@ -48,9 +48,12 @@ Load = Callable[[], Model]
 )
 @chat_option
 @json_option
-def topk(prompt: str, model: Load, n: int, chat: bool, as_json: bool, **filters: Any) -> None:
+def topk(
+    prompt: str, model: Load, n: int | None, chat: bool, as_json: bool, **filters: Any
+) -> None:
     """Show the most likely next tokens after PROMPT, and their probabilities after the filters."""
-    rows = next_tokens(model(), read_prompt(prompt, chat), n, **filters)
+    n = n or filters["top_k"] or 10
+    rows = next_tokens(model(), as_prompt(prompt, chat), n, **filters)
     if as_json:
         print_json(rows)
         return
@@ -60,12 +63,12 @@ def topk(prompt: str, model: Load, n: int, chat: bool, as_json: bool, **filters:
 
 
 @click.command()
-@click.argument("text", default="-")
+@prompt_options
 @model_options
 @json_option
-def score(text: str, model: Load, as_json: bool) -> None:
-    """Show the log-probability of every token of TEXT, given the tokens before it."""
-    facts = score_facts(model(), read_prompt(text))
+def score(prompt: str, model: Load, as_json: bool) -> None:
+    """Show the log-probability of every token of PROMPT, given the tokens before it."""
+    facts = score_facts(model(), prompt, progress=True)
     if as_json:
         print_json(facts)
         return
@@ -121,6 +124,11 @@ def perplexity(file: str, model: Load, as_json: bool, **options: Any) -> None:
 def embed(texts: tuple[str, ...], path: str | None, as_json: bool) -> None:
     """Show the cosine similarity of every pair of texts, by their embeddings."""
     encoder = load(fetch(EMBEDDING_MODEL) if path is None else path)
+    if not isinstance(encoder, Encoder):
+        raise NpllmTypeError(
+            f"{path} is a language model and is no encoder, which turns texts into vectors: leave "
+            f"out -m for {EMBEDDING_MODEL}, or name a folder of model_type bert"
+        )
     similarities = cosine_similarities(encoder.embed(list(texts)))
     if as_json:
         print_json({"texts": list(texts), "similarities": similarities.tolist()})

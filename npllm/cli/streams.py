@@ -11,21 +11,51 @@ from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.progress import report, write_line
 
 __all__ = [
+    "as_prompt",
     "from_stdin",
+    "is_terminal",
     "print_json",
     "print_stats",
     "read_file",
     "read_prompt",
+    "tokens_and_rate",
     "write",
 ]
 
 
-def read_prompt(prompt: str, chat: bool = False) -> Any:
-    """Return the prompt, read from standard input where it is "-"; as a message where the chat
-    template is wanted.
+def read_prompt(prompt: str | None, file: str | None = None) -> str:
+    """Return the prompt: of a file, of standard input where it is "-" or left out, or itself.
+
+    The newline that `echo` and editors put at the end of a text is no part of the prompt: one is
+    removed from standard input and from a file.
     """
-    text = from_stdin(sys.stdin.read) if prompt == "-" else prompt
-    return [{"role": "user", "content": text}] if chat else text
+    if file is not None:
+        return _without_newline(read_file(file))
+    if prompt not in (None, "-"):
+        return str(prompt)
+    if is_terminal(sys.stdin):
+        write_line("npllm: type the prompt, then Ctrl-D at the start of a line")
+    return _without_newline(from_stdin(sys.stdin.read))
+
+
+def _without_newline(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal; False where it is None, closed or no file."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def as_prompt(text: str, chat: bool, system: str | None = None) -> Any:
+    """Return a prompt as a conversation where the chat template is wanted, else as it is."""
+    if not chat:
+        return text
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": text}]
 
 
 def from_stdin(read: Callable[..., str], *args: Any) -> str:
@@ -69,10 +99,12 @@ def print_stats(stats: dict[str, Any]) -> None:
     """Print speed and memory of a run on stderr, and what compiling the kernels took."""
     if stats["compile_seconds"]:
         report(f"compiled the kernels in {stats['compile_seconds']:.1f} s, not counted below")
-    write_line(
-        f"prompt {stats['prompt_tokens']} tokens, "
-        f"{stats['prompt_tokens_per_second']:.1f} tokens/s; "
-        f"generation {stats['new_tokens']} tokens, "
-        f"{stats['new_tokens_per_second']:.1f} tokens/s; "
-        f"peak memory {stats['peak_bytes'] / 1e6:.0f} MB"
-    )
+    prompt = tokens_and_rate(stats["prompt_tokens"], stats["prompt_tokens_per_second"])
+    new = tokens_and_rate(stats["new_tokens"], stats["new_tokens_per_second"])
+    write_line(f"prompt {prompt}; generation {new}; peak memory {stats['peak_bytes'] / 1e6:.0f} MB")
+
+
+def tokens_and_rate(n: int, rate: float | None) -> str:
+    """Say how many tokens, and how fast; no rate where too few of them came to measure one."""
+    count = "1 token" if n == 1 else f"{n} tokens"
+    return count if rate is None else f"{count}, {rate:.1f} tokens/s"

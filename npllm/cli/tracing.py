@@ -5,8 +5,16 @@ from typing import Any
 
 import click
 
-from npllm.cli.options import json_option, load_causal, model_options, path_option, threads_option
-from npllm.cli.streams import print_json, read_prompt, write
+from npllm.cli.options import (
+    json_option,
+    load_causal,
+    model_options,
+    path_option,
+    prompt_options,
+    refuse_without,
+    threads_option,
+)
+from npllm.cli.streams import print_json, write
 from npllm.model import Model
 from npllm.progress import write_line
 
@@ -32,15 +40,10 @@ class Numbers(click.ParamType):
         return numbers
 
 
-prompt_option = click.option(
-    "-p", "--prompt", required=True, help='"-": standard input.', metavar="TEXT"
-)
-
-
 @click.command()
+@prompt_options
 @path_option
 @threads_option
-@prompt_option
 @click.option("-o", "--output", metavar="DIR", required=True, help="A new or empty folder.")
 @click.option("--layers", type=Numbers(), metavar="N,N:N", help="Only these layers. [all]")
 @click.option(
@@ -73,14 +76,12 @@ def trace(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write every value of a run to DIR: safetensors files, and index.json, which says how each
-    was made.
+    """Write every value of a run on PROMPT to DIR: safetensors files, and index.json, which says
+    how each was made.
     """
     from npllm.tracing.record import trace as run
 
-    found = run(
-        load_causal(path), read_prompt(prompt), folder=output, names=names or None, **options
-    )
+    found = run(load_causal(path), prompt, folder=output, names=names or None, **options)
     facts = {
         "folder": output,
         "values": len(found),
@@ -100,23 +101,36 @@ def trace(
 
 
 @click.command()
+@prompt_options
 @model_options
-@prompt_option
 @click.option(
     "--position", type=int, default=-1, show_default=True, help="Of the token; -1 is the last."
 )
 @click.option(
-    "-k", "--top", "n_top", type=click.IntRange(min=1), default=3, show_default=True, help="Tokens."
+    "-k",
+    "--top",
+    "--top-k",
+    "n_top",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Number of tokens.",
 )
 @click.option("--attention", is_flag=True, help="Show where each head looks instead.")
 @json_option
 def lens(
     model: Callable[[], Model], prompt: str, attention: bool, as_json: bool, **options: Any
 ) -> None:
-    """Show what each layer would predict (the logit lens), or where each head looks."""
+    """Show what each layer would predict after PROMPT (the logit lens), or where each head
+    looks.
+    """
     from npllm.tracing.lens import lens_facts
 
-    facts = lens_facts(model(), read_prompt(prompt), **options)
+    if as_json:
+        refuse_without("--json holds both", "attention")
+    if attention:
+        refuse_without("--attention shows heads, not predictions", "n_top")
+    facts = lens_facts(model(), prompt, **options)
     if as_json:
         print_json(facts)
         return

@@ -8,7 +8,7 @@ import click
 from npllm.analysis.plots import draw_masks, draw_weights
 from npllm.analysis.steps import attention_rows, attention_steps
 from npllm.cli.layout import attention_lines
-from npllm.cli.options import json_option, model_options
+from npllm.cli.options import json_option, model_options, prompt_options, refuse_without
 from npllm.cli.streams import print_json
 from npllm.model import Model
 
@@ -16,8 +16,8 @@ __all__ = ["COMMANDS"]
 
 
 @click.command()
+@prompt_options
 @model_options
-@click.option("-p", "--prompt", required=True)
 @click.option("--layer", type=int, required=True)
 @click.option("--head", type=int, required=True)
 @click.option(
@@ -32,7 +32,7 @@ __all__ = ["COMMANDS"]
     type=click.Path(),
     help="Draw the weights of all positions into this PNG; of all heads with --all-heads.",
 )
-@click.option("--all-heads", is_flag=True)
+@click.option("--all-heads", is_flag=True, help="With --plot: draw every head of the layer.")
 @json_option
 def attention(
     model: Callable[[], Model],
@@ -43,9 +43,11 @@ def attention(
     as_json: bool,
     **place: Any,
 ) -> None:
-    """Show score, weight and length of the weighted value of every token, for one head and one
-    query.
+    """Show score, weight and length of the weighted value of every token of PROMPT, for one head
+    and one query.
     """
+    if not plot:
+        refuse_without("every head of the layer is drawn with --plot FILE", "all_heads")
     steps = attention_steps(model(), prompt, head=head, **place)
     if plot:
         weights = steps.all_weights if all_heads else steps.all_weights[head]

@@ -5,6 +5,7 @@ Belongs here: whatever decides the next token.  Does not: filters as array funct
 """
 
 from npllm.decoding.beam import Beams, beam_search, beam_texts
+from npllm.decoding.details import Answer, GenerateOutput, StreamStep, Token
 from npllm.decoding.generation_config import Constraints, GenerationConfig, Sampling
 from npllm.decoding.loop import Generation, generate_tokens, last_logits, start
 from npllm.decoding.options import Options, resolve_options, resolve_sampling
@@ -20,14 +21,18 @@ from npllm.decoding.sequences import Sequences, seen_tokens
 
 __all__ = [
     "FILTER_ORDERS",
+    "Answer",
     "Beams",
     "Constraints",
+    "GenerateOutput",
     "Generation",
     "GenerationConfig",
     "Options",
     "Prompt",
     "Sampling",
     "Sequences",
+    "StreamStep",
+    "Token",
     "beam_search",
     "beam_texts",
     "choose",

@@ -36,11 +36,12 @@ def beam_search(
     *,
     num_beams: int = 4,
     num_return_sequences: int = 1,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = MAX_NEW_TOKENS,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     stop: str | Sequence[str] | None = None,
     repetition_penalty: float | None = None,
+    tools: Any = None,
     **constraints: Any,
 ) -> Beams:
     """Search for the answers of the highest score.
@@ -72,6 +73,8 @@ def beam_search(
     stop : str or list of str, optional
         An answer ends with the first of these; None: stop_strings of generation_config.json.
     repetition_penalty : float, optional
+    tools : list, optional
+        Only with messages.
     **constraints
         no_repeat_ngram_size, bad_words_ids, min_new_tokens, forced_eos_token_id, suppress_tokens,
         begin_suppress_tokens, logits_processors: see `npllm.Model.generate`.  These and the penalty
@@ -110,7 +113,7 @@ def beam_search(
         repetition_penalty=repetition_penalty,
         **constraints,
     )
-    return search(model, read_prompt(model, prompt, attention_mask), options)
+    return search(model, read_prompt(model, prompt, attention_mask, tools), options)
 
 
 def beam_texts(
@@ -147,7 +150,9 @@ def beam_texts(
 
 def _options(model: Any, *, early_stopping: Any = False, **options: Any) -> Options:
     """Check the options of a beam search, which takes at least one token."""
-    check_integer("max_new_tokens", options.get("max_new_tokens", MAX_NEW_TOKENS), 1, 2**31)
+    n_new = options.get("max_new_tokens", MAX_NEW_TOKENS)
+    if n_new is not None:
+        check_integer("max_new_tokens", n_new, 1, 2**31, " or None (until a stop)")
     return resolve_options(
         model.generation_config, do_sample=False, early_stopping=early_stopping, **options
     )

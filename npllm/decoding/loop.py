@@ -1,7 +1,7 @@
 """The loop: prefill, decode, stop."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from npllm.arrays import to_numpy
 from npllm.cache import KVCache
 from npllm.decoding.constraints import constrain
+from npllm.decoding.details import Answer, GenerateOutput, Recorder, StreamStep
 from npllm.decoding.options import Options, resolve_options
 from npllm.decoding.prompt import Prompt, read_prompt, require_tokenizer
 from npllm.decoding.prompt_lookup import PromptLookup
@@ -17,7 +18,7 @@ from npllm.decoding.sampling import choose, uniforms
 from npllm.decoding.sequences import Sequences
 from npllm.errors import NpllmValueError
 from npllm.finite_scores import FROM_MODEL, check_scores
-from npllm.forward_pass import CausalLM
+from npllm.forward_pass import CausalLM, counted_positions
 from npllm.models.rope import frequency_choice
 from npllm.progress import warn
 from npllm.text.stream import TextStream
@@ -53,6 +54,8 @@ class Generation:
     """
 
     def __init__(self, model: Any, prompt: Prompt, options: Options):
+        if options.sampling.do_sample and options.seed is None:
+            options = replace(options, seed=secrets.randbits(32))
         if options.num_beams > 1:
             raise NpllmValueError(
                 f"num_beams = {options.num_beams} gives answers as a whole, not token by token; "
@@ -69,10 +72,17 @@ class Generation:
         self._streams = [TextStream(tokenizer, eos, options.stop) for _ in prompt.ids]
         self.n_new = count_new_tokens(model.config, prompt, options.max_new_tokens)
         self.sequences = Sequences(prompt.ids, prompt.valid, model.config.vocab_size, self.n_new)
+        self.recorder: Recorder | None = None
+
+    def record(self) -> Recorder:
+        """Take note of log-probabilities from the first step on; call it before that."""
+        self.recorder = Recorder(len(self._streams), self.options.top_logprobs)
+        return self.recorder
 
     def __iter__(self) -> Iterator[list[str]]:
         streams = self._streams
-        for tokens in generate_tokens(self.model, self.sequences, self.options):
+        note = None if self.recorder is None else self.recorder.note
+        for tokens in generate_tokens(self.model, self.sequences, self.options, note):
             yield [
                 "" if stream.ended else stream.push(token)
                 for stream, token in zip(streams, tokens, strict=True)
@@ -80,6 +90,52 @@ class Generation:
             self.sequences.end(np.array([stream.ended for stream in streams]))
             if all(stream.ended for stream in streams):
                 return
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the draw, given or drawn; None where decoding is greedy."""
+        return self.options.seed if self.options.sampling.do_sample else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every answer has ended, or there is no room for another token."""
+        has_room = self.sequences.n_ctx < self.sequences.n_max
+        return not has_room or all(stream.ended for stream in self._streams)
+
+    def finish_reasons(self) -> list[str]:
+        """Say why each answer ends, "stop" or "length"; call it before `close`."""
+        return ["stop" if stream.ended else "length" for stream in self._streams]
+
+    def answers(self) -> tuple[Answer, ...]:
+        """Run to the end; return all that is known of each answer."""
+        recorder, steps = self.record(), list(self)
+        reasons = self.finish_reasons()
+        pieces = [*steps, self.close()]
+        lengths = self.sequences.n_new_of_each()
+        return tuple(
+            Answer("".join(text) if self.is_text else None, tuple(tokens[:n]), reason)
+            for text, tokens, n, reason in zip(
+                zip(*pieces, strict=True), recorder.tokens, lengths, reasons, strict=True
+            )
+        )
+
+    def output(self, is_single: bool) -> GenerateOutput:
+        """Run to the end; return ids, texts, log-probabilities, finish reasons and the seed."""
+        answers = self.answers()
+        sequences = self.sequences.filled(self.model.generation_config.fill_id)
+        texts: Any = [answer.text for answer in answers] if self.is_text else None
+        text = texts[0] if is_single else texts
+        return GenerateOutput(sequences, answers, self.seed, text)
+
+    def steps(self) -> Iterator[StreamStep]:
+        """Run one prompt to the end, token by token, with all that is known of each."""
+        recorder = self.record()
+        for (piece,) in self:
+            token, reason = recorder.tokens[0][-1], None
+            if self.is_done:
+                (reason,) = self.finish_reasons()
+                piece += self.close()[0]
+            yield StreamStep(piece, token, reason, self.seed)
 
     def close(self) -> list[str]:
         """End every answer; return what was held back of its text."""
@@ -129,7 +185,10 @@ def start(
 
 
 def generate_tokens(
-    model: Any, sequences: Sequences, options: Options = Options()
+    model: Any,
+    sequences: Sequences,
+    options: Options = Options(),
+    note: Callable[[Array, Array], object] | None = None,
 ) -> Iterator[Array]:
     """Continue a batch of prompts, token by token.
 
@@ -142,6 +201,9 @@ def generate_tokens(
         seed: the same seed draws the same numbers; None draws fresh ones.  use_cache=False computes
         the whole sequence again for every token.  prompt_lookup_num_tokens: tokens are proposed and
         verified several in a pass; each is chosen from its own logits, with its own number.
+        cache: what it holds of the beginning of the prompts is not computed again.
+    note : function (logits [n_batch, n_vocab], token [n_batch]), optional
+        Is told of the model's own logits of each step, and of the token that was chosen.
 
     Yields
     ------
@@ -149,18 +211,20 @@ def generate_tokens(
         The next token of each row.  The caller says when to stop.
     """
     n_batch, eos = len(sequences.ids), model.generation_config.eos_token_id
-    cache = model.new_cache(n_batch) if options.use_cache else None
+    cache = _reused(model, sequences, options.cache) if options.use_cache else None
     seed = secrets.randbits(64) if options.seed is None else options.seed
     sampling = replace(options.sampling, repetition_penalty=None)  # a constraint, applied first
     lookup = PromptLookup(options.prompt_lookup_num_tokens)
     while sequences.n_ctx < sequences.n_max:
         proposed = _proposed(model, lookup, sequences)
         n_kept = 0
-        for logits in step_logits(model, sequences, proposed, cache):
-            logits = constrain(logits, sequences, options, eos)
+        for own_logits in step_logits(model, sequences, proposed, cache):
+            logits = constrain(own_logits, sequences, options, eos)
             u = uniforms(seed, n_batch, sequences.n_new) if sampling.do_sample else None
             token = choose(logits, sampling, u=u)
             sequences.append(token)
+            if note is not None:
+                note(own_logits, token)
             yield token
             if n_kept == len(proposed) or token[0] != proposed[n_kept]:
                 break
@@ -168,6 +232,25 @@ def generate_tokens(
         lookup.learn(len(proposed), n_kept)
         if cache is not None and len(proposed):
             cache.crop(sequences.n_ctx - 1)
+
+
+def _reused(model: Any, sequences: Sequences, cache: KVCache | None) -> KVCache:
+    """The caller's cache, cut to what it holds of the beginning of the prompts; else a new one.
+
+    The last token of the prompts is left to be computed, since its logits are wanted.
+    """
+    n_batch, n_prompt = sequences.ids.shape
+    if cache is None:
+        return model.new_cache(n_batch)
+    model.check_cache(cache, n_batch)
+    n = min(cache.n_ctx, n_prompt - 1)
+    valid = sequences.valid[:, :n]
+    same = (cache.ids[:, :n] == sequences.ids[:, :n]) | ~valid
+    same &= (cache.valid[:, :n] == valid) & (cache.positions[:, :n] == counted_positions(valid, n))
+    differs = np.flatnonzero(~same.all(axis=0))
+    n_same = int(differs[0]) if len(differs) else n
+    cache.crop(n_same if n_same >= cache.first_crop else 0)
+    return cache
 
 
 def _proposed(model: Any, lookup: PromptLookup, sequences: Sequences) -> Array:
@@ -188,8 +271,7 @@ def step_logits(
     model: CausalLM, sequences: Sequences, proposed: Array, cache: KVCache | None
 ) -> Iterator[Array]:
     """One pass: logits [n_batch, n_vocab] after the sequences, then after each proposed token."""
-    is_whole = sequences.n_new == 0 or cache is None
-    new = sequences.ids if is_whole else sequences.ids[:, -1:]
+    new = sequences.ids[:, 0 if cache is None else cache.n_ctx :]
     valid, n = sequences.valid, len(proposed)
     if n:
         new = np.append(new, proposed[None], axis=1)
@@ -223,10 +305,15 @@ def last_logits(
     return check_scores(logits, "the model's logits", FROM_MODEL)
 
 
-def count_new_tokens(config: Any, prompt: Prompt, max_new_tokens: int) -> int:
-    """How many tokens may follow a prompt; warns where the context ends before max_new_tokens."""
+def count_new_tokens(config: Any, prompt: Prompt, max_new_tokens: int | None) -> int:
+    """How many tokens may follow a prompt; warns where the context ends before max_new_tokens.
+
+    None: as many as the context holds.
+    """
     n_prompt = prompt.ids.shape[1]
     n_left = config.context_length - n_prompt
+    if max_new_tokens is None:
+        return n_left
     if n_left < max_new_tokens:
         warn(
             f"the context length (max_position_embeddings) is {config.context_length}: after "

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from npllm.arguments import check_flag, check_integer, check_number, to_python
+from npllm.cache import KVCache
 from npllm.config.strict_json import is_token, quote
 from npllm.decoding.generation_config import Constraints, GenerationConfig, Sampling
 from npllm.errors import NpllmTypeError, NpllmValueError
@@ -14,6 +15,7 @@ __all__ = [
     "Options",
     "check_constraints",
     "check_sampling",
+    "require_details",
     "resolve_constraints",
     "resolve_options",
     "resolve_sampling",
@@ -28,13 +30,15 @@ MOST_TOKENS, MOST_BEAMS = 2**31, 2**16
 class Options:
     """What one call of `generate`, `stream` or `beam_search` is to do: checked and complete."""
 
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int | None = MAX_NEW_TOKENS
     sampling: Sampling = field(default_factory=Sampling)
     constraints: Constraints = field(default_factory=Constraints)
     logits_processors: tuple[Callable[[Array, Array], Array], ...] = ()
     stop: tuple[str, ...] = ()
     seed: int | None = None
     use_cache: bool = True
+    cache: KVCache | None = None
+    top_logprobs: int = 0
     prompt_lookup_num_tokens: int = 0
     num_beams: int = 1
     num_return_sequences: int = 1
@@ -45,10 +49,12 @@ class Options:
 def resolve_options(
     config: GenerationConfig,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = MAX_NEW_TOKENS,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     use_cache: bool = True,
+    cache: KVCache | None = None,
+    top_logprobs: int = 0,
     prompt_lookup_num_tokens: int | None = None,
     logits_processors: Sequence[Callable[[Array, Array], Array]] = (),
     do_sample: bool | None = None,
@@ -83,7 +89,7 @@ def resolve_options(
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     names = [entry.name for entry in fields(Constraints)]
     constraints = {name: others.pop(name) for name in names if name in others}
-    n_new = check_integer("max_new_tokens", max_new_tokens, 0, MOST_TOKENS)
+    n_new = _token_count(max_new_tokens)
     seed = None if seed is None else check_integer("seed", seed, 0, 2**64 - 1)
     sampling = resolve_sampling(
         config.sampling,
@@ -94,6 +100,10 @@ def resolve_options(
     )
     config.require_supported(sampling.do_sample)
     beams = _beam_options(config, **others)
+    if beams["num_beams"] > 1 and not check_flag("use_cache", use_cache):
+        raise NpllmValueError(
+            f"num_beams = {beams['num_beams']} always uses the cache: leave out use_cache=False"
+        )
     return Options(
         max_new_tokens=n_new,
         seed=seed,
@@ -102,9 +112,37 @@ def resolve_options(
         constraints=resolve_constraints(config.constraints, config.source, **constraints),
         logits_processors=_processors(logits_processors),
         use_cache=check_flag("use_cache", use_cache),
+        cache=_cache(cache, use_cache, beams["num_beams"]),
+        top_logprobs=check_integer("top_logprobs", top_logprobs, 0, MOST_TOKENS),
         prompt_lookup_num_tokens=_lookup(prompt_lookup_num_tokens, use_cache, beams["num_beams"]),
         **beams,
     )
+
+
+def require_details(options: Options, wanted: bool, how: str) -> None:
+    """Raise for an option that would be ignored, or that beams cannot give.
+
+    Parameters
+    ----------
+    options : Options
+    wanted : bool
+        Whether details are asked for.
+    how : str
+        What asks for them.
+    """
+    if options.top_logprobs and not wanted:
+        raise NpllmValueError(f"top_logprobs = {options.top_logprobs} goes with {how}")
+    if wanted and options.num_beams > 1:
+        raise NpllmValueError(
+            f"{how} takes one beam, got num_beams = {options.num_beams}; beam_search returns scores"
+        )
+
+
+def _token_count(n: Any) -> int | None:
+    """How many tokens to generate at most; None: as many as the context holds."""
+    if n is None:
+        return None
+    return check_integer("max_new_tokens", n, 0, MOST_TOKENS, " or None (until a stop)")
 
 
 def resolve_sampling(
@@ -275,6 +313,18 @@ def _lookup(n: int | None, use_cache: bool, num_beams: int) -> int:
             "leave one of them out"
         )
     return found
+
+
+def _cache(cache: Any, use_cache: bool, num_beams: int) -> KVCache | None:
+    """The caller's cache, which is of use with one beam only."""
+    if cache is None:
+        return None
+    if not isinstance(cache, KVCache):
+        raise NpllmTypeError(f"cache must be a KVCache of model.new_cache(), got {quote(cache)}")
+    if not use_cache or num_beams > 1:
+        other = f"num_beams is {num_beams}" if use_cache else "use_cache is False"
+        raise NpllmValueError(f"cache is given, and {other}: leave one of them out")
+    return cache
 
 
 def _processors(given: Any) -> tuple[Callable[[Array, Array], Array], ...]:

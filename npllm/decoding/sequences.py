@@ -73,6 +73,10 @@ class Sequences:
         """Note that the sequences named by a bool array [n_batch] end here."""
         self._ends[rows] = np.minimum(self._ends[rows], self.n_ctx)
 
+    def n_new_of_each(self) -> list[int]:
+        """How many tokens each sequence gained until its end."""
+        return (np.minimum(self._ends, self.n_ctx) - self.n_prompt).tolist()
+
     def filled(self, fill: int) -> Array:
         """Return all ids, those behind the end of a sequence replaced: int64 [n_batch, n_ctx]."""
         return np.where(np.arange(self.n_ctx) < self._ends[:, None], self.ids, fill)

@@ -6,6 +6,7 @@ it, only the check of the arguments and the default slots.
 
 from typing import Any
 
+from npllm.arguments import check_mask
 from npllm.arrays import (
     array_namespace,
     compute_dtype,
@@ -180,13 +181,18 @@ def evaluate_mask(xp: Any, mask: Any, q: Array, q_slots: Any, k_slots: Any) -> A
     """Evaluate a rule on [n_seq, 1] and [1, n_ctx] slots; an array and None are returned as they
     are.
     """
-    if not callable(mask):
+    if not callable(check_mask(mask)):
         return mask
     i, j = (
         xp.arange(s.start, s.stop, s.step) if isinstance(s, range) else s
         for s in (q_slots, k_slots)
     )
     visible = mask(i[:, None], j[None, :])
+    if not hasattr(visible, "shape"):
+        raise NpllmTypeError(
+            "mask(i, j) must return a bool array for integer arrays of slots i [n_seq, 1] and "
+            f"j [1, n_ctx], got {type(visible).__name__}; `causal()` is such a rule"
+        )
     _check_broadcast("mask", visible, (*q.shape[:-2], i.shape[0], j.shape[0]))
     return visible
 
@@ -197,6 +203,7 @@ def check_attention(
     """Raise for arguments that do not fit; return the slots, the default ones where they were left
     out.
     """
+    check_mask(mask)
     expect_shape("q", q, dots=None, n_head=None, n_seq=None, d_head=None)
     expect_shape("k", k, dots=None, n_kv_head=None, n_ctx=None, d_head=q.shape[-1])
     n_head, n_seq, n_kv_head, n_ctx = q.shape[-3], q.shape[-2], k.shape[-3], k.shape[-2]

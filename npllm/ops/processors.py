@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.arrays import array_namespace, asarray
+from npllm.arrays import array_namespace, asarray, expect_shape
 from npllm.errors import NpllmValueError
 
 __all__ = [
@@ -176,6 +176,7 @@ def no_repeat_ngram_size(logits: Array, ids: Array, size: int) -> Array:
     if size < 1:
         raise NpllmValueError(f"no_repeat_ngram_size must be at least 1, got {size}")
     xp = array_namespace(logits, ids)
+    expect_shape("ids", ids, n_batch=logits.shape[0], n_ctx=None)
     n_window = ids.shape[1] - size + 1
     if n_window < 1:
         return logits

@@ -8,7 +8,14 @@ what is left.  The order in which they are applied matters, and engines differ i
 from operator import index
 from typing import Any
 
-from npllm.arrays import array_namespace, expect_shape, largest, to_numpy, widen
+from npllm.arrays import (
+    array_namespace,
+    expect_entries,
+    expect_shape,
+    largest,
+    to_numpy,
+    widen,
+)
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.finite_scores import check_scores
 
@@ -55,6 +62,7 @@ def softmax(x: Array, axis: int = -1) -> Array:
     `torch.nn.functional.softmax`.
     """
     xp = array_namespace(x)
+    expect_entries("x", x, axis)
     wide = widen(x)
     m = xp.max(wide, axis=axis, keepdims=True)
     e = xp.exp(wide - xp.where(m == -xp.inf, xp.zeros_like(m), m))
@@ -88,6 +96,7 @@ def log_softmax(x: Array, axis: int = -1) -> Array:
     Source: `torch.nn.functional.log_softmax`.
     """
     xp = array_namespace(x)
+    expect_entries("x", x, axis)
     wide = widen(x)
     m = xp.max(wide, axis=axis, keepdims=True)
     shifted = wide - xp.where(m == -xp.inf, xp.zeros_like(m), m)
@@ -128,6 +137,11 @@ def repetition_penalty(logits: Array, seen: Array, penalty: float) -> Array:
     xp = array_namespace(logits, seen)
     if seen.dtype != xp.bool:
         raise NpllmTypeError(f"seen must be a bool array (True = seen), got dtype {seen.dtype}")
+    axes = zip(seen.shape[::-1], logits.shape[::-1], strict=False)
+    if any(1 not in (mine, theirs) and mine != theirs for mine, theirs in axes):
+        raise NpllmValueError(
+            f"seen must have the shape {list(logits.shape)} of the logits, got {list(seen.shape)}"
+        )
     penalty = float(penalty)  # a NumPy scalar would widen the result
     if not penalty > 0:
         raise NpllmValueError(
@@ -167,6 +181,7 @@ def temperature(logits: Array, t: float) -> Array:
     `TemperatureLogitsWarper`.
     """
     xp, t = array_namespace(logits), float(t)
+    expect_entries("logits", logits)
     if not t > 0:
         raise NpllmValueError(f"temperature must be above 0, got {t}; use greedy for 0")
     if t >= COLD:
@@ -205,6 +220,7 @@ def top_k(logits: Array, k: int) -> Array:
     `TopKLogitsWarper` in Transformers.
     """
     xp, k = array_namespace(logits), index(k)
+    expect_entries("logits", logits)
     if k < 1:
         raise NpllmValueError(f"top_k must be at least 1, got {k}")
     k = min(k, logits.shape[-1])
@@ -242,6 +258,7 @@ def top_p(logits: Array, p: float) -> Array:
     `TopPLogitsWarper`.
     """
     xp, p = array_namespace(logits), float(p)
+    expect_entries("logits", logits)
     if not 0 <= p <= 1:
         raise NpllmValueError(f"top_p must lie in 0 ... 1, got {p}")
     if p == 1:
@@ -284,6 +301,7 @@ def min_p(logits: Array, p: float) -> Array:
     `MinPLogitsWarper` in Transformers.
     """
     xp, p = array_namespace(logits), float(p)
+    expect_entries("logits", logits)
     if not 0 <= p <= 1:
         raise NpllmValueError(f"min_p must lie in 0 ... 1, got {p}")
     probabilities = softmax(logits)

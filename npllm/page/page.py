@@ -1,10 +1,9 @@
 """The page as an object: its HTML, how Jupyter shows it, and how it is saved."""
 
-import contextlib
 import html
-from pathlib import Path
 from typing import Any
 
+from npllm.arguments import check_path
 from npllm.errors import NpllmOSError
 
 __all__ = ["Page", "check_writable"]
@@ -53,18 +52,18 @@ class Page:
             When the file cannot be written.
         """
         try:
-            Path(path).write_text(self.html, encoding="utf-8")
-        except (OSError, ValueError) as error:  # ValueError: a null character in the name
-            raise _cannot_write(path, getattr(error, "strerror", None) or error) from None
+            check_path("path", path).write_text(self.html, encoding="utf-8")
+        except OSError as error:
+            raise _cannot_write(path, error.strerror or error) from None
 
 
 def check_writable(path: Any) -> None:
     """Raise, before any work is done, for a path that is no file in a folder that exists."""
-    with contextlib.suppress(ValueError):
-        if Path(path).is_dir():
-            raise _cannot_write(path, "it is a folder")
-        if not Path(path).parent.is_dir():
-            raise _cannot_write(path, f"there is no folder {Path(path).parent}")
+    file = check_path("path", path)
+    if file.is_dir():
+        raise _cannot_write(path, "it is a folder")
+    if not file.parent.is_dir():
+        raise _cannot_write(path, f"there is no folder {file.parent}")
 
 
 def _cannot_write(path: Any, reason: Any) -> NpllmOSError:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from npllm.arguments import check_path
 from npllm.arrays import dtype_named
 from npllm.errors import NpllmOSError
 from npllm.testing.forms import Array, prepare
@@ -91,7 +92,7 @@ def write_probes(folder: str | Path) -> list[Path]:
     "OPTION/float64" and "OPTION/budget" for each wrong option.  An output agrees with an option
     where |output - float64| <= budget in every entry, and NaN stands where it stands.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         entries, paths = [], []

@@ -4,12 +4,12 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from operator import index
-from pathlib import Path
 from typing import Any, Self, SupportsIndex
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
+from npllm.arguments import check_path
 from npllm.config.regular_file import is_present
 from npllm.config.strict_json import printable, quote, read_json
 from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueError
@@ -90,7 +90,7 @@ class Tokenizer:
         NpllmValueError
             When a file cannot be understood.
         """
-        folder = Path(path)
+        folder = check_path("path", path)
         file = folder / "tokenizer.json"
         if not is_present(file):
             raise NpllmOSError(

@@ -13,6 +13,7 @@ from npllm.analysis.cost.passes import (
     uncached_flops,
 )
 from npllm.analysis.cost.weights import WeightBytes, activation_bytes, total_bytes, weight_bytes
+from npllm.arguments import check_integer
 from npllm.config.config import Config
 
 __all__ = ["cost_facts"]
@@ -46,6 +47,14 @@ def cost_facts(
     NpllmValueError
         When the context and one token more exceed the context length, or the model has no LM head.
     """
+    check_integer(
+        "context",
+        n_context,
+        1,
+        config.context_length - 1,
+        f" (one new token has to fit the context length, max_position_embeddings = "
+        f"{config.context_length}, as well)",
+    )
     sizes = {"n_batch": n_batch, "itemsize": activation_bytes(config, dtype)}
     how: Any = {"n_batch": n_batch, "dtype": dtype, "weights": weights}
     return {

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from npllm.arguments import check_mask
 from npllm.arrays import array_namespace, is_array, to_numpy
+from npllm.errors import NpllmTypeError
 
 __all__ = ["ALL", "FAR", "NONE", "SOME", "DerivedRule", "Rule"]
 
@@ -90,10 +92,16 @@ class Rule:
         return self.visible(i, j)
 
     def __and__(self, other: "Rule") -> "Rule":
-        return And(self, other)
+        return And(self, _rule(other))
+
+    def __rand__(self, other: Any) -> "Rule":
+        return And(_rule(other), self)
 
     def __or__(self, other: "Rule") -> "Rule":
-        return Or(self, other)
+        return Or(self, _rule(other))
+
+    def __ror__(self, other: Any) -> "Rule":
+        return Or(_rule(other), self)
 
     def __invert__(self) -> "Rule":
         return Not(self)
@@ -117,6 +125,17 @@ class Rule:
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+def _rule(operand: Any) -> Rule:
+    """Return an operand of `&` or `|` that is a rule; raise for anything else."""
+    if isinstance(operand, Rule):
+        return operand
+    check_mask(operand, "rule")
+    raise NpllmTypeError(
+        "rules combine with rules: Rule(function) makes one of a function, got "
+        f"{type(operand).__name__}"
+    )
 
 
 def _equal(a: Any, b: Any) -> bool:

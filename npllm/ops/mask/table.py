@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from npllm.arguments import check_mask
 from npllm.arrays import array_namespace
 from npllm.errors import NpllmTypeError
 from npllm.ops.attention import resolve_slots
@@ -52,7 +53,7 @@ def to_bool(
     Source: the boolean `attn_mask` of `torch.nn.functional.scaled_dot_product_attention`, True =
     takes part.
     """
-    if not callable(rule):
+    if rule is None or not callable(check_mask(rule, "rule")):
         raise NpllmTypeError(
             "rule must be a Rule of npllm.ops.mask or a function of slots, "
             f"got {type(rule).__name__}"
