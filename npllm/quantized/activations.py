@@ -1,17 +1,28 @@
 """Activations in fewer bits: what `activations=` names, as formulas.
 
-    "float32"    nothing is rounded
-    "int16"      16-bit integers, with one scale for each group of adjacent entries of a row
-    "int8"       8-bit integers, likewise
-    "bfloat16"   the nearest bfloat16, ties to even
+"float32"    nothing is rounded
+"int16"      16-bit integers, with one scale for each group of adjacent entries of a row
+"int8"       8-bit integers, likewise
+"bfloat16"   the nearest bfloat16, ties to even
 """
 
 from typing import Any
 
-from npllm.arrays import array_namespace, expect_shape, ieee_semantics, round_to
+from npllm.arrays import DTYPES, array_namespace, expect_shape, ieee_semantics, is_packed, round_to
 from npllm.errors import NpllmValueError
 
-__all__ = ["ACTIVATIONS", "LIMITS", "SMALLEST", "restore", "round_activations", "rounded_values"]
+__all__ = [
+    "ACTIVATIONS",
+    "LIMITS",
+    "N_BYTES",
+    "SMALLEST",
+    "check_activations",
+    "check_applies",
+    "is_rounded_for",
+    "restore",
+    "round_activations",
+    "rounded_values",
+]
 
 Array = Any
 
@@ -100,6 +111,52 @@ def restore(codes: Array, scales: Array, group: int) -> Array:
     xp = array_namespace(codes, scales)
     wide = xp.repeat(scales, group, axis=-1)[..., : codes.shape[-1]]
     return wide * xp.astype(codes, xp.float32)
+
+
+def check_activations(kind: Any) -> str:
+    """Return the kind that a caller means, None being "float32"; raise for an unknown one."""
+    if kind is None:
+        return "float32"
+    if kind not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise NpllmValueError(f"activations must be one of {known}, got {str(kind)[:40]!r}")
+    return kind
+
+
+def is_rounded_for(weight: Any, kind: str) -> bool:
+    """Tell whether a kind of activations applies to products with a weight.
+
+    Integers go with packed weights, bfloat16 with arrays of bfloat16.
+    """
+    if kind in N_BYTES:
+        return all(map(is_packed, getattr(weight, "parts", (weight,))))
+    return kind == "bfloat16" and not is_packed(weight) and weight.dtype == DTYPES["bfloat16"]
+
+
+def check_applies(params: Any, kind: str) -> None:
+    """Raise unless a kind of activations applies to at least one matrix of a model.
+
+    Parameters
+    ----------
+    params : Params or BertParams
+    kind : str
+        One of `ACTIVATIONS`.
+
+    Raises
+    ------
+    NpllmValueError
+        When no product would be rounded.
+    """
+    matrices = [w for layer in params.layers for w in layer if getattr(w, "ndim", 0) == 2]
+    if kind == "float32" or any(is_rounded_for(w, kind) for w in matrices):
+        return
+    held = sorted({type(w).__name__ if is_packed(w) else str(w.dtype) for w in matrices})
+    wanted = "bfloat16 weights" if kind == "bfloat16" else "weights in int8 or in blocks"
+    dtypes = '"bfloat16"' if kind == "bfloat16" else '"int8" or "int4"'
+    raise NpllmValueError(
+        f'activations="{kind}" goes with {wanted}, got {", ".join(held)}: load with '
+        f'dtype={dtypes}, or with activations="float32"'
+    )
 
 
 def rounded_values(x: Array, kind: str, group: int = 32) -> Array:

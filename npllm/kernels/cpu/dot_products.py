@@ -21,13 +21,14 @@ from numba import config
 
 from npllm.kernels.cpu.simd import FLOATS, INTS, all_lanes, call
 
-__all__ = ["dot_bfloat16", "dot_bytes", "plain_vectors", "uses_instruction"]
+__all__ = ["dot_bfloat16", "dot_bytes", "form_of", "forced_form", "has_instruction"]
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
 
 FEATURES = {"int8": ("avx512f", "avx512vnni"), "bfloat16": ("avx512f", "avx512bf16")}
-_plain: list[bool] = []  # one entry for each `plain_vectors` that is entered
+FAST_BFLOAT16 = "znver"  # of AMD: VDPBF16PS is twice as fast as FMA; Intel's runs at half its speed
+_forced: list[str] = []  # the innermost `forced_form` last
 
 
 @cache
@@ -38,19 +39,31 @@ def has_instruction(kind: str) -> bool:
     return bool(is_host and all(features.get(name) for name in FEATURES[kind]))
 
 
-def uses_instruction(kind: str) -> bool:
-    """Tell whether products of "int8" or "bfloat16" are the instruction's."""
-    return not _plain and has_instruction(kind)
+def form_of(kind: str) -> str:
+    """Say how products of "int8", "int16" or "bfloat16" are computed.
+
+    Returns
+    -------
+    form : str
+        "instruction" or "plain": plain vectors, which have the same bits.  Of bfloat16 "float32" as
+        well, where the instruction is missing or slow: the float32 product of rounded entries.
+    """
+    if _forced:
+        return _forced[-1]
+    if kind != "bfloat16":
+        return "instruction" if has_instruction("int8") else "plain"
+    is_fast = llvmlite.binding.get_host_cpu_name().startswith(FAST_BFLOAT16)
+    return "instruction" if is_fast and has_instruction(kind) else "float32"
 
 
 @contextmanager
-def plain_vectors() -> Iterator[None]:
-    """Use plain vectors also where the processor has the instruction: for tests of both."""
-    _plain.append(True)
+def forced_form(form: str) -> Iterator[None]:
+    """Compute products in this form, to test each on any processor."""
+    _forced.append(form)
     try:
         yield
     finally:
-        _plain.pop()
+        _forced.pop()
 
 
 def dot_bytes(builder: Builder, uses: bool, sums: Value, u: Value, s: Value) -> Value:
@@ -59,9 +72,7 @@ def dot_bytes(builder: Builder, uses: bool, sums: Value, u: Value, s: Value) -> 
         return call(builder, "llvm.x86.avx512.vpdpbusd.512", INTS, [sums, u, s])
     for k in range(4):
         left = builder.and_(builder.lshr(u, all_lanes(8 * k, INTS)), all_lanes(255, INTS))
-        right = builder.ashr(
-            builder.shl(s, all_lanes(24 - 8 * k, INTS)), all_lanes(24, INTS)
-        )
+        right = builder.ashr(builder.shl(s, all_lanes(24 - 8 * k, INTS)), all_lanes(24, INTS))
         sums = builder.add(sums, builder.mul(left, right))
     return sums
 

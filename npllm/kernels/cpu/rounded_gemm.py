@@ -11,11 +11,17 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.block_gemv import fits_blocks
-from npllm.kernels.cpu.dot_products import uses_instruction
+from npllm.kernels.cpu import gemm
+from npllm.kernels.cpu.dot_products import form_of
 from npllm.kernels.cpu.launching import kernel, launch, n_workers
 from npllm.kernels.cpu.layout import frozen
-from npllm.kernels.cpu.rounded_panels import bfloat16_function, integer_function, round_panels
+from npllm.kernels.cpu.operands import kernel_operands
+from npllm.kernels.cpu.rounded_panels import (
+    bfloat16_function,
+    integer_function,
+    round_bfloat16,
+    round_panels,
+)
 from npllm.kernels.cpu.rounded_tiles import (
     COLUMNS,
     MOST_FLUSHES,
@@ -33,7 +39,7 @@ from npllm.quantized.int8 import Int8Weight
 from npllm.quantized.stacked import StackedWeight
 from npllm.threads import scratch
 
-__all__ = ["rounded_product"]
+__all__ = ["COLUMNS", "fits_rounded", "rounded_product"]
 
 Array = Any
 
@@ -73,7 +79,7 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
     parts = parts_of(weight)
     names = [format_of(part) for part in parts]
     flush = min(FLUSHES.get(name, 32) for name in names)
-    uses = uses_instruction("bfloat16" if kind == "bfloat16" else "int8")
+    uses = form_of(kind) == "instruction"
     table = np.zeros((MOST_PARTS + 1, 8), np.int64)
     for row, part, name in zip(table, parts, names, strict=False):
         row[:] = (
@@ -116,7 +122,14 @@ def rounded_product(panels: Array, weight: Any, kind: str) -> Array:
     -------
     y : float32 array [n_panel, d_out (and up to five rows more), 64]
         In a buffer.
+
+    Notes
+    -----
+    `panels` is a buffer: its entries may be rounded in place.
     """
+    if form_of(kind) == "float32":
+        launch(round_bfloat16, panels.view(np.uint32))
+        return gemm.product(panels, *kernel_operands(weight))
     table, flush = weight_table(weight, kind)
     words, scales = rounded_panels(panels, weight, kind, flush)
     d_out = weight.shape[0]
@@ -137,7 +150,7 @@ def rounded_panels(panels: Array, weight: Any, kind: str, flush: int) -> tuple[A
     if kind == "bfloat16":
         function = bfloat16_function()
     else:
-        function = integer_function(n_bytes, group_of(weight), flush)
+        function = integer_function(n_bytes, weight.activation_group, flush)
     launch(round_panels, function.address, panels, words, scales)
     return words, scales
 
@@ -193,12 +206,6 @@ def multiply_all(
             first = atomic_fetch_add(counter) * BAND
 
 
-def group_of(weight: Any) -> int:
-    """Entries of x that share a scale, for a weight."""
-    return 64 if isinstance(weight, Int8Weight) else 32
-
-
-def fits_rounded(weight: Any, kind: str) -> bool:
-    """Tell whether a weight that the compiled kernels take is one of these kernels', too."""
-    whole = all(weight.shape[1] % unit_size(format_of(part))[0] == 0 for part in parts_of(weight))
-    return whole and (not isinstance(weight, StackedWeight) or fits_blocks(weight))
+def fits_rounded(weight: Any) -> bool:
+    """Tell whether a weight that the kernels of `operands` take is one of these kernels', too."""
+    return all(weight.shape[1] % unit_size(format_of(part))[0] == 0 for part in parts_of(weight))

@@ -6,18 +6,18 @@ A lane is a row of x, so that a group's largest entry is found lane by lane.
 from functools import cache
 from typing import Any
 
-from llvmlite import ir
+import numpy as np
 from numba import prange, types
 from numba.extending import intrinsic
 
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.numba_internals import c_function
 from npllm.kernels.cpu.rounded_tiles import COLUMNS, VECTOR, WORD
-from npllm.kernels.cpu.simd import FLOATS, INTS, LANES, all_lanes, call
-from npllm.kernels.cpu.simd_addresses import I64, call_address, fused, pointer_to
+from npllm.kernels.cpu.simd import FLOATS, INTS, all_lanes, call
+from npllm.kernels.cpu.simd_addresses import call_address, fused, pointer_to
 from npllm.quantized.activations import LIMITS, SMALLEST
 
-__all__ = ["bfloat16_function", "integer_function", "round_panels"]
+__all__ = ["bfloat16_function", "integer_function", "round_bfloat16", "round_panels"]
 
 Array = Any
 Builder = Any  # llvmlite's IRBuilder
@@ -147,9 +147,7 @@ def round_pair(_typing: Any, x: Any, target: Any) -> Any:
             up = builder.add(bits, builder.add(odd, all_lanes(0x7FFF, INTS)))
             quiet = builder.or_(high, all_lanes(0x40, INTS))
             is_number = builder.fcmp_ordered("==", entry, entry)
-            halves.append(
-                builder.select(is_number, builder.lshr(up, all_lanes(16, INTS)), quiet)
-            )
+            halves.append(builder.select(is_number, builder.lshr(up, all_lanes(16, INTS)), quiet))
         word = joined(builder, halves, 16)
         builder.store(word, pointer_to(builder, arguments[1], INTS), align=4)
         return context.get_dummy_value()
@@ -177,4 +175,14 @@ def round_panels(function: int, panels: Array, words: Array, scales: Array) -> N
         call_address(function, (x, panels.shape[1], target, to))
 
 
-_ = ir, I64, LANES
+@kernel(parallel=True)
+def round_bfloat16(panels: Array) -> None:
+    """Round every entry of panels to bfloat16, given as its bits, in place."""
+    for p in prange(len(panels)):
+        bits = panels[p].reshape(-1)
+        for i in range(len(bits)):
+            odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+            is_nan = (bits[i] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            up = bits[i] + np.uint32(0x7FFF) + odd
+            quiet = bits[i] | np.uint32(0x400000)
+            bits[i] = (quiet if is_nan else up) & np.uint32(0xFFFF0000)

@@ -8,9 +8,9 @@ channels, whose exact integer sums are scaled and added to y.
     y[o, c] += w_scale[o] * (x_scale[c] * float(sum_k code[o, k] * x_code[c, k]))
              + w_minimum[o] * x_sum[c]
 
-x_code is stored as bytes without a sign, 128 or 32768 more than it is: sums begin at -128 times the
-sum of a row's codes.  Of 16-bit codes the upper bytes are multiplied first, their sums times 256 are
-what those of the lower bytes are added to.
+x_code is stored as bytes without a sign, 128 or 32768 more than it is: sums begin at -128 times
+the sum of a row's codes.  Of 16-bit codes the upper bytes are multiplied first; the lower bytes'
+products are added to 256 times those sums.
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ from numba.extending import intrinsic, register_model
 
 from npllm.kernels.cpu.dot_products import dot_bfloat16, dot_bytes
 from npllm.kernels.cpu.numba_internals import c_function
-from npllm.kernels.cpu.simd import F32, FLOATS, I32, INTS, LANES, all_lanes, vector
+from npllm.kernels.cpu.simd import FLOATS, I32, INTS, LANES, all_lanes, vector
 from npllm.kernels.cpu.simd_addresses import I64, fused, pointer_to
 
 __all__ = ["COLUMNS", "MOST_FLUSHES", "NUMBERS", "TILE_ROWS", "bfloat16_tile", "integer_tile"]
@@ -36,7 +36,10 @@ TILE_ROWS, VECTORS = 6, 4  # of a tile: 24 sums stay in registers
 COLUMNS = VECTORS * LANES
 WORD, VECTOR = 4, 4 * LANES  # bytes
 MOST_FLUSHES = 32  # of a run
-SCALES, MINIMUMS = WORD * MOST_FLUSHES, 2 * WORD * MOST_FLUSHES  # where they begin in a row's numbers
+SCALES, MINIMUMS = (
+    WORD * MOST_FLUSHES,
+    2 * WORD * MOST_FLUSHES,
+)  # where they begin in a row's numbers
 NUMBERS = 3 * WORD * MOST_FLUSHES  # bytes
 SHORT = 32  # words of a run of bfloat16 that are summed in registers
 

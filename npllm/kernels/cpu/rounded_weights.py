@@ -37,7 +37,9 @@ def unit_size(name: str) -> tuple[int, int]:
 def centred_bytes(builder: Builder, name: str, step: Step) -> Value:
     """The codes of a step, less the zero, one a byte."""
     unit = UNITS[name]
-    return less(builder, masked(builder, step.codes, 15), unit.zero) if unit.is_nibble else step.codes
+    return (
+        less(builder, masked(builder, step.codes, 15), unit.zero) if unit.is_nibble else step.codes
+    )
 
 
 def sums_of_flushes(builder: Builder, uses: bool, codes: Value, flush: int) -> Value:
@@ -82,9 +84,9 @@ def store_block_unit(
         distance = unit.n_bytes // 2 if unit.n_entries == STEP else 0
         steps, _ = unit_of(builder, name.literal_value, w, distance)
         for s, step in enumerate(steps):
-            minimum = step.minimum
-            if minimum is not None:
-                minimum = fused(builder, step.scale, all_lanes(unit.zero), minimum)
+            minimum = all_lanes(0.0)  # of a format that has none: another part of a stack may
+            if step.minimum is not None:
+                minimum = fused(builder, step.scale, all_lanes(unit.zero), step.minimum)
             step = Step(centred_bytes(builder, name.literal_value, step), step.scale, minimum)
             store_step(builder, uses.literal_value, flush.literal_value, step, target, s)
         return context.get_dummy_value()
