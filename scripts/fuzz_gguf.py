@@ -12,7 +12,8 @@ import numpy as np
 from fuzz_cases import INTEGERS, checked
 
 import npllm
-from npllm.checkpoints import convert_gguf, gguf_header
+from npllm.checkpoints.gguf import convert as convert_gguf
+from npllm.checkpoints.gguf import header as gguf_header
 
 
 class GGUFCases:
