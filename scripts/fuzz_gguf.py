@@ -136,6 +136,8 @@ def change_key(keys: list[Any], rng: random.Random) -> None:
 
 def change_list(kind: int, items: list[Any], rng: random.Random) -> tuple[int, list[Any]]:
     """Change the type or the items of an array."""
+    if not items:  # an earlier change may have left none
+        return kind, [nasty_number(rng)]
     items, change = list(items), rng.randrange(6)
     at = rng.randrange(len(items))
     if change == 0:
