@@ -131,8 +131,10 @@ class Arithmetic:
         Half a step, and three roundings of float32; zeros for other operands.
         """
         off = np.zeros(x.shape)
-        limit = GROUPWISE.get(self.operands or "")
-        for start in range(0, x.shape[-1] if limit else 0, group):
+        if self.operands not in GROUPWISE:
+            return off
+        limit = GROUPWISE[self.operands]
+        for start in range(0, x.shape[-1], group):
             part = slice(start, start + group)
             largest = np.max(np.abs(x[..., part]), axis=-1, keepdims=True)
             off[..., part] = largest * (0.5 / limit + 2.0**-22) + 2.0**-100
