@@ -51,6 +51,7 @@ def load(
     ops: Ops | str | None = None,
     mmap: bool = True,
     threads: int | None = None,
+    activations: str | None = None,
 ) -> Any:
     """Load a model from a checkpoint folder or a GGUF file.
 
@@ -80,6 +81,11 @@ def load(
         Of every kernel on the CPU, and of NumPy's BLAS: exactly so many from now on, for every
         model of the process.  None: what OMP_NUM_THREADS, OPENBLAS_NUM_THREADS or NUMBA_NUM_THREADS
         say, which is fixed as well; else every core, and fewer while other programs use them.
+    activations : str, optional
+        To what the inputs of linear maps of 17 rows and more (a prefill, not decoding) are rounded:
+        "float32": not at all; "int8" or "int16": integers with one scale for each 32 or 64
+        adjacent entries, for weights in int8 or in blocks; "bfloat16": for bfloat16 weights.
+        None: "float32".  See `npllm.ops.rounded.rounded_linear`.
 
     Returns
     -------
@@ -92,13 +98,15 @@ def load(
         When the folder or a file of it is missing or unreadable.
     NpllmValueError
         When its content is contradictory or not implemented; when `backend="cupy"` finds no driver
-        or device; when `threads` is not an integer from 1 to the cores of the process.
+        or device; when `threads` is not an integer from 1 to the cores of the process; when
+        `activations` is unknown, or applies to none of the weights.
     MissingExtraError
         When `backend="cupy"` and CuPy is not installed.
     """
     set_threads(threads)
     xp = backend_namespace(backend)
-    ops, mmap = choose_ops(ops, backend_name(xp)), check_flag("mmap", mmap)
+    ops = choose_ops(ops, backend_name(xp), activations)
+    mmap = check_flag("mmap", mmap)
     folder = checkpoint_folder(path)
     if is_gguf(folder):
         return load_gguf(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)

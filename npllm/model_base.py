@@ -7,6 +7,7 @@ from npllm.arguments import native_weights
 from npllm.arrays import array_namespace, backend_name
 from npllm.kernels import SETS, choose_ops
 from npllm.ops.opset import Ops
+from npllm.quantized.activations import check_applies
 
 __all__ = ["ModelBase"]
 
@@ -35,6 +36,7 @@ class ModelBase:
         self.params = native_weights(self.params)
         self._xp = array_namespace(self._an_array())
         self.ops = choose_ops(ops, backend_name(self._xp))
+        check_applies(self.params, self.ops.activations)
 
     def _an_array(self) -> Any:
         """Any one of the weights."""
@@ -42,16 +44,18 @@ class ModelBase:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in DERIVED}
-        state["ops"] = _picklable_ops(self.ops, backend_name(self._xp))
+        state["ops"], state["activations"] = _picklable_ops(self.ops, backend_name(self._xp))
         if self.origin is not None:
             del state["params"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        ops, activations = state.pop("ops"), state.pop("activations")
         self.__dict__.update(state)
         if self.origin is not None:
             self.params = self.origin.read(self.config)
-        self._set_up(state["ops"])
+        xp = array_namespace(self._an_array())
+        self._set_up(choose_ops(ops, backend_name(xp), activations))
 
     def __copy__(self) -> Any:
         new = object.__new__(type(self))
@@ -67,7 +71,9 @@ class ModelBase:
         return new
 
 
-def _picklable_ops(ops: Ops, backend: str) -> Ops | str:
-    """The name of a set that has one, else the set itself."""
+def _picklable_ops(ops: Ops, backend: str) -> tuple[Ops | str, str | None]:
+    """The name of a set that has one and its activations, else the set itself."""
+    kind = ops.activations
     names = [name for name in SETS if name != "cuda" or backend != "numpy"]
-    return next((name for name in names if choose_ops(name, backend) is ops), ops)
+    found = next((name for name in names if choose_ops(name, backend, kind) is ops), None)
+    return (ops, None) if found is None else (found, kind)

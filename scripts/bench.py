@@ -558,6 +558,8 @@ ENGINES = (
     "npllm:float16",
     "npllm:float32",
     "npllm:int8",
+    "npllm:int8+int16",
+    "npllm:int8+int8",
     "npllm:bfloat16/tiled",
     "transformers:bfloat16",
     "transformers:float16",
@@ -575,7 +577,8 @@ GGUF_ENGINES = "npllm:as stored", "llama.cpp:as stored"
 @click.option(
     "--engines",
     help=f"Of a folder, or of --config: engine:dtype, which may be a type of GGUF files such as "
-    f"q4_0; {','.join(ENGINES)}. Of a GGUF file: {','.join(GGUF_ENGINES)}.",
+    f"q4_0, or npllm:dtype+activations; {','.join(ENGINES)}. "
+    f"Of a GGUF file: {','.join(GGUF_ENGINES)}.",
 )
 @click.option("--prompts", default="256,1024", show_default=True)
 @click.option("-n", "--n-new", default=16, show_default=True)
@@ -657,7 +660,7 @@ BYTES = {
 
 def bytes_of_token(folder, dtype):
     """Bytes of the matrices that a token passes."""
-    dtype = dtype.partition("/")[0]
+    dtype = dtype.partition("/")[0].partition("+")[0]
     if dtype in BYTES:
         return BYTES[dtype] * sum(matrix_parameters(folder).values())
     params = npllm.load(contenders.gguf_file(folder, dtype)).params

@@ -16,19 +16,23 @@ N_CTX = 8192
 
 class Npllm:
     """The library itself; `dtype` of the weights, and optionally the set of operations: "bfloat16",
-    "bfloat16/tiled".  A type of GGUF files, "q4_0", is read from a file of that type.
+    "bfloat16/tiled"; or what activations are rounded to: "int8+int16".  A type of GGUF
+    files, "q4_0", is read from a file of that type.
     """
 
     def __init__(self, folder, dtype):
         import npllm
         from npllm import kernels, ops
 
+        dtype, _, activations = dtype.partition("+")
         dtype, _, name = dtype.partition("/")
         sets = {"": None, "tiled": kernels.tiled_ops(), "blockwise": ops.blockwise}
         if str(folder).endswith(".gguf") or dtype in block_types():
             folder, dtype = gguf_file(folder, dtype), None
         self.model, self.version = (
-            npllm.load(folder, dtype=dtype or None, ops=sets[name]),
+            npllm.load(
+                folder, dtype=dtype or None, ops=sets[name], activations=activations or None
+            ),
             npllm.__version__,
         )
         self.reset()

@@ -253,6 +253,7 @@ FUNCTIONS = {
     "mean": ("a", "axis", "dtype", "keepdims"),
     "max": ("a", "axis", "keepdims"),
     "min": ("a", "axis", "keepdims"),
+    "round": ("a", "decimals"),
     "all": ("a", "axis", "keepdims"),
     "any": ("a", "axis", "keepdims"),
     "argmax": ("a", "axis", "keepdims"),

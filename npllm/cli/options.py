@@ -14,6 +14,7 @@ from npllm.errors import NpllmValueError
 from npllm.kernels import SETS
 from npllm.loading import load
 from npllm.model import Model
+from npllm.quantized.activations import ACTIVATIONS
 from npllm.quantized.dtypes import NAMES
 from npllm.threads import set_threads
 
@@ -59,6 +60,13 @@ _ops_option = click.option(
     show_default=True,
     help="The fastest proven operations; the CUDA kernels; the definitions, with blockwise "
     "attention or without.",
+)
+
+
+_activations_option = click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    help="What a prefill rounds the inputs of linear maps to. [float32: nothing]",
 )
 
 
@@ -157,14 +165,20 @@ def model_options(command: Command) -> Command:
     @_backend_option
     @_dtype_option
     @_ops_option
+    @_activations_option
     @threads_option
     @functools.wraps(command)
     def wrapped(
-        *args: Any, path: str | None, backend: str, dtype: str | None, ops_name: str, **options: Any
+        *args: Any,
+        path: str | None,
+        backend: str,
+        dtype: str | None,
+        ops_name: str,
+        activations: str | None,
+        **options: Any,
     ) -> Any:
-        load_model = functools.partial(
-            load_causal, path, backend=backend, dtype=dtype, ops=ops_name
-        )
+        how = {"backend": backend, "dtype": dtype, "ops": ops_name, "activations": activations}
+        load_model = functools.partial(load_causal, path, **how)
         return command(*args, model=load_model, **options)
 
     return wrapped

@@ -13,6 +13,8 @@ from functools import cache
 from npllm import ops as _ops
 from npllm.errors import NpllmValueError
 from npllm.ops import Ops
+from npllm.ops.rounded import rounded_ops
+from npllm.quantized.activations import check_activations
 
 __all__ = [
     "SETS",
@@ -28,7 +30,9 @@ __all__ = [
 SETS = ("fast", "cuda", "blockwise", "reference")  # sets of operations that have a name
 
 
-def choose_ops(ops: Ops | str | None, backend: str = "numpy") -> Ops:
+def choose_ops(
+    ops: Ops | str | None, backend: str = "numpy", activations: str | None = None
+) -> Ops:
     """Return the set of operations that a caller means.
 
     Parameters
@@ -39,6 +43,8 @@ def choose_ops(ops: Ops | str | None, backend: str = "numpy") -> Ops:
         definitions.
     backend : str
         "numpy" or "cupy": where the arrays live.
+    activations : str, optional
+        What linear maps round, see `npllm.load`.  None: nothing, and what a given set rounds.
 
     Returns
     -------
@@ -47,10 +53,32 @@ def choose_ops(ops: Ops | str | None, backend: str = "numpy") -> Ops:
     Raises
     ------
     NpllmValueError
-        For another name, and for the CUDA kernels where the arrays are NumPy's.
+        For another name, for the CUDA kernels where the arrays are NumPy's, for unknown
+        activations, and for activations beside a set that was made elsewhere.
     """
+    kind = check_activations(activations)
     if ops is not None and not isinstance(ops, str):
+        if activations is not None and kind != ops.activations:
+            raise NpllmValueError(
+                f'activations="{kind}" needs a set by its name ({", ".join(SETS)}), got the set '
+                f"{ops.name!r}, which rounds to {ops.activations}"
+            )
         return ops
+    base = _named_ops(ops, backend)
+    return base if kind == "float32" else _rounded(base, kind)
+
+
+@cache
+def _rounded(base: Ops, activations: str) -> Ops:
+    """A set that rounds activations: with kernels where it is the compiled one."""
+    if base is compiled_ops():
+        module = importlib.import_module("npllm.kernels.cpu.rounded")
+        return module.rounded_compiled(activations)
+    return rounded_ops(base, activations)
+
+
+def _named_ops(ops: str | None, backend: str) -> Ops:
+    """The set of a name, or the fastest one."""
     if ops not in (None, *SETS):
         raise NpllmValueError(f"ops must be an Ops or one of {', '.join(SETS)}, got {ops!r}")
     if ops == "cuda" and backend == "numpy":

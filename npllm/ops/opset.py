@@ -32,6 +32,9 @@ SLOTS = {
 }
 
 
+DATA = ("name", "activations", "replaced")  # fields of a set that are no operations
+
+
 def parts_of(slot: str) -> frozenset[str]:
     """List every operation and every smaller slot that a slot contains."""
     direct = SLOTS.get(slot, ())
@@ -105,6 +108,7 @@ class Ops:
     mlp_block: Callable | None = None
     decoder_layers: Callable | None = None
     name: str = "custom"
+    activations: str = "float32"  # what linear maps round: `npllm.quantized.activations`
     replaced: frozenset[str] = (
         frozenset()
     )  # what `replace` was given: these run under a tap as well
@@ -121,7 +125,7 @@ class Ops:
     @classmethod
     def names(cls) -> list[str]:
         """List the names of all operations and slots."""
-        return [field.name for field in fields(cls) if field.name not in ("name", "replaced")]
+        return [field.name for field in fields(cls) if field.name not in DATA]
 
     def replace(self, **ops: Any) -> "Ops":
         """Return a set with some operations replaced.

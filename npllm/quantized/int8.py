@@ -44,6 +44,7 @@ class Int8Weight(PackedMatrix):
     llama.cpp has groups of 32 with a float16 scale, which takes the same 8.5 bits.
     """
 
+    activation_group = GROUP
     values: Array
     scales: Array
 

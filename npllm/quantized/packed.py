@@ -21,6 +21,7 @@ class PackedMatrix:
     """
 
     ndim = 2
+    activation_group = 32  # entries of x that share a scale, where a product rounds them
     shape: Any
 
     def rows(self, span: slice) -> Self:

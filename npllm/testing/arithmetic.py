@@ -7,7 +7,16 @@ import numpy as np
 
 from npllm.errors import NpllmValueError
 
-__all__ = ["LAMBDA", "Arithmetic", "dot_terms", "gamma", "lost_terms", "repeats", "sum_terms"]
+__all__ = [
+    "GROUPWISE",
+    "LAMBDA",
+    "Arithmetic",
+    "dot_terms",
+    "gamma",
+    "lost_terms",
+    "repeats",
+    "sum_terms",
+]
 
 Array = Any
 
@@ -51,6 +60,9 @@ LARGEST = {
 }
 """Largest finite number."""
 
+GROUPWISE = {"int8": 127, "int16": 32767}
+"""Integers with one scale for each group of adjacent entries: the largest code."""
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -68,7 +80,8 @@ class Arithmetic:
         Transformers' 16-bit RMSNorm, which rounds the normalised row as well.
     operands : str, optional
         To which the factors of a matrix product are rounded before: "tf32", "bfloat16" or
-        "float16".
+        "float16"; of a linear map, "int8" or "int16": x alone, as `npllm.quantized.activations`
+        does.
     probabilities : str, optional
         To which attention rounds its probabilities before it multiplies the values.
 
@@ -88,6 +101,8 @@ class Arithmetic:
         for name in ("dtype", "accumulate", "operands", "probabilities"):
             value = getattr(self, name)
             optional = name in ("operands", "probabilities")
+            if name == "operands" and value in GROUPWISE:
+                continue
             if value not in UNITS and not (optional and value is None):
                 raise NpllmValueError(f"{name} must be one of {', '.join(UNITS)}, got {value!r}")
         if not isinstance(self.roundings, int) or self.roundings < 1:
@@ -107,14 +122,29 @@ class Arithmetic:
 
     @property
     def u_operand(self) -> float:
-        """Unit roundoff of the factors of a product; 0 where they are taken as they are."""
-        return UNITS[self.operands] if self.operands else 0.0
+        """Unit roundoff of the factors of a product; 0 where they have none."""
+        return UNITS.get(self.operands or "", 0.0)
+
+    def group_errors(self, x: Array, group: int) -> Array:
+        """Bound the error of each entry of x that integers with a scale for each group make.
+
+        Half a step, and three roundings of float32; zeros for other operands.
+        """
+        off = np.zeros(x.shape)
+        if self.operands not in GROUPWISE:
+            return off
+        limit = GROUPWISE[self.operands]
+        for start in range(0, x.shape[-1], group):
+            part = slice(start, start + group)
+            largest = np.max(np.abs(x[..., part]), axis=-1, keepdims=True)
+            off[..., part] = largest * (0.5 / limit + 2.0**-22) + 2.0**-100
+        return off
 
     @property
     def u_probability(self) -> float:
         """Unit roundoff of the probabilities; 0 where they stay in the accumulation dtype."""
         names = [name for name in (self.probabilities, self.operands) if name]
-        return max((UNITS[name] for name in names), default=0.0)
+        return max((UNITS.get(name, 0.0) for name in names), default=0.0)
 
     @property
     def tiny(self) -> float:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.errors import NpllmValueError
-from npllm.testing.arithmetic import Arithmetic
+from npllm.testing.arithmetic import GROUPWISE, Arithmetic
 from npllm.testing.attention_budget import attention_budget
 from npllm.testing.entry_budgets import (
     add_budget,
@@ -78,7 +78,8 @@ def budget(
     roundings : int
         How often a value is rounded to `dtype` on its way to the output.
     operands : str, optional
-        To which the factors of matrix products are rounded before, such as "tf32".
+        To which the factors of matrix products are rounded before, such as "tf32"; of a linear
+        map also "int8" or "int16": x alone, with one scale for each group.
     probabilities : str, optional
         To which attention rounds its probabilities, such as "bfloat16".
 
@@ -99,6 +100,8 @@ def budget(
     """
     if op not in BUDGETS:
         raise NpllmValueError(f"no budget is called {op!r}; there are {', '.join(BUDGETS)}")
+    if operands in GROUPWISE and op not in ("linear", "qkv_projection"):
+        raise NpllmValueError(f'operands="{operands}" are those of a linear map, got {op!r}')
     arithmetic = Arithmetic(dtype, accumulate, roundings, operands, probabilities)
     with np.errstate(all="ignore"):  # an overflow is a bound of infinity
         deterministic, statistical, condition = BUDGETS[op](arithmetic, **inputs)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.testing.arithmetic import Arithmetic
+from npllm.quantized.activations import rounded_values
+from npllm.testing.arithmetic import GROUPWISE, Arithmetic
 from npllm.testing.budgets import Budget, budget
 from npllm.testing.exact import gold
 from npllm.testing.within_budget import absolute_errors, judge
@@ -129,7 +130,13 @@ def _attempts(part: Evidence, model: Arithmetic) -> Iterator[tuple[Budget, Array
         return
     kept = model.operands if part.op == "attention" else model.probabilities
     rest = replace(model, operands=None, probabilities=kept)
-    for cut in OPERANDS[model.operands]:
+    group = getattr(part.inputs.get("weight"), "activation_group", 32)
+    if model.operands in GROUPWISE:
+        x = rounded_values(np.asarray(part.inputs["x"], np.float32), model.operands, group)
+        given = {**part.inputs, "x": x}
+        exact, bound = gold(part.op, given), model_budget(part.op, given, rest)
+        yield bound, absolute_errors(part.found, exact, exact, bound)
+    for cut in OPERANDS.get(model.operands, ()):
         given = {name: _cut(cut, name, x) for name, x in part.inputs.items()}
         exact = gold(part.op, given)
         bound = model_budget(part.op, given, rest)

@@ -57,12 +57,12 @@ def panel_columns() -> int:
     return WIDE if features.get("avx512f") else NARROW if features.get("fma") else 0
 
 
-def packed(rows: Array, gain: Array, eps: float) -> Array:
+def packed(rows: Array, gain: Array, eps: float, columns: int = 0) -> Array:
     """Rows [n, d], normalised where there is a gain, as panels [n_panel, d, columns] in a buffer,
-    the last filled up with zeros.
+    the last filled up with zeros; 0 columns: those of `product`.
     """
     n, d = rows.shape
-    columns = NARROW if n <= NARROW else panel_columns()
+    columns = columns or (NARROW if n <= NARROW else panel_columns())
     panels = scratch("x panels", (-(-n // columns), d, columns), np.float32)
     launch(pack_all, rows, gain, np.float32(eps), panels)
     return panels

@@ -113,11 +113,14 @@ def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array, bias: A
     return y.reshape(*x.shape[:-1], d_ff)
 
 
-@ieee_semantics
 def gated_panels(x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array) -> Array:
     """Compute `norm_swiglu` of many rows, as panels [n_panel, d_ff, columns] in a buffer."""
-    both = many_rows(x, weight, norm_weight, eps)
-    d_ff = len(weight) // 2
+    return gate_panels(many_rows(x, weight, norm_weight, eps), len(weight) // 2, bias)
+
+
+@ieee_semantics
+def gate_panels(both: Array, d_ff: int, bias: Array) -> Array:
+    """Add a bias to panels of gate and up, in place, and compute swiglu of the two."""
     if bias is not None:
         both[:, : 2 * d_ff] += bias.astype(np.float32, copy=False)[:, None]
     y = scratch("gated", (len(both), d_ff, both.shape[2]), np.float32)

@@ -1,0 +1,211 @@
+"""The matrix product of many rows whose activations are rounded: `gemm`'s, on products of bytes or
+of bfloat16.
+
+The rows of x, packed into panels as `gemm` packs them, are rounded once.  A task is a band of 96
+rows of the weight; for each run of channels its codes are written into the second-level cache, and
+passed over all panels, six rows at a time.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from npllm.kernels.cpu import gemm
+from npllm.kernels.cpu.dot_products import form_of
+from npllm.kernels.cpu.launching import kernel, launch, n_workers
+from npllm.kernels.cpu.layout import frozen
+from npllm.kernels.cpu.operands import kernel_operands
+from npllm.kernels.cpu.rounded_panels import (
+    bfloat16_function,
+    integer_function,
+    round_bfloat16,
+    round_panels,
+)
+from npllm.kernels.cpu.rounded_tiles import (
+    COLUMNS,
+    MOST_FLUSHES,
+    NUMBERS,
+    TILE_ROWS,
+    WORD,
+    bfloat16_tile,
+    integer_tile,
+)
+from npllm.kernels.cpu.rounded_weights import FLUSHES, MINIMUM, codes_function, unit_size
+from npllm.kernels.cpu.simd_addresses import call_address
+from npllm.kernels.cpu.simd_arrays import atomic_fetch_add
+from npllm.quantized.activations import N_BYTES
+from npllm.quantized.int8 import Int8Weight
+from npllm.quantized.stacked import StackedWeight
+from npllm.threads import scratch
+
+__all__ = ["COLUMNS", "fits_rounded", "rounded_product"]
+
+Array = Any
+
+BAND = 16 * TILE_ROWS  # rows of a task
+RUN = 512  # bytes of a run's codes in a row of the band
+ROW = NUMBERS + RUN  # bytes of a row of the band
+AHEAD = 12  # rows by which the reading of the weight runs ahead
+MOST_PARTS = 3
+PANEL = COLUMNS * WORD
+# columns of a table that describes a weight, one integer each; of its last row, the run
+FIRST, ROW_BYTES, N_ROWS, SCALES, SCALE_BYTES, CODES, UNIT_ENTRIES, UNIT_BYTES = range(8)
+TILE, DEPTH, FLUSH, X_BYTES, D_IN = range(5)
+
+
+def format_of(part: Any) -> str:
+    """The name of a part's format, as `rounded_weights` has it."""
+    if isinstance(part, Int8Weight):
+        return "int8"
+    return "bfloat16" if type(part) is np.ndarray else part.format
+
+
+def parts_of(weight: Any) -> tuple:
+    """The matrices of which a weight has the rows."""
+    return weight.parts if isinstance(weight, StackedWeight) else (weight,)
+
+
+def address(x: Array) -> int:
+    """Where an array begins in memory."""
+    return x.__array_interface__["data"][0]
+
+
+def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
+    """Describe a weight to `multiply_all`, and say how many channels are scaled together.
+
+    The caller keeps the weight alive.
+    """
+    parts = parts_of(weight)
+    names = [format_of(part) for part in parts]
+    flush = min(FLUSHES.get(name, 32) for name in names)
+    uses = form_of(kind) == "instruction"
+    table = np.zeros((MOST_PARTS + 1, 8), np.int64)
+    for row, part, name in zip(table, parts, names, strict=False):
+        row[:] = (
+            *_places(part, name),
+            codes_function(name, flush, uses).address,
+            *unit_size(name),
+        )
+    has_minimum = not MINIMUM.isdisjoint(names)
+    if kind == "bfloat16":
+        tile, depth, x_bytes = bfloat16_tile(uses), RUN // 2, PANEL // 2
+    else:
+        n_bytes = N_BYTES[kind]
+        tile = integer_tile(n_bytes, flush, has_minimum, uses)
+        depth, x_bytes = min(RUN // n_bytes, flush * MOST_FLUSHES), PANEL // WORD * n_bytes
+    table[MOST_PARTS, :5] = tile.address, depth, flush, x_bytes, weight.shape[1]
+    return frozen(table), flush
+
+
+def _places(part: Any, name: str) -> tuple[int, int, int, int, int]:
+    """Where rows begin, bytes of one, how many; where their scales begin, and bytes of a row's."""
+    if name == "int8":
+        values, scales = part.values, part.scales
+        return address(values), *values.shape[::-1], address(scales), scales.strides[0]
+    rows = part if name == "bfloat16" else part.blocks
+    return address(rows), rows.strides[0], len(rows), 0, 0
+
+
+def rounded_product(panels: Array, weight: Any, kind: str) -> Array:
+    """The product of a weight and packed rows, rounded as `kind` says.
+
+    Parameters
+    ----------
+    panels : float32 array [n_panel, d_in, 64]
+    weight : Int8Weight, BlockWeight, StackedWeight or bfloat16 array [d_out, d_in]
+        For which `fits_rounded` holds.
+    kind : str
+        "int16", "int8" or "bfloat16".
+
+    Returns
+    -------
+    y : float32 array [n_panel, d_out (and up to five rows more), 64]
+        In a buffer.
+
+    Notes
+    -----
+    `panels` is a buffer: its entries may be rounded in place.
+    """
+    if form_of(kind) == "float32":
+        launch(round_bfloat16, panels.view(np.uint32))
+        return gemm.product(panels, *kernel_operands(weight))
+    table, flush = weight_table(weight, kind)
+    words, scales = rounded_panels(panels, weight, kind, flush)
+    d_out = weight.shape[0]
+    n_row = -(-d_out // TILE_ROWS) * TILE_ROWS
+    y = scratch("y panels", (len(panels), n_row, COLUMNS), np.float32)
+    band = scratch("rounded band", (n_workers(), BAND, ROW), np.uint8)
+    launch(multiply_all, table, words, scales, band, y, d_out, np.zeros(1, np.int64))
+    return y
+
+
+def rounded_panels(panels: Array, weight: Any, kind: str, flush: int) -> tuple[Array, Array]:
+    """Round packed rows: their words, and scales and sums for each flush, in buffers."""
+    n_panel, d_in, _ = panels.shape
+    n_bytes = N_BYTES.get(kind, 2)
+    words = scratch("rounded x", (n_panel, d_in * n_bytes // WORD, COLUMNS), np.uint32)
+    n_flush = 1 if kind == "bfloat16" else d_in // flush
+    scales = scratch("rounded scales", (n_panel, n_flush, 2, COLUMNS), np.float32)
+    if kind == "bfloat16":
+        function = bfloat16_function()
+    else:
+        function = integer_function(n_bytes, weight.activation_group, flush)
+    launch(round_panels, function.address, panels, words, scales)
+    return words, scales
+
+
+@kernel(nogil=True)
+def write_row(table: Array, row: int, start: int, depth: int, target: int) -> None:
+    """Write channels start ... start + depth - 1 of a row of the weight into the band."""
+    p = 0
+    while row >= table[p, N_ROWS]:
+        row, p = row - table[p, N_ROWS], p + 1
+    unit, row_bytes = start // table[p, UNIT_ENTRIES], table[p, ROW_BYTES]
+    w = table[p, FIRST] + row * row_bytes + unit * table[p, UNIT_BYTES]
+    scales = table[p, SCALES] + row * table[p, SCALE_BYTES] + unit * WORD
+    n_units = depth // table[p, UNIT_ENTRIES]
+    call_address(table[p, CODES], (w, scales, n_units, target, AHEAD * row_bytes))
+
+
+@kernel(nogil=True)
+def multiply_band(
+    table: Array, words: Array, scales: Array, band: Array, y: Array, first: int, stop: int
+) -> None:
+    """Rows first ... stop - 1 of the product, for all panels."""
+    run = table[MOST_PARTS]
+    n_tile = (stop - first + TILE_ROWS - 1) // TILE_ROWS
+    for start in range(0, run[D_IN], run[DEPTH]):
+        depth = min(run[DEPTH], run[D_IN] - start)
+        for r in range(n_tile * TILE_ROWS):
+            if first + r < stop:
+                write_row(table, first + r, start, depth, band[r].ctypes.data)
+            else:
+                band[r, :] = 0
+        for p in range(len(words)):
+            x = words[p].ctypes.data + start * run[X_BYTES]
+            x_scales = scales[p].ctypes.data + start // run[FLUSH] * 2 * PANEL
+            for r in range(0, n_tile * TILE_ROWS, TILE_ROWS):
+                tile = y[p, first + r : first + r + TILE_ROWS]
+                if start == 0:
+                    tile[:, :] = 0
+                codes, n_flush, to = band[r].ctypes.data, depth // run[FLUSH], tile.ctypes.data
+                call_address(run[TILE], (codes, ROW, n_flush, x, x_scales, to))
+
+
+@kernel(parallel=True)
+def multiply_all(
+    table: Array, words: Array, scales: Array, band: Array, y: Array, d_out: int, counter: Array
+) -> None:
+    """All bands of the product: whichever thread is free takes the next one."""
+    for thread in prange(len(band)):
+        first = atomic_fetch_add(counter) * BAND
+        while first < d_out:
+            stop = min(first + BAND, d_out)
+            multiply_band(table, words, scales, band[thread], y, first, stop)
+            first = atomic_fetch_add(counter) * BAND
+
+
+def fits_rounded(weight: Any) -> bool:
+    """Tell whether a weight that the kernels of `operands` take is one of these kernels', too."""
+    return all(weight.shape[1] % unit_size(format_of(part))[0] == 0 for part in parts_of(weight))

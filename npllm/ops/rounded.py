@@ -1,0 +1,78 @@
+"""Products whose activations are rounded: what `npllm.load(activations=...)` means."""
+
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any
+
+from npllm.arrays import array_namespace
+from npllm.ops.linear import linear
+from npllm.ops.opset import Ops
+from npllm.quantized.activations import is_rounded_for, rounded_values
+
+__all__ = ["FEWEST_ROWS", "rounded_linear", "rounded_ops"]
+
+Array = Any
+
+FEWEST_ROWS = 17  # a product of fewer is bound by memory, and rounds nothing
+
+
+def rounded_linear(
+    x: Array, weight: Array, bias: Array = None, *, activations: str = "float32"
+) -> Array:
+    """Multiply each row, rounded, by the transposed weight matrix, and add a bias.
+
+        y = linear(x', weight, bias),   x' = rounded_values(x, activations, group)
+
+    Parameters
+    ----------
+    x : array [..., d_in]
+    weight : array [d_out, d_in]
+        Or a `PackedMatrix`, whose `activation_group` is the group.
+    bias : array [d_out], optional
+    activations : str
+        One of `npllm.quantized.activations.ACTIVATIONS`.
+
+    Returns
+    -------
+    y : array [..., d_out]
+
+    Raises
+    ------
+    NpllmValueError
+        When the shapes do not fit.
+
+    Notes
+    -----
+    Three kinds of products are those of `linear`: of fewer than 17 rows, decoding among them, which
+    is bound by reading the weights; with a weight to which `activations` does not apply
+    (`is_rounded_for`); of float64.
+
+    The integers of a group, and of a weight in the same group, have exact sums of products in 32
+    bits, so that a kernel rounds once a group where this definition rounds every product.  A
+    product of two bfloat16 numbers is exact in float32; the instruction VDPBF16PS adds the odd one
+    of each pair of channels first, and reads and returns subnormal numbers as 0.
+    """
+    few = prod(x.shape[:-1]) < FEWEST_ROWS
+    if few or not is_rounded_for(weight, activations) or x.dtype != array_namespace(x).float32:
+        return linear(x, weight, bias)
+    group = getattr(weight, "activation_group", 1)
+    return linear(rounded_values(x, activations, group), weight, bias)
+
+
+def rounded_ops(ops: Ops, activations: str) -> Ops:
+    """Return a set whose linear maps are `rounded_linear`, without the slots that contain one.
+
+    Parameters
+    ----------
+    ops : Ops
+    activations : str
+        Another one than "float32".
+
+    Returns
+    -------
+    rounded : Ops
+    """
+    new = ops.replace(linear=partial(rounded_linear, activations=activations))
+    name = f"{ops.name} ({activations} activations)"
+    return replace(new, name=name, replaced=ops.replaced, activations=activations)

@@ -1,0 +1,188 @@
+"""Compiled products of rounded activations: against their definitions, in every form."""
+
+import ml_dtypes
+import numpy as np
+import optional
+import pytest
+from blocks import FORMAT_NAMES, random_weight
+from close import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npllm import kernels, ops
+from npllm.arrays import widen
+from npllm.models.params import LayerParams
+from npllm.ops import Step
+from npllm.quantized.activations import round_activations, rounded_values
+from npllm.quantized.int8 import Int8Weight, quantize
+from npllm.quantized.stacked import StackedWeight
+
+optional.module("numba")
+from npllm.kernels.cpu import dot_products  # noqa: E402
+from npllm.kernels.cpu.dot_products import forced_form, has_instruction  # noqa: E402
+
+INTEGERS = ("int8", "int16")
+FORMATS = ("int8", *FORMAT_NAMES)
+
+
+def forms(kind):
+    """The forms that this processor has."""
+    feature = "bfloat16" if kind == "bfloat16" else "int8"
+    found = ["plain"] + ["instruction"] * has_instruction(feature)
+    return found + ["float32"] * (kind == "bfloat16")
+
+
+def rows(n, d, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
+
+
+def weight_of(name, d_out, d_in, seed=0):
+    if name == "bfloat16":
+        return rows(d_out, d_in, seed).astype(ml_dtypes.bfloat16)
+    if name == "int8":
+        return quantize(rows(d_out, d_in, seed))
+    return random_weight(name, d_out, d_in, seed)
+
+
+def rounded_set(kind):
+    return kernels.choose_ops("fast", activations=kind)
+
+
+def exact(x, weight, kind):
+    """The product of rounded rows in float64."""
+    values = rounded_values(x, kind, getattr(weight, "activation_group", 1))
+    return values.astype(np.float64) @ widen(weight, np.float32).astype(np.float64).T
+
+
+def test_the_forms_that_run_here_are_printed(capsys):
+    with capsys.disabled():
+        chosen = {kind: dot_products.form_of(kind) for kind in (*INTEGERS, "bfloat16")}
+        print(f"\nproducts of rounded activations: {chosen}; tested: {forms('bfloat16')}")
+    assert chosen["int8"] in forms("int8") and chosen["bfloat16"] in forms("bfloat16")
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_in_every_form_is_the_exact_product_of_what_is_rounded(name, kind):
+    x, weight = rows(70, 512), weight_of(name, 101, 512)
+    found = {}
+    for form in forms(kind):
+        with forced_form(form):
+            found[form] = rounded_set(kind).linear(x, weight)
+        close(found[form], exact(x, weight, kind), dtype="float32")
+    assert all((y == found["plain"]).all() for y in found.values())  # integer sums are exact
+    assert np.abs(found["plain"] - ops.linear(x, weight)).max() > 0
+
+
+def test_bfloat16_in_every_form_is_the_product_of_what_is_rounded():
+    x, weight = rows(70, 576), weight_of("bfloat16", 101, 576)
+    found = {}
+    for form in forms("bfloat16"):
+        with forced_form(form):
+            found[form] = rounded_set("bfloat16").linear(x, weight)
+        close(found[form], exact(x, weight, "bfloat16"), dtype="float32")
+    if "instruction" in found:
+        assert (found["instruction"] == found["plain"]).all()  # one order of sums
+
+
+@pytest.mark.slow
+@settings(deadline=None)
+@given(
+    n=st.integers(17, 140),
+    d_out=st.integers(1, 200),
+    n_unit=st.integers(1, 5),
+    name=st.sampled_from((*FORMATS, "bfloat16")),
+    kind=st.sampled_from(INTEGERS),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(n, d_out, n_unit, name, kind, seed):
+    kind = "bfloat16" if name == "bfloat16" else kind
+    d_in = n_unit * (256 if name.endswith("_K") else 64)
+    x, weight = rows(n, d_in, seed), weight_of(name, d_out, d_in, seed)
+    close(rounded_set(kind).linear(x, weight), exact(x, weight, kind), dtype="float32", times=2)
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_the_largest_codes_neither_saturate_nor_overflow(kind):
+    x = np.ones((20, 128), np.float32)
+    x[::2, 1::2] = -1
+    for value in (127, -127, -128):
+        weight = Int8Weight(np.full((7, 128), value, np.int8), np.ones((7, 2), np.float32))
+        for form in forms(kind):
+            with forced_form(form):
+                y = rounded_set(kind).linear(x, weight)
+            gold = x.astype(np.float64) @ np.full((128, 7), float(value))
+            close(y, gold + 0 * y, dtype="float32")
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_codes_are_those_of_the_definition(kind):
+    """A weight that picks single channels gives each code back."""
+    x = rows(20, 128, 3) * np.exp(rows(20, 128, 4))
+    weight = Int8Weight(np.eye(128, dtype=np.int8), np.ones((128, 2), np.float32))
+    codes, scales = round_activations(x, kind, 64)
+    close(
+        rounded_set(kind).linear(x, weight),
+        np.repeat(scales, 64, axis=1) * codes.astype(np.float32),
+        times=0,
+    )
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_small_groups_are_zero_and_those_with_nan_or_infinity_are_nan(kind):
+    x = rows(20, 128)
+    x[0, :64], x[0, 64:] = 2.0**-101, 0
+    x[1, 5], x[2, 70], x[3, 0] = np.nan, np.inf, -np.inf
+    y = rounded_set(kind).linear(x, weight_of("int8", 9, 128))
+    assert (y[0] == 0).all() and np.isnan(y[1:4]).all() and np.isfinite(y[4:]).all()
+
+
+def test_bfloat16_keeps_nan_and_infinity():
+    x = rows(20, 64)
+    x[1, 5], x[2, 7] = np.nan, np.inf
+    x.view(np.uint32)[3, 3] = 0x7F800001  # a NaN whose upper half alone is infinity
+    for form in forms("bfloat16"):
+        with forced_form(form):
+            y = rounded_set("bfloat16").linear(x, weight_of("bfloat16", 9, 64))
+        assert np.isnan(y[[1, 3]]).all() and np.isinf(y[2]).all() and np.isfinite(y[4:]).all()
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_stacks_of_formats(kind):
+    parts = tuple(weight_of(name, 7, 512, i) for i, name in enumerate(("Q4_K", "Q6_K", "Q8_0")))
+    stack = StackedWeight(parts)
+    x = rows(30, 512)
+    close(rounded_set(kind).linear(x, stack), exact(x, stack, kind), dtype="float32")
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize("d_in", [63, 96])
+def test_widths_that_the_kernels_do_not_take_are_the_definitions(kind, d_in):
+    x = rows(20, d_in)
+    weight = quantize(rows(5, d_in)) if d_in % 32 else weight_of("Q4_0", 5, d_in)
+    close(rounded_set(kind).linear(x, weight), exact(x, weight, kind), dtype="float32")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("int8", "int8"), ("int16", "Q4_1"), ("bfloat16",) * 2])
+def test_every_slot_is_the_composition_of_its_parts(kind, name):
+    fast = rounded_set(kind)
+    x, gain, bias = rows(40, 128), rows(1, 128)[0], rows(1, 128, 5)[0]
+    square, wide = weight_of(name, 128, 128), weight_of(name, 256, 128, 1)
+    down = weight_of(name, 128, 128, 2)
+    h = fast.rms_norm(x, gain, 1e-5)
+    close(fast.norm_linear(x, gain, 1e-5, square, bias), fast.linear(h, square, bias), times=200)
+    close(fast.linear_add(x, square, x, bias), x + fast.linear(x, square, bias))
+    both = fast.linear(h, wide)
+    gated = fast.swiglu(both[:, :128], both[:, 128:])
+    close(fast.norm_swiglu(x, gain, 1e-5, wide), gated, times=200)
+    layer = LayerParams(gain, square, square, gain, wide, down)
+    y = fast.mlp_block(x[None], layer, Step(None, None, 2, 2, 1e-5))
+    close(y, (x + fast.linear(gated, down))[None], times=2000)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("int8", "int8"), ("bfloat16", "bfloat16")])
+def test_a_row_has_the_same_bits_alone_and_in_company_up_to_sixteen(kind, name):
+    x, weight = rows(16, 128), weight_of(name, 30, 128)
+    alone = np.concatenate([rounded_set(kind).linear(x[k : k + 1], weight) for k in range(16)])
+    close(rounded_set(kind).linear(x, weight), alone, times=0)
+    assert rounded_set(kind).decoder_layers is kernels.compiled_ops().decoder_layers
