@@ -91,7 +91,7 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
     "checkpoint": "checkpoints",
     "upload": "checkpoints.upload",
     "fetch": "checkpoints.fetch",
-    "convert": "checkpoints.convert_gguf",
+    "convert": "checkpoints.gguf.convert",
     "tokenizer": "text.tokenizer",
     "template": "text.chat_template",
     "generate": "decoding",

@@ -10,10 +10,10 @@ from tokenizers import normalizers
 from npllm.arguments import check_flag
 from npllm.arrays import backend_name, backend_namespace
 from npllm.checkpoints.fetch import WHEELS, fetch, find_checkpoint
-from npllm.checkpoints.gguf import GGUFFile, is_gguf
-from npllm.checkpoints.gguf_config import gguf_config
-from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
-from npllm.checkpoints.gguf_weights import load_gguf_params
+from npllm.checkpoints.gguf.config import gguf_config
+from npllm.checkpoints.gguf.reader import GGUFFile, is_gguf
+from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
+from npllm.checkpoints.gguf.weights import load_gguf_params
 from npllm.checkpoints.origin import Origin
 from npllm.checkpoints.sentence_settings import (
     SentenceSettings,

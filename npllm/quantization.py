@@ -4,9 +4,9 @@ from pathlib import Path
 
 from npllm.arguments import check_flag
 from npllm.checkpoints.extras import import_extra
-from npllm.checkpoints.gguf_sources import gguf_source
-from npllm.checkpoints.gguf_types import file_type_named
-from npllm.checkpoints.write_gguf import write_gguf
+from npllm.checkpoints.gguf.sources import gguf_source
+from npllm.checkpoints.gguf.tensor_types import file_type_named
+from npllm.checkpoints.gguf.writer import write_gguf
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.loading import checkpoint_folder
 
@@ -33,7 +33,7 @@ def quantize(
     file_type : str
         "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
         "f16", "bf16" or "f32".  The type of each tensor is the one that llama.cpp chooses
-        (`npllm.checkpoints.gguf_types.tensor_type`).
+        (`npllm.checkpoints.gguf.tensor_types.tensor_type`).
     overwrite : bool
         Replace a file that exists.
     progress : bool

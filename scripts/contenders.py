@@ -151,7 +151,7 @@ GGUF_LAYER = {
 
 def block_types():
     """Types of GGUF files whose matrices are in blocks."""
-    from npllm.checkpoints.gguf_types import FILE_TYPES
+    from npllm.checkpoints.gguf.tensor_types import FILE_TYPES
 
     return [name for name in FILE_TYPES if name.startswith("q")]
 
@@ -178,7 +178,7 @@ def write_gguf(folder, path, dtype):
     """
     import gguf
 
-    from npllm.checkpoints.gguf_types import ModelSizes, file_type_named, tensor_type
+    from npllm.checkpoints.gguf.tensor_types import ModelSizes, file_type_named, tensor_type
     from npllm.checkpoints.phi3_layout import load_params
     from npllm.config.config import Config
     from npllm.models import rope

@@ -12,7 +12,8 @@ import numpy as np
 from fuzz_cases import INTEGERS, checked
 
 import npllm
-from npllm.checkpoints import convert_gguf, gguf_header
+from npllm.checkpoints.gguf import convert as convert_gguf
+from npllm.checkpoints.gguf import header as gguf_header
 
 
 class GGUFCases:
@@ -135,6 +136,8 @@ def change_key(keys: list[Any], rng: random.Random) -> None:
 
 def change_list(kind: int, items: list[Any], rng: random.Random) -> tuple[int, list[Any]]:
     """Change the type or the items of an array."""
+    if not items:  # an earlier change may have left none
+        return kind, [nasty_number(rng)]
     items, change = list(items), rng.randrange(6)
     at = rng.randrange(len(items))
     if change == 0:

@@ -2,7 +2,8 @@
 
 A case fails when anything but an expected outcome comes out of it, when the process dies, when it
 takes longer than the limit, or when the resident memory of the process exceeds the limit.  In the
-last two cases the child is killed, and a new one goes on with the next case.
+last two cases the child is killed, and a new one goes on with the next case.  A case that took too
+long is run once more first: on a busy machine a process may get no processor for seconds.
 """
 
 import collections
@@ -21,6 +22,7 @@ import numpy as np
 
 POLL_SECONDS = 0.02
 REPORT_CASES = 200  # between messages of the child
+LATE = "still runs after"
 CHILD_CASES = 10_000  # then a fresh child
 ADDRESS_SPACE = 3 << 30  # beyond what is mapped at the start: an allocation above it fails
 
@@ -34,6 +36,7 @@ class Summary(NamedTuple):
     failures: list[tuple[int, str]]
     slowest: tuple[float, int]  # seconds, number
     most: tuple[int, int]  # bytes above the baseline, number
+    late: list[int]  # numbers that took too long once, and ended when they were run again
 
 
 def resident_bytes(pid: int | str = "self") -> int:
@@ -101,6 +104,7 @@ def watch(
     outcomes: collections.Counter[str] = collections.Counter()
     failures: list[tuple[int, str]] = []
     slowest, most, first = (0.0, -1), (0, -1), 0
+    late: list[int] = []
     disk = "/dev/shm" if Path("/dev/shm").is_dir() else None
     stop_at = start + 60 * minutes
     while first < n and time.monotonic() < stop_at:
@@ -113,9 +117,16 @@ def watch(
             failures += failed
             slowest = max(slowest, slow)
         most = max(most, peak)
-        first = reports[-1][0] if failure is None else failure[0] + 1
-        failures += [] if failure is None else [failure]
-    return Summary(first, time.monotonic() - start, outcomes, failures, slowest, most)
+        if failure is None:
+            first = reports[-1][0]
+        elif failure[1].startswith(LATE) and failure[0] not in late:
+            late.append(failure[0])
+            first = failure[0]
+        else:
+            failures.append(failure)
+            first = failure[0] + 1
+    late = [number for number in late if number not in dict(failures)]
+    return Summary(first, time.monotonic() - start, outcomes, failures, slowest, most, late)
 
 
 class _Child:
@@ -153,7 +164,7 @@ class _Child:
             if grown > limit_bytes:
                 problem = number, f"holds {grown >> 20} MiB more than before"
             elif seconds > limit_seconds:
-                problem = number, f"still runs after {seconds:.1f} s"
+                problem = number, f"{LATE} {seconds:.1f} s"
         if problem is not None:
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
@@ -171,6 +182,8 @@ def write_summary(name: str, summary: Summary, seed: int) -> None:
         f"slowest case {summary.slowest[0]:.2f} s (number {summary.slowest[1]}); most memory "
         f"{summary.most[0] / 2**20:.0f} MiB above the start (at number {summary.most[1]})"
     )
+    if summary.late:
+        print(f"took too long once, and not when run again: {summary.late}")
     print(f"{len(summary.outcomes)} kinds of outcome, the most frequent:")
     for outcome, count in summary.outcomes.most_common(25):
         print(f"  {count:7d} {outcome.encode('ascii', 'backslashreplace').decode()}")

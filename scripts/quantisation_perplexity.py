@@ -17,7 +17,7 @@ import numpy as np
 from llama_cpp_runs import LlamaCpp, log_likelihoods, quantize_with_llama_cpp
 
 import npllm
-from npllm.checkpoints.gguf_types import FILE_TYPES
+from npllm.checkpoints.gguf.tensor_types import FILE_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = ("q4_0", "q4_k_m", "q6_k", "q8_0")

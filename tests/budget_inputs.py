@@ -19,6 +19,16 @@ def _outlier(rng, shape):
     return x
 
 
+def _nearly_equal(rng, shape):
+    """Entries that a long sum rounds alike although no two are equal."""
+    return rng.standard_normal() * (1 + 10.0 ** rng.uniform(-7, -3) * rng.standard_normal(shape))
+
+
+def _outlier_among(rng, x):
+    x[..., rng.integers(x.shape[-1])] *= 10.0 ** rng.uniform(1, 8)
+    return x
+
+
 KINDS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
     "huge": lambda rng, shape: 1e15 * rng.standard_normal(shape),
@@ -29,6 +39,9 @@ KINDS = {
     "cancelling": _cancelling,
     "sparse": lambda rng, shape: rng.standard_normal(shape) * (rng.random(shape) < 0.1),
     "outlier": _outlier,
+    "nearly equal": _nearly_equal,
+    "outlier among nearly equal": lambda rng, shape: _outlier_among(rng, _nearly_equal(rng, shape)),
+    "outlier among positive": lambda rng, shape: _outlier_among(rng, rng.random(shape)),
     "offset": lambda rng, shape: 100 + rng.standard_normal(shape),
     "positive": lambda rng, shape: rng.random(shape),
     "sorted": lambda rng, shape: np.sort(rng.standard_normal(shape), axis=-1),
@@ -39,6 +52,7 @@ KINDS = {
 MODERATE = (
     "normal",
     "equal",
+    "nearly equal",
     "few values",
     "cancelling",
     "sparse",

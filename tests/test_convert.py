@@ -1,4 +1,4 @@
-"""npllm.checkpoints.convert_gguf: a Llama GGUF file becomes a Phi-3 folder that computes the same
+"""npllm.checkpoints.gguf.convert: a Llama GGUF file becomes a Phi-3 folder that computes the same
 function.
 """
 
@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from npllm.checkpoints import convert_gguf as convert
-from npllm.checkpoints import gguf as gguf_file
+from npllm.checkpoints.gguf import convert
+from npllm.checkpoints.gguf import reader as gguf_file
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
 gguf = pytest.importorskip("gguf")

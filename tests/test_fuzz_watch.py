@@ -63,6 +63,23 @@ def test_the_watch_sees_errors_hangs_memory_and_death_and_goes_on(scripts):
     assert summary.outcomes["fine"] == 493
 
 
+def test_a_case_that_is_late_only_once_is_no_escape(scripts, tmp_path):
+    class LateOnce(Cases):
+        def run(self, number):
+            if number == 5 and not (tmp_path / "ran").exists():
+                (tmp_path / "ran").touch()
+                time.sleep(60)
+            return "fine"
+
+    watch, _ = scripts
+    summary = watch.watch(LateOnce, 20, 4, limit_seconds=2, limit_bytes=100 << 20)
+    assert summary.failures == []
+    assert summary.late == [5]
+    assert summary.outcomes == collections.Counter(
+        fine=15
+    )  # of the first child nothing is reported
+
+
 def test_an_error_is_an_escape_with_its_number(scripts):
     class Raising(Cases):
         def run(self, number):

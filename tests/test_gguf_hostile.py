@@ -17,7 +17,7 @@ from test_convert import METADATA, TOKENS, random_tensors, write_gguf  # noqa: E
 
 import npllm  # noqa: E402
 from npllm.checkpoints import convert_gguf, disk  # noqa: E402
-from npllm.checkpoints.convert_gguf import gguf_to_phi3  # noqa: E402
+from npllm.checkpoints.gguf.convert import gguf_to_phi3  # noqa: E402
 from npllm.errors import NpllmOSError, NpllmValueError  # noqa: E402
 
 
@@ -305,7 +305,8 @@ def test_other_files_that_cannot_be_moved_back_are_not_deleted(tmp_path, monkeyp
 
 KILLED = """
 import os, signal, sys
-from npllm.checkpoints import convert_gguf, disk
+from npllm.checkpoints import disk
+from npllm.checkpoints.gguf import convert as convert_gguf
 exchange = disk.exchange_by_renameat2
 def kill(*names):
     if sys.argv[3] == "after":
@@ -333,7 +334,7 @@ def test_a_killed_conversion_leaves_the_old_checkpoint_or_the_new(tmp_path, when
 def test_the_rows_of_a_mapped_file_are_those_of_the_library(tmp_path):
     from gguf import GGMLQuantizationType as Kind
 
-    from npllm.checkpoints.gguf import GGUFFile, dequantized_rows
+    from npllm.checkpoints.gguf.reader import GGUFFile, dequantized_rows
 
     tensors = random_tensors()
     kinds = {"blk.0.ffn_up.weight": Kind.Q4_1, "blk.0.ffn_gate.weight": Kind.Q8_0}

@@ -14,9 +14,9 @@ import npllm
 from npllm import kernels, ops
 from npllm.arrays import is_packed, to_numpy, widen
 from npllm.checkpoints.fetch import DEFAULT_GGUF, fetch
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_config import gguf_config
-from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
+from npllm.checkpoints.gguf.config import gguf_config
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.models.rope import frequencies
 from npllm.quantized.block_weight import BlockWeight

@@ -7,9 +7,9 @@ from gguf_files import metadata, tensors, write
 from test_tokenizers_family import CUT_DOWN, GOLDEN, WHOLE
 from tiny import byte_level
 
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_sentencepiece import derive_merges
-from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.sentencepiece import derive_merges
+from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
 from npllm.errors import NpllmValueError
 from npllm.text.tokenizer import Tokenizer
 

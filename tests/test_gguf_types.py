@@ -2,7 +2,7 @@
 
 import pytest
 
-from npllm.checkpoints.gguf_types import FILE_TYPES, ModelSizes, file_type_named, tensor_type
+from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, ModelSizes, file_type_named, tensor_type
 from npllm.errors import NpllmTypeError, NpllmValueError
 
 WIDE = (4096, 4096)

@@ -9,10 +9,10 @@ from test_tokenizers_family import CUT_DOWN, GOLDEN, WHOLE
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, processors
 
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_sentencepiece import derive_merges
-from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
-from npllm.checkpoints.gguf_vocabulary import piece_scores, vocabulary_metadata
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.sentencepiece import derive_merges
+from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
+from npllm.checkpoints.gguf.vocabulary import piece_scores, vocabulary_metadata
 from npllm.errors import NpllmValueError
 from npllm.text.tokenizer import Tokenizer
 

@@ -19,8 +19,8 @@ from test_quantize import SETTINGS, tokenizer
 import npllm
 from npllm import ops
 from npllm.arrays import is_packed, widen
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_types import FILE_TYPES, ModelSizes, tensor_type
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, ModelSizes, tensor_type
 from npllm.quantized.stacked import StackedWeight
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -17,12 +17,12 @@ from nasty import strings
 
 import npllm
 from npllm.arrays import widen
-from npllm.checkpoints import write_gguf as writing
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_sources import gguf_source
-from npllm.checkpoints.gguf_tokenizer import read_tokenizer
-from npllm.checkpoints.gguf_types import FILE_TYPES, ModelSizes, tensor_type
-from npllm.checkpoints.gguf_weights import half_split, interleaved
+from npllm.checkpoints.gguf import writer as writing
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.sources import gguf_source
+from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, ModelSizes, tensor_type
+from npllm.checkpoints.gguf.tokenizer import read_tokenizer
+from npllm.checkpoints.gguf.weights import half_split, interleaved
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.models.rope import attention_factor, frequencies
 from npllm.quantized import block_packing

@@ -107,7 +107,7 @@ def test_neither_an_index_nor_a_shard(tmp_path, make, read):
 @makers
 def test_no_gguf_file(tmp_path, make):
     pytest.importorskip("gguf")
-    from npllm.checkpoints.convert_gguf import gguf_to_phi3
+    from npllm.checkpoints.gguf.convert import gguf_to_phi3
 
     make(tmp_path / "x.gguf")
     with pytest.raises(NpllmOSError, match=r"x\.gguf: (must be a regular file|cannot be read)"):

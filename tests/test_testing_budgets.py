@@ -227,12 +227,35 @@ def test_gamma_is_that_of_the_book():
 
 
 @pytest.mark.parametrize("n", [5, 300])
-def test_equal_entries_are_counted(n):
-    rng = np.random.default_rng(0)
-    assert 0.9 * n < repeats(np.full((1, n), 0.1))[0] <= n + 1
-    assert repeats(rng.standard_normal((1, n)))[0] == 1
-    assert repeats(np.zeros((1, n)))[0] == 1
-    assert 0.3 * n < repeats(np.tile([1.5, 2.5], n)[None, :n])[0] < 0.6 * n
+def test_entries_that_a_sum_rounds_alike_are_counted(n):
+    def count(x):
+        return repeats(x[None], np.abs(x).sum(keepdims=True), 2.0**-24)[0]
+
+    noise = np.random.default_rng(0).standard_normal(n)
+    assert 0.9 * n < count(np.full(n, 0.1)) <= n + 1
+    assert 0.9 * n < count(1 + 1e-9 * noise) <= n + 1
+    assert count(1 + 1e-3 * noise) == 1
+    assert count(noise) == 1
+    assert count(np.zeros(n)) == 1
+    assert 0.3 * n < count(np.tile([1.5, 2.5], n)[:n]) < 0.6 * n
+
+
+def test_nearly_equal_terms_drift_in_one_direction():
+    """A row of nearly equal entries and an outlier: sequential sums err by more than a walk of
+    independent roundings would.
+    """
+    rng = np.random.default_rng(2)
+    largest = 0.0
+    for _ in range(100):
+        p = (1 + rng.random()) * (1 + 1e-7 * rng.standard_normal((1, 400)))
+        p[0, 0] = 10.0 ** rng.uniform(1, 4)
+        p = p.astype(np.float32)
+        inputs = {"x": p, "weight": np.ones((1, 400), np.float32)}
+        exact, bound = gold("linear", inputs), budget("linear", inputs, dtype="float32")
+        error = np.abs(SUMS["sequential"](p)[0] - exact)
+        largest = max(largest, (error / (5 * 2.0**-24 * np.sqrt(400 / 3) * exact)).max())
+        assert (error <= bound.statistical).all()
+    assert largest > 1  # of what independent roundings allow
 
 
 def test_units_are_those_of_the_formats():

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import widen
-from npllm.checkpoints.gguf import GGUFFile, is_gguf
-from npllm.checkpoints.gguf_config import gguf_config
-from npllm.checkpoints.gguf_layout import check_tensors, expected_tensors
-from npllm.checkpoints.gguf_rope import ROPE_TENSORS
+from npllm.checkpoints.gguf.config import gguf_config
+from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
+from npllm.checkpoints.gguf.reader import GGUFFile, is_gguf
+from npllm.checkpoints.gguf.rope import ROPE_TENSORS
 from npllm.checkpoints.origin import read_params
 from npllm.checkpoints.phi3_layout import check_entries
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries

@@ -6,9 +6,9 @@ from typing import Any
 
 from npllm.arrays import backend_namespace
 from npllm.checkpoints import bert_layout, phi3_layout
-from npllm.checkpoints.gguf import GGUFFile, is_gguf
-from npllm.checkpoints.gguf_config import gguf_config
-from npllm.checkpoints.gguf_weights import load_gguf_params
+from npllm.checkpoints.gguf.config import gguf_config
+from npllm.checkpoints.gguf.reader import GGUFFile, is_gguf
+from npllm.checkpoints.gguf.weights import load_gguf_params
 from npllm.config.bert_config import BertConfig
 from npllm.config.config import Config
 

@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from npllm.checkpoints.convert_gguf import gguf_to_phi3
 from npllm.checkpoints.disk import check_hash, publish, remove_leftovers, require_space, sha256
 from npllm.checkpoints.extras import import_extra
+from npllm.checkpoints.gguf.convert import gguf_to_phi3
 from npllm.errors import NpllmOSError
 from npllm.progress import report
 

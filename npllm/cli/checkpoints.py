@@ -12,9 +12,9 @@ from npllm.analysis.speed import warm_up
 from npllm.checkpoints.fetch import DEFAULT_MODEL, list_checkpoints, weights_folder
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
-from npllm.checkpoints.gguf import is_gguf
-from npllm.checkpoints.gguf_finite import find_nonfinite_blocks
-from npllm.checkpoints.gguf_types import FILE_TYPES, file_type_named
+from npllm.checkpoints.gguf.finite import find_nonfinite_blocks
+from npllm.checkpoints.gguf.reader import is_gguf
+from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, file_type_named
 from npllm.checkpoints.origin import read_config
 from npllm.cli.layout import checkpoint_lines, cost_lines
 from npllm.cli.options import chat_option, json_option, path_option

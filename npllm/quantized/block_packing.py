@@ -3,19 +3,21 @@
 The inverse of the `widen_*` functions, which define the layouts.
 """
 
+import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from npllm.arrays import expect_shape, widen
 from npllm.errors import NpllmValueError
+from npllm.quantized import block_search
 from npllm.quantized.block_formats import FORMATS
-from npllm.quantized.block_search import search_affine, search_scale
 from npllm.quantized.block_weight import BlockWeight
 from npllm.threads import run_blocks
 
-__all__ = ["FALLBACKS", "quantize_blocks", "quantize_with_fallback"]
+__all__ = ["FALLBACKS", "quantize_blocks", "quantize_with_fallback", "search_module"]
 
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """For rows whose length is no multiple of 256: a format of at least as many bits, as llama.cpp."""
@@ -83,6 +85,15 @@ def quantize_with_fallback(weight: Any, name: str) -> BlockWeight:
     return quantize_blocks(weight, name if fits else FALLBACKS[name])
 
 
+@cache
+def search_module() -> Any:
+    """Return the module that searches scales: the compiled one where Numba can be imported."""
+    try:
+        return importlib.import_module("npllm.kernels.cpu.block_search")
+    except ImportError:
+        return block_search
+
+
 def _half(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round to float16: the value in float32 [n, 1], and its bytes [n, 2]."""
     if np.abs(x).max(initial=0) > LARGEST_HALF:
@@ -93,14 +104,14 @@ def _half(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _steps(x: np.ndarray, d: np.ndarray, low: int, high: int) -> np.ndarray:
     """Round x / d to integers in low ... high; 0 where d is 0."""
-    steps = np.divide(x, d, out=np.zeros_like(x), where=d != 0)
-    return np.clip(np.rint(steps), low, high).astype(np.int32)
+    steps = x / np.where(d == 0, np.float32(np.inf), d)
+    return np.clip(np.rint(steps, out=steps), low, high, out=steps).astype(np.int32)
 
 
 def _pack_nibbles(q: np.ndarray) -> np.ndarray:
     """Put the first half of the last axis into low nibbles, the second into high ones."""
-    low, high = np.split(q & 15, 2, axis=-1)
-    return (low | high << 4).astype(np.uint8)
+    low, high = np.split(q.astype(np.uint8) & 15, 2, axis=-1)
+    return low | high << 4
 
 
 def _symmetric(n_bits: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -108,7 +119,7 @@ def _symmetric(n_bits: int) -> Callable[[np.ndarray], np.ndarray]:
     low = -(2 ** (n_bits - 1))
 
     def pack(x: np.ndarray) -> np.ndarray:
-        d, raw = _half(search_scale(x, low, -low - 1))
+        d, raw = _half(search_module().search_scale(x, low, -low - 1))
         q = _steps(x, d, low, -low - 1) - low
         return np.concatenate([raw, *_fifth(q, n_bits), _pack_nibbles(q)], axis=-1)
 
@@ -120,7 +131,7 @@ def _affine(n_bits: int) -> Callable[[np.ndarray], np.ndarray]:
     high = 2**n_bits - 1
 
     def pack(x: np.ndarray) -> np.ndarray:
-        scale, minimum = search_affine(x, high, below=False)
+        scale, minimum = search_module().search_affine(x, high, below=False)
         (d, raw_d), (m, raw_m) = _half(scale), _half(minimum)
         q = _steps(x - m, d, 0, high)
         return np.concatenate([raw_d, raw_m, *_fifth(q, n_bits), _pack_nibbles(q)], axis=-1)
@@ -145,7 +156,7 @@ def _sub_blocks(n_bits: int) -> Callable[[np.ndarray], np.ndarray]:
 
     def pack(x: np.ndarray) -> np.ndarray:
         parts = x.reshape(-1, 8, 32)
-        scale, minimum = search_affine(parts, high, below=True)
+        scale, minimum = search_module().search_affine(parts, high, below=True)
         scale = np.maximum(scale, 0)
         (d, raw_d), (d_min, raw_min) = _half(scale.max(-1) / 63), _half((-minimum).max(-1) / 63)
         sc, m = _steps(scale, d, 0, 63), _steps(-minimum, d_min, 0, 63)
@@ -174,7 +185,7 @@ def _pack_scales(sc: np.ndarray, m: np.ndarray) -> np.ndarray:
 def _pack_q6_k(x: np.ndarray) -> np.ndarray:
     """Pack Q6_K."""
     parts = x.reshape(-1, 16, 16)
-    scale = search_scale(parts, -32, 31)
+    scale = search_module().search_scale(parts, -32, 31)
     d, raw = _half(np.abs(scale).max(-1) / 127)
     sc = _steps(scale, d, -127, 127)
     q = (_steps(parts, (d * sc)[..., None], -32, 31) + 32).reshape(-1, 2, 4, 32)

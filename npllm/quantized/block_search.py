@@ -2,7 +2,7 @@
 
 import numpy as np
 
-__all__ = ["search_affine", "search_scale"]
+__all__ = ["as_columns", "first_scale", "first_steps", "search_affine", "search_scale"]
 
 SHRINKS = np.linspace(0.7, 1.15, 19, dtype=np.float32)  # of the range that covers all numbers
 
@@ -31,9 +31,8 @@ def search_scale(x: np.ndarray, low: int, high: int) -> np.ndarray:
 
     Source: `make_qx_quants` in ggml-quants.c has the same aim; the search is our own.
     """
-    columns = _columns(x)
-    at = np.argmax(np.abs(columns), axis=0, keepdims=True)
-    base = np.take_along_axis(columns, at, axis=0)[0] / low
+    columns = as_columns(x)
+    base = first_scale(columns, low)
     best, most = base, np.full(base.shape, -1.0)
     q = np.empty_like(columns)
     for shrink in SHRINKS:
@@ -66,33 +65,46 @@ def search_affine(x: np.ndarray, high: int, *, below: bool) -> tuple[np.ndarray,
     Notes
     -----
     Each candidate fixes the integers; the best scale and minimum for these solve two equations.
-    Sums are of the distances from the smallest number, since large numbers would cancel.
+    Sums are of the distances from the smallest number, and the equations in float64, since large
+    numbers would cancel.
 
     Source: `make_qkx2_quants` in ggml-quants.c has the same aim; the search is our own.
     """
-    columns = _columns(x)
-    smallest, largest = columns.min(axis=0), columns.max(axis=0)
-    smallest = np.minimum(smallest, 0) if below else smallest
-    base = (largest - smallest) / high
+    columns = as_columns(x)
+    base, smallest = first_steps(columns, high, below=below)
     distance = columns - smallest
     best, least = [base, np.zeros_like(base)], np.full(base.shape, np.inf)
     sum_x, q = distance.sum(axis=0), np.empty_like(columns)
     for shrink in SHRINKS:
         np.divide(distance, _nonzero(base * shrink), out=q)
         np.minimum(np.rint(q, out=q), high, out=q)
-        sums = q.sum(axis=0), sum_x, _products(q, q), _products(q, distance)
-        d, m = _line(*sums, len(columns), -smallest if below else None)
-        error = _error(d, m, *sums, len(columns))
+        totals = q.sum(axis=0), sum_x, _products(q, q), _products(q, distance)
+        sums = [total.astype(np.float64) for total in totals]
+        d, m = _line(sums, len(columns), -smallest if below else None)
+        error = _error(d, m, sums, len(columns))
         is_better = error < least
         best = [np.where(is_better, new, old) for new, old in zip((d, m), best, strict=True)]
         least = np.minimum(error, least)
-    shape = x.shape[:-1]
-    return best[0].reshape(shape), (best[1] + smallest).reshape(shape)
+    d, m = (part.astype(np.float32).reshape(x.shape[:-1]) for part in best)
+    return d, m + smallest.reshape(d.shape)
 
 
-def _columns(x: np.ndarray) -> np.ndarray:
-    """Return the groups as columns: [n, n_group]."""
+def as_columns(x: np.ndarray) -> np.ndarray:
+    """Return the groups [..., n] as columns: [n, n_group]."""
     return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).T)
+
+
+def first_scale(columns: np.ndarray, low: int) -> np.ndarray:
+    """Return the scale of each column that maps its number of largest size to `low`."""
+    at = np.argmax(np.abs(columns), axis=0, keepdims=True)
+    return np.take_along_axis(columns, at, axis=0)[0] / low
+
+
+def first_steps(columns: np.ndarray, high: int, *, below: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scale of each column that covers its range, and its smallest number."""
+    smallest, largest = columns.min(axis=0), columns.max(axis=0)
+    smallest = np.minimum(smallest, 0) if below else smallest
+    return (largest - smallest) / high, smallest
 
 
 def _nonzero(d: np.ndarray) -> np.ndarray:
@@ -106,14 +118,10 @@ def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _line(
-    sum_q: np.ndarray,
-    sum_x: np.ndarray,
-    sum_qq: np.ndarray,
-    sum_qx: np.ndarray,
-    n: int,
-    largest: np.ndarray | None,
+    sums: list[np.ndarray], n: int, largest: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit x = d * q + m by least squares; m at most `largest` where that is given."""
+    sum_q, sum_x, sum_qq, sum_qx = sums
     determinant = n * sum_qq - sum_q**2
     d = np.divide(
         n * sum_qx - sum_q * sum_x, determinant, where=determinant > 0, out=np.zeros_like(sum_x)
@@ -126,16 +134,8 @@ def _line(
     return d, m
 
 
-def _error(
-    d: np.ndarray,
-    m: np.ndarray,
-    sum_q: np.ndarray,
-    sum_x: np.ndarray,
-    sum_qq: np.ndarray,
-    sum_qx: np.ndarray,
-    n: int,
-) -> np.ndarray:
-    """Return sum (x - d q - m)**2 less sum x**2, in float64: the terms cancel."""
-    d, m = d.astype(np.float64), m.astype(np.float64)
+def _error(d: np.ndarray, m: np.ndarray, sums: list[np.ndarray], n: int) -> np.ndarray:
+    """Return sum (x - d q - m)**2 less sum x**2; the terms cancel."""
+    sum_q, sum_x, sum_qq, sum_qx = sums
     linear = d * sum_qx + m * sum_x
     return d * d * sum_qq + 2 * d * m * sum_q + n * m * m - 2 * linear

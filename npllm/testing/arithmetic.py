@@ -150,18 +150,23 @@ def gamma(n: Any, u: float) -> Any:
     return np.where(product < 1, product / np.maximum(1 - product, 1e-300), np.inf)
 
 
-def repeats(x: Array) -> Array:
+def repeats(x: Array, size: Array, u: float) -> Array:
     """Estimate how many entries share the value of an entry, on average over the entries of a row.
 
         k = 1 + n * max(0, f - 0.02),   f = share of the pairs of entries that are equal and not
         zero
 
     Equal terms make equal rounding errors, which do not average out: k of them count k**2 where
-    independent ones count k.
+    independent ones count k.  Terms count as equal where the sum cannot tell them apart: where they
+    differ by less than u / 4 of the sum of their absolute values.
 
     Parameters
     ----------
     x : array [..., n]
+    size : array [...]
+        Sum of the absolute values of the terms, in units of x.
+    u : float
+        Unit roundoff of the sum.
 
     Returns
     -------
@@ -175,10 +180,11 @@ def repeats(x: Array) -> Array:
     places = np.arange(n)
     if n > N_SAMPLE:
         places = np.sort(np.random.default_rng(0).choice(n, N_SAMPLE, replace=False))
+    grain = u / 4 * np.asarray(size)[..., None]
     sample = np.sort(x[..., places], axis=-1)
     index = np.arange(len(places))
     new = np.concatenate(
-        [np.ones_like(sample[..., :1], dtype=bool), np.diff(sample, axis=-1) != 0], axis=-1
+        [np.ones_like(sample[..., :1], dtype=bool), np.diff(sample, axis=-1) > grain], axis=-1
     )
     start = np.maximum.accumulate(np.where(new, index, 0), axis=-1)
     n_equal = np.sum(np.where(sample != 0, index - start, 0), axis=-1)  # pairs
@@ -205,7 +211,7 @@ def lost_terms(p: Array, total: Array, u: float) -> Array:
     return np.sum(np.where(p < 2 * step, np.minimum(p, step), 0.0), axis=-1)
 
 
-def sum_terms(p: Array) -> tuple[Array, Array, Array]:
+def sum_terms(p: Array, u: float) -> tuple[Array, Array, Array]:
     """Describe the sum of each row: value, sum of absolute values, variance of the error.
 
     The variance, in units of u**2, is sum_k s_k**2 + sum_k p_k**2 of the partial sums s_k and the
@@ -214,6 +220,8 @@ def sum_terms(p: Array) -> tuple[Array, Array, Array]:
     Parameters
     ----------
     p : float64 array [..., n]
+    u : float
+        Unit roundoff of the sum.
 
     Returns
     -------
@@ -227,16 +235,19 @@ def sum_terms(p: Array) -> tuple[Array, Array, Array]:
     backwards = np.sum((total[..., None] - partial) ** 2, axis=-1)
     at_random = n * total**2 / 3 + n * squares / 6
     walk = np.maximum(np.maximum(forwards, backwards), at_random)
-    return total, np.sum(np.abs(p), axis=-1), repeats(p) * walk + squares
+    magnitude = np.sum(np.abs(p), axis=-1)
+    return total, magnitude, repeats(p, magnitude, u) * walk + squares
 
 
-def dot_terms(x: Array, w: Array, n_chunk: int = N_CHUNK) -> tuple[Array, Array, Array]:
+def dot_terms(x: Array, w: Array, u: float, n_chunk: int = N_CHUNK) -> tuple[Array, Array, Array]:
     """Describe the sums of a matrix product, as `sum_terms` does, without making the terms.
 
     Parameters
     ----------
     x : float64 array [..., m, n]
     w : float64 array [..., o, n]
+    u : float
+        Unit roundoff of the sums.
     n_chunk : int
         Number of places at which the partial sums are looked at.
 
@@ -256,8 +267,25 @@ def dot_terms(x: Array, w: Array, n_chunk: int = N_CHUNK) -> tuple[Array, Array,
     backwards = n * total**2 - 2 * total * first + second
     at_random = n * total**2 / 3 + n * squares / 6
     walk = np.maximum(np.maximum(second, backwards), at_random)
-    equal = 1 + (repeats(x)[..., :, None] - 1) * (repeats(w)[..., None, :] - 1) / max(n, 1)
-    return total, np.abs(x) @ np.abs(columns), equal * walk + squares
+    magnitude = np.abs(x) @ np.abs(columns)
+    return total, magnitude, _equal_products(x, w, magnitude, u) * walk + squares
+
+
+def _equal_products(x: Array, w: Array, magnitude: Array, u: float) -> Array:
+    """Estimate `repeats` of the terms of a matrix product from those of its two factors."""
+    size_x = np.max(magnitude / _typical(w)[..., None, :], axis=-1, initial=0.0)
+    size_w = np.max(magnitude / _typical(x)[..., :, None], axis=-2, initial=0.0)
+    k_x, k_w = repeats(x, size_x, u), repeats(w, size_w, u)
+    return 1 + (k_x[..., :, None] - 1) * (k_w[..., None, :] - 1) / max(x.shape[-1], 1)
+
+
+def _typical(x: Array) -> Array:
+    """Median of the absolute values of a row, of those that are not zero; 1 where all are."""
+    ordered = np.sort(np.abs(x), axis=-1)
+    n_zero = np.sum(ordered == 0, axis=-1, keepdims=True)
+    middle = np.minimum((n_zero + x.shape[-1]) // 2, x.shape[-1] - 1)
+    median = np.take_along_axis(ordered, middle, axis=-1)[..., 0]
+    return np.where(median > 0, median, 1.0)
 
 
 def condition_of(magnitude: Array, y: Array) -> Array:

@@ -69,7 +69,7 @@ def _scores(
     a: Arithmetic, q: Array, k: Array, seen: Array, bias: Array, scale: float, softcap: float | None
 ) -> tuple:
     """Return scores, the deterministic error of each, and the variance of it in units of u**2."""
-    raw, size, variance = dot_terms(q, k, 4)
+    raw, size, variance = dot_terms(q, k, a.u, 4)
     raw, size, variance = scale * raw, abs(scale) * size, scale**2 * variance
     det = gamma(q.shape[-1] + 2, a.u) * size + np.where(
         size > a.largest * min(1.0, abs(scale)), np.inf, 0.0
@@ -125,8 +125,8 @@ def _rows(
 
     sigma = np.where(seen, variance_s + distance**2 + 4, 0.0)
     spread = _deviation(p * p * sigma, v, y) ** 2
-    _, _, walk = dot_terms(p, v.T)
-    total = n * repeats(e)[:, None] * y**2
+    _, _, walk = dot_terms(p, v.T, a.u)
+    total = n * repeats(e, np.sum(e, axis=-1), a.u)[:, None] * y**2
     stat = a.u * np.sqrt(spread + total + walk + y**2) + u_p * np.sqrt((p * p) @ (v * v))
     small = np.where(p < 2 * a.u, np.minimum(p, a.u), 0.0)  # what the sums lose in one direction
     bias = small @ np.abs(v) + np.sum(small, axis=-1, keepdims=True) * np.abs(y)

@@ -80,7 +80,7 @@ def softmax_budget(a: Arithmetic, x: Array, axis: int = -1) -> tuple:
     last = a.roundings * a.u_out * p + np.where(s == -np.inf, 0.0, a.tiny + a.step)
     det = p * (each + mean + gamma(n, a.u) + 2 * a.u) + last
     spread = np.sum((p * each) ** 2, axis=-1, keepdims=True)
-    spread = spread + (n * repeats(e)[..., None] + 2) * a.u**2
+    spread = spread + (n * repeats(e, np.sum(e, axis=-1), a.u)[..., None] + 2) * a.u**2
     bias = lost_terms(p, np.ones(p.shape[:-1]), a.u)[..., None]
     stat = p * (LAMBDA / 3**0.5 * np.sqrt(each**2 + spread) + bias) + last
     stat = stat if a.independent(n) else det

@@ -25,7 +25,7 @@ def linear_budget(a: Arithmetic, x: Array, weight: Array, bias: Array = None) ->
     """Bound the error of y = sum_i x_i w_i + bias: n products, n additions."""
     rows, w, weight_roundings = f64(x).reshape(-1, x.shape[-1]), *widened_weight(weight)
     n = rows.shape[-1]
-    product, magnitude, variance = dot_terms(rows, w)
+    product, magnitude, variance = dot_terms(rows, w, a.u)
     b = np.zeros(len(w)) if bias is None else f64(bias)
     y, magnitude = product + b, magnitude + np.abs(b)
     last = a.u_out * np.abs(y) + (a.roundings - 1) * a.u_out * np.abs(product) + (n + 1) * a.step
@@ -71,7 +71,7 @@ def rms_norm_budget(a: Arithmetic, x: Array, weight: Array, eps: float) -> tuple
 def layer_norm_budget(a: Arithmetic, x: Array, weight: Array, bias: Array, eps: float) -> tuple:
     """Bound y = w c / sqrt(mean c**2 + eps) + b, c = x - mean x."""
     wide, n, w, b = f64(x), x.shape[-1], f64(weight), f64(bias)
-    total, magnitude, variance = (part[..., None] for part in sum_terms(wide))
+    total, magnitude, variance = (part[..., None] for part in sum_terms(wide, a.u))
     centred = wide - total / n
     square = np.mean(centred**2, axis=-1, keepdims=True)
     root = np.sqrt(square + eps)
@@ -95,5 +95,5 @@ def layer_norm_budget(a: Arithmetic, x: Array, weight: Array, bias: Array, eps: 
 def _positive_sum(a: Arithmetic, p: Array) -> tuple[Array, Array]:
     """Relative error of a sum of positive terms in any order, and its loss in one direction."""
     total = np.sum(p, axis=-1)
-    walk = LAMBDA * a.u * np.sqrt(p.shape[-1] * repeats(p))
+    walk = LAMBDA * a.u * np.sqrt(p.shape[-1] * repeats(p, total, a.u))
     return walk[..., None], (lost_terms(p, total, a.u) / np.where(total > 0, total, 1.0))[..., None]

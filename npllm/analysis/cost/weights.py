@@ -4,8 +4,8 @@ from pathlib import Path
 
 from npllm.analysis.cost.parameters import bias_sizes, linear_shapes, require_lm
 from npllm.arrays import DTYPES, dtype_named
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_layout import layer_kinds
+from npllm.checkpoints.gguf.layout import layer_kinds
+from npllm.checkpoints.gguf.reader import GGUFFile
 from npllm.config.config import Config
 from npllm.quantized.dtypes import check_dtype, matrix_bytes
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import asarray, dtype_named, is_packed, widest
-from npllm.checkpoints.gguf import GGUFFile, GGUFTensor, tensor_kind
-from npllm.checkpoints.gguf_layout import check_tensors, expected_tensors, layer_kinds
+from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors, layer_kinds
+from npllm.checkpoints.gguf.reader import GGUFFile, GGUFTensor, tensor_kind
 from npllm.checkpoints.tensor_files import release_mapped
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError

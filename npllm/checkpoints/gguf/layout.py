@@ -1,7 +1,7 @@
 """Which tensors a GGUF file holds, their shapes, and which of them make each weight."""
 
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_rope import ROPE_TENSORS
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.rope import ROPE_TENSORS
 from npllm.config.config import Config
 from npllm.config.strict_json import quote
 from npllm.errors import NpllmValueError

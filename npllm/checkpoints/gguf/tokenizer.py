@@ -6,8 +6,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_sentencepiece import sentencepiece_tokenizer
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.sentencepiece import sentencepiece_tokenizer
 from npllm.config.strict_json import printable
 from npllm.errors import NpllmValueError
 from npllm.text import tokenizer as text_tokenizer

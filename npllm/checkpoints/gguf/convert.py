@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from npllm.checkpoints.disk import publish_over, remove_checkpoint
-from npllm.checkpoints.gguf import GGUFFile, GGUFTensor, dequantized_rows, tensor_kind
-from npllm.checkpoints.gguf_config import phi3_config
-from npllm.checkpoints.gguf_layout import check_tensors, expected_tensors
-from npllm.checkpoints.gguf_tokenizer import read_tokenizer, tokenizer_config
-from npllm.checkpoints.gguf_weights import half_split
+from npllm.checkpoints.gguf.config import phi3_config
+from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
+from npllm.checkpoints.gguf.reader import GGUFFile, GGUFTensor, dequantized_rows, tensor_kind
+from npllm.checkpoints.gguf.tokenizer import read_tokenizer, tokenizer_config
+from npllm.checkpoints.gguf.weights import half_split
 from npllm.checkpoints.phi3_layout import load_params
 from npllm.config.config import Config
 from npllm.decoding.generation_config import GenerationConfig

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_rope import rope_parameters, shortest
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.rope import rope_parameters, shortest
 from npllm.config.config import Config
 from npllm.config.strict_json import quote
 from npllm.errors import NpllmError, NpllmValueError

@@ -14,11 +14,11 @@ import numpy as np
 
 from npllm.arrays import is_packed, widen
 from npllm.checkpoints.extras import import_extra
-from npllm.checkpoints.ggml_types import TYPES
-from npllm.checkpoints.gguf import FLOATS
-from npllm.checkpoints.gguf_read_back import check_read_back
-from npllm.checkpoints.gguf_sources import GGUFSource, SourceTensor
-from npllm.checkpoints.gguf_types import NUMBERS, FileType, ModelSizes, tensor_type
+from npllm.checkpoints.gguf.ggml_types import TYPES
+from npllm.checkpoints.gguf.read_back import check_read_back
+from npllm.checkpoints.gguf.reader import FLOATS
+from npllm.checkpoints.gguf.sources import GGUFSource, SourceTensor
+from npllm.checkpoints.gguf.tensor_types import NUMBERS, FileType, ModelSizes, tensor_type
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.progress import progress_bar
 from npllm.quantized.block_packing import quantize_blocks

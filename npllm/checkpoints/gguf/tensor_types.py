@@ -3,8 +3,8 @@
 import difflib
 from typing import NamedTuple
 
-from npllm.checkpoints.ggml_types import TYPES
-from npllm.checkpoints.gguf import FLOATS, tensor_kind
+from npllm.checkpoints.gguf.ggml_types import TYPES
+from npllm.checkpoints.gguf.reader import FLOATS, tensor_kind
 from npllm.config.strict_json import quote
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.quantized.block_packing import FALLBACKS
@@ -100,7 +100,7 @@ def tensor_type(name: str, shape: tuple[int, ...], wanted: FileType, sizes: Mode
     Returns
     -------
     kind : str
-        A name of `npllm.checkpoints.ggml_types.TYPES`.
+        A name of `npllm.checkpoints.gguf.ggml_types.TYPES`.
 
     Notes
     -----

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from npllm.arrays import widen
-from npllm.checkpoints.gguf import GGUFFile
+from npllm.checkpoints.gguf.reader import GGUFFile
 from npllm.errors import NpllmValueError
 
 __all__ = ["find_nonfinite_blocks"]

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from npllm.checkpoints.gguf import FLOATS, GGUFFile, GGUFTensor, is_gguf
-from npllm.checkpoints.gguf_config import gguf_config
-from npllm.checkpoints.gguf_layout import check_tensors, expected_tensors
-from npllm.checkpoints.gguf_metadata import config_metadata, rope_tensors
-from npllm.checkpoints.gguf_rope import ROPE_TENSORS
-from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
-from npllm.checkpoints.gguf_vocabulary import vocabulary_metadata
-from npllm.checkpoints.gguf_weights import interleaved
+from npllm.checkpoints.gguf.config import gguf_config
+from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
+from npllm.checkpoints.gguf.metadata import config_metadata, rope_tensors
+from npllm.checkpoints.gguf.reader import FLOATS, GGUFFile, GGUFTensor, is_gguf
+from npllm.checkpoints.gguf.rope import ROPE_TENSORS
+from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
+from npllm.checkpoints.gguf.vocabulary import vocabulary_metadata
+from npllm.checkpoints.gguf.weights import interleaved
 from npllm.checkpoints.phi3_layout import check_entries, top_sources_in
 from npllm.checkpoints.phi3_sources import layer_sources
 from npllm.checkpoints.safetensors import TensorEntry, read_entries

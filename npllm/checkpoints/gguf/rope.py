@@ -6,7 +6,7 @@ import numpy as np
 
 from npllm import ops
 from npllm.arrays import widen
-from npllm.checkpoints.gguf import GGUFFile
+from npllm.checkpoints.gguf.reader import GGUFFile
 from npllm.errors import NpllmValueError
 
 __all__ = ["ROPE_TENSORS", "rope_parameters", "shortest"]

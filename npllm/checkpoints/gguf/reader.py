@@ -10,8 +10,8 @@ import numpy as np
 
 from npllm.arrays import DTYPES, widen
 from npllm.checkpoints.extras import import_extra
-from npllm.checkpoints.ggml_types import TYPES
-from npllm.checkpoints.gguf_header import TensorRange, parse_header
+from npllm.checkpoints.gguf.ggml_types import TYPES
+from npllm.checkpoints.gguf.header import TensorRange, parse_header
 from npllm.config.regular_file import open_regular
 from npllm.config.strict_json import printable
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from npllm import ops
-from npllm.checkpoints.gguf_rope import (
+from npllm.checkpoints.gguf.rope import (
     LLAMA3,
     LLAMA3_HIGH,
     LLAMA3_LOW,

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from npllm.checkpoints.gguf import GGUFFile
-from npllm.checkpoints.gguf_config import gguf_config
-from npllm.checkpoints.gguf_sources import GGUFSource
-from npllm.checkpoints.gguf_tokenizer import gguf_tokenizer
-from npllm.checkpoints.gguf_vocabulary import PROBE
+from npllm.checkpoints.gguf.config import gguf_config
+from npllm.checkpoints.gguf.reader import GGUFFile
+from npllm.checkpoints.gguf.sources import GGUFSource
+from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
+from npllm.checkpoints.gguf.vocabulary import PROBE
 from npllm.config.config import Config
 from npllm.config.strict_json import quote
 from npllm.errors import NpllmError, NpllmValueError

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from npllm.checkpoints.gguf import END_TEXTS
-from npllm.checkpoints.gguf_sentencepiece import SPACE
-from npllm.checkpoints.gguf_tokenizer import (
+from npllm.checkpoints.gguf.reader import END_TEXTS
+from npllm.checkpoints.gguf.sentencepiece import SPACE
+from npllm.checkpoints.gguf.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,

@@ -1,0 +1,143 @@
+"""`npllm.quantized.block_search`, compiled: every candidate of a group is tried while the group is
+in the cache.
+
+Groups lie beside each other, one in a lane; sums run over the entries of a group, in order.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from npllm.kernels.cpu.launching import kernel
+from npllm.quantized.block_search import SHRINKS, as_columns, first_scale, first_steps
+
+__all__ = ["search_affine", "search_scale"]
+
+Array = Any
+LANES = 256  # groups at a time
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+def search_scale(x: Array, low: int, high: int) -> Array:
+    """Compute `npllm.quantized.block_search.search_scale`."""
+    columns = as_columns(x)
+    base = first_scale(columns, low)
+    best = base.copy()
+    _search_scale(columns, base, SHRINKS, np.float32(low), np.float32(high), best)
+    return best.reshape(x.shape[:-1])
+
+
+def search_affine(x: Array, high: int, *, below: bool) -> tuple[Array, Array]:
+    """Compute `npllm.quantized.block_search.search_affine`."""
+    columns = as_columns(x)
+    base, smallest = first_steps(columns, high, below=below)
+    scale, offset = base.copy(), np.zeros_like(base)
+    largest = -smallest if below else np.full_like(base, np.inf)
+    _search_affine(columns - smallest, base, SHRINKS, np.float32(high), largest, scale, offset)
+    shape = x.shape[:-1]
+    return scale.reshape(shape), (offset + smallest).reshape(shape)
+
+
+@kernel(nogil=True)
+def _search_scale(
+    columns: Array, base: Array, shrinks: Array, low: Any, high: Any, best: Array
+) -> None:
+    """Write the best scale of each column."""
+    n, n_group = columns.shape
+    sum_qq, sum_qx = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    step, most = np.empty(LANES, np.float32), np.empty(LANES, np.float64)
+    for start in range(0, n_group, LANES):
+        here = slice(start, min(start + LANES, n_group))
+        most[:] = -1.0
+        for shrink in shrinks:
+            _divisors(base[here], shrink, step)
+            sum_qq[:] = ZERO
+            sum_qx[:] = ZERO
+            for i in range(n):
+                _add_products(columns[i, here], step, low, high, sum_qq, sum_qx)
+            _keep_scale(sum_qq, sum_qx, most, best[here])
+
+
+@kernel(nogil=True)
+def _divisors(base: Array, shrink: Any, step: Array) -> None:
+    """Write base * shrink; 1 where that is 0, and all numbers of the group with it."""
+    for lane in range(len(base)):
+        d = base[lane] * shrink
+        step[lane] = ONE if d == ZERO else d
+
+
+@kernel(nogil=True)
+def _add_products(x: Array, step: Array, low: Any, high: Any, sum_qq: Array, sum_qx: Array) -> None:
+    """Round one entry of each group; add q * q and q * x."""
+    for lane in range(len(x)):
+        q = np.rint(x[lane] / step[lane])
+        q = low if q < low else q
+        q = high if q > high else q
+        sum_qq[lane] += q * q
+        sum_qx[lane] += q * x[lane]
+
+
+@kernel(nogil=True)
+def _keep_scale(sum_qq: Array, sum_qx: Array, most: Array, best: Array) -> None:
+    """Keep the scale that explains more of sum x**2 than those before."""
+    for lane in range(len(best)):
+        d = sum_qx[lane] / sum_qq[lane] if sum_qq[lane] > ZERO else ZERO
+        explained = np.float64(d) * np.float64(sum_qx[lane])
+        if explained > most[lane]:
+            most[lane], best[lane] = explained, d
+
+
+@kernel(nogil=True)
+def _search_affine(
+    distance: Array,
+    base: Array,
+    shrinks: Array,
+    high: Any,
+    largest: Array,
+    scale: Array,
+    offset: Array,
+) -> None:
+    """Write the best scale and offset of each column of distances from the smallest number."""
+    n, n_group = distance.shape
+    sums = np.empty((4, LANES), np.float32)  # of q, x, q * q, q * x
+    step, least = np.empty(LANES, np.float32), np.empty(LANES, np.float64)
+    for start in range(0, n_group, LANES):
+        here = slice(start, min(start + LANES, n_group))
+        least[:] = np.inf
+        for shrink in shrinks:
+            _divisors(base[here], shrink, step)
+            sums[:] = ZERO
+            for i in range(n):
+                _add_sums(distance[i, here], step, high, sums)
+            _keep_line(sums, n, largest[here], least, scale[here], offset[here])
+
+
+@kernel(nogil=True)
+def _add_sums(x: Array, step: Array, high: Any, sums: Array) -> None:
+    """Round one entry of each group; add q, x, q * q and q * x."""
+    for lane in range(len(x)):
+        q = np.rint(x[lane] / step[lane])
+        q = high if q > high else q
+        sums[0, lane] += q
+        sums[1, lane] += x[lane]
+        sums[2, lane] += q * q
+        sums[3, lane] += q * x[lane]
+
+
+@kernel(nogil=True)
+def _keep_line(
+    sums: Array, n: int, largest: Array, least: Array, scale: Array, offset: Array
+) -> None:
+    """Fit x = d * q + m by least squares, m at most `largest`; keep what has the least error."""
+    for lane in range(len(scale)):
+        sum_q, sum_x = np.float64(sums[0, lane]), np.float64(sums[1, lane])
+        sum_qq, sum_qx = np.float64(sums[2, lane]), np.float64(sums[3, lane])
+        determinant = n * sum_qq - sum_q * sum_q
+        d = (n * sum_qx - sum_q * sum_x) / determinant if determinant > 0 else 0.0
+        m = (sum_x - d * sum_q) / n
+        if m > largest[lane]:
+            m = np.float64(largest[lane])
+            d = (sum_qx - m * sum_q) / sum_qq if sum_qq > 0 else 0.0
+        error = d * d * sum_qq + 2 * d * m * sum_q + n * m * m - 2 * (d * sum_qx + m * sum_x)
+        if error < least[lane]:
+            least[lane], scale[lane], offset[lane] = error, np.float32(d), np.float32(m)
