@@ -23,6 +23,7 @@ from npllm.models.params import Params
 from npllm.models.patch import Patch, value_names
 from npllm.models.rotations import Rotations
 from npllm.ops.opset import Ops
+from npllm.progress import warn
 
 __all__ = ["PREFILL_CHUNK", "CausalLM", "Tokens"]
 
@@ -231,12 +232,19 @@ class CausalLM(ModelBase):
         [..., n_vocab].
 
         `tap` sees `lm_head.input` and `lm_head`, as in `__call__`.
+
+        Warns
+        -----
+        UserWarning
+            When `hidden` is `hidden[0]` of one text: the batch axis is lost, and with it the place
+            of the axes in the result.
         """
         if self.config.head != "lm":
             raise NpllmValueError(
                 f"{self.config.architectures[0]} has no lm_head: "
                 f"it scores {self.config.num_labels} classes"
             )
+        _warn_of_lost_batch_axis(hidden)
         return phi3.lm_head(hidden, self.params, self.ops, tap)
 
     def last_logits(
@@ -454,3 +462,16 @@ def counted_positions(valid: Array, n_seq: int) -> Array:
     if valid.all():
         return np.arange(valid.shape[1] - n_seq, valid.shape[1])
     return np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -n_seq:]
+
+
+def _warn_of_lost_batch_axis(hidden: Array) -> None:
+    """Warn where hidden states are the first row of a batch of one, as a reader of code for
+    Transformers takes it: there `model.model(ids)` is a tuple.
+    """
+    whole = getattr(getattr(hidden, "base", None), "shape", ())
+    if len(whole) == 3 and whole[0] == 1 and whole[1] > 1 and whole[1:] == tuple(hidden.shape):
+        warn(
+            f"lm_head got [n_seq, d_model] = {list(whole[1:])}, without the batch axis: its result "
+            "has none either, so that [-1], not [0, -1], is the last position. "
+            "model.model(ids) returns the array itself, no tuple: leave out its [0]"
+        )

@@ -1,5 +1,6 @@
 """Model: a causal language model with text: generate, stream, search, embed in a pipeline."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
@@ -374,7 +375,14 @@ class Model(CausalLM):
 
     def __repr__(self) -> str:
         name = self.folder.name if self.folder else self.config.model_type
-        return f"<npllm.Model {name}, {self.ops.name} ops>"
+        return f"<npllm.Model {name}, {self.ops.name} ops, mask {self._mask_text()}>"
+
+    def _mask_text(self) -> str:
+        """The mask in short: one rule, or each different one with the number of its layers."""
+        counts = Counter(repr(self.mask_rule(i)) for i in range(self.config.num_hidden_layers))
+        if len(counts) == 1:
+            return next(iter(counts))
+        return ", ".join(f"{rule} in {n} layers" for rule, n in counts.items())
 
 
 def _pieces(run: loop.Generation) -> Iterator[str]:

@@ -321,7 +321,7 @@ def test_the_docs_that_sections_link_to_exist():
     docs = ROOT.parents[1] / "docs"
     for section in SECTIONS:
         file, heading = section.docs.split("#")
-        headings = re.findall(r"^## (.*)", (docs / file).read_text(encoding="utf-8"), re.M)
+        headings = re.findall(r"^###? (.*)", (docs / file).read_text(encoding="utf-8"), re.M)
         slugs = [re.sub("[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings]
         assert heading in slugs, section.docs
 

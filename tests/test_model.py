@@ -700,7 +700,7 @@ def test_a_model_prints_as_a_tree_and_knows_its_folder(tmp_path):
     assert "(0-1): 2 x Phi3DecoderLayer(" in str(
         m
     ) and "qkv_proj): Linear(in_features=32, out_features=64, bias=False)" in str(m)
-    assert repr(m) == f"<npllm.Model tiny, {fastest_ops().name} ops>"
+    assert repr(m) == f"<npllm.Model tiny, {fastest_ops().name} ops, mask {m.mask_rule()!r}>"
 
 
 def test_the_walk_through_of_the_book_ends_in_paris(default_model):
@@ -960,6 +960,6 @@ def test_an_unknown_backend_is_refused(tmp_path, backend):
 
 def test_models_of_arrays_need_no_folder():
     m = model()
-    assert repr(m) == f"<npllm.Model phi3, {fastest_ops().name} ops>"
+    assert repr(m) == f"<npllm.Model phi3, {fastest_ops().name} ops, mask {m.mask_rule()!r}>"
     with pytest.raises(NpllmValueError, match="takes token ids only"):
         m.generate("text")

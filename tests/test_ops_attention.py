@@ -410,7 +410,10 @@ def test_what_does_not_fit_raises_with_both_sides(op, change, message):
 @both
 @pytest.mark.parametrize(
     ("v", "message"),
-    [((2, 2, 4, 3), "[..., 2, 5, d_value], got [2, 2, 4, 3]"), ((2, 1, 5, 3), "[..., 2, 5, d_value]")],
+    [
+        ((2, 2, 4, 3), "[..., 2, 5, d_value], got [2, 2, 4, 3]"),
+        ((2, 1, 5, 3), "[..., 2, 5, d_value]"),
+    ],
 )
 def test_values_must_match_the_keys(op, v, message):
     with pytest.raises(

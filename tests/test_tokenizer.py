@@ -5,6 +5,7 @@ tiny tokenizers of both forms.
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -275,10 +276,55 @@ def test_ids_without_a_token_decode_to_nothing(tokenizer):
     assert tokenizer.decode([n, *a, n + 1]) == "hello"
 
 
-@pytest.mark.parametrize("ids", [[-1], [2**64], ["a"], 5, None, [None], [float("nan")], [[1]]])
+@pytest.mark.parametrize(
+    "ids", [[-1], [2**64], ["a"], -5, 2.5, None, [None], [float("nan")], [[1]]]
+)
 def test_what_are_no_ids_is_refused(ids):
     with pytest.raises(NpllmTypeError, match="ids must be a sequence of token ids"):
         BYTES.decode(ids)
+
+
+@forms
+@pytest.mark.parametrize("kind", [int, np.int64, np.asarray])
+def test_one_id_decodes_as_a_list_of_it(tokenizer, kind):
+    (token,) = tokenizer.encode("hello")[:1]
+    assert tokenizer.decode(kind(token)) == tokenizer.decode([token]) != ""
+
+
+@forms
+def test_a_call_gives_arrays_that_a_model_takes(tokenizer):
+    one, two = (tokenizer.encode(text) for text in ("hello", "hello hello"))
+    assert tokenizer("hello").input_ids.tolist() == [one]
+    assert tokenizer("hello", return_tensors="np").attention_mask.tolist() == [[1] * len(one)]
+    ids, mask = tokenizer(["hello", "hello hello"])
+    assert ids.dtype == np.int64
+    assert ids.shape == mask.shape == (2, len(two))
+    assert ids[1].tolist() == two
+    assert ids[0][mask[0] == 1].tolist() == one
+    assert mask[0].tolist() == sorted(mask[0]) and mask[0].sum() == len(one), "padded on the left"
+
+
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("hello", {"return_tensors": "pt"}, "leave the argument out"),
+        ("", {}, "at least one token"),
+        ([], {}, "text must be a str or a list of str"),
+        (5, {}, "text must be a str or a list of str, got 5"),
+        (["hello", 5], {}, "text must be a str, got int"),
+    ],
+)
+def test_a_call_that_is_refused(text, options, message):
+    with pytest.raises(NpllmError, match=message):
+        BYTES(text, **options)
+
+
+def test_repr_of_a_tokenizer_says_what_it_has():
+    n = BYTES.backend.get_vocab_size()
+    assert repr(BYTES).startswith(f"<npllm.Tokenizer {n:,} tokens")
+    assert "chat template" in repr(BYTES)
+    first = Tokenizer(BYTES.backend, "x", {"bos_token": "<|user|>"}, add_bos_token=True)
+    assert repr(first) == f"<npllm.Tokenizer {n:,} tokens, begins with '<|user|>', chat template>"
 
 
 @pytest.mark.parametrize(

@@ -219,10 +219,10 @@ def _score_window(model: Model, ids: Array, window: Window) -> list[Array]:
     The hidden state at position t - 1 gives the logits of token t.
     """
     hidden = model.model(ids[None, window.start : window.stop - 1])
-    hidden = hidden[0, window.first - 1 - window.start :, :]
+    hidden = hidden[:, window.first - 1 - window.start :, :]
     targets, parts = ids[window.first : window.stop], []
     for start in range(0, len(targets), ROWS):
-        logits = to_numpy(model.lm_head(hidden[start : start + ROWS, :]))
+        logits = to_numpy(model.lm_head(hidden[:, start : start + ROWS, :]))[0]
         check_scores(logits, "the model's logits", FROM_MODEL)
         wanted = targets[start : start + ROWS]
         parts.append(ops.log_softmax(logits)[np.arange(len(wanted)), wanted].astype(np.float64))

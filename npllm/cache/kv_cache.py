@@ -416,6 +416,13 @@ class KVCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())
 
+    def __repr__(self) -> str:
+        window = "" if self.window is None else f", window {self.window}"
+        return (
+            f"<npllm.KVCache n_batch {self.n_batch}, {self.n_layer} layers, {self.n_ctx} of "
+            f"{self.max_slots} slots{window}, {self.n_bytes:,} bytes>"
+        )
+
     def check_fits(self, n_batch: int, n_seq: int) -> None:
         """Raise unless n_seq more tokens of n_batch sequences fit."""
         n_mine = len(self._state.ids)

@@ -8,6 +8,7 @@ import numpy as np
 from npllm.arguments import check_attention_mask, check_ids
 from npllm.arrays import is_array
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.text.padding import pad_left
 
 __all__ = ["Prompt", "is_chat", "pad_left", "read_prompt", "require_tokenizer"]
 
@@ -109,23 +110,6 @@ def _encode(tokenizer: Any, prompt: Any, tools: Any) -> list[list[int]]:
         "prompt must be a str, a list of str, a list of messages or an integer array "
         f"[n_batch, n_prompt], got {str(prompt)[:80]!r}"
     )
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Array, Array]:
-    """Put lists of ids of different lengths into one array, padded on the left.
-
-    Returns
-    -------
-    ids : int64 array [n_batch, n_prompt]
-    valid : bool array [n_batch, n_prompt]
-    """
-    n_prompt = max(map(len, rows))
-    ids = np.full((len(rows), n_prompt), pad, dtype=np.int64)
-    valid = np.zeros(ids.shape, dtype=bool)
-    for row, tokens in enumerate(rows):
-        ids[row, n_prompt - len(tokens) :] = tokens
-        valid[row, n_prompt - len(tokens) :] = True
-    return ids, valid
 
 
 def is_chat(prompt: Any) -> bool:

@@ -21,6 +21,9 @@ class LayerParams(NamedTuple):
     gate_up_bias: Array | None = None  # [2*d_ff]
     down_bias: Array | None = None  # [d_model]
 
+    def __repr__(self) -> str:
+        return _described(self)
+
 
 class Params(NamedTuple):
     """Weights of a model.  Immutable.
@@ -37,3 +40,20 @@ class Params(NamedTuple):
     lm_head: Array | None = None  # [n_vocab, d_model]
     score: Array | None = None  # [n_label, d_model]
     score_bias: Array | None = None  # [n_label]
+
+    def __repr__(self) -> str:
+        return _described(self)
+
+
+def _described(params: tuple) -> str:
+    """Each weight by dtype and shape, in place of its numbers; equal layers as their number."""
+    fields = zip(params._fields, params, strict=True)  # type: ignore[attr-defined]
+    shown = ", ".join(f"{name}={_short(x)}" for name, x in fields if x is not None)
+    return f"{type(params).__name__}({shown})"
+
+
+def _short(x: Any) -> str:
+    if isinstance(x, tuple):
+        return f"<{len(x)} x {type(x[0]).__name__}>" if x else "()"
+    dtype = getattr(x, "dtype", type(x).__name__)
+    return f"<{dtype} {list(x.shape)}>" if hasattr(x, "shape") else repr(x)

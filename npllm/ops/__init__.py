@@ -112,3 +112,8 @@ __all__ = [
     "yarn_frequencies",
     "yarn_scale",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the operations and what goes with them, not the files that they stand in."""
+    return sorted(__all__)

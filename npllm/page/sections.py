@@ -50,7 +50,7 @@ SECTIONS = (
         "Tokenizer and embedding",
         "3-4, 3-5",
         ("npllm.Tokenizer.encode", "npllm.ops.embed"),
-        "chapter.md#pipeline",
+        "chapter.md#tokenizer-and-embedding",
         text.tokens,
     ),
     Section(
@@ -66,7 +66,7 @@ SECTIONS = (
         "Logits and distribution",
         "3-6",
         ("npllm.ops.lm_head", "npllm.ops.softmax"),
-        "chapter.md#forward-pass",
+        "chapter.md#logits-and-distribution",
         prediction.logits,
     ),
     Section(
@@ -106,7 +106,7 @@ SECTIONS = (
         "Feed-forward network as memory",
         "3-12",
         ("npllm.models.phi3.mlp_block", "npllm.ops.swiglu"),
-        "chapter.md#pre-norm-rmsnorm-and-swiglu",
+        "chapter.md#feed-forward-network-as-memory",
         block.feedforward,
     ),
     Section(
@@ -122,7 +122,7 @@ SECTIONS = (
         "Heads: all layers and heads",
         "3-26",
         ("npllm.ops.attention_weights", "npllm.tracing.lens.summarize_attention"),
-        "attention.md#attention-step-by-step",
+        "chapter.md#attention-heads",
         heads.heads,
     ),
     Section(

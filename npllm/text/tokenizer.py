@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import index
-from typing import Any, Self, SupportsIndex
+from typing import Any, NamedTuple, Self, SupportsIndex
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
@@ -16,11 +16,21 @@ from npllm.errors import NpllmError, NpllmOSError, NpllmTypeError, NpllmValueErr
 from npllm.progress import warn
 from npllm.text.chat_template import read_chat_template, render
 from npllm.text.conversation import check_messages, check_tools, find_left_out
+from npllm.text.padding import pad_left
 from npllm.text.special_tokens import add_tokens, read_special_tokens
 from npllm.text.template_process import Allowance
 from npllm.text.tokenizer_checks import read_tokenizer_json
 
-__all__ = ["Tokenizer"]
+__all__ = ["TokenizedText", "Tokenizer"]
+
+Array = Any
+
+
+class TokenizedText(NamedTuple):
+    """What a call of a tokenizer returns, under Transformers' names."""
+
+    input_ids: Array  # int64 [n_batch, n_seq], padded on the left
+    attention_mask: Array  # int64 [n_batch, n_seq]: 1 for a token, 0 for padding
 
 
 class Tokenizer:
@@ -148,16 +158,69 @@ class Tokenizer:
         wanted = added if self.add_bos_token is None else self.add_bos_token
         return [self._bos, *ids] if wanted and ids[:1] != [self._bos] else ids
 
-    def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = True) -> str:
-        """Turn token ids into text.  Ids that have no token decode to nothing.
+    def __call__(
+        self, text: str | Sequence[str], *, return_tensors: str | None = "np"
+    ) -> TokenizedText:
+        """Turn one text or several into arrays that a model takes.
+
+        Parameters
+        ----------
+        text : str or list of str
+            Each is encoded as by `encode`; shorter ones are padded on the left.
+        return_tensors : str, optional
+            "np", NumPy arrays: all that there is.
+
+        Returns
+        -------
+        tokenized : TokenizedText
+            With `input_ids` and `attention_mask`, both [n_batch, n_seq].
 
         Raises
         ------
         NpllmTypeError
-            When `ids` is no sequence of non-negative integers.
+            When `text` is no text and no list of texts.
+        NpllmValueError
+            For other tensors than "np", and where a text has no tokens.
+
+        Notes
+        -----
+        Unlike Transformers', the result holds arrays also where `return_tensors` is not given.
+
+        Source: `PreTrainedTokenizerBase.__call__` in Transformers.
+        """
+        if return_tensors not in (None, "np"):
+            raise NpllmValueError(
+                f'return_tensors must be "np", got {quote(return_tensors)}: npllm computes with '
+                "NumPy arrays; leave the argument out"
+            )
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not texts:
+            raise NpllmTypeError(f"text must be a str or a list of str, got {quote(text)}")
+        rows = [self.encode(one) for one in texts]
+        if not all(rows):
+            raise NpllmValueError("each text must hold at least one token, got an empty one")
+        pad = self.backend.token_to_id(self.special_tokens.get("pad_token", ""))
+        ids, valid = pad_left(rows, pad or 0)
+        return TokenizedText(ids, valid.astype(np.int64))
+
+    def __repr__(self) -> str:
+        n = self.backend.get_vocab_size()
+        first = "".join(f", begins with {self.token_text(i)!r}" for i in self.encode("")[:1])
+        chat = "chat template" if self.chat_template else "no chat template"
+        return f"<npllm.Tokenizer {n:,} tokens{first}, {chat}>"
+
+    def decode(
+        self, ids: SupportsIndex | Iterable[SupportsIndex], *, skip_special_tokens: bool = True
+    ) -> str:
+        """Turn token ids, or one id, into text.  Ids that have no token decode to nothing.
+
+        Raises
+        ------
+        NpllmTypeError
+            When `ids` is no non-negative integer and no sequence of them.
         """
         try:
-            tokens = [index(i) for i in ids]
+            tokens = [index(i) for i in _as_sequence(ids)]
             if not all(0 <= i < 2**32 for i in tokens):
                 raise ValueError(f"got {min(tokens)} ... {max(tokens)}")
         except (TypeError, ValueError, OverflowError) as error:
@@ -245,6 +308,12 @@ class Tokenizer:
         """
         text = self.decode([token], skip_special_tokens=False)
         return text or self.backend.id_to_token(index(token)) or f"<{index(token)}>"
+
+
+def _as_sequence(ids: Any) -> Iterable[SupportsIndex]:
+    """One id as a list of it; a sequence as it is."""
+    is_one = isinstance(ids, int | np.integer) or getattr(ids, "ndim", None) == 0
+    return [ids] if is_one else ids
 
 
 def _as_bool(name: str, value: Any) -> bool:

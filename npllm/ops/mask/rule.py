@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from npllm.arguments import check_mask
+import numpy as np
+
+from npllm.arguments import check_integer, check_mask
 from npllm.arrays import array_namespace, is_array, to_numpy
 from npllm.errors import NpllmTypeError
 
@@ -90,6 +92,17 @@ class Rule:
     def __call__(self, i: Array, j: Array) -> Array:
         """Evaluate the rule on slots."""
         return self.visible(i, j)
+
+    def dense(self, n: int) -> Array:
+        """Write the rule out as a table of n queries and n keys: bool [n, n], True where visible;
+        further axes n_batch, 1 in front for a rule that differs by sequence.  NumPy.
+
+        `npllm.ops.mask.to_bool` has other numbers of queries and keys, and slots.
+        """
+        slots = np.arange(check_integer("n", n, 0, 2**31))
+        visible = self(slots[:, None], slots[None, :])
+        shape = (*visible.shape[:-2], len(slots), len(slots))
+        return array_namespace(visible).broadcast_to(visible, shape)
 
     def __and__(self, other: "Rule") -> "Rule":
         return And(self, _rule(other))
