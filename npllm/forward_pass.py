@@ -468,7 +468,7 @@ def _warn_of_lost_batch_axis(hidden: Array) -> None:
     """Warn where hidden states are the first row of a batch of one, as a reader of code for
     Transformers takes it: there `model.model(ids)` is a tuple.
     """
-    whole = getattr(getattr(hidden, "base", None), "shape", ())
+    whole: tuple[int, ...] = getattr(getattr(hidden, "base", None), "shape", ())
     if len(whole) == 3 and whole[0] == 1 and whole[1] > 1 and whole[1:] == tuple(hidden.shape):
         warn(
             f"lm_head got [n_seq, d_model] = {list(whole[1:])}, without the batch axis: its result "

@@ -72,3 +72,11 @@ def test_dir_of_ops_shows_operations_only():
     assert dir(ops) == sorted(ops.__all__)
     assert not {"frequencies", "opset", "residual", "feedforward"} & set(dir(ops))
     assert all(hasattr(ops, name) for name in dir(ops))
+
+
+def test_a_lost_batch_axis_is_named_and_rows_are_not():
+    model = tiny.model(ops="reference")
+    hidden = model.model(tiny.random_ids(1, 5))
+    with pytest.warns(UserWarning, match=r"leave out its \[0\]"):
+        assert model.lm_head(hidden[0]).shape == model.lm_head(hidden).shape[1:]
+    assert model.lm_head(hidden[:, -1]).ndim == 2  # warnings are errors here
