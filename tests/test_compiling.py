@@ -43,13 +43,14 @@ from npllm.kernels import compilation
 from npllm.progress import report
 start = time.perf_counter()
 compilation.announce(report if ANNOUNCE else None)
+from npllm.kernels.cpu import gemv
 from npllm.kernels.cpu.launching import launch
-from npllm.kernels.cpu.softmax import exponentials
-y = np.zeros(64, np.float32)
+x, y = np.ones((1, 64), np.float32), np.zeros((1, 64), np.float32)
 clock = compilation.working_seconds()
-launch(exponentials, y, np.float32(0))
+weight, none = np.eye(64, dtype=np.float32), np.zeros((0, 0), np.float32)
+launch(gemv.add_product, weight, none, x, none[0:0, 0:0].reshape(-1), np.float32(0), y)
 inside = compilation.working_seconds() - clock
-assert np.array_equal(y, np.ones(64, np.float32))
+assert np.array_equal(y, x)
 print(compilation.compile_seconds(), inside)
 """
 
@@ -58,7 +59,7 @@ print(compilation.compile_seconds(), inside)
 def test_a_first_process_says_that_it_compiles_once_and_a_second_says_nothing(tmp_path):
     out, err = run("ANNOUNCE = True" + SCRIPT, tmp_path)
     compiled, inside = map(float, out.split()[:2])
-    assert compiled > 0.05 and inside < compiled / 2
+    assert compiled > 0.5 and inside < compiled / 2
     assert err == f"npllm: {compilation.MESSAGE}\n"
     out, err = run(
         f"ANNOUNCE = True{SCRIPT.replace('assert all', 'assert inner == {} or all')}", tmp_path
