@@ -23,7 +23,7 @@ def test_namespace_is_the_library_of_the_arrays():
 
 
 def test_a_mixture_of_libraries_raises_and_names_both():
-    with pytest.raises(NpllmTypeError, match="array_api_strict and numpy"):
+    with pytest.raises(NpllmTypeError, match="of array_api_strict and .* of numpy"):
         arrays.array_namespace(np.ones(1), strict.asarray([1.0]))
 
 
@@ -34,7 +34,7 @@ def test_what_is_no_array_raises_and_names_its_type(x):
 
 
 def test_no_array_at_all_raises():
-    with pytest.raises(NpllmTypeError, match="no array at all"):
+    with pytest.raises(NpllmTypeError, match="at least one array"):
         arrays.array_namespace(None, None)
 
 
@@ -146,12 +146,12 @@ def test_expect_shape_accepts_these_sizes_and_no_other_last_one(shape, axes):
         (
             (3,),
             {"dots": None, "n": None, "d": 3},
-            r"x must be \[\.\.\., n, d\] = \[\.\.\., any, 3\], got \[3\]",
+            r"x must be \[\.\.\., n, d\] = \[\.\.\., n, 3\], got \[3\]",
         ),
         (
             (4, 2),
             {"dots": None, "n": None, "d": 3},
-            r"x must be \[\.\.\., n, d\] = \[\.\.\., any, 3\], got \[4, 2\]",
+            r"x must be \[\.\.\., n, d\] = \[\.\.\., n, 3\], got \[4, 2\]",
         ),
     ],
 )

@@ -319,4 +319,4 @@ def test_the_command_refuses_what_does_not_fit(tmp_path, arguments, code):
     result = invoke(["cost", "-m", str(tmp_path), *arguments])
     assert (result.exit_code, result.stdout) == (code, "")
     assert "Traceback" not in result.stderr
-    assert code == 2 or "context length (max_position_embeddings) is 64" in result.stderr
+    assert code == 2 or "max_position_embeddings = 64" in result.stderr

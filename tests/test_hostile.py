@@ -826,7 +826,7 @@ def test_a_template_file_that_is_no_text(valid, tmp_path):
     )
 
 
-@pytest.mark.parametrize("ids", [5, ["x"], [-1], [2**32], [10**30], [None], "ab"])
+@pytest.mark.parametrize("ids", [5.5, ["x"], [-1], [2**32], [10**30], [None], "ab"])
 def test_ids_that_are_none(valid, tmp_path, ids):
     tokenizer = Tokenizer.from_folder(write(tmp_path / "m", valid))
     assert message(TypeError, tokenizer.decode, ids).startswith(

@@ -376,7 +376,7 @@ ops_with_mask = pytest.mark.parametrize("op", [weights_of, attention, blockwise_
         ),
         (
             {"k": (2, 2, 5, 4)},
-            "k must be [..., n_kv_head, n_ctx, d_head] = [..., any, any, 3], got [2, 2, 5, 4]",
+            "k must be [..., n_kv_head, n_ctx, d_head] = [..., n_kv_head, n_ctx, 3], got [2, 2, 5, 4]",
         ),
         ({"k": (2, 2, 0, 3), "v": (2, 2, 0, 3)}, "n_ctx = 0"),
         ({"k": (2, 3, 5, 3), "v": (2, 3, 5, 3)}, "n_head = 4 and n_kv_head = 3"),
