@@ -241,12 +241,14 @@ def check_path(name: str, path: Any) -> Path:
     ------
     NpllmTypeError
         For anything but a str or a path object: a number, bytes, a list.
+    NpllmValueError
+        For a name with a NUL character, which no system takes.
     """
     value = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(value, str):
         raise NpllmTypeError(f"{name} must be a str or a Path, got {quote(path)}")
     if "\0" in value:
-        raise NpllmTypeError(f"{name} must hold no NUL character, got {quote(value)}")
+        raise NpllmValueError(f"{name} must hold no NUL character, got {quote(value)}")
     return Path(value)
 
 

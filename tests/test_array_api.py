@@ -123,7 +123,7 @@ def test_a_mixture_and_what_is_no_array_raise_whichever_argument_is_the_odd_one(
     arguments, _ = data.draw(documented_calls(ARRAY_OPS[name]))
     names = array_names(arguments)
     for odd in names if len(names) > 1 else ():
-        with pytest.raises(NpllmTypeError, match="of array_api_strict and .* of numpy"):
+        with pytest.raises(NpllmTypeError, match=r"of array_api_strict and .* of numpy"):
             ARRAY_OPS[name](**{**arguments, odd: moved(arguments[odd])})
     for odd in names:
         with pytest.raises(NpllmTypeError):

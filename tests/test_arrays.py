@@ -23,7 +23,7 @@ def test_namespace_is_the_library_of_the_arrays():
 
 
 def test_a_mixture_of_libraries_raises_and_names_both():
-    with pytest.raises(NpllmTypeError, match="of array_api_strict and .* of numpy"):
+    with pytest.raises(NpllmTypeError, match=r"of array_api_strict and .* of numpy"):
         arrays.array_namespace(np.ones(1), strict.asarray([1.0]))
 
 

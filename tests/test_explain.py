@@ -467,7 +467,7 @@ def test_a_path_that_cannot_be_written(page, tmp_path, place):
 
 
 def test_a_path_with_a_null_character(page):
-    with pytest.raises(NpllmOSError):
+    with pytest.raises(NpllmValueError, match="NUL"):
         page.save("a\0b")
 
 

@@ -947,7 +947,9 @@ def test_another_array_library_is_refused():
     mixed = npllm.Model(
         m.config, m.params._replace(norm=strict.asarray(m.params.norm)), ops=ops.reference
     )
-    with pytest.raises(NpllmTypeError, match="one library, got weight of array_api_strict and x of numpy"):
+    with pytest.raises(
+        NpllmTypeError, match="one library, got weight of array_api_strict and x of numpy"
+    ):
         mixed(random_ids(1, 3))
     assert isinstance(w, np.ndarray)
 

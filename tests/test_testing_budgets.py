@@ -270,7 +270,8 @@ def test_units_are_those_of_the_formats():
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"accumulate": "x"}, "accumulate must be one of"),
         ({"roundings": 0}, "roundings must be an integer of at least 1, got 0"),
-        ({"operands": "int8"}, "operands must be one of"),
+        ({"operands": "int4"}, "operands must be one of"),
+        ({"operands": "int8"}, "are those of a linear map, got .add."),
     ],
 )
 def test_what_is_no_arithmetic_raises(options, text):

@@ -14,7 +14,7 @@ from npllm.testing.registry import alternatives
 
 CliRunner = pytest.importorskip("click.testing").CliRunner
 cli = pytest.importorskip("npllm.cli.testing")
-main = pytest.importorskip("npllm.cli").main
+main = pytest.importorskip("npllm.cli.commands").main
 NAMED = cli.OPS
 
 

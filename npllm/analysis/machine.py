@@ -117,6 +117,7 @@ def _kernel_facts() -> dict[str, Any]:
         "threads": n_threads(),
         "why": kernels.why_not_compiled() or "Numba is here",
     }
+    facts |= kernels.product_forms()
     seconds = kernels.seconds_to_prepare()
     if seconds is not None:
         compiled = ", compiled just now and kept" if seconds > COMPILED_NOW else ""

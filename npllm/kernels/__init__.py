@@ -22,6 +22,7 @@ __all__ = [
     "compiled_ops",
     "cuda_ops",
     "fastest_ops",
+    "product_forms",
     "seconds_to_prepare",
     "tiled_ops",
     "why_not_compiled",
@@ -140,6 +141,22 @@ def why_not_compiled() -> str:
     except ImportError as error:  # missing, or made for another NumPy
         return f'Numba cannot be imported ({error}); pip install "npllm[fast]" brings it'
     return ""
+
+
+def product_forms() -> dict[str, str]:
+    """Say how products with rounded activations are computed on this processor.
+
+    Returns
+    -------
+    forms : dict of str to str
+        Of "int8 and int16 activations" and "bfloat16 activations": by which instruction, by plain
+        vectors, or in float32.  Without the compiled set in float32, as the definition does.
+    """
+    names = {"int8": "int8 and int16 activations", "bfloat16": "bfloat16 activations"}
+    if compiled_ops() is None:
+        return dict.fromkeys(names.values(), "float32 products of rounded entries")
+    module = importlib.import_module("npllm.kernels.cpu.dot_products")
+    return {names[kind]: module.spelled_form(kind) for kind in names}
 
 
 def seconds_to_prepare(dtype: str = "bfloat16") -> float | None:

@@ -21,7 +21,7 @@ from numba import config
 
 from npllm.kernels.cpu.simd import FLOATS, INTS, all_lanes, call
 
-__all__ = ["dot_bfloat16", "dot_bytes", "form_of", "forced_form", "has_instruction"]
+__all__ = ["dot_bfloat16", "dot_bytes", "form_of", "forced_form", "has_instruction", "spelled_form"]
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
@@ -54,6 +54,13 @@ def form_of(kind: str) -> str:
         return "instruction" if has_instruction("int8") else "plain"
     is_fast = llvmlite.binding.get_host_cpu_name().startswith(FAST_BFLOAT16)
     return "instruction" if is_fast and has_instruction(kind) else "float32"
+
+
+def spelled_form(kind: str) -> str:
+    """Say in words how products of a kind are computed."""
+    instruction = {"int8": "VPDPBUSD", "int16": "VPDPBUSD", "bfloat16": "VDPBF16PS"}[kind]
+    words = {"plain": "plain vectors", "float32": "float32 products of rounded entries"}
+    return words.get(form_of(kind), f"the instruction {instruction}")
 
 
 @contextmanager
