@@ -9,6 +9,8 @@ Queries, keys and values are seen where Transformers looks up its attention func
 to the cache (`Cache.update`).  Everything else is seen by hooks.  All of it is taken away again.
 """
 
+from __future__ import annotations  # torch may be a stand-in while the reference is built
+
 import contextlib
 import json
 import platform
