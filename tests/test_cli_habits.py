@@ -12,10 +12,10 @@ import tiny
 import npllm
 from npllm import progress
 from npllm.cli import main as entry
-from npllm.cli.streams import tokens_and_rate
 
 CliRunner = pytest.importorskip("click.testing").CliRunner
 cli = pytest.importorskip("npllm.cli.commands")
+tokens_and_rate = pytest.importorskip("npllm.cli.streams").tokens_and_rate
 
 
 @pytest.fixture(scope="module")

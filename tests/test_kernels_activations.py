@@ -2,7 +2,6 @@
 
 import ml_dtypes
 import numpy as np
-import optional
 import pytest
 from blocks import FORMAT_NAMES, random_weight
 from close import close
@@ -17,7 +16,8 @@ from npllm.quantized.activations import round_activations, rounded_values
 from npllm.quantized.int8 import Int8Weight, quantize
 from npllm.quantized.stacked import StackedWeight
 
-optional.module("numba")
+if kernels.compiled_ops() is None:
+    pytest.skip("the compiled kernels need Numba", allow_module_level=True)
 from npllm.kernels.cpu import dot_products  # noqa: E402
 from npllm.kernels.cpu.dot_products import forced_form, has_instruction  # noqa: E402
 
