@@ -18,8 +18,8 @@ from npllm.quantized.stacked import StackedWeight
 
 if kernels.compiled_ops() is None:
     pytest.skip("the compiled kernels need Numba", allow_module_level=True)
-from npllm.kernels.cpu import dot_products  # noqa: E402
-from npllm.kernels.cpu.dot_products import forced_form, has_instruction  # noqa: E402
+from npllm.kernels.cpu import dot_products
+from npllm.kernels.cpu.dot_products import forced_form, has_instruction
 
 INTEGERS = ("int8", "int16")
 FORMATS = ("int8", *FORMAT_NAMES)
