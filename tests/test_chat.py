@@ -86,6 +86,8 @@ def test_undo_forgets_the_last_message_and_its_answer(chat, model):
     one, two = answers(model, "hello", "hello w")
     assert lines(chat("hello\nhello w\n/undo\nhello w\n")) == f"{one}\n{two}\n{two}\n"
     assert lines(chat("hello\n/undo\nhello\n")) == f"{one}\n{one}\n"
+    assert "forgot 'hello' and its answer" in chat("hello\n/undo\n").stderr
+    assert "a new conversation begins" in chat("hello\n/reset\n").stderr
     empty = chat("/undo\n")
     assert (lines(empty), empty.stderr) == ("", "npllm: there is no message to forget\n")
 

@@ -124,6 +124,7 @@ def _command(talk: Conversation, name: str, argument: str = "") -> None:
         write_line(HELP)
     elif name == "/reset":
         talk.messages = list(talk.opening)
+        report("a new conversation begins")
     elif name == "/undo":
         _undo(talk)
     elif name == "/save" and argument:
@@ -144,6 +145,7 @@ def _undo(talk: Conversation) -> None:
     if not asked:
         report("there is no message to forget")
         return
+    report(f"forgot {talk.messages[asked[-1]]['content'][:40]!r} and its answer")
     talk.messages = talk.messages[: asked[-1]]
 
 
