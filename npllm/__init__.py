@@ -103,6 +103,10 @@ _REPORT = (
     "analysis.steps",
     "cli.layout",
 )
+_GGUF = (
+    *("config", "finite", "header", "layout", "metadata", "read_back", "rope", "sentencepiece"),
+    *("sources", "tokenizer", "vocabulary", "weights"),
+)
 # Modules that have moved: the old path -> the new one, or those that a split module's names are in.
 _MOVED: dict[str, str | tuple[str, ...]] = {
     "bert_config": "config.bert_config",
@@ -131,6 +135,11 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
     "cache_state": "cache.state",
     "report": _REPORT,
     "analysis.report": _REPORT,
+    "checkpoints.ggml_types": "checkpoints.gguf.ggml_types",
+    "checkpoints.gguf_types": "checkpoints.gguf.tensor_types",
+    "checkpoints.write_gguf": "checkpoints.gguf.writer",
+    "checkpoints.convert_gguf": "checkpoints.gguf.convert",
+    **{f"checkpoints.gguf_{name}": f"checkpoints.gguf.{name}" for name in _GGUF},
     **{
         f"kernels.{name}": f"kernels.cpu.{name}"
         for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd", "parts")
