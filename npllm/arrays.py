@@ -145,9 +145,9 @@ def _libraries(arrays: Iterable[Any]) -> str:
 
 
 def _argument_name(x: Any) -> str:
-    """What the function of npllm that was called first calls an object, for an error message.
+    """Find the name of an argument, for an error message: that in the outermost function of npllm.
 
-    Looks through the frames of the call; "an argument" where none has the object by a name.
+    Looks through the frames of the call; "an argument" where no local variable is this object.
     """
     name, frame = "an argument", sys._getframe(1)
     while frame is not None:

@@ -186,3 +186,12 @@ def test_a_row_has_the_same_bits_alone_and_in_company_up_to_sixteen(kind, name):
     alone = np.concatenate([rounded_set(kind).linear(x[k : k + 1], weight) for k in range(16)])
     close(rounded_set(kind).linear(x, weight), alone, times=0)
     assert rounded_set(kind).decoder_layers is kernels.compiled_ops().decoder_layers
+
+
+def test_the_form_of_a_product_is_told_in_words():
+    with forced_form("plain"):
+        assert kernels.product_forms()["int8 and int16 activations"] == "plain vectors"
+    with forced_form("instruction"):
+        assert "VDPBF16PS" in kernels.product_forms()["bfloat16 activations"]
+    told = kernels.product_forms()["int8 and int16 activations"]
+    assert ("VPDPBUSD" in told) == has_instruction("int8")

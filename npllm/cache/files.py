@@ -156,8 +156,8 @@ def _checked_shapes(
 ) -> tuple[tuple[int, ...], int]:
     """Raise unless the tensors are those of a cache of this model; shape and first slot of keys."""
     config = owner.config
-    books = [entries.get(name) for name in BOOKS]
-    if any(entry is None or entry.dtype != "I64" for entry in books) or len(books[0].shape) != 2:  # type: ignore[union-attr]
+    wrong = [name for name in BOOKS if name not in entries or entries[name].dtype != "I64"]
+    if wrong or len(entries["ids"].shape) != 2:
         raise NpllmValueError(f"{file}: must hold {', '.join(BOOKS)} as I64")
     n_batch, n_ctx = entries["ids"].shape
     oldest = first_visible(n_ctx, owner.window)
