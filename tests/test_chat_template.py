@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import draws
 
 import npllm
 from npllm.text import chat_template, template_process
@@ -271,11 +272,22 @@ def test_what_needs_too_much_memory_is_refused(source):
     assert refusal(source, 30) == f"the chat template failed: {TOO_LARGE}"
 
 
+@pytest.mark.slow
 def test_a_template_has_five_seconds():
     start = time.monotonic()
     with pytest.raises(npllm.NpllmError, match="5 seconds"):
         chat_template.render(SLOW[0], MESSAGES, NAMES)
     assert 5 <= time.monotonic() - start < 10
+
+
+def test_a_template_is_allowed_five_seconds(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        chat_template.process,
+        "ask",
+        lambda _, allowance: given.append(allowance.left) or {"text": "x"},
+    )
+    assert chat_template.render("x", MESSAGES, NAMES) == "x" and given == [5]
 
 
 WATCHED = """
@@ -469,7 +481,7 @@ def test_a_conversation_that_holds_itself_is_refused():
 # ------------------------------------------------------------------------------ fuzz
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=draws(60, 200), deadline=None)
 @given(source=st.lists(st.sampled_from(fuzz.SNIPPETS), min_size=1, max_size=8).map("".join))
 def test_templates_of_pieces(source):
     error = fuzz.attempt(lambda: render(source, 0.3))
