@@ -1,7 +1,7 @@
 """Packages that a machine may lack: each costs only the tests that use it.
 
 NPLLM_REQUIRE_ALL=1, as in CI, makes a missing one an error.  Those of LIVE, which CI installs last,
-are errors where NPLLM_REQUIRE_LIVE=1 as well; onnx, which CI does not install, never is.
+are errors where NPLLM_REQUIRE_LIVE=1 as well.
 """
 
 import importlib
@@ -32,7 +32,7 @@ import_or_skip = pytest.importorskip
 def may_be_missing(name):
     """Tell whether a missing package only skips tests where everything is required."""
     name = name.partition(".")[0]
-    return name in LIVE and (name == "onnx" or not REQUIRED_LIVE)
+    return name in LIVE and not REQUIRED_LIVE
 
 
 def import_or_fail(name, *args, **options):
