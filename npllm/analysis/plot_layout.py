@@ -7,6 +7,7 @@ __all__ = ["label_tokens", "place_panels", "shorten", "shown_text", "text_width"
 
 OUTER = 0.35  # inches around all panels, for the names of the axes and the title
 POINTS_PER_INCH = 72
+DOTS = 150  # per inch
 LINE = 1.35  # lines of text at a distance of this many font sizes do not touch
 
 
@@ -31,9 +32,9 @@ def shorten(text: str, n_most: int) -> str:
 def text_width(text: str, size: float) -> float:
     """Return how wide a line of the plots' font is, in inches; size is in points."""
     font = _font()
-    font.set_size(size, POINTS_PER_INCH)
+    font.set_size(size, DOTS)
     font.set_text(text)
-    return font.get_width_height()[0] / 64 / POINTS_PER_INCH
+    return font.get_width_height()[0] / 64 / DOTS
 
 
 def label_tokens(axes: Any, labels: list[str], n_seq: int, side: float, size: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from npllm.analysis.plot_layout import (
+    DOTS,
     label_tokens,
     place_panels,
     shorten,
@@ -23,7 +24,6 @@ __all__ = ["draw_masks", "draw_weights", "example_rules", "new_figure", "save_fi
 
 Array = Any
 
-DOTS = 150  # per inch
 QUERY_AXIS, KEY_AXIS = "query position", "key position"
 COLOURS = {
     "not visible": "#eceff4",
@@ -196,7 +196,7 @@ def _add_title(figure: Any, title: str) -> None:
     """Write a title that is no wider than the picture."""
     width, height = figure.get_size_inches()
     text = shown_text(title).replace("␣", " ")
-    while len(text) > 20 and text_width(text, 9) > width - 0.2:
+    while len(text) > 20 and text_width(text, 9) > 0.95 * width - 0.2:
         text = shorten(text, len(text) - 5)
     figure.suptitle(text, fontsize=9, parse_math=False, y=1 - 0.1 / height, va="top")
 
