@@ -90,7 +90,7 @@ def _scores(run: Run, q: Array, k: Array) -> list[Any]:
     visible = np.broadcast_to(rule(slots[:, None], slots[None, :]), weights.shape)
     return [
         [
-            [significant(s) if seen else None for s, seen in zip(*row, strict=True)]
+            [significant(s, 7) if seen else None for s, seen in zip(*row, strict=True)]
             for row in zip(*head, strict=True)
         ]
         for head in zip(scores, visible, strict=True)
