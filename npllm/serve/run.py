@@ -97,7 +97,8 @@ def run_server(server: Server, host: str, port: int, *, grace: int = 30) -> None
         When the address can be reached from other machines and there is no API key.
     """
     require_key(host, server.api_key)
-    uvicorn.Server(_settings(server, grace, host=host, port=port)).run()
+    with contextlib.suppress(KeyboardInterrupt):  # raised again when all is finished
+        uvicorn.Server(_settings(server, grace, host=host, port=port)).run()
 
 
 @contextlib.contextmanager
