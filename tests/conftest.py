@@ -97,7 +97,7 @@ def pytest_runtest_call():
         return (yield)
     except ImportError as error:
         name = optional.missing_package(error)
-        if (optional.REQUIRED and name not in optional.LIVE) or name is None:
+        if name is None or (optional.REQUIRED and not optional.may_be_missing(name)):
             raise
         pytest.skip(f"{name} is not installed")
 
