@@ -19,6 +19,7 @@ from npllm.quantized.dtypes import NAMES
 from npllm.threads import set_threads
 
 __all__ = [
+    "adapter_option",
     "chat_option",
     "filter_options",
     "given_options",
@@ -41,6 +42,9 @@ path_option = click.option(
     "path",
     metavar="PATH",
     help=f"Checkpoint folder, GGUF file, or name of a fetched checkpoint. [{DEFAULT_MODEL}]",
+)
+adapter_option = click.option(
+    "--adapter", metavar="DIR", help="Folder of a LoRA adapter that PEFT saved, to run with."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 chat_option = click.option(
@@ -162,6 +166,7 @@ def model_options(command: Command) -> Command:
     """Add the options that choose a model; the command gets `model`, a function that loads it."""
 
     @path_option
+    @adapter_option
     @_backend_option
     @_dtype_option
     @_ops_option
@@ -171,6 +176,7 @@ def model_options(command: Command) -> Command:
     def wrapped(
         *args: Any,
         path: str | None,
+        adapter: str | None,
         backend: str,
         dtype: str | None,
         ops_name: str,
@@ -178,7 +184,7 @@ def model_options(command: Command) -> Command:
         **options: Any,
     ) -> Any:
         how = {"backend": backend, "dtype": dtype, "ops": ops_name, "activations": activations}
-        load_model = functools.partial(load_causal, path, **how)
+        load_model = functools.partial(load_causal, path, adapter=adapter, **how)
         return command(*args, model=load_model, **options)
 
     return wrapped
