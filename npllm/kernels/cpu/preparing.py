@@ -10,7 +10,7 @@ from npllm.kernels.cpu.compiled import COMPILED
 from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.rounded import rounded_compiled
 from npllm.models.params import LayerParams
-from npllm.ops import Ops, Step
+from npllm.ops import Step
 from npllm.ops.mask import causal
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_weight import BlockWeight
