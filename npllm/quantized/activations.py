@@ -131,6 +131,7 @@ def is_rounded_for(weight: Any, kind: str) -> bool:
 
     Integers go with packed weights, bfloat16 with arrays of bfloat16.
     """
+    weight = getattr(weight, "base", weight) if is_packed(weight) else weight  # under an adapter
     if kind in N_BYTES:
         return all(map(is_packed, getattr(weight, "parts", (weight,))))
     return kind == "bfloat16" and not is_packed(weight) and weight.dtype == DTYPES["bfloat16"]
