@@ -522,6 +522,7 @@ def test_the_default_model_runs_from_its_file(default_gguf, default_model):
     np.testing.assert_array_equal(packed.argmax(-1)[is_clear], converted.argmax(-1)[is_clear])
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_converted_weights_are_those_of_the_file_in_bfloat16(default_gguf, default_model):
     m = npllm.load(default_gguf, dtype="bfloat16")
