@@ -1,8 +1,7 @@
 """Packages that a machine may lack: each costs only the tests that use it.
 
 NPLLM_REQUIRE_ALL=1, as in CI, makes a missing one an error.  Those of SERVE and of LIVE, which CI
-installs later, are errors where NPLLM_REQUIRE_SERVE=1 or NPLLM_REQUIRE_LIVE=1 as well; onnx, which
-CI does not install, never is.
+installs later, are errors where NPLLM_REQUIRE_SERVE=1 or NPLLM_REQUIRE_LIVE=1 as well.
 """
 
 import importlib
@@ -14,7 +13,7 @@ REQUIRED = os.environ.get("NPLLM_REQUIRE_ALL") == "1"
 REQUIRED_SERVE = os.environ.get("NPLLM_REQUIRE_SERVE") == "1"
 REQUIRED_LIVE = os.environ.get("NPLLM_REQUIRE_LIVE") == "1"
 LIVE = ("torch", "transformers", "jax", "onnx")
-SERVE = ("starlette", "uvicorn", "openai", "httpx")
+SERVE = ("starlette", "uvicorn", "openai", "httpx", "ray")
 PACKAGES = (
     "array_api_strict",
     "click",
@@ -38,7 +37,7 @@ def may_be_missing(name):
     name = name.partition(".")[0]
     if name in SERVE:
         return not REQUIRED_SERVE
-    return name in LIVE and (name == "onnx" or not REQUIRED_LIVE)
+    return name in LIVE and not REQUIRED_LIVE
 
 
 def import_or_fail(name, *args, **options):
