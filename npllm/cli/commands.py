@@ -16,6 +16,7 @@ import click
 
 from npllm import __version__
 from npllm.cli import (
+    batch,
     check,
     checkpoints,
     comparing,
@@ -50,6 +51,7 @@ GROUPS = (
     comparing,
     precision,
     serve,
+    batch,
 )
 
 
