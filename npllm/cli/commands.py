@@ -19,6 +19,7 @@ from npllm.cli import (
     check,
     checkpoints,
     comparing,
+    evaluation,
     explain,
     generation,
     measurements,
@@ -48,6 +49,7 @@ GROUPS = (
     mutants,
     comparing,
     precision,
+    evaluation,
 )
 
 
