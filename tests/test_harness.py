@@ -1,5 +1,7 @@
 """`npllm eval` and the class that lm-eval calls, on local tasks; against lm-eval's own model "hf"."""
 
+import contextlib
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -16,15 +18,13 @@ from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
 from npllm.evaluation import run
 from npllm.evaluation.requests import generation_request
 
-try:
-    import lm_eval
-    from lm_eval import tasks as lm_eval_tasks
-
-    from npllm.evaluation.harness import NpllmLM
-except ImportError:
-    if not optional.may_be_missing("lm_eval"):
-        raise
-    lm_eval = None
+lm_eval = None
+with contextlib.suppress(ImportError):
+    lm_eval = importlib.import_module("lm_eval")
+    lm_eval_tasks = importlib.import_module("lm_eval.tasks")
+    NpllmLM = importlib.import_module("npllm.evaluation.harness").NpllmLM
+if lm_eval is None and not optional.may_be_missing("lm_eval"):
+    importlib.import_module("lm_eval")
 
 needs_lm_eval = pytest.mark.skipif(lm_eval is None, reason="lm-eval is not installed")
 SEEDS = {"bootstrap_iters": 0}
@@ -43,7 +43,7 @@ def checkpoint(tmp_path):
     return tiny.write_folder(
         tmp_path / "m",
         tokenizer=tiny.byte_level(),
-        settings=tiny.SETTINGS | {"bos_token": None},
+        settings=tiny.SETTINGS | {"bos_token": None, "eos_token": "</s>"},
         vocab_size=vocab,
         max_position_embeddings=256,
         original_max_position_embeddings=256,
@@ -120,21 +120,19 @@ class TestAlone:
 
     def test_generation_stops_before_the_first_stop(self, checkpoint):
         lm = NpllmLM(str(checkpoint))
-        whole = lm.generate_until(
-            [request("hello", {"max_gen_toks": 12, "do_sample": False})], disable_tqdm=True
-        )[0]
-        stop = whole[4]
+        length = {"max_gen_toks": 12, "min_new_tokens": 12}
+        (whole,) = lm.generate_until([request("hello", length)], disable_tqdm=True)
+        stop = whole[len(whole) // 2]
         asked = [
-            request("hello", {"until": [stop], "max_gen_toks": 12}),
+            request("hello", {"until": [stop], **length}),
             request("a longer prompt than the other", {"until": [], "max_gen_toks": 3}),
-            request("hello", {"until": [], "max_gen_toks": 12, "temperature": 1.0}),
+            request("hello", {"until": [], "temperature": 1.0, **length}),
         ]
         first, second, third = lm.generate_until(asked, disable_tqdm=True)
-        assert first == whole.partition(stop)[0]
-        model = lm.model
-        want = model.generate("a longer prompt than the other", max_new_tokens=3, do_sample=False)
-        assert second == want
-        again = NpllmLM(str(checkpoint)).generate_until(asked[2:], disable_tqdm=True)[0]
+        assert first == whole.partition(stop)[0] != whole
+        prompt = asked[1].args[0]
+        assert second == lm.model.generate(prompt, max_new_tokens=3, do_sample=False)
+        (again,) = NpllmLM(str(checkpoint)).generate_until(asked[2:], disable_tqdm=True)
         assert third == again != whole
 
     def test_a_prompt_that_is_too_long_is_cut_on_the_left(self, checkpoint):

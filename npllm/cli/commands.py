@@ -26,6 +26,7 @@ from npllm.cli import (
     mutants,
     precision,
     predictions,
+    serve,
     testing,
     tracing,
     views,
@@ -50,6 +51,7 @@ GROUPS = (
     comparing,
     precision,
     evaluation,
+    serve,
 )
 
 

@@ -20,6 +20,7 @@ from npllm.threads import set_threads
 
 __all__ = [
     "adapter_option",
+    "any_model_options",
     "chat_option",
     "filter_options",
     "given_options",
@@ -163,7 +164,19 @@ threads_option = click.option(
 
 
 def model_options(command: Command) -> Command:
-    """Add the options that choose a model; the command gets `model`, a function that loads it."""
+    """Add the options that choose a causal model; the command gets `model`, a function that loads
+    it.
+    """
+    return _with_model(command, load_causal)
+
+
+def any_model_options(command: Command) -> Command:
+    """Add the options that choose a model or an encoder."""
+    return _with_model(command, load)
+
+
+def _with_model(command: Command, loader: Callable[..., Any]) -> Command:
+    """Add the options of `npllm.load`."""
 
     @path_option
     @adapter_option
@@ -184,7 +197,7 @@ def model_options(command: Command) -> Command:
         **options: Any,
     ) -> Any:
         how = {"backend": backend, "dtype": dtype, "ops": ops_name, "activations": activations}
-        load_model = functools.partial(load_causal, path, adapter=adapter, **how)
+        load_model = functools.partial(loader, path, adapter=adapter, **how)
         return command(*args, model=load_model, **options)
 
     return wrapped
