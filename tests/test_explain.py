@@ -119,6 +119,8 @@ def test_the_steps_of_attention_are_those_of_the_trace(model, traced, data):
     prefix = f"model.layers.{layer}."
     for key, name in {
         "x": "input_layernorm",
+        "q_proj": "self_attn.q_proj",
+        "k_proj": "self_attn.k_proj",
         "q": "self_attn.q",
         "k": "self_attn.k",
         "v": "self_attn.v",
