@@ -17,12 +17,9 @@ from npllm import ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
-LONG = (
-    "explain",
-    "precision",
-    "quantise",
-    "trace",
-)  # take seconds; their own tests run them on small models
+# These take seconds; their own tests run them on small models.
+LONG = ("explain", "precision", "quantise", "trace")
+LIVE = {"evaluate": ("lm_eval",)}  # pages whose examples need packages that CI installs last
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -79,7 +76,8 @@ def page_params():
         pytest.param(
             page,
             marks=[pytest.mark.weights] * needs_weights(page)
-            + [pytest.mark.slow] * (page.stem in LONG),
+            + [pytest.mark.slow] * (page.stem in LONG)
+            + [pytest.mark.live, pytest.mark.filterwarnings("ignore")] * (page.stem in LIVE),
             id=page.name,
         )
         for page in PAGES
@@ -88,6 +86,8 @@ def page_params():
 
 @pytest.mark.parametrize("page", page_params())
 def test_examples_run_in_the_order_they_stand(page):
+    for package in LIVE.get(page.stem, ()):
+        pytest.importorskip(package)
     run(page)
 
 

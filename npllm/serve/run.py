@@ -13,11 +13,11 @@ from typing import Any
 import uvicorn
 
 from npllm.arguments import check_integer
+from npllm.batching.engine import MAX_BATCH, Engine
+from npllm.batching.metrics import Metrics
 from npllm.encoder import Encoder
 from npllm.serve.app import Server, make_app
 from npllm.serve.embedding import Embedder
-from npllm.serve.engine import MAX_BATCH, Engine
-from npllm.serve.metrics import Metrics
 from npllm.serve.parsing import Limits
 from npllm.serve.security import require_key
 
