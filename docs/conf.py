@@ -45,7 +45,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PY
 # API reference: a page a module, which sphinx-apidoc writes with the templates in this folder
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings have types with axes
-autodoc_mock_imports = [name for name in ("torch",) if importlib.util.find_spec(name) is None]
+autodoc_mock_imports = [
+    name for name in ("torch", "starlette", "uvicorn") if importlib.util.find_spec(name) is None
+]
 numpydoc_show_class_members = False
 
 # `name` in a docstring is a link where something has that name, else code

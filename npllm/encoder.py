@@ -203,10 +203,58 @@ class Encoder(ModelBase):
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise NpllmTypeError(f"texts must be a list of str, got {quote(texts)}")
         is_unit = check_flag("normalize", normalize)
-        tokenizer, head = self.require_tokenizer(), self.settings.head
+        tokenizer = self.require_tokenizer()
         prompt = self._prompt(prompt, prompt_name)
         rows = [tokenizer.encode(prompt + text) for text in texts]
-        n_prompt = self._prompt_length(prompt)
+        return self._embed_rows(rows, self._prompt_length(prompt), is_unit)
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a text into the token ids that `embed` gives the layers, the folder's default prompt
+        included.
+
+        Raises
+        ------
+        NpllmTypeError
+            When it is no str.
+        NpllmValueError
+            When it is longer than `max_length`, where `embed` would cut it.
+        """
+        tokenizer, whole = self.require_tokenizer(), self._prompt(None, None) + text
+        ids = tokenizer.encode(whole)
+        if len(ids) == self.max_length and tokenizer.backend.encode(whole).overflowing:
+            raise NpllmValueError(f"the text has more than {self.max_length} tokens; shorten it")
+        return ids
+
+    def embed_ids(self, rows: Sequence[Sequence[int]], *, normalize: bool = True) -> Array:
+        """Turn sequences of token ids into one vector each, as `embed` does with texts.
+
+        Parameters
+        ----------
+        rows : list of list of int
+            Special tokens, and a prompt where there is one, included.
+        normalize : bool
+
+        Returns
+        -------
+        embeddings : array [n_text, d_out]
+
+        Raises
+        ------
+        NpllmTypeError, NpllmValueError
+            For ids out of range, and for too many.
+        """
+        prompt = self._prompt(None, None)
+        n_prompt = self._prompt_length(prompt) if prompt else 0
+        return self._embed_rows(rows, n_prompt, check_flag("normalize", normalize))
+
+    @property
+    def n_out(self) -> int:
+        """The width of the vectors."""
+        return self._embed_rows([[]], 0, False).shape[1]
+
+    def _embed_rows(self, rows: Sequence[Sequence[int]], n_prompt: int, is_unit: bool) -> Array:
+        """Vectors of rows of ids, of which the first n_prompt are a prompt."""
+        head = self.settings.head
         dtype = np.float64 if "float64" in str(self.params.word_embeddings.dtype) else np.float32
         empty = np.zeros((1, 1, self.config.hidden_size), dtype)
         embeddings = np.repeat(head(empty, np.zeros((1, 1), bool)), len(rows), axis=0)

@@ -22,6 +22,7 @@ from npllm.models import heads, phi3
 from npllm.models.params import Params
 from npllm.models.patch import Patch, value_names
 from npllm.models.rotations import Rotations
+from npllm.models.row_caches import RowCaches, rowwise_attention, transact_all
 from npllm.ops.opset import Ops
 from npllm.progress import warn
 
@@ -274,6 +275,62 @@ class CausalLM(ModelBase):
             return self._head(self._hidden(tokens, draft, None), n_keep, None)
 
         return self._transact(cache, call)
+
+    def logits_of_rows(self, ids: Array, caches: Sequence[KVCache]) -> Array:
+        """Score the tokens after one new token of each row, where each row has a cache of its own.
+
+        Parameters
+        ----------
+        ids : int64 array [n_batch]
+            NumPy, each in 0 ... n_vocab - 1.
+        caches : sequence of KVCache
+            Each of one sequence without padding; is appended to.
+
+        Returns
+        -------
+        logits : array [n_batch, n_vocab]
+            In the library of the weights.
+
+        Notes
+        -----
+        On the compiled set each row has the bits that `last_logits` gives it alone, for at most 16
+        rows.  Keys are not copied, whatever the lengths of the rows.
+
+        Source: "Orca" (Yu et al. 2022), section 4.2: selective batching.
+        """
+
+        def call(drafts: list[KVCache]) -> Array:
+            return self._head(self._hidden_of_rows(ids, drafts), 1, None)[:, 0]
+
+        if len(caches) == 1 or self.ops.replaced & {"attention_block", "decoder_layers"}:
+            valid = [np.ones((1, cache.n_ctx + 1), bool) for cache in caches]
+            rows = zip(ids.reshape(-1, 1, 1), valid, caches, strict=True)
+            return self._xp.concat([self.last_logits(*row)[:, 0] for row in rows], axis=0)
+        return transact_all(caches, call, self._cache_owner())
+
+    def _hidden_of_rows(self, ids: Array, drafts: list[KVCache]) -> Array:
+        """Send one token of each row through all layers: [n_batch, 1, d_model]."""
+        positions = np.array([[draft.n_ctx] for draft in drafts])
+        rows = list(zip(drafts, positions[:, None], strict=True))
+        variants = [self._rotations.variants(position, 1, draft) for draft, position in rows]
+        for draft, variant in zip(drafts, variants, strict=True):
+            draft.check_fits(1, 1)
+            self._recompute_rows(draft, variant)
+        cos, sin = self._rotations.tables(self.ops, positions, np.concatenate(variants))
+        hidden = phi3.forward(
+            self.params,
+            self.config,
+            asarray(ids[:, None], self._xp),
+            cos,
+            sin,
+            self._rules,
+            rowwise_attention(self.ops),
+            RowCaches(drafts),
+        )
+        for token, (draft, position), variant in zip(ids, rows, variants, strict=True):
+            seen = np.ones((1, draft.n_ctx + 1), bool)
+            draft.advance(np.array([[token]]), position, seen, variant)
+        return hidden
 
     def new_cache(self, n_batch: int = 1) -> KVCache:
         """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""

@@ -338,6 +338,9 @@ def _function(name, parameters):
 
 
 FILLS = True  # whether `empty` writes NaN; a test of counts, at real widths, needs no values
+# What `empty` fills with, by the bytes of a unit: NaN in every float type, and of a pattern that no
+# computation gives, so that tests/kernel_shim.py can tell what nobody has written.
+UNWRITTEN = {2: 0x7FDD, 4: 0x7FC5DEAD, 8: 0x7FF8DEAD7FC5DEAD}
 
 
 def _birth(name, parameters):
@@ -351,7 +354,7 @@ def _birth(name, parameters):
         if name != "empty":
             return _made(name, x)
         if FILLS and x.dtype.kind not in "biu":
-            x[...] = np.nan
+            x.view(f"u{x.dtype.itemsize}")[...] = UNWRITTEN[x.dtype.itemsize]
         return Array(x)
 
     return call

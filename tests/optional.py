@@ -1,7 +1,7 @@
 """Packages that a machine may lack: each costs only the tests that use it.
 
-NPLLM_REQUIRE_ALL=1, as in CI, makes a missing one an error.  Those of LIVE, which CI installs last,
-are errors where NPLLM_REQUIRE_LIVE=1 as well; onnx, which CI does not install, never is.
+NPLLM_REQUIRE_ALL=1, as in CI, makes a missing one an error.  Those of SERVE and of LIVE, which CI
+installs later, are errors where NPLLM_REQUIRE_SERVE=1 or NPLLM_REQUIRE_LIVE=1 as well.
 """
 
 import importlib
@@ -10,8 +10,10 @@ import os
 import pytest
 
 REQUIRED = os.environ.get("NPLLM_REQUIRE_ALL") == "1"
+REQUIRED_SERVE = os.environ.get("NPLLM_REQUIRE_SERVE") == "1"
 REQUIRED_LIVE = os.environ.get("NPLLM_REQUIRE_LIVE") == "1"
-LIVE = ("torch", "transformers", "jax", "onnx")
+LIVE = ("torch", "transformers", "jax", "onnx", "peft", "lm_eval")
+SERVE = ("starlette", "uvicorn", "openai", "httpx")
 PACKAGES = (
     "array_api_strict",
     "click",
@@ -24,6 +26,7 @@ PACKAGES = (
     "platformdirs",
     "threadpoolctl",
     "tqdm",
+    *SERVE,
     *LIVE,
 )
 import_or_skip = pytest.importorskip
@@ -32,7 +35,9 @@ import_or_skip = pytest.importorskip
 def may_be_missing(name):
     """Tell whether a missing package only skips tests where everything is required."""
     name = name.partition(".")[0]
-    return name in LIVE and (name == "onnx" or not REQUIRED_LIVE)
+    if name in SERVE:
+        return not REQUIRED_SERVE
+    return name in LIVE and not REQUIRED_LIVE
 
 
 def import_or_fail(name, *args, **options):

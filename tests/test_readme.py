@@ -150,6 +150,7 @@ def test_options_of_the_readme_exist():
         "fetch",
         "chat",
         "masks",
+        "serve",
     }
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import npllm
 from npllm import kernels
+from npllm.decoding.prefill import n_reusable, pieces
 from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.int8 import quantize
 from npllm.quantized.stacked import StackedWeight
@@ -147,3 +148,34 @@ def test_padding_on_the_left_does_not_matter(which, seed, n_pad, n_past, n_new):
         m(ids[:, t : t + 1], attention_mask=valid[:, : t + 1], cache=padded)
     together = m(ids[:, n:], attention_mask=valid, cache=padded)
     close(together, one_by_one(m, ids[:, n_pad:], 0)[:, n_past:], times=0)
+
+
+@given(made, st.integers(0, 9), st.integers(2, MOST), st.integers(1, 3))
+def test_rows_with_caches_of_their_own_have_the_bits_of_each_alone(which, seed, n_rows, n_new):
+    """Of unequal lengths, without padding: what a server does."""
+    m = model(*which)
+    lengths = np.random.default_rng(seed).integers(1, 40, n_rows)
+    ids = tiny.random_ids(n_rows, 40 + n_new, seed)
+    caches = [m.new_cache(1) for _ in ids]
+    for row, n, cache in zip(ids, lengths, caches, strict=True):
+        m(row[None, :n], cache=cache)
+    alone = [cache.copy() for cache in caches]
+    for t in range(n_new):
+        together = m.logits_of_rows(ids[:, 40 + t], caches)
+        for row, logits, cache in zip(ids, together, alone, strict=True):
+            close(logits, m(row[None, 40 + t, None], cache=cache)[0, 0], times=0)
+
+
+@given(made, st.integers(0, 9), st.integers(18, 60), st.integers(0, 43))
+def test_a_prompt_read_in_pieces_has_the_bits_of_one_reading(which, seed, n, n_past):
+    m = model(*which)
+    ids, whole, parts = tiny.random_ids(1, n, seed), m.new_cache(1), m.new_cache(1)
+    logits = m(ids, cache=whole, logits_to_keep=1)
+    n_past = n_reusable(n_past, n)
+    for start, stop in ([(0, n_past)] if n_past > MOST else []) or [(0, 0)]:
+        if stop:
+            m(ids[:, start:stop], cache=parts)
+    for start, stop in pieces(parts.n_ctx, n):
+        last = m(ids[:, start:stop], cache=parts, logits_to_keep=1)
+    close(last, logits, times=0)
+    close(parts.kept(1)[0], whole.kept(1)[0], times=0)

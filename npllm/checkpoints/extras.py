@@ -8,8 +8,8 @@ from npllm.errors import MissingExtraError
 __all__ = ["import_extra"]
 
 
-def import_extra(module: str, purpose: str = "fetching") -> Any:
-    """Import a module of the packages in `npllm[fetch]`.
+def import_extra(module: str, purpose: str = "fetching", extra: str = "fetch") -> Any:
+    """Import a module of the packages of an extra, such as `npllm[fetch]`.
 
     Parameters
     ----------
@@ -17,6 +17,7 @@ def import_extra(module: str, purpose: str = "fetching") -> Any:
         With dots, as in an import statement.
     purpose : str
         What needs it, for the message.
+    extra : str
 
     Raises
     ------
@@ -28,5 +29,5 @@ def import_extra(module: str, purpose: str = "fetching") -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise MissingExtraError(
-            f'{purpose} needs the package {package}: pip install "npllm[fetch]"'
+            f'{purpose} needs the package {package}: pip install "npllm[{extra}]"'
         ) from error

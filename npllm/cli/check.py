@@ -8,7 +8,7 @@ import click
 
 from npllm.cli.options import refuse_without
 from npllm.cli.streams import print_json
-from npllm.errors import NpllmError
+from npllm.errors import NpllmError, NpllmValueError
 from npllm.progress import report
 from npllm.testing.naming import CHECKED, function_named, op_in
 
@@ -37,6 +37,11 @@ MASKS = ("rule", "bool", "inverted", "additive", "none")
     help="What a function of another library takes.",
 )
 @click.option("--dtype", default="float32", show_default=True, help="Of inputs and output.")
+@click.option(
+    "--flush-to-zero",
+    is_flag=True,
+    help="Subnormal numbers may count as zero, as with JAX on the CPU and CUDA's -ftz=true.",
+)
 @click.option("--features", metavar="A,B", help="Only these. [all that the function takes]")
 @click.option(
     "--max-examples", type=click.IntRange(min=1), default=200, show_default=True, help="To try."
@@ -79,6 +84,7 @@ def checked(
     layout: str,
     mask: str,
     dtype: str,
+    flush_to_zero: bool,
     features: str | None,
     max_examples: int,
     n_seq: int,
@@ -93,7 +99,10 @@ def checked(
         fn = adapt(fn, op, library=library, layout=layout, mask=mask)
     asked = None if features is None else {name for name in features.split(",") if name}
     facts: dict[str, Any] = {"function": function, "op": op, "rows": []}
-    error = _add_laws(facts, op, fn, asked, max_examples, dtype, seed)
+    arithmetic = {"flush_to_zero": True} if flush_to_zero else {}
+    if flush_to_zero and op == "decoder":
+        raise NpllmValueError("--flush-to-zero has no meaning for --op decoder: leave it out")
+    error = _add_laws(facts, op, fn, asked, max_examples, dtype, seed, arithmetic)
     if op == "attention" and n_seq and error is None:
         _add_large(facts, fn, n_seq, dtype)
     states = [row["status"] for row in facts["rows"]]
@@ -113,6 +122,7 @@ def _add_laws(
     max_examples: int,
     dtype: str,
     seed: int | None,
+    arithmetic: dict[str, Any],
 ) -> Any:
     """Search for a case that breaks a law; return the failure, or None."""
     from npllm import testing
@@ -124,9 +134,9 @@ def _add_laws(
         if op == "decoder":
             seen = testing.check_decoder(fn, features, max_examples, seed=seed)
         else:
-            kind = {"kind": "draws"} if op == "sampler" else {}
+            extra = arithmetic | ({"kind": "draws"} if op == "sampler" else {})
             seen = testing.check(
-                op, fn, features, max_examples=max_examples, dtype=dtype, seed=seed, **kind
+                op, fn, features, max_examples=max_examples, dtype=dtype, seed=seed, **extra
             )
     except testing.LawBroken as error:
         row |= {"status": "wrong", "calls": None, "used": error.used}
@@ -172,9 +182,13 @@ def _add_large(facts: dict[str, Any], fn: Callable, n_seq: int, dtype: str) -> N
 
 def _to_do(facts: dict[str, Any], error: Any) -> list[str]:
     """Say what comes next."""
+    from npllm.testing.models import FLUSHED
+
     if error is not None:
         names = error.diagnosis.names if error.diagnosis is not None else []
         steps = [f"mend {name}: see docs/conventions.md" for name in names]
+        if error.diagnosis is not None and (error.diagnosis.model or "").endswith(FLUSHED):
+            steps.append("--flush-to-zero allows it, where it is meant")
         return [*steps, "run the smallest case again: the line behind replay"]
     if facts["verdict"] != "right":
         return ["look at where the large problem is wrong, and call npllm.testing.diagnose on it"]

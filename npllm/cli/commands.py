@@ -25,6 +25,7 @@ from npllm.cli import (
     mutants,
     precision,
     predictions,
+    serve,
     testing,
     tracing,
     views,
@@ -48,6 +49,7 @@ GROUPS = (
     mutants,
     comparing,
     precision,
+    serve,
 )
 
 

@@ -42,12 +42,25 @@ def checkpoint_lines(facts: Facts) -> Iterator[str]:
     yield f"bytes a token  {per_token:>16,}  of weights, read by a decode step"
     yield f"context length {facts['context_length']:>16,}  tokens"
     yield f"KV cache       {facts['kv_bytes_per_token']:>16,}  bytes per token in float32"
+    if "adapter" in facts:
+        yield from _adapter_lines(facts["adapter"])
     for dtype in QUANTIZERS:
         for part, errors in facts.get(f"{dtype}_errors", {}).items():
             values = "  ".join(f"{name} {error:.4f}" for name, error in errors.items())
             yield f"{dtype} error     {part:<24} {values}"
     for name, (n_nan, n_infinite) in facts.get("not_finite", {}).items():
         yield f"{name}: {n_nan} NaN, {n_infinite} infinities"
+
+
+def _adapter_lines(adapter: Facts) -> Iterator[str]:
+    """Lay out what a LoRA adapter adds."""
+    yield f"LoRA adapter   {adapter['parameters']:>16,}  parameters of {adapter['folder']}"
+    for name, x in adapter["modules"].items():
+        ranks = ", ".join(map(str, x["ranks"]))
+        scales = ", ".join(f"{scale:.4g}" for scale in x["scales"])
+        yield f"  {name:<12} {x['updates']:>16,}  updates of rank {ranks}, times {scales}"
+    for name in adapter["replaced"]:
+        yield f"  {name:<12} {'whole':>16}"
 
 
 def cost_lines(facts: Facts) -> Iterator[str]:

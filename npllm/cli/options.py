@@ -19,6 +19,8 @@ from npllm.quantized.dtypes import NAMES
 from npllm.threads import set_threads
 
 __all__ = [
+    "adapter_option",
+    "any_model_options",
     "chat_option",
     "filter_options",
     "given_options",
@@ -41,6 +43,9 @@ path_option = click.option(
     "path",
     metavar="PATH",
     help=f"Checkpoint folder, GGUF file, or name of a fetched checkpoint. [{DEFAULT_MODEL}]",
+)
+adapter_option = click.option(
+    "--adapter", metavar="DIR", help="Folder of a LoRA adapter that PEFT saved, to run with."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 chat_option = click.option(
@@ -159,9 +164,22 @@ threads_option = click.option(
 
 
 def model_options(command: Command) -> Command:
-    """Add the options that choose a model; the command gets `model`, a function that loads it."""
+    """Add the options that choose a causal model; the command gets `model`, a function that loads
+    it.
+    """
+    return _with_model(command, load_causal)
+
+
+def any_model_options(command: Command) -> Command:
+    """Add the options that choose a model or an encoder."""
+    return _with_model(command, load)
+
+
+def _with_model(command: Command, loader: Callable[..., Any]) -> Command:
+    """Add the options of `npllm.load`."""
 
     @path_option
+    @adapter_option
     @_backend_option
     @_dtype_option
     @_ops_option
@@ -171,6 +189,7 @@ def model_options(command: Command) -> Command:
     def wrapped(
         *args: Any,
         path: str | None,
+        adapter: str | None,
         backend: str,
         dtype: str | None,
         ops_name: str,
@@ -178,7 +197,7 @@ def model_options(command: Command) -> Command:
         **options: Any,
     ) -> Any:
         how = {"backend": backend, "dtype": dtype, "ops": ops_name, "activations": activations}
-        load_model = functools.partial(load_causal, path, **how)
+        load_model = functools.partial(loader, path, adapter=adapter, **how)
         return command(*args, model=load_model, **options)
 
     return wrapped

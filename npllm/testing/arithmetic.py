@@ -84,6 +84,9 @@ class Arithmetic:
         does.
     probabilities : str, optional
         To which attention rounds its probabilities before it multiplies the values.
+    flush_to_zero : bool
+        Subnormal numbers count as zero, as operands and as results: those of JAX on the CPU, of
+        CUDA with `-ftz=true`, of compilers' fast mathematics.
 
     Raises
     ------
@@ -96,6 +99,7 @@ class Arithmetic:
     roundings: int = 1
     operands: str | None = None
     probabilities: str | None = None
+    flush_to_zero: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dtype", "accumulate", "operands", "probabilities"):
@@ -153,8 +157,9 @@ class Arithmetic:
 
     @property
     def step(self) -> float:
-        """Largest error of an operation that underflows gradually."""
-        return max(STEP[self.accumulate], STEP[self.dtype])
+        """Largest error of an operation that underflows: gradually, or to zero."""
+        smallest = TINY if self.flush_to_zero else STEP
+        return max(smallest[self.accumulate], STEP[self.dtype])
 
     @property
     def lost(self) -> float:

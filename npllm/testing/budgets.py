@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.errors import NpllmValueError
-from npllm.testing.arithmetic import GROUPWISE, Arithmetic
+from npllm.testing.arithmetic import GROUPWISE, TINY, UNITS, Arithmetic
 from npllm.testing.attention_budget import attention_budget
 from npllm.testing.entry_budgets import (
     add_budget,
@@ -22,6 +22,7 @@ from npllm.testing.entry_budgets import (
     softmax_budget,
     swiglu_budget,
 )
+from npllm.testing.exact import gold
 from npllm.testing.row_budgets import layer_norm_budget, linear_budget, qkv_budget, rms_norm_budget
 
 __all__ = ["BUDGETS", "Budget", "budget"]
@@ -58,6 +59,7 @@ def budget(
     roundings: int = 1,
     operands: str | None = None,
     probabilities: str | None = None,
+    flush_to_zero: bool = False,
 ) -> Budget:
     """Bound the error of an operation on given inputs, entry by entry.
 
@@ -82,6 +84,8 @@ def budget(
         map also "int8" or "int16": x alone, with one scale for each group.
     probabilities : str, optional
         To which attention rounds its probabilities, such as "bfloat16".
+    flush_to_zero : bool
+        Operands and results below the smallest normal number of `accumulate` count as zero.
 
     Returns
     -------
@@ -102,12 +106,32 @@ def budget(
         raise NpllmValueError(f"no budget is called {op!r}; there are {', '.join(BUDGETS)}")
     if operands in GROUPWISE and op not in ("linear", "qkv_projection"):
         raise NpllmValueError(f'operands="{operands}" are those of a linear map, got {op!r}')
-    arithmetic = Arithmetic(dtype, accumulate, roundings, operands, probabilities)
+    arithmetic = Arithmetic(dtype, accumulate, roundings, operands, probabilities, flush_to_zero)
     with np.errstate(all="ignore"):  # an overflow is a bound of infinity
         deterministic, statistical, condition = BUDGETS[op](arithmetic, **inputs)
+        if flush_to_zero:
+            lost = _operand_loss(op, inputs, TINY[accumulate])
+            deterministic, statistical = deterministic + lost, statistical + lost
     deterministic = np.where(np.isnan(deterministic), np.inf, deterministic)
     statistical = np.fmin(statistical, deterministic)
     return Budget(deterministic, statistical, condition)
+
+
+def _operand_loss(op: str, inputs: Inputs, smallest: float) -> Array:
+    """What operands that count as zero change: |exact(inputs) - exact(inputs, flushed)|."""
+    flushed = {name: _flushed(x, smallest) for name, x in inputs.items()}
+    if all(flushed[name] is x for name, x in inputs.items()):
+        return 0.0
+    return np.abs(gold(op, inputs) - gold(op, flushed))
+
+
+def _flushed(x: Any, smallest: float) -> Any:
+    """Put zero for the subnormal numbers of an array; return itself where it has none."""
+    if not isinstance(x, np.ndarray) or str(x.dtype) not in UNITS:
+        return x
+    size = np.abs(x.astype(np.float64))
+    is_subnormal = (size > 0) & (size < smallest)
+    return np.where(is_subnormal, np.zeros((), x.dtype), x) if is_subnormal.any() else x
 
 
 BUDGETS: dict[str, Callable] = {

@@ -12,6 +12,7 @@ from npllm.testing.diagnosis_text import lines_of
 from npllm.testing.forms import Array, op_named, prepare
 from npllm.testing.forms.text import detokenize
 from npllm.testing.libraries import on_host
+from npllm.testing.models import FLUSHED
 from npllm.testing.rates import rounding_options
 from npllm.testing.registry import alternatives, conventions
 from npllm.testing.search import Choices, Search, named
@@ -97,8 +98,9 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
 
     Notes
     -----
-    A name is given only where the option explains every entry.  Where rounding could explain any
-    output, the status is "not decidable".  Large inputs are searched on some rows and confirmed on
+    A name is given only where the option explains every entry, and none where subnormal numbers
+    flushed to zero explain it.  Where rounding could explain any output, the status is "not
+    decidable".  Large inputs are searched on some rows and confirmed on
     all; what they cannot decide is said of those rows.
     """
     if op == "detokenize":
@@ -113,7 +115,8 @@ def diagnose(op: str, inputs: Mapping[str, Any], output: Any) -> Diagnosis:
     undecided = _undecided(groups)
     names: list[Any] = []
     runner_up = None
-    if found.status == "wrong" and not is_vague(found.search):  # else anything would explain it
+    is_flushed = found.model is not None and found.model.endswith(FLUSHED)
+    if found.status == "wrong" and not is_flushed and not is_vague(found.search):
         names, runner_up = _explain(found.search, groups)
     if found.status == "wrong" and not names and rounding.get("C30", "float32") != "float32":
         names = [f"C30 {rounding['C30']}"]

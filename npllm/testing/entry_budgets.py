@@ -131,7 +131,9 @@ def embed_budget(a: Arithmetic, ids: Array, weight: Array) -> tuple:
 def copy_error(a: Arithmetic, stored: Array, y: Array) -> Array:
     """Bound the error of copied values: one rounding where the output has fewer bits."""
     exact = str(getattr(stored, "dtype", "")) in _HELD[a.dtype]
-    return np.zeros_like(y) if exact else a.u_out * np.abs(y) + a.step
+    if exact:
+        return np.full_like(y, a.step if a.flush_to_zero else 0.0)
+    return a.u_out * np.abs(y) + a.step
 
 
 def add_budget(a: Arithmetic, x: Array, y: Array) -> tuple:
@@ -141,4 +143,6 @@ def add_budget(a: Arithmetic, x: Array, y: Array) -> tuple:
     error = a.roundings * a.u_out * np.abs(z)
     if a.accumulate != a.dtype:
         error = error + a.u * np.abs(z) + a.step
+    elif a.flush_to_zero:  # else a subnormal sum is exact
+        error = error + a.step
     return error, error, condition_of(np.abs(p) + np.abs(q), z)

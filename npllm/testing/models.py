@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.quantized.activations import rounded_values
-from npllm.testing.arithmetic import GROUPWISE, Arithmetic
+from npllm.quantized.activations import activation_group, rounded_values
+from npllm.testing.arithmetic import GROUPWISE, STEP, TINY, Arithmetic
 from npllm.testing.budgets import Budget, budget
 from npllm.testing.exact import gold
 from npllm.testing.within_budget import absolute_errors, judge
 
-__all__ = ["Evidence", "describe", "explain", "models", "model_budget"]
+__all__ = ["FLUSHED", "Evidence", "describe", "explain", "models", "model_budget"]
 
 Array = Any
 Inputs = Mapping[str, Any]
 
 MOST_ROUNDING = 2.0**-3  # of the sum of absolute terms: no arithmetic model is off by more
+FLUSHED = "subnormal numbers flushed to zero"
 LARGE = 2**26  # products beyond which only some heads are looked at
 
 
@@ -30,7 +31,8 @@ def describe(arithmetic: Arithmetic) -> str:
     )
     text += f", {arithmetic.probabilities} probabilities" if arithmetic.probabilities else ""
     operands = "TF32" if arithmetic.operands == "tf32" else arithmetic.operands
-    return text + (f", {operands} products" if operands else "")
+    text += f", {operands} products" if operands else ""
+    return f"{text}, {FLUSHED}" if arithmetic.flush_to_zero else text
 
 
 def models(op: str, asked: Arithmetic) -> list[Arithmetic]:
@@ -46,7 +48,7 @@ def models(op: str, asked: Arithmetic) -> list[Arithmetic]:
     if op in ("attention", "linear", "qkv_projection"):
         found += [replace(plain, operands=name) for name in ("tf32", "bfloat16")]
     found += [replace(plain, accumulate=name) for name in ("float16", "bfloat16")]
-    return found
+    return [*found, replace(base, flush_to_zero=True)]
 
 
 class Evidence(NamedTuple):
@@ -67,7 +69,8 @@ def explain(evidence: Evidence, asked: Arithmetic, status: str, bound: Budget) -
     candidates = models(evidence.op, asked)
     if status == "within" and asked == candidates[0]:
         return describe(asked)
-    most = MOST_ROUNDING * bound.condition * np.abs(evidence.exact)
+    smallest = model_budget(evidence.op, evidence.inputs, candidates[-1]).statistical
+    most = np.maximum(MOST_ROUNDING * bound.condition * np.abs(evidence.exact), smallest)
     if status == "wrong" and (evidence.error > most).any():
         return None  # no rounding does that
     parts = _worst_heads(evidence, bound)
@@ -84,10 +87,11 @@ def _size_where_it_explains(parts: list[Evidence], model: Arithmetic) -> float:
     """Median budget of a model that explains all parts; infinity of one that does not."""
     sizes = []
     for part in parts:
+        passes = ("within", "not decidable") if model.flush_to_zero else ("within",)
         within = [
             float(np.median(tried.statistical))
             for tried, off in _attempts(part, model)
-            if judge(off, part.exact, tried)[0] == "within"
+            if judge(off, part.exact, tried)[0] in passes
         ]
         if not within:
             return np.inf
@@ -124,13 +128,16 @@ def _attempts(part: Evidence, model: Arithmetic) -> Iterator[tuple[Budget, Array
 
     Where a model rounds its operands, they are rounded here: what is left of the error must then be
     within the budget of the accumulation, which tells this model from others of the same size.
+    An output that holds a smaller number than the arithmetic has is not explained by it.
     """
+    if _has_below(part.found, model):
+        return
     if not model.operands:
         yield model_budget(part.op, part.inputs, model), part.error
         return
     kept = model.operands if part.op == "attention" else model.probabilities
     rest = replace(model, operands=None, probabilities=kept)
-    group = getattr(part.inputs.get("weight"), "activation_group", 32)
+    group = activation_group(part.inputs.get("weight"))
     if model.operands in GROUPWISE:
         x = rounded_values(np.asarray(part.inputs["x"], np.float32), model.operands, group)
         given = {**part.inputs, "x": x}
@@ -141,6 +148,13 @@ def _attempts(part: Evidence, model: Arithmetic) -> Iterator[tuple[Budget, Array
         exact = gold(part.op, given)
         bound = model_budget(part.op, given, rest)
         yield bound, absolute_errors(part.found, exact, exact, bound)
+
+
+def _has_below(found: Array, model: Arithmetic) -> bool:
+    """Tell whether an output holds a smaller number than the accumulation can return."""
+    size = np.abs(found.astype(np.float64))
+    smallest = (TINY if model.flush_to_zero else STEP)[model.accumulate]
+    return bool(((size > 0) & (size < smallest)).any())
 
 
 def _cut(cut: Callable, name: str, x: Any) -> Any:
@@ -173,4 +187,5 @@ def model_budget(op: str, inputs: Inputs, a: Arithmetic) -> Budget:
         roundings=a.roundings,
         operands=a.operands,
         probabilities=a.probabilities,
+        flush_to_zero=a.flush_to_zero,
     )

@@ -79,6 +79,7 @@ def verdict(
     roundings: int = 1,
     operands: str | None = None,
     probabilities: str | None = None,
+    flush_to_zero: bool = False,
     explained: bool = True,
 ) -> Verdict:
     """Judge the output of an operation.
@@ -95,7 +96,7 @@ def verdict(
         That the output must have.  None: the one it has.
     accumulate : str, optional
         None: "float64" where an input is float64, else "float32".
-    roundings, operands, probabilities
+    roundings, operands, probabilities, flush_to_zero
         As in `budget`.
     explained : bool
         Look for the arithmetic model that explains an error, which takes most of the time of a
@@ -128,7 +129,9 @@ def verdict(
     found, problem = _look(output, finite, dtype)
     if problem is not None:
         return problem
-    asked = Arithmetic(str(found.dtype), accumulate, roundings, operands, probabilities)
+    asked = Arithmetic(
+        str(found.dtype), accumulate, roundings, operands, probabilities, flush_to_zero
+    )
     bound = model_budget(op, inputs, asked)
     error = absolute_errors(found, exact, finite, bound)
     evidence = Evidence(op, inputs, found, finite, error)

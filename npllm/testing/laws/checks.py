@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 
+ARITHMETIC = ("accumulate", "roundings", "operands", "probabilities", "flush_to_zero")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -100,7 +101,8 @@ def check(
     kind : str
         Of a sampler: what it returns, "probabilities" or "draws".
     **arithmetic
-        As in `npllm.testing.verdict`: accumulate, roundings, operands, probabilities.
+        As in `npllm.testing.verdict`: accumulate, roundings, operands, probabilities,
+        flush_to_zero.
 
     Returns
     -------
@@ -117,6 +119,7 @@ def check(
         When Hypothesis is not installed.
     """
     subject = subject_named(op)
+    _refuse_arithmetic(op, arithmetic)
     if dtype not in DTYPES or max_examples < 1:
         raise NpllmValueError(
             f"dtype must be one of {', '.join(DTYPES)} and max_examples at least 1, "
@@ -139,6 +142,16 @@ def check(
         raise error from finding.cause
     left_out = tuple(sorted(set(subject.features) - on))
     return Report(op, tuple(sorted(on)), left_out, seen.n, seen.n_undecided, seen.used, seed)
+
+
+def _refuse_arithmetic(op: str, arithmetic: dict[str, Any]) -> None:
+    """Refuse what no verdict knows, and what an operation that rounds nothing is told."""
+    known = () if op in ("sampler", "detokenize") else ARITHMETIC
+    for name in arithmetic:
+        if name not in known:
+            raise NpllmValueError(
+                f"check of {op} takes no option {name!r}; there are {', '.join(known) or 'none'}"
+            )
 
 
 def _cases(
@@ -198,8 +211,7 @@ def replay(fn: Callable, op: str, case: dict[str, Any]) -> None:
     if op == "decoder":
         return _replay_decoder(fn, dict(case))
     subject, case = subject_named(op), dict(case)
-    names = ("accumulate", "roundings", "operands", "probabilities")
-    extra: dict[str, Any] = {name: case.pop(name) for name in names if name in case}
+    extra: dict[str, Any] = {name: case.pop(name) for name in ARITHMETIC if name in case}
     is_empty_defined = case.pop("empty_rows", True)
     if case.pop("kind", None) == "draws":
         extra["draws"] = True
