@@ -303,7 +303,9 @@ def test_every_notion_of_the_chapter_is_in_the_table_of_contents(page):
     for notion, words in NOTIONS.items():
         assert any(words in title for title in titles.values()), notion
     assert len(titles) == len(NOTIONS) + 2  # and the links past the contents and back to them
-    assert set(titles) - {"main", "contents"} == {x["attributes"]["id"] for x in elements.named("section")}
+    assert set(titles) - {"main", "contents"} == {
+        x["attributes"]["id"] for x in elements.named("section")
+    }
 
 
 def test_every_section_has_text_a_formula_functions_and_a_link(page):
