@@ -12,6 +12,7 @@
     checkouts A B       prefill and decoding of two checkouts of npllm
     lookup              20 prompts with and without prompt lookup
     contention          decoding beside 0, 1, 2 and 4 busy processes, and in two processes at once
+    serve -m FILE.gguf  a server's tokens/s at 1, 4 and 16 clients, beside llama-cpp-python's
     attention           the definition, both schedules, a window, and torch, by sequence length
 
 Every contender is a process of its own.  They run in turns (A B A B ...), so that a slow period of
@@ -30,6 +31,7 @@ from math import prod
 
 import bench_contention
 import bench_lookup
+import bench_serve
 import click
 import contenders
 import numpy as np
@@ -898,6 +900,7 @@ def show(result, as_json):
 
 main.add_command(bench_lookup.lookup)
 main.add_command(bench_contention.contention)
+main.add_command(bench_serve.serve)
 
 if __name__ == "__main__":
     main()
