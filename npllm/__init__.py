@@ -14,6 +14,7 @@ Names of axes, the same in every docstring and error message:
     d_model, d_head      width of the residual stream; of a head
     d_ff                 width of the feed-forward network
     d_rope               rotated part of a head
+    d_rank               rank of a LoRA adapter: width between its two factors
     n_pos, n_label       rows of a position table; classes of a classifier
     n_group, n_split     key/value heads after pooling; parts of a result
 

@@ -52,6 +52,7 @@ def load(
     mmap: bool = True,
     threads: int | None = None,
     activations: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Any:
     """Load a model from a checkpoint folder or a GGUF file.
 
@@ -86,6 +87,8 @@ def load(
         "float32": not at all; "int8" or "int16": integers with one scale for each 32 or 64
         adjacent entries, for weights in int8 or in blocks; "bfloat16": for bfloat16 weights.
         None: "float32".  See `npllm.ops.rounded.rounded_linear`.
+    adapter : str or Path, optional
+        Folder of a LoRA adapter that PEFT saved; see `Model.load_adapter`.
 
     Returns
     -------
@@ -104,15 +107,33 @@ def load(
         When `backend="cupy"` and CuPy is not installed.
     """
     set_threads(threads)
+    model = _load(path, backend, dtype, ops, check_flag("mmap", mmap), activations)
+    if adapter is not None:
+        _causal(model, path).load_adapter(adapter)
+    return model
+
+
+def _load(
+    path: Any, backend: str, dtype: Any, ops: Any, mmap: bool, activations: str | None
+) -> Any:
+    """Load what a path is."""
     xp = backend_namespace(backend)
     ops = choose_ops(ops, backend_name(xp), activations)
-    mmap = check_flag("mmap", mmap)
     folder = checkpoint_folder(path)
     if is_gguf(folder):
         return load_gguf(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
     if read_json(folder / "config.json").get("model_type") == "bert":
         return load_encoder(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
     return load_model(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
+
+
+def _causal(model: Any, path: Any) -> Model:
+    """A model that adapters go with; raise for an encoder."""
+    if not isinstance(model, Model):
+        raise NpllmValueError(
+            f"adapter goes with language models, but {path} is an encoder: leave adapter out"
+        )
+    return model
 
 
 def checkpoint_folder(path: str | Path | None) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 from npllm import ops as _ops
+from npllm.adapters import AdaptableLM
 from npllm.arguments import check_flag, check_mask
 from npllm.arrays import is_array
 from npllm.checkpoints.fetch import EMBEDDING_MODEL
@@ -20,7 +21,6 @@ from npllm.decoding.prompt import is_chat, read_prompt, require_tokenizer
 from npllm.decoding.sampling import next_token_distribution
 from npllm.decoding.sequences import seen_tokens
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.forward_pass import CausalLM
 from npllm.models import module_tree
 from npllm.models.params import Params
 from npllm.ops.checked import replaced_ops
@@ -32,7 +32,7 @@ __all__ = ["Model"]
 Array = Any
 
 
-class Model(CausalLM):
+class Model(AdaptableLM):
     """A causal language model: a blueprint, its weights, and the operations it runs on.
 
     Parameters
@@ -368,14 +368,30 @@ class Model(CausalLM):
             "mask": self.mask,
             "origin": self.origin,
         }
-        return Model(self.config, self.params, **settings | changes)
+        model = Model(self.config, self.base_params, **settings | changes)
+        model.__dict__.update(self._adapter_state())
+        model.set_adapter(self.adapter)
+        return model
+
+    def _on_params(self, params: Params) -> "Model":
+        """The same settings on other weights, which come from no file."""
+        return Model(
+            self.config,
+            params,
+            ops=self.ops,
+            tokenizer=self.tokenizer,
+            generation_config=self.generation_config,
+            folder=self.folder,
+            mask=self.mask,
+        )
 
     def __str__(self) -> str:
         return module_tree.describe(self.config)
 
     def __repr__(self) -> str:
         name = self.folder.name if self.folder else self.config.model_type
-        return f"<npllm.Model {name}, {self.ops.name} ops, mask {self._mask_text()}>"
+        adapter = "" if self.adapter is None else f", adapter {self.adapter}"
+        return f"<npllm.Model {name}, {self.ops.name} ops, mask {self._mask_text()}{adapter}>"
 
     def _mask_text(self) -> str:
         """The mask in short: one rule, or each different one with the number of its layers."""

@@ -7,6 +7,7 @@ import sys
 import compile_once
 import numpy as np
 import optional
+import planted_in_ops
 import pytest
 import seeds
 from hypothesis import HealthCheck, settings
@@ -46,6 +47,7 @@ def pytest_configure(config):
         sys.modules["numba"] = None  # an import of it now fails
     if "PYTEST_XDIST_WORKER" in os.environ:
         compile_once.share_compilations()
+    planted_in_ops.plant_named_bug()
 
 
 # Files whose tests compile nearly every kernel.  They come first: of two workers one then compiles

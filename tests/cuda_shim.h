@@ -2,8 +2,13 @@
 // kernels needs, and nothing more.
 //
 // A thread of a block is a fiber: it runs until it has to wait for others, at a barrier or a
-// shuffle, and then the next one runs.  A warp runs as far ahead of the others as barriers let it,
-// and every other block runs its threads backward, so that a missing barrier shows.
+// shuffle, and then the next one runs.  Without a seed a warp runs as far ahead of the others as
+// barriers let it, and every other block runs its threads backward, so that a missing barrier
+// shows.  With a seed the order of threads is drawn, and lanes of a warp diverge; with
+// tests/cuda_checks.h a thread may also be interrupted at any access to memory.
+//
+// A deadlock, and threads that wait at different barriers, end the launch with a message.  In it
+// {line 97} is a line of the source, and {+0x1f0} a place in the library.
 //
 // Subnormal operands and results are zero, as on a GPU for code that CuPy compiles (-ftz=true).
 
@@ -12,7 +17,11 @@
 
 #include <bit>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
+#include <numeric>
+#include <source_location>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -36,9 +45,23 @@ static inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>
 
 namespace shim {
 
+using Line = std::source_location;
+
 struct Meeting {
     unsigned n_waiting = 0, round = 0;
+    Line line{};  // of whoever came first
 };
+static bool inside;  // the kernel runs, and not the shim
+struct Outside {
+    Outside() { inside = false; }
+    ~Outside() { inside = true; }
+};
+static std::string failure;
+static jmp_buf failed;
+// Barriers that each thread has passed, of the block and of its warp.
+static std::vector<unsigned> n_passed, n_warp_passed;
+static std::vector<Line> waits_at;
+static unsigned long long drawn;  // state of the generator; 0: threads run in a fixed order
 constexpr std::size_t STACK = 1 << 16;
 struct Place {
     jmp_buf at;
@@ -57,15 +80,37 @@ static Place scheduler;
 static void (*body)(void*);
 static void* body_arguments;
 
+[[noreturn]] static void fail(const std::string& what) {
+    inside = false;
+    failure = what;
+    _longjmp(failed, 1);
+}
+
+static std::string name_of(unsigned t) {
+    return "block " + std::to_string(blockIdx.x) + " thread " + std::to_string(t);
+}
+
+static std::string text_of(Line line) { return "{line " + std::to_string(line.line()) + "}"; }
+
+static unsigned draw(unsigned n) {  // xorshift64*
+    drawn ^= drawn >> 12, drawn ^= drawn << 25, drawn ^= drawn >> 27;
+    return (unsigned)((drawn * 2685821657736338717ull) >> 33) % n;
+}
+
 static void leave() {
     unsigned me = threadIdx.x;
     if (_setjmp(places[me].at) == 0) _longjmp(scheduler.at, 1);
     threadIdx.x = me;
 }
 
-static void wait_for_others(Meeting& meeting, unsigned n) {
+static void wait_for_others(Meeting& meeting, unsigned n, Line line) {
     unsigned round = meeting.round;
     ++n_arrivals;
+    waits_at[threadIdx.x] = line;
+    if (meeting.n_waiting == 0) meeting.line = line;
+    if (line.line() != meeting.line.line())
+        fail("barrier divergence: " + name_of(threadIdx.x) + " waits at " + text_of(line) +
+             ", others at " + text_of(meeting.line));
     if (++meeting.n_waiting == n) {
         meeting.n_waiting = 0;
         ++meeting.round;
@@ -74,12 +119,15 @@ static void wait_for_others(Meeting& meeting, unsigned n) {
     while (meeting.round == round) leave();
 }
 
-static float exchange(float x, unsigned lane) {  // every lane of the warp takes part
+// Every lane of the warp takes part.
+static float exchange(unsigned mask, float x, unsigned lane, Line line) {
+    Outside pause;
     unsigned me = threadIdx.x, first = me / 32 * 32;
+    if (mask != 0xffffffffu) fail("a shuffle of some lanes only, at " + text_of(line));
     slots[me] = x;
-    wait_for_others(warps[me / 32], 32);
+    wait_for_others(warps[me / 32], 32, line);
     float got = slots[first + lane];
-    wait_for_others(warps[me / 32], 32);  // nobody overwrites what another has not read
+    wait_for_others(warps[me / 32], 32, line);  // nobody overwrites what another has not read
     return got;
 }
 
@@ -108,6 +156,7 @@ public:
 static void fiber() {  // one block after another
     for (;;) {
         body(body_arguments);
+        inside = false;
         done[threadIdx.x] = 1;
         ++n_arrivals;
         leave();
@@ -145,23 +194,65 @@ static unsigned run_warp(unsigned w) {
     return n_done;
 }
 
+// Run some of the threads, all if `whole`, each until it waits; return how many were done.
+static unsigned run_some(unsigned n_threads, bool whole) {
+    static std::vector<unsigned> order;
+    unsigned n_done = 0, n = whole ? n_threads : 1 + draw(n_threads);
+    order.resize(n_threads);
+    std::iota(order.begin(), order.end(), 0u);
+    for (unsigned i = 0; i < n; ++i) {
+        std::swap(order[i], order[i + draw(n_threads - i)]);
+        if (waits(order[i])) continue;
+        enter(order[i]);
+        n_done += done[order[i]];
+    }
+    return n_done;
+}
+
+[[noreturn]] static void fail_of_deadlock(unsigned n_threads) {
+    std::string text = "barrier divergence: ";
+    unsigned n_ended = 0, ended = 0, waiting = 0;
+    for (unsigned t = 0; t < n_threads; ++t) {
+        if (!done[t]) waiting = t;
+        if (done[t]) ++n_ended, ended = t;
+    }
+    text += name_of(waiting) + " waits at " + text_of(waits_at[waiting]);
+    for (unsigned t = 0; t < n_threads && !n_ended; ++t)
+        if (waits_at[t].line() != waits_at[waiting].line())
+            fail(text + ", thread " + std::to_string(t) + " at " + text_of(waits_at[t]));
+    fail(text + "; " + std::to_string(n_ended) + " threads have ended, thread " +
+         std::to_string(ended) + " among them");
+}
+
 static void run_block(unsigned n_threads) {
     done.assign(n_threads, 0);
     warps.assign(n_threads / 32, {});
     block = {};
     barrier.assign(n_threads, NO_BARRIER);
+    n_passed.assign(n_threads, 0);
+    n_warp_passed.assign(n_threads, 0);
+    waits_at.assign(n_threads, {});
+    bool whole = false;
     for (unsigned left = n_threads; left > 0;) {
         unsigned long before = n_arrivals;
-        for (unsigned w = 0; w < n_threads / 32; ++w)
+        if (drawn) left -= run_some(n_threads, whole);
+        for (unsigned w = 0; w < n_threads / 32 && !drawn; ++w)
             left -= run_warp(blockIdx.x % 2 ? n_threads / 32 - 1 - w : w);
-        if (n_arrivals == before) std::abort();
+        if (n_arrivals == before && (whole || !drawn)) fail_of_deadlock(n_threads);
+        whole = n_arrivals == before;
     }
 }
 
+static void no_start() {}
+
+// Run all blocks; return what went wrong, "" for nothing.  `start` is called before each block.
 template <typename... A>
-void launch(void (*kernel)(A...), unsigned n_blocks, unsigned n_threads, void** arguments) {
+const char* launch(void (*kernel)(A...), unsigned n_blocks, unsigned n_threads, void** arguments,
+                   unsigned long long seed = 0, void (*start)() = no_start) {
     if (n_threads % 32) std::abort();
     FlushToZero mode;
+    drawn = seed;
+    failure = "";
     places.resize(n_threads);
     started.assign(n_threads, 0);
     stacks.resize(n_threads * STACK);
@@ -171,24 +262,42 @@ void launch(void (*kernel)(A...), unsigned n_blocks, unsigned n_threads, void** 
     body_arguments = arguments;
     body = [](void* p) {
         [&]<std::size_t... n>(std::index_sequence<n...>) {
-            called(*static_cast<A*>(static_cast<void**>(p)[n])...);
+            std::tuple<A...> copied{*static_cast<A*>(static_cast<void**>(p)[n])...};
+            auto call = called;
+            inside = true;
+            std::apply(call, copied);
         }(std::index_sequence_for<A...>{});
     };
+    inside = false;
+    if (_setjmp(failed)) return failure.c_str();
     gridDim.x = n_blocks;
     blockDim.x = n_threads;
     for (unsigned b = 0; b < n_blocks; ++b) {
         blockIdx.x = b;
+        start();
         run_block(n_threads);
     }
+    return "";
 }
 
 }  // namespace shim
 
-static inline void __syncthreads() {
+static inline void __syncthreads(shim::Line line = shim::Line::current()) {
+    shim::Outside pause;
     shim::barrier[threadIdx.x] = shim::block.round;
-    shim::wait_for_others(shim::block, blockDim.x);
+    shim::wait_for_others(shim::block, blockDim.x, line);
+    ++shim::n_passed[threadIdx.x];
 }
-static inline float __shfl_xor_sync(unsigned, float x, int lanes) {
-    return shim::exchange(x, (threadIdx.x % 32) ^ lanes);
+static inline void __syncwarp(shim::Line line = shim::Line::current()) {
+    shim::Outside pause;
+    shim::wait_for_others(shim::warps[threadIdx.x / 32], 32, line);
+    ++shim::n_warp_passed[threadIdx.x];
 }
-static inline float __shfl_sync(unsigned, float x, int lane) { return shim::exchange(x, lane); }
+static inline float __shfl_xor_sync(unsigned mask, float x, int lanes,
+                                    shim::Line line = shim::Line::current()) {
+    return shim::exchange(mask, x, (threadIdx.x % 32) ^ lanes, line);
+}
+static inline float __shfl_sync(unsigned mask, float x, int lane,
+                                shim::Line line = shim::Line::current()) {
+    return shim::exchange(mask, x, lane, line);
+}

@@ -1,9 +1,15 @@
-"""Compile the CUDA sources for the CPU with g++ and tests/cuda_shim.h, and launch them."""
+"""Compile the CUDA sources for the CPU with g++ and tests/cuda_shim.h, and launch them.
 
+Inside `checking(seed)` every access to memory is checked (tests/cuda_checks.h): a race, an access
+out of bounds, a read of what nobody wrote raise `KernelFault`, which names the lines and threads.
+"""
+
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,10 +36,27 @@ COMMAND = (
     "-fPIC",
 )
 ENTRY = """
-extern "C" void shim_launch(unsigned n_blocks, unsigned n_threads, void** arguments) {{
-    shim::launch({}, n_blocks, n_threads, arguments);
+extern "C" const char* shim_launch(unsigned n_blocks, unsigned n_threads, void** arguments,
+                                   unsigned long long seed) {{
+    return shim::launch({}, n_blocks, n_threads, arguments, seed);
 }}
 """
+# -fsanitize=thread calls a function before each access; -nodefaultlibs leaves out its library
+CHECKED = (
+    "-g",
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fno-tree-loop-distribute-patterns",
+    "-fno-threadsafe-statics",
+)
+CHECKED_ENTRY = """
+extern "C" const char* shim_check(unsigned n_blocks, unsigned n_threads, void** arguments,
+                                  unsigned long long seed, const checks::Given* given, unsigned n) {{
+    checks::begin(given, n);
+    return shim::launch({}, n_blocks, n_threads, arguments, seed, checks::start_block);
+}}
+"""
+SHARED = re.compile(r"(alignas\(16\) )?__shared__ (\w+) ([^;]+);")
 SCALARS = {
     np.int64: ctypes.c_int64,
     np.uint64: ctypes.c_uint64,
@@ -53,20 +76,135 @@ def installed(monkeypatch):
     monkeypatch.setattr(launching, "launch", launch)
 
 
+class KernelFault(AssertionError):
+    """What a kernel did wrong: a race, an access out of bounds, a barrier that not all reach."""
+
+
+class Given(ctypes.Structure):
+    """`checks::Given` of tests/cuda_checks.h."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("first", ctypes.c_void_p),
+        ("n_bytes", ctypes.c_size_t),
+        ("unit", ctypes.c_uint),
+        ("states", ctypes.c_void_p),
+    ]
+
+
+class Library:
+    """One variant of a kernel, compiled: `run(n_blocks, n_threads, arguments)`."""
+
+    def __init__(self, path, text):
+        self.path, self.text, self.loaded = path, text, ctypes.CDLL(str(path))
+
+    def run(self, n_blocks, n_threads, arguments, seed=None):
+        """Launch; with a seed on the checked build, in an order that the seed draws."""
+        held = [_argument(x) for x in arguments]
+        pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(x) for x in held))
+        checked = seed is not None
+        call = self.loaded.shim_check if checked else self.loaded.shim_launch
+        call.restype = ctypes.c_char_p
+        given = _regions(arguments) if checked else []
+        more = ((Given * len(given))(*(one for one, _ in given)), len(given)) if checked else ()
+        fault = call(n_blocks, n_threads, pointers, ctypes.c_ulonglong(seed or 0), *more).decode()
+        if fault:
+            where = "" if seed is None else f" (seed {seed})"
+            raise KernelFault(self._with_lines(fault) + where)
+
+    def _with_lines(self, fault):
+        """The message with lines of the source in place of numbers and addresses."""
+        lines = self.text.splitlines()
+
+        def line(match):
+            return f"`{lines[int(match[1]) - 1].strip()}`"
+
+        def place(match):
+            command = ["addr2line", "-e", str(self.path), match[1]]
+            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            number = re.search(r"kernel\.cpp:(\d+)", found)
+            return f"`{lines[int(number[1]) - 1].strip()}`" if number else match[0]
+
+        return re.sub(r"{\+(0x\w+)}", place, re.sub(r"{line (\d+)}", line, fault))
+
+
 @functools.cache
-def compiled(kernel, definitions, text=None):
-    """One variant as a function (n_blocks, n_threads, pointers to the arguments)."""
+def compiled(kernel, definitions, text=None, checked=False):
+    """One variant as a `Library`; `checked`: one that checks its accesses to memory."""
     macros = "".join(f"#define {name} {value}\n" for name, value in definitions)
-    text = '#include "cuda_shim.h"\n' + macros + (text or launching.source(kernel))
-    library = made((text + ENTRY.format(kernel)).encode(), "kernel.cpp", "kernel.so", "-shared")
-    return ctypes.CDLL(str(library)).shim_launch
+    text = text or launching.source(kernel)
+    head = '#include "cuda_shim.h"\n' + macros
+    entry = ENTRY
+    if checked:
+        checks = (HERE / "cuda_checks.h").read_text(encoding="utf-8")
+        head, text, entry = f"{head}{checks}", SHARED.sub(_boxed, text), CHECKED_ENTRY
+    text = head + text + entry.format(kernel)
+    options = (*CHECKED, "-nodefaultlibs") if checked else ()
+    libraries = ("-lstdc++", "-lm", "-lc", "-lgcc_s") if checked else ()
+    path = made(text.encode(), "kernel.cpp", "kernel.so", "-shared", *options, after=libraries)
+    return Library(path, text)
+
+
+def _boxed(match):
+    """A declaration of shared arrays as arrays between red zones, of the same names and types."""
+    _, dtype, names = match.groups()
+    boxes = []
+    for one in re.split(r",\s*(?=\w+\[)", names):
+        name, size = re.match(r"(\w+)\s*(.*)", one, re.DOTALL).groups()
+        boxes.append(f"static checks::Shared<{dtype}{size}> {name}_box;")
+        boxes.append(f'auto& {name} = {name}_box.named("{name}");')
+    return " ".join(boxes)
+
+
+def _regions(arguments):
+    """What the arrays of a launch hold: a `Given` for each, and the states that it points to."""
+    views = [(x._x, f"argument {n}") for n, x in enumerate(arguments) if type(x) is guard.Array]
+    spans = []  # [first, stop, unit, names, views]
+    for view, name in sorted(views, key=lambda one: np.lib.array_utils.byte_bounds(one[0])[0]):
+        first, stop = np.lib.array_utils.byte_bounds(view)
+        if spans and first < spans[-1][1]:  # another view of the same memory
+            last = spans[-1]
+            spans[-1] = [last[0], max(stop, last[1]), last[2], last[3] + [name], last[4] + [view]]
+        elif view.size:
+            spans.append([first, stop, min(view.dtype.itemsize, 4), [name], [view]])
+    return [_given(*span) for span in spans]
+
+
+def _given(first, stop, unit, names, views):
+    states = np.zeros((stop - first) // unit, np.uint8)
+    for view in views:
+        offsets = np.zeros(view.shape, np.int64) + (view.ctypes.data - first)
+        for axis, (n, stride) in enumerate(zip(view.shape, view.strides, strict=True)):
+            shape = [-1 if i == axis else 1 for i in range(view.ndim)]
+            offsets += np.reshape(np.arange(n) * stride, shape)
+        per_entry = np.arange(0, view.dtype.itemsize, unit)
+        states[(offsets.reshape(-1, 1) + per_entry) // unit] = 2
+    if unit > 1:
+        words = np.ctypeslib.as_array((ctypes.c_char * (stop - first)).from_address(first))
+        empty = words.view(f"u{unit}") == guard.UNWRITTEN[unit]
+        states[(states > 0) & empty] = 1
+    name = " and ".join(names).encode()
+    return Given(name, first, stop - first, unit, states.ctypes.data), (states, name)
+
+
+SEEDS = []  # of the checks that go on
+
+
+@contextlib.contextmanager
+def checking(seed):
+    """Check what kernels do with memory meanwhile; `seed` draws the order of threads."""
+    SEEDS.append(seed)
+    try:
+        yield
+    finally:
+        SEEDS.pop()
 
 
 @functools.cache
-def header():
+def header(checked=False):
     """The folder of tests/cuda_shim.h, compiled: reading it takes most of a kernel's compilation."""
-    text = (HERE / "cuda_shim.h").read_bytes()
-    return made(text, "cuda_shim.h", "cuda_shim.h.gch", "-xc++-header").parent
+    text, options = (HERE / "cuda_shim.h").read_bytes(), CHECKED if checked else ()
+    return made(text, "cuda_shim.h", "cuda_shim.h.gch", "-xc++-header", *options).parent
 
 
 @functools.cache
@@ -75,17 +213,18 @@ def version():
     return subprocess.run(["g++", "--version"], check=True, capture_output=True).stdout
 
 
-def made(text, source, target, *options):
+def made(text, source, target, *options, after=()):
     """The file that g++ makes of a text, kept for other processes and later runs."""
     if source != "cuda_shim.h":
-        options = f"-I{header()}", *options
-    key = hashlib.sha256(repr((version(), COMMAND, options, text)).encode()).hexdigest()[:24]
+        options = f"-I{header('-fsanitize=thread' in options)}", *options
+    made_of = (version(), COMMAND, options, after, text)
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
     folder = KEPT / key
     if not folder.is_dir():
         KEPT.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=KEPT))
         (new / source).write_bytes(text)
-        subprocess.run([*COMMAND, *options, source, "-o", target], check=True, cwd=new)
+        subprocess.run([*COMMAND, *options, source, "-o", target, *after], check=True, cwd=new)
         try:
             new.rename(folder)
         except OSError:  # another process was faster
@@ -98,11 +237,14 @@ def launch(kernel, definitions, n_blocks, n_threads, *arguments, text=None):
     assert text or definitions in cuda.VARIANTS[kernel], (
         "a variant that is not compiled by the tests"
     )
-    LAUNCHES.append(kernel)
-    guard.operation(kernel)
-    held = [_argument(x) for x in arguments]
-    pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(x) for x in held))
-    compiled(kernel, definitions, text)(n_blocks, n_threads, pointers)
+    seed = SEEDS[-1] if SEEDS else None
+    library = compiled(kernel, definitions, text, seed is not None)
+
+    def run():
+        LAUNCHES.append(kernel)
+        library.run(n_blocks, n_threads, arguments, seed)
+
+    guard.launched(kernel, run)
 
 
 def ran(function, *kernels):

@@ -1,4 +1,4 @@
-"""The seed of a test run, in one place.
+"""The seed of a test run, and how much it draws, in one place.
 
 Every run draws the same inputs, so that a failure comes from the change under test.
 NPLLM_TEST_SEED=random draws a new seed, NPLLM_TEST_SEED=<number> repeats such a run; `--all` draws
@@ -12,8 +12,13 @@ import random
 FIXED = 18
 
 
+_every = False  # --all
+
+
 def settle_seed(config):
     """Choose the seed of this run; xdist's workers find it in the environment."""
+    global _every
+    _every = config.getoption("--all")
     default = "random" if config.getoption("--all") else str(FIXED)
     text = os.environ.get("NPLLM_TEST_SEED") or default
     if text == "random":
@@ -26,3 +31,8 @@ def settle_seed(config):
 def run_seed():
     """Return the seed of this run: every test that draws without Hypothesis starts from it."""
     return int(os.environ.get("NPLLM_TEST_SEED") or FIXED)
+
+
+def draws(few, many):
+    """How many inputs a test draws: few by default, many with --all."""
+    return many if _every else few

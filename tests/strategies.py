@@ -319,6 +319,7 @@ def axis_sizes(draw):
         "d_out",
         "d_value",
         "d_ff",
+        "d_rank",
         "n_vocab",
         "n_batch",
         "n_pos",

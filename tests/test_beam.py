@@ -384,14 +384,8 @@ def test_the_end_of_the_context_ends_the_answers():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    backend = tiny.byte_level()
-    return tiny.write_folder(
-        tmp_path_factory.mktemp("beam") / "tiny",
-        tokenizer=backend,
-        settings=tiny.SETTINGS,
-        vocab_size=backend.get_vocab_size(),
-        generation={"eos_token_id": [2, 70, 80, 90, 100, 110, 120, 130], "pad_token_id": 0},
-    )
+    stops = {"eos_token_id": [2, 70, 80, 90, 100, 110, 120, 130], "pad_token_id": 0}
+    return tiny.write_text_folder(tmp_path_factory.mktemp("beam") / "tiny", generation=stops)
 
 
 def test_text_in_text_out(folder):

@@ -18,15 +18,7 @@ from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
 
 def folder(path, **changes):
-    backend = tiny.byte_level()
-    return tiny.write_folder(
-        path,
-        tokenizer=backend,
-        settings=tiny.SETTINGS,
-        vocab_size=backend.get_vocab_size(),
-        generation={"eos_token_id": [], "pad_token_id": 0},
-        **changes,
-    )
+    return tiny.write_text_folder(path, **changes)
 
 
 @pytest.fixture(scope="module")

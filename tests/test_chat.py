@@ -14,13 +14,8 @@ ONE = {"role": "user", "content": "hello"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    backend = tiny.byte_level()
-    return tiny.write_folder(
+    return tiny.write_text_folder(
         tmp_path_factory.mktemp("chat"),
-        tokenizer=backend,
-        settings=tiny.SETTINGS,
-        generation={"eos_token_id": [], "pad_token_id": 0},
-        vocab_size=backend.get_vocab_size(),
         max_position_embeddings=4000,
         original_max_position_embeddings=4000,
     )

@@ -35,13 +35,8 @@ MINI = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    backend = tiny.byte_level()
-    return tiny.write_folder(
-        tmp_path_factory.mktemp("tiny") / "stand-in",
-        tokenizer=backend,
-        settings=tiny.SETTINGS,
-        vocab_size=backend.get_vocab_size(),
-        max_position_embeddings=512,
+    return tiny.write_text_folder(
+        tmp_path_factory.mktemp("tiny") / "stand-in", max_position_embeddings=512
     )
 
 

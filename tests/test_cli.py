@@ -30,13 +30,8 @@ CHAT = {"eos_token_id": [], "pad_token_id": 0}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny checkpoint that never ends an answer by itself."""
-    backend = tiny.byte_level()
-    return tiny.write_folder(
+    return tiny.write_text_folder(
         tmp_path_factory.mktemp("checkpoints") / "tiny",
-        tokenizer=backend,
-        settings=tiny.SETTINGS,
-        generation=CHAT,
-        vocab_size=backend.get_vocab_size(),
         max_position_embeddings=100_000,
         original_max_position_embeddings=100_000,
     )
@@ -515,7 +510,12 @@ def test_a_warning_is_one_line_on_stderr(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("topk", "hello", "-k", "100"), ("generate", "hello", "-n", "2000"), ("inspect",)]
+    "arguments",
+    [
+        ("generate", "hello", "-n", "2000"),
+        pytest.param(("topk", "hello", "-k", "100"), marks=pytest.mark.slow),
+        pytest.param(("inspect",), marks=pytest.mark.slow),
+    ],
 )
 def test_a_reader_that_leaves_early_causes_no_traceback(arguments, folder):
     """As in `npllm topk PROMPT | head -1`."""
@@ -531,12 +531,14 @@ def test_a_reader_that_leaves_early_causes_no_traceback(arguments, folder):
 @pytest.mark.parametrize(
     ("command", "encoding"),
     [
-        ("topk", "latin-1"),
-        ("tokens", "ascii"),
         ("generate", "latin-1"),
         *(
             pytest.param(*pair, marks=pytest.mark.slow)
-            for pair in (("topk", "ascii"), ("tokens", "latin-1"), ("generate", "ascii"))
+            for pair in (
+                ("topk", "latin-1"),
+                ("tokens", "latin-1"),
+                *((name, "ascii") for name in ("topk", "tokens", "generate")),
+            )
         ),
     ],
 )
@@ -549,20 +551,24 @@ def test_text_that_the_terminal_cannot_show_becomes_question_marks(folder, comma
     assert encoding == "ascii" or b"?" in out
 
 
-def test_json_on_a_plain_terminal_loses_nothing(folder):
+def test_json_on_a_plain_terminal_loses_nothing(call, folder):
     """What ASCII cannot show is escaped."""
-    outputs = [
-        finish(start("tokens", "é日", "--json", "-m", folder, env={"PYTHONIOENCODING": encoding}))[
-            1
-        ]
-        for encoding in ("ascii", "utf-8")
-    ]
-    assert outputs[0].isascii()
-    assert not outputs[1].isascii()
-    assert json.loads(outputs[0]) == json.loads(outputs[1])
+    words = ("tokens", "é日", "--json")
+    plain = finish(start(*words, "-m", folder, env={"PYTHONIOENCODING": "ascii"}))[1]
+    wide = call(*words).stdout
+    assert plain.isascii()
+    assert not wide.isascii()
+    assert json.loads(plain) == json.loads(wide)
 
 
-@pytest.mark.parametrize("command", [("tokens",), ("generate", "-n", "1"), ("chat", "-n", "1")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("tokens",),
+        ("chat", "-n", "1"),
+        pytest.param(("generate", "-n", "1"), marks=pytest.mark.slow),
+    ],
+)
 def test_standard_input_that_is_no_text_is_refused(command, folder):
     code, out, err = finish(
         start(*command, "-m", folder, env={"PYTHONIOENCODING": "utf-8"}), b"\xff\xfe\n"
@@ -620,15 +626,13 @@ def test_ctrl_c_ends_generate_without_traceback(folder):
     assert (code, "Traceback" in err, "Aborted" in err) == (1, False, True)
 
 
-def test_tokens_answers_without_loading_weights(folder, tmp_path):
+def test_tokens_answers_without_loading_weights(call, folder, tmp_path):
     """`npllm tokens` needs the tokenizer only."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    assert finish(start("tokens", "hello", "-m", tmp_path)) == (
-        0,
-        b"    265  'hello'\n",
-        "1 token\n",
-    )
+    result = call("tokens", "hello", model=tmp_path)
+    assert (result.exit_code, result.stdout) == (0, "    265  'hello'\n")
+    assert result.stderr == "1 token\n"
 
 
 def test_inspect_names_the_tensors_that_are_not_finite(call, tmp_path):

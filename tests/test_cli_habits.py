@@ -20,14 +20,7 @@ tokens_and_rate = pytest.importorskip("npllm.cli.streams").tokens_and_rate
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    backend = tiny.byte_level()
-    return tiny.write_folder(
-        tmp_path_factory.mktemp("checkpoints") / "tiny",
-        tokenizer=backend,
-        settings=tiny.SETTINGS,
-        generation={"eos_token_id": [], "pad_token_id": 0},
-        vocab_size=backend.get_vocab_size(),
-    )
+    return tiny.write_text_folder(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture
@@ -174,7 +167,9 @@ def test_embed_says_that_a_language_model_is_none_in_words(call, folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", [("tokens", "hello"), ("--help",)])
+@pytest.mark.parametrize(
+    "arguments", [("tokens", "hello"), pytest.param(("--help",), marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_one_line(folder, arguments):
     words = [*arguments, "-m", str(folder)] if arguments[0] == "tokens" else arguments
     with open("/dev/full", "w") as full:

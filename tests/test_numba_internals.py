@@ -198,7 +198,7 @@ def test_the_internals_are_those_that_the_code_was_written_for():
 def test_no_other_file_uses_internals_of_numba():
     words = ("_cache_file", "._cache", "_getvalue", "omppool.", "numba.core.caching")
     for path in (ROOT / "npllm").rglob("*.py"):
-        if path.name != "numba_internals.py":
+        if path.name not in ("numba_internals.py", "numba_deferred.py"):
             text = path.read_text(encoding="utf-8")
             if "numba" in text:
                 assert not [word for word in words if word in text], path

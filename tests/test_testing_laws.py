@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from seeds import run_seed
+from seeds import draws, run_seed
 
 import npllm
 from npllm import ops, testing
@@ -63,8 +63,8 @@ def test_every_planted_bug_breaks_a_law_for_20_seeds(n):
 
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_the_definitions_break_no_law(op):
-    report = check(op, right(op), max_examples=30, seed=SEED)
-    assert report.n_trial >= 30, report
+    report = check(op, right(op), max_examples=draws(12, 30), seed=SEED)
+    assert report.n_trial >= draws(12, 30), report
     assert report.n_undecided <= report.n_trial / 4, report
     assert report.used <= 1
 
@@ -79,7 +79,7 @@ def test_the_definitions_break_no_law_in_2000_examples(op):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("op", ["attention", "apply_rope", "rms_norm", "linear", "swiglu"])
 def test_the_definitions_break_no_law_in_16_bits(op, dtype):
-    report = check(op, right(op), max_examples=25, seed=SEED, dtype=dtype)
+    report = check(op, right(op), max_examples=draws(10, 25), seed=SEED, dtype=dtype)
     assert 0.3 < report.used <= 1, report
 
 
@@ -146,7 +146,9 @@ def test_a_feature_that_is_off_is_not_tested(feature, name):
     every = set(SUBJECTS["attention"].features) - {"poison", "lse"} | {feature}
     with pytest.raises(testing.LawBroken):
         testing.check_attention(fn, every, seed=SEED, shrink=False)
-    report = testing.check_attention(fn, every - {feature, "slots"}, max_examples=30, seed=SEED)
+    report = testing.check_attention(
+        fn, every - {feature, "slots"}, max_examples=draws(10, 30), seed=SEED
+    )
     assert feature in report.left_out
 
 
@@ -265,8 +267,8 @@ def drawn(logits, u, *, temperature=None, top_k=None, top_p=None, min_p=None):
 
 
 def test_a_sampler_that_draws_is_checked_by_support_and_chi_square():
-    testing.check_sampler(drawn, max_examples=25)
-    testing.check_sampler(ops.sample, max_examples=10)
+    testing.check_sampler(drawn, max_examples=draws(8, 25))
+    testing.check_sampler(ops.sample, max_examples=draws(4, 10))
 
 
 @pytest.mark.parametrize(
@@ -292,10 +294,10 @@ def test_the_tail_is_that_of_chi_square(n_free):
 
 
 def test_the_false_alarm_rate_is_what_it_says():
-    """Of 4,000 correct samples, as many are rejected at 5 % as a binomial allows."""
-    rng, p = np.random.default_rng(SEED), np.array([0.5, 0.25, 0.2, 0.05])
-    alarms = sum(chi_square.chi_square(rng.choice(4, 2000, p=p), p) < 0.05 for _ in range(4000))
-    assert abs(alarms - 200) < 6 * (4000 * 0.05 * 0.95) ** 0.5, f"seed={SEED}"
+    """Of many correct samples, as many are rejected at 5 % as a binomial allows."""
+    rng, p, n = np.random.default_rng(SEED), np.array([0.5, 0.25, 0.2, 0.05]), draws(1500, 4000)
+    alarms = sum(chi_square.chi_square(rng.choice(4, 2000, p=p), p) < 0.05 for _ in range(n))
+    assert abs(alarms - 0.05 * n) < 6 * (n * 0.05 * 0.95) ** 0.5, f"seed={SEED}"
 
 
 def test_a_token_without_probability_and_a_lone_bin():

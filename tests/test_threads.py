@@ -74,18 +74,9 @@ WORKS, SAYS_SPAWN = 0, 5
 
 
 @needs_fork
-@pytest.mark.parametrize("count", ["1", "2"])
+@pytest.mark.parametrize("count", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_forked_child_of_the_tiled_set_computes(count):
     assert int(run(FORK, "tiled", OPENBLAS_NUM_THREADS=count)) == WORKS
-
-
-@needs_fork
-@needs_numba
-@pytest.mark.parametrize(
-    ("layer", "status"), [("default", {WORKS, SAYS_SPAWN}), ("workqueue", {WORKS})]
-)
-def test_a_forked_child_of_the_compiled_set_computes_or_says_spawn(layer, status):
-    assert int(run(FORK, "compiled", NUMBA_THREADING_LAYER=layer)) in status
 
 
 FORK_INSIDE = """
@@ -122,12 +113,6 @@ assert all(np.array_equal(x, want) for n in range(4) for x in got[n])
 """
 
 
-@needs_numba
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
-def test_four_threads_share_the_kernels_under_every_layer_of_numba(layer):
-    run(SEVERAL, "compiled", NUMBA_THREADING_LAYER=layer)
-
-
 COUNT = """
 m(ids)
 m(ids[:, :1], cache=m.new_cache(2))
@@ -158,7 +143,8 @@ print(max(used))
 @pytest.mark.parametrize(
     ("name", "variable"),
     [
-        *(("tiled", variable) for variable in COUNTS),
+        ("tiled", COUNTS[0]),
+        *(pytest.param("tiled", variable, marks=pytest.mark.slow) for variable in COUNTS[1:]),
         pytest.param("compiled", COUNTS[0], marks=needs_numba),
         *(
             pytest.param("compiled", variable, marks=[needs_numba, pytest.mark.slow])
@@ -170,11 +156,42 @@ def test_one_variable_means_one_thread_in_every_kernel(name, variable):
     assert int(run(COUNT, name, **{variable: "1"})) == 1
 
 
+ADAPTS = """
+from npllm.kernels.cpu import launching
+m(ids)
+print(launching._controller is not None)
+"""
+FEWER_THREADS = """
+want = [m(ids), m(ids[:, :1], cache=m.new_cache(2))]
+launching._controller.count, launching._controller.next_attempt = 1, float("inf")
+got = [m(ids), m(ids[:, :1], cache=m.new_cache(2))]
+assert launching._controller.count == 1
+assert all(map(np.array_equal, got, want))
+"""
+FIXED_BY_A_VARIABLE = """
+os.environ["OMP_NUM_THREADS"] = "2"
+launching._controller = None
+m(ids)
+print(launching._controller is not None)
+del os.environ["OMP_NUM_THREADS"]
+"""
+
+
 @needs_cores
+@needs_fork
 @needs_numba
-def test_without_a_variable_kernels_use_every_core():
-    n_cores = len(os.sched_getaffinity(0))
-    assert int(run(COUNT, "compiled")) == int(run("print(threads.n_threads())")) == n_cores
+@pytest.mark.parametrize(
+    ("layer", "child"), [("default", {WORKS, SAYS_SPAWN}), ("workqueue", {WORKS})]
+)
+def test_kernels_use_every_core_and_change_no_bit_under_every_layer_of_numba(layer, child):
+    """All cores unless a variable fixes the count; with fewer threads, and called by four threads
+    at once, the same bits; a forked child computes or says spawn.
+    """
+    script = COUNT + ADAPTS + SEVERAL + FEWER_THREADS + FIXED_BY_A_VARIABLE + FORK
+    count, adapts, fixed, status = run(script, "compiled", NUMBA_THREADING_LAYER=layer).split()
+    assert int(count) == len(os.sched_getaffinity(0))
+    assert (adapts, fixed) == ("True", "False")
+    assert int(status) in child
 
 
 def test_doctor_reports_the_count_that_is_used():
@@ -191,6 +208,15 @@ def test_a_count_that_openmp_would_ignore_is_ignored(monkeypatch, value, counts)
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert list(threads.requested_counts()) == counts
+
+
+@pytest.mark.parametrize("name", threads.VARIABLES)
+def test_every_variable_is_read(monkeypatch, name):
+    for other in threads.VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    assert not threads.threads_are_fixed()
+    monkeypatch.setenv(name, "3")
+    assert list(threads.requested_counts()) == [3] and threads.threads_are_fixed()
 
 
 @needs_numba
@@ -249,46 +275,17 @@ print(threads.n_threads())
 """
 
 
+NEVER_CHANGED = """
+if SET == "compiled":
+    from npllm.kernels.cpu import launching
+    launching._controller = None
+    m(ids)
+    assert launching._controller is None
+"""
+
+
 @needs_cores
 @each_set
 def test_threads_are_set_exactly_and_change_no_bit(name):
-    assert int(run(SET_THREADS, name)) == len(os.sched_getaffinity(0))
-    set_first = SET_THREADS.replace("set_threads(1)\n", "set_threads(1)\n" + COUNT, 1)
-    assert run(set_first, name).splitlines()[0] == "1"
-
-
-ADAPTS = """
-from npllm.kernels.cpu import launching
-m(ids)
-print(launching._controller is not None)
-"""
-
-
-@needs_cores
-@needs_numba
-@pytest.mark.parametrize(
-    "variables", [COUNTS[:1], pytest.param(COUNTS[1:], marks=pytest.mark.slow)], ids=str
-)
-def test_kernels_give_up_threads_only_where_nobody_fixed_them(variables):
-    assert run(ADAPTS, "compiled") == "True\n"
-    for variable in variables:
-        assert run(ADAPTS, "compiled", **{variable: "2"}) == "False\n"
-    fixed = ADAPTS.replace("m(ids)", "threads.set_threads(2)\nm(ids)")
-    assert run(fixed, "compiled") == "False\n"
-
-
-FEWER_THREADS = """
-from npllm.kernels.cpu import contention, launching
-want = [m(ids), m(ids[:, :1], cache=m.new_cache(2))]
-launching._controller.count, launching._controller.next_attempt = 1, float("inf")
-got = [m(ids), m(ids[:, :1], cache=m.new_cache(2))]
-assert launching._controller.count == 1
-assert all(map(np.array_equal, got, want))
-"""
-
-
-@needs_cores
-@needs_numba
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
-def test_fewer_threads_change_no_bit(layer):
-    run(FEWER_THREADS, "compiled", NUMBA_THREADING_LAYER=layer)
+    script = SET_THREADS.replace("set_threads(1)\n", "set_threads(1)\n" + COUNT, 1)
+    assert run(script + NEVER_CHANGED, name).split() == ["1", str(len(os.sched_getaffinity(0)))]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import widen
+from npllm.checkpoints.adapters.reader import Adapter
 from npllm.checkpoints.gguf.config import gguf_config
 from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
 from npllm.checkpoints.gguf.reader import GGUFFile, is_gguf
@@ -20,7 +21,7 @@ from npllm.models import module_tree
 from npllm.models.params import Params
 from npllm.quantized.dtypes import QUANTIZERS
 
-__all__ = ["checkpoint_facts", "int8_errors", "rounding_errors"]
+__all__ = ["adapter_facts", "checkpoint_facts", "int8_errors", "rounding_errors"]
 
 Array = Any
 
@@ -69,6 +70,39 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
         "types": _types(tensors),
         "bits_per_weight": 8 * n_bytes / n,
         "weight_bytes_per_token": _bytes_per_token(tensors, config),
+    }
+
+
+def adapter_facts(adapter: Adapter) -> dict[str, Any]:
+    """Count what a LoRA adapter holds.
+
+    Parameters
+    ----------
+    adapter : Adapter
+
+    Returns
+    -------
+    facts : dict
+        `modules`: rank and scale of the updates of each weight, by its name in `Params`.
+    """
+    updates = [(field, x) for (_, field), many in adapter.updates.items() for x in many]
+    modules = {
+        field: {
+            "updates": len(chosen),
+            "ranks": sorted({int(x.a.shape[0]) for x in chosen}),
+            "scales": sorted({x.scale for x in chosen}),
+        }
+        for field in dict.fromkeys(name for name, _ in updates)
+        if (chosen := [x for name, x in updates if name == field])
+    }
+    replaced = [field if n is None else f"layers.{n}.{field}" for n, field in adapter.weights]
+    return {
+        "folder": str(adapter.folder),
+        "rank": adapter.settings.r,
+        "alpha": adapter.settings.lora_alpha,
+        "parameters": adapter.n_parameters,
+        "modules": modules,
+        "replaced": replaced,
     }
 
 

@@ -23,7 +23,7 @@ from npllm.decoding.prefill import FEW_ROWS
 __all__ = ["MAX_BATCH", "Engine"]
 
 MAX_BATCH = FEW_ROWS
-"""Up to so many rows have the same bits alone and in company."""
+"""The largest batch in which the bits of a row do not depend on the other rows."""
 
 
 class Engine:

@@ -27,7 +27,7 @@ Array = Any
 FORMAT = "npllm KV cache 1"
 BOOKS = ("ids", "positions", "valid", "rope_variant")  # what is known of the tokens
 WHAT = {
-    "weights": "other weights",
+    "weights": "other weights, or another adapter",
     "config": "another config.json",
     "mask": "another mask",
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.arrays import is_array, to_numpy
+from npllm.arrays import is_array, is_packed, to_numpy
 from npllm.errors import NpllmValueError
 
 __all__ = ["CacheOwner", "fingerprint"]
@@ -119,8 +119,8 @@ class CacheOwner:
                     )
         if not self._has_weights_of(other):
             raise NpllmValueError(
-                "the cache belongs to a model with other weights (of the same "
-                f"shapes), whose keys are not those of this model; {REMEDY}"
+                "the cache belongs to a model with other weights (of the same shapes) or under "
+                f"another adapter, whose keys are not those of this model; {REMEDY}"
             )
         if other.mask != self.mask:
             raise NpllmValueError(
@@ -141,7 +141,8 @@ def _named(mask: tuple[Any, ...] | None) -> str:
 def fingerprint(weights: Any) -> str:
     """Hash what tells one set of weights from another.
 
-        sha256 of the shape, the dtype and 64 evenly spaced entries of every array
+        sha256 of the shape, the dtype and 64 evenly spaced entries of every array, and of the
+        scales of an adapter
 
     Parameters
     ----------
@@ -160,6 +161,9 @@ def fingerprint(weights: Any) -> str:
     """
     digest = hashlib.sha256()
     for x in _arrays_of(weights):
+        if is_packed(x):
+            digest.update(x.facts.encode())
+            continue
         flat = x.reshape(-1)
         places = np.linspace(0, max(flat.shape[0] - 1, 0), min(N_SAMPLE, flat.shape[0]))
         sample = to_numpy(flat[places.astype(np.int64)])
@@ -168,9 +172,12 @@ def fingerprint(weights: Any) -> str:
 
 
 def _arrays_of(tree: Any) -> Iterator[Array]:
-    """Every array in tuples of tuples."""
+    """Every array in tuples of tuples; a packed matrix, then the arrays that it stores."""
     if isinstance(tree, tuple):
         for branch in tree:
             yield from _arrays_of(branch)
+    elif is_packed(tree):
+        yield tree
+        yield from _arrays_of(tree.arrays)
     elif is_array(tree):
         yield tree

@@ -46,12 +46,14 @@ def top_sources(config: Config) -> Sources:
     return sources
 
 
-def layer_sources(config: Config, number: int) -> Sources:
-    """List the fields of LayerParams."""
+def layer_sources(config: Config, number: int, *, is_fused: bool | None = None) -> Sources:
+    """List the fields of LayerParams; `is_fused`: whether q, k and v are one tensor, and gate and
+    up, as in Phi-3.  None: as in files of the model's type.
+    """
     d_model, d_ff = config.hidden_size, config.intermediate_size
     d_q = config.num_attention_heads * config.head_dim
     d_kv = config.num_key_value_heads * config.head_dim
-    if config.model_type == "phi3":
+    if config.model_type == "phi3" if is_fused is None else is_fused:
         qkv, gate_up = {"qkv_proj": d_q + 2 * d_kv}, {"gate_up_proj": 2 * d_ff}
     else:
         qkv = {"q_proj": d_q, "k_proj": d_kv, "v_proj": d_kv}

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from npllm.analysis.cost import cost_facts, gguf_weight_bytes
-from npllm.analysis.inspect import checkpoint_facts, rounding_errors
+from npllm.analysis.inspect import adapter_facts, checkpoint_facts, rounding_errors
 from npllm.analysis.speed import warm_up
+from npllm.checkpoints.adapters.reader import read_adapter
 from npllm.checkpoints.fetch import DEFAULT_MODEL, WHEELS, list_checkpoints, weights_folder
 from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
@@ -17,7 +18,14 @@ from npllm.checkpoints.gguf.reader import is_gguf
 from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, file_type_named
 from npllm.checkpoints.origin import read_config
 from npllm.cli.layout import checkpoint_lines, cost_lines
-from npllm.cli.options import chat_option, given_options, json_option, path_option, prompt_options
+from npllm.cli.options import (
+    adapter_option,
+    chat_option,
+    given_options,
+    json_option,
+    path_option,
+    prompt_options,
+)
 from npllm.cli.streams import as_prompt, print_json, tokens_and_rate
 from npllm.config.config import Config
 from npllm.errors import NpllmError, NpllmValueError
@@ -51,6 +59,7 @@ def tokens(prompt: str, path: str | None, chat: bool, as_json: bool) -> None:
 
 @click.command()
 @path_option
+@adapter_option
 @click.option(
     "--check-finite",
     is_flag=True,
@@ -63,10 +72,20 @@ def tokens(prompt: str, path: str | None, chat: bool, as_json: bool) -> None:
 )
 @click.option("--int4", is_flag=True, help="The same under --dtype int4.")
 @json_option
-def inspect(path: str | None, check_finite: bool, int8: bool, int4: bool, as_json: bool) -> None:
+def inspect(
+    path: str | None,
+    adapter: str | None,
+    check_finite: bool,
+    int8: bool,
+    int4: bool,
+    as_json: bool,
+) -> None:
     """Show a checkpoint's modules, parameters and bytes, from its headers alone."""
     dtypes = [name for name, wanted in (("int8", int8), ("int4", int4)) if wanted]
-    facts = _inspect_facts(checkpoint_folder(path), check_finite, dtypes)
+    folder = checkpoint_folder(path)
+    facts = _inspect_facts(folder, check_finite, dtypes)
+    if adapter is not None:
+        facts["adapter"] = adapter_facts(read_adapter(adapter, read_config(folder)))
     if as_json:
         print_json(facts)
     else:

@@ -20,6 +20,7 @@ from npllm.cli import (
     check,
     checkpoints,
     comparing,
+    evaluation,
     explain,
     generation,
     measurements,
@@ -50,6 +51,7 @@ GROUPS = (
     mutants,
     comparing,
     precision,
+    evaluation,
     serve,
     batch,
 )

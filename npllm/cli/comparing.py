@@ -5,7 +5,13 @@ from typing import Any
 
 import click
 
-from npllm.cli.options import json_option, path_option, threads_option
+from npllm.cli.options import (
+    adapter_option,
+    json_option,
+    load_causal,
+    path_option,
+    threads_option,
+)
 from npllm.cli.streams import print_json
 from npllm.errors import NpllmError
 from npllm.progress import report
@@ -25,6 +31,7 @@ USAGE = 2
     help="The port's own parameters, a safetensors file or a folder of them: looked at first.",
 )
 @path_option
+@adapter_option
 @threads_option
 @click.option(
     "--names",
@@ -43,6 +50,7 @@ def compare(
     gold: str,
     weights: str | None,
     path: str | None,
+    adapter: str | None,
     names: str,
     everything: bool,
     plot: str | None,
@@ -58,7 +66,8 @@ def compare(
     Exit codes: 0 same, 1 differs, 2 usage or unreadable, 3 not decidable.
     """
     try:
-        found = _compared(mine, gold, weights, path, names)
+        model = path if adapter is None else load_causal(path, adapter=adapter)
+        found = _compared(mine, gold, weights, model, names)
         _draw(found, plot, html)
     except NpllmError as error:
         report(str(error))
@@ -72,12 +81,12 @@ def compare(
     context.exit(EXIT_CODES[found.status])
 
 
-def _compared(mine: str, gold: str, weights: str | None, path: str | None, names: str) -> Any:
+def _compared(mine: str, gold: str, weights: str | None, model: Any, names: str) -> Any:
     from npllm import compare as compared
     from npllm.testing.golden_bundles import BUNDLES, golden
 
     right = golden(gold) if gold in BUNDLES and not Path(gold).exists() else gold
-    return compared(mine, right, weights=weights, model=path, names=names)
+    return compared(mine, right, weights=weights, model=model, names=names)
 
 
 def _draw(found: Any, plot: str | None, html: str | None) -> None:

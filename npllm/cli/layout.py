@@ -42,12 +42,25 @@ def checkpoint_lines(facts: Facts) -> Iterator[str]:
     yield f"bytes a token  {per_token:>16,}  of weights, read by a decode step"
     yield f"context length {facts['context_length']:>16,}  tokens"
     yield f"KV cache       {facts['kv_bytes_per_token']:>16,}  bytes per token in float32"
+    if "adapter" in facts:
+        yield from _adapter_lines(facts["adapter"])
     for dtype in QUANTIZERS:
         for part, errors in facts.get(f"{dtype}_errors", {}).items():
             values = "  ".join(f"{name} {error:.4f}" for name, error in errors.items())
             yield f"{dtype} error     {part:<24} {values}"
     for name, (n_nan, n_infinite) in facts.get("not_finite", {}).items():
         yield f"{name}: {n_nan} NaN, {n_infinite} infinities"
+
+
+def _adapter_lines(adapter: Facts) -> Iterator[str]:
+    """Lay out what a LoRA adapter adds."""
+    yield f"LoRA adapter   {adapter['parameters']:>16,}  parameters of {adapter['folder']}"
+    for name, x in adapter["modules"].items():
+        ranks = ", ".join(map(str, x["ranks"]))
+        scales = ", ".join(f"{scale:.4g}" for scale in x["scales"])
+        yield f"  {name:<12} {x['updates']:>16,}  updates of rank {ranks}, times {scales}"
+    for name in adapter["replaced"]:
+        yield f"  {name:<12} {'whole':>16}"
 
 
 def cost_lines(facts: Facts) -> Iterator[str]:
@@ -133,14 +146,39 @@ def _profile_line(row: Facts) -> str:
     )
 
 
-def attention_lines(rows: list[Facts]) -> Iterator[str]:
-    """Lay out what `npllm.analysis.steps.attention_rows` found."""
-    yield f"{'token':<20} {'score':>9} {'weight':>8} {'|w v|':>8}"
-    for row in rows:
-        yield (
-            f"{row['token']!r:<20} {row['score']:9.3f} {row['weight']:8.4f} "
-            f"{row['weighted_value']:8.4f}  {'█' * round(40 * row['weight'])}"
-        )
+def attention_lines(facts: Facts) -> Iterator[str]:
+    """Lay out what `npllm.analysis.step_facts.attention_facts` found, step by step."""
+    yield (
+        f"layer {facts['layer']}, head {facts['head']}, key/value head {facts['kv_head']}, "
+        f"query {facts['position']} {facts['token']!r}"
+    )
+    yield f"\n{'step':>4}  {'value':<15} {'shape':<12} {'length':>9}  formula"
+    by_key = [step for step in facts["steps"] if step["length"] is None]
+    first, last = by_key[0]["step"], by_key[-1]["step"]
+    yield from map(_step_line, (step for step in facts["steps"] if step["step"] < first))
+    yield from map(_step_line, by_key)
+    yield from _key_lines(facts)
+    yield from map(_step_line, (step for step in facts["steps"] if step["step"] > last))
+
+
+def _step_line(step: Facts) -> str:
+    length = "by key" if step["length"] is None else f"{step['length']:.4f}"
+    return (
+        f"{step['step']:>4}  {step['name']:<15} {step['shape']!s:<12} {length:>9}  "
+        f"{step['formula']}"
+    )
+
+
+def _key_lines(facts: Facts) -> Iterator[str]:
+    """One line for each key: steps 4 to 6."""
+    yield f"\n{'':6}{'key':<26} {'score':>9} {'weight':>8} {'|w v|':>9}"
+    for row in facts["keys"]:
+        name = f"{row['slot']} {row['token']!r}"
+        numbers = f"{row['score']:9.3f} {row['weight']:8.4f} {row['weighted_value']:9.4f}"
+        if not row["visible"]:
+            numbers = f"{row['score']:9.3f}   not visible to the query"
+        yield f"{'':6}{name:<26} {numbers}  {'█' * round(40 * row['weight'])}".rstrip()
+    yield ""
 
 
 def machine_lines(facts: Facts) -> Iterator[str]:

@@ -19,6 +19,7 @@ from npllm.quantized.dtypes import NAMES
 from npllm.threads import set_threads
 
 __all__ = [
+    "adapter_option",
     "any_model_options",
     "chat_option",
     "decoding_options",
@@ -43,6 +44,9 @@ path_option = click.option(
     "path",
     metavar="PATH",
     help=f"Checkpoint folder, GGUF file, or name of a fetched checkpoint. [{DEFAULT_MODEL}]",
+)
+adapter_option = click.option(
+    "--adapter", metavar="DIR", help="Folder of a LoRA adapter that PEFT saved, to run with."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 chat_option = click.option(
@@ -176,6 +180,7 @@ def _with_model(command: Command, loader: Callable[..., Any]) -> Command:
     """Add the options of `npllm.load`."""
 
     @path_option
+    @adapter_option
     @_backend_option
     @_dtype_option
     @_ops_option
@@ -185,6 +190,7 @@ def _with_model(command: Command, loader: Callable[..., Any]) -> Command:
     def wrapped(
         *args: Any,
         path: str | None,
+        adapter: str | None,
         backend: str,
         dtype: str | None,
         ops_name: str,
@@ -192,7 +198,7 @@ def _with_model(command: Command, loader: Callable[..., Any]) -> Command:
         **options: Any,
     ) -> Any:
         how = {"backend": backend, "dtype": dtype, "ops": ops_name, "activations": activations}
-        load_model = functools.partial(loader, path, **how)
+        load_model = functools.partial(loader, path, adapter=adapter, **how)
         return command(*args, model=load_model, **options)
 
     return wrapped

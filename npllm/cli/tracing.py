@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from npllm.cli.options import (
+    adapter_option,
     json_option,
     load_causal,
     model_options,
@@ -43,6 +44,7 @@ class Numbers(click.ParamType):
 @click.command()
 @prompt_options
 @path_option
+@adapter_option
 @threads_option
 @click.option("-o", "--output", metavar="DIR", required=True, help="A new or empty folder.")
 @click.option("--layers", type=Numbers(), metavar="N,N:N", help="Only these layers. [all]")
@@ -70,6 +72,7 @@ class Numbers(click.ParamType):
 @json_option
 def trace(
     path: str | None,
+    adapter: str | None,
     prompt: str,
     output: str,
     names: tuple[str, ...],
@@ -81,7 +84,8 @@ def trace(
     """
     from npllm.tracing.record import trace as run
 
-    found = run(load_causal(path), prompt, folder=output, names=names or None, **options)
+    model = load_causal(path, adapter=adapter)
+    found = run(model, prompt, folder=output, names=names or None, **options)
     facts = {
         "folder": output,
         "values": len(found),
@@ -89,6 +93,7 @@ def trace(
         "steps": len(found.index["steps"]),
         "tokens": sum(len(step["input_ids"][0]) for step in found.index["steps"]),
         "ops": found.index["ops"],
+        "adapter": found.index["adapter"],
         "dtype": found.index["dtype"],
     }
     if as_json:

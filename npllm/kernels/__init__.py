@@ -159,14 +159,16 @@ def product_forms() -> dict[str, str]:
     return {names[kind]: module.spelled_form(kind) for kind in names}
 
 
-def seconds_to_prepare(dtype: str = "bfloat16") -> float | None:
+def seconds_to_prepare(dtype: str = "bfloat16", activations: str = "float32") -> float | None:
     """Call every compiled kernel once, and return the time: Numba compiles them at the first use on
     a machine and keeps the result.
 
     Parameters
     ----------
     dtype : str
-        Of the weights.
+        Of the weights: a float type, "int8", or a format of blocks such as "Q4_K".
+    activations : str
+        What products of many rows round.
 
     Returns
     -------
@@ -176,5 +178,5 @@ def seconds_to_prepare(dtype: str = "bfloat16") -> float | None:
     if compiled_ops() is None:
         return None
     start = time.perf_counter()
-    importlib.import_module("npllm.kernels.cpu.compiled").compile_all(dtype)
+    importlib.import_module("npllm.kernels.cpu.preparing").compile_all(dtype, activations)
     return time.perf_counter() - start

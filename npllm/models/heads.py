@@ -3,6 +3,7 @@
 from typing import Any
 
 from npllm.arrays import array_namespace
+from npllm.models.adapted import linear
 from npllm.ops import Ops
 
 __all__ = ["classify_sequence", "classify_tokens", "last_token"]
@@ -54,7 +55,7 @@ def classify_sequence(hidden: Array, last: Array, params: Any, ops: Ops) -> Arra
     -----
     Source: `Phi3ForSequenceClassification` in Transformers.
     """
-    return ops.linear(last_token(hidden, last), params.score)
+    return linear(ops, last_token(hidden, last), params.score)
 
 
 def classify_tokens(hidden: Array, params: Any, ops: Ops) -> Array:
@@ -76,4 +77,4 @@ def classify_tokens(hidden: Array, params: Any, ops: Ops) -> Array:
     -----
     Source: `Phi3ForTokenClassification` in Transformers.
     """
-    return ops.linear(hidden, params.score, params.score_bias)
+    return linear(ops, hidden, params.score, params.score_bias)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.models import adapted
 from npllm.models.taps import UNTAPPED, NamedTap, Tap
 from npllm.ops import Ops, Step, merge_heads, split_qkv
 
@@ -72,7 +73,7 @@ def forward(
         masks,
         cache,
     )
-    x = named("embed_tokens", ops.embed(ids, params.embed_tokens))
+    x = named("embed_tokens", adapted.embed(ops, ids, params.embed_tokens))
     x = decoder_layers(x, params.layers, step, ops, tap)
     return named("norm", ops.rms_norm(x, params.norm, config.rms_norm_eps))
 
@@ -139,13 +140,13 @@ def attention_block(
     )
     if qkv is None:
         h = named("input_layernorm", ops.rms_norm(x, layer.input_layernorm, step.eps))
-        qkv = ops.linear(h, layer.qkv_proj, layer.qkv_bias)
+        qkv = adapted.linear(ops, h, layer.qkv_proj, layer.qkv_bias)
     y = rope_attention(named("self_attn.qkv_proj", qkv), step, ops, named)
     y = named("self_attn.attention", y)
     total = _kernel(ops.linear_add, y, layer.o_proj, x, layer.o_bias)
     if total is not None:
         return total
-    return ops.add(x, named("self_attn.o_proj", ops.linear(y, layer.o_proj, layer.o_bias)))
+    return ops.add(x, named("self_attn.o_proj", adapted.linear(ops, y, layer.o_proj, layer.o_bias)))
 
 
 def rope_attention(qkv: Array, step: Step, ops: Ops, named: NamedTap = UNTAPPED) -> Array:
@@ -188,7 +189,7 @@ def mlp_block(x: Array, layer: Any, step: Step, ops: Ops, named: NamedTap = UNTA
         gate_up = _kernel(ops.norm_linear, x, gain, step.eps, weight, bias)
         if gate_up is None:
             h = named("post_attention_layernorm", ops.rms_norm(x, gain, step.eps))
-            gate_up = ops.linear(h, weight, bias)
+            gate_up = adapted.linear(ops, h, weight, bias)
         gate_up = named("mlp.gate_up_proj", gate_up)
         d_ff = gate_up.shape[-1] // 2
         gate, up = named("mlp.gate", gate_up[..., :d_ff]), named("mlp.up", gate_up[..., d_ff:])
@@ -197,7 +198,9 @@ def mlp_block(x: Array, layer: Any, step: Step, ops: Ops, named: NamedTap = UNTA
     total = _kernel(ops.linear_add, y, layer.down_proj, x, layer.down_bias)
     if total is not None:
         return total
-    return ops.add(x, named("mlp.down_proj", ops.linear(y, layer.down_proj, layer.down_bias)))
+    return ops.add(
+        x, named("mlp.down_proj", adapted.linear(ops, y, layer.down_proj, layer.down_bias))
+    )
 
 
 def lm_head(hidden: Array, params: Any, ops: Ops, tap: Tap | None = None) -> Array:
@@ -219,7 +222,7 @@ def lm_head(hidden: Array, params: Any, ops: Ops, tap: Tap | None = None) -> Arr
     Source: `Phi3ForCausalLM.lm_head` in Transformers.
     """
     named = NamedTap(tap, "")
-    return named("lm_head", ops.linear(named("lm_head.input", hidden), params.lm_head))
+    return named("lm_head", adapted.linear(ops, named("lm_head.input", hidden), params.lm_head))
 
 
 def _kernel(kernel: Callable | None, *arguments: Any) -> Array | None:

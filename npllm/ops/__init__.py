@@ -25,6 +25,7 @@ from npllm.ops.frequencies import (
     yarn_scale,
 )
 from npllm.ops.linear import linear, mean_pool_kv_heads, merge_heads, split_heads
+from npllm.ops.low_rank import lora_linear
 from npllm.ops.norm import layer_norm, rms_norm
 from npllm.ops.opset import SLOTS as SLOTS
 from npllm.ops.opset import Ops, blockwise, reference
@@ -82,6 +83,7 @@ __all__ = [
     "lm_head",
     "log_softmax",
     "longrope_scale",
+    "lora_linear",
     "mask",
     "mean_pool_kv_heads",
     "merge_attention",

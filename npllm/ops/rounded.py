@@ -8,7 +8,7 @@ from typing import Any
 from npllm.arrays import array_namespace
 from npllm.ops.linear import linear
 from npllm.ops.opset import Ops
-from npllm.quantized.activations import is_rounded_for, rounded_values
+from npllm.quantized.activations import activation_group, is_rounded_for, rounded_values
 
 __all__ = ["FEWEST_ROWS", "rounded_linear", "rounded_ops"]
 
@@ -56,8 +56,8 @@ def rounded_linear(
     few = prod(x.shape[:-1]) < FEWEST_ROWS
     if few or not is_rounded_for(weight, activations) or x.dtype != array_namespace(x).float32:
         return linear(x, weight, bias)
-    group = getattr(weight, "activation_group", 1)
-    return linear(rounded_values(x, activations, group), weight, bias)
+    rounded = rounded_values(x, activations, activation_group(weight))
+    return linear(rounded, weight, bias)
 
 
 def rounded_ops(ops: Ops, activations: str) -> Ops:

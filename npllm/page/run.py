@@ -68,7 +68,7 @@ class Run(NamedTuple):
 def most_tokens(config: Any) -> int:
     """Count the tokens of the longest prompt that a page of less than 6 MB holds.
 
-        bytes = n_layer * n_head * n**2 / 2 * 3 + n * (3 * d_model + 2 * d_qkv) * 7 + n_vocab * 7
+        bytes = n_layer * n_head * n**2 / 2 * 3 + n * (3 * d_model + 3 * d_qkv) * 7 + n_vocab * 7
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def most_tokens(config: Any) -> int:
     """
     heads = config.num_hidden_layers * config.num_attention_heads
     d_qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    wide = 3 * config.hidden_size + 2 * d_qkv + 10 * config.num_hidden_layers
+    wide = 3 * config.hidden_size + 3 * d_qkv + 10 * config.num_hidden_layers
     free = MOST_BYTES - ROOM - 7 * config.vocab_size
     sizes = range(1, MOST_TOKENS + 1)
     fitting = [n for n in sizes if 1.5 * heads * n * n + 7 * wide * n <= free]

@@ -10,12 +10,14 @@ from typing import Any
 
 from npllm.arrays import DTYPES, array_namespace, expect_shape, ieee_semantics, is_packed, round_to
 from npllm.errors import NpllmValueError
+from npllm.quantized.packed import PackedMatrix
 
 __all__ = [
     "ACTIVATIONS",
     "LIMITS",
     "N_BYTES",
     "SMALLEST",
+    "activation_group",
     "check_activations",
     "check_applies",
     "is_rounded_for",
@@ -29,6 +31,7 @@ Array = Any
 ACTIVATIONS = ("float32", "int16", "int8", "bfloat16")
 N_BYTES = {"int8": 1, "int16": 2}
 LIMITS = {1: 127, 2: 32767}  # largest code, by the bytes of a code
+GROUP = PackedMatrix.activation_group  # of weights that have no groups of their own
 SMALLEST = 2.0**-100  # a group whose entries are all smaller is rounded to 0
 
 
@@ -128,6 +131,7 @@ def is_rounded_for(weight: Any, kind: str) -> bool:
 
     Integers go with packed weights, bfloat16 with arrays of bfloat16.
     """
+    weight = getattr(weight, "base", weight) if is_packed(weight) else weight  # under an adapter
     if kind in N_BYTES:
         return all(map(is_packed, getattr(weight, "parts", (weight,))))
     return kind == "bfloat16" and not is_packed(weight) and weight.dtype == DTYPES["bfloat16"]
@@ -159,7 +163,14 @@ def check_applies(params: Any, kind: str) -> None:
     )
 
 
-def rounded_values(x: Array, kind: str, group: int = 32) -> Array:
+def activation_group(weight: Any) -> int:
+    """Count the entries of x that share a scale in a product with a weight: those of the weight's
+    own groups, else GROUP.
+    """
+    return getattr(weight, "activation_group", GROUP)
+
+
+def rounded_values(x: Array, kind: str, group: int = GROUP) -> Array:
     """Return the float32 values that rows have in a kind of activations.
 
     Parameters

@@ -77,6 +77,16 @@ class BlockWeight(PackedMatrix):
         return self.blocks.dtype
 
     @property
+    def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """The blocks."""
+        return (self.blocks,)
+
+    @property
+    def facts(self) -> str:
+        """What tells two of these apart besides their blocks: the format."""
+        return f"BlockWeight {self.format}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
         return self.blocks.shape[0] * self.blocks.shape[1]

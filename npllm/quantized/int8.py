@@ -64,6 +64,11 @@ class Int8Weight(PackedMatrix):
         return self.values.dtype
 
     @property
+    def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """Values and scales."""
+        return self.values, self.scales
+
+    @property
     def nbytes(self) -> int:
         """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes

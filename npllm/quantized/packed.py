@@ -13,7 +13,8 @@ class PackedMatrix:
     """A matrix [d_out, d_in] that is stored in fewer bits and widened band by band.
 
     `npllm.ops.linear` and `embed` take one in place of an array.  A format defines `shape`,
-    `dtype` (of what is stored), `nbytes`, `__array_namespace__`, and the four methods below.
+    `dtype` (of what is stored), `arrays`, `nbytes`, `__array_namespace__`, and the four methods
+    below.
 
     Notes
     -----
@@ -23,6 +24,7 @@ class PackedMatrix:
     ndim = 2
     activation_group = 32  # entries of x that share a scale, where a product rounds them
     shape: Any
+    arrays: Any  # what is stored: a tuple of arrays and of packed matrices
 
     def rows(self, span: slice) -> Self:
         """Return the rows of a slice, without a copy where the library has views."""
@@ -39,6 +41,11 @@ class PackedMatrix:
     def to(self, xp: Any) -> Self:
         """Return the same weight in another array library."""
         raise NotImplementedError
+
+    @property
+    def facts(self) -> str:
+        """What tells two matrices of a format apart besides their arrays."""
+        return type(self).__name__
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -58,6 +58,11 @@ class StackedWeight(PackedMatrix):
         return xp.float64 if any(part.dtype == xp.float64 for part in self.parts) else xp.uint8
 
     @property
+    def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """The parts."""
+        return self.parts
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)

@@ -44,7 +44,7 @@ def make_server(
     names : tuple of str
         By which clients name the model.  Default: that of its folder.
     max_batch : int
-        Sequences of a decoding step, 1 ... 16: so many have the same bits alone and in company.
+        Sequences of a decoding step, 1 ... 16: the bits of a row do not depend on the others.
     max_queue : int
         Sequences that may wait.
     max_prompt_tokens : int, optional

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import DTYPES
-from npllm.quantized.activations import rounded_values
+from npllm.quantized.activations import activation_group, rounded_values
 from npllm.testing.arithmetic import GROUPWISE, STEP, TINY, Arithmetic
 from npllm.testing.budgets import Budget, budget
 from npllm.testing.exact import gold
@@ -137,7 +137,7 @@ def _attempts(part: Evidence, model: Arithmetic) -> Iterator[tuple[Budget, Array
         return
     kept = model.operands if part.op == "attention" else model.probabilities
     rest = replace(model, operands=None, probabilities=kept)
-    group = getattr(part.inputs.get("weight"), "activation_group", 32)
+    group = activation_group(part.inputs.get("weight"))
     if model.operands in GROUPWISE:
         x = rounded_values(np.asarray(part.inputs["x"], np.float32), model.operands, group)
         given = {**part.inputs, "x": x}

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from npllm.quantized.activations import activation_group
 from npllm.testing.arithmetic import (
     LAMBDA,
     Arithmetic,
@@ -35,7 +36,7 @@ def linear_budget(a: Arithmetic, x: Array, weight: Array, bias: Array = None) ->
     squares = np.sqrt((rows**2) @ (w**2).T)
     stat = LAMBDA * a.u * np.sqrt(variance + y * y + weight_roundings * squares**2) + last
     stat = stat + a.u_operand * (LAMBDA * (2 / 3) ** 0.5 * squares + np.abs(product))
-    off = a.group_errors(rows, getattr(weight, "activation_group", 32))
+    off = a.group_errors(rows, activation_group(weight))
     det = det + (1 + gamma(n + 1 + weight_roundings, a.u)) * (off @ np.abs(w).T)
     stat = stat + LAMBDA / 3**0.5 * np.sqrt((off**2) @ (w**2).T)
     stat = stat if a.independent(n) else det

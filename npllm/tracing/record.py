@@ -169,6 +169,7 @@ def _about(model: Any, runner: Any, dtype: str | None) -> dict[str, Any]:
         "model": model.folder.name if model.folder else model.config.model_type,
         "config": config_content(model),
         "ops": runner.ops.name,
+        "adapter": model.adapter,
         "dtype": dtype,
         "mask": _own_rules(model),
     }

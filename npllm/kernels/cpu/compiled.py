@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from npllm.arrays import DTYPES
 from npllm.cache import KVCache
 from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.block_gemv import fits_blocks
@@ -48,8 +47,7 @@ from npllm.kernels.cpu.rope_attention import (
 from npllm.kernels.cpu.tiled import TILED
 from npllm.models.params import LayerParams
 from npllm.ops import Step
-from npllm.ops.mask import causal
-from npllm.quantized.int8 import Int8Weight, quantize
+from npllm.quantized.int8 import Int8Weight
 
 __all__ = ["COMPILED", "attention_block", "decoder_layers", "mlp_block"]
 
@@ -267,29 +265,3 @@ COMPILED = replace(
     decoder_layers=decoder_layers,
     name="compiled",
 )
-
-
-def compile_all(dtype: str) -> None:
-    """Call every kernel once with small read-only weights, as a checkpoint's are, so that all of
-    them are compiled.
-    """
-
-    def frozen(*shape: int) -> Any:
-        x = np.zeros(shape, DTYPES["bfloat16" if dtype == "int8" else dtype])
-        x.flags.writeable = False
-        return x if dtype != "int8" or len(shape) == 1 else quantize(np.zeros(shape))
-
-    gain, square = frozen(64), frozen(64, 64)
-    qkv_proj, gate_up_proj = frozen(192, 64), frozen(128, 64)
-    layer = LayerParams(gain, qkv_proj, square, gain, gate_up_proj, square)
-    for n in (1, 2, FEW_ROWS + 1):
-        x = np.ones((1, n, 64), np.float32)
-        linear(x, square)
-        linear_add(x, square, x)
-        norm_swiglu(x, gain, 0.0, gate_up_proj)
-        table = np.ones((n, 16), np.float32)
-        step = Step(table, table, 2, 2, 0.0, [causal()])
-        mlp_block(x, layer, step)
-        rope_attention(norm_linear(x, gain, 0.0, qkv_proj), step._replace(cache=KVCache(1, 1, 64)))
-        attention_block(x, layer, step._replace(cache=KVCache(1, 1, 64)))
-        decoder_layers(x, (layer,), step._replace(cache=KVCache(1, 1, 64)))

@@ -17,6 +17,7 @@ from numba import config, get_num_threads, njit, set_num_threads, threading_laye
 from npllm.errors import NpllmRuntimeError
 from npllm.kernels.compilation import compile_seconds
 from npllm.kernels.cpu.contention import Controller, can_measure, read_usage
+from npllm.kernels.cpu.numba_deferred import use_deferred_code
 from npllm.kernels.cpu.numba_internals import openmp_dies_in_a_fork, use_disk_cache
 from npllm.threads import n_threads, threads_are_fixed
 
@@ -87,8 +88,9 @@ def kernel(**options: Any) -> Callable[[Callable], Any]:
     """
 
     def decorate(function: Callable) -> Any:
-        compiled = njit(error_model="numpy", **options)(function)  # x / 0 is no exception
-        return use_disk_cache(compiled)
+        # x / 0 is no exception; no kernel is called from C
+        compiled = njit(error_model="numpy", no_cfunc_wrapper=True, **options)(function)
+        return use_deferred_code(use_disk_cache(compiled))
 
     return decorate
 

@@ -1,8 +1,8 @@
 """Everything of Numba that has no public name: its disk cache, its OpenMP, its array structs, its
 events.
 
-No other file uses them.  They were checked with the versions that setup.cfg allows, and
-tests/test_numba_internals.py fails where a new version changes them.
+No other file but `numba_deferred` uses them.  They were checked with the versions that setup.cfg
+allows, and tests/test_numba_internals.py fails where a new version changes them.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 
 from npllm.kernels import compilation
+from npllm.kernels.cpu.numba_deferred import is_compiling, ordinary_code
 from npllm.progress import warn
 
 __all__ = ["DiskCache", "c_function", "openmp_dies_in_a_fork", "struct_value", "use_disk_cache"]
@@ -87,12 +88,15 @@ class DiskCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the code for a signature, or None where there is none that can be read."""
         try:
-            return super().load_overload(sig, target_context)
+            with ordinary_code(target_context):
+                return super().load_overload(sig, target_context)
         except Exception:  # pickle raises nearly anything for a damaged file
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep the code for a signature where that is possible."""
+        """Keep the code for a signature where that is possible, and where it has any yet."""
+        if is_compiling():
+            return
         try:
             self._save(sig, data)
         except OSError as error:

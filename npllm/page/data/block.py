@@ -32,7 +32,7 @@ def block(run: Run) -> Data:
             "name": row.name.rpartition(".")[2] if n else "embedding",
             "rank": row.rank,
             "probability": significant(row.probability),
-            "kl": significant(row.kl),
+            "kl": significant(row.kl, 7),
             "top": [run.token(i) | {"p": significant(p)} for i, p in row.top],
         }
         for n, row in enumerate(lens(run.model, run.trace))
@@ -62,7 +62,7 @@ def feedforward(run: Run) -> Data:
     rows = [
         {
             "neuron": int(n),
-            "activation": significant(active[n]),
+            "activation": significant(active[n], 7),
             "tokens": [run.token(i) for i in top],
         }
         for n, top in zip(best, order, strict=True)

@@ -35,7 +35,7 @@ def heads(run: Run) -> Data:
 
 
 def attention(run: Run) -> Data:
-    """Give the steps of attention of one layer: x, q, k, v, scores, weights, heads, o_proj."""
+    """Give the steps of attention of one layer, in the order of `npllm.analysis.steps`."""
     config = run.model.config
     q, k, v = (run.of_layer(f"self_attn.{name}") for name in "qkv")
     name = f"model.layers.{run.layer - 1}" if run.layer else "model.embed_tokens"
@@ -46,6 +46,8 @@ def attention(run: Run) -> Data:
         "scale": significant(config.head_dim**-0.5, 7),
         "stream": significant(run.value(name), 4),
         "x": significant(run.of_layer("input_layernorm"), 4),
+        "q_proj": significant(run.of_layer("self_attn.q_proj"), 4),
+        "k_proj": significant(run.of_layer("self_attn.k_proj"), 4),
         "q": significant(q, 4),
         "k": significant(k, 4),
         "v": significant(v, 4),
@@ -61,12 +63,16 @@ def attention(run: Run) -> Data:
 def _lengths(run: Run, stream: Array, q: Array, k: Array, v: Array) -> Data:
     """Lengths of the vectors, which the page cannot compute exactly from rounded channels."""
     added = run.of_layer("self_attn.o_proj")
+    heads = run.of_layer("self_attn.heads")
     vectors = {
         "x": run.of_layer("input_layernorm"),
+        "q_proj": run.of_layer("self_attn.q_proj"),
+        "k_proj": run.of_layer("self_attn.k_proj"),
         "q": q,
         "k": k,
         "v": v,
-        "output": run.of_layer("self_attn.heads"),
+        "output": heads,
+        "merged": np.concatenate(list(heads), axis=-1),
         "added": added,
         "stream": stream,
         "after": stream + added,
@@ -84,7 +90,7 @@ def _scores(run: Run, q: Array, k: Array) -> list[Any]:
     visible = np.broadcast_to(rule(slots[:, None], slots[None, :]), weights.shape)
     return [
         [
-            [significant(s) if seen else None for s, seen in zip(*row, strict=True)]
+            [significant(s, 7) if seen else None for s, seen in zip(*row, strict=True)]
             for row in zip(*head, strict=True)
         ]
         for head in zip(scores, visible, strict=True)

@@ -43,9 +43,9 @@ def packing(run: Run) -> Data:
         "used": significant(utilisation(rows, lengths)),
         "unpacked": significant(sum(lengths) / (len(lengths) * max(lengths))),
         "together": together,
-        "alone": [significant(x) for x in alone],
-        "masked": [significant(x) for x in masked],
-        "leaky": [significant(x) for x in leaky],
+        "alone": [significant(x, 7) for x in alone],
+        "masked": [significant(x, 7) for x in masked],
+        "leaky": [significant(x, 7) for x in leaky],
         "leak": _largest(alone, leaky),
         "leak_masked": _largest(alone, masked),
     }

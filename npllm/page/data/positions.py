@@ -36,7 +36,7 @@ def rope(run: Run) -> Data:
         "n_positions": N_POSITIONS,
         "last": run.token(run.ids[-1]),
         "starts": [0, 100],
-        "scores": [significant(_scores(q, k, inv_freq, at) * scale) for at in (0, 100)],
+        "scores": [significant(_scores(q, k, inv_freq, at) * scale, 7) for at in (0, 100)],
         "matrix": significant(_matrices(inv_freq), 4),
     }
 

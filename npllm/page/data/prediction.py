@@ -64,7 +64,8 @@ def decoding(run: Run) -> Data:
         "n_beam": n_beam,
         "nodes": _nodes(run, kept),
         "answers": [
-            {"text": _joined(run, a["tokens"]), "score": significant(a["score"])} for a in answers
+            {"text": _joined(run, a["tokens"]), "score": significant(a["score"], 7)}
+            for a in answers
         ],
     }
 
@@ -98,7 +99,7 @@ def _nodes(run: Run, kept: dict[tuple[int, ...], float]) -> list[Data]:
         | {
             "parent": number.get(answer[:-1], -1),
             "depth": len(answer),
-            "score": significant(kept[answer]),
+            "score": significant(kept[answer], 7),
         }
         for answer in order
     ]

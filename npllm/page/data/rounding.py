@@ -8,7 +8,7 @@ __all__ = ["significant", "thousandths"]
 
 Array = Any
 
-N_DIGITS = 5  # the page shows at most four
+N_DIGITS = 5  # of numbers that the page shows with four; 7 of those shown to three decimals
 
 
 def significant(x: Any, n_digits: int = N_DIGITS) -> Any:

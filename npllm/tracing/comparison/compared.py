@@ -70,6 +70,9 @@ def _require_weights(right: Recorded, config: Config, model: Any) -> None:
         rows = np.asarray(ops.embed(ids, model.params.embed_tokens), np.float64)
         if x.shape == rows.shape and np.abs(x - rows).max() > 0.1 * np.abs(rows).max():
             wrong = ["model.embed_tokens of the gold is another one than that"]
+    sides = right.index.get("adapter"), getattr(model, "adapter", None)
+    if sides[0] != sides[1]:
+        wrong.append(f"the adapter is {sides[0]} in the gold, {sides[1]}")
     if wrong:
         raise NpllmValueError(
             f"{right.where}: {wrong[0]} in the model whose weights were given; name the model "

@@ -28,7 +28,7 @@ def draw_errors(path: str | Path, comparison: Any) -> None:
     NpllmOSError
         When the file cannot be written.
     """
-    figure = new_figure((10, 4))
+    figure = new_figure((10, 4), layout="tight")
     axes = figure.add_subplot()
     rows = comparison.rows
     places = np.arange(len(rows))

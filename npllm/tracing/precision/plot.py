@@ -29,7 +29,7 @@ def draw_precision(path: str | Path, report: Precision) -> None:
     """
     shared = [row for row in report.rows if row.shares]
     n_panels = 1 + bool(shared)
-    figure = new_figure((6.4 * n_panels, 4.4))
+    figure = new_figure((6.4 * n_panels, 4.4), layout="tight")
     _draw_depth(figure.add_subplot(1, n_panels, 1), report)
     if shared:
         _draw_shares(figure.add_subplot(1, n_panels, 2), shared)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import contenders
 import numpy as np
 
+from bench import contenders
+from bench.processes import MODEL_OPTION, Child, command, environment, serve
 from npllm.loading import checkpoint_folder
 
 SPIN, BLOCK = "30000", "0"
@@ -70,34 +71,13 @@ def cpu_seconds(pids: list[int]) -> float:
     return total / os.sysconf("SC_CLK_TCK")
 
 
-class Engine:
-    """A contender in a process of its own: a line with seconds in, a line with tokens/s out."""
-
-    def __init__(self, name: str, path: str, settings: dict[str, str]) -> None:
-        kept = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in (*THREAD_VARIABLES, "GOMP_SPINCOUNT", "OPENBLAS_CORETYPE")
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, name, path],
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=kept | settings,
-        )
-        self.version = self.answer()
-
-    def start(self, seconds: float) -> None:
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a contender ended early, with exit code {self.process.wait()}")
-        return json.loads(line)
+def started(name: str, path: str, settings: dict[str, str]) -> Child:
+    """A contender in a process of its own: seconds in, tokens/s out."""
+    kept = environment()
+    for key in (*THREAD_VARIABLES, "GOMP_SPINCOUNT"):
+        kept.pop(key, None)
+    arguments = command("decode-rates", name, path)
+    return Child(arguments, kept | settings, stderr=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
@@ -113,13 +93,13 @@ def busy_processes(n: int) -> Any:
             process.wait()
 
 
-def measured(engines: list[Engine], seconds: float, pids: list[int]) -> dict[str, Any]:
+def measured(engines: list[Child], seconds: float, pids: list[int]) -> dict[str, Any]:
     """Let engines decode at the same time; tokens/s of each, and cores that others used."""
     pids = [*pids, os.getpid(), *(engine.process.pid for engine in engines)]
     before = busy_seconds()
     own = None if before is None else cpu_seconds(pids)
     for engine in engines:
-        engine.start(seconds)
+        engine.ask(seconds)
     rates = [engine.answer() for engine in engines]
     others = None
     if before is not None:
@@ -168,7 +148,7 @@ def table(runs: dict[str, dict[str, list]], counts: list[int]) -> list[str]:
 
 
 @click.command()
-@click.option("-m", "--model", "path", help="Checkpoint folder. [the default checkpoint]")
+@MODEL_OPTION
 @click.option("--gguf", type=click.Path(exists=True), help="What llama.cpp reads. [it is left out]")
 @click.option("-b", "--busy", default="0,1,2,4", show_default=True)
 @click.option("-s", "--seconds", default=5.0, show_default=True, help="Of each run.")
@@ -188,12 +168,12 @@ def contention(
 ) -> None:
     """Time decoding beside busy processes: npllm, its fixed settings, llama.cpp, Transformers."""
     folder, counts = str(checkpoint_folder(path)), [int(n) for n in busy.split(",")]
-    engines = {name: Engine("npllm", folder, how) for name, how in ({OURS: {}} | FIXED).items()}
+    engines = {name: started("npllm", folder, how) for name, how in ({OURS: {}} | FIXED).items()}
     for name in PEERS if peers else ():
         place = gguf if name == "llama.cpp" else folder
         if place and contenders.installed(name):
-            engines[name] = Engine(name, place, PEER_SETTINGS)
-    other = Engine("npllm", folder, {}) if two else None
+            engines[name] = started(name, place, PEER_SETTINGS)
+    other = started("npllm", folder, {}) if two else None
     result = {"seconds": seconds, "versions": {}, "runs": {}}
     if json_path and Path(json_path).exists():
         result = json.loads(Path(json_path).read_text(encoding="utf-8"))
@@ -209,8 +189,8 @@ def contention(
 
 def measure_round(
     runs: dict[str, dict[str, list]],
-    engines: dict[str, Engine],
-    other: Engine | None,
+    engines: dict[str, Child],
+    other: Child | None,
     counts: list[int],
     seconds: float,
 ) -> None:
@@ -225,15 +205,12 @@ def measure_round(
         cell.append(measured([engines[OURS], other], seconds, []))
 
 
-def serve(name: str, path: str) -> None:
-    """Answer every line of standard input, a number of seconds, with tokens/s."""
+@click.command(name="decode-rates", hidden=True)
+@click.argument("name")
+@click.argument("path")
+def decode_rates(name: str, path: str) -> None:
+    """Serve one contender: the answer to a number of seconds is tokens/s."""
     dtype = "bfloat16" if name == "transformers" else ""
     engine = contenders.CONTENDERS[name](path, dtype)
     decode_rate(engine, 0.5)  # compiles, and reads the weights
-    print(json.dumps(engine.version), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(decode_rate(engine, float(line))), flush=True)
-
-
-if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    serve(engine.version, lambda seconds: decode_rate(engine, seconds))

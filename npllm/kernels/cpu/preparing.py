@@ -1,0 +1,75 @@
+"""Every kernel of one weight type, called once with small weights, so that all are compiled."""
+
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import DTYPES
+from npllm.cache import KVCache
+from npllm.kernels.cpu.compiled import COMPILED
+from npllm.kernels.cpu.gemv import FEW_ROWS
+from npllm.kernels.cpu.rounded import rounded_compiled
+from npllm.models.params import LayerParams
+from npllm.ops import Step
+from npllm.ops.mask import causal
+from npllm.quantized.block_formats import FORMATS
+from npllm.quantized.block_weight import BlockWeight
+from npllm.quantized.int8 import quantize
+
+__all__ = ["compile_all"]
+
+Array = Any
+
+WIDTH = 256  # of the weights: a block of every format
+GAINS = {"int8": "bfloat16"}  # the type of norms beside packed weights; GGUF files have float32
+
+
+def compile_all(dtype: str, activations: str = "float32") -> None:
+    """Call every kernel once for a weight type and a kind of activations.
+
+    Parameters
+    ----------
+    dtype : str
+        A float type, "int8", or a format of blocks such as "Q4_K".
+    activations : str
+        One of `npllm.quantized.activations.ACTIVATIONS`.
+    """
+    ops = COMPILED if activations == "float32" else rounded_compiled(activations)
+    gain = frozen(
+        np.zeros(WIDTH, DTYPES[dtype if dtype in DTYPES else GAINS.get(dtype, "float32")])
+    )
+    qkv_proj, square, gate_up_proj = (small_weight(n * WIDTH, dtype) for n in (3, 1, 2))
+    layer = LayerParams(gain, qkv_proj, square, gain, gate_up_proj, square)
+    for n in (1, 2, FEW_ROWS + 1):
+        _call_all(ops, np.ones((1, n, WIDTH), np.float32), layer)
+
+
+def _call_all(ops: Any, x: Array, layer: LayerParams) -> None:
+    """Call the operations and fusions of a layer: all of them are in the compiled set."""
+    table = np.ones((x.shape[1], 16), np.float32)
+    step = Step(table, table, 2, 2, 0.0, [causal()])
+    ops.linear(x, layer.o_proj)
+    ops.linear_add(x, layer.o_proj, x)
+    ops.norm_swiglu(x, layer.input_layernorm, 0.0, layer.gate_up_proj)
+    ops.mlp_block(x, layer, step)
+    qkv = ops.norm_linear(x, layer.input_layernorm, 0.0, layer.qkv_proj)
+    ops.rope_attention(qkv, step._replace(cache=KVCache(1, 1, 64)))
+    ops.attention_block(x, layer, step._replace(cache=KVCache(1, 1, 64)))
+    ops.decoder_layers(x, (layer,), step._replace(cache=KVCache(1, 1, 64)))
+
+
+def small_weight(d_out: int, dtype: str) -> Any:
+    """Make a read-only matrix of zeros, as a checkpoint's are read-only."""
+    if dtype in FORMATS:
+        layout = FORMATS[dtype]
+        n_bytes = WIDTH // layout.n_entries * layout.n_bytes
+        return BlockWeight(frozen(np.zeros((d_out, n_bytes), np.uint8)), dtype)
+    if dtype == "int8":
+        return quantize(np.zeros((d_out, WIDTH)))
+    return frozen(np.zeros((d_out, WIDTH), DTYPES[dtype]))
+
+
+def frozen(x: Array) -> Array:
+    """Make an array read-only."""
+    x.flags.writeable = False
+    return x
