@@ -16,6 +16,7 @@ import click
 
 from npllm import __version__
 from npllm.cli import (
+    batch,
     check,
     checkpoints,
     comparing,
@@ -52,6 +53,7 @@ GROUPS = (
     precision,
     evaluation,
     serve,
+    batch,
 )
 
 
