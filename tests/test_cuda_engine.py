@@ -88,7 +88,8 @@ def test_the_engine_gives_the_logits_of_the_reference(kind, dtype):
     assert guard.OPERATIONS["graph"] >= 5 and cache.n_ctx == other.n_ctx == 15
 
 
-@pytest.mark.parametrize("dtype", [BF16, pytest.param(np.float32, marks=slow)])
+@slow
+@pytest.mark.parametrize("dtype", [BF16, np.float32])
 def test_a_row_has_the_same_bits_in_any_company(dtype):
     """Alone, and as any row of a batch of up to 8, padding on the left included."""
     model, _ = pair(dtype, **HEADS)
