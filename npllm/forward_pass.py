@@ -425,7 +425,7 @@ class CausalLM(ModelBase):
     def check_tokens(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: KVCache | None
     ) -> Tokens:
-        """Check the arguments of a call, as in `__call__`: the one door for ids from outside.
+        """Check the arguments of a call, as in `__call__`; ids of a caller are checked here only.
 
         Returns
         -------
