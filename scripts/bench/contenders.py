@@ -71,7 +71,11 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python's C interface, on a GGUF file of the same weights."""
+    """llama.cpp through llama-cpp-python's C interface, on a GGUF file of the same weights.
+
+    LLAMA_CPP_EXTRA_BUFFERS=0 declines its buffers for Intel AMX, with which some builds end in an
+    illegal instruction.
+    """
 
     def __init__(self, folder, dtype):
         import llama_cpp
@@ -82,6 +86,7 @@ class LlamaCpp:
             llama_cpp.llama_backend_init()
             settings = llama_cpp.llama_model_default_params()
             settings.n_gpu_layers = 0
+            settings.use_extra_bufts = os.environ.get("LLAMA_CPP_EXTRA_BUFFERS", "1") != "0"
             self.model = llama_cpp.llama_model_load_from_file(
                 os.fsencode(gguf_file(folder, dtype)), settings
             )
