@@ -47,7 +47,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings have types with axes
 autodoc_mock_imports = [
     name
-    for name in ("torch", "starlette", "uvicorn")
+    for name in ("torch", "starlette", "uvicorn", "lm_eval")
     if importlib.util.find_spec(name) is None
 ]
 numpydoc_show_class_members = False

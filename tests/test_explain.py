@@ -302,8 +302,10 @@ def test_every_notion_of_the_chapter_is_in_the_table_of_contents(page):
     titles = {x["attributes"]["href"][1:]: x["text"] for x in links}
     for notion, words in NOTIONS.items():
         assert any(words in title for title in titles.values()), notion
-    assert len(titles) == len(NOTIONS) + 1  # and the link past the contents
-    assert set(titles) - {"main"} == {x["attributes"]["id"] for x in elements.named("section")}
+    assert len(titles) == len(NOTIONS) + 2  # and the links past the contents and back to them
+    assert set(titles) - {"main", "contents"} == {
+        x["attributes"]["id"] for x in elements.named("section")
+    }
 
 
 def test_every_section_has_text_a_formula_functions_and_a_link(page):
@@ -326,6 +328,18 @@ def test_the_docs_that_sections_link_to_exist():
         headings = re.findall(r"^###? (.*)", (docs / file).read_text(encoding="utf-8"), re.M)
         slugs = [re.sub("[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings]
         assert heading in slugs, section.docs
+
+
+def test_every_section_has_a_picture_in_the_docs():
+    docs = ROOT.parents[1] / "docs"
+    pictures = {f.stem: f.read_bytes() for f in (docs / "pictures" / "explain").iterdir()}
+    assert set(pictures) == {section.name for section in SECTIONS} | {"top", "dark", "phone"}
+    assert all(x[:4] == b"RIFF" and x[8:12] == b"WEBP" for x in pictures.values())
+    assert sum(map(len, pictures.values())) < 1_500_000
+    text = (docs / "explain.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^### \d+\. (.*)\n\n!\[.*\]\(pictures/explain/(\w+)\.webp\)", text, re.M)
+    assert shown == [(section.title, section.name) for section in SECTIONS]
+    assert "](docs/pictures/explain/" in (docs.parent / "README.md").read_text("utf-8")[:1500]
 
 
 def test_the_policy_forbids_every_request(page):
@@ -511,12 +525,9 @@ def test_the_command_reports_errors(model, tmp_path):
 
 
 @pytest.mark.weights
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "prompt",
-    [
-        "The capital of France is",
-        pytest.param("The dog chased the squirrel because it", marks=pytest.mark.slow),
-    ],
+    "prompt", ["The capital of France is", "The dog chased the squirrel because it"]
 )
 def test_the_page_of_the_default_model(default_model, prompt):
     page = npllm.explain(default_model, prompt)

@@ -252,7 +252,7 @@ def check_streams(view, gold):
     other = npllm.trace(gold.model, np.array([edited]), max_new_tokens=1)
     n_layer = gold.model.config.num_hidden_layers
     for place in range(n_layer + 1):
-        view.set("streams", "Behind", place)
+        view.set("streams", "Compare the streams behind", place)
         name = f"model.layers.{place - 1}" if place else "model.embed_tokens"
         change = np.abs(gold.stream(place) - np.asarray(other[name][0], np.float64)).max(axis=-1)
         notes = texts(view, "#streams figure .token small")

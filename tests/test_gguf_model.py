@@ -58,8 +58,14 @@ def test_logits_are_those_of_the_widened_folder(tmp_path, arch, kind):
         close(m(IDS), want, dtype="float32", times=8)
 
 
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        pytest.param(arch, name, marks=[pytest.mark.slow] * ((n + m) % 2))
+        for n, arch in enumerate(ARCHS)
+        for m, name in enumerate(SETS)
+    ],
+)
 def test_a_file_in_mixed_types_decodes_token_by_token(tmp_path, arch, name):
     path, found = write_tiny(tmp_path / "x.gguf", arch, q4_k_m)
     want = only(write_twin(tmp_path / "twin", found, arch))(IDS)
@@ -538,6 +544,7 @@ def test_the_default_model_has_the_tokenizer_of_its_folder(default_gguf, default
     )
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_kernels_agree_with_float64_on_the_default_file(default_gguf):
     ids = np.array([[504, 3575, 282]])

@@ -201,7 +201,7 @@ def _add_title(figure: Any, title: str) -> None:
     figure.suptitle(text, fontsize=9, parse_math=False, y=1 - 0.1 / height, va="top")
 
 
-def new_figure(size: tuple[float, float] = (1.0, 1.0), layout: str | None = None) -> Any:
+def new_figure(size: tuple[float, float] = (1.0, 1.0), layout: Any = None) -> Any:
     """Create an empty figure that is saved to a file and needs no display."""
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The engines that bench.py measures, each behind the same two words: `reset()` and `feed(ids)`.
+"""The engines that bench.py measures, each behind the same two methods: `reset()` and `feed(ids)`.
 
 `feed` sends token ids [n_batch, n_seq] through the model after those that it was fed before, and
 computes the logits of the last one of each row.  Every contender gets the same checkpoint, the same
@@ -8,8 +8,12 @@ ids and the same number of threads.
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+Array = Any
 
 N_CTX = 8192
 
@@ -20,7 +24,7 @@ class Npllm:
     files, "q4_0", is read from a file of that type.
     """
 
-    def __init__(self, folder, dtype):
+    def __init__(self, folder: Any, dtype: str) -> None:
         import npllm
         from npllm import kernels, ops
 
@@ -37,17 +41,17 @@ class Npllm:
         )
         self.reset()
 
-    def reset(self, n_batch=1):
+    def reset(self, n_batch: int = 1) -> None:
         self.cache = self.model.new_cache(n_batch)
 
-    def feed(self, ids):
+    def feed(self, ids: Array) -> Array:
         return self.model(ids, cache=self.cache, logits_to_keep=1)[:, -1]
 
 
 class Transformers:
     """Hugging Face Transformers on PyTorch."""
 
-    def __init__(self, folder, dtype):
+    def __init__(self, folder: Any, dtype: str) -> None:
         import torch
         import transformers
 
@@ -59,10 +63,10 @@ class Transformers:
         )
         self.reset()
 
-    def reset(self, _n_batch=1):
+    def reset(self, _n_batch: int = 1) -> None:
         self.cache = self.transformers.DynamicCache(config=self.model.config)
 
-    def feed(self, ids):
+    def feed(self, ids: Array) -> Array:
         with self.torch.inference_mode():
             output = self.model(
                 self.torch.from_numpy(ids), past_key_values=self.cache, logits_to_keep=1
@@ -77,7 +81,7 @@ class LlamaCpp:
     illegal instruction.
     """
 
-    def __init__(self, folder, dtype):
+    def __init__(self, folder: Any, dtype: str) -> None:
         import llama_cpp
 
         self.api, self.version = llama_cpp, llama_cpp.__version__
@@ -104,11 +108,11 @@ class LlamaCpp:
         self.batch = llama_cpp.llama_batch_init(2048, 0, 1)
         self.reset()
 
-    def reset(self, _n_batch=1):
+    def reset(self, _n_batch: int = 1) -> None:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         self.n_past = 0
 
-    def feed(self, ids):
+    def feed(self, ids: Array) -> Array:
         last = []
         for start in range(0, ids.shape[1], 2048 // len(ids)):
             last = self._decode(ids[:, start : start + 2048 // len(ids)])
@@ -121,7 +125,7 @@ class LlamaCpp:
             ]
         )
 
-    def _decode(self, ids):
+    def _decode(self, ids: Array) -> list[int]:
         batch, n_seq = self.batch, ids.shape[1]
         batch.n_tokens = ids.size
         for at in range(ids.size):
@@ -137,12 +141,12 @@ class LlamaCpp:
 class quiet_stderr:
     """Keep what C code writes to standard error to itself."""
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
         os.close(null)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         os.dup2(self.saved, 2)
         os.close(self.saved)
 
@@ -158,21 +162,19 @@ GGUF_LAYER = {
 }
 
 
-def block_types():
+def block_types() -> list[str]:
     """Types of GGUF files whose matrices are in blocks."""
     from npllm.checkpoints.gguf.tensor_types import FILE_TYPES
 
     return [name for name in FILE_TYPES if name.startswith("q")]
 
 
-def gguf_file(folder, dtype):
+def gguf_file(folder: Any, dtype: str) -> Path:
     """Write the weights of a Phi-3 folder as a GGUF file beside them, once; its
     vocabulary means nothing, since ids come and logits go.  A file is what it is.
     """
-    from pathlib import Path
-
     if str(folder).endswith(".gguf"):
-        return folder
+        return Path(folder)
     path = Path(folder) / f"bench-{dtype}.gguf"
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -181,7 +183,7 @@ def gguf_file(folder, dtype):
     return path
 
 
-def write_gguf(folder, path, dtype):
+def write_gguf(folder: Path, path: Path, dtype: str) -> None:
     """Write one GGUF file: norms in float32, every matrix in the type that llama.cpp chooses in a
     file of the type asked for.
     """
@@ -222,7 +224,7 @@ def write_gguf(folder, path, dtype):
                 f"{name}.weight", (plain / rope.frequencies(config, choice)).astype(np.float32)
             )
 
-    def add(name, x):
+    def add(name: str, x: Array) -> None:
         kind = gguf.GGMLQuantizationType[tensor_type(name, x.shape, wanted, sizes)]
         rounded = rounded_to(x, kind)
         writer.add_tensor(name, rounded, raw_dtype=kind if x.ndim > 1 else None)
@@ -239,7 +241,7 @@ def write_gguf(folder, path, dtype):
     writer.close()
 
 
-def add_vocabulary(writer, n_vocab):
+def add_vocabulary(writer: Any, n_vocab: int) -> None:
     """Write a SentencePiece vocabulary whose tokens stand for nothing."""
     import gguf
 
@@ -264,7 +266,7 @@ def add_vocabulary(writer, n_vocab):
 ROUNDED_ROWS = 256  # of a matrix in blocks; the rest repeats them, whose scales take a search each
 
 
-def rounded_to(x, kind):
+def rounded_to(x: Array, kind: Any) -> Array:
     """A tensor in a type of GGUF: blocks of a matrix's first rows, again and again."""
     from gguf.quants import quantize
 
@@ -282,7 +284,7 @@ CONTENDERS = {"npllm": Npllm, "transformers": Transformers, "llama.cpp": LlamaCp
 PACKAGES = {"npllm": "npllm", "transformers": "torch, transformers", "llama.cpp": "llama_cpp, gguf"}
 
 
-def installed(name):
+def installed(name: str) -> bool:
     """Tell whether everything that a contender needs can be imported."""
     probe = subprocess.run(
         [sys.executable, "-c", f"import {PACKAGES[name]}"], capture_output=True, check=False

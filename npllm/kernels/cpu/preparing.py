@@ -10,7 +10,7 @@ from npllm.kernels.cpu.compiled import COMPILED
 from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.rounded import rounded_compiled
 from npllm.models.params import LayerParams
-from npllm.ops import Ops, Step
+from npllm.ops import Step
 from npllm.ops.mask import causal
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_weight import BlockWeight
@@ -44,8 +44,8 @@ def compile_all(dtype: str, activations: str = "float32") -> None:
         _call_all(ops, np.ones((1, n, WIDTH), np.float32), layer)
 
 
-def _call_all(ops: Ops, x: Array, layer: LayerParams) -> None:
-    """Call the operations of a layer with a few or with many tokens."""
+def _call_all(ops: Any, x: Array, layer: LayerParams) -> None:
+    """Call the operations and fusions of a layer: all of them are in the compiled set."""
     table = np.ones((x.shape[1], 16), np.float32)
     step = Step(table, table, 2, 2, 0.0, [causal()])
     norm = layer.input_layernorm, 0.0

@@ -48,8 +48,8 @@ function attentionSteps(data, h, i) {
   const sum = keys.reduce((s, j) => s + w[j], 0);
   return [
     ["The residual stream, and x, its norm", note("The number at the right of a vector is its length."), strips([["stream", data.stream[i], digits(lengths.stream[i])], ["x", data.x[i], digits(lengths.x[i])]])],
-    [`Query, keys and values: q of head ${h}, k and v of key/value head ${g}`, note("The query is made of the x of its own position, each key and value of the x of another: all that this query sees."), query("q_proj"), beside(["Keys", rows("k_proj")], ["Values", rows("v")])],
-    ["Query and keys, rotated by their positions (RoPE)", query("q"), beside(["Keys", rows("k")])],
+    [`Query, keys and values: q of head ${h}, k and v of key/value head ${g}`, note("The query comes from the x of its own position, each key and value from the x of the position that it is named after. Only positions that this query sees are listed."), query("q_proj"), beside(["Keys", rows("k_proj")], ["Values", rows("v")])],
+    ["Query and keys, rotated by their positions (RoPE)", note("A rotation changes no length."), query("q"), beside(["Keys", rows("k")])],
     ["Scores: the query times each key, times the scale", keyTable(data, i, "Scores", "Positions that the mask excludes have no score", keys, [["score", (j) => fixed(scores[j], 3)]], null)],
     ["Weights: the softmax of the scores", keyTable(data, i, "Weights", `The weights sum to ${fixed(sum, 3)}`, keys, [["score", (j) => fixed(scores[j], 3)], ["weight", (j) => fixed(w[j], 4)]], (j) => bars(w[j], 1))],
     ["Each value times its weight", strips(keys.map((j, k) => [name(j), weighted[k], digits(w[j] * lengths.v[g][j], 4)]), most(weighted))],

@@ -9,9 +9,9 @@ FIGURES.cache = (host, data) => {
     replace(cells, ...texts.map((t, k) => el("span", { class: k < held ? "held" : "now" }, t)));
     const now = at === 0 ? prompt : 1;
     replace(told, facts([
-      ["computed in this step", `${now} tokens`],
-      ["taken from the cache", `${held} tokens`],
-      ["without the cache", `${prompt + at} tokens`],
+      ["computed in this step", many(now)],
+      ["taken from the cache", many(held)],
+      ["without the cache", many(prompt + at)],
       ["bytes of the cache afterwards", commas((prompt + at) * data.bytes_per_token)],
     ]));
   };

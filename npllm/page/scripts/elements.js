@@ -65,6 +65,10 @@ function commas(n) {
   return Math.round(n).toLocaleString("en-US");
 }
 
+function many(n) {
+  return `${n} ${n === 1 ? "token" : "tokens"}`;
+}
+
 function bytes(n) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let k = 0;

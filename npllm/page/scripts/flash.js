@@ -38,11 +38,11 @@ function blockOrder(n, block, outer) {
 function flashFigure(n, order, { block, head, at }) {
   const side = Math.ceil(n / block);
   const when = (i, j) => order.findIndex(([a, b]) => a === i && b === j);
-  const colour = (i, j) => (when(i, j) < 0 ? "var(--excluded)" : when(i, j) === at - 1 ? "var(--current)" : when(i, j) < at ? "var(--allowed)" : "var(--panel)");
+  const colour = (i, j) => (when(i, j) < 0 ? "var(--line)" : when(i, j) === at - 1 ? "var(--current)" : when(i, j) < at ? "var(--allowed)" : "var(--panel)");
   const cell = side > 20 ? 16 : 26;
   const map = heatmap(side, side, `Blocks of queries (rows) and keys (columns), ${at} of ${order.length} visited`, { cell, colour, text: (i, j) => (when(i, j) < 0 ? "skipped" : `visited as number ${when(i, j) + 1}`) });
   if (cell > 20) order.forEach(([i, j], k) => map.append(svgEl("text", { x: 4 + (j + 0.5) * cell, y: 4 + (i + 0.5) * cell + 4, "text-anchor": "middle" }, String(k + 1))));
-  const key = legend([["var(--current)", "in fast memory now"], ["var(--allowed)", "done"], ["var(--panel)", "to come"], ["var(--excluded)", "skipped: excluded by the mask"]]);
+  const key = legend([["var(--current)", "in fast memory now"], ["var(--allowed)", "done"], ["var(--panel)", "to come"], ["var(--line)", "skipped: excluded by the mask"]]);
   return [el("div", { class: "pair" }, el("figure", {}, el("figcaption", {}, `Blocks of ${block} by ${block}, numbered in the order of the loops`), scroll("Blocks", map), key), runningTable(order.slice(0, at), block, head, n))];
 }
 

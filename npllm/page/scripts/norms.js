@@ -6,7 +6,7 @@ FIGURES.norms = (host, data) => {
   REDRAW.push(draw);
   draw();
   const names = { x: "x", layer_norm: "LayerNorm(x), no gain", rms_norm: "RMSNorm(x), no gain", with_gain: "RMSNorm(x) with the model's gain" };
-  const rows = Object.keys(names).map((name) => [names[name], digits(data.mean[name]), digits(data.rms[name])]);
+  const rows = Object.keys(names).map((name) => [names[name], Math.abs(data.mean[name]) < 1e-12 ? "0" : digits(data.mean[name]), digits(data.rms[name])]);
   host.append(
     el("div", { class: "pair" }, blockPicture("2017: post-norm", old, [3, 6]), blockPicture("2024: pre-norm", now, [1, 4])),
     el("h3", {}, `The stream in front of layer ${data.layer}, last position`),

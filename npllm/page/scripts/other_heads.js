@@ -2,7 +2,7 @@ FIGURES.other_heads = (host, data) => {
   const place = el("p", {});
   const draw = (kind) => replace(place, ...data.tokens.map((t, n) => {
     const x = data.change[kind][n];
-    return token(t, { class: x > data.rounding ? "token changed" : "token" }, changed(x, data.rounding));
+    return editedToken(data, t, n, { class: x > data.rounding ? "token changed" : "token" }, changed(x, data.rounding));
   }));
   host.append(
     el("h3", {}, "The last token edited, under two masks"),

@@ -2,12 +2,18 @@ FIGURES.packing = (host, data) => {
   const place = el("div", {});
   const draw = (kind) => replace(place, ...packedFigure(data, kind));
   host.append(
-    el("figure", {}, el("figcaption", {}, `${data.documents.length} documents in rows of at most ${data.capacity} tokens; grey is padding up to the longest row`), scroll("Rows", rowsPicture(data))),
+    el("figure", {}, el("figcaption", {}, `${data.documents.length} documents in rows of at most ${data.capacity} tokens; grey is padding up to the longest row`), scroll("Rows", rowsPicture(data)), legend(data.documents.map((tokens, d) => [DOCUMENT[d % 4], `document ${d}, ${many(tokens.length)}: ${plain(tokens)}`]))),
     facts([["share that is not padding, one document a row", percent(data.unpacked, 1)], ["share that is not padding, packed", percent(data.used, 1)]]),
     controls(radios("Mask", [["masked", "causal & documents"], ["leaky", "causal only: documents leak"]], "masked", draw)), place,
   );
   draw("masked");
 };
+
+// The text of a document, the beginning of a long one.
+function plain(tokens) {
+  const all = Array.from(tokens.map((t) => t.text).join("").trim());
+  return all.length > 48 ? `${all.slice(0, 47).join("")}…` : all.join("");
+}
 
 const DOCUMENT = ["var(--accent)", "var(--second)", "var(--third)", "var(--fourth)"];
 

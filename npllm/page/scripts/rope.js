@@ -48,16 +48,17 @@ function matrixTable(data, m) {
 }
 
 function pairingPicture(d, kind) {
-  const cell = Math.max(9, Math.min(15, Math.floor((room() - 12) / d)));
+  const cell = Math.max(5, Math.min(15, Math.floor((room() - 12) / d)));
   const label = kind === "half" ? `Channel i is paired with channel i + ${d / 2}` : "Channel 2i is paired with channel 2i + 1";
   const tall = kind === "half" ? 110 : 40;
   const node = svg(d * cell + 10, tall + 40, label);
+  const wide = Math.max(3, cell - 3);
   const x = (c) => 5 + (c + 0.5) * cell;
   const colour = (i) => ["var(--accent)", "var(--second)", "var(--third)", "var(--fourth)"][i % 4];
   range(d / 2).forEach((i) => {
     const [a, b] = kind === "half" ? [i, i + d / 2] : [2 * i, 2 * i + 1];
     node.append(svgEl("path", { d: `M${x(a)} ${tall} C${x(a)} ${kind === "half" ? 4 : 12} ${x(b)} ${kind === "half" ? 4 : 12} ${x(b)} ${tall}`, fill: "none", stroke: colour(i), "stroke-width": 1.2 }));
-    [a, b].forEach((c) => node.append(svgEl("rect", { x: x(c) - (cell - 3) / 2, y: tall, width: cell - 3, height: 16, fill: colour(i) })));
+    [a, b].forEach((c) => node.append(svgEl("rect", { x: x(c) - wide / 2, y: tall, width: wide, height: 16, fill: colour(i) })));
   });
   range(d).filter((c) => c % 8 === 0 || c === d - 1).forEach((c) => node.append(svgEl("text", { x: x(c), y: tall + 32, "text-anchor": "middle" }, String(c))));
   return el("figure", {}, el("figcaption", {}, `${label}; colours repeat, one for each pair`), scroll(label, node));

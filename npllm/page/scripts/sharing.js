@@ -15,7 +15,7 @@ FIGURES.sharing = (host, data) => {
 function headLines(data, kind) {
   const { n_head } = data;
   const n_kv = data.kinds[kind].n_kv_head;
-  const wide = n_head > 16 ? 30 : 48;
+  const wide = Math.max(28, Math.min(48, Math.floor((room() - 72) / n_head)));
   const label = `${n_head} query heads share ${n_kv} key/value heads`;
   const node = svg(70 + n_head * wide, 150, label);
   const x = (h) => 70 + (h + 0.5) * wide;
@@ -35,6 +35,6 @@ function headLines(data, kind) {
 function cacheTable(data, state) {
   const n = 2 ** state.n;
   const most = data.kinds.mha.bytes_per_token * n;
-  const rows = Object.entries(data.kinds).map(([kind, row]) => [kind.toUpperCase() + (kind === state.kind ? " ←" : ""), String(row.n_kv_head), commas(row.bytes_per_token * n), bytes(row.bytes_per_token * n), bars(row.bytes_per_token * n, most, kind === state.kind ? 1 : 0)]);
+  const rows = Object.entries(data.kinds).map(([kind, row]) => [kind.toUpperCase() + (kind === state.kind ? "\u00a0←" : ""), String(row.n_kv_head), commas(row.bytes_per_token * n), bytes(row.bytes_per_token * n), bars(row.bytes_per_token * n, most, kind === state.kind ? 1 : 0)]);
   return scroll("Bytes of the cache", table(`KV cache of ${commas(n)} tokens in float32, all ${data.n_layer} layers`, ["kind", "key/value heads", "bytes", "", ""], rows, [1, 2, 3]));
 }
