@@ -50,19 +50,14 @@ def _call_all(ops: Any, x: Array, layer: LayerParams) -> None:
     step = Step(table, table, 2, 2, 0.0, [causal()])
     norm = layer.input_layernorm, 0.0
     step = step._replace(cache=KVCache(1, 1, 64))
-    qkv = _called(ops, "norm_linear", x, *norm, layer.qkv_proj)
-    _called(ops, "linear", x, layer.o_proj)
-    _called(ops, "linear_add", x, layer.o_proj, x)
-    _called(ops, "norm_swiglu", x, *norm, layer.gate_up_proj)
-    _called(ops, "mlp_block", x, layer, step)
-    _called(ops, "rope_attention", qkv, step)
-    _called(ops, "attention_block", x, layer, step._replace(cache=KVCache(1, 1, 64)))
-    _called(ops, "decoder_layers", x, (layer,), step._replace(cache=KVCache(1, 1, 64)))
-
-
-def _called(ops: Ops, name: str, *arguments: Any) -> Any:
-    """Call the kernel in a slot, which the compiled set has for each of these."""
-    return getattr(ops, name)(*arguments)
+    qkv = ops.norm_linear(x, *norm, layer.qkv_proj)
+    ops.linear(x, layer.o_proj)
+    ops.linear_add(x, layer.o_proj, x)
+    ops.norm_swiglu(x, *norm, layer.gate_up_proj)
+    ops.mlp_block(x, layer, step)
+    ops.rope_attention(qkv, step)
+    ops.attention_block(x, layer, step._replace(cache=KVCache(1, 1, 64)))
+    ops.decoder_layers(x, (layer,), step._replace(cache=KVCache(1, 1, 64)))
 
 
 def small_weight(d_out: int, dtype: str) -> Any:
