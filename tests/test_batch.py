@@ -15,6 +15,7 @@ import served
 import test_encoder
 
 from npllm.analysis.score import score
+from npllm.batch import results as results_module
 from npllm.batch import run as batch_run
 from npllm.batch.results import Results
 from npllm.batch.run import batch
@@ -182,6 +183,137 @@ def test_what_cannot_be_done_is_refused_before_any_row(model, tmp_path, wrong, e
         batch(model, names.pop("source"), names.pop("out"), **names)
     assert Path("other.txt").read_text() == "dear diary\n"
     assert not Path("out.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------ the user's files
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def refused(model, source, out, match, **options):
+    """Nothing on disk changes."""
+    folder = Path(out).resolve().parent
+    before = contents(folder)
+    with pytest.raises(NpllmError, match=match):
+        batch(model, source, out, **options)
+    assert contents(folder) == before
+
+
+def test_an_input_that_would_be_overwritten_or_removed_is_refused(model, tmp_path, monkeypatch):
+    parts = tmp_path / "q.jsonl.parts"
+    parts.mkdir()
+    for name in ("q.errors.jsonl", "q.jsonl.parts/in.jsonl", "q.jsonl"):
+        write(tmp_path / name, prompts(1))
+        refused(model, tmp_path / name, tmp_path / "q.jsonl", "the input")
+        monkeypatch.chdir(parts)
+        refused(model, f"../{name}", tmp_path / "q.jsonl", "the input")
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        refused(model, tmp_path / "link", tmp_path / "q.jsonl", "the input")
+        (tmp_path / "link").unlink()
+        os.link(tmp_path / name, tmp_path / "link")
+        if "parts" not in name:
+            refused(model, tmp_path / "link", tmp_path / "q.jsonl", "the input")
+        (tmp_path / "link").unlink()
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("out.jsonl", "dear diary"),
+        ("out.jsonl", '{"hash": "1", "result": 1}'),
+        ("out.errors.jsonl", "dear diary"),
+        ("out.errors.jsonl", '{"line": 1, "error": "", "row": {}}\n{"line": 1}'),
+        ("out.errors.jsonl", ""),
+        ("out.errors.jsonl/a", ""),
+        ("out.jsonl/a", ""),
+        ("out.jsonl.parts/thesis.txt", "chapter 1"),
+        ("out.jsonl.parts/thesis.jsonl", '["key", {}]'),
+        ("out.jsonl.parts/journal.jsonl", "dear diary"),
+        ("out.jsonl.parts/journal.jsonl", "5\n"),
+        ("out.jsonl.parts/journal.jsonl", '["hash", 5]\n'),
+        ("out.jsonl.parts", "a file"),
+    ],
+)
+def test_files_of_others_are_refused_and_stay(model, tmp_path, name, content):
+    source, file = write(tmp_path / "in.jsonl", ["{", *prompts(1)]), tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    refused(model, source, tmp_path / "out.jsonl", str(file.name).split(".")[0])
+
+
+def test_only_files_of_the_run_are_removed(model, tmp_path, out):
+    """Also what a killed worker left; a file that came meanwhile stays."""
+    parts = Path(f"{out}.parts")
+    parts.mkdir()
+    key = "0" * 32
+    (parts / f".shard-{key}.jsonl.{key}").write_text('["', encoding="utf-8")
+
+    def runner(task, items, results, advance):
+        (parts / "notes").write_text("mine", encoding="utf-8")
+        results.add_shard([])
+        batch_run.run_here(task, items, results, advance)
+
+    batch(model, write(tmp_path / "in", prompts(1)), out, max_new_tokens=1, runner=runner)
+    assert contents(parts) == {"notes": b"mine"} and len(read(out)) == 1
+
+
+def test_outputs_that_differ_in_their_suffix_have_files_of_errors_of_their_own():
+    names = [Results(Path(name)).errors.name for name in ("q", "q.json", "q.jsonl")]
+    assert names == ["q.errors", "q.errors.json", "q.errors.jsonl"]
+
+
+def test_the_lock_is_held_until_the_parts_are_removed(out, monkeypatch):
+    """A run that begins at any step of the removal loses nothing."""
+    ended, begun = Results(out).open(), []
+    ended.add([("key", {"text": "x"})])
+    unlink, rmdir = Path.unlink, Path.rmdir
+
+    def begin():
+        monkeypatch.undo()
+        with pytest.raises(NpllmRuntimeError, match="another run"):
+            Results(out).open()
+        monkeypatch.setattr(Path, "rmdir", rmdir_beside_another)
+
+    def unlink_late(path, **options):
+        begin()
+        unlink(path, **options)
+
+    def rmdir_beside_another(path):
+        monkeypatch.undo()
+        begun.append(Results(out).open())
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "unlink", unlink_late)
+    ended.finish([], [])
+    (new,) = begun
+    new.add([("new", {"text": "y"})])
+    new.close()
+    again = Results(out).open()
+    assert again.found == {"new": {"text": "y"}}
+    again.close()
+
+
+def test_a_journal_that_was_removed_while_it_was_opened_is_opened_again(out, monkeypatch):
+    """The other run ends between `open` and the lock."""
+    first = Results(out).open()
+    mine = results_module.lock
+    monkeypatch.setattr(results_module, "lock", lambda *args: first.finish([], []) or mine(*args))
+    monkeypatch.setattr(first, "finish", lambda *_: end_once(first))
+    second = Results(out).open()
+    second.add([("key", {})])
+    second.close()
+    assert (Path(f"{out}.parts") / "journal.jsonl").read_text() == '["key", {}]\n'
+
+
+def end_once(results):
+    if results._journal is not None:
+        Results.finish(results, [], [])
 
 
 # ------------------------------------------------------------------------------ resuming

@@ -1,19 +1,38 @@
 """Answers on disk: kept as they come, so that a run that was killed goes on where it stood."""
 
-import json
+import contextlib
 import os
-import shutil
+import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from npllm.batch.files import (
+    Answer,
+    cut_half_a_line,
+    foreign,
+    is_same,
+    line_of,
+    lock,
+    objects,
+    output_answers,
+    to_json,
+    whole_answers,
+    write_atomically,
+)
 from npllm.batch.rows import Row
-from npllm.errors import NpllmOSError, NpllmRuntimeError, NpllmValueError
+from npllm.config.strict_json import quote
+from npllm.errors import NpllmError, NpllmOSError, NpllmRuntimeError, NpllmValueError
 
-__all__ = ["Results", "write_atomically"]
+__all__ = ["Results"]
 
-Answer = dict[str, Any]
+JOURNAL = "journal.jsonl"
+OWN_NAME = re.compile(
+    r"journal\.jsonl|shard-[0-9a-f]{32}\.jsonl|\.shard-[0-9a-f]{32}\.jsonl\.[0-9a-f]{32}"
+)
+"""Files of OUT.parts: the journal, shards, and shards that a killed process did not complete."""
+N_TRIES = 100  # to open a journal while other runs end
 
 
 class Results:
@@ -28,14 +47,33 @@ class Results:
     -----
     Answers lie in OUT.parts until then: a journal to which one process appends whole lines, and
     shards, which other processes write under another name and rename.  A line without its newline
-    is no answer.
+    is no answer.  Files that `npllm batch` did not write are never changed or removed.
     """
 
     def __init__(self, out: Path):
         self.out, self.parts = out, Path(f"{out}.parts")
-        self.errors = out.with_name(f"{out.stem}.errors{out.suffix or '.jsonl'}")
+        self.errors = out.with_name(f"{out.stem}.errors{out.suffix}")
         self.found: dict[str, Answer] = {}
         self._journal: Any = None
+
+    def require_other(self, source: Path) -> None:
+        """Raise unless an input is another file than those that a run writes and removes.
+
+        Raises
+        ------
+        NpllmValueError
+            When it is the output or the file of errors, or lies in the folder of parts.
+        """
+        for what, file in (("output", self.out), ("file of errors", self.errors)):
+            if is_same(source, file):
+                raise NpllmValueError(
+                    f"{source}: the input must be another file than the {what}, {file}; name "
+                    "another output"
+                )
+        if any(is_same(folder, self.parts) for folder in Path(os.path.realpath(source)).parents):
+            raise NpllmValueError(
+                f"{source}: the input lies in {self.parts}, which is removed at the end; move it"
+            )
 
     def open(self) -> "Results":
         """Take over what earlier runs left, and let no other run write here.
@@ -43,46 +81,53 @@ class Results:
         Raises
         ------
         NpllmOSError, NpllmValueError, NpllmRuntimeError
-            When files cannot be written, OUT is not of `npllm batch`, or another run is at work.
+            When files cannot be read or written, when one that would be overwritten or removed was
+            not written by `npllm batch`, or when another run is at work.
         """
-        self._read_output()
         try:
-            self.parts.mkdir(parents=True, exist_ok=True)
-            self._journal = open(self.parts / "journal.jsonl", "ab")
-            _lock(self._journal, self.parts)
+            self._journal = self._open_journal()
+            self._require_own_files()
+            self.found.update(output_answers(self.out))
+            for name in self._names():
+                if not name.startswith("."):
+                    self.found.update(whole_answers(self.parts / name))
+            cut_half_a_line(self.parts / JOURNAL)
         except OSError as error:
-            raise NpllmOSError(f"{self.parts}: cannot be written ({error.strerror})") from None
-        except NpllmRuntimeError:
+            self.close()
+            raise NpllmOSError(
+                f"{error.filename or self.parts}: cannot be used ({error.strerror})"
+            ) from None
+        except NpllmError:
             self.close()
             raise
-        self._cut_half_a_line()
-        for file in sorted(self.parts.glob("*.jsonl")):
-            self.found.update(_whole_answers(file))
         return self
 
     def add(self, pairs: Iterable[tuple[str, Answer]]) -> None:
         """Append answers to the journal."""
         new = dict(pairs)
-        self._journal.write("".join(map(_line, new.items())).encode())
+        self._journal.write("".join(map(line_of, new.items())).encode())
         self._journal.flush()
         os.fsync(self._journal.fileno())
         self.found.update(new)
 
     def add_shard(self, pairs: Iterable[tuple[str, Answer]]) -> None:
         """Write answers to a file of their own, which appears when it is complete."""
-        text = "".join(map(_line, pairs))
+        text = "".join(map(line_of, pairs))
         write_atomically(self.parts / f"shard-{uuid.uuid4().hex}.jsonl", text)
 
     def read_shards(self) -> None:
         """Take over what other processes wrote."""
         for file in self.parts.glob("shard-*.jsonl"):
-            self.found.update(_whole_answers(file))
+            self.found.update(whole_answers(file))
 
     def close(self) -> None:
-        """Let other runs write here."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        """Let other runs write here; leave no empty journal."""
+        if self._journal is None:
+            return
+        if os.fstat(self._journal.fileno()).st_size == 0:
+            self._forget([JOURNAL])
+        self._journal.close()
+        self._journal = None
 
     def finish(self, rows: Iterable[tuple[str, Row]], failures: list[tuple[Row, str]]) -> None:
         """Write the output, and the errors where there are any; then forget the parts.
@@ -94,10 +139,10 @@ class Results:
         failures : list of (Row, message)
         """
         lines = (
-            _json(row.data | {"result": self.found[key], "hash": key}) + "\n" for key, row in rows
+            to_json(row.data | {"result": self.found[key], "hash": key}) + "\n" for key, row in rows
         )
         bad = (
-            _json({"line": row.line, "error": message, "row": row.data or row.text}) + "\n"
+            to_json({"line": row.line, "error": message, "row": row.data or row.text}) + "\n"
             for row, message in failures
         )
         if failures:
@@ -105,76 +150,47 @@ class Results:
         else:
             self.errors.unlink(missing_ok=True)
         write_atomically(self.out, "".join(lines))
-        self.close()
-        shutil.rmtree(self.parts, ignore_errors=True)
+        self._forget(self._names())
+        self._journal.close()
+        self._journal = None
 
-    def _read_output(self) -> None:
-        """Take over the answers of a complete output; raise for a file that is something else."""
-        if not self.out.exists():
-            return
-        for text in self.out.read_bytes().splitlines():
-            try:
-                data = json.loads(text)
-                self.found[data["hash"]] = data["result"]
-            except (ValueError, TypeError, KeyError):
-                raise NpllmValueError(
-                    f"{self.out}: exists and was not written by npllm batch; name another file"
-                ) from None
+    def _open_journal(self) -> Any:
+        """Open the journal under the lock of a run."""
+        for _ in range(N_TRIES):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a run that ends has removed the folder
+                journal = open(self.parts / JOURNAL, "ab")
+                if lock(journal, self.parts):
+                    return journal
+                journal.close()
+        raise NpllmRuntimeError(f"{self.parts}: other runs of npllm batch are at work here")
 
-    def _cut_half_a_line(self) -> None:
-        """Remove what a killed run left of its last line, so that the next line is whole."""
-        file = self.parts / "journal.jsonl"
-        content = file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(file, whole)
+    def _require_own_files(self) -> None:
+        """Raise where a file that would be overwritten or removed is something else."""
+        others = [name for name in os.listdir(self.parts) if not OWN_NAME.fullmatch(name)]
+        if others:
+            raise NpllmValueError(
+                f"{self.parts}: holds {quote(min(others))}, which npllm batch did not write; move "
+                "it, or name another output"
+            )
+        if os.path.lexists(self.errors):
+            names = [set(data) for data in objects(self.errors)]
+            if names.count({"line", "error", "row"}) < max(1, len(names)):
+                raise foreign(self.errors)
 
+    def _names(self) -> list[str]:
+        """The names of this program's files in the folder of parts."""
+        return sorted(filter(OWN_NAME.fullmatch, os.listdir(self.parts)))
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that appears when it is complete.
+    def _forget(self, names: list[str]) -> None:
+        """Remove files of the folder of parts, and the folder where it is empty then.
 
-    Raises
-    ------
-    NpllmOSError
-        When it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise NpllmOSError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _whole_answers(file: Path) -> Iterator[tuple[str, Answer]]:
-    """The answers of a file; a line without its newline is none."""
-    for line in file.read_bytes().split(b"\n")[:-1]:
-        try:
-            key, answer = json.loads(line)
-        except ValueError:
-            raise NpllmValueError(f"{file}: is damaged; remove {file.parent}") from None
-        yield key, answer
-
-
-def _line(pair: tuple[str, Answer]) -> str:
-    return _json(list(pair)) + "\n"
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=True, allow_nan=False)
-
-
-def _lock(file: Any, parts: Path) -> None:
-    """Take the lock of a run, which the system frees when its process ends, however it does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody is kept out
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise NpllmRuntimeError(f"{parts}: another run of npllm batch is at work here") from None
+        The lock is still held: a run that begins meanwhile finds that its journal is gone, and
+        opens a new one.
+        """
+        if os.name == "nt":  # Windows removes no file that is open
+            self._journal.close()
+        with contextlib.suppress(OSError):
+            for name in names:
+                (self.parts / name).unlink(missing_ok=True)
+            self.parts.rmdir()

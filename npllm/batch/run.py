@@ -73,10 +73,10 @@ def batch(
     """
     asked = make_task(task, model, **options)
     path, target = check_path("source", source), check_path("out", out)
-    if target.exists() and path.exists() and target.samefile(path):
-        raise NpllmValueError(f"{out}: the output must be another file than the input")
+    results = Results(target)
+    results.require_other(path)
     rows = read_rows(path)
-    results = Results(target).open()
+    results.open()
     try:
         return _run(asked, rows, results, keep_order, progress, runner or run_here)
     finally:
