@@ -17,6 +17,7 @@ import test_encoder
 from npllm.analysis.score import score
 from npllm.batch import results as results_module
 from npllm.batch import run as batch_run
+from npllm.batch import tasks as tasks_module
 from npllm.batch.results import Results
 from npllm.batch.run import batch
 from npllm.errors import NpllmError, NpllmRuntimeError, NpllmTypeError, NpllmValueError
@@ -160,6 +161,47 @@ def test_bad_rows_are_reported_and_kept_apart(model, tmp_path, out):
     assert not done.errors.exists() and len(read(out)) == 3
 
 
+UNWRITABLE = ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "[" * 300 + "]" * 300]
+
+
+@pytest.mark.parametrize("x", UNWRITABLE)
+@pytest.mark.parametrize("place", ['{"prompt": "a", "x": %s}', '{"prompt": "a", "x": [{"y": %s}]}'])
+def test_a_row_that_could_not_be_written_again_is_an_error_row(model, tmp_path, out, place, x):
+    bad = place % x
+    rows = prompts(3)
+    done = batch(model, write(tmp_path / "in", [bad, *rows]), out, max_new_tokens=1)
+    assert (done.n_answered, done.n_failed, len(read(out))) == (3, 1, 3)
+    (error,) = read(done.errors)
+    assert error["row"] == bad
+    assert ("levels deep" if x[0] == "[" else "finite") in error["error"]
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"prompt": "hello", "result": 1}, {"prompt": ""}, {"x": 1.5}, "[1]", "{", '"\xe9"']
+)
+def test_the_errors_hold_what_was_read(model, tmp_path, out, row):
+    done = batch(model, write(tmp_path / "in", [row]), out)
+    assert [error["row"] for error in read(done.errors)] == [row]
+
+
+def test_bytes_that_are_no_text_are_kept_as_escapes(model, tmp_path, out):
+    (tmp_path / "in").write_bytes(b'{"prompt": "\xff"}')
+    done = batch(model, tmp_path / "in", out)
+    assert read(done.errors)[0]["row"] == '{"prompt": "\\xff"}'
+
+
+def test_a_number_of_an_answer_that_is_not_finite_is_null(model, tmp_path, out, monkeypatch):
+    """A token of probability 0."""
+    rows = [{"text": "hello w"}, {"text": "hello hello"}]
+    scored = score(model, "hello w")
+    never = scored._replace(log_probs=np.full_like(scored.log_probs, -np.inf))
+    monkeypatch.setattr(tasks_module, "score", lambda *_: never)
+    batch(model, write(tmp_path / "in", rows), out, task="score")
+    for one in results(read(out)):
+        assert (one["log_probability"], one["perplexity"]) == (None, None)
+    assert batch(model, tmp_path / "in", out, task="score").n_reused == 2
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
@@ -227,6 +269,7 @@ def test_an_input_that_would_be_overwritten_or_removed_is_refused(model, tmp_pat
     [
         ("out.jsonl", "dear diary"),
         ("out.jsonl", '{"hash": "1", "result": 1}'),
+        ("out.jsonl", '{"hash": "1", "result": {"text": NaN}}'),
         ("out.errors.jsonl", "dear diary"),
         ("out.errors.jsonl", '{"line": 1, "error": "", "row": {}}\n{"line": 1}'),
         ("out.errors.jsonl", ""),
@@ -281,7 +324,8 @@ def test_the_lock_is_held_until_the_parts_are_removed(out, monkeypatch):
         monkeypatch.setattr(Path, "rmdir", rmdir_beside_another)
 
     def unlink_late(path, **options):
-        begin()
+        if path.name == "journal.jsonl":
+            begin()
         unlink(path, **options)
 
     def rmdir_beside_another(path):

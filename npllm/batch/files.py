@@ -45,7 +45,7 @@ def objects(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of the lines of a file; raise for what is none."""
     for line in file.read_bytes().splitlines():
         try:
-            yield parse_json(line.decode(), file)
+            yield parse_json(line.decode(), file, finite=True)
         except ValueError:
             raise foreign(file) from None
 
@@ -95,7 +95,7 @@ def whole_answers(file: Path) -> Iterator[tuple[str, Answer]]:
     """The answers of a file; a line without its newline is none."""
     for line in file.read_bytes().split(b"\n")[:-1]:
         try:
-            key, answer = parse_json(line.decode(), file, list)
+            key, answer = parse_json(line.decode(), file, list, finite=True)
         except ValueError:
             raise _damaged(file) from None
         if not isinstance(key, str) or not isinstance(answer, dict):

@@ -142,7 +142,7 @@ class Results:
             to_json(row.data | {"result": self.found[key], "hash": key}) + "\n" for key, row in rows
         )
         bad = (
-            to_json({"line": row.line, "error": message, "row": row.data or row.text}) + "\n"
+            to_json({"line": row.line, "error": message, "row": row.read}) + "\n"
             for row, message in failures
         )
         if failures:

@@ -16,15 +16,28 @@ __all__ = ["RESERVED", "Row", "digest", "read_rows"]
 RESERVED = ("result", "hash")
 """What the output adds to a row."""
 OPTIONS = frozenset(GenerateArguments.__annotations__) | {"max_tokens"}
+LARGEST_DEPTH = 100  # of lists and objects in a row
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the input: its number, from 1, and its object, or what is wrong with it."""
+    """A line of the input.
+
+    Attributes
+    ----------
+    line : int
+        From 1.
+    data : dict
+        Its object; empty where there is a problem.
+    read : dict or str
+        What was read: the object, or the text where it is none.
+    problem : str or None
+        What is wrong with it.
+    """
 
     line: int
     data: dict[str, Any]
-    text: str
+    read: Any
     problem: str | None = None
 
 
@@ -46,18 +59,38 @@ def read_rows(path: Any) -> list[Row]:
 
 def _rows(lines: list[bytes]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        text = line.decode("utf-8", "replace")
-        try:
-            yield Row(number, _checked(line.decode("utf-8"), f"line {number}"), text)
-        except (NpllmError, UnicodeDecodeError) as error:
-            yield Row(number, {}, text, str(error))
+        if line.strip():
+            yield _row(number, line)
 
 
-def _checked(text: str, where: str) -> dict[str, Any]:
-    """The object of a line; raise for names that would be overwritten or ignored."""
-    data = parse_json(text, where)
+def _row(number: int, line: bytes) -> Row:
+    """A row; with a problem where it is no object, or one that could not be written again."""
+    where = f"line {number}"
+    try:
+        data = parse_json(line.decode("utf-8"), where, finite=True)
+        _check_depth(data, where)
+    except (NpllmError, UnicodeDecodeError) as error:
+        return Row(number, {}, line.decode("utf-8", "backslashreplace"), str(error))
+    try:
+        _check_names(data, where)
+    except NpllmError as error:
+        return Row(number, {}, data, str(error))
+    return Row(number, data, data)
+
+
+def _check_depth(data: Any, where: str) -> None:
+    """Raise where lists and objects are nested so deeply that they may not be written again."""
+    level = [data]
+    for _ in range(LARGEST_DEPTH):
+        inside = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [y for x in inside for y in x if isinstance(y, dict | list)]
+        if not level:
+            return
+    raise NpllmValueError(f"{where}: must be nested at most {LARGEST_DEPTH} levels deep, got more")
+
+
+def _check_names(data: dict[str, Any], where: str) -> None:
+    """Raise for names that would be overwritten or ignored."""
     for name in data:
         if name in RESERVED:
             raise NpllmValueError(f"{where}: {quote(name)} is a name of the output; rename it")
@@ -66,7 +99,6 @@ def _checked(text: str, where: str) -> dict[str, Any]:
                 f"{where}: {quote(name)} in a row would be ignored; give it to the command, for "
                 "all rows"
             )
-    return data
 
 
 def digest(settings: dict[str, Any], content: Any) -> str:

@@ -4,6 +4,7 @@ Each answer is the one that the row gets alone.
 """
 
 import json
+import math
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -150,14 +151,21 @@ def make_task(name: str, model: Any, **options: Any) -> Task:
 def answers(task: Task, items: Iterable[Item]) -> Iterator[tuple[str, Answer]]:
     """Answer items, the longest first; yield each key with its answer as it comes.
 
-    An answer {"error": ...} is one that failed by itself.
+    An answer {"error": ...} is one that failed by itself.  A number that is not finite, which JSON
+    cannot hold, is None.
     """
     ordered = sorted(items, key=lambda item: -len(item.ids))
     run: Callable[..., Iterator[tuple[str, Answer]]] = {
         "score": _scores,
         "embed": _embeddings,
     }.get(task.name, _texts)
-    yield from run(task, ordered)
+    for key, answer in run(task, ordered):
+        yield key, {name: _writable(x) for name, x in answer.items()}
+
+
+def _writable(x: Any) -> Any:
+    """A value of an answer; None for a number that JSON cannot hold."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _scores(task: Task, items: list[Item]) -> Iterator[tuple[str, Answer]]:

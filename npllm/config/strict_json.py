@@ -4,6 +4,7 @@ Every JSON file of a checkpoint folder is read here.
 """
 
 import json
+import math
 import os.path
 import reprlib
 from collections import Counter
@@ -89,17 +90,32 @@ def read_json(path: str | os.PathLike[str], kind: type[dict] | type[list] = dict
 
 
 def parse_json(
-    text: str, where: str | os.PathLike[str], kind: type[dict] | type[list] = dict
+    text: str,
+    where: str | os.PathLike[str],
+    kind: type[dict] | type[list] = dict,
+    *,
+    finite: bool = False,
 ) -> Any:
     """Parse the text of a JSON object, or of a list; `where` names its source in messages.
+
+    Parameters
+    ----------
+    text : str
+    where : str or Path
+    kind : type
+        dict or list.
+    finite : bool
+        Refuse NaN, Infinity, and numbers beyond the range of float64: what cannot be written as
+        JSON again.
 
     Raises
     ------
     NpllmValueError
         As `read_json`.
     """
+    hooks: Any = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
-        data = json.loads(text, object_pairs_hook=no_duplicates)
+        data = json.loads(text, object_pairs_hook=no_duplicates, **hooks)
     except RecursionError:
         raise NpllmValueError(f"{where}: is nested too deeply to be a configuration") from None
     except ValueError as error:
@@ -108,6 +124,14 @@ def parse_json(
         wanted = "list [...]" if kind is list else "object {...}"
         raise NpllmValueError(f"{where}: must hold a JSON {wanted}, got {type(data).__name__}")
     return data
+
+
+def _finite(text: str) -> float:
+    """The number that a text of JSON names; raise where it is not finite."""
+    x = float(text)
+    if not math.isfinite(x):
+        raise ValueError(f"numbers must be finite and in the range of float64, got {quote(text)}")
+    return x
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
