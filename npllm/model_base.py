@@ -9,7 +9,7 @@ from npllm.kernels import SETS, choose_ops, ops_for
 from npllm.ops.opset import Ops
 from npllm.quantized.activations import check_applies
 
-__all__ = ["ModelBase"]
+__all__ = ["ModelBase", "named_ops"]
 
 DERIVED = ("_xp", "_rotations", "_rules")  # set by `_set_up`
 
@@ -44,7 +44,7 @@ class ModelBase:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in DERIVED}
-        state["ops"], state["activations"] = _picklable_ops(self.ops, backend_name(self._xp))
+        state["ops"], state["activations"] = named_ops(self.ops, backend_name(self._xp))
         if self.origin is not None:
             del state["params"]
         return state
@@ -71,7 +71,7 @@ class ModelBase:
         return new
 
 
-def _picklable_ops(ops: Ops, backend: str) -> tuple[Ops | str, str | None]:
+def named_ops(ops: Ops, backend: str) -> tuple[Ops | str, str | None]:
     """The name of a set that has one and its activations, else the set itself."""
     kind = ops.activations
     names = [name for name in SETS if name != "cuda" or backend != "numpy"]

@@ -1,5 +1,7 @@
 """`npllm batch`: every row answered as if alone, whatever happened before."""
 
+import copy
+import datetime
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import optional
 import pytest
@@ -18,9 +21,16 @@ from npllm.analysis.score import score
 from npllm.batch import results as results_module
 from npllm.batch import run as batch_run
 from npllm.batch import tasks as tasks_module
+from npllm.batch.ray_engine import Worker
 from npllm.batch.results import Results
 from npllm.batch.run import batch
+from npllm.batch.tasks import make_task
+from npllm.cache import owner
+from npllm.checkpoints.sentence_settings import SentenceSettings
 from npllm.errors import NpllmError, NpllmRuntimeError, NpllmTypeError, NpllmValueError
+from npllm.models.sentence import Dense, Head, Normalize
+from npllm.ops import mask as masks
+from npllm.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["hello", "hell", "he", "hello hello", "w", "hello w hello w hell"]
@@ -396,6 +406,118 @@ def test_a_complete_output_is_taken_over_and_other_settings_are_not(model, tmp_p
     assert batch(model, source, out, max_new_tokens=3)[1:3] == (0, 4)
     assert batch(model, source, out, max_new_tokens=4)[1:3] == (4, 0)
     assert batch(model.with_ops(), source, out, max_new_tokens=4)[1:3] != (0, 0)
+
+
+def edited(model, place=-2, change=1):
+    """The same model; one entry of its last weight is another."""
+    params = model.params
+    weight = np.array(params.lm_head)
+    weight.reshape(-1)[place] += change
+    return model._on_params(params._replace(lm_head=weight))
+
+
+VARIANTS = {
+    "mask": lambda model: model.with_mask(masks.sliding_window(2)),
+    "wider mask": lambda model: model.with_mask(masks.sliding_window(3)),
+    "masks": lambda model: model.with_mask([masks.sliding_window(2), masks.causal()]),
+    "one weight": edited,
+    "bos": lambda model: model.with_tokenizer(
+        Tokenizer(
+            model.tokenizer.backend,
+            model.tokenizer.chat_template,
+            {"bos_token": "h"},
+            add_bos_token=True,
+        )
+    ),
+}
+UNNAMED = {
+    "operation": lambda model: model.with_ops(silu=np.tanh),
+    "function": lambda model: model.with_mask(masks.Rule(lambda i, j: j <= i)),
+}
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *UNNAMED])
+def test_answers_of_another_model_are_not_taken_over(model, tmp_path, out, name):
+    other = (VARIANTS | UNNAMED)[name](model)
+    source = write(tmp_path / "in", prompts(2))
+    batch(model, source, out, max_new_tokens=1)
+    assert batch(other, source, out, max_new_tokens=1)[1:3] == (2, 0)
+    again = batch(other, source, out, max_new_tokens=1)
+    assert again[1:3] == ((2, 0) if name in UNNAMED else (0, 2))
+    assert batch(model, source, out, max_new_tokens=1)[1:3] == (2, 0)
+
+
+def test_vectors_of_another_encoder_are_not_taken_over(encoder):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((70, encoder.config.hidden_size)).astype(np.float32)
+    changed = weight.copy()
+    changed[1, 1] += 1
+    heads = [Head(), Head(("max",)), Head(dimension=3), Head(modules=(Normalize(),))]
+    heads += [
+        Head(modules=(Dense(x, None, name),))
+        for x, name in ((weight, "Tanh"), (weight, "ReLU"), (changed, "Tanh"))
+    ]
+    settings = [SentenceSettings(head) for head in heads]
+    settings.append(SentenceSettings(prompts={"p": "a "}, default_prompt_name="p"))
+    settings.append(SentenceSettings(prompts={"p": "b "}, default_prompt_name="p"))
+    keys = set()
+    for one in settings:
+        variant = copy.copy(encoder)
+        variant.settings = one
+        hashed = make_task("embed", variant).settings
+        assert hashed == make_task("embed", copy.copy(variant)).settings
+        keys.add(json.dumps(hashed))
+    assert len(keys) == len(settings)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8], ids=str)
+def test_every_entry_of_every_weight_is_hashed(dtype, monkeypatch):
+    """In every band, whether rows lie side by side or not."""
+    monkeypatch.setattr(owner, "BAND_BYTES", 64)
+    x = np.arange(210).reshape(15, 14).astype(dtype)
+    found = {owner.content_hash((x, None)), owner.content_hash((None, x))}
+    assert owner.content_hash((np.asfortranarray(x), None)) in found
+    for i in range(x.size):
+        changed = x.copy()
+        changed.reshape(-1)[i] = 77 if x.reshape(-1)[i] != 77 else 78
+        found.add(owner.content_hash((changed, None)))
+    assert len(found) == x.size + 2
+    for shape in ((), (0,), (3, 0)):
+        assert owner.content_hash((np.zeros(shape, dtype),)) not in found
+
+
+def test_a_chat_template_that_writes_the_date_is_answered_anew_each_day(model):
+    template = "{{ strftime_now('%d') }}"
+    dated = model.with_tokenizer(
+        Tokenizer(model.tokenizer.backend, template, model.tokenizer.special_tokens)
+    )
+    assert make_task("chat", model).settings["date"] is None
+    assert make_task("generate", dated).settings["date"] is None
+    assert make_task("chat", dated).settings["date"] == datetime.date.today().isoformat()
+
+
+@pytest.mark.parametrize("options", [{"logits_processors": [max]}, {"stop": {"a"}}], ids=str)
+def test_options_that_cannot_be_hashed_are_refused(model, tmp_path, options):
+    source = write(tmp_path / "in", prompts(1))
+    refused(model, source, tmp_path / "out.jsonl", "options|stop", **options)
+
+
+def test_a_worker_with_another_model_answers_nothing(model, out):
+    """What a Ray actor does, without Ray."""
+    task = make_task("generate", model, max_new_tokens=2)
+    results = Results(out).open()
+    rows = {"key": np.array(["k"]), "ids": np.array([[1, 2]])}
+    for change, n_answers in ((lambda same: same, 1), *((x, 0) for x in VARIANTS.values())):
+        loaded = change(model)
+        worker = Worker(lambda loaded=loaded: loaded, "generate", task.options, out, task.settings)
+        answered = worker(rows)
+        results.read_shards()
+        assert len(results.found) == n_answers
+        assert ("another model" in answered["error"][0]) == (not n_answers)
+        results.found.clear()
+        for shard in results.parts.glob("shard*"):
+            shard.unlink()
+    results.close()
 
 
 def test_half_a_line_is_no_answer(out):

@@ -7,14 +7,14 @@ import json
 import math
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from npllm import __version__
 from npllm.analysis.score import score
+from npllm.batch.settings import settings_of
 from npllm.batching.engine import Engine
 from npllm.batching.job import Event, Job
-from npllm.cache.owner import fingerprint
 from npllm.config.strict_json import quote
 from npllm.decoding.options import Options, resolve_options
 from npllm.decoding.prefill import FEW_ROWS
@@ -39,7 +39,8 @@ class Item(NamedTuple):
     ids: list[int]
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """What is asked of every row.
 
     Attributes
@@ -55,23 +56,13 @@ class Task(NamedTuple):
     model: Any
     options: dict[str, Any]
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that an answer depends on besides the row."""
-        model = self.model
-        texts = [] if model.tokenizer is None else [model.tokenizer.backend.to_str()]
-        template = getattr(model.tokenizer, "chat_template", None)
-        decoding = () if self.name in ("score", "embed") else (repr(model.generation_config),)
-        return {
-            "task": self.name,
-            "npllm": __version__,
-            "weights": fingerprint(model.params),
-            "config": repr(model.config),
-            "ops": [model.ops.name, model.ops.activations],
-            "tokenizer": [*texts, template if self.name == "chat" else None],
-            "options": json.loads(json.dumps(self.options)),
-            "defaults": decoding,
-        }
+        """All that an answer depends on besides the row; computed once, since it reads the weights.
+
+        See `npllm.batch.settings.settings_of`.
+        """
+        return settings_of(self.name, self.model, self.options)
 
     def content(self, data: Mapping[str, Any]) -> Any:
         """What a row is answered by.
@@ -145,7 +136,18 @@ def make_task(name: str, model: Any, **options: Any) -> Task:
         if value is not None or key == "max_new_tokens":
             given[key] = value
     resolve_options(model.generation_config, **given)
-    return Task(name, model, given)
+    return Task(name, model, _plain(given))
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON has them; raise for what cannot be hashed."""
+    try:
+        return dict(json.loads(json.dumps(options, allow_nan=False)))
+    except (TypeError, ValueError):
+        raise NpllmTypeError(
+            "options of a batch must be numbers, strings and lists of them, so that answers can "
+            f"be found again, got {quote(options)}"
+        ) from None
 
 
 def answers(task: Task, items: Iterable[Item]) -> Iterator[tuple[str, Answer]]:

@@ -21,7 +21,7 @@ from npllm.checkpoints.safetensors import TensorEntry, read_header
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 
-__all__ = ["read_note", "read_state", "write_state"]
+__all__ = ["read_note", "read_state", "spelled", "write_state"]
 
 Array = Any
 FORMAT = "npllm KV cache 1"
@@ -209,20 +209,21 @@ def _facts(owner: CacheOwner) -> dict[str, str]:
     return {
         "weights": owner.fingerprint,
         "config": hashlib.sha256(config.encode()).hexdigest(),
-        "mask": hashlib.sha256(_spelled(owner.mask).encode()).hexdigest(),
+        "mask": hashlib.sha256(spelled(owner.mask).encode()).hexdigest(),
     }
 
 
-def _spelled(x: Any) -> str:
+def spelled(x: Any) -> str:
     """A mask in words that are the same in every process: rules by type and parameters."""
     if isinstance(x, tuple | list):
-        return f"({', '.join(map(_spelled, x))})"
+        return f"({', '.join(map(spelled, x))})"
     if is_array(x):
         content = to_numpy(x)
         digest = hashlib.sha256(np.ascontiguousarray(content).tobytes()).hexdigest()
         return f"{content.dtype}{content.shape}{digest}"
-    if is_dataclass(x) and not isinstance(x, type):
-        inside = (f"{f.name}={_spelled(getattr(x, f.name))}" for f in fields(x) if f.compare)
+    is_rule = is_dataclass(x) and not isinstance(x, type)
+    if is_rule and type(x).__module__.startswith("npllm."):
+        inside = (f"{f.name}={spelled(getattr(x, f.name))}" for f in fields(x) if f.compare)
         return f"{type(x).__qualname__}({', '.join(inside)})"
     if x is None or isinstance(x, bool | int | float | str):
         return repr(x)
