@@ -4,6 +4,7 @@ import copy
 import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import served
 import test_encoder
 
+import npllm
 from npllm.analysis.score import score
 from npllm.batch import results as results_module
 from npllm.batch import run as batch_run
@@ -430,6 +432,20 @@ VARIANTS = {
         )
     ),
 }
+
+
+def test_the_path_of_a_model_is_no_part_of_an_answer(model, tmp_path, out, monkeypatch):
+    """A relative path, a link, and a copy of the folder."""
+    source = write(tmp_path / "in", prompts(2))
+    batch(model, source, out, max_new_tokens=1)
+    monkeypatch.chdir(model.folder.parent)
+    (tmp_path / "link").symlink_to(model.folder)
+    shutil.copytree(model.folder, tmp_path / "copy")
+    for folder in (model.folder.name, tmp_path / "link", tmp_path / "copy"):
+        again = batch(npllm.load(folder), source, out, max_new_tokens=1)
+        assert again[1:3] == (0, 2), folder
+
+
 UNNAMED = {
     "operation": lambda model: model.with_ops(silu=np.tanh),
     "function": lambda model: model.with_mask(masks.Rule(lambda i, j: j <= i)),

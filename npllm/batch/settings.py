@@ -1,6 +1,7 @@
 """What an answer depends on besides the row, as plain data that can be hashed and compared."""
 
 import uuid
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -36,10 +37,10 @@ def settings_of(name: str, model: Any, options: dict[str, Any]) -> Settings:
 
     Notes
     -----
-    Reads all weights: about 1 s a GB.
+    Reads all weights: about 1 s a GB.  No path is part of the settings.
     """
     is_encoder = isinstance(model, Encoder)
-    decoding = None if is_encoder or name == "score" else repr(model.generation_config)
+    decoding = None if is_encoder or name == "score" else repr(_without_path(model))
     mask, is_named = _mask(model)
     return {
         "task": name,
@@ -60,6 +61,11 @@ def settings_of(name: str, model: Any, options: dict[str, Any]) -> Settings:
 def difference(wanted: Settings, found: Settings) -> list[str]:
     """Name what differs between a model that was asked for and one that a worker loaded."""
     return [name for name in wanted if name != "date" and wanted[name] != found[name]]
+
+
+def _without_path(model: Any) -> Any:
+    """The generation config, wherever it was read from."""
+    return replace(model.generation_config, source="")
 
 
 def _mask(model: Any) -> tuple[str | None, bool]:
