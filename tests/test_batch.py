@@ -1,5 +1,6 @@
 """`npllm batch`: every row answered as if alone, whatever happened before."""
 
+import codecs
 import copy
 import datetime
 import json
@@ -194,6 +195,16 @@ def test_a_row_that_could_not_be_written_again_is_an_error_row(model, tmp_path, 
 def test_the_errors_hold_what_was_read(model, tmp_path, out, row):
     done = batch(model, write(tmp_path / "in", [row]), out)
     assert [error["row"] for error in read(done.errors)] == [row]
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(model, tmp_path, out, newline):
+    rows = [json.dumps(row).encode() for row in prompts(2)]
+    (tmp_path / "in").write_bytes(codecs.BOM_UTF8 + newline.join([*rows, codecs.BOM_UTF8]))
+    done = batch(model, tmp_path / "in", out, max_new_tokens=1)
+    assert (done.n_answered, done.n_failed) == (2, 1)  # elsewhere it is no mark
+    (tmp_path / "in").write_bytes(codecs.BOM_UTF8)
+    assert batch(model, tmp_path / "in", out)[:4] == (0, 0, 0, 0)
 
 
 def test_bytes_that_are_no_text_are_kept_as_escapes(model, tmp_path, out):
@@ -418,19 +429,19 @@ def edited(model, place=-2, change=1):
     return model._on_params(params._replace(lm_head=weight))
 
 
+def with_tokens(model, changed=(), **options):
+    old = model.tokenizer
+    tokens = old.special_tokens | dict(changed)
+    return model.with_tokenizer(Tokenizer(old.backend, old.chat_template, tokens, **options))
+
+
 VARIANTS = {
     "mask": lambda model: model.with_mask(masks.sliding_window(2)),
     "wider mask": lambda model: model.with_mask(masks.sliding_window(3)),
     "masks": lambda model: model.with_mask([masks.sliding_window(2), masks.causal()]),
     "one weight": edited,
-    "bos": lambda model: model.with_tokenizer(
-        Tokenizer(
-            model.tokenizer.backend,
-            model.tokenizer.chat_template,
-            {"bos_token": "h"},
-            add_bos_token=True,
-        )
-    ),
+    "begin of text": lambda model: with_tokens(model, add_bos_token=True),
+    "special tokens": lambda model: with_tokens(model, {"unk_token": "h"}),
 }
 
 

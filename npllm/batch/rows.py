@@ -1,5 +1,6 @@
 """The rows of an input file: one JSON object a line."""
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Row:
 
 
 def read_rows(path: Any) -> list[Row]:
-    """Read a JSONL file; blank lines are left out.
+    """Read a JSONL file in UTF-8, with a byte order mark or without; blank lines are left out.
 
     Raises
     ------
@@ -51,10 +52,10 @@ def read_rows(path: Any) -> list[Row]:
     """
     file = check_path("path", path)
     try:
-        lines = file.read_bytes().split(b"\n")
+        content = file.read_bytes()
     except OSError as error:
         raise NpllmOSError(f"{file}: cannot be read ({error.strerror})") from None
-    return list(_rows(lines))
+    return list(_rows(content.removeprefix(codecs.BOM_UTF8).split(b"\n")))
 
 
 def _rows(lines: list[bytes]) -> Iterator[Row]:
