@@ -55,7 +55,7 @@ def batch(
     runner : function, optional
         Who answers; default: this process.  See `npllm.batch.ray_engine`.
     **options
-        Of `generate`, for all rows.
+        Of `generate`, for all rows; none of beams, caches, masks, tools and details.
 
     Returns
     -------

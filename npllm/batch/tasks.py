@@ -16,6 +16,7 @@ from npllm.batch.settings import settings_of
 from npllm.batching.engine import Engine
 from npllm.batching.job import Event, Job
 from npllm.config.strict_json import quote
+from npllm.decoding.keywords import GenerateArguments
 from npllm.decoding.options import Options, resolve_options
 from npllm.decoding.prefill import FEW_ROWS
 from npllm.decoding.prompt import is_chat, read_prompt
@@ -27,6 +28,16 @@ __all__ = ["FIELDS", "Item", "TASKS", "Task", "answers", "make_task"]
 FIELDS = {"generate": "prompt", "chat": "messages", "score": "text", "embed": "text"}
 TASKS = tuple(FIELDS)
 N_AHEAD = 64  # jobs that wait in the engine
+TAKEN = frozenset(GenerateArguments.__annotations__) - {
+    "attention_mask",
+    "cache",
+    "logits_processors",
+    "num_beams",
+    "return_dict_in_generate",
+    "tools",
+    "top_logprobs",
+}
+"""Options of `generate` that can be asked for of every row."""
 GROUP_TOKENS = 2048  # that an encoder reads together
 
 Answer = dict[str, Any]
@@ -115,7 +126,8 @@ def make_task(name: str, model: Any, **options: Any) -> Task:
         One of TASKS.
     model : Model or Encoder
     **options
-        As in `generate`; seed: default 0, so that an answer that is sampled can be repeated.
+        Those of TAKEN, as in `generate`; seed: default 0, so that an answer that is sampled can be
+        repeated.
 
     Raises
     ------
@@ -131,12 +143,22 @@ def make_task(name: str, model: Any, **options: Any) -> Task:
         if options:
             raise NpllmTypeError(f"the task {name} takes no option, got {', '.join(options)}")
         return Task(name, model, {})
+    _check_names(options)
     given: dict[str, Any] = {"seed": 0}
     for key, value in options.items():
         if value is not None or key == "max_new_tokens":
             given[key] = value
     resolve_options(model.generation_config, **given)
     return Task(name, model, _plain(given))
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    """Raise for options that rows would be answered without."""
+    others = sorted(set(options) - TAKEN)
+    if others:
+        raise NpllmTypeError(
+            f"batch has no option {', '.join(others)}; it has {', '.join(sorted(TAKEN))}"
+        )
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
