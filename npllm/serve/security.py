@@ -29,13 +29,18 @@ def is_loopback(host: str) -> bool:
 
 
 def require_key(host: str, key: str | None) -> None:
-    """Raise where others could reach a server that asks for no key.
+    """Raise for a key that no client can send, and where others could reach a server without one.
 
     Raises
     ------
     NpllmValueError
     """
-    if not is_loopback(host) and not key:
+    if key is not None and not (key.isascii() and key.strip()):
+        raise NpllmValueError(
+            "the API key must be text of ASCII characters and not empty; without --api-key and "
+            "NPLLM_API_KEY the server asks for none"
+        )
+    if not is_loopback(host) and key is None:
         raise NpllmValueError(
             f"--host {host} can be reached from other machines: give --api-key, or set "
             "NPLLM_API_KEY; without a key the server binds to 127.0.0.1 only"
