@@ -12,6 +12,7 @@
     checkouts A B       prefill and decoding of two checkouts of npllm
     lookup              20 prompts with and without prompt lookup
     contention          decoding beside 0, 1, 2 and 4 busy processes, and in two processes at once
+    serve -m FILE.gguf  a server's tokens/s at 1, 4 and 16 clients, beside llama-cpp-python's
     adapters            decoding without a LoRA adapter, under one, and with it merged
     evaluate            requests of lm-eval, beside lm-eval's model "hf" (needs lm_eval)
     attention           the definition, both schedules, a window, and torch, by sequence length
@@ -32,6 +33,7 @@ from bench import (
     evaluation,
     generation,
     lookup,
+    serve,
     speed,
     steps,
 )
@@ -56,6 +58,7 @@ for command in (
     lookup.lookup,
     contention.contention,
     contention.decode_rates,
+    serve.serve,
     attention.attention,
     attention.attend,
     adapters.adapters,

@@ -25,7 +25,7 @@ device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1
 temporary=""
 while [ $# -gt 0 ]; do
     case $1 in
-        --all) stages="$stages bench rest" ;;
+        --all) stages="$stages bench $(command -v compute-sanitizer > /dev/null && echo sanitize) rest" ;;
         --stages) [ $# -gt 1 ] || usage; stages=${2//,/ }; shift ;;
         --rehearse) export NPLLM_REHEARSE=1 device=stand-in ;;
         *) usage ;;
@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 for stage in $stages; do
-    case $stage in kernels | tests | weights | timings | bench | rest) ;; *) usage ;; esac
+    case $stage in kernels | tests | weights | timings | bench | sanitize | rest) ;; *) usage ;; esac
 done
 
 export PYTHONPATH="$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}"
@@ -101,6 +101,7 @@ for name in $stages; do
         weights) stage weights 60 python3 -m gpu.weights "$folder" ;;
         timings) stage timings 260 python3 -m gpu.timings "$folder" ;;
         bench) stage bench 475 python3 scripts/bench_gpu.py "$folder" ;;
+        sanitize) stage sanitize 240 python3 -m gpu.sanitize "$folder" ;;
         rest) stage rest 540 python3 -m gpu.tests "$folder" rest ;;
     esac
 done

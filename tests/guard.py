@@ -371,6 +371,20 @@ FILLS = True  # whether `empty` writes NaN; a test of counts, at real widths, ne
 UNWRITTEN = {2: 0x7FDD, 4: 0x7FC5DEAD, 8: 0x7FF8DEAD7FC5DEAD}
 
 
+APART = False  # whether arrays lie apart, so that no place behind one is in another
+GAP = 256  # bytes
+
+
+def _apart(x):
+    """A copy between two gaps that are in no array; `x` itself without APART."""
+    if not APART or not x.size or not x.flags.c_contiguous:
+        return x
+    buffer = np.empty(x.nbytes + 2 * GAP, np.uint8)
+    there = buffer[GAP:-GAP].view(x.dtype).reshape(x.shape)
+    there[...] = x
+    return there
+
+
 def _birth(name, parameters):
     def call(*args, **options):
         unknown = set(options) - set(parameters)
@@ -381,10 +395,10 @@ def _birth(name, parameters):
         )
         not_captured(name)
         if name != "empty":
-            return _made(name, x)
+            return _made(name, _apart(x))
         if FILLS and x.dtype.kind not in "biu":
             x.view(f"u{x.dtype.itemsize}")[...] = UNWRITTEN[x.dtype.itemsize]
-        return Array(x)
+        return Array(_apart(x))
 
     return call
 
@@ -396,7 +410,7 @@ def _asarray(a, dtype=None):
     return (
         a
         if type(a) is Array and dtype in (None, a.dtype)
-        else _made("asarray", np.array(a._x if type(a) is Array else a, dtype=dtype))
+        else _made("asarray", _apart(np.array(a._x if type(a) is Array else a, dtype=dtype)))
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpu.records import STARTED, STATUSES, Records, ending
 
-STAGES = ("kernels", "tests", "weights", "timings", "bench", "rest")
+STAGES = ("kernels", "tests", "weights", "timings", "bench", "sanitize", "rest")
 SHOWN = (
     "tokens_per_second",
     "gigabytes_per_second",

@@ -93,10 +93,13 @@ def _placed_plan(
         plan = _new_plan(params, step, n_batch)
         if plan is None:
             return None
-    like = plan.xp.broadcast_to(plan.like, (*plan.like.shape[:2], n_new, plan.like.shape[3]))
+    like = plan.like
+    if n_new > 1:
+        like = plan.xp.broadcast_to(like, (*like.shape[:2], n_new, like.shape[3]))
     layers = step.cache.reserve_in_every_layer(like, like)
     positions = np.broadcast_to(tokens.positions, (n_batch, 1))[:, -1]
-    plan.bind(layers, positions + n_new - 1, variants, tables, step.cache)
+    if not plan.bind(layers, positions + n_new - 1, variants, tables, step.cache):
+        return None
     _PLANS[step.cache] = plan
     plan.put(tokens.ids[:, -1], step.cache.n_ctx, positions, variants, start)
     return plan

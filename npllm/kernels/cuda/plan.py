@@ -8,7 +8,7 @@ import numpy as np
 from npllm.arrays import array_namespace, is_packed, widen
 from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.attention import Place, count_splits, launch_attend, parts_shape
-from npllm.kernels.cuda.launching import STORED, pointer
+from npllm.kernels.cuda.launching import STORED, entry, pointer
 from npllm.kernels.cuda.linear import Vectors, launch_linear
 from npllm.kernels.cuda.rope import launch_rope
 
@@ -76,15 +76,17 @@ class Plan:
 
     def bind(
         self, layers: list, positions: Array, variants: Array, tables: Callable, cache: Any
-    ) -> None:
+    ) -> bool:
         """Take over the arrays of the cache and the tables of the rotation; where they are new, the
-        graphs are captured again.
+        graphs are captured again.  False for keys that the kernels do not write: of a 16-bit type.
         """
         longest = int(positions.max()) + 1
         known = set(variants.tolist()) <= set(self.known_variants) and longest <= self.n_table
         moved = len(layers) != len(self.layers) or any(
             one is not other for one, other in zip(layers, self.layers, strict=True)
         )
+        if moved and any(entry(x) != "float" for layer in layers for x in layer[:2]):
+            return False
         if not known:
             self._make_tables(max(longest, layers[0][0].shape[-2]), variants, tables, cache)
         if moved:
@@ -96,6 +98,7 @@ class Plan:
                 self.parts = self.xp.empty(shape, dtype=self.xp.float32)
         if moved or not known:
             self._graphs = {}
+        return True
 
     def _make_tables(self, n: int, variants: Array, tables: Callable, cache: Any) -> None:
         """Compute cosines and sines of n positions or more, for each variant below the other."""

@@ -38,6 +38,8 @@ def rope_attention(qkv: Array, step: Step) -> Array:
     else:
         like = q[:, :n_kv_head]  # of the shape, dtype and library of new keys and values
         k, v, k_slots = step.cache.reserve_slots(step.layer, like, like)
+        if not entry(k) == entry(v) == "float":  # read from a file: the kernel writes float32
+            return NotImplemented
         slots = {"q_slots": range(k_slots.stop - n_seq, k_slots.stop), "k_slots": k_slots}
     _rope_append(xp, qkv, cos, sin, q, k[..., -n_seq:, :], v[..., -n_seq:, :])
     return merge_heads(attention(q, k, v, mask=step.mask, **slots))
