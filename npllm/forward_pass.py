@@ -334,7 +334,7 @@ class CausalLM(ModelBase):
             sin,
             self._rules,
             rowwise_attention(self.ops),
-            RowCaches(drafts),
+            RowCaches(drafts, {}),
         )
         for token, (draft, position), variant in zip(ids, rows, variants, strict=True):
             seen = np.ones((1, draft.n_ctx + 1), bool)

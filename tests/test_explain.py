@@ -408,9 +408,9 @@ def test_jupyter_gets_a_frame_with_the_whole_page(page):
 def test_every_control_can_be_named(page):
     """What scripts make has labels by construction; the template's regions have them too."""
     for x in Elements(page.html).found:
-        if x["attributes"].get("role") == "region":
-            assert x["attributes"]["aria-label"]
-            assert x["attributes"]["tabindex"] == "0"
+        if x["attributes"].get("class") == "scroll":
+            assert x["attributes"]["aria-label"] and x["attributes"]["role"] == "group"
+            assert x["attributes"]["tabindex"] == "0", "without scripts"
 
 
 # ------------------------------------------------------------------------------ limits and errors

@@ -86,10 +86,24 @@ def test_no_text_of_a_figure_is_cut_or_lies_on_another(browser, file, width):
 def test_every_control_and_figure_has_a_name(view):
     nameless = view.page.evaluate("""() => [
       ...[...document.querySelectorAll("input, select")].filter((e) => !e.labels.length),
-      ...[...document.querySelectorAll("[role=img], [role=region], .thumbs button")].filter((e) => !e.getAttribute("aria-label")),
+      ...[...document.querySelectorAll("[role=img], [role=group], .thumbs button")].filter((e) => !e.getAttribute("aria-label")),
       ...[...document.querySelectorAll("button")].filter((e) => !(e.textContent || e.getAttribute("aria-label"))),
     ].map((e) => e.outerHTML.slice(0, 200))""")
     assert nameless == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_scrolls_is_a_stop_of_the_tab_key_and_what_fits_is_none(browser, file, width):
+    view = View(browser, f"file://{file}", width)
+    view.page.evaluate(MOVE)
+    view.page.wait_for_timeout(300)
+    wrong = view.page.evaluate("""() => [...document.querySelectorAll(".scroll")]
+      .filter((e) => (e.tabIndex === 0) !== (e.scrollWidth > e.clientWidth + 1))
+      .map((e) => e.getAttribute("aria-label"))""")
+    assert wrong == []
+    stops = view.page.locator(".scroll[tabindex='0']").count()
+    assert stops > 5 if width < 500 else stops < 5
+    view.page.close()
 
 
 def test_the_keyboard_alone_moves_a_slider_and_chooses_a_head(view):

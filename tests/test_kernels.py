@@ -1016,6 +1016,15 @@ def test_an_error_in_a_block_is_raised_and_leaves_nothing_behind():
     assert threads.blas_threads() == before
 
 
+@pytest.mark.parametrize("n", [1, 5, 3 * 2**23])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_scratch_begins_at_a_cache_line(n, dtype):
+    for shape in ((n,), (n, 1)):
+        x = threads.scratch("test of lines", shape, dtype)
+        assert x.__array_interface__["data"][0] % 64 == 0
+        assert x.shape == shape and x.dtype == dtype and x.flags.c_contiguous
+
+
 def test_scratch_of_one_thread_is_not_that_of_another():
     mine, other = threads.scratch("test", (3, 4), np.float32), []
     worker = threading.Thread(

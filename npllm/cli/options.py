@@ -72,7 +72,7 @@ _ops_option = click.option(
 _activations_option = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
-    help="What a prefill rounds the inputs of linear maps to. [float32: nothing]",
+    help="What a prefill rounds the inputs of linear maps to. [by the weights; float32: nothing]",
 )
 
 

@@ -74,7 +74,7 @@ SECTIONS = (
         "Decoding: greedy, temperature, top-k, top-p, beam search",
         "3-7",
         ("npllm.next_token_distribution", "npllm.ops.sample", "npllm.decoding.beam.beam_search"),
-        "chapter.md#decoding",
+        "chapter.md#decoding-greedy-temperature-top-k-top-p",
         prediction.decoding,
     ),
     Section(
@@ -82,7 +82,7 @@ SECTIONS = (
         "Parallel streams and context length",
         "3-8, 3-9",
         ("npllm.Model.model", "npllm.ops.mask.causal"),
-        "chapter.md#parallel-streams-and-context",
+        "chapter.md#parallel-streams-and-context-length",
         streams.streams,
     ),
     Section(
@@ -122,7 +122,7 @@ SECTIONS = (
         "Heads: all layers and heads",
         "3-26",
         ("npllm.ops.attention_weights", "npllm.tracing.lens.summarize_attention"),
-        "chapter.md#attention-heads",
+        "chapter.md#heads-every-head-of-a-layer",
         heads.heads,
     ),
     Section(
@@ -130,7 +130,7 @@ SECTIONS = (
         "Local and sparse attention, alternating with full",
         "3-22 to 3-24",
         ("npllm.ops.mask.to_bool", "npllm.Model.with_mask"),
-        "chapter.md#local-and-sparse-attention",
+        "chapter.md#local-and-sparse-attention-alternating-with-full",
         masks.masks,
     ),
     Section(
@@ -138,7 +138,7 @@ SECTIONS = (
         "MHA, GQA and MQA",
         "3-26 to 3-28",
         ("npllm.ops.attention", "npllm.analysis.cost.kv_table"),
-        "chapter.md#mqa-and-gqa",
+        "chapter.md#mha-gqa-and-mqa",
         heads.sharing,
     ),
     Section(
@@ -146,7 +146,7 @@ SECTIONS = (
         "FlashAttention",
         "no figure",
         ("npllm.ops.blockwise_attention", "npllm.ops.attention_io"),
-        "chapter.md#flash-attention",
+        "chapter.md#flashattention",
         masks.flash,
     ),
     Section(
@@ -154,7 +154,7 @@ SECTIONS = (
         "Pre-norm, RMSNorm and SwiGLU against post-norm, LayerNorm and ReLU",
         "3-29, 3-30",
         ("npllm.ops.rms_norm", "npllm.ops.swiglu", "npllm.models.transformer.encoder_layer"),
-        "chapter.md#pre-norm-rmsnorm-and-swiglu",
+        "chapter.md#pre-norm-rmsnorm-and-swiglu-against-post-norm-layernorm-and-relu",
         block.norms,
     ),
     Section(
@@ -162,7 +162,7 @@ SECTIONS = (
         "Positions: RoPE as rotation matrices",
         "3-32, 3-33",
         ("npllm.ops.apply_rope", "npllm.ops.rope_tables", "npllm.ops.rotation_matrix"),
-        "chapter.md#rope",
+        "chapter.md#positions-rope-as-rotation-matrices",
         positions.rope,
     ),
     Section(
@@ -182,7 +182,7 @@ SECTIONS = (
             "npllm.models.heads.classify_tokens",
             "npllm.ops.mask.bidirectional",
         ),
-        "chapter.md#encoder-only",
+        "chapter.md#encoder-only-models",
         streams.other_heads,
     ),
 )

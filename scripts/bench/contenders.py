@@ -5,6 +5,7 @@ computes the logits of the last one of each row.  Every contender gets the same 
 ids and the same number of threads.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 Array = Any
 
 N_CTX = 8192
+N_CTX_ONNX = 4096  # its caches are as long as they may become
 
 
 class Npllm:
@@ -75,7 +77,11 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python's C interface, on a GGUF file of the same weights."""
+    """llama.cpp through llama-cpp-python's C interface, on a GGUF file of the same weights.
+
+    LLAMA_CPP_EXTRA_BUFFERS=0 declines its buffers for Intel AMX, with which some builds end in an
+    illegal instruction.
+    """
 
     def __init__(self, folder: Any, dtype: str) -> None:
         import llama_cpp
@@ -86,6 +92,7 @@ class LlamaCpp:
             llama_cpp.llama_backend_init()
             settings = llama_cpp.llama_model_default_params()
             settings.n_gpu_layers = 0
+            settings.use_extra_bufts = os.environ.get("LLAMA_CPP_EXTRA_BUFFERS", "1") != "0"
             self.model = llama_cpp.llama_model_load_from_file(
                 os.fsencode(gguf_file(folder, dtype)), settings
             )
@@ -131,6 +138,31 @@ class LlamaCpp:
             raise SystemExit("llama_decode failed")
         self.n_past += n_seq
         return [(row + 1) * n_seq - 1 for row in range(len(ids))]
+
+
+class OnnxGenai:
+    """onnxruntime-genai, on what its builder made of the folder: FOLDER/onnxruntime-DTYPE."""
+
+    def __init__(self, folder: Any, dtype: str) -> None:
+        import onnxruntime_genai
+
+        self.api, self.version = onnxruntime_genai, onnxruntime_genai.__version__
+        made = onnxruntime_genai.Config(os.path.join(folder, f"onnxruntime-{dtype}"))
+        threads = {"intra_op_num_threads": int(os.environ["OMP_NUM_THREADS"])}
+        made.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
+        self.model = onnxruntime_genai.Model(made)
+        self.reset()
+
+    def reset(self, n_batch: int = 1) -> None:
+        """Forget every token."""
+        settings = self.api.GeneratorParams(self.model)
+        settings.set_search_options(max_length=N_CTX_ONNX, batch_size=n_batch)
+        self.generator = self.api.Generator(self.model, settings)
+
+    def feed(self, ids: Array) -> Array:
+        """Compute the logits after more tokens."""
+        self.generator.append_tokens(ids.astype(np.int32))
+        return self.generator.get_logits()[:, -1]
 
 
 class quiet_stderr:
@@ -275,8 +307,18 @@ def rounded_to(x: Array, kind: Any) -> Array:
     return np.resize(blocks, (len(x), blocks.shape[1]))
 
 
-CONTENDERS = {"npllm": Npllm, "transformers": Transformers, "llama.cpp": LlamaCpp}
-PACKAGES = {"npllm": "npllm", "transformers": "torch, transformers", "llama.cpp": "llama_cpp, gguf"}
+CONTENDERS = {
+    "npllm": Npllm,
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+    "onnxruntime": OnnxGenai,
+}
+PACKAGES = {
+    "npllm": "npllm",
+    "transformers": "torch, transformers",
+    "llama.cpp": "llama_cpp, gguf",
+    "onnxruntime": "onnxruntime_genai",
+}
 
 
 def installed(name: str) -> bool:

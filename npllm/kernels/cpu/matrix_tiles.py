@@ -212,8 +212,8 @@ def bfloat16_units() -> Any:
     def units(codes: int, row_bytes: int, n_flush: int, x: int, scales: int, y: int) -> None:  # noqa: ARG001
         codes += NUMBERS
         describe_tiles(STEP)
-        for r in range(0, HEIGHT, BLOCK):
-            for c in range(0, COLUMNS, BLOCK):
+        for c in range(0, COLUMNS, BLOCK):  # of x, which stay in the nearest cache
+            for r in range(0, HEIGHT, BLOCK):
                 to = y + r * ROW + c * WORD
                 move_sums("tileloadd64", to, ROW)
                 for k in range(2 * n_flush):
@@ -244,8 +244,8 @@ def integer_units(n_bytes: int, flush: int, has_minimum: bool) -> Any:
     def units(codes: int, row_bytes: int, n_flush: int, x: int, scales: int, y: int) -> None:
         sums = stack_floats(BOTH)
         describe_tiles(flush)
-        for r in range(0, HEIGHT, BLOCK):
-            for c in range(0, COLUMNS, BLOCK):
+        for c in range(0, COLUMNS, BLOCK):  # of x, which stay in the nearest cache
+            for r in range(0, HEIGHT, BLOCK):
                 for k in range(n_flush):
                     w, at = codes + r * row_bytes, x + k * step + c * WORD
                     for b in range(n_bytes):

@@ -29,8 +29,16 @@ function svg(width, height, label, ...children) {
 }
 
 function scroll(label, ...children) {
-  return el("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": label }, ...children);
+  const node = el("div", { class: "scroll", role: "group", "aria-label": label }, ...children);
+  FITS.observe(node);
+  return node;
 }
+
+// What is wider than its place can be scrolled with the keyboard; what fits is no stop of the Tab key.
+const FITS = new ResizeObserver((entries) => entries.forEach(({ target }) => {
+  if (target.scrollWidth > target.clientWidth + 1) target.setAttribute("tabindex", 0);
+  else if (target !== document.activeElement) target.removeAttribute("tabindex");
+}));
 
 function shown(text) {
   return text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
@@ -43,7 +51,7 @@ function short(text, n = 12) {
 
 function token(t, attributes = {}, note = null) {
   const node = el("span", { class: "token", ...attributes }, shown(t.text));
-  if (note !== null) node.append(el("small", {}, note));
+  if (note !== null) node.append(" ", el("small", {}, note));
   return node;
 }
 

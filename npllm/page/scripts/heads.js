@@ -17,7 +17,7 @@ FIGURES.heads = (host, data) => {
   const layer = slider("Layer", 0, n_layer - 1, state.layer, (x) => pick({ layer: x }));
   const head = slider("Head", 0, n_head - 1, state.head, (x) => pick({ head: x }));
   const query = slider("Query", 0, data.tokens.length - 1, state.query, (x) => pick({ query: x }), { format: (k) => `${k} ${short(data.tokens[k].text)}` });
-  const left = el("div", {}, scroll("Attention of every head; arrow keys move, Enter chooses", grid));
+  const left = el("div", {}, scroll("Attention of every head", grid));
   host.append(controls(layer, head, query), el("div", { class: data.tokens.length <= 12 ? "beside" : "" }, left, large));
   REDRAW.push(() => {
     grid.paint();
@@ -29,7 +29,7 @@ FIGURES.heads = (host, data) => {
 function thumbnails(data, pick) {
   const n_head = data.weights[0].length;
   const n = data.tokens.length;
-  const node = el("div", { class: "thumbs", role: "group", "aria-label": "Layers and heads" });
+  const node = el("div", { class: "thumbs", role: "group", "aria-label": "Layers and heads; arrow keys choose another head" });
   node.style.gridTemplateColumns = `max-content repeat(${n_head}, max-content)`;
   node.append(el("span", { class: "name" }, "head"), ...range(n_head).map((h) => el("span", { class: "name" }, String(h))));
   const all = data.weights.map((heads, l) => {

@@ -6,7 +6,9 @@ FIGURES.sharing = (host, data) => {
     state[name] = x;
     draw();
   };
-  const kinds = [["mha", "MHA: each its own"], ["gqa", `GQA: this model, ${data.kinds.gqa.n_kv_head}`], ["mqa", "MQA: one for all"]];
+  const n_own = data.kinds.gqa.n_kv_head;
+  const own = n_own === data.n_head ? "MHA" : n_own === 1 ? "MQA" : "GQA";
+  const kinds = [["mha", "MHA: each its own"], ["gqa", `${own}: this model, ${data.kinds.gqa.n_kv_head}`], ["mqa", "MQA: one for all"]];
   const most = Math.floor(Math.log2(data.context_length));
   host.append(controls(radios("Key/value heads", kinds, "gqa", change("kind")), slider("Length of the context", 0, most, state.n, change("n"), { format: (k) => commas(2 ** k) })), place);
   draw();

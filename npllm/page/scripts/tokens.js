@@ -15,7 +15,7 @@ FIGURES.tokens = (host, data) => {
   data.tokens.forEach((t, n) => {
     const node = button("", () => pick(n));
     node.className = "token";
-    node.append(shown(t.text), el("small", {}, String(t.id)));
+    node.append(shown(t.text), " ", el("small", {}, String(t.id)));
     buttons.append(node);
   });
   const vectors = el("div", {});
