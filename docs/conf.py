@@ -46,7 +46,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PY
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings have types with axes
 autodoc_mock_imports = [
-    name for name in ("torch", "starlette", "uvicorn") if importlib.util.find_spec(name) is None
+    name
+    for name in ("torch", "starlette", "uvicorn", "lm_eval")
+    if importlib.util.find_spec(name) is None
 ]
 numpydoc_show_class_members = False
 

@@ -1,6 +1,7 @@
 """The forward pass: from token ids to logits, with or without a cache."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from npllm.models.params import Params
 from npllm.models.patch import Patch, value_names
 from npllm.models.rotations import Rotations
 from npllm.models.row_caches import RowCaches, rowwise_attention, transact_all
-from npllm.ops.opset import Ops
+from npllm.ops.opset import Ops, Step
 from npllm.progress import warn
 
 __all__ = ["PREFILL_CHUNK", "CausalLM", "Tokens"]
@@ -140,6 +141,9 @@ class CausalLM(ModelBase):
 
         def call(draft: KVCache | None) -> Array:
             tokens = self.check_tokens(input_ids, attention_mask, position_ids, draft)
+            logits = self._decode_step(tokens, draft) if tap is None else None
+            if logits is not None:
+                return logits
             hidden = self._hidden(tokens, draft, tap)
             if self.config.head == "sequence":
                 return self._classify_sequences(hidden, tokens, attention_mask is not None)
@@ -272,7 +276,12 @@ class CausalLM(ModelBase):
 
         def call(draft: KVCache | None) -> Array:
             tokens = Tokens(ids, valid, counted_positions(valid, ids.shape[1]))
-            return self._head(self._hidden(tokens, draft, None), n_keep, None)
+            logits = self._decode_step(tokens, draft)
+            return (
+                self._head(self._hidden(tokens, draft, None), n_keep, None)
+                if logits is None
+                else logits
+            )
 
         return self._transact(cache, call)
 
@@ -325,7 +334,7 @@ class CausalLM(ModelBase):
             sin,
             self._rules,
             rowwise_attention(self.ops),
-            RowCaches(drafts),
+            RowCaches(drafts, {}),
         )
         for token, (draft, position), variant in zip(ids, rows, variants, strict=True):
             seen = np.ones((1, draft.n_ctx + 1), bool)
@@ -416,7 +425,7 @@ class CausalLM(ModelBase):
     def check_tokens(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: KVCache | None
     ) -> Tokens:
-        """Check the arguments of a call, as in `__call__`: the one door for ids from outside.
+        """Check the arguments of a call, as in `__call__`; ids of a caller are checked here only.
 
         Returns
         -------
@@ -437,6 +446,62 @@ class CausalLM(ModelBase):
         if position_ids is None:
             return Tokens(ids, valid, counted_positions(valid, n_seq))
         return Tokens(ids, valid, check_positions(position_ids, n_batch, n_seq))
+
+    def greedy_ids(self, ids: Array, valid: Array, cache: KVCache, n: int) -> Array | None:
+        """Choose the n most likely tokens, one after another, where the set does so on the device.
+
+        Parameters
+        ----------
+        ids : int64 array [n_batch, 1]
+            As in `last_logits`.
+        valid : bool array [n_batch, n_ctx]
+        cache : KVCache
+            Takes the new ids and all chosen ones but the last.
+        n : int
+
+        Returns
+        -------
+        chosen : int64 array [n_batch, n]
+            NumPy; None, and an unchanged cache, where the set has no such step for this call, a row
+            changes its RoPE frequencies on the way, or logits are no distribution.
+        """
+
+        def call(draft: KVCache | None) -> Array | None:
+            tokens = Tokens(ids, valid, counted_positions(valid, ids.shape[1]))
+            return self._decode_step(tokens, draft, n_greedy=n)
+
+        return self._transact(cache, call)
+
+    def _decode_step(
+        self, tokens: Tokens, cache: KVCache | None, n_greedy: int = 0
+    ) -> Array | None:
+        """Logits [n_batch, 1, n_vocab] of one new token a row, or tokens [n_batch, n_greedy], by
+        the set's kernel for a whole step; None where it has none for this call.
+        """
+        run = self.ops.decode_step
+        if run is None or cache is None or not cache.n_ctx or tokens.ids.shape[1] != 1:
+            return None
+        n_batch, more = len(tokens.ids), np.arange(max(1, n_greedy))
+        positions = np.broadcast_to(tokens.positions, (n_batch, 1)) + more
+        variants = self._rotations.variants(positions[:, :1], n_batch, cache)
+        changes = self._rotations.variants(positions, n_batch, cache) != variants
+        if self.config.head != "lm" or changes.any():
+            return None
+        self._recompute_rows(cache, variants)
+        tables = partial(self._rotations.tables, self.ops)
+        found = run(tokens, variants, self.params, self._step(cache), tables, n_greedy)
+        if found is NotImplemented or (n_greedy and (found < 0).any()):
+            return None
+        ids = np.append(tokens.ids, found[:, :-1], axis=1) if n_greedy else tokens.ids
+        added = np.ones((n_batch, len(more) - 1), bool)
+        cache.advance(ids, positions, np.append(tokens.valid, added, axis=1), variants)
+        return found
+
+    def _step(self, cache: KVCache) -> Step:
+        """What a kernel for a whole step is told besides tokens and weights."""
+        config = self.config
+        n_head, n_kv_head = config.num_attention_heads, config.num_key_value_heads
+        return Step(None, None, n_head, n_kv_head, config.rms_norm_eps, self._rules, cache)
 
     def _hidden(self, tokens: Tokens, cache: KVCache | None, tap: Tap | None) -> Array:
         """Send tokens through the layers, in chunks where a cache keeps what was computed."""

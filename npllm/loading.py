@@ -86,7 +86,8 @@ def load(
         To what the inputs of linear maps of 17 rows and more (a prefill, not decoding) are rounded:
         "float32": not at all; "int8" or "int16": integers with one scale for each 32 or 64
         adjacent entries, for weights in int8 or in blocks; "bfloat16": for bfloat16 weights.
-        None: "float32".  See `npllm.ops.rounded.rounded_linear`.
+        None: on the fastest set, where weights are in int8 or in blocks, what
+        `npllm.kernels.ops_for` chooses; else "float32".  See `npllm.ops.rounded.rounded_linear`.
     adapter : str or Path, optional
         Folder of a LoRA adapter that PEFT saved; see `Model.load_adapter`.
 
@@ -118,7 +119,8 @@ def _load(
 ) -> Any:
     """Load what a path is."""
     xp = backend_namespace(backend)
-    ops = choose_ops(ops, backend_name(xp), activations)
+    chosen = choose_ops(ops, backend_name(xp), activations)
+    ops = ops if activations is None else chosen  # else the weights say what is rounded
     folder = checkpoint_folder(path)
     if is_gguf(folder):
         return load_gguf(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)

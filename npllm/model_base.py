@@ -5,7 +5,7 @@ from typing import Any
 
 from npllm.arguments import native_weights
 from npllm.arrays import array_namespace, backend_name
-from npllm.kernels import SETS, choose_ops
+from npllm.kernels import SETS, choose_ops, ops_for
 from npllm.ops.opset import Ops
 from npllm.quantized.activations import check_applies
 
@@ -35,7 +35,7 @@ class ModelBase:
         """Derive what depends on the weights: their library, and the set of operations for it."""
         self.params = native_weights(self.params)
         self._xp = array_namespace(self._an_array())
-        self.ops = choose_ops(ops, backend_name(self._xp))
+        self.ops = ops_for(self.params, ops, backend_name(self._xp))
         check_applies(self.params, self.ops.activations)
 
     def _an_array(self) -> Any:

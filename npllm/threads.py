@@ -22,6 +22,7 @@ __all__ = ["n_threads", "run_blocks", "scratch", "set_threads", "threads_are_fix
 
 Array = Any
 
+LINE = 64  # bytes of a cache line
 KEPT = 2**26  # bytes of the largest buffer that outlives its use
 VARIABLES = (
     "OMP_NUM_THREADS",
@@ -229,7 +230,7 @@ def run_blocks(function: Callable[[Any], Any], blocks: Sequence[Any]) -> None:
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """Lend a buffer of this thread's own, not cleared; it is valid until the thread asks for `name`
-    again.
+    again.  It begins at a multiple of 64 bytes: a vector, or a row of a tile, is one cache line.
 
     A new array costs the time in which the system clears its pages; one of more than KEPT bytes is
     new each time all the same, so that the longest input ever seen does not occupy memory for good.
@@ -237,7 +238,15 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     buffers = _local.__dict__.setdefault("buffers", {})
     size = prod(shape)
     if size * np.dtype(dtype).itemsize > KEPT:
-        return np.empty(shape, dtype)
+        return _aligned(size, dtype).reshape(shape)
     if name not in buffers or buffers[name].size < size or buffers[name].dtype != dtype:
-        buffers[name] = np.empty(size, dtype)
+        buffers[name] = _aligned(size, dtype)
     return buffers[name][:size].reshape(shape)
+
+
+def _aligned(size: int, dtype: Any) -> Array:
+    """Allocate a vector that begins at a multiple of LINE bytes."""
+    n_bytes = size * np.dtype(dtype).itemsize
+    memory = np.empty(n_bytes + LINE, np.uint8)
+    start = -memory.__array_interface__["data"][0] % LINE
+    return memory[start : start + n_bytes].view(dtype)

@@ -12,6 +12,9 @@
     checkouts A B       prefill and decoding of two checkouts of npllm
     lookup              20 prompts with and without prompt lookup
     contention          decoding beside 0, 1, 2 and 4 busy processes, and in two processes at once
+    serve -m FILE.gguf  a server's tokens/s at 1, 4 and 16 clients, beside llama-cpp-python's
+    adapters            decoding without a LoRA adapter, under one, and with it merged
+    evaluate            requests of lm-eval, beside lm-eval's model "hf" (needs lm_eval)
     attention           the definition, both schedules, a window, and torch, by sequence length
 
 Every contender is a process of its own.  They run in turns (A B A B ...), so that a slow period of
@@ -21,7 +24,19 @@ The commands are in scripts/bench/; those that the processes run are hidden from
 """
 
 import click
-from bench import attention, checkouts, contention, engines, generation, lookup, speed, steps
+from bench import (
+    adapters,
+    attention,
+    checkouts,
+    contention,
+    engines,
+    evaluation,
+    generation,
+    lookup,
+    serve,
+    speed,
+    steps,
+)
 
 
 @click.group()
@@ -43,8 +58,12 @@ for command in (
     lookup.lookup,
     contention.contention,
     contention.decode_rates,
+    serve.serve,
     attention.attention,
     attention.attend,
+    adapters.adapters,
+    evaluation.evaluate,
+    evaluation.child,
 ):
     main.add_command(command)
 

@@ -2,7 +2,7 @@
 # Check and measure npllm on a machine with a GPU.  Every figure is on disk as soon as it is known.
 #
 #   scripts/check_gpu.sh                   kernels, tests, weights, timings: under ten minutes
-#   scripts/check_gpu.sh --all             the tests that need no GPU as well
+#   scripts/check_gpu.sh --all             scripts/bench_gpu.py and the tests without a GPU as well
 #   scripts/check_gpu.sh --stages rest     some stages only, by name, separated by commas
 #   scripts/check_gpu.sh --rehearse        the same without a GPU, on the stand-in, in small sizes
 #
@@ -25,7 +25,7 @@ device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1
 temporary=""
 while [ $# -gt 0 ]; do
     case $1 in
-        --all) stages="$stages rest" ;;
+        --all) stages="$stages bench $(command -v compute-sanitizer > /dev/null && echo sanitize) rest" ;;
         --stages) [ $# -gt 1 ] || usage; stages=${2//,/ }; shift ;;
         --rehearse) export NPLLM_REHEARSE=1 device=stand-in ;;
         *) usage ;;
@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 for stage in $stages; do
-    case $stage in kernels | tests | weights | timings | rest) ;; *) usage ;; esac
+    case $stage in kernels | tests | weights | timings | bench | sanitize | rest) ;; *) usage ;; esac
 done
 
 export PYTHONPATH="$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}"
@@ -100,6 +100,8 @@ for name in $stages; do
         tests) stage tests 140 python3 -m gpu.tests "$folder" tests ;;
         weights) stage weights 60 python3 -m gpu.weights "$folder" ;;
         timings) stage timings 260 python3 -m gpu.timings "$folder" ;;
+        bench) stage bench 475 python3 scripts/bench_gpu.py "$folder" ;;
+        sanitize) stage sanitize 240 python3 -m gpu.sanitize "$folder" ;;
         rest) stage rest 540 python3 -m gpu.tests "$folder" rest ;;
     esac
 done

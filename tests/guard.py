@@ -46,8 +46,29 @@ OPERATIONS = Counter()
 
 
 def operation(name):
-    """Count one operation of the device."""
+    """Count one operation of the device; none but a kernel goes into a graph."""
+    not_captured(name)
     OPERATIONS[name] += 1
+
+
+def launched(name, run):
+    """Launch a kernel: count and run it, or put it into the graph that is being captured."""
+    if CAPTURED:
+        CAPTURED[-1].append((name, run))
+    else:
+        operation(name)
+        run()
+
+
+CAPTURED = []  # the launches of the graph that is being captured
+
+
+def not_captured(name):
+    """Refuse what must not happen while a stream captures: anything but a launch."""
+    if CAPTURED:
+        raise Refused(
+            f"{name} while a graph is captured: only kernels may be launched, and no memory allocated"
+        )
 
 
 def _made(name, x, *operands):
@@ -83,6 +104,13 @@ class Array:
         Gets.n += 1
         operation("get")
         return self._x.copy()
+
+    def set(self, arr):
+        """Copy from the host, into the same memory."""
+        operation("set")
+        if type(arr) is not np.ndarray or arr.shape != self.shape or arr.dtype != self.dtype:
+            raise Refused(f"set takes a NumPy array of {self.dtype} {list(self.shape)}")
+        self._x[...] = arr
 
     def __len__(self):
         return len(self._x)
@@ -343,6 +371,20 @@ FILLS = True  # whether `empty` writes NaN; a test of counts, at real widths, ne
 UNWRITTEN = {2: 0x7FDD, 4: 0x7FC5DEAD, 8: 0x7FF8DEAD7FC5DEAD}
 
 
+APART = False  # whether arrays lie apart, so that no place behind one is in another
+GAP = 256  # bytes
+
+
+def _apart(x):
+    """A copy between two gaps that are in no array; `x` itself without APART."""
+    if not APART or not x.size or not x.flags.c_contiguous:
+        return x
+    buffer = np.empty(x.nbytes + 2 * GAP, np.uint8)
+    there = buffer[GAP:-GAP].view(x.dtype).reshape(x.shape)
+    there[...] = x
+    return there
+
+
 def _birth(name, parameters):
     def call(*args, **options):
         unknown = set(options) - set(parameters)
@@ -351,11 +393,12 @@ def _birth(name, parameters):
         x = getattr(np, name)(
             *(_plain(name, x) for x in args), **{k: _plain(name, x) for k, x in options.items()}
         )
+        not_captured(name)
         if name != "empty":
-            return _made(name, x)
+            return _made(name, _apart(x))
         if FILLS and x.dtype.kind not in "biu":
             x.view(f"u{x.dtype.itemsize}")[...] = UNWRITTEN[x.dtype.itemsize]
-        return Array(x)
+        return Array(_apart(x))
 
     return call
 
@@ -367,7 +410,7 @@ def _asarray(a, dtype=None):
     return (
         a
         if type(a) is Array and dtype in (None, a.dtype)
-        else _made("asarray", np.array(a._x if type(a) is Array else a, dtype=dtype))
+        else _made("asarray", _apart(np.array(a._x if type(a) is Array else a, dtype=dtype)))
     )
 
 
@@ -409,10 +452,28 @@ class Pointer:
 
 
 class Stream:
-    """`cupy.cuda.Stream`: what is queued on it runs when somebody waits."""
+    """`cupy.cuda.Stream`: what is queued on it runs when somebody waits.
 
-    def __init__(self):
-        self.queue = []
+    While it captures, launches are recorded and do not run, and everything else is refused.
+    """
+
+    def __init__(self, null=False, non_blocking=False):
+        self.queue, self.may_capture = [], non_blocking and not null
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if CAPTURED:
+            CAPTURED.pop()
+
+    def begin_capture(self):
+        if not self.may_capture:
+            raise Refused("a capture needs a stream that is not the default one")
+        CAPTURED.append([])
+
+    def end_capture(self):
+        return Graph(CAPTURED.pop())
 
     def run(self, n):
         for copy in self.queue[:n]:
@@ -423,6 +484,18 @@ class Stream:
 
     def synchronize(self):
         self.run(len(self.queue))
+
+
+class Graph:
+    """`cupy.cuda.graph.Graph`: launches that were captured; `names` lists their kernels."""
+
+    def __init__(self, launches):
+        self.launches, self.names = launches, [name for name, _ in launches]
+
+    def launch(self, stream=None):  # noqa: ARG002 - as CuPy's
+        operation("graph")
+        for _, run in self.launches:
+            run()
 
 
 STREAM = Stream()
@@ -492,6 +565,7 @@ def _library():
         is_available=lambda: True,
         alloc_pinned_memory=PinnedMemory,
         Event=Event,
+        Stream=Stream,
         get_current_stream=lambda: STREAM,
     )
     xp.get_default_pinned_memory_pool = lambda: types.SimpleNamespace(free_all_blocks=lambda: None)

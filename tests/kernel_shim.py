@@ -237,10 +237,14 @@ def launch(kernel, definitions, n_blocks, n_threads, *arguments, text=None):
     assert text or definitions in cuda.VARIANTS[kernel], (
         "a variant that is not compiled by the tests"
     )
-    LAUNCHES.append(kernel)
-    guard.operation(kernel)
     seed = SEEDS[-1] if SEEDS else None
-    compiled(kernel, definitions, text, seed is not None).run(n_blocks, n_threads, arguments, seed)
+    library = compiled(kernel, definitions, text, seed is not None)
+
+    def run():
+        LAUNCHES.append(kernel)
+        library.run(n_blocks, n_threads, arguments, seed)
+
+    guard.launched(kernel, run)
 
 
 def ran(function, *kernels):

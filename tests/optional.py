@@ -13,7 +13,7 @@ REQUIRED = os.environ.get("NPLLM_REQUIRE_ALL") == "1"
 REQUIRED_SERVE = os.environ.get("NPLLM_REQUIRE_SERVE") == "1"
 REQUIRED_LIVE = os.environ.get("NPLLM_REQUIRE_LIVE") == "1"
 LIVE = ("torch", "transformers", "jax", "onnx", "peft", "lm_eval")
-SERVE = ("starlette", "uvicorn", "openai", "httpx")
+SERVE = ("starlette", "uvicorn", "openai", "httpx", "ray")
 PACKAGES = (
     "array_api_strict",
     "click",

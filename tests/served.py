@@ -8,9 +8,9 @@ import numpy as np
 import tiny
 
 import npllm
+from npllm.batching.engine import Engine
+from npllm.batching.job import Job
 from npllm.decoding.options import resolve_options
-from npllm.serve.engine import Engine
-from npllm.serve.job import Job
 
 CONTEXT = 256
 

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import optional
 import pytest
-from blocks import random_weight
+from blocks import FORMAT_NAMES, random_weight
 from close import close
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +20,8 @@ from npllm.errors import NpllmValueError
 from npllm.ops.rounded import FEWEST_ROWS, rounded_linear
 from npllm.quantized.activations import (
     ACTIVATIONS,
+    DEFAULTS,
+    default_activations,
     is_rounded_for,
     restore,
     round_activations,
@@ -147,7 +149,7 @@ def test_a_model_says_what_it_rounds_and_keeps_it_through_a_pickle(folder, dtype
     again = pickle.loads(pickle.dumps(model))
     assert again.ops is model.ops
     ids = random_ids(1, 24)
-    plain = npllm.load(folder, dtype=dtype, ops=ops_name)
+    plain = npllm.load(folder, dtype=dtype, ops=ops_name, activations="float32")
     assert plain.ops.activations == "float32"
     few = ids[:, : FEWEST_ROWS - 1]
     close(model(few), plain(few), times=0)
@@ -199,3 +201,53 @@ def test_without_numba_the_definition_runs(folder, monkeypatch):
 def test_activations_are_listed_in_the_docstring_of_load():
     for kind in ACTIVATIONS:
         assert f'"{kind}"' in npllm.load.__doc__
+
+
+# ------------------------------------------------------------------------- what None stands for
+
+
+class Weights:
+    """Layers of a vector and a matrix each, of these types."""
+
+    def __init__(self, *names):
+        made = {"int8": quantize(rows(4, 256)), "float": rows(4, 256)}
+        packed = {x: random_weight(x, 4, 256) for x in names if x not in made}
+        self.layers = tuple((rows(1, 256)[0], (made | packed)[x]) for x in names)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["float"], "float32"),
+        (["int8"], "int16"),
+        (["Q8_0"], "int16"),
+        (["Q6_K"], "float32"),
+        (["Q5_K"], "int8"),
+        (["Q4_K", "Q4_K", "Q6_K"], "int8"),
+        (["Q6_K", "Q6_K", "Q4_K"], "float32"),
+        (["float", "float", "Q4_0"], "int8"),
+    ],
+)
+def test_the_type_of_most_weights_says_what_is_rounded(names, kind):
+    assert default_activations(Weights(*names)) == kind
+
+
+def test_every_packed_type_has_a_default():
+    assert set(DEFAULTS) == {"int8", *FORMAT_NAMES} and set(DEFAULTS.values()) <= set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("has_instruction", [True, False])
+def test_the_fastest_set_rounds_by_itself_where_bytes_are_multiplied_faster(
+    folder, monkeypatch, has_instruction
+):
+    monkeypatch.setattr(kernels, "multiplies_integers", lambda: has_instruction)
+    is_compiled = kernels.compiled_ops() is not None
+    kind = "int16" if has_instruction and is_compiled else "float32"
+    model = npllm.load(folder, dtype="int8")
+    assert model.ops.activations == kind
+    assert model.ops is kernels.choose_ops(None, activations=kind)
+    assert pickle.loads(pickle.dumps(model)).ops is model.ops
+    for plain in ("reference", "blockwise", kernels.fastest_ops(), kernels.tiled_ops()):
+        assert npllm.load(folder, dtype="int8", ops=plain).ops.activations == "float32"
+    assert npllm.load(folder, dtype="int8", activations="float32").ops is kernels.fastest_ops()
+    assert npllm.load(folder).ops is kernels.fastest_ops()

@@ -217,13 +217,41 @@ def test_a_cache_gives_what_recomputing_gives(name, folder):
     close(np.concatenate(steps, axis=1), model(IDS), times=4)
 
 
-def test_a_row_has_the_same_bits_alone_and_in_company(tmp_path):
-    tensors = lora.factors(CONFIG, ALL, rank=3)
-    model = adapted(lora.write_adapter(tmp_path / "a", tensors, ALL, r=3), "fast")
-    ids = tiny.random_ids(8, 1)
-    together = model(ids)
-    if model.ops.name == "compiled":
-        close(np.concatenate([model(ids[i : i + 1]) for i in range(8)]), together, times=0)
+@pytest.mark.parametrize("leaves", [lora.FUSED, ("k_proj", "up_proj", "down_proj"), ("o_proj",)])
+def test_a_row_has_the_same_bits_alone_and_in_company(leaves, tmp_path):
+    tensors = lora.factors(CONFIG, leaves, rank=3)
+    model = adapted(lora.write_adapter(tmp_path / "a", tensors, leaves, r=3), "fast")
+    if model.ops.name != "compiled":
+        pytest.skip("a promise of the compiled set")
+    ids = tiny.random_ids(5, 5)
+
+    def decoded(rows):
+        cache = model.new_cache(len(rows))
+        model(rows[:, :3], cache=cache)
+        return np.concatenate([model(rows[:, n : n + 1], cache=cache) for n in (3, 4)], axis=1)
+
+    alone = np.concatenate([decoded(ids[row : row + 1]) for row in range(5)])
+    close(decoded(ids), alone, times=0)
+    close(alone, adapted(tmp_path / "a")(ids)[:, 3:], times=8)
+
+
+def test_the_kernels_of_half_a_layer_run(folder):
+    model = adapted(folder, "fast")
+    if model.ops.name != "compiled":
+        pytest.skip("kernels of the compiled set")
+    taken = []
+    for name in ("attention_block", "mlp_block"):
+        kernel = getattr(model.ops, name)
+
+        def counted(x, layer, step, kernel=kernel):
+            y = kernel(x, layer, step)
+            taken.append(y is not NotImplemented)
+            return y
+
+        model = model.on(model.ops.replace(**{name: counted}))
+    cache = model.new_cache(2)
+    model(IDS[:, :1], cache=cache)
+    assert taken == [True] * (2 * CONFIG["num_hidden_layers"])
 
 
 def test_a_cache_does_not_survive_a_switch(folder):

@@ -1,7 +1,6 @@
 """LoRA adapters that PEFT wrote, and the logits that PEFT gives, wherever it is installed."""
 
 import numpy as np
-import optional
 import pytest
 import tiny
 from close import close
@@ -11,7 +10,7 @@ from npllm.errors import NpllmValueError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft") if optional.may_be_missing("peft") else __import__("peft")
+peft = pytest.importorskip("peft")
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]
 transformers.logging.set_verbosity_error()

@@ -15,6 +15,7 @@ from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import invoke
+from seeds import draws
 
 import npllm
 from npllm.analysis.score import score
@@ -65,7 +66,7 @@ def exhaustive(model, prompt, stops, n_new, length_penalty):
     return sorted(found, reverse=True)
 
 
-@settings(max_examples=6)
+@settings(max_examples=draws(3, 6))
 @given(seed=st.integers(0, 999), length_penalty=PENALTIES, n_stop=st.integers(0, 2))
 def test_a_beam_wide_enough_finds_the_best_of_all_answers(seed, length_penalty, n_stop):
     stops = (2, 4)[:n_stop]
@@ -128,7 +129,7 @@ def test_one_beam_that_stops_early_is_greedy(seed):
     assert beams.sequences[0].tolist() == greedy.tolist()
 
 
-@settings(max_examples=8)
+@settings(max_examples=draws(4, 8))
 @given(seed=st.integers(0, 999), early=st.sampled_from([True, False, "never"]), data=st.data())
 def test_the_answers_of_a_prompt_do_not_depend_on_the_others_of_the_batch(seed, early, data):
     """Under a window and under longrope, whose rows change their frequencies one by one."""
@@ -185,7 +186,7 @@ def to_the_end(model, prompt, num_beams, n_new, length_penalty):
     return sorted(finished, reverse=True)[:num_beams]
 
 
-@settings(max_examples=20)
+@settings(max_examples=draws(8, 20))
 @given(
     seed=st.integers(0, 999),
     length_penalty=st.sampled_from([-2.0, -1.0, -0.3, 1.0, 3.0]),

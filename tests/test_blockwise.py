@@ -9,6 +9,7 @@ import pytest
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import draws
 from strategies import compute_dtypes, seeds
 from test_mask_rules import N_BATCH, N, any_rule, said
 
@@ -71,7 +72,7 @@ def with_table(options, visible):
 
 
 @given(calls(), blocks, blocks, schedules)
-@settings(max_examples=150)
+@settings(max_examples=draws(60, 150))
 def test_any_rule_over_any_slots_and_blocks_equals_the_definition_with_the_full_table(
     call, block_q, block_k, outer
 ):

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
-from gpu import cases, kernels, measure, weights  # noqa: E402
+from gpu import bench_groups, cases, kernels, measure, weights  # noqa: E402
 
 pytestmark = pytest.mark.slow
 HELD = (
@@ -37,9 +37,10 @@ SHORT = {  # little of each stage, for the runs with faults
     "NPLLM_ONLY_kernels": "swiglu rms_norm",
     "NPLLM_PYTEST_tests": "-k test_a_large_product",
     "NPLLM_ONLY_timings": "logits parity/smollm2/blockwise",
+    "NPLLM_ONLY_bench": "copy transformers",
     "NPLLM_PYTEST_rest": "tests/test_ops_norm.py",
 }
-STAGES = ("kernels", "tests", "weights", "timings", "rest")
+STAGES = ("kernels", "tests", "weights", "timings", "bench", "rest")
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +202,25 @@ def test_weights_and_timings_are_complete(whole):
         assert record["status"] == ("not run" if wanted == "why" else "passed")
 
 
+def test_the_benchmark_is_complete_and_beside_the_predictions(whole):
+    """Every figure of it, and for each kernel of a step its bytes in a second."""
+    found = {record["name"]: record for record in whole["stages"]["bench"]["records"]}
+    kernels_ = {"embed", "qkv", "rope", "attention", "o", "gate_up", "down", "lm_head"}
+    assert {f"kernels/{name}" for name in kernels_} <= set(found)
+    assert {"copy/device", "npllm/load", "npllm/cache on", "npllm/cache off"} <= set(found)
+    assert sum("decode" in name for name in found) >= 9
+    assert sum("prefill" in name for name in found) == len(bench_groups.PROMPTS)
+    for name, record in found.items():
+        peer = name.startswith(("transformers/", "vllm/"))
+        assert record["status"] == ("not run" if peer else "passed"), record
+
+
 PLANTS = {
     "kernels": "kill@kernels/1",
     "tests": "kill@tests/1",
     "weights": "kill@weights/1",
     "timings": "kill@timings/1",
+    "bench": "kill@bench/1",
     "rest": "kill@rest/3",
 }
 

@@ -104,7 +104,7 @@ def test_a_right_run_is_not_accused(bundle):
         assert {row.status for row in found.rows} <= {"within", "amplified"}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bundle", RIGHT)
 def test_a_right_run_in_16_bits_is_not_accused(bundle, dtype):
     values = planted_runs.right_run(bundle, dtype=dtype, ops=ops.emulate(dtype))
@@ -141,7 +141,9 @@ def indexed(values, gold, **changes):
 # ------------------------------------------------------------------ partly recorded
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 12))]
+)
 def test_the_first_recorded_descendant_is_accused(seed):
     rng = np.random.default_rng(SEED + seed)
     print("seed", SEED + seed)

@@ -5,6 +5,7 @@ any access (tests/cuda_checks.h).  The kernels are clean; faults planted into co
 each caught.  A failure names the seed, the lines and the threads.
 """
 
+import guard
 import kernel_shim
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from guard import moved
 from kernel_shim import KernelFault, checking, needs_gxx
 
 from npllm.kernels import cuda
+from npllm.kernels.cuda import launching
 
 on_cuda = Composed(cuda.CUDA)
 pytestmark = needs_gxx
@@ -23,6 +25,7 @@ slow = pytest.mark.slow
 def _on_the_stand_in():
     with pytest.MonkeyPatch.context() as monkeypatch:
         kernel_shim.installed(monkeypatch)
+        monkeypatch.setattr(guard, "APART", True)
         yield
 
 
@@ -33,12 +36,26 @@ def drawn(*shapes):
 
 
 def norm_linear():
-    x, gain, weight = drawn((3, 1100), (1100,), (9, 1100))
+    x, gain, weight = drawn((3, 4200), (4200,), (9, 4200))
     return on_cuda.norm_linear(x, gain, 1e-5, weight)
 
 
 def rope_attention():
     return on_cuda.rope_attention(*drawn((2, 3, 3 * 64), (3, 32), (3, 32)), 1, 1)
+
+
+def chosen(logits):
+    """The tokens that choose.cu finds, and where the rows stand afterwards."""
+    n_batch, n_vocab = logits.shape
+    state, tokens = (
+        guard.xp.zeros((4, n_batch), dtype=np.int64),
+        guard.xp.zeros((n_batch, 2), dtype=np.int64),
+    )
+    sizes = np.uint32(n_vocab), np.int64(2)
+    launching.launch(
+        "choose", (), n_batch, 1024, logits, *(state[i] for i in range(4)), tokens, *sizes
+    )
+    return guard.xp.concat([state, guard.xp.matrix_transpose(tokens)], axis=0)
 
 
 # kernel -> a call that runs it on several blocks, sizes that fill no tile
@@ -49,6 +66,7 @@ CALLS = {
     "rope_append": rope_attention,
     "attention": lambda: cuda.attention(*drawn((2, 18, 64), (2, 40, 64), (2, 40, 64))),
     "attend_one": lambda: cuda.attention(*drawn((2, 1, 64), (2, 70, 64), (2, 70, 64))),
+    "choose": lambda: chosen(drawn((3, 2100))[0]),
     "attend_merge": lambda: cuda.attention(*drawn((1, 1, 64), (1, 300, 64), (1, 300, 64))),
 }
 FAST = ("rms_norm", "no barrier before the sum of the warps")  # g++ takes seconds for each
@@ -68,7 +86,7 @@ def test_a_kernel_is_clean_in_any_order(kernel):
 # (kernel, text, its replacement, what is found)
 RACE, BOUNDS, UNWRITTEN, BARRIER = "race", "out of bounds", "uninitialised", "barrier divergence"
 FIRST_OF_TWO = "        __syncthreads();\n        stage<"
-SECOND_OF_TWO = "        __syncthreads();\n        multiply<"
+SECOND_OF_TWO = "        __syncthreads();\n        for (unsigned at"
 PLANTED = {
     "no barrier before the sum of the warps": (
         "rms_norm",
@@ -99,7 +117,7 @@ PLANTED = {
     "multiplied while others still stage": (
         "linear",
         SECOND_OF_TWO,
-        "        multiply<",
+        "        for (unsigned at",
         (RACE, UNWRITTEN),
     ),
     "every lane writes the sum of its warp": (
@@ -126,6 +144,12 @@ PLANTED = {
         "if (part == 0) scores",
         "scores",
         (RACE,),
+    ),
+    "a choice before all warps have found one": (
+        "choose",
+        "    __syncthreads();\n",
+        "",
+        (RACE, UNWRITTEN),
     ),
     "keys behind the last": ("attend_one", "if (key < n) keys", "keys", (BOUNDS,)),
     "one warp too many": ("attend_merge", "w < WARPS; ++w", "w <= WARPS; ++w", (BOUNDS,)),
@@ -161,3 +185,14 @@ def test_a_planted_fault_is_caught(name, monkeypatch):
     print(f"{name}: {message}")
     assert message.startswith(found), message
     assert "thread" in message and "`" in message and "(seed " in message
+
+
+@slow
+def test_the_choice_is_the_first_of_the_largest():
+    """As NumPy's argmax; -1 where the largest is NaN or infinite, and then the place moves on."""
+    logits = np.random.default_rng(0).standard_normal((5, 3000), dtype=np.float32).round(1)
+    logits[1], logits[2, 2999], logits[3, [7, 2500]], logits[4] = 0, 9, [np.nan, np.inf], -np.inf
+    state = chosen(moved(logits)).get()
+    want = logits.argmax(axis=1)
+    assert (state[0] == want).all() and (state[1:4] == 1).all()
+    assert (state[4] == np.where(np.isfinite(logits.max(axis=1)), want, -1)).all()

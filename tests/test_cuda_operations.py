@@ -15,7 +15,7 @@ from guard import moved
 
 import npllm
 from npllm.config.config import Config
-from npllm.kernels.cuda import launching
+from npllm.kernels.cuda import decode, launching
 from npllm.models.params import LayerParams, Params
 
 MOST_A_TOKEN, MOST_A_LAYER = 500, 12
@@ -52,7 +52,9 @@ def _counted():
     with pytest.MonkeyPatch.context() as monkeypatch:
         guard.installed(monkeypatch)
         monkeypatch.setattr(guard, "FILLS", False)
-        monkeypatch.setattr(launching, "launch", lambda kernel, *_: guard.operation(kernel))
+        monkeypatch.setattr(
+            launching, "launch", lambda kernel, *_: guard.launched(kernel, lambda: None)
+        )
         yield
 
 
@@ -61,8 +63,10 @@ def zeros(*shape, dtype=ml_dtypes.bfloat16):
     return guard.Array(np.zeros(shape, dtype))
 
 
-def model_of(name, dtype=ml_dtypes.bfloat16, **changes):
-    """A model of a real config; its layers share their weights."""
+def model_of(name, dtype=ml_dtypes.bfloat16, *, engine=False, **changes):
+    """A model of a real config; its layers share their weights.  With the decode engine or without
+    it, kernel by kernel, as where it does not apply.
+    """
     config = Config.from_json(
         {
             "architectures": ["Phi3ForCausalLM"],
@@ -94,10 +98,9 @@ def model_of(name, dtype=ml_dtypes.bfloat16, **changes):
         post_attention_layernorm=zeros(d_model, dtype=dtype),
     )
     table = zeros(config.vocab_size, d_model, dtype=dtype)
-    return npllm.Model(
-        config,
-        Params(table, (layer,) * config.num_hidden_layers, zeros(d_model, dtype=dtype), table),
-    )
+    params = Params(table, (layer,) * config.num_hidden_layers, zeros(d_model, dtype=dtype), table)
+    model = npllm.Model(config, params)
+    return model if engine else model.on(model.ops.replace(decode_step=None))
 
 
 def filled(model, n_batch, n_ctx, n_padding=0):
@@ -158,6 +161,28 @@ def test_operations_a_token(name, n_ctx):
         "a cache of a power of two is full: keys and values move"
     )
     assert sum(counts.values()) <= 16, f"around the layers: {counts}"
+
+
+@pytest.mark.parametrize(
+    "name", ["SmolLM2-135M", pytest.param("Phi-3-mini-4k", marks=pytest.mark.slow)]
+)
+def test_operations_a_token_on_the_engine(name):
+    """One graph, whatever the length; the ids there, the logits back, and a copy of them."""
+    model = model_of(name, engine=True)
+    cache = filled(model, 1, 100)
+    for n in range(3):  # eager, captured, replayed
+        mask = np.ones((1, 101 + n), bool)
+        guard.OPERATIONS.clear()
+        model.last_logits(np.full((1, 1), 7), mask, cache).get()
+    assert guard.OPERATIONS == {"set": 1, "graph": 1, "astype": 1, "get": 1}
+    (plan,) = (plan for draft, plan in decode._PLANS.items() if draft is cache._draft)
+    layer = ["linear", "rope_append", "attend_one", "linear", "linear", "linear"]
+    n_layer = model.config.num_hidden_layers
+    assert plan._graphs["step"].names == ["embed", *layer * n_layer, "linear"]
+    assert model.greedy_ids(np.full((1, 1), 7), np.ones((1, 104), bool), cache, 8) is not None
+    guard.OPERATIONS.clear()
+    model.greedy_ids(np.full((1, 1), 7), np.ones((1, 112), bool), cache, 8)
+    assert guard.OPERATIONS == {"set": 1, "graph": 8, "get": 1}, "eight tokens, one wait"
 
 
 @every_config

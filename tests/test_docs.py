@@ -17,7 +17,9 @@ from npllm import ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
-LONG = ("explain", "precision")  # take seconds; their own tests run them on small models
+# These take seconds; their own tests run them on small models.
+LONG = ("explain", "precision", "quantise", "trace")
+LIVE = {"evaluate": ("lm_eval",)}  # pages whose examples need packages that CI installs last
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -74,7 +76,8 @@ def page_params():
         pytest.param(
             page,
             marks=[pytest.mark.weights] * needs_weights(page)
-            + [pytest.mark.slow] * (page.stem in LONG),
+            + [pytest.mark.slow] * (page.stem in LONG)
+            + [pytest.mark.live, pytest.mark.filterwarnings("ignore")] * (page.stem in LIVE),
             id=page.name,
         )
         for page in PAGES
@@ -83,6 +86,8 @@ def page_params():
 
 @pytest.mark.parametrize("page", page_params())
 def test_examples_run_in_the_order_they_stand(page):
+    for package in LIVE.get(page.stem, ()):
+        pytest.importorskip(package)
     run(page)
 
 
@@ -95,13 +100,21 @@ def commands(page):
     ]
 
 
+def every_command():
+    """Each command with whether it is slow: what takes seconds, and what names a command again."""
+    seen = set(LONG)
+    for command in dict.fromkeys(command for page in PAGES for command in commands(page)):
+        name = command.split()[1]
+        yield command, name in seen
+        seen.add(name)
+
+
 @pytest.mark.usefixtures("default_model")
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=[pytest.mark.slow] * (command.split()[1] in LONG))
-        for page in PAGES
-        for command in commands(page)
+        pytest.param(command, marks=[pytest.mark.slow] * is_slow)
+        for command, is_slow in every_command()
     ],
 )
 def test_commands_run(command, tmp_path, monkeypatch):

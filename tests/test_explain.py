@@ -525,12 +525,9 @@ def test_the_command_reports_errors(model, tmp_path):
 
 
 @pytest.mark.weights
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "prompt",
-    [
-        "The capital of France is",
-        pytest.param("The dog chased the squirrel because it", marks=pytest.mark.slow),
-    ],
+    "prompt", ["The capital of France is", "The dog chased the squirrel because it"]
 )
 def test_the_page_of_the_default_model(default_model, prompt):
     page = npllm.explain(default_model, prompt)

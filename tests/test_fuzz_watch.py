@@ -107,7 +107,11 @@ def test_no_case_begins_after_the_time_is_over(scripts):
 
 @pytest.mark.parametrize(
     ("name", "packages"),
-    [("gguf", ["gguf"]), ("hub", ["huggingface_hub", "filelock"]), ("tokenizer", [])],
+    [
+        ("gguf", ["gguf"]),
+        pytest.param("hub", ["huggingface_hub", "filelock"], marks=pytest.mark.slow),
+        pytest.param("tokenizer", [], marks=pytest.mark.slow),
+    ],
 )
 def test_a_mode_runs_without_escapes_and_reaches_both_sides(scripts, name, packages):
     for package in packages:

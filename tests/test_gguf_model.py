@@ -54,12 +54,18 @@ def test_logits_are_those_of_the_widened_folder(tmp_path, arch, kind):
     path, found = write_tiny(tmp_path / "x.gguf", arch, kind)
     want = only(write_twin(tmp_path / "twin", found, arch))(IDS)
     for fast in SETS.values():
-        m = npllm.load(path, ops=fast)
+        m = npllm.load(path, ops=fast, activations="float32")
         close(m(IDS), want, dtype="float32", times=8)
 
 
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        pytest.param(arch, name, marks=[pytest.mark.slow] * ((n + m) % 2))
+        for n, arch in enumerate(ARCHS)
+        for m, name in enumerate(SETS)
+    ],
+)
 def test_a_file_in_mixed_types_decodes_token_by_token(tmp_path, arch, name):
     path, found = write_tiny(tmp_path / "x.gguf", arch, q4_k_m)
     want = only(write_twin(tmp_path / "twin", found, arch))(IDS)
@@ -74,7 +80,7 @@ def test_a_file_in_mixed_types_decodes_token_by_token(tmp_path, arch, name):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_tied_file_uses_one_matrix(tmp_path, arch):
     path, found = write_tiny(tmp_path / "x.gguf", arch, "Q8_0", tied=True)
-    m = npllm.load(path)
+    m = npllm.load(path, activations="float32")
     assert m.params.lm_head is m.params.embed_tokens and m.config.tie_word_embeddings
     want = only(write_twin(tmp_path / "twin", found, arch))(IDS)
     close(m(IDS), want, dtype="float32", times=8)
@@ -252,7 +258,8 @@ def test_longrope_gives_the_logits_of_its_folder(tmp_path):
         tmp_path / "t", found, original_max_position_embeddings=16, rope_scaling=scaling
     )
     for n in (9, 20):
-        close(npllm.load(path)(IDS[:, :n]), only(twin)(IDS[:, :n]), dtype="float32", times=8)
+        m = npllm.load(path, activations="float32")
+        close(m(IDS[:, :n]), only(twin)(IDS[:, :n]), dtype="float32", times=8)
 
 
 def test_llama3_is_found_by_its_frequencies(tmp_path):
@@ -516,6 +523,7 @@ def test_the_default_model_runs_from_its_file(default_gguf, default_model):
     np.testing.assert_array_equal(packed.argmax(-1)[is_clear], converted.argmax(-1)[is_clear])
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_converted_weights_are_those_of_the_file_in_bfloat16(default_gguf, default_model):
     m = npllm.load(default_gguf, dtype="bfloat16")
@@ -537,6 +545,7 @@ def test_the_default_model_has_the_tokenizer_of_its_folder(default_gguf, default
     )
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_kernels_agree_with_float64_on_the_default_file(default_gguf):
     ids = np.array([[504, 3575, 282]])

@@ -20,6 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, documented_calls, examples, normal
 from test_cuda_decode import VARIANTS, one_query, products
+from test_cuda_engine import KINDS as ENGINE_KINDS
+from test_cuda_engine import fed
 from test_cuda_special import (
     CALLS,
     NAMES,
@@ -37,7 +39,7 @@ import npllm
 from npllm import ops
 from npllm.arrays import to_numpy
 from npllm.kernels import cuda
-from npllm.kernels.cuda import launching
+from npllm.kernels.cuda import launching, plan
 from npllm.ops.mask import causal, left_padding, sliding_window
 
 on_cuda = Composed(cuda.CUDA)
@@ -382,6 +384,31 @@ def test_logits_of_tiny_models(set_, kind, dtype):
             here(ids[:, start:stop], cache=caches[0]),
             times=20,
         )
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values())
+@pytest.mark.parametrize("kind", ["window"] if REHEARSAL else ENGINE_KINDS)
+def test_the_decode_engine(kind, dtype, monkeypatch):
+    """Eager, captured and replayed; a row alone has the same bits; queued greedy tokens are those
+    of the logits.
+    """
+    graphs, captured = [], plan.captured
+    monkeypatch.setattr(plan, "captured", lambda run: graphs.append(1) or captured(run))
+    here, there = model_pair(cuda.CUDA, dtype, **{"hidden_size": 128} | ENGINE_KINDS[kind])
+    ids = tiny.random_ids(3, 9 if REHEARSAL else 40)
+    want, (got, _) = fed(here, ids, 5)[0], fed(there, ids, 5)
+    same("decode engine", moved(got), want, times=20)
+    assert graphs
+    assert fed(there, ids[1:2], 5)[0][0].tobytes() == got[1].tobytes()
+    caches = [there.new_cache(3) for _ in range(2)]
+    for cache in caches:
+        there.last_logits(ids[:, :5], np.ones((3, 5), bool), cache)
+    queued = there.greedy_ids(ids[:, 5:6], np.ones((3, 6), bool), caches[0], 6)
+    one = ids[:, 5:6]
+    for n in range(6):
+        logits = to_numpy(there.last_logits(one, np.ones((3, 6 + n), bool), caches[1]))
+        one = logits[:, 0].argmax(axis=-1)[:, None]
+        assert (queued[:, n : n + 1] == one).all()
 
 
 @every_set

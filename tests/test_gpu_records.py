@@ -104,6 +104,7 @@ def test_after(): pass
 """
 
 
+@pytest.mark.slow
 def test_every_outcome_is_recorded_and_a_dead_process_costs_one_test(tmp_path, monkeypatch):
     (tmp_path / "test_it.py").write_text(TESTS, encoding="utf-8")
     markers = "[pytest]\nmarkers =\n  weights: w\n  live: l\n  gpu: g\n"

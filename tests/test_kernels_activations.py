@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from npllm import kernels, ops
 from npllm.arrays import widen
+from npllm.errors import NpllmRuntimeError
 from npllm.models.params import LayerParams
 from npllm.ops import Step
 from npllm.quantized.activations import round_activations, rounded_values
@@ -19,7 +20,7 @@ from npllm.quantized.stacked import StackedWeight
 if kernels.compiled_ops() is None:
     pytest.skip("the compiled kernels need Numba", allow_module_level=True)
 from npllm.kernels.cpu import dot_products
-from npllm.kernels.cpu.dot_products import forced_form, has_instruction
+from npllm.kernels.cpu.dot_products import forced_form, has_instruction, has_tiles
 
 INTEGERS = ("int8", "int16")
 FORMATS = ("int8", *FORMAT_NAMES)
@@ -28,7 +29,7 @@ FORMATS = ("int8", *FORMAT_NAMES)
 def forms(kind):
     """The forms that this processor has."""
     feature = "bfloat16" if kind == "bfloat16" else "int8"
-    found = ["plain"] + ["instruction"] * has_instruction(feature)
+    found = ["plain"] + ["instruction"] * has_instruction(feature) + ["tiles"] * has_tiles(feature)
     return found + ["float32"] * (kind == "bfloat16")
 
 
@@ -186,6 +187,34 @@ def test_a_row_has_the_same_bits_alone_and_in_company_up_to_sixteen(kind, name):
     alone = np.concatenate([rounded_set(kind).linear(x[k : k + 1], weight) for k in range(16)])
     close(rounded_set(kind).linear(x, weight), alone, times=0)
     assert rounded_set(kind).decoder_layers is kernels.compiled_ops().decoder_layers
+
+
+def steps_of_tiles(x, weight):
+    """The sums of TDPBF16PS: of 32 channels the even ones, then the odd ones, step after step."""
+    y = np.zeros((len(x), len(weight)), np.float32)
+    for start in range(0, x.shape[1], 32):
+        pair = np.zeros((2, *y.shape), np.float32)
+        for i in range(start, start + 32):
+            product = x[:, i, None].astype(np.float64) * weight[:, i].astype(np.float64)
+            pair[i % 2] = (pair[i % 2] + product).astype(np.float32)
+        y += pair[0] + pair[1]
+    return y
+
+
+@pytest.mark.skipif(not has_tiles("bfloat16"), reason="this processor has no matrix units")
+@pytest.mark.parametrize(("d_out", "d_in"), [(101, 512), (96, 64), (1, 320)])
+def test_matrix_units_sum_as_their_manual_says(d_out, d_in):
+    x, weight = rows(70, d_in), weight_of("bfloat16", d_out, d_in)
+    with forced_form("tiles"):
+        y = rounded_set("bfloat16").linear(x, weight)
+    close(y, steps_of_tiles(rounded_values(x, "bfloat16"), weight.astype(np.float32)), times=0)
+
+
+def test_without_matrix_units_nobody_can_ask_for_them(monkeypatch):
+    monkeypatch.setattr(dot_products, "has_tiles", lambda _: False)
+    assert dot_products.form_of("bfloat16") in ("instruction", "float32")
+    with forced_form("tiles"), pytest.raises(NpllmRuntimeError, match="matrix units"):
+        rounded_set("bfloat16").linear(rows(20, 64), weight_of("bfloat16", 6, 64))
 
 
 def test_the_form_of_a_product_is_told_in_words():

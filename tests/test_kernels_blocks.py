@@ -186,6 +186,7 @@ for name in FORMATS:
         for start in (page, (n_page + 1) * page - rows.size):
             blocks = raw[start : start + rows.size].reshape(rows.shape)
             blocks[...] = rows
+            blocks.flags.writeable = False  # as in a mapped file: the kernels of other tests
             for n in (1, 5, 9, 20):
                 x = np.ones((n, BlockWeight(rows, name).shape[1]), np.float32)
                 y = kernels.compiled_ops().linear(x, BlockWeight(blocks, name))

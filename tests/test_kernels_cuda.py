@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import shutil
+import struct
 
 import kernel_shim
 import ml_dtypes
@@ -171,6 +172,60 @@ def test_every_other_width_compiles_without_spills(kernel, architecture, record_
         architecture,
         [one for one in cuda.VARIANTS[kernel] if not common(one)],
         record_property,
+    )
+
+
+def instructions(kernel, definitions, architecture, text=None):
+    """The operation codes of a compiled kernel, in order: the low 12 bits of 16 bytes each."""
+    options = [*cuda.OPTIONS, *(f"-D{n}={v}" for n, v in definitions), *OF_CUPY]
+    program = nvrtc.createProgram(text or cuda.source(kernel), f"{kernel}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, [*options, f"-arch={architecture}"])
+        binary = nvrtc.getCUBIN(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    (at,), (size, n, names) = (
+        struct.unpack_from(f, binary, p) for f, p in (("<Q", 40), ("<HHH", 58))
+    )
+    sections = [struct.unpack_from("<IIQQQQ", binary, at + i * size) for i in range(n)]
+    for name, _, _, _, start, n_bytes in sections:
+        where = sections[names][4] + name
+        if binary[where : where + 200].split(b"\0")[0] == f".text.{kernel}".encode():
+            words = struct.iter_unpack("<QQ", binary[start : start + n_bytes])
+            return [low & 0xFFF for low, _ in words]
+    raise AssertionError(f"no code of {kernel}")
+
+
+LOAD_GLOBAL, FMA = 0x981, 0x223
+
+
+def loads_in_flight(codes):
+    """The most global loads in a row with no multiplication and at most three other operations
+    between two of them: those that are issued before the first of them is waited for.
+    """
+    text = "".join({LOAD_GLOBAL: "L", FMA: "F"}.get(code, ".") for code in codes)
+    return max((run.count("L") for run in re.findall(r"L(?:\.{0,3}L)*", text)), default=0)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "architecture",
+    ["sm_90", *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100"))],
+)
+@pytest.mark.parametrize("rows", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 8))])
+def test_a_product_has_eight_loads_of_16_bytes_in_flight(rows, architecture):
+    assert (
+        loads_in_flight(instructions("linear", (("ENTRY", "bf16"), ("ROWS", rows)), architecture))
+        >= 8
+    )
+
+
+@needs_nvrtc
+@pytest.mark.slow
+def test_a_product_that_waits_for_each_load_is_seen():
+    text = cuda.source("linear").replace("STEPS = 8 / OUTS", "STEPS = 1")
+    assert (
+        loads_in_flight(instructions("linear", (("ENTRY", "bf16"), ("ROWS", 1)), "sm_90", text)) < 8
     )
 
 

@@ -428,9 +428,13 @@ def wanted():
 def test_axes_of_length_0_are_as_in_the_definition_or_one_clear_error(tested):
     names, n_result = set(), 0
     for (name, arguments, options), want in wanted():
-        got = outcome(tested, name, arguments, options)
         names.add(name)
-        if isinstance(want, tuple) and isinstance(want[0], type):
+        is_error = isinstance(want, tuple) and isinstance(want[0], type)
+        if getattr(tested, name) is getattr(definitions, name):
+            n_result += not is_error
+            continue
+        got = outcome(tested, name, arguments, options)
+        if is_error:
             assert got == want, (name, arguments)
             continue
         n_result += 1

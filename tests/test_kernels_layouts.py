@@ -286,6 +286,8 @@ ONE_FEW_MANY = [(1, 1), (2, 1), (3, 14)]  # kernels of one row, of a few, and of
 def test_an_op_reads_its_arguments_in_logical_order(tested, name, dtype, shapes):
     if tested is SETS["blockwise"] and name not in ATTENDING:
         return  # the op is that of the reference set
+    if tested is not SETS["compiled"] and len(shapes) == 3:
+        shapes = shapes[1:]  # only compiled kernels differ for one row
     for shape in shapes:
         arguments = ARGUMENTS[name](Draw(*shape, dtype))
         changed = [key for key, value in arguments.items() if arrays_in(value)]

@@ -8,6 +8,7 @@ import pytest
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import draws
 
 import npllm
 from npllm.models import rope
@@ -63,7 +64,7 @@ def _check(model, kind_of_check, lengths, chunks, seed, prefill):
 @given(
     kind=kinds, lengths=batches, chunks=runs, seed=st.integers(0, 99), prefill=st.integers(1, 16)
 )
-@settings(max_examples=60)
+@settings(max_examples=draws(25, 60))
 def test_cached_logits_are_those_of_each_row_alone_for_any_batch_and_chunking(
     kind, lengths, chunks, seed, prefill
 ):
@@ -307,7 +308,7 @@ def test_positions_default_to_the_number_of_cached_tokens():
     lengths=st.lists(st.integers(1, 10), min_size=2, max_size=2),
     then=st.integers(1, 6),
 )
-@settings(max_examples=40)
+@settings(max_examples=draws(15, 40))
 def test_a_call_that_fails_midway_leaves_the_cache_usable(kind, n_calls, lengths, then):
     """At any layer, in any chunk, while a row is computed anew or not: the next call goes on as if
     nothing had happened.

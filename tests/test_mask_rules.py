@@ -11,6 +11,7 @@ import tiny
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import draws
 from strategies import seeds
 
 import npllm
@@ -328,7 +329,7 @@ def test_none_and_all_are_never_wrong(pair, blocks):
 
 @pytest.mark.parametrize("name", sorted(EXACT))
 @given(st.data(), st.lists(st.tuples(spans, spans), min_size=12, max_size=12))
-@settings(max_examples=40)
+@settings(max_examples=draws(12, 40))
 def test_a_bound_says_some_only_where_a_block_is_mixed(name, data, blocks):
     rule, says = data.draw(CASES[name])
     for i, j in blocks:

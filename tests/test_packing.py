@@ -12,6 +12,7 @@ import tiny
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import draws
 from strategies import seeds
 from test_mask_rules import in_float32
 
@@ -165,7 +166,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @given(seeds, st.integers(20, 50), st.integers(1, 4))
-@settings(max_examples=15)
+@settings(max_examples=draws(6, 15))
 def test_packed_documents_score_as_they_do_alone(name, seed, capacity, n_rows):
     model, ids = MODELS[name](), some_documents(seed)
     scores = score_packed(model, ids, capacity=capacity, n_rows=n_rows)

@@ -199,7 +199,15 @@ sys.stderr = sys.__stderr__  # which Python flushes at its end
 """
 
 
-@pytest.mark.parametrize("name", STREAMS)
+def one_in_two(names, first):
+    """Every other name by default, all with --all."""
+    slow = pytest.mark.slow
+    return [
+        name if n % 2 == first else pytest.param(name, marks=slow) for n, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize("name", one_in_two(STREAMS, 0))
 def test_loading_and_scoring_need_no_stderr(tmp_path, name):
     """With the warnings of Python itself, in a process of its own."""
     folder = tiny.write_folder(tmp_path)
@@ -213,7 +221,7 @@ def test_loading_and_scoring_need_no_stderr(tmp_path, name):
     assert (done.returncode, done.stdout, done.stderr) == (0, "2 4\n", "")
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", one_in_two(STREAMS, 1))
 def test_commands_need_no_stderr(tmp_path, name):
     """Results and exit codes are as ever: of a success with statistics, and of an error."""
     pytest.importorskip("click")

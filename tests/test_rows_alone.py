@@ -179,3 +179,16 @@ def test_a_prompt_read_in_pieces_has_the_bits_of_one_reading(which, seed, n, n_p
         last = m(ids[:, start:stop], cache=parts, logits_to_keep=1)
     close(last, logits, times=0)
     close(parts.kept(1)[0], whole.kept(1)[0], times=0)
+
+
+def test_the_attention_of_such_rows_is_one_kernel(monkeypatch):
+    from npllm.kernels.cpu import rope_attention
+
+    m, names = model("plain", "float32"), []
+    launch = rope_attention.launch
+    monkeypatch.setattr(
+        rope_attention, "launch", lambda k, *args: names.append(k.__name__) or launch(k, *args)
+    )
+    caches = [m.new_cache(1) for _ in range(3)]
+    m.logits_of_rows(np.array([5, 6, 7]), caches)
+    assert names == ["attend_rows"] * m.config.num_hidden_layers

@@ -16,6 +16,7 @@ from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import invoke
+from seeds import draws
 
 import npllm
 from npllm.analysis.packing import score_packed
@@ -66,7 +67,7 @@ def test_scores_are_log_probabilities_after_everything_before(model, n, seed):
     assert list(scored.ids) == list(ids)
 
 
-@settings(max_examples=15)
+@settings(max_examples=draws(6, 15))
 @given(n=st.integers(2, 50), max_length=st.integers(2, 20), data=st.data())
 def test_a_token_is_scored_in_the_first_window_that_holds_it(model, n, max_length, data):
     stride, ids = data.draw(st.integers(1, max_length - 1)), family.ids_of(model.config, (n,), n)

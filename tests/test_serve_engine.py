@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npllm import kernels
+from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.decoding.prefill import FEW_ROWS, n_read_together, n_reusable, pieces
 from npllm.errors import NpllmValueError
 from npllm.forward_pass import PREFILL_CHUNK
-from npllm.serve.errors import Refusal
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_one_that_waits_and_is_given_up_leaves_the_queue(model):
         served.Asked(engine, [5], max_new_tokens=200).next()
         served.Asked(engine, [6], max_new_tokens=2).job.cancel()
         served.Asked(engine, [7], max_new_tokens=2)
-        with pytest.raises(Refusal, match="sequences wait"):
+        with pytest.raises(QueueFullError, match="sequences wait"):
             served.Asked(engine, [8], max_new_tokens=2)
 
 
@@ -114,10 +114,9 @@ def test_a_full_queue_refuses_and_says_when_to_try_again(model):
         asked = [served.Asked(engine, [5], max_new_tokens=50)]
         asked[0].next()
         asked.append(served.Asked(engine, [6], max_new_tokens=2))
-        with pytest.raises(Refusal, match="1 sequences wait already") as refused:
+        with pytest.raises(QueueFullError, match="1 sequences wait already") as refused:
             served.Asked(engine, [7], max_new_tokens=2)
-        assert refused.value.status == 429
-        assert 1 <= int(refused.value.headers["Retry-After"]) <= 30
+        assert 1 <= refused.value.seconds <= 30
         assert [len(one.ids()) for one in asked] == [50, 2]
 
 
@@ -125,9 +124,8 @@ def test_what_takes_too_long_is_ended_at_work_and_in_the_queue(model):
     with served.engine(served.slowed(model, 0.01), max_batch=1, timeout=7) as engine:
         asked = [served.Asked(engine, [5], max_new_tokens=200, deadline=0.0) for _ in range(3)]
         for one in asked:
-            with pytest.raises(Refusal, match="took more than 7 s") as refused:
+            with pytest.raises(ExpiredError, match="took more than 7 s"):
                 one.answer()
-            assert refused.value.status == 504
         assert served.Asked(engine, [6], max_new_tokens=2).ids()
 
 
@@ -137,9 +135,9 @@ def test_the_end_of_the_engine_ends_every_job(model):
         asked = [served.Asked(engine, [5], max_new_tokens=200) for _ in range(3)]
         asked[0].next()
     for one in asked:
-        with pytest.raises(Refusal, match="shutting down"):
+        with pytest.raises(EndedError, match="shutting down"):
             one.answer()
-    with pytest.raises(Refusal, match="shutting down"):
+    with pytest.raises(EndedError, match="shutting down"):
         served.Asked(engine, [5], max_new_tokens=1)
 
 
@@ -202,7 +200,7 @@ def test_choices_share_the_prompt_that_is_being_answered(model):
         assert [one.seen[-1].n_reused for one in asked] == [0, 43, 43]
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 200_000])
+@pytest.mark.parametrize("cache_bytes", [0, 50_000])
 def test_kept_caches_stay_within_their_bytes(model, cache_bytes):
     with served.engine(model, cache_bytes=cache_bytes) as engine:
         for seed in range(12):

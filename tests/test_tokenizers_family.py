@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nasty import FAMILY, MESSAGES, make_folder, strings
+from seeds import draws
 
 from npllm.errors import NpllmValueError
 from npllm.text.stream import Detokenizer
@@ -648,7 +649,7 @@ def test_stream_of_any_ids_joins_to_the_whole(name, tokenizer):
         max_size=24,
     )
 
-    @settings(max_examples=50)
+    @settings(max_examples=draws(15, 50))
     @example(broken)
     @example(broken[-1:] + broken)
     @given(ids)

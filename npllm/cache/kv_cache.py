@@ -234,6 +234,34 @@ class KVCache:
         held = slice(oldest - first, stop - first)
         return keys[:, :, held, :], values[:, :, held, :], range(oldest, stop)
 
+    def reserve_in_every_layer(self, k: Array, v: Array) -> list[tuple[Array, Array, int]]:
+        """Reserve slots for new tokens in all layers, for a kernel that finds the columns itself.
+
+        Parameters
+        ----------
+        k, v : array [n_batch, n_kv_head, n_seq, d_head]
+            As in `reserve_slots`.
+
+        Returns
+        -------
+        layers : list of (keys, values, first)
+            Whole arrays [n_batch, n_kv_head, capacity, d_head], and the slot of their first column.
+            The same tuples as last time where nothing was reallocated.
+
+        Raises
+        ------
+        NpllmValueError
+            As `reserve_slots`.
+        """
+        stop = self._state.n_ctx + k.shape[-2]
+        for number, layer in enumerate(self._state.layers):
+            if layer is None or stop - layer[2] > layer[0].shape[-2]:
+                self.reserve_slots(number, k, v)
+            elif self.watch is not None:
+                self.watch(number)
+        self.check_fits(k.shape[0], k.shape[-2])
+        return self._state.layers
+
     def _allocated(self, k: Array, v: Array) -> tuple[Array, Array, int]:
         """Make the first arrays of a layer, for the shapes of its keys and values."""
         capacity = capacity_for(k.shape[-2], self.window, self.max_slots)

@@ -16,9 +16,11 @@ import click
 
 from npllm import __version__
 from npllm.cli import (
+    batch,
     check,
     checkpoints,
     comparing,
+    evaluation,
     explain,
     generation,
     measurements,
@@ -49,7 +51,9 @@ GROUPS = (
     mutants,
     comparing,
     precision,
+    evaluation,
     serve,
+    batch,
 )
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "adapter_option",
     "any_model_options",
     "chat_option",
+    "decoding_options",
     "filter_options",
     "given_options",
     "json_option",
@@ -71,7 +72,7 @@ _ops_option = click.option(
 _activations_option = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
-    help="What a prefill rounds the inputs of linear maps to. [float32: nothing]",
+    help="What a prefill rounds the inputs of linear maps to. [by the weights; float32: nothing]",
 )
 
 
@@ -265,6 +266,11 @@ def _add_all(options: tuple[Any, ...], command: Command) -> Command:
 def filter_options(command: Command) -> Command:
     """Add the options of `next_token_distribution`."""
     return _add_all(_FILTERS, command)
+
+
+def decoding_options(command: Command) -> Command:
+    """Add those that concern the tokens alone, not how they are computed."""
+    return _add_all(_GENERATION[:-2], command)
 
 
 def sampling_options(command: Command) -> Command:

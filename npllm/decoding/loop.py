@@ -11,6 +11,7 @@ from npllm.arrays import to_numpy
 from npllm.cache import KVCache
 from npllm.decoding.constraints import constrain
 from npllm.decoding.details import Answer, GenerateOutput, Recorder, StreamStep
+from npllm.decoding.generation_config import Constraints
 from npllm.decoding.options import Options, resolve_options
 from npllm.decoding.prompt import Prompt, read_prompt, require_tokenizer
 from npllm.decoding.prompt_lookup import PromptLookup
@@ -26,6 +27,7 @@ from npllm.text.stream import TextStream
 __all__ = ["Generation", "count_new_tokens", "generate_tokens", "last_logits", "start"]
 
 Array = Any
+N_QUEUED = 8  # greedy tokens that a device chooses before the host looks for a stop
 
 
 class Generation:
@@ -215,7 +217,13 @@ def generate_tokens(
     seed = secrets.randbits(64) if options.seed is None else options.seed
     sampling = replace(options.sampling, repetition_penalty=None)  # a constraint, applied first
     lookup = PromptLookup(options.prompt_lookup_num_tokens)
+    may_queue = note is None and _is_plain_greedy(options)
     while sequences.n_ctx < sequences.n_max:
+        if cache is not None and may_queue:
+            queued = _queued(model, sequences, cache)
+            if queued is not None:
+                yield from _one_by_one(queued, sequences, cache)
+                continue
         proposed = _proposed(model, lookup, sequences)
         n_kept = 0
         for own_logits in step_logits(model, sequences, proposed, cache):
@@ -231,6 +239,35 @@ def generate_tokens(
             n_kept += 1
         lookup.learn(len(proposed), n_kept)
         if cache is not None and len(proposed):
+            cache.crop(sequences.n_ctx - 1)
+
+
+def _is_plain_greedy(options: Options) -> bool:
+    """Tell whether each token is the one of the highest logit, and nothing else counts."""
+    sampling = options.sampling
+    changed = options.logits_processors or options.constraints != Constraints()
+    plain = not sampling.do_sample and sampling.repetition_penalty in (None, 1)
+    return plain and not changed and not options.prompt_lookup_num_tokens
+
+
+def _queued(model: Any, sequences: Sequences, cache: KVCache) -> Array | None:
+    """The next tokens [n_batch, n], chosen on the device without waiting for the host in between;
+    None where the model's set cannot do that.
+    """
+    n = min(N_QUEUED, sequences.n_max - sequences.n_ctx, cache.max_slots - cache.n_ctx)
+    if model.ops.decode_step is None or cache.n_ctx != sequences.n_ctx - 1 or n < 1:
+        return None
+    return model.greedy_ids(sequences.ids[:, -1:], sequences.valid, cache, n)
+
+
+def _one_by_one(queued: Array, sequences: Sequences, cache: KVCache) -> Iterator[Array]:
+    """Append and yield queued tokens; the cache forgets those behind which the caller stops."""
+    try:
+        for token in queued.T:
+            sequences.append(token)
+            yield token
+    finally:
+        if cache.n_ctx >= sequences.n_ctx:
             cache.crop(sequences.n_ctx - 1)
 
 

@@ -9,12 +9,13 @@ definition, which also raises the errors.
 import importlib
 import time
 from functools import cache
+from typing import Any
 
 from npllm import ops as _ops
 from npllm.errors import NpllmValueError
 from npllm.ops import Ops
 from npllm.ops.rounded import rounded_ops
-from npllm.quantized.activations import check_activations
+from npllm.quantized.activations import check_activations, default_activations
 
 __all__ = [
     "SETS",
@@ -22,6 +23,7 @@ __all__ = [
     "compiled_ops",
     "cuda_ops",
     "fastest_ops",
+    "ops_for",
     "product_forms",
     "seconds_to_prepare",
     "tiled_ops",
@@ -45,7 +47,8 @@ def choose_ops(
     backend : str
         "numpy" or "cupy": where the arrays live.
     activations : str, optional
-        What linear maps round, see `npllm.load`.  None: nothing, and what a given set rounds.
+        What linear maps round, see `npllm.load`.  None: nothing, and what a given set rounds; for a
+        model see `ops_for`.
 
     Returns
     -------
@@ -67,6 +70,38 @@ def choose_ops(
         return ops
     base = _named_ops(ops, backend)
     return base if kind == "float32" else _rounded(base, kind)
+
+
+def ops_for(params: Any, ops: Ops | str | None, backend: str = "numpy") -> Ops:
+    """Return the set of operations that a model runs on.
+
+    Parameters
+    ----------
+    params : Params or BertParams
+    ops : Ops, str or None
+        See `choose_ops`.
+    backend : str
+        "numpy" or "cupy".
+
+    Returns
+    -------
+    ops : Ops
+        For None and "fast" with the activations that go with quantised weights,
+        `default_activations`, where this processor multiplies integers faster than float32.
+    """
+    base = choose_ops(ops, backend)
+    is_named = ops is None or isinstance(ops, str)
+    if not (is_named and base is compiled_ops() and multiplies_integers()):
+        return base
+    kind = default_activations(params)
+    return base if kind == "float32" else _rounded(base, kind)
+
+
+@cache
+def multiplies_integers() -> bool:
+    """Tell whether the compiled set has an instruction for products of bytes here."""
+    module = importlib.import_module("npllm.kernels.cpu.dot_products")
+    return bool(module.has_instruction("int8"))
 
 
 @cache

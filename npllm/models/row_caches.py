@@ -18,9 +18,13 @@ Array = Any
 
 
 class RowCaches(NamedTuple):
-    """Stands where a KVCache does: row b of the call appends to drafts[b]."""
+    """Stands where a KVCache does: row b of the call appends to drafts[b].
+
+    `known`: what a kernel found of a mask in one layer, for the others.
+    """
 
     drafts: list[KVCache]
+    known: dict[int, Any]
 
 
 @lru_cache(8)
@@ -41,6 +45,10 @@ def rowwise_attention(ops: Ops) -> Ops:
 
     def rope_attention(qkv: Array, step: Step) -> Array:
         """Compute `npllm.models.phi3.rope_attention` of each row [1, n_seq, ...] by itself."""
+        if getattr(ops.rope_attention, "takes_rows", False):
+            y = ops.rope_attention(qkv, step)  # type: ignore[misc]
+            if y is not NotImplemented:
+                return y
         rows = [
             phi3.rope_attention(qkv[b : b + 1], _of_row(step, b, draft), ops)
             for b, draft in enumerate(step.cache.drafts)

@@ -52,6 +52,7 @@ def lora_linear(
     Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (Kalajdzievski 2023), section 3;
     `peft.tuners.lora.layer.Linear`.
     """
+    array_namespace(x, weight, a, b, bias)
     expect_shape("weight", weight, d_out=None, d_in=None)
     d_out, d_in = weight.shape
     expect_shape("a", a, d_rank=None, d_in=d_in)

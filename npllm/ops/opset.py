@@ -32,7 +32,8 @@ SLOTS = {
 }
 
 
-DATA = ("name", "activations", "replaced")  # fields of a set that are no operations
+# Fields of a set that are no operations; decode_step is a whole run, see `Ops`.
+DATA = ("name", "activations", "replaced", "decode_step")
 
 
 def parts_of(slot: str) -> frozenset[str]:
@@ -85,6 +86,11 @@ class Ops:
         decoder_layers(x, layers, step)                  all decoder layers
 
     `layer` is a `LayerParams`, `step` a `Step`.
+
+    `decode_step` takes over a whole run of one new token a row, from its id to its logits, or is
+    None.  It contains every operation: a set of which any is replaced has none.
+
+        decode_step(tokens, variants, params, step, tables)   logits [n_batch, 1, n_vocab]
     """
 
     embed: Callable
@@ -107,6 +113,7 @@ class Ops:
     attention_block: Callable | None = None
     mlp_block: Callable | None = None
     decoder_layers: Callable | None = None
+    decode_step: Callable | None = None
     name: str = "custom"
     activations: str = "float32"  # what linear maps round: `npllm.quantized.activations`
     replaced: frozenset[str] = (
@@ -135,7 +142,7 @@ class Ops:
         **ops : callable
             New implementations by name, and `name` for the set.  A slot that contains a replaced
             operation is emptied, so that the new operation is the one that runs, unless the slot is
-            given as well.
+            given as well.  `decode_step=None` lets the other slots run in a decode step.
 
         Returns
         -------
@@ -146,14 +153,16 @@ class Ops:
         NpllmTypeError
             For a name that no operation has, or a value that cannot be called.
         """
-        unknown = sorted(set(ops) - {*self.names(), "name"})
+        unknown = sorted(set(ops) - {*self.names(), "name", "decode_step"})
         if unknown:
             raise NpllmTypeError(
                 f"no operation is called {', '.join(unknown)}; an Ops has {', '.join(self.names())}"
             )
-        given = frozenset(ops) - {"name"}
+        given = frozenset(ops) - {"name", "decode_step"}
         emptied = {slot: None for slot in SLOTS if slot not in given and parts_of(slot) & given}
-        name = f"{self.name}, replaced {', '.join(sorted(given))}"
+        if given:
+            emptied["decode_step"] = None
+        name = f"{self.name}, replaced {', '.join(sorted(given))}" if given else self.name
         return _replace(
             self,
             **{"name": name, "replaced": self.replaced - set(emptied) | given, **emptied, **ops},

@@ -6,6 +6,7 @@
 "bfloat16"   the nearest bfloat16, ties to even
 """
 
+from math import prod
 from typing import Any
 
 from npllm.arrays import DTYPES, array_namespace, expect_shape, ieee_semantics, is_packed, round_to
@@ -14,13 +15,16 @@ from npllm.quantized.packed import PackedMatrix
 
 __all__ = [
     "ACTIVATIONS",
+    "DEFAULTS",
     "LIMITS",
     "N_BYTES",
     "SMALLEST",
     "activation_group",
     "check_activations",
     "check_applies",
+    "default_activations",
     "is_rounded_for",
+    "matrices_of",
     "restore",
     "round_activations",
     "rounded_values",
@@ -32,6 +36,13 @@ ACTIVATIONS = ("float32", "int16", "int8", "bfloat16")
 N_BYTES = {"int8": 1, "int16": 2}
 LIMITS = {1: 127, 2: 32767}  # largest code, by the bytes of a code
 GROUP = PackedMatrix.activation_group  # of weights that have no groups of their own
+DEFAULTS = {
+    "int8": "int16",
+    "Q8_0": "int16",
+    "Q6_K": "float32",  # int16 is no faster with a scale for each 16 entries, int8 costs too much
+    **dict.fromkeys(("Q5_0", "Q5_1", "Q5_K", "Q4_0", "Q4_1", "Q4_K"), "int8"),
+}
+"""What activations=None means for weights of a type: docs/quantisation.md has the measurements."""
 SMALLEST = 2.0**-100  # a group whose entries are all smaller is rounded to 0
 
 
@@ -137,6 +148,13 @@ def is_rounded_for(weight: Any, kind: str) -> bool:
     return kind == "bfloat16" and not is_packed(weight) and weight.dtype == DTYPES["bfloat16"]
 
 
+def matrices_of(layers: Any) -> list[Any]:
+    """Return the matrices of nested tuples of weights."""
+    if isinstance(layers, tuple):
+        return [w for part in layers for w in matrices_of(part)]
+    return [layers] if getattr(layers, "ndim", 0) == 2 else []
+
+
 def check_applies(params: Any, kind: str) -> None:
     """Raise unless a kind of activations applies to at least one matrix of a model.
 
@@ -151,7 +169,7 @@ def check_applies(params: Any, kind: str) -> None:
     NpllmValueError
         When no product would be rounded.
     """
-    matrices = [w for layer in params.layers for w in layer if getattr(w, "ndim", 0) == 2]
+    matrices = matrices_of(params.layers)
     if kind == "float32" or any(is_rounded_for(w, kind) for w in matrices):
         return
     held = sorted({type(w).__name__ if is_packed(w) else str(w.dtype) for w in matrices})
@@ -168,6 +186,31 @@ def activation_group(weight: Any) -> int:
     own groups, else GROUP.
     """
     return getattr(weight, "activation_group", GROUP)
+
+
+def default_activations(params: Any) -> str:
+    """Return the kind of activations that goes with the weights of a model.
+
+    Of `DEFAULTS` for the type that holds most entries of packed matrices: the fastest kind whose
+    Kullback-Leibler divergence from float32 activations is below a tenth of what quantising the
+    weights costs.  "float32" where no matrix is packed.
+
+    Parameters
+    ----------
+    params : Params or BertParams
+
+    Returns
+    -------
+    kind : str
+        One of `ACTIVATIONS`.
+    """
+    sizes: dict[str, int] = {}
+    for matrix in matrices_of(params.layers):
+        for part in getattr(matrix, "parts", (matrix,)):
+            if is_packed(part):
+                name = getattr(part, "format", "int8")
+                sizes[name] = sizes.get(name, 0) + prod(part.shape)
+    return DEFAULTS[max(sizes, key=sizes.__getitem__)] if sizes else "float32"
 
 
 def rounded_values(x: Array, kind: str, group: int = GROUP) -> Array:

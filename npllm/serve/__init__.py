@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's requests and answers, and the engine that batches them.
+"""The HTTP interface: OpenAI's requests and answers.
 
-Belongs here: requests, scheduling, answers.  Does not: any computation (`Model`, decoding/).
+Belongs here: requests, limits, answers.  Does not: scheduling (batching/), any computation.
 """

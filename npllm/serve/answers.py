@@ -5,8 +5,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from npllm.batching.job import Event
 from npllm.decoding.details import Token
-from npllm.serve.job import Event
 from npllm.serve.parsing import Ask
 
 __all__ = ["Answers", "Choice"]

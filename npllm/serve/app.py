@@ -18,14 +18,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from npllm.batching.engine import Engine
+from npllm.batching.metrics import Metrics
 from npllm.errors import NpllmError
 from npllm.progress import report
 from npllm.serve.answers import Answers
 from npllm.serve.embedding import Embedder, parse_embedding
-from npllm.serve.engine import Engine
 from npllm.serve.errors import Refusal, as_refusal, body_of
 from npllm.serve.live import Live
-from npllm.serve.metrics import Metrics
 from npllm.serve.parsing import Ask, Limits, parse_chat, parse_completion, require_model
 from npllm.serve.security import check_host, check_key, read_body
 

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.config.strict_json import quote
 from npllm.errors import NpllmError
-from npllm.serve.errors import Refusal, expired, queue_full, shutting_down
+from npllm.serve.errors import Refusal
 from npllm.serve.fields import EMBEDDING, checked_fields
 from npllm.serve.parsing import Limits, require_model, texts_or_ids
 
@@ -111,20 +112,19 @@ class Embedder:
 
         Raises
         ------
-        Refusal
-            When too many wait, or it takes too long.
+        QueueFullError, ExpiredError, EndedError
         """
         if self._is_stopping:
-            raise shutting_down()
+            raise EndedError()
         if self._n_waiting > self._max_queue:
-            raise queue_full(self._n_waiting, 1)
+            raise QueueFullError(self._n_waiting, 1)
         self._n_waiting += 1
         loop = asyncio.get_running_loop()
         try:
             call = loop.run_in_executor(self._executor, self._encoder.embed_ids, ask.rows)
             vectors = await asyncio.wait_for(call, self._timeout)
         except TimeoutError:
-            raise expired(self._timeout) from None
+            raise ExpiredError(self._timeout) from None
         finally:
             self._n_waiting -= 1
         return _written(vectors, ask, name)

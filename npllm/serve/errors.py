@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.errors import NpllmError, NpllmValueError
 
-__all__ = ["Refusal", "as_refusal", "body_of", "expired", "queue_full", "shutting_down"]
+__all__ = ["Refusal", "as_refusal", "body_of"]
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -36,8 +37,20 @@ class Refusal(NpllmValueError):
         self.param, self.code, self.status, self.headers = param, code, status, headers
 
 
+CODES: dict[type[Exception], tuple[str, int]] = {
+    QueueFullError: ("queue_full", 429),
+    ExpiredError: ("timeout", 504),
+    EndedError: ("shutting_down", 503),
+}
+
+
 def as_refusal(error: Exception) -> Exception:
     """Return what a client may see of an error: one of npllm's own, else that there was one."""
+    if type(error) in CODES:
+        code, status = CODES[type(error)]
+        seconds = getattr(error, "seconds", None)
+        headers = {"Retry-After": str(seconds)} if seconds else None
+        return Refusal(str(error), code=code, status=status, headers=headers)
     if isinstance(error, NpllmError):
         return error
     return Refusal(f"internal error ({type(error).__name__})", code="internal", status=500)
@@ -55,23 +68,3 @@ def body_of(error: Exception) -> dict[str, Any]:
             "code": getattr(error, "code", None),
         }
     }
-
-
-def queue_full(n: int, seconds: int) -> Refusal:
-    """Say that too many sequences wait."""
-    return Refusal(
-        f"{n} sequences wait already; try again in {seconds} s",
-        code="queue_full",
-        status=429,
-        headers={"Retry-After": str(seconds)},
-    )
-
-
-def expired(seconds: float) -> Refusal:
-    """Say that an answer took too long."""
-    return Refusal(f"the answer took more than {seconds:g} s", code="timeout", status=504)
-
-
-def shutting_down() -> Refusal:
-    """Say that the server ends."""
-    return Refusal("the server is shutting down", code="shutting_down", status=503)

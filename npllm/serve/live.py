@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
+from npllm.batching.engine import Engine
+from npllm.batching.job import Event, Job
 from npllm.serve.answers import Answers, Choice
-from npllm.serve.engine import Engine
-from npllm.serve.job import Event, Job
 from npllm.serve.parsing import Ask
 
 __all__ = ["Live"]
@@ -24,7 +24,7 @@ class Live:
 
     Raises
     ------
-    Refusal
+    QueueFullError
         When the queue is full.
     """
 

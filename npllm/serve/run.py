@@ -13,11 +13,11 @@ from typing import Any
 import uvicorn
 
 from npllm.arguments import check_integer
+from npllm.batching.engine import MAX_BATCH, Engine
+from npllm.batching.metrics import Metrics
 from npllm.encoder import Encoder
 from npllm.serve.app import Server, make_app
 from npllm.serve.embedding import Embedder
-from npllm.serve.engine import MAX_BATCH, Engine
-from npllm.serve.metrics import Metrics
 from npllm.serve.parsing import Limits
 from npllm.serve.security import require_key
 
@@ -44,7 +44,7 @@ def make_server(
     names : tuple of str
         By which clients name the model.  Default: that of its folder.
     max_batch : int
-        Sequences of a decoding step, 1 ... 16: so many have the same bits alone and in company.
+        Sequences of a decoding step, 1 ... 16: the bits of a row do not depend on the others.
     max_queue : int
         Sequences that may wait.
     max_prompt_tokens : int, optional

@@ -1,17 +1,23 @@
-"""The engines that bench.py measures, each behind the same two words: `reset()` and `feed(ids)`.
+"""The engines that bench.py measures, each behind the same two methods: `reset()` and `feed(ids)`.
 
 `feed` sends token ids [n_batch, n_seq] through the model after those that it was fed before, and
 computes the logits of the last one of each row.  Every contender gets the same checkpoint, the same
 ids and the same number of threads.
 """
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+Array = Any
+
 N_CTX = 8192
+N_CTX_ONNX = 4096  # its caches are as long as they may become
 
 
 class Npllm:
@@ -20,7 +26,7 @@ class Npllm:
     files, "q4_0", is read from a file of that type.
     """
 
-    def __init__(self, folder, dtype):
+    def __init__(self, folder: Any, dtype: str) -> None:
         import npllm
         from npllm import kernels, ops
 
@@ -37,17 +43,17 @@ class Npllm:
         )
         self.reset()
 
-    def reset(self, n_batch=1):
+    def reset(self, n_batch: int = 1) -> None:
         self.cache = self.model.new_cache(n_batch)
 
-    def feed(self, ids):
+    def feed(self, ids: Array) -> Array:
         return self.model(ids, cache=self.cache, logits_to_keep=1)[:, -1]
 
 
 class Transformers:
     """Hugging Face Transformers on PyTorch."""
 
-    def __init__(self, folder, dtype):
+    def __init__(self, folder: Any, dtype: str) -> None:
         import torch
         import transformers
 
@@ -59,10 +65,10 @@ class Transformers:
         )
         self.reset()
 
-    def reset(self, _n_batch=1):
+    def reset(self, _n_batch: int = 1) -> None:
         self.cache = self.transformers.DynamicCache(config=self.model.config)
 
-    def feed(self, ids):
+    def feed(self, ids: Array) -> Array:
         with self.torch.inference_mode():
             output = self.model(
                 self.torch.from_numpy(ids), past_key_values=self.cache, logits_to_keep=1
@@ -71,9 +77,13 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python's C interface, on a GGUF file of the same weights."""
+    """llama.cpp through llama-cpp-python's C interface, on a GGUF file of the same weights.
 
-    def __init__(self, folder, dtype):
+    LLAMA_CPP_EXTRA_BUFFERS=0 declines its buffers for Intel AMX, with which some builds end in an
+    illegal instruction.
+    """
+
+    def __init__(self, folder: Any, dtype: str) -> None:
         import llama_cpp
 
         self.api, self.version = llama_cpp, llama_cpp.__version__
@@ -82,6 +92,7 @@ class LlamaCpp:
             llama_cpp.llama_backend_init()
             settings = llama_cpp.llama_model_default_params()
             settings.n_gpu_layers = 0
+            settings.use_extra_bufts = os.environ.get("LLAMA_CPP_EXTRA_BUFFERS", "1") != "0"
             self.model = llama_cpp.llama_model_load_from_file(
                 os.fsencode(gguf_file(folder, dtype)), settings
             )
@@ -99,11 +110,11 @@ class LlamaCpp:
         self.batch = llama_cpp.llama_batch_init(2048, 0, 1)
         self.reset()
 
-    def reset(self, _n_batch=1):
+    def reset(self, _n_batch: int = 1) -> None:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         self.n_past = 0
 
-    def feed(self, ids):
+    def feed(self, ids: Array) -> Array:
         last = []
         for start in range(0, ids.shape[1], 2048 // len(ids)):
             last = self._decode(ids[:, start : start + 2048 // len(ids)])
@@ -116,7 +127,7 @@ class LlamaCpp:
             ]
         )
 
-    def _decode(self, ids):
+    def _decode(self, ids: Array) -> list[int]:
         batch, n_seq = self.batch, ids.shape[1]
         batch.n_tokens = ids.size
         for at in range(ids.size):
@@ -129,15 +140,40 @@ class LlamaCpp:
         return [(row + 1) * n_seq - 1 for row in range(len(ids))]
 
 
+class OnnxGenai:
+    """onnxruntime-genai, on what its builder made of the folder: FOLDER/onnxruntime-DTYPE."""
+
+    def __init__(self, folder: Any, dtype: str) -> None:
+        import onnxruntime_genai
+
+        self.api, self.version = onnxruntime_genai, onnxruntime_genai.__version__
+        made = onnxruntime_genai.Config(os.path.join(folder, f"onnxruntime-{dtype}"))
+        threads = {"intra_op_num_threads": int(os.environ["OMP_NUM_THREADS"])}
+        made.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
+        self.model = onnxruntime_genai.Model(made)
+        self.reset()
+
+    def reset(self, n_batch: int = 1) -> None:
+        """Forget every token."""
+        settings = self.api.GeneratorParams(self.model)
+        settings.set_search_options(max_length=N_CTX_ONNX, batch_size=n_batch)
+        self.generator = self.api.Generator(self.model, settings)
+
+    def feed(self, ids: Array) -> Array:
+        """Compute the logits after more tokens."""
+        self.generator.append_tokens(ids.astype(np.int32))
+        return self.generator.get_logits()[:, -1]
+
+
 class quiet_stderr:
     """Keep what C code writes to standard error to itself."""
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
         os.close(null)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         os.dup2(self.saved, 2)
         os.close(self.saved)
 
@@ -153,21 +189,19 @@ GGUF_LAYER = {
 }
 
 
-def block_types():
+def block_types() -> list[str]:
     """Types of GGUF files whose matrices are in blocks."""
     from npllm.checkpoints.gguf.tensor_types import FILE_TYPES
 
     return [name for name in FILE_TYPES if name.startswith("q")]
 
 
-def gguf_file(folder, dtype):
+def gguf_file(folder: Any, dtype: str) -> Path:
     """Write the weights of a Phi-3 folder as a GGUF file beside them, once; its
     vocabulary means nothing, since ids come and logits go.  A file is what it is.
     """
-    from pathlib import Path
-
     if str(folder).endswith(".gguf"):
-        return folder
+        return Path(folder)
     path = Path(folder) / f"bench-{dtype}.gguf"
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -176,7 +210,7 @@ def gguf_file(folder, dtype):
     return path
 
 
-def write_gguf(folder, path, dtype):
+def write_gguf(folder: Path, path: Path, dtype: str) -> None:
     """Write one GGUF file: norms in float32, every matrix in the type that llama.cpp chooses in a
     file of the type asked for.
     """
@@ -217,7 +251,7 @@ def write_gguf(folder, path, dtype):
                 f"{name}.weight", (plain / rope.frequencies(config, choice)).astype(np.float32)
             )
 
-    def add(name, x):
+    def add(name: str, x: Array) -> None:
         kind = gguf.GGMLQuantizationType[tensor_type(name, x.shape, wanted, sizes)]
         rounded = rounded_to(x, kind)
         writer.add_tensor(name, rounded, raw_dtype=kind if x.ndim > 1 else None)
@@ -234,7 +268,7 @@ def write_gguf(folder, path, dtype):
     writer.close()
 
 
-def add_vocabulary(writer, n_vocab):
+def add_vocabulary(writer: Any, n_vocab: int) -> None:
     """Write a SentencePiece vocabulary whose tokens stand for nothing."""
     import gguf
 
@@ -259,7 +293,7 @@ def add_vocabulary(writer, n_vocab):
 ROUNDED_ROWS = 256  # of a matrix in blocks; the rest repeats them, whose scales take a search each
 
 
-def rounded_to(x, kind):
+def rounded_to(x: Array, kind: Any) -> Array:
     """A tensor in a type of GGUF: blocks of a matrix's first rows, again and again."""
     from gguf.quants import quantize
 
@@ -273,11 +307,21 @@ def rounded_to(x, kind):
     return np.resize(blocks, (len(x), blocks.shape[1]))
 
 
-CONTENDERS = {"npllm": Npllm, "transformers": Transformers, "llama.cpp": LlamaCpp}
-PACKAGES = {"npllm": "npllm", "transformers": "torch, transformers", "llama.cpp": "llama_cpp, gguf"}
+CONTENDERS = {
+    "npllm": Npllm,
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+    "onnxruntime": OnnxGenai,
+}
+PACKAGES = {
+    "npllm": "npllm",
+    "transformers": "torch, transformers",
+    "llama.cpp": "llama_cpp, gguf",
+    "onnxruntime": "onnxruntime_genai",
+}
 
 
-def installed(name):
+def installed(name: str) -> bool:
     """Tell whether everything that a contender needs can be imported."""
     probe = subprocess.run(
         [sys.executable, "-c", f"import {PACKAGES[name]}"], capture_output=True, check=False

@@ -18,7 +18,8 @@ ENGINES = (
     "npllm:bfloat16",
     "npllm:float16",
     "npllm:float32",
-    "npllm:int8",
+    "npllm:bfloat16+bfloat16",
+    "npllm:int8+float32",
     "npllm:int8+int16",
     "npllm:int8+int8",
     "npllm:bfloat16/tiled",
@@ -31,8 +32,8 @@ ENGINES = (
     "llama.cpp:int8",
 )
 GGUF_ENGINES = "npllm:as stored", "llama.cpp:as stored"
-# bytes of a weight; int8 with the scale of its group
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1 + 1 / 16}
+# bytes of a weight; int8 and int4 with the scales of groups, as npllm has them
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1 + 1 / 16, "int4": 4.5 / 8}
 
 
 @click.command()

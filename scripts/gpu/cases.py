@@ -9,9 +9,12 @@ import numpy as np
 from gpu.records import rehearsing
 from npllm import ops
 from npllm.kernels import cuda
+from npllm.kernels.cuda import launching
+from npllm.kernels.cuda.launching import NULL
 from npllm.models import phi3
 from npllm.ops import Step
 from npllm.ops.mask import causal
+from npllm.quantized.int8 import Int8Weight
 
 WIDTHS = (64, 96, 128)  # of the heads of published models
 FLOATS = {
@@ -56,9 +59,26 @@ def normal(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> np
     return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
 
 
+def int8(rng: np.random.Generator, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales of an int8 matrix."""
+    scales = np.abs(normal(rng, shape[0], -(-shape[1] // 64)))
+    return rng.integers(-127, 128, shape).astype(np.int8), scales
+
+
+def wide_int8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """What an int8 matrix stands for, in the dtype of both."""
+    return values * np.repeat(scales, 64, axis=-1)[:, : values.shape[1]]
+
+
 def linear(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     """One row, or as many as the variant takes."""
     n_rows, d_in, d_out = int(definitions["ROWS"]), size(3072, 64), size(3072, 24)
+    if definitions["ENTRY"] == "i8":
+        return Case(
+            lambda x, *parts: cuda.linear(x, Int8Weight(*parts)),
+            lambda x, *parts: x @ wide_int8(*parts).T,
+            (normal(rng, n_rows, d_in), *int8(rng, d_out, d_in)),
+        )
     weight = normal(rng, d_out, d_in, dtype=FLOATS[definitions["ENTRY"]])
     return Case(cuda.linear, ops.linear, (normal(rng, n_rows, d_in), weight))
 
@@ -118,6 +138,46 @@ def attend_one(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     return Case(cuda.attention, ops.attention, (q, k, v), {"mask": causal()})
 
 
+def embed(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """Rows of a table, the last one among them."""
+    shape, ids = (size(32064, 50), size(3072, 80)), np.array([3, 0, size(32064, 50) - 1])
+    is_int8 = definitions["ENTRY"] == "i8"
+    table = (
+        int8(rng, *shape) if is_int8 else (normal(rng, *shape, dtype=FLOATS[definitions["ENTRY"]]),)
+    )
+
+    def twin(values: Any, scales: Any = NULL) -> Any:
+        import cupy
+
+        x = cupy.empty((len(ids), shape[1]), dtype=np.float32)
+        sizes = map(np.int64, (x.size, shape[1]))
+        variant, n_blocks = tuple(definitions.items()), -(-x.size // 256)
+        launching.launch(
+            "embed", variant, n_blocks, 256, cupy.asarray(ids), values, scales, x, *sizes
+        )
+        return x
+
+    return Case(twin, lambda *x: (wide_int8(*x) if is_int8 else x[0])[ids], table)
+
+
+def choose(_: dict[str, Any], rng: np.random.Generator) -> Case:
+    """The most likely token of a few rows."""
+    logits = normal(rng, 3, size(32064, 500))
+
+    def twin(there: Any) -> Any:
+        import cupy
+
+        state = [cupy.zeros(3, dtype=np.int64) for _ in range(4)]
+        chosen, sizes = (
+            cupy.zeros((3, 1), dtype=np.int64),
+            (np.uint32(logits.shape[1]), np.int64(1)),
+        )
+        launching.launch("choose", (), 3, 1024, there, *state, chosen, *sizes)
+        return chosen
+
+    return Case(twin, lambda x: x.argmax(axis=1)[:, None], (logits,))
+
+
 CASES: dict[str, Callable[[dict[str, Any], np.random.Generator], Case]] = {
     "linear": linear,
     "rms_norm": rms_norm,
@@ -126,4 +186,6 @@ CASES: dict[str, Callable[[dict[str, Any], np.random.Generator], Case]] = {
     "attention": attention,
     "attend_one": attend_one,
     "attend_merge": attend_one,
+    "embed": embed,
+    "choose": choose,
 }

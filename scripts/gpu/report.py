@@ -12,9 +12,10 @@ from typing import Any
 
 from gpu.records import STARTED, STATUSES, Records, ending
 
-STAGES = ("kernels", "tests", "weights", "timings", "rest")
+STAGES = ("kernels", "tests", "weights", "timings", "bench", "sanitize", "rest")
 SHOWN = (
     "tokens_per_second",
+    "gigabytes_per_second",
     "seconds_per_token",
     "max_error",
     "seconds",
@@ -123,7 +124,8 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"    {key}: {' '.join(why.split())[:200]}"
             for key, why in list(facts["failed"].items())[:20]
         ]
-    for record in report["stages"]["timings"]["records"]:
+    records = [one for name in ("timings", "bench") for one in report["stages"][name]["records"]]
+    for record in records:
         figure = next((f"{key} {record[key]}" for key in SHOWN if key in record), "")
         lines.append(f"  {record['name']:<32} {record['status']:<8} {figure}")
     return [

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from npllm.checkpoints.adapters.patterns import matches_whole
 from npllm.checkpoints.adapters.settings import AdapterSettings
 from npllm.checkpoints.phi3_sources import Sources, layer_sources, top_sources
 from npllm.config.config import Config
@@ -118,7 +119,7 @@ def _matches(pattern: object, module: Module) -> bool:
     if isinstance(pattern, str):
         if pattern.lower() == "all-linear":
             return not module.is_embedding and module.name not in OUTPUTS
-        return re.fullmatch(pattern, module.name) is not None
+        return matches_whole(pattern, module.name)
     names: list[str] = list(pattern)  # type: ignore[call-overload]
     return any(module.name == name or module.name.endswith(f".{name}") for name in names)
 

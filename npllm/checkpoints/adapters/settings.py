@@ -1,11 +1,11 @@
 """adapter_config.json of a PEFT adapter: what is read, and what is refused."""
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npllm.checkpoints.adapters.patterns import check_patterns, matches_end
 from npllm.config.regular_file import is_present
 from npllm.config.strict_json import is_int, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
@@ -74,7 +74,7 @@ class AdapterSettings:
 
 def _pattern_of(patterns: dict[str, Any], module: str) -> str:
     """The first pattern that matches the end of a module's name; "" for none."""
-    return next((x for x in patterns if re.match(rf"(.*\.)?({x})$", module)), "")
+    return next((x for x in patterns if matches_end(x, module)), "")
 
 
 def read_settings(folder: Path) -> AdapterSettings:
@@ -106,7 +106,7 @@ def read_settings(folder: Path) -> AdapterSettings:
     for key, (fits, wanted) in CHECKS.items():
         if content.get(key) is not None:
             _require(file, fits(content[key]), key, f"must be {wanted}", content[key])
-    _check_patterns(file, content)
+    check_patterns(file, _patterns_of(content))
     return AdapterSettings(file, **{key: _plain(key, content[key]) for key in _given(content)})
 
 
@@ -127,17 +127,11 @@ def _require(file: Path, holds: bool, key: str, wanted: str, value: Any) -> None
         raise NpllmValueError(f"{file}: {key} {wanted}, got {quote(value)}")
 
 
-def _check_patterns(file: Path, content: dict[str, Any]) -> None:
-    """Raise unless every regular expression compiles."""
-    texts = [*(content.get("rank_pattern") or ()), *(content.get("alpha_pattern") or ())]
+def _patterns_of(content: dict[str, Any]) -> list[str]:
+    """Every regular expression of the settings."""
     names = [content.get(key) for key in ("target_modules", "exclude_modules")]
-    for text in [*texts, *(x for x in names if isinstance(x, str))]:
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise NpllmValueError(
-                f"{file}: {quote(text)} is no regular expression ({error})"
-            ) from None
+    patterns = [*(content.get("rank_pattern") or ()), *(content.get("alpha_pattern") or ())]
+    return [*patterns, *(x for x in names if isinstance(x, str))]
 
 
 def _is_number(x: Any) -> bool:

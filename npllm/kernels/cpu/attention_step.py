@@ -13,10 +13,10 @@ from numba import prange
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.rotation import append_token, rotate
 from npllm.kernels.cpu.simd import LANES, fma, load, reduce_add, splat, store
-from npllm.kernels.cpu.simd_arrays import flat_memory
+from npllm.kernels.cpu.simd_arrays import array_at, flat_memory
 from npllm.kernels.cpu.softmax import exponentials
 
-__all__ = ["attend_step"]
+__all__ = ["attend_rows", "attend_step"]
 
 Array = Any
 
@@ -65,6 +65,51 @@ def attend_step(
         for t in range(n_seq):
             for i in range(d_head):
                 y[b, t, h * d_head + i] = sums[t, i]
+
+
+@kernel(parallel=True)
+def attend_rows(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    keys: Array,
+    values: Array,
+    table: Array,
+    seen: Array,
+    n_head: int,
+    y: Array,
+) -> None:
+    """Do what `attend_step` does, for one token of each row, where each row's keys lie elsewhere.
+
+    qkv [n_row, (n_head+2*n_kv_head)*d_head], cos and sin [n_row, d_rope], keys and values [n_ctx,
+    1, n_kv_head, d_head] those of the row that has most, y [n_row, n_head*d_head]; table [n_row,
+    6]: the addresses of a row's keys and values, the bytes from head to head of both, how many
+    there are with the new ones, the first that is seen; seen [0, 1, 0].
+    """
+    n_kv_head, d_head = keys.shape[2], keys.shape[3]
+    group, some_keys, some_values = n_head // n_kv_head, keys[:, 0, 0], values[:, 0, 0]
+    for b in range(len(qkv)):
+        slot = table[b, 4] - 1
+        for h in range(n_kv_head):
+            start = (n_head + h) * d_head
+            k = array_at(some_keys, table[b, 0] + h * table[b, 2])
+            rotate(qkv[b, start : start + d_head], cos[b], sin[b], k[slot])
+            start += n_kv_head * d_head
+            v = array_at(some_values, table[b, 1] + h * table[b, 3])
+            for i in range(d_head):
+                v[slot, i] = qkv[b, start + i]
+    for at in prange(len(qkv) * n_head):
+        b, h = at // n_head, at % n_head
+        q, limits = np.empty((1, d_head), np.float32), np.empty((1, 2), np.int64)
+        rotate(qkv[b, h * d_head : (h + 1) * d_head], cos[b], sin[b], q[0])
+        limits[0, 0], limits[0, 1] = table[b, 5], table[b, 4]
+        k = array_at(some_keys, table[b, 0] + h // group * table[b, 2])[: table[b, 4]]
+        v = array_at(some_values, table[b, 1] + h // group * table[b, 3])[: table[b, 4]]
+        p, totals = softmax_weights(q, k, limits, seen, 0)
+        sums = np.zeros((1, d_head), np.float32)
+        weighted_sums(p, totals, v, limits, sums)
+        for i in range(d_head):
+            y[b, h * d_head + i] = sums[0, i]
 
 
 @kernel()

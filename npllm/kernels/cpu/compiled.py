@@ -14,6 +14,8 @@ import numpy as np
 
 from npllm.cache import KVCache
 from npllm.kernels.cpu import gemm
+from npllm.kernels.cpu.adapted import base_layer, is_adapted
+from npllm.kernels.cpu.adapted_blocks import launch_adapted_attention, launch_adapted_mlp
 from npllm.kernels.cpu.block_gemv import fits_blocks
 from npllm.kernels.cpu.decode import attention_step, layers_step, mlp_step
 from npllm.kernels.cpu.gemv import FEW_ROWS
@@ -56,14 +58,19 @@ Array = Any
 
 def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
     """Compute the first half of a layer: one kernel for a few tokens with a cache."""
-    weights = layer.input_layernorm, layer.qkv_proj, layer.o_proj
-    if step.cache is None or not fits_step(x, *weights, step, layer.qkv_bias, layer.o_bias):
+    adapted = is_adapted(layer.qkv_proj, layer.o_proj)
+    base = base_layer(layer) if adapted else layer
+    weights = base.input_layernorm, base.qkv_proj, base.o_proj
+    if step.cache is None or not fits_step(x, *weights, step, base.qkv_bias, base.o_bias):
         return NotImplemented
     d_head = len(layer.qkv_proj) // (step.n_head + 2 * step.n_kv_head)
     tokens = decode_inputs(step, len(x), x.shape[1], d_head)
     if tokens is None:
         return NotImplemented
     y = row_major_copy(x)
+    if adapted:
+        launch_adapted_attention(y, layer, base, step, tokens)
+        return add_bias(y, layer.o_bias).reshape(x.shape)
     launch(
         attention_step,
         y,
@@ -82,15 +89,19 @@ def mlp_block(x: Array, layer: LayerParams, step: Step) -> Any:
     """Compute the second half of a layer: one kernel for a few rows; panels from the norm to the
     sum for many.
     """
-    gain, gate_up, down = layer.post_attention_layernorm, layer.gate_up_proj, layer.down_proj
+    adapted = is_adapted(layer.gate_up_proj, layer.down_proj)
+    base = base_layer(layer) if adapted else layer
+    gain, gate_up, down = base.post_attention_layernorm, base.gate_up_proj, base.down_proj
     gate_up_bias, down_bias = layer.gate_up_bias, layer.down_bias
     if not fits_mlp(x, gain, gate_up, down, gate_up_bias, down_bias):
         return NotImplemented
     rows = rows_of(x)
-    if len(rows) > FEW_ROWS and not gemm.panel_columns():
+    if len(rows) > FEW_ROWS and (adapted or not gemm.panel_columns()):
         return NotImplemented
     y = row_major_copy(rows)
-    if len(rows) > FEW_ROWS:
+    if adapted:
+        launch_adapted_mlp(y, layer, base, step.eps)
+    elif len(rows) > FEW_ROWS:
         gated = gated_panels(rows, gain, step.eps, gate_up, gate_up_bias)
         gemm.add_unpacked(gemm.product(gated, *kernel_operands(down)), y)
     else:

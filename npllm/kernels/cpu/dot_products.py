@@ -11,6 +11,8 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, 
 VDPBF16PS.
 """
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,15 +21,27 @@ from typing import Any
 import llvmlite.binding
 from numba import config
 
+from npllm.errors import NpllmRuntimeError
 from npllm.kernels.cpu.simd import FLOATS, INTS, all_lanes, call
 
-__all__ = ["dot_bfloat16", "dot_bytes", "form_of", "forced_form", "has_instruction", "spelled_form"]
+__all__ = [
+    "dot_bfloat16",
+    "dot_bytes",
+    "form_of",
+    "forced_form",
+    "has_instruction",
+    "has_tiles",
+    "spelled_form",
+]
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
 
 FEATURES = {"int8": ("avx512f", "avx512vnni"), "bfloat16": ("avx512f", "avx512bf16")}
 FAST_BFLOAT16 = "znver"  # of AMD: VDPBF16PS is twice as fast as FMA; Intel's runs at half its speed
+TILE_FEATURES = {"int8": "amx-int8", "int16": "amx-int8", "bfloat16": "amx-bf16"}
+PERMISSION = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+TILE_FLUSH = 64  # of fewer channels, to fetch the sums from the tiles costs more than it saves
 _forced: list[str] = []  # the innermost `forced_form` last
 
 
@@ -39,17 +53,55 @@ def has_instruction(kind: str) -> bool:
     return bool(is_host and all(features.get(name) for name in FEATURES[kind]))
 
 
-def form_of(kind: str) -> str:
+@cache
+def may_use_tiles() -> bool:
+    """Ask the system for the tiles; tell whether it gave them.  Linux alone has such a call."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return ctypes.CDLL(None, use_errno=True).syscall(*PERMISSION) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+@cache
+def has_tiles(kind: str) -> bool:
+    """Tell whether products of a kind of activations run on the matrix units of this processor."""
+    is_host = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
+    features = llvmlite.binding.get_host_cpu_features()
+    known = (
+        features.get("amx-tile") and features.get(TILE_FEATURES[kind]) and features.get("avx512f")
+    )
+    return bool(is_host and known) and may_use_tiles()
+
+
+def form_of(kind: str, flush: int = TILE_FLUSH) -> str:
     """Say how products of "int8", "int16" or "bfloat16" are computed.
+
+    Parameters
+    ----------
+    kind : str
+    flush : int
+        Of integers: channels whose sums are scaled together.
 
     Returns
     -------
     form : str
-        "instruction" or "plain": plain vectors, which have the same bits.  Of bfloat16 "float32" as
-        well, where the instruction is missing or slow: the float32 product of rounded entries.
+        "tiles": the matrix units of `matrix_tiles`.  "instruction", or "plain": plain vectors,
+        which have the same bits.  Of bfloat16 "float32" as well, where the instruction is missing
+        or slow: the float32 product of rounded entries.
     """
+    has_units = has_tiles(
+        kind
+    )  # asks for them: without permission their instructions end the process
     if _forced:
+        if _forced[-1] == "tiles" and not has_units:
+            raise NpllmRuntimeError(
+                "this process has no matrix units (Intel AMX): force another form"
+            )
         return _forced[-1]
+    if has_units and (kind == "bfloat16" or flush >= TILE_FLUSH):
+        return "tiles"
     if kind != "bfloat16":
         return "instruction" if has_instruction("int8") else "plain"
     is_fast = llvmlite.binding.get_host_cpu_name().startswith(FAST_BFLOAT16)
@@ -58,9 +110,14 @@ def form_of(kind: str) -> str:
 
 def spelled_form(kind: str) -> str:
     """Say in words how products of a kind are computed."""
-    instruction = {"int8": "VPDPBUSD", "int16": "VPDPBUSD", "bfloat16": "VDPBF16PS"}[kind]
     words = {"plain": "plain vectors", "float32": "float32 products of rounded entries"}
-    return words.get(form_of(kind), f"the instruction {instruction}")
+    form = form_of(kind)
+    if form in words:
+        return words[form]
+    if kind == "bfloat16":
+        return f"the instruction {'TDPBF16PS' if form == 'tiles' else 'VDPBF16PS'}"
+    units = "the instruction TDPBSUD of int8 weights, " if form == "tiles" else ""
+    return f"{units}the instruction VPDPBUSD"
 
 
 @contextmanager

@@ -48,12 +48,14 @@ def _call_all(ops: Any, x: Array, layer: LayerParams) -> None:
     """Call the operations and fusions of a layer: all of them are in the compiled set."""
     table = np.ones((x.shape[1], 16), np.float32)
     step = Step(table, table, 2, 2, 0.0, [causal()])
+    norm = layer.input_layernorm, 0.0
+    step = step._replace(cache=KVCache(1, 1, 64))
+    qkv = ops.norm_linear(x, *norm, layer.qkv_proj)
     ops.linear(x, layer.o_proj)
     ops.linear_add(x, layer.o_proj, x)
-    ops.norm_swiglu(x, layer.input_layernorm, 0.0, layer.gate_up_proj)
+    ops.norm_swiglu(x, *norm, layer.gate_up_proj)
     ops.mlp_block(x, layer, step)
-    qkv = ops.norm_linear(x, layer.input_layernorm, 0.0, layer.qkv_proj)
-    ops.rope_attention(qkv, step._replace(cache=KVCache(1, 1, 64)))
+    ops.rope_attention(qkv, step)
     ops.attention_block(x, layer, step._replace(cache=KVCache(1, 1, 64)))
     ops.decoder_layers(x, (layer,), step._replace(cache=KVCache(1, 1, 64)))
 

@@ -12,7 +12,7 @@ import numpy as np
 from npllm import ops
 from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.attention import PANELS, attend_many
-from npllm.kernels.cpu.attention_step import attend_step
+from npllm.kernels.cpu.attention_step import attend_rows, attend_step
 from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.launching import launch, n_workers
@@ -34,6 +34,8 @@ def rope_attention(qkv: Array, step: Step) -> Any:
     """Compute rotation, append and attention; a few tokens take one kernel, which writes into the
     cache itself.
     """
+    if hasattr(step.cache, "drafts"):
+        return rows_attention(qkv, step)
     cos, sin, n_head, n_kv_head = step[:4]
     if not (is_float32(qkv) and fits_rope(qkv.shape, cos, sin, n_head, n_kv_head)):
         return NotImplemented
@@ -47,6 +49,61 @@ def rope_attention(qkv: Array, step: Step) -> Any:
     y = np.empty((n_batch, n_seq, n_head * d_head), np.float32)
     launch(attend_step, row_major_copy(qkv), *tokens, n_head, y)
     return y
+
+
+rope_attention.takes_rows = True  # type: ignore[attr-defined]  # npllm.models.row_caches asks
+
+
+def rows_attention(qkv: Array, step: Step) -> Any:
+    """Compute `rope_attention` of one token of each row, where each row has a cache of its own, in
+    one kernel.
+    """
+    cos, sin, n_head, n_kv_head = step[:4]
+    if not (is_float32(qkv) and qkv.shape[1] == 1 and fits_rope(qkv.shape, *step[:4])):
+        return NotImplemented
+    n_row, _, d_qkv = qkv.shape
+    shape = 1, n_kv_head, 1, d_qkv // (n_head + 2 * n_kv_head)
+    held = [reserve_slots(draft, step.layer, shape) for draft in step.cache.drafts]
+    first = first_keys(step, [slots for *_, slots in held])
+    keys, values, _ = max(held, key=lambda row: len(row[2]))
+    if first is None or not all(
+        fits_cache_arrays(k, v) and (k.strides[0], v.strides[0]) == (keys.strides[0],) * 2
+        for k, v, _ in held
+    ):
+        return NotImplemented
+    table = [
+        (_address(k), _address(v), k.strides[2], v.strides[2], len(k), at)
+        for (k, v, _), at in zip(held, first, strict=True)
+    ]
+    y = np.empty((n_row, 1, n_head * shape[-1]), np.float32)
+    rows = (row_major(x.reshape(n_row, x.shape[-1])) for x in (qkv, cos, sin))
+    launch(attend_rows, *rows, keys, values, np.array(table), NO_ROW, n_head, y[:, 0])
+    return y
+
+
+NO_ROW = np.zeros((0, 1, 0), bool)
+
+
+def first_keys(step: Step, slots: list[range]) -> list[int] | None:
+    """The first key that the newest token of each row sees, of those to the last; None where some
+    between are hidden.
+
+    It is the same in all layers that share a mask: found once a step.
+    """
+    known = step.cache.known
+    if id(step.mask) not in known:
+        found = [visible_keys(step.mask, row, 1, 1, step.n_head) for row in slots]
+        plain = [
+            int(x[0][0, 0, 0])
+            for x, row in zip(found, slots, strict=True)
+            if x is not None and not len(x[1]) and x[0][0, 0, 1] == len(row)
+        ]
+        known[id(step.mask)] = plain if len(plain) == len(slots) else None
+    return known[id(step.mask)]
+
+
+def _address(x: Array) -> int:
+    return x.__array_interface__["data"][0]
 
 
 def decode_inputs(step: Step, n_batch: int, n_seq: int, d_head: int) -> tuple[Array, ...] | None:

@@ -3,7 +3,7 @@ of bfloat16.
 
 The rows of x, packed into panels as `gemm` packs them, are rounded once.  A task is a band of 96
 rows of the weight; for each run of channels its codes are written into the second-level cache, and
-passed over all panels, six rows at a time.
+passed over all panels, six rows at a time; on matrix units all 96.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.dot_products import form_of
 from npllm.kernels.cpu.launching import kernel, launch, n_workers
 from npllm.kernels.cpu.layout import frozen
+from npllm.kernels.cpu.matrix_tiles import HEIGHT, bfloat16_units, integer_units
 from npllm.kernels.cpu.operands import kernel_operands
 from npllm.kernels.cpu.rounded_panels import (
     bfloat16_function,
@@ -51,7 +52,7 @@ MOST_PARTS = 3
 PANEL = COLUMNS * WORD
 # columns of a table that describes a weight, one integer each; of its last row, the run
 FIRST, ROW_BYTES, N_ROWS, SCALES, SCALE_BYTES, CODES, UNIT_ENTRIES, UNIT_BYTES = range(8)
-TILE, DEPTH, FLUSH, X_BYTES, D_IN = range(5)
+TILE, DEPTH, FLUSH, X_BYTES, D_IN, ROWS = range(6)
 
 
 def format_of(part: Any) -> str:
@@ -79,7 +80,8 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
     parts = parts_of(weight)
     names = [format_of(part) for part in parts]
     flush = min(FLUSHES.get(name, 32) for name in names)
-    uses = form_of(kind) == "instruction"
+    form = form_of(kind, flush)
+    uses = form != "plain"
     table = np.zeros((MOST_PARTS + 1, 8), np.int64)
     for row, part, name in zip(table, parts, names, strict=False):
         row[:] = (
@@ -89,12 +91,15 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
         )
     has_minimum = not MINIMUM.isdisjoint(names)
     if kind == "bfloat16":
-        tile, depth, x_bytes = bfloat16_tile(uses), RUN // 2, PANEL // 2
+        tile = bfloat16_units() if form == "tiles" else bfloat16_tile(uses)
+        depth, x_bytes = RUN // 2, PANEL // 2
     else:
         n_bytes = N_BYTES[kind]
-        tile = integer_tile(n_bytes, flush, has_minimum, uses)
+        variant = n_bytes, flush, has_minimum
+        tile = integer_units(*variant) if form == "tiles" else integer_tile(*variant, uses)
         depth, x_bytes = min(RUN // n_bytes, flush * MOST_FLUSHES), PANEL // WORD * n_bytes
-    table[MOST_PARTS, :5] = tile.address, depth, flush, x_bytes, weight.shape[1]
+    rows = HEIGHT if form == "tiles" else TILE_ROWS
+    table[MOST_PARTS, :6] = tile.address, depth, flush, x_bytes, weight.shape[1], rows
     return frozen(table), flush
 
 
@@ -120,7 +125,7 @@ def rounded_product(panels: Array, weight: Any, kind: str) -> Array:
 
     Returns
     -------
-    y : float32 array [n_panel, d_out (and up to five rows more), 64]
+    y : float32 array [n_panel, d_out (and up to 95 rows more), 64]
         In a buffer.
 
     Notes
@@ -132,8 +137,8 @@ def rounded_product(panels: Array, weight: Any, kind: str) -> Array:
         return gemm.product(panels, *kernel_operands(weight))
     table, flush = weight_table(weight, kind)
     words, scales = rounded_panels(panels, weight, kind, flush)
-    d_out = weight.shape[0]
-    n_row = -(-d_out // TILE_ROWS) * TILE_ROWS
+    d_out, height = weight.shape[0], int(table[MOST_PARTS, ROWS])
+    n_row = -(-d_out // height) * height
     y = scratch("y panels", (len(panels), n_row, COLUMNS), np.float32)
     band = scratch("rounded band", (n_workers(), BAND, ROW), np.uint8)
     launch(multiply_all, table, words, scales, band, y, d_out, np.zeros(1, np.int64))
@@ -174,10 +179,11 @@ def multiply_band(
 ) -> None:
     """Rows first ... stop - 1 of the product, for all panels."""
     run = table[MOST_PARTS]
-    n_tile = (stop - first + TILE_ROWS - 1) // TILE_ROWS
+    height = run[ROWS]
+    n_row = (stop - first + height - 1) // height * height
     for start in range(0, run[D_IN], run[DEPTH]):
         depth = min(run[DEPTH], run[D_IN] - start)
-        for r in range(n_tile * TILE_ROWS):
+        for r in range(n_row):
             if first + r < stop:
                 write_row(table, first + r, start, depth, band[r].ctypes.data)
             else:
@@ -185,8 +191,8 @@ def multiply_band(
         for p in range(len(words)):
             x = words[p].ctypes.data + start * run[X_BYTES]
             x_scales = scales[p].ctypes.data + start // run[FLUSH] * 2 * PANEL
-            for r in range(0, n_tile * TILE_ROWS, TILE_ROWS):
-                tile = y[p, first + r : first + r + TILE_ROWS]
+            for r in range(0, n_row, height):
+                tile = y[p, first + r : first + r + height]
                 if start == 0:
                     tile[:, :] = 0
                 codes, n_flush, to = band[r].ctypes.data, depth // run[FLUSH], tile.ctypes.data

@@ -12,7 +12,8 @@ with -ftz=true.  NaN, infinities and rows without a key give what the definition
 from dataclasses import replace
 
 from npllm.kernels.cuda.attention import GROUPS, HEADS, WIDEST, attention
-from npllm.kernels.cuda.launching import ENTRIES, OPTIONS, source
+from npllm.kernels.cuda.decode import decode_step
+from npllm.kernels.cuda.launching import ENTRIES, OPTIONS, STORED, source
 from npllm.kernels.cuda.linear import MOST_ROWS, ROWS, linear, linear_add, norm_linear, norm_swiglu
 from npllm.kernels.cuda.rope import rope_attention
 from npllm.kernels.cuda.rows import rms_norm, swiglu
@@ -27,6 +28,7 @@ __all__ = [
     "WIDEST",
     "attention",
     "cuda_ops",
+    "decode_step",
     "linear",
     "linear_add",
     "norm_linear",
@@ -47,6 +49,7 @@ CUDA = replace(
     norm_linear=norm_linear,
     norm_swiglu=norm_swiglu,
     linear_add=linear_add,
+    decode_step=decode_step,
     name="cuda",
 )
 
@@ -55,7 +58,7 @@ _WIDTHS = tuple(range(32, WIDEST + 1, 32))
 
 # Every variant that can be asked for: kernel -> list of its definitions.
 VARIANTS = {
-    "linear": [(("ENTRY", name), ("ROWS", rows)) for name in _TYPES for rows in ROWS],
+    "linear": [(("ENTRY", name), ("ROWS", rows)) for name in STORED.values() for rows in ROWS],
     "rms_norm": [(("ENTRY", name),) for name in _TYPES],
     "swiglu": [()],
     "rope_append": [()],
@@ -67,6 +70,8 @@ VARIANTS = {
         for name in _TYPES
     ],
     "attend_merge": [(("HEAD", d_head),) for d_head in _WIDTHS],
+    "embed": [(("ENTRY", name),) for name in STORED.values()],
+    "choose": [()],
 }
 
 

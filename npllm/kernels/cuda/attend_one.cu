@@ -7,6 +7,11 @@
 // padding of row b ends.  Splits are counted from the first key that the row sees, so that its sums
 // have the same bits alone and beside longer rows.
 //
+// Where `slots` is given, the query of row b stands in slot slots[b], and the keys end there: the
+// place is read from device memory, and a split behind the last key finds nothing.
+//
+// Bytes moved: keys and values that are seen, once for each chunk of GROUP query heads.
+//
 // Three steps with a barrier between them: scores, four lanes a key; weights, a warp a head;
 // values, a pack of channels a thread.
 //
@@ -132,13 +137,17 @@ attend_split(const float* q, const T* k, const T* v, float* y, float* parts, i64
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    attend_one(const float* q, const ENTRY* k, const ENTRY* v, const i64* start, float* y,
-               float* parts, i64 n_batch, i64 n_head, i64 n_kv_head, i64 n_ctx, i64 n_split,
+    attend_one(const float* q, const ENTRY* k, const ENTRY* v, const i64* start,
+               const i64* slots, float* y, float* parts, i64 n_batch, i64 n_head, i64 n_kv_head, i64 n_ctx, i64 n_split,
                i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 q_slot,
                i64 k_slot, i64 low, i64 high, float scale) {
     i64 group = n_head / n_kv_head, n_chunks = (group + GROUP - 1) / GROUP,
         at = blockIdx.x / n_split, split = blockIdx.x % n_split;
     i64 chunk = at % n_chunks, kv = at / n_chunks % n_kv_head, b = at / n_chunks / n_kv_head;
+    if (slots) {
+        q_slot = slots[b];
+        n_ctx = q_slot + 1 - k_slot;
+    }
     i64 first = q_slot - high + 1 - k_slot, stop = q_slot - low + 1 - k_slot,
         first_valid = start ? start[b] - k_slot : 0;
     first = first > 0 ? first : 0;

@@ -1,7 +1,7 @@
 """Attention of many queries, and of one."""
 
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,17 @@ from npllm.kernels.cuda.launching import aligned, entry, pointer, steps
 from npllm.ops import blockwise
 from npllm.ops.mask.rule import FAR
 
-__all__ = ["GROUPS", "HEADS", "WIDEST", "attention", "head_steps"]
+__all__ = [
+    "GROUPS",
+    "HEADS",
+    "WIDEST",
+    "Place",
+    "attention",
+    "count_splits",
+    "head_steps",
+    "launch_attend",
+    "parts_shape",
+]
 
 Array = Any
 
@@ -110,27 +120,72 @@ def _attend_one(
 ) -> Array:
     """Launch attend_one.cu, and attend_merge.cu where there is more than one split."""
     k, v, q = _packed_rows(k, xp), _packed_rows(v, xp), xp.ascontiguousarray(q)
-    *lead, n_head, _, d_head = q.shape
-    n_kv_head, n_ctx, n_batch, (low, high, start) = k.shape[-3], k.shape[-2], prod(lead), band
+    n_ctx, (low, high, start) = k.shape[-2], band
     n_seen = min(n_ctx, q_slot - low + 1 - k_slot) - max(0, q_slot - high + 1 - k_slot)
-    n_split, group = max(1, -(-n_seen // SPLIT)), GROUPS[n_head > n_kv_head]
-    n_rows, n_blocks = n_batch * n_head, n_batch * n_kv_head * -(-n_head // n_kv_head // group)
-    y, parts = xp.empty(q.shape, dtype=xp.float32), None
-    if n_split > 1:
-        parts = xp.empty((n_rows * n_split * (d_head + 2),), dtype=xp.float32)
-    sizes = (
-        n_batch,
-        n_head,
-        n_kv_head,
-        n_ctx,
-        n_split,
-        *head_steps(k),
-        *head_steps(v),
-        q_slot,
-        k_slot,
-        low,
-        high,
-    )
+    y, n_split = xp.empty(q.shape, dtype=xp.float32), count_splits(n_seen)
+    parts = None if n_split == 1 else xp.empty(parts_shape(q, n_split), dtype=xp.float32)
+    place = Place(low, high, q_slot, k_slot)
+    launch_attend(q, k, v, y, parts, place, scale=scale, n_split=n_split, start=start)
+    return y
+
+
+class Place(NamedTuple):
+    """Which keys the one query of each row sees: low <= q_slot - slot of the key < high."""
+
+    low: int
+    high: int
+    q_slot: int  # of the query; not used where slots are read from device memory
+    k_slot: int  # of the first key
+
+
+def count_splits(n_seen: int) -> int:
+    """Return into how many splits n_seen keys are cut."""
+    return max(1, -(-n_seen // SPLIT))
+
+
+def parts_shape(q: Array, n_split: int) -> tuple[int]:
+    """Shape of what the splits leave for the merge: sums, maxima and weights of every head."""
+    d_head = q.shape[-1]
+    return (q.size // d_head * n_split * (d_head + 2),)
+
+
+def launch_attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    y: Array,
+    parts: Array | None,
+    place: Place,
+    *,
+    scale: float,
+    n_split: int,
+    start: Array | None = None,
+    slots: Array | None = None,
+) -> None:
+    """Launch attend_one.cu and attend_merge.cu, which write y; nothing is allocated.
+
+    Parameters
+    ----------
+    q, y : float32 array [..., n_head, 1, d_head]
+        Contiguous.
+    k, v : array [..., n_kv_head, n_ctx, d_head]
+        Rows in one piece at multiples of 16 bytes.
+    parts : float32 array of `parts_shape`, or None
+        None: one split.
+    place : Place
+    scale : float
+    n_split : int
+    start : int64 array [n_batch], optional
+        Device memory: the first slot that a row sees.
+    slots : int64 array [n_batch], optional
+        Device memory: the slot of each row's query, which is the last key.
+    """
+    *lead, n_head, _, d_head = q.shape
+    n_kv_head, n_ctx, n_batch = k.shape[-3], k.shape[-2], prod(lead)
+    group, n_rows = GROUPS[n_head > n_kv_head], n_batch * n_head
+    n_blocks = n_batch * n_kv_head * -(-n_head // n_kv_head // group)
+    sizes = (n_batch, n_head, n_kv_head, n_ctx, n_split, *head_steps(k), *head_steps(v))
+    band = (place.q_slot, place.k_slot, place.low, place.high)
     launching.launch(
         "attend_one",
         (("ENTRY", entry(k)), ("GROUP", group), ("HEAD", d_head)),
@@ -139,10 +194,10 @@ def _attend_one(
         q,
         k,
         v,
-        pointer(start),
+        *map(pointer, (start, slots)),
         y,
         pointer(parts),
-        *map(np.int64, sizes),
+        *map(np.int64, (*sizes, *band)),
         np.float32(scale),
     )
     if parts is not None:
@@ -153,10 +208,8 @@ def _attend_one(
             MERGE_THREADS,
             parts,
             y,
-            np.int64(n_rows),
-            np.int64(n_split),
+            *map(np.int64, (n_rows, n_split)),
         )
-    return y
 
 
 def _fits(q: Array, k: Array, v: Array) -> bool:

@@ -17,8 +17,11 @@ struct f16 {
 struct bf16 {
     unsigned short bits;
 };
+struct i8 {
+    signed char value;
+};
 
-// 16 bytes, which one load fetches: 8 entries of a 16-bit type, 4 of float.
+// 16 bytes, which one load fetches: 4 entries of float, 8 of a 16-bit type, 16 of int8.
 template <typename T>
 struct alignas(16) Pack {
     static constexpr int N = 16 / sizeof(T);
@@ -36,6 +39,29 @@ __device__ inline float widen(f16 x) {
     // Subnormal: 2**-14 * (1 + m / 1024) - 2**-14 is exact, and no number in it is subnormal here.
     float subnormal = __uint_as_float(bits + (1u << 23)) - 6.103515625e-5f;
     return __uint_as_float((rest < 0x400u ? __float_as_uint(subnormal) : bits) | sign);
+}
+
+// 16 bytes of entries of T as they were loaded: 4 registers, where 16 entries would take 16.
+template <typename T>
+struct alignas(16) Words {
+    unsigned word[4];
+};
+
+// Entry i, in float32.
+__device__ inline float widen_entry(const Words<float>& x, int i) {
+    return __uint_as_float(x.word[i]);
+}
+
+__device__ inline float widen_entry(const Words<bf16>& x, int i) {
+    return __uint_as_float(i % 2 ? x.word[i / 2] & 0xffff0000u : x.word[i / 2] << 16);
+}
+
+__device__ inline float widen_entry(const Words<f16>& x, int i) {
+    return widen(f16{(unsigned short)(x.word[i / 2] >> (i % 2 * 16))});
+}
+
+__device__ inline float widen_entry(const Words<i8>& x, int i) {
+    return (float)((int)(x.word[i / 4] << (24 - i % 4 * 8)) >> 24);
 }
 
 __device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }

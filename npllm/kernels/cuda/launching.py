@@ -14,6 +14,7 @@ __all__ = [
     "ENTRIES",
     "NULL",
     "OPTIONS",
+    "STORED",
     "aligned",
     "compiled",
     "entry",
@@ -29,6 +30,7 @@ Array = Any
 OPTIONS = ("-std=c++17",)  # CuPy adds its own, -ftz=true among them
 # dtype -> its name in common.cu
 ENTRIES = {DTYPES["float32"]: "float", DTYPES["bfloat16"]: "bf16", DTYPES["float16"]: "f16"}
+STORED = ENTRIES | {np.dtype(np.int8): "i8"}  # of the weights of products
 NULL = np.uint64(0)  # the pointer of an argument that is left out
 ALIGNMENT = 16  # bytes: what one load of a kernel fetches
 

@@ -1,16 +1,26 @@
 """Products with a weight matrix, fused with the norm before and the operation after."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllm.arrays import array_namespace
+from npllm.arrays import array_namespace, is_packed
 from npllm.kernels.cuda import launching
-from npllm.kernels.cuda.launching import NULL, aligned, entry, even_rows
+from npllm.kernels.cuda.launching import STORED, aligned, entry, even_rows, pointer
 from npllm.kernels.cuda.rows import MOST
 from npllm.ops import blockwise
+from npllm.quantized.int8 import Int8Weight
 
-__all__ = ["MOST_ROWS", "ROWS", "linear", "linear_add", "norm_linear", "norm_swiglu"]
+__all__ = [
+    "MOST_ROWS",
+    "ROWS",
+    "Vectors",
+    "launch_linear",
+    "linear",
+    "linear_add",
+    "norm_linear",
+    "norm_swiglu",
+]
 
 Array = Any
 
@@ -27,14 +37,14 @@ ROWS = (1, 2, 4, 8)  # rows of x that a block can take
 #
 # A float32 weight is not widened, and the definition moves W.  16 rows keep the promise that a row
 # has the same bits in a batch of 1 to 16.  Both numbers are reckoned, and not measured.
-MOST_ROWS = {2: 64, 4: 16}
+MOST_ROWS = {1: 64, 2: 64, 4: 16}
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Multiply each row by the transposed weight matrix: the twin of `npllm.ops.linear`.
 
-    The weight is read once, as it is stored.  Up to 64 rows, 16 with a float32 weight; more rows go
-    to the definition.
+    The weight, of floats or an `Int8Weight`, is read once, as it is stored.  Up to 64 rows, 16 with
+    a float32 weight; more rows go to the definition.
     """
     if not _fits(x, weight, bias):
         return blockwise.linear(x, weight, bias)
@@ -70,20 +80,31 @@ def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = No
 
 def _fits(x: Array, weight: Array, bias: Array | None) -> bool:
     """Tell whether linear.cu takes these: a few float32 rows, and a weight of whole packs."""
-    name = entry(weight)
-    if name is None or entry(x) != "float" or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+    stored = weight.values if isinstance(weight, Int8Weight) else weight
+    known = not isinstance(stored, np.ndarray) and getattr(stored, "dtype", None) in STORED
+    if not known or (is_packed(weight) and stored is weight):
         return False
-    itemsize, (d_out, d_in) = weight.dtype.itemsize, weight.shape
+    if entry(x) != "float" or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    itemsize, (d_out, d_in) = stored.dtype.itemsize, weight.shape
     fits = 0 < x.size < MOST and 0 < d_out < MOST and d_in * itemsize % launching.ALIGNMENT == 0
     few = fits and x.size // d_in <= MOST_ROWS[itemsize]
     return few and (bias is None or _is_vector(bias, weight, 0))
 
 
 def _is_vector(x: Array, weight: Array, axis: int) -> bool:
-    """Tell whether `x` has the length of an axis of the weight, and its type."""
+    """Tell whether `x` has the length of an axis of the weight, and the type beside it."""
     if entry(x) is None:
         return False
-    return x.dtype == weight.dtype and x.shape == weight.shape[axis : axis + 1]
+    dtype = np.float32 if is_packed(weight) else weight.dtype
+    return x.dtype == dtype and x.shape == weight.shape[axis : axis + 1]
+
+
+def _in_packs(weight: Array, xp: Any) -> Array:
+    """The weight, or a copy, contiguous and at a multiple of 16 bytes."""
+    if is_packed(weight):
+        return Int8Weight(aligned(weight.values, xp), xp.ascontiguousarray(weight.scales))
+    return aligned(weight, xp)
 
 
 def _launch(
@@ -97,25 +118,67 @@ def _launch(
     gated: bool = False,
 ) -> Array:
     """Run linear.cu on what fits it; return y [..., d_out], d_out / 2 channels where gated."""
-    xp, (d_out, d_in) = array_namespace(x, weight), weight.shape
-    half = d_out // 2 if gated else 0
-    y, weight = xp.empty((*x.shape[:-1], half or d_out), dtype=xp.float32), aligned(weight, xp)
+    xp, d_out = array_namespace(x, weight), weight.shape[0]
+    y = xp.empty((*x.shape[:-1], d_out // 2 if gated else d_out), dtype=xp.float32)
     x, x_row = even_rows(x, xp, launching.ALIGNMENT)
-    vectors = [NULL if z is None else xp.ascontiguousarray(z) for z in (gain, bias, residual)]
+    gain, bias, residual = (
+        z if z is None else xp.ascontiguousarray(z) for z in (gain, bias, residual)
+    )
+    vectors = Vectors(gain, bias, residual)
+    launch_linear(x, _in_packs(weight, xp), y, vectors, x_row=x_row, eps=eps, gated=gated)
+    return y
+
+
+class Vectors(NamedTuple):
+    """What a product is fused with; None: not."""
+
+    gain: Array | None = None  # [d_in]: the norm before
+    bias: Array | None = None  # [d_out]
+    residual: Array | None = None  # [..., d_out]: is added
+
+
+def launch_linear(
+    x: Array,
+    weight: Array,
+    y: Array,
+    vectors: Vectors = Vectors(),
+    *,
+    x_row: int | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+) -> None:
+    """Launch linear.cu, which writes y; nothing is allocated.
+
+    Parameters
+    ----------
+    x : float32 array [n, d_in]
+    weight : array [d_out, d_in]
+        Contiguous, at a multiple of 16 bytes; or an `Int8Weight` of such.
+    y : float32 array [n, d_out]
+        Contiguous; [n, d_out / 2] where gated.
+    vectors : Vectors
+    x_row : int, optional
+        Distance of rows of `x` in entries; default d_in.
+    eps : float
+        Of the norm.
+    gated : bool
+        Rows of the weight are gate | up, and y = silu(gate) * up.
+    """
+    d_out, d_in = weight.shape
     n_rows = x.size // d_in
     rows = next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
     outs = WARPS * (4 if rows >= 4 else 2)  # of a block
+    values, scales = (weight.values, weight.scales) if is_packed(weight) else (weight, None)
     launching.launch(
         "linear",
-        (("ENTRY", entry(weight)), ("ROWS", rows)),
+        (("ENTRY", STORED[values.dtype]), ("ROWS", rows)),
         -(-d_out // outs) * -(-n_rows // rows),
         THREADS,
         x,
-        weight,
-        *vectors,
+        values,
+        *map(pointer, (scales, *vectors)),
         y,
-        *map(np.uint32, (n_rows, d_in, d_out, half)),
-        np.int64(x_row),
+        *map(np.uint32, (n_rows, d_in, d_out, d_out // 2 if gated else 0)),
+        np.int64(d_in if x_row is None else x_row),
         np.float32(eps),
     )
-    return y

@@ -7,11 +7,11 @@ import numpy as np
 from npllm.arrays import array_namespace
 from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.attention import attention, head_steps
-from npllm.kernels.cuda.launching import entry
+from npllm.kernels.cuda.launching import entry, pointer
 from npllm.kernels.cuda.rows import MOST
 from npllm.ops import Step, merge_heads
 
-__all__ = ["rope_attention"]
+__all__ = ["launch_rope", "rope_attention"]
 
 Array = Any
 
@@ -38,6 +38,8 @@ def rope_attention(qkv: Array, step: Step) -> Array:
     else:
         like = q[:, :n_kv_head]  # of the shape, dtype and library of new keys and values
         k, v, k_slots = step.cache.reserve_slots(step.layer, like, like)
+        if not entry(k) == entry(v) == "float":  # read from a file: the kernel writes float32
+            return NotImplemented
         slots = {"q_slots": range(k_slots.stop - n_seq, k_slots.stop), "k_slots": k_slots}
     _rope_append(xp, qkv, cos, sin, q, k[..., -n_seq:, :], v[..., -n_seq:, :])
     return merge_heads(attention(q, k, v, mask=step.mask, **slots))
@@ -46,6 +48,37 @@ def rope_attention(qkv: Array, step: Step) -> Array:
 def _rope_append(xp: Any, qkv: Array, cos: Array, sin: Array, q: Array, k: Array, v: Array) -> None:
     """Launch the kernel that fills q, k and v."""
     qkv, cos, sin = (xp.ascontiguousarray(x) for x in (qkv, cos, sin))
+    launch_rope(qkv, cos, sin, q, k, v)
+
+
+def launch_rope(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    slots: Array | None = None,
+    table_rows: Array | None = None,
+    k_slot: int = 0,
+) -> None:
+    """Launch rope_append.cu, which writes q, k and v; nothing is allocated.
+
+    Parameters
+    ----------
+    qkv : float32 array [n_batch, n_seq, (n_head + 2*n_kv_head)*d_head]
+        Contiguous.
+    cos, sin : float32 array [n_seq, d_rope] or [n_batch, n_seq, d_rope]
+        Contiguous; with `slots` [n, d_rope].
+    q : float32 array [n_batch, n_head, n_seq, d_head]
+        Contiguous.
+    k, v : float32 array [n_batch, n_kv_head, n_seq, d_head]
+        With `slots` all columns of the cache, from slot `k_slot` on.
+    slots, table_rows : int64 array [n_batch], optional
+        Device memory: the slot of each row's one token, and its row of the tables.
+    k_slot : int
+    """
     n_batch, n_head, n_seq, d_head = q.shape
     d_rope = cos.shape[-1]
     table_batch = n_seq * d_rope if cos.ndim == 3 and cos.shape[0] == n_batch > 1 else 0
@@ -61,6 +94,8 @@ def _rope_append(xp: Any, qkv: Array, cos: Array, sin: Array, q: Array, k: Array
         q,
         k,
         v,
+        *map(pointer, (slots, table_rows)),
+        np.int64(k_slot),
         *map(np.uint32, sizes),
         *map(np.int64, (table_batch, *head_steps(k), *head_steps(v))),
     )

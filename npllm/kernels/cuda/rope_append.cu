@@ -3,6 +3,11 @@
 //     y[i + half] = x[i + half] * cos[i] + x[i] * sin[i]
 // A thread an entry.  Rows of qkv are q | k | v.  q is [n_batch, n_head, n_seq, d_head] in one
 // piece; k and v have strides, counted in entries.
+//
+// Where `slots` is given (one token of each row, place read from device memory), row b stands in
+// slot slots[b] and is rotated by row table_rows[b] of the tables; k and v begin at slot k_slot.
+//
+// Bytes moved: qkv, read once or twice, and as many of q, k and v; some 10 KB a token and layer.
 
 __device__ float
 rotated(const float* head, unsigned i, const float* cos, const float* sin, unsigned d_rope) {
@@ -14,7 +19,7 @@ rotated(const float* head, unsigned i, const float* cos, const float* sin, unsig
 
 extern "C" __global__ void
 rope_append(const float* qkv, const float* cos, const float* sin, float* q, float* k, float* v,
-            unsigned n, unsigned n_seq, unsigned n_head, unsigned n_kv_head, unsigned d_head,
+            const i64* slots, const i64* table_rows, i64 k_slot, unsigned n, unsigned n_seq, unsigned n_head, unsigned n_kv_head, unsigned d_head,
             unsigned d_rope, i64 table_batch, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch,
             i64 v_head, i64 v_row) {
     unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
@@ -22,14 +27,15 @@ rope_append(const float* qkv, const float* cos, const float* sin, float* q, floa
     unsigned i = at % d_head, n_all = n_head + 2 * n_kv_head;
     unsigned h = at / d_head % n_all, row = at / d_head / n_all, b = row / n_seq, s = row % n_seq;
     const float* head = qkv + (at - i);
-    i64 table = b * table_batch + s * d_rope;
+    i64 table = slots ? table_rows[b] * d_rope : b * table_batch + s * d_rope;
+    i64 column = slots ? slots[b] - k_slot : s;
     if (h < n_head) {
         q[((b * n_head + h) * n_seq + s) * d_head + i] =
             rotated(head, i, cos + table, sin + table, d_rope);
     } else if (h < n_head + n_kv_head) {
-        k[b * k_batch + (h - n_head) * k_head + s * k_row + i] =
+        k[b * k_batch + (h - n_head) * k_head + column * k_row + i] =
             rotated(head, i, cos + table, sin + table, d_rope);
     } else {
-        v[b * v_batch + (h - n_head - n_kv_head) * v_head + s * v_row + i] = head[i];
+        v[b * v_batch + (h - n_head - n_kv_head) * v_head + column * v_row + i] = head[i];
     }
 }

@@ -36,7 +36,7 @@ class RawKernel:
 
     def __call__(self, grid, block, args, **_):
         plant(f"kernel/{self.name}")
-        self.compile().run(grid[0], block[0], args)
+        guard.launched(self.name, lambda: self.compile().run(grid[0], block[0], args))
 
 
 class RawModule:

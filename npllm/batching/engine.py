@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import to_numpy
+from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
+from npllm.batching.job import Event, Job
+from npllm.batching.kept import KeptCaches, copied_prefix, n_held
+from npllm.batching.metrics import Metrics
+from npllm.batching.row import Row
 from npllm.decoding.prefill import FEW_ROWS
-from npllm.serve.errors import expired, queue_full, shutting_down
-from npllm.serve.job import Event, Job
-from npllm.serve.kept import KeptCaches, copied_prefix, n_held
-from npllm.serve.metrics import Metrics
-from npllm.serve.row import Row
 
 __all__ = ["MAX_BATCH", "Engine"]
 
 MAX_BATCH = FEW_ROWS
-"""Up to so many rows have the same bits alone and in company."""
+"""The largest batch in which the bits of a row do not depend on the other rows."""
 
 
 class Engine:
@@ -84,17 +84,18 @@ class Engine:
 
         Raises
         ------
-        Refusal
-            When too many wait already, or the engine ends.
+        QueueFullError
+            When too many wait already.
+        EndedError
         """
         with self._wake:
             if self._is_stopping:
-                raise shutting_down()
+                raise EndedError()
             n_free = self.max_batch - len(self._rows)
             self._queue = deque(job for job in self._queue if not job.is_cancelled)
             n_waiting = len(self._queue) + len(jobs) - n_free
             if n_waiting > self.max_queue:
-                raise queue_full(len(self._queue), self._seconds_to_wait(n_waiting))
+                raise QueueFullError(len(self._queue), self._seconds_to_wait(n_waiting))
             self._queue.extend(jobs)
             self._wake.notify()
 
@@ -130,7 +131,7 @@ class Engine:
             left = [row.job for row in self._rows] + list(self._queue)
             self._rows, self._queue = [], deque()
         for job in left:
-            job.deliver(Event(error=shutting_down()))
+            job.deliver(Event(error=EndedError()))
 
     def _next_jobs(self) -> bool:
         """Wait for work and give free rows to it; False at the end."""
@@ -158,7 +159,7 @@ class Engine:
         late += [row.job for row in self._rows if row.job.is_expired]
         for job in late:
             job.cancel()
-            job.deliver(Event(error=expired(self.timeout)))
+            job.deliver(Event(error=ExpiredError(self.timeout)))
         for row in [row for row in self._rows if row.job.is_cancelled]:
             self._release(row)
 

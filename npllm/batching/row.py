@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import to_numpy
+from npllm.batching.job import Event, Job
 from npllm.cache import KVCache
 from npllm.decoding.constraints import constrain
 from npllm.decoding.details import Recorder, Token
@@ -14,7 +15,6 @@ from npllm.decoding.sampling import choose, uniforms
 from npllm.decoding.sequences import Sequences
 from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.models.rope import frequency_choice
-from npllm.serve.job import Event, Job
 from npllm.text.stream import TextStream
 
 __all__ = ["Row"]

@@ -1,0 +1,92 @@
+"""The same on a Ray cluster: actors that load the model once, each batch a shard on disk."""
+
+from collections.abc import Callable
+from typing import Any
+
+from npllm.batch.results import Results
+from npllm.batch.tasks import Item, Task, answers, make_task
+from npllm.checkpoints.extras import import_extra
+
+__all__ = ["ray_runner"]
+
+
+class Worker:
+    """An actor: loads the model once, and answers batches of items.
+
+    Parameters
+    ----------
+    load : function () -> Model or Encoder
+    name : str
+        Of the task.
+    options : dict
+    out : Path
+        The output file; its folder is the same on every machine.
+    """
+
+    def __init__(self, load: Callable[[], Any], name: str, options: dict[str, Any], out: Any):
+        self._task = make_task(name, load(), **options)
+        self._results = Results(out)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Answer a batch and write its answers to a shard; return what failed."""
+        pairs = zip(batch["key"], batch["ids"], strict=True)
+        items = [Item(str(key), [int(i) for i in ids]) for key, ids in pairs]
+        found = dict(answers(self._task, items))
+        errors = [found[item.key].get("error", "") for item in items]
+        good = {key: answer for key, answer in found.items() if "error" not in answer}
+        self._results.add_shard(good.items())
+        return {"key": [item.key for item in items], "error": errors}
+
+
+def ray_runner(
+    load: Callable[[], Any], *, n_workers: int = 1, batch_size: int = 64, n_cpus: float = 1
+) -> Callable[..., None]:
+    """Make a runner for `npllm.batch.run.batch` that answers on Ray Data.
+
+    Parameters
+    ----------
+    load : function () -> Model or Encoder
+        Is called once in each worker; must be picklable.
+    n_workers : int
+        Actors.
+    batch_size : int
+        Rows of a shard; what is lost, and done again, where a worker is killed.
+    n_cpus : float
+        Cores that Ray reserves for an actor.
+
+    Returns
+    -------
+    run : function
+
+    Raises
+    ------
+    MissingExtraError
+        When Ray is not installed.
+    """
+    ray = import_extra("ray", "npllm batch --engine ray", "ray")
+    data = import_extra("ray.data", "npllm batch --engine ray", "ray")
+
+    def run(task: Task, items: list[Item], results: Results, advance: Callable[..., None]) -> None:
+        if not items:
+            return
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+        ordered = sorted(items, key=lambda item: -len(item.ids))
+        rows = data.from_items([{"key": item.key, "ids": item.ids} for item in ordered])
+        done = rows.map_batches(
+            Worker,
+            fn_constructor_args=(load, task.name, task.options, results.out.absolute()),
+            batch_size=batch_size,
+            batch_format="numpy",
+            compute=data.ActorPoolStrategy(size=n_workers),
+            num_cpus=n_cpus,
+        )
+        failed = {}
+        for row in done.iter_rows():
+            advance(1)
+            if row["error"]:
+                failed[row["key"]] = {"error": row["error"]}
+        results.read_shards()
+        results.found.update(failed)
+
+    return run

@@ -1,0 +1,281 @@
+"""What scripts/bench_gpu.py measures: each group gets `record(name, work)`, and calls it."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gpu.measure import MissingPackageError, need
+from gpu.predict import kernels as kernels_of
+from gpu.records import rehearsing
+from gpu.weights import model_folder
+
+MODEL = "phi-3-mini"
+CONTEXTS = (16, 24, 32) if rehearsing() else (128, 1024, 4000)
+PROMPTS = (5, 12) if rehearsing() else (512, 2048, 3900)
+LONG = 40 if rehearsing() else 16384
+N_NEW = 3 if rehearsing() else 64
+N_ON_OFF = 4 if rehearsing() else 100
+N_QUEUED = 2 if rehearsing() else 8
+
+
+def timed(call: Callable[[], Any], repeat: int = 3) -> float:
+    """Median seconds of a call, up to the end of its work on the device."""
+    import cupy
+
+    wait, found = cupy.cuda.get_current_stream().synchronize, []
+    for _ in range(1 if rehearsing() else repeat):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def memory() -> dict[str, Any]:
+    """Bytes that CuPy's pool has taken from the device so far, the most it has held."""
+    import cupy
+
+    pool = getattr(cupy, "get_default_memory_pool", None)
+    return {"peak_bytes": pool().total_bytes() if pool else None}
+
+
+# ------------------------------------------------------------------------------------------ groups
+
+
+def copy(record: Callable) -> None:
+    """Time a copy of 1 GiB on the device: bytes read and written."""
+
+    def work() -> dict[str, Any]:
+        import cupy
+
+        x = cupy.zeros(2**10 if rehearsing() else 2**28, dtype=np.float32)
+        y = cupy.empty(x.shape, dtype=np.float32)
+        y[...] = x
+        seconds = timed(lambda: y.__setitem__(..., x), 10)
+        return {"seconds": seconds, "gigabytes_per_second": 2 * x.nbytes / seconds / 1e9}
+
+    record("device", work)
+
+
+def loaded(**changes: Any) -> Any:
+    """The model on the device; `changes` of its config keep the weights."""
+    import npllm
+    from npllm.config.config import Config
+
+    model = npllm.load(model_folder(MODEL), backend="cupy")
+    if not changes:
+        return model
+    data = json.loads((model_folder(MODEL) / "config.json").read_text(encoding="utf-8"))
+    return npllm.Model(Config.from_json(data | changes), model.params)
+
+
+def ids_of(model: Any, n: int) -> np.ndarray:
+    """Random tokens [1, n]."""
+    return np.random.default_rng(0).integers(3, model.config.vocab_size, (1, n))
+
+
+def filled(model: Any, n_ctx: int) -> Any:
+    """A cache that holds n_ctx random tokens."""
+    cache = model.new_cache()
+    model.last_logits(ids_of(model, n_ctx), np.ones((1, n_ctx), bool), cache)
+    return cache
+
+
+def decode(model: Any, n_ctx: int, how: str) -> dict[str, Any]:
+    """Time N_NEW tokens behind n_ctx others: queued, one by one, or without a graph."""
+    from npllm.arrays import to_numpy
+    from npllm.kernels.cuda.decode import decode_step
+
+    steps = {"no graph": partial(decode_step, use_graph=False), "kernel by kernel": None}
+    if how in steps:
+        model = model.on(model.ops.replace(decode_step=steps[how]))
+    cache, one = filled(model, n_ctx), ids_of(model, 1)
+
+    def queue(n: int) -> None:
+        for _ in range(-(-n // N_QUEUED)):
+            valid = np.ones((1, cache.n_ctx + 1), bool)
+            if model.greedy_ids(one, valid, cache, N_QUEUED) is None:
+                raise RuntimeError("the engine did not take the step")
+
+    def each(n: int) -> None:
+        for _ in range(n):
+            to_numpy(model.last_logits(one, np.ones((1, cache.n_ctx + 1), bool), cache))
+
+    run, n = (queue, -(-N_NEW // N_QUEUED) * N_QUEUED) if how == "queued" else (each, N_NEW)
+    run(2 * N_QUEUED if how == "queued" else 3)  # compiles, captures
+    seconds = timed(lambda: run(n), 1)
+    return {"n_ctx": n_ctx, "seconds_per_token": seconds / n, "tokens_per_second": n / seconds}
+
+
+def on_off(model: Any, use_cache: bool) -> dict[str, Any]:
+    """Time N_ON_OFF greedy tokens with the KV cache, or without."""
+    ids = ids_of(model, 5 if rehearsing() else 12)
+    model.generate(ids, max_new_tokens=2, use_cache=use_cache, do_sample=False)
+
+    def run() -> None:
+        model.generate(ids, max_new_tokens=N_ON_OFF, use_cache=use_cache, do_sample=False)
+
+    return {"n_new": N_ON_OFF, "seconds": timed(run, 1)}
+
+
+def prefill(model: Any, n: int) -> dict[str, Any]:
+    """Time a prompt of n tokens into an empty cache."""
+    filled(model, n)
+    seconds = timed(lambda: filled(model, n), 2)
+    return {"n_prompt": n, "seconds": seconds, "tokens_per_second": n / seconds} | memory()
+
+
+def npllm_group(record: Callable) -> None:
+    """Load once; then what matters most first."""
+    held: list[Any] = []
+
+    def load() -> dict[str, Any]:
+        start = time.perf_counter()
+        held.append(loaded())
+        return {"seconds": time.perf_counter() - start} | memory()
+
+    record("load", load)
+    model = held[0] if held else loaded()
+    for how in ("queued", "one by one", "no graph", "kernel by kernel"):
+        for n_ctx in CONTEXTS if how in ("queued", "one by one") else CONTEXTS[:1]:
+            record(f"decode {how} {n_ctx}", partial(decode, model, n_ctx, how))
+    for n in PROMPTS:
+        record(f"prefill {n}", partial(prefill, model, n))
+    for use_cache in (True, False):
+        record(f"cache {'on' if use_cache else 'off'}", partial(on_off, model, use_cache))
+
+
+def long(record: Callable) -> None:
+    """Decode behind LONG tokens, with the frequencies of longrope."""
+    d_half = 32 if rehearsing() else 48
+    factors = {"short_factor": [1.0] * d_half, "long_factor": [1.5] * d_half}
+    changes = {"rope_scaling": {"type": "longrope"} | factors, "max_position_embeddings": 131072}
+    changes |= {"sliding_window": 262144}
+    model = loaded(**changes | ({"original_max_position_embeddings": 20} if rehearsing() else {}))
+    record(f"decode queued {LONG}", partial(decode, model, LONG, "queued"))
+
+
+def kernels(record: Callable) -> None:
+    """Replay each kernel of a step by itself, all layers in one graph, and count its bytes."""
+    model, n_ctx = loaded(), CONTEXTS[1]
+    launches = recorded_launches(model, n_ctx)
+    data = json.loads((model_folder(MODEL) / "config.json").read_text(encoding="utf-8"))
+    expected = {one.label: one for one in kernels_of(data, n_ctx)}
+    for label, calls in launches.items():
+        record(label, partial(kernel_facts, calls, expected[label].n_bytes))
+
+
+def kernel_facts(calls: list[Callable[[], None]], n_bytes: float) -> dict[str, Any]:
+    """Time the launches of one kernel as a graph."""
+    from npllm.kernels.cuda.plan import captured
+
+    for call in calls:
+        call()
+    graph = captured(lambda: [call() for call in calls])
+    seconds = timed(graph.launch, 10) / len(calls)
+    return {"seconds": seconds, "gigabytes_per_second": n_bytes / seconds / 1e9}
+
+
+def recorded_launches(model: Any, n_ctx: int) -> dict[str, list[Callable[[], None]]]:
+    """The launches of one decode step, by their names in `gpu.predict`."""
+    from npllm.kernels.cuda import launching
+    from npllm.kernels.cuda.decode import decode_step
+
+    products, found = ["qkv", "o", "gate_up", "down"], {}
+    names = {"rope_append": "rope", "attend_one": "attention", "attend_merge": "merge"}
+    launch, n_products = launching.launch, 0
+
+    def noted(kernel: str, *arguments: Any) -> None:
+        nonlocal n_products
+        label = names.get(kernel, kernel)
+        if kernel == "linear":
+            last = n_products == 4 * model.config.num_hidden_layers
+            label, n_products = ("lm_head" if last else products[n_products % 4]), n_products + 1
+        found.setdefault(label, []).append(partial(launch, kernel, *arguments))
+        launch(kernel, *arguments)
+
+    model = model.on(model.ops.replace(decode_step=partial(decode_step, use_graph=False)))
+    cache = filled(model, n_ctx)
+    launching.launch = noted
+    try:
+        model.last_logits(ids_of(model, 1), np.ones((1, n_ctx + 1), bool), cache)
+    finally:
+        launching.launch = launch
+    KEPT.append(cache)  # the launches point into its arrays
+    return found
+
+
+KEPT: list[Any] = []
+
+
+def transformers(record: Callable) -> None:
+    """Decode the same weights with Transformers: eager, then compiled with a static cache."""
+
+    def work(how: str) -> dict[str, Any]:
+        need("torch", "transformers")
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if not torch.cuda.is_available():
+            raise MissingPackageError("torch finds no CUDA device")
+        model = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=torch.bfloat16)
+        model = model.to("cuda").eval()
+        if how == "compiled":
+            model.generation_config.cache_implementation = "static"
+            model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        ids = torch.randint(3, 300, (1, CONTEXTS[0]), device="cuda")
+
+        def generate(n: int) -> float:
+            start = time.perf_counter()
+            sizes = {"max_new_tokens": n, "min_new_tokens": n}
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **sizes)
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        for _ in range(2):
+            generate(N_NEW + 1)
+        seconds = generate(N_NEW + 1) - generate(1)
+        return {"seconds_per_token": seconds / N_NEW, "tokens_per_second": N_NEW / seconds}
+
+    for how in ("eager", "compiled"):
+        record(how, partial(work, how))
+
+
+def vllm(record: Callable) -> None:
+    """Decode the same weights with vLLM."""
+
+    def work() -> dict[str, Any]:
+        need("vllm")
+        import vllm as engine
+
+        where = str(model_folder(MODEL))
+        llm = engine.LLM(where, skip_tokenizer_init=True, max_model_len=512)
+        prompt = {"prompt_token_ids": [5] * CONTEXTS[0]}
+
+        def generate(n: int) -> float:
+            start = time.perf_counter()
+            sizes = {"max_tokens": n, "ignore_eos": True, "detokenize": False}
+            llm.generate([prompt], engine.SamplingParams(temperature=0, **sizes))
+            return time.perf_counter() - start
+
+        generate(2)
+        seconds = generate(N_NEW + 1) - generate(1)
+        return {"seconds_per_token": seconds / N_NEW, "tokens_per_second": N_NEW / seconds}
+
+    record("decode", work)
+
+
+GROUPS: dict[str, Callable[[Callable], None]] = {
+    "copy": copy,
+    "kernels": kernels,
+    "npllm": npllm_group,
+    "long": long,
+    "transformers": transformers,
+    "vllm": vllm,
+}
