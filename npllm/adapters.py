@@ -68,7 +68,7 @@ class AdaptableLM(CausalLM):
         Raises
         ------
         NpllmOSError, NpllmValueError
-            As `npllm.checkpoints.adapters.read_adapter`; for a name that is taken.
+            As `npllm.checkpoints.adapters.reader.read_adapter`; for a name that is taken.
         """
         base = self.base_params
         adapter = checked_base(read_adapter(folder, self.config, self._xp), base)

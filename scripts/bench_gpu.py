@@ -48,28 +48,35 @@ def main(folder: str, group: str | None = None) -> int:
         return run_group(records, group)
     if not (model_folder(MODEL) / "config.json").exists():
         run_recorded(records, "weights", lambda: make(MODEL))
+    done = records.done()
     for number, name in enumerate(selected("bench", LIMITS)):
-        plant(f"bench/{number}")
-        limit = LIMITS[name] * (4 if rehearsing() else 1)
-        left = float(os.environ.get("NPLLM_STAGE_SECONDS", "inf")) - 5
-        left += float(os.environ.get("NPLLM_STAGE_STARTED", time.time())) - time.time()
-        run_process(records, folder, name, min(limit, left))
+        if name not in done:
+            run_recorded(records, name, lambda n=number, g=name: run_process(records, folder, n, g))
         write_json(folder, records)
     latest = records.latest().values()
     return int(any(record["status"] == "failed" for record in latest))
 
 
-def run_process(records: Records, folder: str, name: str, limit: float) -> None:
+def run_process(records: Records, folder: str, number: int, name: str) -> dict[str, Any]:
     """Run one group; a record that it began and did not end is a failure."""
+    plant(f"bench/{number}")
+    limit = LIMITS[name] * (4 if rehearsing() else 1)
+    left = float(os.environ.get("NPLLM_STAGE_SECONDS", "inf")) - 5
+    limit = min(
+        limit, left + float(os.environ.get("NPLLM_STAGE_STARTED", time.time())) - time.time()
+    )
     if limit < 5:
-        records.add(name, "not run", why="the seconds of this stage are used up")
-        return
+        return {"status": "not run", "why": "the seconds of this stage are used up"}
     command = [sys.executable, str(Path(__file__).resolve()), folder, name]
     try:
-        why = f"the process ended with {ending(subprocess.run(command, timeout=limit).returncode)}"
+        code = subprocess.run(command, timeout=limit, check=False).returncode
+        why = f"the process ended with {ending(code)}" if code else ""
     except subprocess.TimeoutExpired:
         why = f"took more than {limit:.0f} s"
-    records.close_started(why)
+    for task, record in records.latest().items():
+        if task.startswith(f"{name}/") and record["status"] == "started":
+            records.add(task, "failed", why=why)
+    return {"status": "failed", "why": why} if why else {}
 
 
 def run_group(records: Records, group: str) -> int:

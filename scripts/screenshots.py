@@ -58,6 +58,7 @@ def take_all(address: str, folder: Path) -> list[int]:
 
 def take_sections(browser: Any, address: str, folder: Path) -> list[int]:
     page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
+    page.set_default_timeout(300_000)
     page.goto(address)
     sizes = []
     for section in SECTIONS:
@@ -74,6 +75,7 @@ def take_overview(
     browser: Any, address: str, width: int, height: int, scheme: str, section: str | None
 ) -> bytes:
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page.set_default_timeout(300_000)
     page.goto(address)
     if section is not None:
         page.locator(f"#{section}").evaluate("e => e.scrollIntoView({behavior: 'instant'})")

@@ -197,10 +197,11 @@ def test_quantised_weights_run_unmerged_and_refuse_to_merge(dtype, tmp_path):
     config = CONFIG | sizes
     path = tiny.write_folder(tmp_path / "m", **sizes)
     other = lora.write_adapter(tmp_path / "b", lora.factors(config))
-    model = npllm.load(path, dtype=dtype, ops="reference", adapter=other)
+    exact = {"dtype": dtype, "adapter": other, "activations": "float32"}
+    model = npllm.load(path, ops="reference", **exact)
     got, params = model(IDS), model.params
     wide = model.base_params
-    model = npllm.load(path, dtype=dtype, ops="fast", adapter=other)
+    model = npllm.load(path, ops="fast", **exact)
     close(model(IDS), got, times=4)
     assert params.layers[0].o_proj.base is wide.layers[0].o_proj
     with pytest.raises(NpllmValueError, match=r"qkv_proj is stored as .*dtype=\"bfloat16\""):

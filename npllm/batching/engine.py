@@ -15,7 +15,7 @@ import numpy as np
 from npllm.arrays import to_numpy
 from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.batching.job import Event, Job
-from npllm.batching.kept import KeptCaches, copied_prefix, n_held
+from npllm.batching.kept import KeptCaches, copied_prefix, n_held, same_weights
 from npllm.batching.metrics import Metrics
 from npllm.batching.row import Row
 from npllm.decoding.prefill import FEW_ROWS
@@ -180,9 +180,11 @@ class Engine:
 
     def _reuse(self, row: Row) -> None:
         """Give a row what a kept cache, or that of another row, holds of its prompt."""
-        ids = row.sequences.ids[0]
-        cache, n = self.kept.best(ids)
+        ids, owner = row.sequences.ids[0], row.cache.owner
+        cache, n = self.kept.best(ids, owner)
         for other in self._rows:
+            if not same_weights(other.cache.owner, owner):
+                continue
             n_other = n_held(other.cache, ids, other.n_kept)
             if n_other > n:
                 cache, n = other.cache, n_other

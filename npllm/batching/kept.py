@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from npllm.cache import KVCache
+from npllm.cache.owner import CacheOwner
 from npllm.decoding.prefill import n_reusable
 
-__all__ = ["KeptCaches", "common_prefix", "copied_prefix"]
+__all__ = ["KeptCaches", "common_prefix", "copied_prefix", "n_held", "same_weights"]
 
 Array = Any
 
@@ -29,7 +30,7 @@ class KeptCaches:
     @property
     def n_bytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(cache.n_bytes for cache in self._caches.values())
+        return sum(cache.n_bytes for cache in tuple(self._caches.values()))
 
     def add(self, cache: KVCache, n_kept: int) -> None:
         """Keep the first n_kept tokens of a cache, which the caller gives up."""
@@ -37,6 +38,8 @@ class KeptCaches:
             return
         cache.crop(n_kept)
         for key, other in list(self._caches.items()):
+            if not same_weights(other.owner, cache.owner):
+                continue
             n_same = common_prefix(other.ids[0], cache.ids[0])
             if n_same == n_kept:  # it is held already
                 self._caches.move_to_end(key)
@@ -47,14 +50,26 @@ class KeptCaches:
         while self.n_bytes > self.max_bytes:
             self._caches.popitem(last=False)
 
-    def best(self, ids: Array) -> tuple[KVCache | None, int]:
-        """Return the cache that holds most of a prompt's beginning, and how much can be reused."""
-        found = [(n_held(cache, ids, cache.n_ctx), key) for key, cache in self._caches.items()]
+    def best(self, ids: Array, owner: CacheOwner | None) -> tuple[KVCache | None, int]:
+        """Return the cache that holds most of a prompt's beginning, and how much can be reused.
+
+        Caches of other weights, or under another adapter, do not count.
+        """
+        found = [
+            (n_held(cache, ids, cache.n_ctx), key)
+            for key, cache in self._caches.items()
+            if same_weights(cache.owner, owner)
+        ]
         n, key = max(found, default=(0, 0))
         if n == 0:
             return None, 0
         self._caches.move_to_end(key)
         return self._caches[key], n
+
+
+def same_weights(a: CacheOwner | None, b: CacheOwner | None) -> bool:
+    """Tell whether two caches were made by the same weights."""
+    return a is b or (a is not None and b is not None and a.params is b.params)
 
 
 def common_prefix(a: Array, b: Array) -> int:

@@ -57,16 +57,16 @@ class Row:
         n = len(self.job.ids)
         self.cache, self.n_reused = cache, n_reused
         config = self.model.config
-        one_go = frequency_choice(config, n) != frequency_choice(config, 1)
-        self._pieces = [(0, n)] if one_go else pieces(n_reused, n)
+        self._one_go = frequency_choice(config, n) != frequency_choice(config, 1)
+        self._pieces = [(0, n)] if self._one_go else pieces(n_reused, n)
 
     @property
     def can_reuse(self) -> bool:
-        """Whether keys of an earlier prompt serve: nothing is read yet, and no hidden state of the
-        prompt is wanted.
+        """Whether keys of an earlier prompt serve: nothing is read yet, RoPE frequencies do not
+        change within the prompt, and no hidden state of it is wanted.
         """
         n = len(self.job.ids)
-        return self._pieces == pieces(0, n) and not self.job.echo
+        return self._pieces == pieces(0, n) and not self._one_go and not self.job.echo
 
     @property
     def is_read(self) -> bool:

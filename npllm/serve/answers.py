@@ -11,6 +11,36 @@ from npllm.serve.parsing import Ask
 
 __all__ = ["Answers", "Choice"]
 
+MOST_BYTES = 4  # of a character in UTF-8
+
+
+class Places:
+    """Where each token begins in the text; the tokens of one character share its place.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer or None
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer, self._at = tokenizer, 0
+        self._before: list[int] = []  # a token beside which the next one keeps its space
+        self._pending: list[int] = []
+
+    def next(self, token: int) -> int:
+        """Return the place of the next token."""
+        if self._tokenizer is None:
+            return 0
+        place, self._pending = self._at, [*self._pending, token]
+        text = self._decoded([*self._before, *self._pending])
+        if not text.endswith("\ufffd") or len(self._pending) >= MOST_BYTES:
+            self._at += len(text) - len(self._decoded(self._before))
+            self._before, self._pending = [token], []
+        return place
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
 
 @dataclass
 class Choice:
@@ -24,7 +54,7 @@ class Choice:
     echoed: list[Token] = field(default_factory=list)
     n_reused: int = 0
     finish_reason: str | None = None
-    n_written: int = 0  # characters of the names of tokens, where a stream tells their places
+    places: Places | None = None  # of the tokens that are written, where they are asked for
 
     def add(self, event: Event) -> None:
         """Take note of an event."""
@@ -56,7 +86,7 @@ class Answers:
             "model": name,
         }
         self.choices = [
-            Choice(i * ask.n + k, ids, k == 0)
+            Choice(i * ask.n + k, ids, k == 0, places=Places(model.tokenizer))
             for i, ids in enumerate(ask.prompts)
             for k in range(ask.n)
         ]
@@ -95,15 +125,12 @@ class Answers:
         """Write an event for a stream, and take note of it; None where it tells nothing."""
         is_opening = not choice.tokens and not choice.echoed
         choice.add(event)
-        part = Choice(choice.index, choice.prompt, choice.is_first, n_written=choice.n_written)
+        part = Choice(choice.index, choice.prompt, choice.is_first, places=choice.places)
         part.add(event)
         if not (event.text or self.ask.logprobs or event.finish_reason or self._echoes(is_opening)):
             return None
         if not self.ask.is_chat:
-            written = self._text_choice(part, is_opening)
-            names = (written["logprobs"] or {"tokens": []})["tokens"]
-            choice.n_written += sum(map(len, names))
-            return self._with_head(self._object, [written])
+            return self._with_head(self._object, [self._text_choice(part, is_opening)])
         delta = {"content": event.text} if event.text or not event.finish_reason else {}
         rest = {"delta": delta, "finish_reason": event.finish_reason}
         return self._chunk(choice.index, rest | {"logprobs": self._chat_logprobs(part)})
@@ -174,14 +201,16 @@ class Answers:
         names = [self._token_text(token.id) for token in tokens]
         values: list[Any] = [_finite(token.logprob) for token in tokens]
         tops: list[Any] = [self._tops(token) for token in tokens]
+        ids = [token.id for token in tokens]
         if echoes:
+            ids = [choice.prompt[0], *ids]
             names = [self._token_text(choice.prompt[0]), *names]
             values, tops = [None, *values], [None, *tops]
         return {
             "tokens": names,
             "token_logprobs": values,
             "top_logprobs": tops if any(tops) else None,
-            "text_offset": _offsets(names, choice.n_written),
+            "text_offset": [choice.places.next(i) for i in ids] if choice.places else [],
         }
 
     def _tops(self, token: Token) -> dict[str, float]:
@@ -202,15 +231,6 @@ class Answers:
         text = self._tokenizer.token_text(token)
         name = self._tokenizer.backend.id_to_token(token)
         return name if "\ufffd" in text and name else text
-
-
-def _offsets(names: list[str], start: int) -> list[int]:
-    """Where each token begins in the text."""
-    offsets = []
-    for name in names:
-        offsets.append(start)
-        start += len(name)
-    return offsets
 
 
 def _finite(logprob: float) -> float:

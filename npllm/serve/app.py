@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -77,7 +77,8 @@ class Server:
                 "folder of model_type bert for embeddings"
             )
         ask = await run_in_threadpool(parse_embedding, self.model, self.names, body, self.limits)
-        return JSONResponse(await self.worker.answer(ask, self.names[0]))
+        answer = self.worker.answer(ask, self.names[0])
+        return JSONResponse(await _unless_disconnected(request, answer))
 
     async def models(self, request: Request) -> Response:
         """List the model, or describe it by its name."""
@@ -111,7 +112,10 @@ class Server:
         live = Live(self.worker, Answers(self.model, self.names[0], ask))
         if ask.stream:
             return StreamingResponse(_stream(live), media_type="text/event-stream")
-        return JSONResponse(await _unless_disconnected(request, live))
+        try:
+            return JSONResponse(await _unless_disconnected(request, live.whole()))
+        finally:
+            live.abort()
 
 
 def make_app(server: Server) -> Starlette:
@@ -153,6 +157,8 @@ def _guarded(server: Server, handler: Handler) -> Handler:
             check_key(request.headers.get("authorization", ""), server.api_key)
             check_host(request.headers.get("host", ""), server.api_key)
             response = await handler(request)
+        except ClientDisconnect:
+            response = _error(Refusal("the client went away", code="disconnected", status=499))
         except Exception as error:
             if not isinstance(error, NpllmError):
                 report("".join(traceback.format_exception(error)).strip())
@@ -188,9 +194,11 @@ def _wrong_kind(message: str) -> Refusal:
     return Refusal(message, "model", "wrong_kind_of_model")
 
 
-async def _unless_disconnected(request: Request, live: Live) -> dict[str, Any]:
+async def _unless_disconnected(
+    request: Request, coming: Coroutine[Any, Any, dict[str, Any]]
+) -> dict[str, Any]:
     """Wait for an answer; give it up when the client goes away."""
-    answer = asyncio.ensure_future(live.whole())
+    answer = asyncio.ensure_future(coming)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -198,7 +206,6 @@ async def _unless_disconnected(request: Request, live: Live) -> dict[str, Any]:
             raise Refusal("the client went away", code="disconnected", status=499)
         return await answer
     finally:
-        live.abort()
         answer.cancel()
         gone.cancel()
 

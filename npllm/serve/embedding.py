@@ -2,10 +2,13 @@
 
 import asyncio
 import base64
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.config.strict_json import quote
@@ -17,6 +20,7 @@ from npllm.serve.parsing import Limits, require_model, texts_or_ids
 __all__ = ["EmbeddingAsk", "Embedder", "parse_embedding"]
 
 Array = Any
+N_TEXTS = 16  # that are embedded at a time, before the next look at who still waits
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Embedder:
         self._encoder, self._max_queue, self._timeout = encoder, max_queue, timeout
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="npllm embedder")
         self._n_waiting, self._is_stopping = 0, False
+        self._counting = threading.Lock()
 
     def start(self) -> None:
         """Do nothing: the thread starts with the first request."""
@@ -118,16 +123,31 @@ class Embedder:
             raise EndedError()
         if self._n_waiting > self._max_queue:
             raise QueueFullError(self._n_waiting, 1)
-        self._n_waiting += 1
-        loop = asyncio.get_running_loop()
+        with self._counting:
+            self._n_waiting += 1
+        given_up = threading.Event()
+        call = self._executor.submit(self._embed, ask.rows, given_up)
+        call.add_done_callback(self._count_ended)
         try:
-            call = loop.run_in_executor(self._executor, self._encoder.embed_ids, ask.rows)
-            vectors = await asyncio.wait_for(call, self._timeout)
+            vectors = await asyncio.wait_for(asyncio.wrap_future(call), self._timeout)
         except TimeoutError:
             raise ExpiredError(self._timeout) from None
         finally:
-            self._n_waiting -= 1
+            given_up.set()
         return _written(vectors, ask, name)
+
+    def _embed(self, rows: list[list[int]], given_up: threading.Event) -> Array:
+        """Embed some texts at a time, until nobody waits for them any more."""
+        parts = []
+        for start in range(0, len(rows), N_TEXTS):
+            if given_up.is_set():
+                raise EndedError()
+            parts.append(self._encoder.embed_ids(rows[start : start + N_TEXTS]))
+        return np.concatenate(parts)
+
+    def _count_ended(self, _: Any) -> None:
+        with self._counting:
+            self._n_waiting -= 1
 
 
 def _written(vectors: Array, ask: EmbeddingAsk, name: str) -> dict[str, Any]:

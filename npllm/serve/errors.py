@@ -62,9 +62,14 @@ def body_of(error: Exception) -> dict[str, Any]:
     kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
     return {
         "error": {
-            "message": str(error),
+            "message": _encodable(str(error)),
             "type": kind,
-            "param": getattr(error, "param", None),
+            "param": _encodable(getattr(error, "param", None)),
             "code": getattr(error, "code", None),
         }
     }
+
+
+def _encodable(text: str | None) -> str | None:
+    """A text that UTF-8 can write: lone surrogates, which JSON may hold, as escapes."""
+    return text and text[:1000].encode("utf-8", "backslashreplace").decode()

@@ -38,12 +38,16 @@ TEXT = Kind("a string", lambda x: isinstance(x, str))
 COUNT = _integer(0, 2**31 - 1)
 TOKENS = Kind("a list of token ids", _list_of(is_token))
 OBJECT = Kind("an object", lambda x: isinstance(x, dict))
+
+
+def _is_stop(x: Any) -> bool:
+    return isinstance(x, str) and 0 < len(x) <= MOST_STOP
+
+
+MOST_STOP = 1000  # characters of a stop string, with which the end of the text is compared
 STOP = Kind(
-    "a string or a list of at most 16 strings, none of them empty",
-    lambda x: (
-        (isinstance(x, str) and x != "")
-        or (_list_of(lambda s: isinstance(s, str) and s != "")(x) and len(x) <= 16)
-    ),
+    f"a string or a list of at most 16 strings, each of 1 ... {MOST_STOP} characters",
+    lambda x: _is_stop(x) or (_list_of(_is_stop)(x) and len(x) <= 16),
 )
 BIAS = Kind(
     "an object of token ids to numbers in -100 ... 100",

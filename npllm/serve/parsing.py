@@ -14,6 +14,7 @@ from npllm.serve.penalties import penalties
 
 __all__ = ["Ask", "Limits", "parse_chat", "parse_completion", "require_model", "texts_or_ids"]
 
+MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")  # what templates may read
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens
 
 
@@ -129,8 +130,18 @@ def _require(fields: Mapping[str, Any], name: str) -> None:
 
 
 def _message(message: Any) -> Any:
-    """A message whose content is text: parts of type "text" are joined."""
-    content = message.get("content") if isinstance(message, dict) else None
+    """A message whose content is text: parts of type "text" are joined; null counts as left out."""
+    if not isinstance(message, dict):
+        return message
+    message = {key: value for key, value in message.items() if value is not None}
+    unknown = next((key for key in message if key not in MESSAGE), None)
+    if unknown is not None:
+        raise Refusal(
+            f"a message may have {', '.join(MESSAGE)}, got {quote(unknown)}",
+            "messages",
+            "unsupported_parameter",
+        )
+    content = message.get("content")
     if not isinstance(content, list):
         return message
     for part in content:
@@ -176,10 +187,11 @@ def _ask(
         )
     for ids in prompts:
         _check_length(model, len(ids), n_new, limits)
-    seed = fields.get("seed", secrets.randbits(32))
     given = {name: value for name, value in fields.items() if name in DECODING}
+    seeds = [secrets.randbits(32) for _ in prompts]  # each prompt as by a request of its own
     options = [
-        _options(model, given | {"seed": seed}, fields, len(ids), n_new, n_top) for ids in prompts
+        _options(model, {"seed": seed} | given, fields, len(ids), n_new, n_top)
+        for ids, seed in zip(prompts, seeds, strict=True)
     ]
     streamed = fields.get("stream", False)
     return Ask(

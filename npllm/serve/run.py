@@ -19,7 +19,7 @@ from npllm.encoder import Encoder
 from npllm.serve.app import Server, make_app
 from npllm.serve.embedding import Embedder
 from npllm.serve.parsing import Limits
-from npllm.serve.security import require_key
+from npllm.serve.security import require_key, require_sendable
 
 __all__ = ["make_server", "run_server", "serving"]
 
@@ -63,7 +63,7 @@ def make_server(
     Raises
     ------
     NpllmValueError
-        For a number out of range.
+        For a number out of range, and a key that no client can send.
     """
     max_batch = check_integer("max_batch", max_batch, 1, MAX_BATCH)
     max_queue = check_integer("max_queue", max_queue, 0, 10**6)
@@ -85,7 +85,8 @@ def make_server(
     folder = Path(model.folder).name if model.folder else "npllm"
     limits = Limits(most, max_batch + max_queue)
     shown = names or (folder,)
-    return Server(model, shown, worker, limits, metrics, max_body_bytes, api_key, time.time())
+    key = require_sendable(api_key)
+    return Server(model, shown, worker, limits, metrics, max_body_bytes, key, time.time())
 
 
 def run_server(server: Server, host: str, port: int, *, grace: int = 30) -> None:

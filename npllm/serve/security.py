@@ -13,7 +13,7 @@ from npllm.config.strict_json import parse_json
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.serve.errors import Refusal
 
-__all__ = ["check_host", "check_key", "is_loopback", "read_body", "require_key"]
+__all__ = ["check_host", "check_key", "is_loopback", "read_body", "require_key", "require_sendable"]
 
 BODY_SECONDS = 60.0  # for a whole body to arrive
 
@@ -35,11 +35,27 @@ def require_key(host: str, key: str | None) -> None:
     ------
     NpllmValueError
     """
-    if not is_loopback(host) and not key:
+    if not is_loopback(host) and key is None:
         raise NpllmValueError(
             f"--host {host} can be reached from other machines: give --api-key, or set "
             "NPLLM_API_KEY; without a key the server binds to 127.0.0.1 only"
         )
+
+
+def require_sendable(key: str | None) -> str | None:
+    """Return a key that a header can carry.
+
+    Raises
+    ------
+    NpllmValueError
+        For an empty one, and for characters that clients encode differently.
+    """
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        raise NpllmValueError(
+            "the API key must be printable ASCII characters and not empty; without --api-key and "
+            "NPLLM_API_KEY the server asks for none"
+        )
+    return key
 
 
 def check_key(header: str, key: str | None) -> None:

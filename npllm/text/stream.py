@@ -179,12 +179,17 @@ def _first_stop(characters: list[tuple[str, bool]], stop: tuple[str, ...]) -> in
     return min(starts, default=None)
 
 
+def _n_begun(text: str, end: str) -> int:
+    """How many of the last characters of a text are the first ones of a stop string."""
+    lengths = range(min(len(text), len(end) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(end[:n])), 0)
+
+
 def _n_certain(characters: list[tuple[str, bool]], stop: tuple[str, ...]) -> int:
     """How many characters cannot belong to a stop string of which the rest is still to come."""
     n_certain = len(characters)
     for text, places in _views(characters):
-        begun = (n for end in stop for n in range(1, len(end)) if text.endswith(end[:n]))
-        n_held = max(begun, default=0)
+        n_held = max((_n_begun(text, end) for end in stop), default=0)
         if n_held:
             n_certain = min(n_certain, places[len(text) - n_held])
     return n_certain

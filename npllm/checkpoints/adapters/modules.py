@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from npllm.checkpoints.adapters.patterns import matches_whole
 from npllm.checkpoints.adapters.settings import AdapterSettings
 from npllm.checkpoints.phi3_sources import Sources, layer_sources, top_sources
 from npllm.config.config import Config
@@ -94,8 +93,8 @@ def chosen_modules(settings: AdapterSettings, modules: dict[str, Module]) -> lis
         for module in modules.values()
         if module.is_adaptable
         and module.name not in saved
-        and not _matches(settings.exclude_modules, module)
-        and _matches(settings.target_modules, module)
+        and not _matches(settings, settings.exclude_modules, module)
+        and _matches(settings, settings.target_modules, module)
         and _is_in_layers(settings, module)
     ]
 
@@ -112,14 +111,14 @@ def saved_modules(settings: AdapterSettings, modules: dict[str, Module]) -> list
     ]
 
 
-def _matches(pattern: object, module: Module) -> bool:
+def _matches(settings: AdapterSettings, pattern: object, module: Module) -> bool:
     """Whether names, a regular expression or "all-linear" choose a module."""
     if pattern is None:
         return False
     if isinstance(pattern, str):
         if pattern.lower() == "all-linear":
             return not module.is_embedding and module.name not in OUTPUTS
-        return matches_whole(pattern, module.name)
+        return module.name in settings.matched[pattern]
     names: list[str] = list(pattern)  # type: ignore[call-overload]
     return any(module.name == name or module.name.endswith(f".{name}") for name in names)
 

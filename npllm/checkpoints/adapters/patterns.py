@@ -1,93 +1,111 @@
-"""Regular expressions of an adapter's settings: those that could take unbounded time are refused.
+"""Regular expressions of an adapter's settings, matched in a process that is ended at a limit.
 
-A file that somebody else wrote may hold an expression such as "(a+)+b", which Python's `re` tries
-in exponentially many ways.
+An expression comes from a stranger, and Python's `re` may try exponentially many ways, as with
+"(a+)+b".  Nothing can interrupt it from within, so all but plain names are matched in a process of
+their own.
 """
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
 from npllm.config.strict_json import quote
-from npllm.errors import NpllmValueError
+from npllm.errors import NpllmOSError, NpllmValueError
 
-__all__ = ["check_patterns", "matches_end", "matches_whole"]
+__all__ = ["matching_names"]
 
-MOST_PATTERNS = 2000
-MOST_CHARACTERS = 4000
-MOST_REPEATS = 5  # of *, + and {}: a name has about 40 characters, so few ways are tried
-MOST_IN_ALL = 20
-MOST_OPTIONS = 16  # of ?
+DEADLINE = 10.0  # seconds for all expressions; usual ones take milliseconds
+MOST_CHARACTERS = 2**20
+PLAIN = re.compile(r"(?:\w|\.|\\\.|-)*")  # no choice to make: linear time
+
+PROGRAM = """
+import json, re, sys
+asked, found = json.load(sys.stdin), {"matched": {}}
+for text in asked["patterns"]:
+    try:
+        matches = re.compile(text).fullmatch
+    except (re.error, OverflowError, RecursionError) as error:
+        found = {"pattern": text, "error": str(error)}
+        break
+    parts = asked["parts"].items()
+    found["matched"][text] = [name for name, own in parts if any(map(matches, own))]
+json.dump(found, sys.stdout)
+"""
 
 
-def check_patterns(file: Path, texts: Iterable[str]) -> None:
-    """Raise unless every expression compiles and takes bounded time.
+def matching_names(
+    file: Path, patterns: Iterable[str], names: Iterable[str], *, ends: bool = False
+) -> dict[str, frozenset[str]]:
+    """Find the names that each expression matches.
+
+    Parameters
+    ----------
+    file : Path
+        Where the expressions stand, for errors.
+    patterns, names : iterable of str
+    ends : bool
+        An expression may also match the end of a name, behind a dot.
+
+    Returns
+    -------
+    matched : dict
+        Expression -> names.
 
     Raises
     ------
     NpllmValueError
-        For an expression that does not compile, repeats a group, or repeats too often.
+        For an expression that does not compile; for expressions that take too long.
+    NpllmOSError
+        When no process can be started.
     """
-    texts = list(texts)
-    if len(texts) > MOST_PATTERNS:
-        raise NpllmValueError(
-            f"{file}: holds {len(texts)} regular expressions, more than {MOST_PATTERNS}"
-        )
-    n_repeat = sum(map(_count_repeats, texts))
-    if n_repeat > MOST_IN_ALL:
-        raise NpllmValueError(
-            f"{file}: its regular expressions hold {n_repeat} repetitions, more than "
-            f"{MOST_IN_ALL}; list the names of modules instead"
-        )
-    for text in texts:
-        problem = _problem(text)
-        if problem:
-            raise NpllmValueError(
-                f"{file}: {quote(text)} {problem}; list the names of modules instead"
-            )
+    parts = {name: _ends(name) if ends else [name] for name in names}
+    patterns = list(dict.fromkeys(patterns))
+    matched = {}
+    for text in filter(PLAIN.fullmatch, patterns):
+        matches = re.compile(text).fullmatch
+        matched[text] = frozenset(name for name, own in parts.items() if any(map(matches, own)))
+    rest = [text for text in patterns if text not in matched]
+    return matched | (_matched_elsewhere(file, rest, parts) if rest else {})
 
 
-def _problem(text: str) -> str:
-    """Say what is wrong with an expression; empty where nothing is."""
-    if len(text) > MOST_CHARACTERS:
-        return f"is longer than {MOST_CHARACTERS} characters"
+def _ends(name: str) -> list[str]:
+    """A name, and what stands behind each of its dots."""
+    words = name.split(".")
+    return [".".join(words[n:]) for n in range(len(words))]
+
+
+def _matched_elsewhere(
+    file: Path, patterns: list[str], parts: dict[str, list[str]]
+) -> dict[str, frozenset[str]]:
+    """Match in a process of its own."""
+    asked = json.dumps({"patterns": patterns, "parts": parts})
+    shown = quote(max(patterns, key=len))
+    if len(asked) > MOST_CHARACTERS:
+        raise NpllmValueError(
+            f"{file}: its {len(patterns)} regular expressions are too long, such as {shown}; "
+            "list the names of modules instead"
+        )
+    command = [sys.executable, "-I", "-S", "-c", PROGRAM]
     try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"is no regular expression ({error})"
-    plain = _plain(text)
-    if re.search(r"\)[*+{]", plain):
-        return "repeats a group, which may take unbounded time"
-    n_repeat, n_option = _count_repeats(text), len(re.findall(r"(?<!\()\?", plain))
-    if n_repeat > MOST_REPEATS or n_option > MOST_OPTIONS:
-        return (
-            f"holds {n_repeat} repetitions and {n_option} options, more than {MOST_REPEATS} and "
-            f"{MOST_OPTIONS}"
+        done = subprocess.run(
+            command, input=asked.encode(), capture_output=True, timeout=DEADLINE, check=False
         )
-    return ""
-
-
-def _plain(text: str) -> str:
-    """An expression with a letter for each escape and each set of characters."""
-    unescaped = re.sub(r"\\.", "x", text, flags=re.DOTALL)
-    return re.sub(r"\[\^?\]?[^\]]*\]", "x", unescaped)
-
-
-def _count_repeats(text: str) -> int:
-    return len(re.findall(r"[*+{]", _plain(text)))
-
-
-def matches_whole(pattern: str, name: str) -> bool:
-    """Tell whether an expression matches the whole name of a module."""
-    return re.fullmatch(pattern, name) is not None
-
-
-def matches_end(pattern: str, name: str) -> bool:
-    """Tell whether an expression matches the name of a module, or its end behind a dot."""
-    return _end_of_name(pattern).match(name) is not None
-
-
-@lru_cache(MOST_PATTERNS)
-def _end_of_name(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+        found = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise NpllmValueError(
+            f"{file}: matching its regular expressions, such as {shown}, takes more than "
+            f"{DEADLINE:g} s; list the names of modules instead"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise NpllmOSError(
+            f"{file}: no process could match its regular expressions ({error})"
+        ) from None
+    if "error" in found:
+        raise NpllmValueError(
+            f"{file}: {quote(found['pattern'])} is no regular expression ({found['error']}); "
+            "list the names of modules instead"
+        )
+    return {text: frozenset(chosen) for text, chosen in found["matched"].items()}

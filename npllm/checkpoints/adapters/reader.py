@@ -110,6 +110,7 @@ def read_adapter(folder: str | PathLike[str], config: Config, xp: Any = np) -> A
     settings, file = read_settings(folder), _weights_file(folder)
     entries = read_header(file)
     modules = model_modules(config, naming_of(map(module_of, entries), config))
+    settings = settings.matched_with(modules)
     expected = _expected(settings, modules)
     check_tensors(file, entries, expected, modules)
     read = _Reader(file, entries, xp)

@@ -1,11 +1,12 @@
 """adapter_config.json of a PEFT adapter: what is read, and what is refused."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from npllm.checkpoints.adapters.patterns import check_patterns, matches_end
+from npllm.checkpoints.adapters.patterns import matching_names
 from npllm.config.regular_file import is_present
 from npllm.config.strict_json import is_int, quote, read_json
 from npllm.errors import NpllmOSError, NpllmValueError
@@ -13,6 +14,8 @@ from npllm.errors import NpllmOSError, NpllmValueError
 __all__ = ["CONFIG", "AdapterSettings", "read_settings"]
 
 CONFIG = "adapter_config.json"
+Matched = dict[str, frozenset[str]]
+LARGEST = 1e9  # of lora_alpha
 # Keys that change no number when the adapter runs: they tell of training, and of the base model.
 IGNORED = frozenset(
     "auto_mapping base_model_name_or_path eva_config inference_mode lora_dropout megatron_core "
@@ -39,6 +42,8 @@ class AdapterSettings:
         As in PEFT.
     rank_pattern, alpha_pattern : dict
         Regular expression for the end of a module's name -> rank, alpha.
+    matched, matched_ends : dict
+        Regular expression -> names of modules, whole or by their ends; see `matched_with`.
     """
 
     file: Path
@@ -52,10 +57,12 @@ class AdapterSettings:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    matched: Matched = field(default_factory=dict, repr=False)
+    matched_ends: Matched = field(default_factory=dict, repr=False)
 
     def rank(self, module: str) -> int:
         """Return the rank of a module."""
-        return self.rank_pattern.get(_pattern_of(self.rank_pattern, module), self.r)
+        return self.rank_pattern.get(self._pattern_of(self.rank_pattern, module), self.r)
 
     def scale(self, module: str) -> float:
         """Return what the low-rank product of a module is multiplied by.
@@ -67,14 +74,31 @@ class AdapterSettings:
         Source: "LoRA" (Hu et al. 2021), section 4.1; "A Rank Stabilization Scaling Factor for
         Fine-Tuning with LoRA" (Kalajdzievski 2023); `LoraLayer.update_layer` in PEFT.
         """
-        alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, module), self.lora_alpha)
+        alpha = self.alpha_pattern.get(
+            self._pattern_of(self.alpha_pattern, module), self.lora_alpha
+        )
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def _pattern_of(self, patterns: dict[str, Any], module: str) -> str:
+        """The first pattern that matches the end of a module's name; "" for none."""
+        return next((x for x in patterns if module in self.matched_ends[x]), "")
 
-def _pattern_of(patterns: dict[str, Any], module: str) -> str:
-    """The first pattern that matches the end of a module's name; "" for none."""
-    return next((x for x in patterns if matches_end(x, module)), "")
+    def matched_with(self, names: Iterable[str]) -> "AdapterSettings":
+        """Match every regular expression with the names of a model's modules.
+
+        Raises
+        ------
+        NpllmValueError
+            For an expression that does not compile, or takes too long.
+        """
+        whole = [x for x in (self.target_modules, self.exclude_modules) if isinstance(x, str)]
+        patterns = [*self.rank_pattern, *self.alpha_pattern]
+        return replace(
+            self,
+            matched=matching_names(self.file, whole, names),
+            matched_ends=matching_names(self.file, patterns, names, ends=True),
+        )
 
 
 def read_settings(folder: Path) -> AdapterSettings:
@@ -106,7 +130,6 @@ def read_settings(folder: Path) -> AdapterSettings:
     for key, (fits, wanted) in CHECKS.items():
         if content.get(key) is not None:
             _require(file, fits(content[key]), key, f"must be {wanted}", content[key])
-    check_patterns(file, _patterns_of(content))
     return AdapterSettings(file, **{key: _plain(key, content[key]) for key in _given(content)})
 
 
@@ -127,15 +150,8 @@ def _require(file: Path, holds: bool, key: str, wanted: str, value: Any) -> None
         raise NpllmValueError(f"{file}: {key} {wanted}, got {quote(value)}")
 
 
-def _patterns_of(content: dict[str, Any]) -> list[str]:
-    """Every regular expression of the settings."""
-    names = [content.get(key) for key in ("target_modules", "exclude_modules")]
-    patterns = [*(content.get("rank_pattern") or ()), *(content.get("alpha_pattern") or ())]
-    return [*patterns, *(x for x in names if isinstance(x, str))]
-
-
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= LARGEST
 
 
 def _is_rank(x: Any) -> bool:
@@ -158,7 +174,7 @@ NAMES = (lambda x: isinstance(x, str) or _are_texts(x), "names of modules or a r
 # Key -> the check of its value, and what the value must be.
 CHECKS: dict[str, Any] = {
     "r": (_is_rank, "an integer of at least 1"),
-    "lora_alpha": (_is_number, "a number"),
+    "lora_alpha": (_is_number, f"a number in -{LARGEST:g} ... {LARGEST:g}"),
     "use_rslora": (lambda x: isinstance(x, bool), "true or false"),
     "target_modules": NAMES,
     "exclude_modules": NAMES,
@@ -166,5 +182,5 @@ CHECKS: dict[str, Any] = {
     "layers_to_transform": (_are_layers, "numbers of layers"),
     "layers_pattern": (lambda x: isinstance(x, str) or _are_texts(x), "names"),
     "rank_pattern": (_maps_to(_is_rank), "ranks by module, integers of at least 1"),
-    "alpha_pattern": (_maps_to(_is_number), "numbers by module"),
+    "alpha_pattern": (_maps_to(_is_number), f"numbers in -{LARGEST:g} ... {LARGEST:g} by module"),
 }
