@@ -21,9 +21,9 @@ import test_encoder
 
 import npllm
 from npllm.analysis.score import score
+from npllm.batch import answers as answers_module
 from npllm.batch import results as results_module
 from npllm.batch import run as batch_run
-from npllm.batch import tasks as tasks_module
 from npllm.batch.ray_engine import Worker
 from npllm.batch.results import Results
 from npllm.batch.run import batch
@@ -218,7 +218,7 @@ def test_a_number_of_an_answer_that_is_not_finite_is_null(model, tmp_path, out, 
     rows = [{"text": "hello w"}, {"text": "hello hello"}]
     scored = score(model, "hello w")
     never = scored._replace(log_probs=np.full_like(scored.log_probs, -np.inf))
-    monkeypatch.setattr(tasks_module, "score", lambda *_: never)
+    monkeypatch.setattr(answers_module, "score", lambda *_: never)
     batch(model, write(tmp_path / "in", rows), out, task="score")
     for one in results(read(out)):
         assert (one["log_probability"], one["perplexity"]) == (None, None)

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from npllm.batch.answers import answers
 from npllm.batch.results import Results
 from npllm.batch.settings import difference
-from npllm.batch.tasks import Item, Task, answers, make_task
+from npllm.batch.tasks import Item, Task, make_task
 from npllm.checkpoints.extras import import_extra
 
 __all__ = ["ray_runner"]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllm.arguments import check_path
+from npllm.batch.answers import answers
 from npllm.batch.results import Results
 from npllm.batch.rows import Row, digest, read_rows
-from npllm.batch.tasks import Item, Task, answers, make_task
+from npllm.batch.tasks import Item, Task, make_task
 from npllm.errors import NpllmError, NpllmValueError
 from npllm.progress import progress_bar
 
