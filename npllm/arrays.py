@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError
+from npllm.errors import MissingExtraError, NpllmTypeError, NpllmValueError, install_extra
 
 __all__ = [
     "BACKENDS",
@@ -217,7 +217,7 @@ def _cupy() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             f'backend="cupy" needs CuPy, which cannot be imported ({error}); '
-            'pip install "npllm[cuda]" for '
+            f"{install_extra('cuda')} for "
             'CUDA 13, or cupy-cuda12x for an older driver, or use backend="numpy"'
         ) from error
     try:

@@ -43,4 +43,12 @@ class NpllmRuntimeError(NpllmError, RuntimeError):
 
 
 class MissingExtraError(NpllmError, ImportError):
-    """A feature whose optional packages (`npllm[fetch]`, `npllm[cuda]`) are not installed."""
+    """A feature whose optional packages (the extras "fetch", "cuda", ...) are not installed."""
+
+
+def install_extra(extra: str) -> str:
+    """Return the command that installs the packages of an extra.
+
+    It names no package on an index: the one called npllm on PyPI is another project.
+    """
+    return f'pip install -e ".[{extra}]" in the folder of npllm\'s source'

@@ -47,7 +47,7 @@ def quantize(
     Raises
     ------
     MissingExtraError
-        When the package `gguf` is not installed: pip install "npllm[fetch]".
+        When the package `gguf` is not installed (the extra "fetch").
     NpllmValueError
         When GGUF has no place for the model or its tokenizer, a tensor holds what its type cannot,
         or the file type is unknown.

@@ -4,7 +4,7 @@
 
 Makes the page of the default model, opens it in a headless Chromium, and writes one picture for
 each section into docs/pictures/explain, and the beginning of the page, light, dark and as wide as
-a phone.  Needs playwright, a Chromium, and Pillow (`pip install playwright "npllm[plot]"`).
+a phone.  Needs playwright, a Chromium, and Pillow (`pip install playwright -e ".[plot]"`).
 """
 
 import argparse

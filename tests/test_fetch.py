@@ -855,7 +855,7 @@ def test_a_missing_package_is_named(weights, monkeypatch, package):
     )
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        MissingExtraError, match=rf'the package {package}: pip install "npllm\[fetch\]"'
+        MissingExtraError, match=rf'the package {package}: pip install -e ".\[fetch\]"'
     ):
         fetch(progress=False)
 

@@ -47,7 +47,7 @@ else:
 
 needs_nvrtc = pytest.mark.skipif(
     nvrtc is None,
-    reason='compiles CUDA sources, and NVRTC is not installed: pip install "npllm[test-cuda]"',
+    reason='compiles CUDA sources, and NVRTC is not installed: pip install -e ".[test-cuda]"',
 )
 FLOATS = {"float": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 stored = st.sampled_from(list(FLOATS.values()))

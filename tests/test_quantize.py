@@ -400,7 +400,7 @@ def test_without_the_package_the_error_says_how_to_install_it(folder, monkeypatc
 
     path, _ = folder()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(npllm.errors.MissingExtraError, match=r'pip install "npllm\[fetch\]"'):
+    with pytest.raises(npllm.errors.MissingExtraError, match=r'pip install -e ".\[fetch\]"'):
         quantized(path, "q8_0")
 
 

@@ -253,7 +253,6 @@ CHAT = {"model": NAME, "messages": HELLO, "max_tokens": 1}
 @pytest.mark.parametrize(
     ("path", "body", "status", "param", "code"),
     [
-        ("completions", {"prompt": "a"}, 404, "model", "model_not_found"),
         ("completions", COMPLETION | {"model": "gpt-9"}, 404, "model", "model_not_found"),
         ("completions", {"model": NAME}, 400, "prompt", "missing_required_parameter"),
         ("completions", COMPLETION | {"prompt": ""}, 400, "prompt", "invalid_value"),
@@ -539,12 +538,25 @@ def test_the_command_makes_the_server_that_was_asked_for(model, monkeypatch):
     result = optional.invoke([*words, "8123", "--grace", "2", "--cache-bytes", "0"])
     assert result.exit_code == 0, result.output
     ((server, host, port), options) = made[0]
+    assert options.pop("listener").fileno() == -1  # closed again
     assert (host, port, options) == ("127.0.0.1", 8123, {"grace": 2})
     assert (server.worker.max_batch, server.worker.max_queue) == (3, 5)
     assert server.names == (model.folder.name, str(model.folder))
     assert f"serving {model.folder.name} at http://127.0.0.1:8123/v1" in result.stderr
     refused = optional.invoke([*words, "8123", "--host", "0.0.0.0"])
     assert (refused.exit_code, len(made)) == (1, 1) and "--api-key" in refused.stderr
+
+
+def test_a_port_in_use_is_said_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("npllm.cli.options.load", lambda *_, **__: 1 / 0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = optional.invoke(["serve", "--port", str(port)])
+    assert result.exit_code == 1
+    assert f"cannot listen at 127.0.0.1:{port} (Address already in use)" in result.stderr
+    assert "serving" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,33 @@ def test_null_counts_as_left_out_in_messages(url):
     assert answers[0] == answers[1]
 
 
+def test_the_only_model_need_not_be_named(url):
+    answer = post(url, prompt="hello", max_tokens=1)
+    assert (answer.status_code, answer.json()["model"]) == (200, NAME)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max_token": 2}, "there is no parameter max_token; did you mean max_tokens?"),
+        ({"tools": [{}]}, "tools = [{}] is not implemented"),
+        ({"reasoning_effort": "low"}, "reasoning_effort = 'low' is not implemented"),
+        ({"x": 1}, "there is no parameter x"),
+    ],
+)
+def test_an_unknown_parameter_is_told_from_one_that_is_not_implemented(url, wrong, said):
+    answer = post(url, **ASKED | wrong)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+def test_an_unknown_role_is_refused(url):
+    messages = [{"role": "user", "content": "hi"}, {"role": "usr", "content": "hi"}]
+    answer = post(url, "chat/completions", model=NAME, messages=messages)
+    assert answer.status_code == 400
+    assert "messages[1].role must be one of system" in answer.json()["error"]["message"]
+
+
 def test_an_unknown_key_of_a_message_is_refused(url):
     message = {"role": "user", "content": "hi", "weight": 0}
     answer = post(url, "chat/completions", model=NAME, messages=[message])

@@ -323,7 +323,7 @@ def test_checks_need_no_pytest_and_replays_no_hypothesis():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 'pip install "npllm[test]"' in done.stdout
+    assert 'pip install -e ".[test]"' in done.stdout
 
 
 @given(st.integers(0, 2**16))

@@ -1,5 +1,5 @@
 """Plots: the mask rules side by side, and attention weights as heat maps.  Needs matplotlib,
-`npllm[plot]`.
+the extra "plot".
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from npllm.analysis.plot_layout import (
     shown_text,
     text_width,
 )
-from npllm.errors import MissingExtraError, NpllmOSError
+from npllm.errors import MissingExtraError, NpllmOSError, install_extra
 from npllm.ops import mask
 
 __all__ = ["draw_masks", "draw_weights", "example_rules", "new_figure", "save_figure"]
@@ -207,7 +207,7 @@ def new_figure(size: tuple[float, float] = (1.0, 1.0), layout: Any = None) -> An
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
-            f'plots need matplotlib ({error}); pip install "npllm[plot]"'
+            f"plots need matplotlib ({error}); {install_extra('plot')}"
         ) from error
     return Figure(figsize=size, layout=layout, dpi=DOTS)
 

@@ -3,13 +3,13 @@
 import importlib
 from typing import Any
 
-from npllm.errors import MissingExtraError
+from npllm.errors import MissingExtraError, install_extra
 
 __all__ = ["import_extra"]
 
 
 def import_extra(module: str, purpose: str = "fetching", extra: str = "fetch") -> Any:
-    """Import a module of the packages of an extra, such as `npllm[fetch]`.
+    """Import a module of the packages of an extra, such as "fetch".
 
     Parameters
     ----------
@@ -29,5 +29,5 @@ def import_extra(module: str, purpose: str = "fetching", extra: str = "fetch") -
     except ImportError as error:
         package = module.partition(".")[0]
         raise MissingExtraError(
-            f'{purpose} needs the package {package}: pip install "npllm[{extra}]"'
+            f"{purpose} needs the package {package}: {install_extra(extra)}"
         ) from error

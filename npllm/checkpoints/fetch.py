@@ -166,7 +166,7 @@ def fetch(
         When the network or the disk fails, or a hash differs.  An interrupted download of a
         repository continues at the next call.
     MissingExtraError
-        When the packages of `npllm[fetch]` are not installed.
+        When the packages of the extra "fetch" are not installed.
     """
     folder = weights_folder() / folder_name(name, revision)
     if _is_present(folder, include):

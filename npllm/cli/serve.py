@@ -7,7 +7,6 @@ import click
 
 from npllm.checkpoints.extras import import_extra
 from npllm.cli.options import any_model_options
-from npllm.errors import NpllmOSError
 from npllm.progress import report
 
 __all__ = ["COMMANDS"]
@@ -15,15 +14,24 @@ __all__ = ["COMMANDS"]
 
 @click.command()
 @any_model_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Others need an API key.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; any but a loopback address needs an API key.",
+)
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="TCP port."
+)
 @click.option(
     "--api-key",
     envvar="NPLLM_API_KEY",
     metavar="KEY",
     help="What clients must send. [NPLLM_API_KEY, else none]",
 )
-@click.option("--served-model-name", metavar="NAME", help="For clients. [that of the folder]")
+@click.option(
+    "--served-model-name", metavar="NAME", help="What clients send as model. [the folder's name]"
+)
 @click.option(
     "--max-batch",
     type=click.IntRange(1, 16),
@@ -39,9 +47,17 @@ __all__ = ["COMMANDS"]
     help="Sequences that may wait; more are refused with status 429.",
 )
 @click.option(
-    "--max-prompt-tokens", type=click.IntRange(min=1), help="Of a prompt. [the context length]"
+    "--max-prompt-tokens",
+    type=click.IntRange(min=1),
+    help="Longest prompt, in tokens. [the context length]",
 )
-@click.option("--max-body-bytes", type=click.IntRange(min=1), default=2**22, show_default=True)
+@click.option(
+    "--max-body-bytes",
+    type=click.IntRange(min=1),
+    default=2**22,
+    show_default=True,
+    help="Largest body of a request.",
+)
 @click.option(
     "--cache-bytes",
     type=click.IntRange(min=0),
@@ -61,7 +77,7 @@ __all__ = ["COMMANDS"]
     type=click.IntRange(min=0),
     default=30,
     show_default=True,
-    help="Seconds for what is at work at SIGTERM or Ctrl-C.",
+    help="Seconds that running requests may take after SIGTERM or Ctrl-C.",
 )
 def serve(
     model: Callable[[], Any],
@@ -76,19 +92,17 @@ def serve(
     """
     import_extra("starlette", "npllm serve", "serve")
     import_extra("uvicorn", "npllm serve", "serve")
-    from npllm.serve.run import make_server, run_server
+    from npllm.serve.run import listen, make_server, run_server
     from npllm.serve.security import require_key
 
     require_key(host, options["api_key"])
-    loaded, given = model(), click.get_current_context().params["path"]
-    names = [served_model_name] if served_model_name else [loaded.folder.name, given]
-    server = make_server(loaded, names=tuple(filter(None, names)), **options)
-    shown = f"[{host}]" if ":" in host else host
-    report(f"serving {server.names[0]} at http://{shown}:{port}/v1; Ctrl-C ends it")
-    try:
-        run_server(server, host, port, grace=grace)
-    except SystemExit as error:
-        raise NpllmOSError(f"cannot listen at {shown}:{port}; is it in use?") from error
+    with listen(host, port) as listener:
+        loaded, given = model(), click.get_current_context().params["path"]
+        names = [served_model_name] if served_model_name else [loaded.folder.name, given]
+        server = make_server(loaded, names=tuple(filter(None, names)), **options)
+        shown = f"[{host}]" if ":" in host else host
+        report(f"serving {server.names[0]} at http://{shown}:{port}/v1; Ctrl-C ends it")
+        run_server(server, host, port, grace=grace, listener=listener)
 
 
 COMMANDS = (serve,)

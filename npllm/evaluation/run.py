@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from npllm.arguments import check_path
-from npllm.errors import MissingExtraError, NpllmError, NpllmOSError, NpllmValueError
+from npllm.errors import MissingExtraError, NpllmError, NpllmOSError, NpllmValueError, install_extra
 from npllm.model import Model
 
 __all__ = ["evaluate", "result_table", "write_results"]
@@ -43,7 +43,7 @@ def evaluate(
     Raises
     ------
     MissingExtraError
-        When lm-eval is not installed: pip install "npllm[eval]".
+        When lm-eval is not installed.
     NpllmValueError
         For a task that lm-eval does not know, or cannot load.
     """
@@ -70,8 +70,7 @@ def _lm_eval() -> Any:
         return importlib.import_module("lm_eval")
     except ImportError as error:
         raise MissingExtraError(
-            f"evaluation needs lm-eval, which cannot be imported ({error}); "
-            'pip install "npllm[eval]"'
+            f"evaluation needs lm-eval, which cannot be imported ({error}); {install_extra('eval')}"
         ) from None
 
 

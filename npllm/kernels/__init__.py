@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from npllm import ops as _ops
-from npllm.errors import NpllmValueError
+from npllm.errors import NpllmValueError, install_extra
 from npllm.ops import Ops
 from npllm.ops.rounded import rounded_ops
 from npllm.quantized.activations import check_activations, default_activations
@@ -154,7 +154,7 @@ def tiled_ops() -> Ops:
 
 @cache
 def compiled_ops() -> Ops | None:
-    """Return the set compiled with Numba (`npllm[fast]`); None where Numba cannot be imported."""
+    """Return the set compiled with Numba (extra "fast"); None where Numba cannot be imported."""
     return (
         None
         if why_not_compiled()
@@ -174,7 +174,7 @@ def why_not_compiled() -> str:
     try:
         importlib.import_module("numba")
     except ImportError as error:  # missing, or made for another NumPy
-        return f'Numba cannot be imported ({error}); pip install "npllm[fast]" brings it'
+        return f"Numba cannot be imported ({error}); {install_extra('fast')} brings it"
     return ""
 
 

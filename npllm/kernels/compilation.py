@@ -13,7 +13,7 @@ from collections.abc import Callable
 __all__ = ["announce", "begin", "compile_seconds", "end", "working_seconds"]
 
 MESSAGE = (
-    "compiling the kernels for this checkpoint, which happens once on this machine and takes 10 to "
+    "compiling the kernels that this command needs, which are kept for later runs; it takes 10 to "
     "60 seconds"
 )
 

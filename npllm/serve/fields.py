@@ -1,5 +1,6 @@
 """The parameters of requests: which there are, and what each may be."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -92,7 +93,9 @@ COMMON = {
 }
 CHAT = {
     **COMMON,
-    "messages": Kind("a list of messages", lambda x: isinstance(x, list) and len(x) > 0),
+    "messages": Kind(
+        "a list of at least one message", lambda x: isinstance(x, list) and len(x) > 0
+    ),
     "max_completion_tokens": COUNT,
     "logprobs": FLAG,
     "top_logprobs": _integer(0, 20),
@@ -132,6 +135,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Not implemented: the values that change no answer."""
 
 
+KNOWN = ("reasoning_effort", "audio", "prediction", "web_search_options")
+"""Parameters of OpenAI's that have no neutral value here."""
+
+
+def _why_refused(name: str, value: Any, fields: Mapping[str, Kind]) -> str:
+    """Say why a parameter is not taken: OpenAI's ones, others, and what a typing error meant."""
+    shown = quote(name)[1:-1]
+    if name in NEUTRAL or name in KNOWN:
+        return (
+            f"{shown} = {quote(value)} is not implemented and would change the answer: leave it out"
+        )
+    close = difflib.get_close_matches(name[:100], fields, 1)
+    return f"there is no parameter {shown}" + (f"; did you mean {close[0]}?" if close else "")
+
+
 def checked_fields(body: Mapping[str, Any], fields: Mapping[str, Kind]) -> dict[str, Any]:
     """Return the parameters of a request; null counts as left out.
 
@@ -146,12 +164,7 @@ def checked_fields(body: Mapping[str, Any], fields: Mapping[str, Kind]) -> dict[
         if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
             continue
         if name not in fields:
-            raise Refusal(
-                f"{quote(name)[1:-1]} = {quote(value)} is not implemented and would change the "
-                "answer: leave it out",
-                name,
-                "unsupported_parameter",
-            )
+            raise Refusal(_why_refused(name, value, fields), name, "unsupported_parameter")
         kind = fields[name]
         if not kind.holds(value):
             raise Refusal(f"{name} must be {kind.words}, got {quote(value)}", name, "invalid_value")

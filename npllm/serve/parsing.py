@@ -15,6 +15,7 @@ from npllm.serve.penalties import penalties
 __all__ = ["Ask", "Limits", "parse_chat", "parse_completion", "require_model", "texts_or_ids"]
 
 MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")  # what templates may read
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens
 
 
@@ -48,8 +49,8 @@ class Ask:
 
 
 def require_model(name: Any, names: tuple[str, ...]) -> None:
-    """Raise unless a request names the model that is served."""
-    if name not in names:
+    """Raise where a request names another model than the one that is served."""
+    if name is not None and name not in names:
         raise Refusal(
             f"the model {quote(name)} is not served here; the one that is: {names[0]}",
             "model",
@@ -70,7 +71,7 @@ def parse_chat(model: Any, names: tuple[str, ...], body: Mapping[str, Any], limi
     _require(fields, "messages")
     if "max_tokens" in fields and "max_completion_tokens" in fields:
         raise Refusal("give max_tokens or max_completion_tokens, not both", "max_tokens")
-    messages = [_message(message) for message in fields["messages"]]
+    messages = [_message(message, n) for n, message in enumerate(fields["messages"])]
     try:
         ids = model.require_tokenizer().encode_chat(messages)
     except NpllmError as error:
@@ -129,7 +130,7 @@ def _require(fields: Mapping[str, Any], name: str) -> None:
         raise Refusal(f"{name} is missing", name, "missing_required_parameter")
 
 
-def _message(message: Any) -> Any:
+def _message(message: Any, n: int) -> Any:
     """A message whose content is text: parts of type "text" are joined; null counts as left out."""
     if not isinstance(message, dict):
         return message
@@ -140,6 +141,12 @@ def _message(message: Any) -> Any:
             f"a message may have {', '.join(MESSAGE)}, got {quote(unknown)}",
             "messages",
             "unsupported_parameter",
+        )
+    if message.get("role", "user") not in ROLES:
+        raise Refusal(
+            f"messages[{n}].role must be one of {', '.join(ROLES)}, got {quote(message['role'])}",
+            "messages",
+            "invalid_value",
         )
     content = message.get("content")
     if not isinstance(content, list):

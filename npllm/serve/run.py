@@ -16,12 +16,13 @@ from npllm.arguments import check_integer
 from npllm.batching.engine import MAX_BATCH, Engine
 from npllm.batching.metrics import Metrics
 from npllm.encoder import Encoder
+from npllm.errors import NpllmOSError
 from npllm.serve.app import Server, make_app
 from npllm.serve.embedding import Embedder
 from npllm.serve.parsing import Limits
 from npllm.serve.security import require_key, require_sendable
 
-__all__ = ["make_server", "run_server", "serving"]
+__all__ = ["listen", "make_server", "run_server", "serving"]
 
 
 def make_server(
@@ -89,17 +90,47 @@ def make_server(
     return Server(model, shown, worker, limits, metrics, max_body_bytes, key, time.time())
 
 
-def run_server(server: Server, host: str, port: int, *, grace: int = 30) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address before a model is loaded.
+
+    Raises
+    ------
+    NpllmOSError
+        When it is in use, or is no address of this machine.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise NpllmOSError(
+            f"cannot listen at {host}:{port} ({error.strerror}): give another --port or --host"
+        ) from None
+    return listener
+
+
+def run_server(
+    server: Server,
+    host: str,
+    port: int,
+    *,
+    grace: int = 30,
+    listener: socket.socket | None = None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C; what is at work then may take `grace` seconds more.
 
     Raises
     ------
     NpllmValueError
         When the address can be reached from other machines and there is no API key.
+    NpllmOSError
+        As `listen`.
     """
     require_key(host, server.api_key)
     with contextlib.suppress(KeyboardInterrupt):  # raised again when all is finished
-        uvicorn.Server(_settings(server, grace, host=host, port=port)).run()
+        listener = listen(host, port) if listener is None else listener
+        uvicorn.Server(_settings(server, grace)).run([listener])
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.errors import MissingExtraError, NpllmValueError
+from npllm.errors import MissingExtraError, NpllmValueError, install_extra
 from npllm.testing.inputs import split_qkv, visible_keys
 
 __all__ = ["GOLD", "gold"]
@@ -42,7 +42,7 @@ class _Digits:
             import mpmath
         except ImportError as error:
             raise MissingExtraError(
-                f'more digits than float64 need mpmath ({error}); pip install "npllm[test]"'
+                f"more digits than float64 need mpmath ({error}); {install_extra('test')}"
             ) from error
         self.context = mpmath.mp.clone()
         self.context.dps = digits

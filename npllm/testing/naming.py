@@ -70,6 +70,7 @@ def op_in(text: str) -> str:
     found = [op for op in sorted(CHECKED, key=len, reverse=True) if op in name]
     if not found:
         raise NpllmValueError(
-            f"{name!r} contains no operation; say which of {', '.join(CHECKED)} it is"
+            f"the name {name!r} does not say which operation it is: add --op NAME, one of "
+            f"{', '.join(CHECKED)}"
         )
     return found[0]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from npllm.errors import MissingExtraError, NpllmValueError
+from npllm.errors import MissingExtraError, NpllmValueError, install_extra
 from npllm.testing.laws.broken import LawBroken
 from npllm.testing.laws.sampler import check_kind
 from npllm.testing.laws.subjects import (
@@ -179,7 +179,7 @@ def _strategies() -> Any:
         return importlib.import_module("npllm.testing.strategies")
     except ImportError as error:
         raise MissingExtraError(
-            f'cases are drawn by Hypothesis ({error}); pip install "npllm[test]"'
+            f"cases are drawn by Hypothesis ({error}); {install_extra('test')}"
         ) from error
 
 

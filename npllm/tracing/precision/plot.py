@@ -1,4 +1,4 @@
-"""A precision report as a picture.  Needs matplotlib, `npllm[plot]`."""
+"""A precision report as a picture.  Needs matplotlib, the extra "plot"."""
 
 from pathlib import Path
 from typing import Any
