@@ -88,7 +88,7 @@ def test_json_holds_the_same():
         (["kernel"], 'the function must be "module:function"'),
         (["kernel:nothing"], "cannot be imported"),
         (["no_such_module:attention"], "cannot be imported"),
-        (["kernel:ops"], "contains no operation"),
+        (["kernel:ops"], "does not say which operation"),
         (["kernel:attention", "--features", "alibi"], "features of attention must be of"),
         (["kernel:rms_norm", "--dtype", "int8"], "dtype must be one of"),
     ],

@@ -82,7 +82,19 @@ def test_subnormal_numbers_that_are_wrong_are_not_explained_by_flushing(scale):
     x, weight = (values() * scale)[:, None], np.ones((1, 1), np.float32)
     found = testing.verdict("linear", {"x": x, "weight": weight}, x / 2)
     assert found.status == "wrong"
-    assert found.model is None
+    words = "float32 accumulation, intermediate results that are subnormal"
+    assert found.model == (words if scale < SMALLEST else None)
+
+
+def test_bits_that_an_intermediate_result_loses_are_told_so():
+    def weight_first(x, weight, eps):
+        return weight * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+    with pytest.raises(testing.LawBroken) as caught:
+        testing.check_rms_norm(weight_first, seed=3)
+    assert caught.value.diagnosis.names == []
+    assert caught.value.diagnosis.model.endswith("intermediate results that are subnormal")
+    testing.check_rms_norm(weight_first, seed=3, flush_to_zero=True)
 
 
 def test_an_operand_that_is_flushed_counts_with_its_factor():

@@ -182,13 +182,14 @@ def _add_large(facts: dict[str, Any], fn: Callable, n_seq: int, dtype: str) -> N
 
 def _to_do(facts: dict[str, Any], error: Any) -> list[str]:
     """Say what comes next."""
-    from npllm.testing.models import FLUSHED
+    from npllm.testing.models import FLUSHED, SUBNORMAL
 
+    tiny_values = (FLUSHED, SUBNORMAL)
     if error is not None:
         names = error.diagnosis.names if error.diagnosis is not None else []
         steps = [f"mend {name}: see docs/conventions.md" for name in names]
-        if error.diagnosis is not None and (error.diagnosis.model or "").endswith(FLUSHED):
-            steps.append("--flush-to-zero allows it, where it is meant")
+        if error.diagnosis is not None and (error.diagnosis.model or "").endswith(tiny_values):
+            steps.append("only values below 2**-126 are wrong: --flush-to-zero allows that")
         return [*steps, "run the smallest case again: the line behind replay"]
     if facts["verdict"] != "right":
         return ["look at where the large problem is wrong, and call npllm.testing.diagnose on it"]

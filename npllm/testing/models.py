@@ -13,13 +13,14 @@ from npllm.testing.budgets import Budget, budget
 from npllm.testing.exact import gold
 from npllm.testing.within_budget import absolute_errors, judge
 
-__all__ = ["FLUSHED", "Evidence", "describe", "explain", "models", "model_budget"]
+__all__ = ["FLUSHED", "SUBNORMAL", "Evidence", "describe", "explain", "models", "model_budget"]
 
 Array = Any
 Inputs = Mapping[str, Any]
 
 MOST_ROUNDING = 2.0**-3  # of the sum of absolute terms: no arithmetic model is off by more
 FLUSHED = "subnormal numbers flushed to zero"
+SUBNORMAL = "intermediate results that are subnormal"
 LARGE = 2**26  # products beyond which only some heads are looked at
 
 
@@ -69,6 +70,8 @@ def explain(evidence: Evidence, asked: Arithmetic, status: str, bound: Budget) -
     candidates = models(evidence.op, asked)
     if status == "within" and asked == candidates[0]:
         return describe(asked)
+    if status == "wrong" and _are_subnormal(evidence, bound, asked):
+        return _explain_subnormal(evidence, candidates[-1])
     smallest = model_budget(evidence.op, evidence.inputs, candidates[-1]).statistical
     most = np.maximum(MOST_ROUNDING * bound.condition * np.abs(evidence.exact), smallest)
     if status == "wrong" and (evidence.error > most).any():
@@ -81,6 +84,22 @@ def explain(evidence: Evidence, asked: Arithmetic, status: str, bound: Budget) -
         sizes.append((_size_where_it_explains(parts, asked), describe(asked)))
     size, name = min(sizes)
     return name if np.isfinite(size) else None
+
+
+def _are_subnormal(evidence: Evidence, bound: Budget, asked: Arithmetic) -> bool:
+    """Tell whether every value over budget is subnormal: any short arithmetic reaches that."""
+    over = evidence.error > bound.statistical
+    return bool((np.abs(evidence.exact[over]) < TINY[asked.accumulate]).all())
+
+
+def _explain_subnormal(evidence: Evidence, flushing: Arithmetic) -> str | None:
+    """Say whether flushing explains wrong subnormal values, or that bits were lost on the way."""
+    bound = model_budget(evidence.op, evidence.inputs, flushing)
+    if judge(evidence.error, evidence.exact, bound)[0] == "wrong":
+        return None
+    if not _has_below(evidence.found, flushing):
+        return describe(flushing)
+    return f"{describe(replace(flushing, flush_to_zero=False))}, {SUBNORMAL}"
 
 
 def _size_where_it_explains(parts: list[Evidence], model: Arithmetic) -> float:
