@@ -36,7 +36,7 @@ myst_heading_anchors = 3  # for links to a section
 
 # notebooks are stored without outputs; the build executes them
 nb_execution_mode = os.environ.get("NPLLM_DOCS_NOTEBOOKS", "force")
-nb_execution_timeout = 120
+nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_execution_show_tb = True

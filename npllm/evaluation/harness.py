@@ -27,7 +27,6 @@ Request = tuple[Any, list[int], list[int]]  # texts, tokens of the context and o
 DEVICES = (None, "cpu")
 
 
-@register_model("npllm")
 class NpllmLM(TemplateLM):
     """A model as lm-eval calls it: log-likelihoods, and generation until a stop.
 
@@ -307,3 +306,6 @@ def _as_number(batch_size: Any) -> Any:
     if batch_size == "auto":
         return 8
     return batch_size
+
+
+register_model("npllm")(NpllmLM)  # so that lm-eval finds it by name
