@@ -422,8 +422,10 @@ def test_a_run_goes_on_where_it_was_interrupted(model, tmp_path, out, monkeypatc
 def test_a_complete_output_is_taken_over_and_other_settings_are_not(model, tmp_path, out):
     source = write(tmp_path / "in", prompts(4))
     batch(model, source, out, max_new_tokens=3)
-    assert batch(model, source, out, max_new_tokens=3)[1:3] == (0, 4)
-    assert batch(model, source, out, max_new_tokens=4)[1:3] == (4, 0)
+    again = batch(model, source, out, max_new_tokens=3)
+    assert (again.n_answered, again.n_reused, again.n_dropped) == (0, 4, 0)
+    other = batch(model, source, out, max_new_tokens=4)
+    assert (other.n_answered, other.n_reused, other.n_dropped) == (4, 0, 4)
     assert batch(model.with_ops(), source, out, max_new_tokens=4)[1:3] != (0, 0)
 
 

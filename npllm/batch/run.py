@@ -27,6 +27,7 @@ class Report(NamedTuple):
     n_reused: int  # rows whose answer an earlier run, or an equal row, had
     n_failed: int
     errors: Path | None  # the file that names what failed
+    n_dropped: int = 0  # earlier answers of other rows or settings, which the output no longer has
 
 
 def batch(
@@ -88,6 +89,8 @@ def _run(
     task: Task, rows: list[Row], results: Results, keep_order: bool, progress: bool, runner: Runner
 ) -> Report:
     keyed, failures = _keyed(task, rows)
+    earlier = {key for key, answer in results.found.items() if not _failed(answer)}
+    n_dropped = len(earlier - {key for key, _ in keyed})
     todo, unfit = _items(task, {key: row for key, row in keyed if key not in results.found})
     with progress_bar(len(todo), "answering", unit="row", wanted=progress) as advance:
         runner(task, todo, results, advance)
@@ -104,7 +107,7 @@ def _run(
     results.finish(ordered, failures)
     n_new = len({item.key for item in todo} & good)
     errors = results.errors if failures else None
-    return Report(len(rows), n_new, len(ordered) - n_new, len(failures), errors)
+    return Report(len(rows), n_new, len(ordered) - n_new, len(failures), errors, n_dropped)
 
 
 def _failed(answer: Any) -> bool:

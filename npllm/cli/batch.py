@@ -98,6 +98,8 @@ def batch(
     if as_json:
         print_json(done._asdict() | {"errors": done.errors and str(done.errors)})
     report(f"{out}: {done.n_answered} rows answered, {done.n_reused} answered before")
+    if done.n_dropped:
+        report(f"{out}: {done.n_dropped} earlier answers, of other rows or settings, are gone")
     if done.n_failed:
         report(f"{done.n_failed} rows failed: {done.errors}")
         context.exit(1)
