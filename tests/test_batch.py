@@ -79,7 +79,7 @@ def out(tmp_path):
 def test_a_prompt_is_continued_as_generate_does(model, tmp_path, out, options):
     rows = prompts(20)
     done = batch(model, write(tmp_path / "in", rows), out, max_new_tokens=9, **options)
-    assert done == (20, 20, 0, 0, None)
+    assert done == (20, 20, 0, 0, None, 0)
     found = read(out)
     assert [row["id"] for row in found] == list(range(20))
     assert [row["result"]["text"] for row in found] == [
