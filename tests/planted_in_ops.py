@@ -9,6 +9,7 @@ import os
 import sys
 
 import numpy as np
+from hypothesis import Phase, settings
 
 PLANTED = "NPLLM_PLANTED"
 
@@ -33,12 +34,20 @@ def plant_named_bug():
         return
     from npllm import ops, testing
 
+    do_not_shrink()
     bug = testing.bugs[name]
     right = getattr(ops, bug.op)
     planted = in_place_of(right, bug.fn)
     for module in [module for key, module in sys.modules.items() if key.startswith("npllm.ops")]:
         if vars(module).get(bug.op) is right:
             setattr(module, bug.op, planted)
+
+
+def do_not_shrink():
+    """A failure is all that is wanted, not the smallest case of it."""
+    phases = (Phase.explicit, Phase.generate)
+    settings.register_profile("planted", settings.default, phases=phases)
+    settings.load_profile("planted")
 
 
 def in_place_of(right, wrong):

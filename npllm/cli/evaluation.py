@@ -19,8 +19,16 @@ KEPT = ("results", "groups", "n-samples", "versions", "n-shot", "higher_is_bette
 @click.option("--tasks", required=True, metavar="NAME,...", help="Tasks or groups of lm-eval.")
 @model_options
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples. [as the task says]")
-@click.option("--limit", type=click.FloatRange(min=0), help="Only so many documents of each task.")
-@click.option("--include-path", type=click.Path(), help="A folder of further tasks.")
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0),
+    help="Documents of each task, at most; below 1, that share of them.",
+)
+@click.option(
+    "--include-path",
+    type=click.Path(exists=True, file_okay=False),
+    help="A folder of further tasks.",
+)
 @click.option("--output-path", type=click.Path(), help="A .json file for all results, or a folder.")
 @click.option(
     "--apply-chat-template", is_flag=True, help="Put each prompt through the chat template."

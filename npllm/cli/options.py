@@ -160,7 +160,7 @@ threads_option = click.option(
     type=int,
     expose_value=False,
     callback=_set_threads,
-    help="Exactly so many. [all cores, fewer beside busy programs]",
+    help="Number of threads. [all cores, fewer beside busy programs]",
 )
 
 
@@ -222,9 +222,9 @@ _TOP_K_HELP = "Keep so many of the most likely tokens; 0 keeps all."
 _FILTERS = (
     _temperature_option,
     click.option("--top-k", type=int, help=_TOP_K_HELP),
-    click.option("--top-p", type=float),
-    click.option("--min-p", type=float),
-    click.option("--repetition-penalty", type=float),
+    click.option("--top-p", type=float, help="Draw from the most likely tokens of this sum."),
+    click.option("--min-p", type=float, help="Leave out tokens below this share of the best one."),
+    click.option("--repetition-penalty", type=float, help="Above 1: repeated tokens count less."),
 )
 _GENERATION = (
     new_tokens_option(256),
