@@ -21,7 +21,7 @@ FILES = {
     "rms_norm": ("test_ops_norm.py",),
     "swiglu": ("test_ops_feedforward.py",),
     "linear": ("test_ops_linear.py",),
-    "qkv_projection": ("test_heads.py",),
+    "qkv_projection": ("test_ops_projections.py",),
     "embed": ("test_ops_embedding.py",),
 }
 """The test files of each operation that is one function of `npllm.ops`."""
