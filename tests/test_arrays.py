@@ -172,7 +172,7 @@ def test_an_unknown_backend_raises_and_names_the_known_ones(name):
 
 def test_cupy_that_is_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(MissingExtraError, match=r"npllm\[cuda\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[cuda\]"):
         arrays.backend_namespace("cupy")
 
 

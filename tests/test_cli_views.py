@@ -46,7 +46,7 @@ def test_json_has_the_same_numbers(folder):
 
 @pytest.mark.parametrize(("options", "which"), [((), "head 3"), (("--all-heads",), "all 4 heads")])
 def test_a_plot_is_told_on_stderr(folder, tmp_path, options, which):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib (npllm[plot])")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (the extra plot)")
     file = tmp_path / "heads.png"
     result = attention(folder, "--plot", str(file), "--json", *options)
     json.loads(result.stdout)
@@ -57,7 +57,7 @@ def test_a_plot_is_told_on_stderr(folder, tmp_path, options, which):
 
 
 def test_masks_says_what_it_wrote(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib (npllm[plot])")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (the extra plot)")
     file = tmp_path / "masks.png"
     result = optional.invoke(["masks", str(file), "-n", "16"])
     n_kb = f"{file.stat().st_size / 1000:.0f} kB"

@@ -116,7 +116,7 @@ def test_what_was_read_is_escaped():
 
 
 def test_the_picture_is_drawn(folders, tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib (npllm[plot])")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra plot)")
     picture = tmp_path / "errors.png"
     assert call(folders / "wrong", "gqa", "--plot", picture).exit_code == 1
     assert picture.read_bytes().startswith(b"\x89PNG")

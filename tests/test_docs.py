@@ -120,7 +120,7 @@ def every_command():
 def test_commands_run(command, tmp_path, monkeypatch):
     program, name, *arguments = shlex.split(command)
     if name == "masks":
-        pytest.importorskip("matplotlib", reason="pictures need matplotlib (npllm[plot])")
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra plot)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # the command sets its own
     result = optional.invoke([name, *arguments])

@@ -19,7 +19,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture
 def picture(tmp_path):
     """Path of a picture; the test is skipped where nothing can draw."""
-    pytest.importorskip("matplotlib", reason="plots need matplotlib (npllm[plot])")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (the extra plot)")
     return tmp_path / "picture.png"
 
 
@@ -195,7 +195,7 @@ def test_queries_that_are_fewer_than_keys_are_named_by_the_last_tokens(picture, 
 def test_without_matplotlib_the_error_says_what_to_install(draw, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install .npllm\[plot\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e .\.\[plot\]"):
         draw(tmp_path / "picture.png")
     assert not (tmp_path / "picture.png").exists()
 

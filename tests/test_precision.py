@@ -464,7 +464,7 @@ def test_the_command_prints_the_table_or_json(folder):
 
 
 def test_the_picture_shows_depth_and_shares(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib (npllm[plot])")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (the extra plot)")
     from npllm.tracing.precision.plot import draw_precision
 
     for shares in (True, False):
@@ -475,7 +475,7 @@ def test_the_picture_shows_depth_and_shares(tmp_path):
 
 @pytest.mark.usefixtures("folder")
 def test_an_overflow_can_be_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib (npllm[plot])")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (the extra plot)")
     from npllm.tracing.precision.plot import draw_precision
 
     path = tmp_path / "picture.png"

@@ -118,7 +118,7 @@ def test_float64_is_judged_by_more_digits(op):
     """The gold in float64 is itself inside a float64 budget around 40 digits; the definitions in
     float64 are too.
     """
-    pytest.importorskip("mpmath", reason="needs mpmath (npllm[test])")
+    pytest.importorskip("mpmath", reason="needs mpmath (the extra test)")
     rng, largest = np.random.default_rng(SEED), 0.0
     for _ in range(draws(1, 3)):
         inputs = in_float64(op, rng)

@@ -10,7 +10,7 @@ import typed_user_script
 
 import npllm
 
-api = pytest.importorskip("mypy.api", reason="mypy comes with npllm[dev]")
+api = pytest.importorskip("mypy.api", reason="mypy comes with the extra dev")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "typed_user_script.py"
 
