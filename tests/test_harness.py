@@ -78,7 +78,7 @@ def test_unsupported_generation_kwargs_are_refused_by_name():
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(MissingExtraError, match=r"npllm\[eval\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[eval\]"):
         run.evaluate(tiny.model(), ["local_choice"])
 
 

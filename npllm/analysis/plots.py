@@ -160,6 +160,7 @@ def draw_weights(
     MissingExtraError
         When matplotlib is not installed.
     """
+    figure = new_figure()
     panels = np.asarray(weights).reshape(-1, *np.shape(weights)[-2:])
     if heads is None and np.ndim(weights) == 3:
         heads = range(len(panels))
@@ -168,7 +169,7 @@ def draw_weights(
     side = min(11.0, max(3.0, 0.28 * len(tokens))) if alone else 2.4
     labels = [f"{n} {shorten(shown_text(token), n_most)}" for n, token in enumerate(tokens)]
     margin = 0.12 + max(text_width(label, size) for label in labels)
-    figure, columns = new_figure(), ceil(len(panels) ** 0.5)
+    columns = ceil(len(panels) ** 0.5)
     grid = place_panels(figure, len(panels), columns, side, (margin, margin), 0.25, right=1.0)
     for number, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
         image = axes.imshow(panel, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
