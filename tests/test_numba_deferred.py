@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 
@@ -14,6 +13,8 @@ from npllm import kernels as sets
 
 if sets.compiled_ops() is None:
     pytest.skip(sets.why_not_compiled(), allow_module_level=True)
+import numba
+
 from npllm.kernels import compilation
 from npllm.kernels.cpu import numba_deferred
 from npllm.kernels.cpu.launching import kernel
