@@ -232,7 +232,8 @@ def test_a_stage_that_is_killed_leaves_what_it_had_and_the_others(check, stage):
     killed = report["stages"][stage]
     assert killed["ended"] == "exit code 137: timed out, or killed" and not killed["passed"]
     assert killed["counts"]["passed"] >= 1 and len(killed["failed"]) == 1
-    others = set(STAGES) - {stage} - ({"timings"} if stage == "weights" else set())
+    need_weights = {"timings", "bench"}  # the benchmark makes weights that it misses, and is killed
+    others = set(STAGES) - {stage} - (need_weights if stage == "weights" else set())
     for name in others:
         assert report["stages"][name]["passed"], (name, report["stages"][name], output)
     if stage == "weights":  # the first checkpoint is there, the second is not
