@@ -178,16 +178,27 @@ def adapter_of(model):
 
 
 def test_counting_kept_bytes_does_not_mind_changes_meanwhile():
-    kept = KeptCaches(2**20)
+    kept, others = KeptCaches(2**20), []
 
     class Cache:
+        owner, first_crop, n_ctx = None, 0, 1
+
+        def __init__(self, token):
+            self.ids = np.array([[token]])
+
+        def crop(self, n):
+            assert n == 1
+
         @property
         def n_bytes(self):
-            kept._caches[len(kept._caches)] = self  # as the engine's thread may do
+            if others:
+                kept.add(others.pop(), 1)  # as the engine's thread may do meanwhile
             return 1
 
-    kept._caches[0] = Cache()
+    kept.add(Cache(1), 1)
+    others.append(Cache(2))
     assert kept.n_bytes == 1
+    assert kept.n_bytes == 2
 
 
 # ------------------------------------------------------------------------------ embeddings

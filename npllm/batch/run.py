@@ -27,7 +27,7 @@ class Report(NamedTuple):
     n_reused: int  # rows whose answer an earlier run, or an equal row, had
     n_failed: int
     errors: Path | None  # the file that names what failed
-    n_dropped: int = 0  # earlier answers of other rows or settings, which the output no longer has
+    n_dropped: int  # earlier answers of other rows or settings, which the output no longer has
 
 
 def batch(

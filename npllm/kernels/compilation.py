@@ -74,8 +74,8 @@ def end() -> None:
 
 
 def _pause_collection() -> None:
-    """Collect no garbage from now on: Numba makes millions of objects that live on, and to look
-    through them again and again is a sixth of the time.
+    """Disable garbage collection: Numba makes millions of objects that live on, and the collector
+    visits them repeatedly, a sixth of the time.
     """
     global _n_compiling, _collects
     if _n_compiling == 0:
@@ -85,7 +85,7 @@ def _pause_collection() -> None:
 
 
 def _resume_collection() -> None:
-    """Collect garbage again as before, once no thread compiles."""
+    """Enable garbage collection, if it was enabled, once no thread compiles."""
     global _n_compiling
     _n_compiling -= 1
     if _n_compiling == 0 and _collects:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from npllm.arrays import array_namespace, expect_shape, ieee_semantics, widen
+from npllm.arrays import array_namespace, expect_shape, ieee_semantics
 from npllm.ops.linear import linear
+from npllm.ops.residual import add
 
 __all__ = ["lora_linear", "low_rank"]
 
@@ -57,7 +58,7 @@ def lora_linear(
     d_out, d_in = weight.shape
     expect_shape("a", a, d_rank=None, d_in=d_in)
     expect_shape("b", b, d_out=d_out, d_rank=a.shape[0])
-    return _sum(linear(x, weight, bias), low_rank(x, a, b, scale))
+    return add(linear(x, weight, bias), low_rank(x, a, b, scale))
 
 
 def low_rank(
@@ -81,9 +82,3 @@ def low_rank(
     """
     y = product(product(x, a), b)
     return y if scale == 1 else y * scale
-
-
-def _sum(y: Array, update: Array) -> Array:
-    """The sum of two arrays of one dtype, in at least float32, rounded once."""
-    total = widen(y) + widen(update)
-    return total if total.dtype == y.dtype else array_namespace(y).astype(total, y.dtype)

@@ -49,12 +49,12 @@ class Choice:
     index: int
     prompt: list[int]
     is_first: bool  # of the choices of its prompt
+    places: Places  # of its tokens in the text
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     echoed: list[Token] = field(default_factory=list)
     n_reused: int = 0
     finish_reason: str | None = None
-    places: Places | None = None  # of the tokens that are written, where they are asked for
 
     def add(self, event: Event) -> None:
         """Take note of an event."""
@@ -86,7 +86,7 @@ class Answers:
             "model": name,
         }
         self.choices = [
-            Choice(i * ask.n + k, ids, k == 0, places=Places(model.tokenizer))
+            Choice(i * ask.n + k, ids, k == 0, Places(model.tokenizer))
             for i, ids in enumerate(ask.prompts)
             for k in range(ask.n)
         ]
@@ -125,7 +125,7 @@ class Answers:
         """Write an event for a stream, and take note of it; None where it tells nothing."""
         is_opening = not choice.tokens and not choice.echoed
         choice.add(event)
-        part = Choice(choice.index, choice.prompt, choice.is_first, places=choice.places)
+        part = Choice(choice.index, choice.prompt, choice.is_first, choice.places)
         part.add(event)
         if not (event.text or self.ask.logprobs or event.finish_reason or self._echoes(is_opening)):
             return None
@@ -210,7 +210,7 @@ class Answers:
             "tokens": names,
             "token_logprobs": values,
             "top_logprobs": tops if any(tops) else None,
-            "text_offset": [choice.places.next(i) for i in ids] if choice.places else [],
+            "text_offset": [choice.places.next(i) for i in ids],
         }
 
     def _tops(self, token: Token) -> dict[str, float]:

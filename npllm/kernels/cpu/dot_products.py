@@ -91,9 +91,7 @@ def form_of(kind: str, flush: int = TILE_FLUSH) -> str:
         which have the same bits.  Of bfloat16 "float32" as well, where the instruction is missing
         or slow: the float32 product of rounded entries.
     """
-    has_units = has_tiles(
-        kind
-    )  # asks for them: without permission their instructions end the process
+    has_units = has_tiles(kind)  # asks the system: without permission the instructions are illegal
     if _forced:
         if _forced[-1] == "tiles" and not has_units:
             raise NpllmRuntimeError(
@@ -116,8 +114,9 @@ def spelled_form(kind: str) -> str:
         return words[form]
     if kind == "bfloat16":
         return f"the instruction {'TDPBF16PS' if form == 'tiles' else 'VDPBF16PS'}"
-    units = "the instruction TDPBSUD of int8 weights, " if form == "tiles" else ""
-    return f"{units}the instruction VPDPBUSD"
+    if form == "tiles":
+        return "the instructions TDPBSUD (int8 weights) and VPDPBUSD (blocks)"
+    return "the instruction VPDPBUSD"
 
 
 @contextmanager

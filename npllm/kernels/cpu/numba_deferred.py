@@ -69,15 +69,15 @@ class Deferred:
 
 
 class _Watch(event.Listener):
-    """Keeps in mind which function is being compiled."""
+    """Tracks which functions are being compiled."""
 
     def on_start(self, event: Any) -> None:
-        """Note a function whose compilation begins."""
+        """Push a function whose compilation begins."""
         stack = _local.__dict__.setdefault("ours", [])
         stack.append(isinstance(event.data["dispatcher"].__dict__.get("compile"), _Compile))
 
     def on_end(self, event: Any) -> None:  # noqa: ARG002
-        """Forget it."""
+        """Pop it."""
         _local.ours.pop()
 
 
