@@ -18,6 +18,7 @@ from npllm.ops.rounded import rounded_ops
 from npllm.quantized.activations import check_activations, default_activations
 
 __all__ = [
+    "FEW_ROWS",
     "SETS",
     "choose_ops",
     "compiled_ops",
@@ -30,6 +31,7 @@ __all__ = [
     "why_not_compiled",
 ]
 
+FEW_ROWS = 16  # of a call: so many have the same bits each, alone and in company (compiled set)
 SETS = ("fast", "cuda", "blockwise", "reference")  # sets of operations that have a name
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from npllm.kernels.cpu.attention_step import attend_step
 from npllm.kernels.cpu.gated import swiglu_row
-from npllm.kernels.cpu.gemv import add_product
+from npllm.kernels.cpu.gemv import add_product, rows_of_bias
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import frozen
 from npllm.kernels.cpu.simd_arrays import channels_of_weight, rows_of_weight
@@ -128,11 +128,7 @@ def adapted_attention_step(
     n_batch, n_seq, _ = x.shape
     n = n_batch * n_seq
     rows = x.reshape(n, -1)
-    qkv = np.zeros((n, rows_of_weight(qkv_weight)), np.float32)
-    if len(qkv_bias):
-        for k in range(n):
-            for i in range(len(qkv_bias)):
-                qkv[k, i] = qkv_bias[i]
+    qkv = rows_of_bias(n, rows_of_weight(qkv_weight), qkv_bias)
     add_product(qkv_weight, qkv_scales, rows, gain, eps, qkv)
     add_low_rank(rows, wide_gain, eps, qkv_a, qkv_b, qkv)
     y = np.empty((n_batch, n_seq, channels_of_weight(o_weight)), np.float32)
@@ -163,11 +159,7 @@ def adapted_mlp_step(
     gain in float32.
     """
     d_ff = channels_of_weight(down)
-    both = np.zeros((len(x), 2 * d_ff), np.float32)
-    if len(gate_up_bias):
-        for k in range(len(x)):
-            for i in range(len(gate_up_bias)):
-                both[k, i] = gate_up_bias[i]
+    both = rows_of_bias(len(x), 2 * d_ff, gate_up_bias)
     add_product(gate_up, gate_up_scales, x, gain, eps, both)
     add_low_rank(x, wide_gain, eps, gate_up_a, gate_up_b, both)
     y = np.empty((len(x), d_ff), np.float32)

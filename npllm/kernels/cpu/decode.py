@@ -10,7 +10,7 @@ import numpy as np
 
 from npllm.kernels.cpu.attention_step import attend_step
 from npllm.kernels.cpu.gated import gated_product
-from npllm.kernels.cpu.gemv import add_product
+from npllm.kernels.cpu.gemv import add_product, rows_of_bias
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import EMPTY
 from npllm.kernels.cpu.simd_arrays import array_at, channels_of_weight, rows_of_weight
@@ -61,11 +61,7 @@ def attention_step(
     n_batch, n_seq, _ = x.shape
     n = n_batch * n_seq
     rows = x.reshape(n, -1)
-    qkv = np.zeros((n, rows_of_weight(qkv_weight)), np.float32)
-    if len(qkv_bias):
-        for k in range(n):
-            for i in range(len(qkv_bias)):
-                qkv[k, i] = qkv_bias[i]
+    qkv = rows_of_bias(n, rows_of_weight(qkv_weight), qkv_bias)
     add_product(qkv_weight, qkv_scales, rows, gain, eps, qkv)
     y = np.empty((n_batch, n_seq, channels_of_weight(o_weight)), np.float32)
     heads = qkv.reshape(n_batch, n_seq, -1)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.gemv import add_product
+from npllm.kernels.cpu.gemv import add_product, rows_of_bias
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.simd import LANES, fma, load, splat, store
 from npllm.kernels.cpu.simd_math import silu
@@ -23,11 +23,7 @@ def gated_product(
     there is one.
     """
     d_ff = y.shape[1]
-    both = np.zeros((len(x), 2 * d_ff), np.float32)
-    if len(bias):
-        for k in range(len(x)):
-            for i in range(len(bias)):
-                both[k, i] = bias[i]
+    both = rows_of_bias(len(x), 2 * d_ff, bias)
     add_product(weight, scales, x, gain, eps, both)
     for k in range(len(x)):
         swiglu_row(both[k, :d_ff], both[k, d_ff:], y[k])

@@ -12,6 +12,7 @@ import numpy as np
 from numba import prange, types
 from numba.extending import overload
 
+from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu.block_gemv import add_product_blocks
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.panels import root_mean_square
@@ -28,16 +29,13 @@ from npllm.kernels.cpu.simd_arrays import deinterleave
 from npllm.kernels.cpu.simd_rows import add_each, fma_each, load_each, reduce_each
 from npllm.quantized.int8 import GROUP
 
-__all__ = ["FEW_ROWS", "add_product"]
+__all__ = ["FEW_ROWS", "add_product", "rows_of_bias"]
 
 Array = Any
 Vectors = tuple[Any, ...]  # sixteen float32 of each of a few rows
 Starts = tuple[int, int, int, int]
 Sums = tuple[tuple[float, ...], ...]  # of each stream, for each row
 
-FEW_ROWS = (
-    16  # up to here a weight is read directly, and a row has the same bits alone and in company
-)
 AHEAD = 512  # entries of each stream of weights that are prefetched
 STEP = 2 * LANES
 RUN = 6 * STEP  # channels whose sum is added to that of other runs: the error of a long chain grows
@@ -194,6 +192,16 @@ def rms_norm_row(x: Array, gain: Array, eps: float) -> None:
     root = root_mean_square(x, eps)
     for i in range(len(x)):
         x[i] = load_scalar(gain, i) * (x[i] / root)
+
+
+@kernel(nogil=True)
+def rows_of_bias(n: int, width: int, bias: Array) -> Array:
+    """Return n new rows of a bias, to which a product is added; zeros where it has no entry."""
+    y = np.zeros((n, width), np.float32)
+    for k in range(n):
+        for i in range(len(bias)):
+            y[k, i] = bias[i]
+    return y
 
 
 @kernel()
