@@ -8,6 +8,7 @@ import numpy as np
 import optional
 import pytest
 import tiny
+from notions import IN_PAGE
 from page_reading import Elements, data_of, tiny_model
 
 import npllm
@@ -23,29 +24,6 @@ pytest.importorskip("jinja2", reason="the page is made with Jinja2")
 ROOT = Path(__file__).resolve().parents[1] / "npllm" / "page"
 PROMPT = "hello wé, how low"
 HOSTILE = "</script><img src=x onerror=alert(1)><!--\u2028{{ 7 * 7 }}\"'&"
-
-NOTIONS = {  # of the chapter -> words of the table of contents
-    "pipeline": "Pipeline",
-    "autoregression": "Autoregression",
-    "forward pass": "Forward pass",
-    "tokenizer and embedding": "Tokenizer and embedding",
-    "module tree": "Module tree",
-    "logits and distribution": "Logits and distribution",
-    "decoding": "Decoding: greedy, temperature, top-k, top-p",
-    "parallel streams and context length": "Parallel streams and context length",
-    "KV cache": "KV cache",
-    "block": "Block",
-    "feed-forward as memory": "Feed-forward network as memory",
-    "attention step by step": "Attention step by step",
-    "heads": "Heads",
-    "local and sparse attention": "Local and sparse attention, alternating with full",
-    "MHA, MQA, GQA": "MHA, GQA and MQA",
-    "FlashAttention": "FlashAttention",
-    "norms": "Pre-norm, RMSNorm and SwiGLU against post-norm, LayerNorm and ReLU",
-    "positions": "Positions: RoPE as rotation matrices",
-    "packing": "Packing",
-    "other heads": "Other heads and encoder-only models",
-}
 
 
 @pytest.fixture(scope="module")
@@ -300,9 +278,9 @@ def test_every_notion_of_the_chapter_is_in_the_table_of_contents(page):
     elements = Elements(page.html)
     links = [x for x in elements.named("a") if x["attributes"].get("href", "").startswith("#")]
     titles = {x["attributes"]["href"][1:]: x["text"] for x in links}
-    for notion, words in NOTIONS.items():
+    for notion, words in IN_PAGE.items():
         assert any(words in title for title in titles.values()), notion
-    assert len(titles) == len(NOTIONS) + 2  # and the links past the contents and back to them
+    assert len(titles) == len(IN_PAGE) + 2  # and the links past the contents and back to them
     assert set(titles) - {"main", "contents"} == {
         x["attributes"]["id"] for x in elements.named("section")
     }

@@ -1,5 +1,6 @@
 """The package: quick to import, found from every folder, built and installed."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -106,3 +107,12 @@ def test_an_editable_install_is_found_beside_a_folder_of_its_name(tmp_path):
     assert done.returncode == 0, done.stderr
     paths = [p.read_text() for p in (tmp_path / "site").glob("*.pth")]
     assert any(str(clone) in text and "import" not in text for text in paths), paths
+
+
+def test_no_text_names_the_package_of_an_index():
+    """On PyPI, npllm is another project: what is installed comes from this folder."""
+    texts = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+    for folder, pattern in (("docs", "**/*.md"), ("docs", "**/*.ipynb"), ("npllm", "**/*.py")):
+        texts += (ROOT / folder).glob(pattern)
+    named = re.compile(r"""pip install (-U |--upgrade )?[\\"']*npllm\b""")
+    assert [x.name for x in texts if named.search(x.read_text("utf-8"))] == []

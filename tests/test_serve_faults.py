@@ -12,6 +12,7 @@ pytest.importorskip("starlette")
 run = pytest.importorskip("npllm.serve.run")
 
 from npllm.batching.kept import KeptCaches  # noqa: E402
+from npllm.cache.owner import CacheOwner  # noqa: E402
 from npllm.errors import NpllmValueError  # noqa: E402
 from npllm.text.stream import TextStream  # noqa: E402
 
@@ -181,7 +182,7 @@ def test_counting_kept_bytes_does_not_mind_changes_meanwhile():
     kept, others = KeptCaches(2**20), []
 
     class Cache:
-        owner, first_crop, n_ctx = None, 0, 1
+        owner, first_crop, n_ctx = CacheOwner("weights", None), 0, 1
 
         def __init__(self, token):
             self.ids = np.array([[token]])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optional
 import pytest
+from notions import IN_SITE
 
 from npllm.page.sections import SECTIONS
 
@@ -90,31 +91,6 @@ def test_each_notion_has_a_heading_of_its_own():
     assert len({section.docs for section in SECTIONS}) == len(SECTIONS)
 
 
-NOTIONS = {  # of the chapter -> words of the site's contents, two levels of which are on its front page
-    "pipeline": "Pipeline",
-    "autoregression": "Autoregression",
-    "forward pass": "Forward pass",
-    "tokenizer and embedding": "Tokenizer and embedding",
-    "module tree": "Module tree",
-    "logits and distribution": "Logits and distribution",
-    "decoding": "Decoding: greedy, temperature, top-k, top-p",
-    "parallel streams and context length": "Parallel streams and context length",
-    "KV cache": "KV cache",
-    "block": "Block",
-    "feed-forward as memory": "Feed-forward network as memory",
-    "attention step by step": "Attention step by step",
-    "heads": "Heads: every head of a layer",
-    "local and sparse attention": "Local and sparse attention, alternating with full",
-    "MHA, MQA, GQA": "MHA, GQA and MQA",
-    "FlashAttention": "FlashAttention",
-    "norms": "Pre-norm, RMSNorm and SwiGLU against post-norm, LayerNorm and ReLU",
-    "positions": "Positions: RoPE as rotation matrices",
-    "packing": "Packing",
-    "other heads": "Other heads: language model, classifier, tagger",
-    "encoder-only models": "Encoder-only models",
-}
-
-
 def test_every_notion_of_the_chapter_is_in_the_contents_of_the_front_page():
     """The contents list the headings of two levels, `##` among them."""
     (options,) = re.findall(
@@ -122,7 +98,7 @@ def test_every_notion_of_the_chapter_is_in_the_contents_of_the_front_page():
     )
     assert options == ":maxdepth: 2"
     headings = re.findall(r"^## (.*)$", (DOCS / "chapter.md").read_text("utf-8"), re.M)
-    assert set(NOTIONS.values()) <= set(headings)
+    assert set(IN_SITE.values()) <= set(headings)
     listed = {section.docs.partition("#")[2] for section in SECTIONS}
     slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
     assert listed <= slugs, "each section of the page links to an entry of the contents"

@@ -15,7 +15,7 @@ import numpy as np
 from npllm.arrays import to_numpy
 from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.batching.job import Event, Job
-from npllm.batching.kept import KeptCaches, copied_prefix, n_held, same_weights
+from npllm.batching.kept import KeptCaches, copied_prefix, n_held
 from npllm.batching.metrics import Metrics
 from npllm.batching.row import Row
 from npllm.decoding.prefill import FEW_ROWS
@@ -183,7 +183,7 @@ class Engine:
         ids, owner = row.sequences.ids[0], row.cache.owner
         cache, n = self.kept.best(ids, owner)
         for other in self._rows:
-            if not same_weights(other.cache.owner, owner):
+            if not other.cache.owner.has_weights_of(owner):
                 continue
             n_other = n_held(other.cache, ids, other.n_kept)
             if n_other > n:

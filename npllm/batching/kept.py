@@ -9,7 +9,7 @@ from npllm.cache import KVCache
 from npllm.cache.owner import CacheOwner
 from npllm.decoding.prefill import n_reusable
 
-__all__ = ["KeptCaches", "common_prefix", "copied_prefix", "n_held", "same_weights"]
+__all__ = ["KeptCaches", "common_prefix", "copied_prefix", "n_held"]
 
 Array = Any
 
@@ -38,7 +38,7 @@ class KeptCaches:
             return
         cache.crop(n_kept)
         for key, other in list(self._caches.items()):
-            if not same_weights(other.owner, cache.owner):
+            if not other.owner.has_weights_of(cache.owner):
                 continue
             n_same = common_prefix(other.ids[0], cache.ids[0])
             if n_same == n_kept:  # it is held already
@@ -50,7 +50,7 @@ class KeptCaches:
         while self.n_bytes > self.max_bytes:
             self._caches.popitem(last=False)
 
-    def best(self, ids: Array, owner: CacheOwner | None) -> tuple[KVCache | None, int]:
+    def best(self, ids: Array, owner: CacheOwner) -> tuple[KVCache | None, int]:
         """Return the cache that holds most of a prompt's beginning, and how much can be reused.
 
         Caches of other weights, or under another adapter, do not count.
@@ -58,18 +58,13 @@ class KeptCaches:
         found = [
             (n_held(cache, ids, cache.n_ctx), key)
             for key, cache in self._caches.items()
-            if same_weights(cache.owner, owner)
+            if cache.owner.has_weights_of(owner)
         ]
         n, key = max(found, default=(0, 0))
         if n == 0:
             return None, 0
         self._caches.move_to_end(key)
         return self._caches[key], n
-
-
-def same_weights(a: CacheOwner | None, b: CacheOwner | None) -> bool:
-    """Tell whether two caches were made by the same weights."""
-    return a is b or (a is not None and b is not None and a.params is b.params)
 
 
 def common_prefix(a: Array, b: Array) -> int:

@@ -68,7 +68,8 @@ class CacheOwner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def _has_weights_of(self, other: "CacheOwner") -> bool:
+    def has_weights_of(self, other: "CacheOwner") -> bool:
+        """Tell whether another owner has the same weights, under the same adapter."""
         if isinstance(self.params, str) or isinstance(other.params, str):
             return self.fingerprint == other.fingerprint
         return self.params is other.params
@@ -119,7 +120,7 @@ class CacheOwner:
                         f"the cache belongs to a model with {name} = {theirs}, this "
                         f"model has {mine}; {REMEDY}"
                     )
-        if not self._has_weights_of(other):
+        if not self.has_weights_of(other):
             raise NpllmValueError(
                 "the cache belongs to a model with other weights (of the same shapes) or under "
                 f"another adapter, whose keys are not those of this model; {REMEDY}"
