@@ -55,7 +55,16 @@ def test_a_function_that_flushes_is_told_so_and_no_convention_is_accused(op):
 def test_it_passes_where_that_arithmetic_is_asked_for(op):
     report = testing.check(op, FUNCTIONS[op], max_examples=50, seed=3, flush_to_zero=True)
     assert report.used <= 1
-    assert report.n_undecided < report.n_trial / 4
+    assert report.n_undecided < report.n_trial / 10
+
+
+def test_no_inputs_are_drawn_of_which_flushing_leaves_nothing():
+    """Of this seed's 30 cases 16 were subnormal: their budget exceeds every value."""
+    features = {"gqa", "window", "cache", "scale"}
+    report = testing.check(
+        "attention", ops.attention, features, max_examples=30, seed=18, flush_to_zero=True
+    )
+    assert report.n_undecided == 0
 
 
 def test_a_wrong_mask_is_still_named_where_flushing_is_asked_for():
