@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from npllm.model import Model
     from npllm.page.explain import explain
     from npllm.pipelines import pipeline
-    from npllm.quantization import quantize
+    from npllm.quantize_to_gguf import quantize
     from npllm.text.tokenizer import Tokenizer
     from npllm.tracing.comparison.comparing import compare
     from npllm.tracing.record import trace
@@ -143,8 +143,14 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
     **{f"checkpoints.gguf_{name}": f"checkpoints.gguf.{name}" for name in _GGUF},
     **{
         f"kernels.{name}": f"kernels.cpu.{name}"
-        for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd", "parts")
+        for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd")
     },
+    "kernels.parts": "kernels.cpu.dispatch",
+    "kernels.cpu.parts": "kernels.cpu.dispatch",
+    "quantization": "quantize_to_gguf",
+    "ops.mask.dense": "ops.mask.causal_and_window",
+    "analysis.cost.kv_cache": "analysis.cost.cache_bytes",
+    "analysis.cost.weights": "analysis.cost.weight_bytes",
 }
 
 

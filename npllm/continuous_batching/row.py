@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import to_numpy
-from npllm.batching.job import Event, Job
 from npllm.cache import KVCache
+from npllm.continuous_batching.job import Event, Job
 from npllm.decoding.constraints import constrain
 from npllm.decoding.details import Recorder, Token
 from npllm.decoding.prefill import n_read_together, pieces
