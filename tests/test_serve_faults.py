@@ -12,7 +12,7 @@ pytest.importorskip("starlette")
 run = pytest.importorskip("npllm.serve.run")
 
 from npllm.cache.owner import CacheOwner  # noqa: E402
-from npllm.continuous_batching.kept import KeptCaches  # noqa: E402
+from npllm.continuous_batching.prefix_cache import KeptCaches  # noqa: E402
 from npllm.errors import NpllmValueError  # noqa: E402
 from npllm.text.stream import TextStream  # noqa: E402
 

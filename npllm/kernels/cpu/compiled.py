@@ -1,4 +1,4 @@
-"""The set compiled with Numba: a layer, all layers, and the parts of `parts`.
+"""The set compiled with Numba: a layer, all layers, and the parts of `dispatch`.
 
 Decoding a small model is bound by Python call overhead: Python's own code and data, which reading
 the weights has evicted from the caches, are needed between two kernels.  So half a layer is one

@@ -1,4 +1,4 @@
-"""The compiled set with rounded activations: what differs from `parts` and `compiled`.
+"""The compiled set with rounded activations: what differs from `dispatch` and `compiled`.
 
 A product of few rows is memory-bound and stays float32's; one of many rows is `rounded_gemm`'s.
 What these kernels are not made for is composed of `npllm.ops.rounded.rounded_linear`.
