@@ -1,4 +1,4 @@
-"""The decode engine: one new token a row, from its id to its logits, as one captured graph.
+"""The decode engine: one new token a row, from its id to its logits (graph: `decode_graph`).
 
     x = embed(token);   x = layer(x) for each layer;   logits = W_head rms_norm(x)
 
@@ -18,8 +18,8 @@ from npllm.arrays import is_packed
 from npllm.cache import KVCache
 from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.attention import WIDEST
+from npllm.kernels.cuda.decode_graph import MOST_QUEUED, Plan
 from npllm.kernels.cuda.launching import ALIGNMENT, STORED
-from npllm.kernels.cuda.plan import MOST_QUEUED, Plan
 from npllm.quantized.int8 import Int8Weight
 
 __all__ = ["MOST_QUEUED", "MOST_ROWS", "decode_step"]
