@@ -140,8 +140,8 @@ def print_row(row: dict[str, Any]) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Quantise and run every type; print the table; return all numbers."""
+def compare(args: argparse.Namespace, folder: Path) -> None:
+    """Quantise and run every type; print the table; write all numbers after each type."""
     wide, mine, other = (folder / f"{name}.gguf" for name in ("f32", "npllm", "llama"))
     npllm.quantize(args.model, wide, "f32", progress=False)
     text = args.text.read_text(encoding="utf-8")
@@ -155,14 +155,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(f"{len(windows)} windows of {WINDOW} tokens; float32: {float32['llama.cpp']:.4f}\n")
     columns = (*COLUMNS, *DIVERGENCES)
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-    rows = []
-    for name in args.types:
-        npllm.quantize(wide, mine, name, overwrite=True, progress=False)
-        quantize_with_llama_cpp(wide, other, FILE_TYPES[name].number, args.threads)
-        runs = in_llama_cpp(mine, *given), in_llama_cpp(other, *given), in_npllm(mine, *given)
-        rows.append(row_of(name, mine.stat().st_size, *runs))
-        print_row(rows[-1])
-    return {
+    content: dict[str, Any] = {
         "made by": "scripts/quantisation_perplexity.py",
         "versions": {name: version(name) for name in ("npllm", "llama-cpp-python")},
         "model": Path(args.model).name,
@@ -170,8 +163,16 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "windows": len(windows),
         "tokens_a_window": WINDOW,
         "float32": float32,
-        "types": rows,
+        "types": [],
     }
+    for name in args.types:
+        npllm.quantize(wide, mine, name, overwrite=True, progress=False)
+        quantize_with_llama_cpp(wide, other, FILE_TYPES[name].number, args.threads)
+        runs = in_llama_cpp(mine, *given), in_llama_cpp(other, *given), in_npllm(mine, *given)
+        content["types"].append(row_of(name, mine.stat().st_size, *runs))
+        print_row(content["types"][-1])
+        if args.output:
+            args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -180,14 +181,12 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=DEFAULT_GGUF)
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(FILE_TYPES))
     parser.add_argument("--text", type=Path, default=ROOT / "docs" / "chapter.md")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        content = compare(args, Path(folder))
-    if args.output:
-        args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        compare(args, Path(folder))
 
 
 if __name__ == "__main__":
