@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu.block_model import in_blocks, matrix_bytes
 from gpu.measure import MissingPackageError, need
 from gpu.predict import kernels as kernels_of
 from gpu.records import rehearsing
@@ -271,10 +272,25 @@ def vllm(record: Callable) -> None:
     record("decode", work)
 
 
+def formats(record: Callable) -> None:
+    """Decode with every matrix in a block format."""
+    from npllm.quantized.block_formats import FORMATS
+
+    model, n_ctx = loaded(), CONTEXTS[0]
+    for name in ("Q4_0",) if rehearsing() else FORMATS:
+
+        def work(name: str = name) -> dict[str, Any]:
+            packed = in_blocks(model, name)
+            return {"weight_bytes": matrix_bytes(packed)} | decode(packed, n_ctx, "queued")
+
+        record(f"decode {name} {n_ctx}", work)
+
+
 GROUPS: dict[str, Callable[[Callable], None]] = {
     "copy": copy,
     "kernels": kernels,
     "npllm": npllm_group,
+    "formats": formats,
     "long": long,
     "transformers": transformers,
     "vllm": vllm,
