@@ -8,6 +8,7 @@ import numpy as np
 
 from gpu.records import rehearsing
 from npllm import ops
+from npllm.arrays import widen
 from npllm.kernels import cuda
 from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.launching import NULL
@@ -246,6 +247,24 @@ def choose(_: dict[str, Any], rng: np.random.Generator) -> Case:
     return Case(twin, lambda x: x.argmax(axis=1)[:, None], (logits,))
 
 
+def split(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """The parts of a few rows, added again."""
+    n_parts, x = int(definitions["PARTS"]), normal(rng, 70, size(3072, 40))
+
+    def twin(x: Any) -> Any:
+        import cupy
+
+        parts = cupy.empty((n_parts, x.size), dtype=FLOATS["bf16"])
+        n = np.int64(x.size)
+        launching.launch("split", (("PARTS", n_parts),), -(-x.size // 256), 256, x, parts, n)
+        return sum(widen(parts[p]) for p in reversed(range(n_parts)))
+
+    def definition(x: Any) -> Any:
+        return x.astype(FLOATS["bf16"]).astype(x.dtype) if n_parts == 1 else x
+
+    return Case(twin, lambda x: definition(x).reshape(-1), (x,))
+
+
 CASES: dict[str, Callable[[dict[str, Any], np.random.Generator], Case]] = {
     "linear": linear,
     "linear_blocks": linear_blocks,
@@ -258,4 +277,5 @@ CASES: dict[str, Callable[[dict[str, Any], np.random.Generator], Case]] = {
     "embed": embed,
     "embed_blocks": embed_blocks,
     "choose": choose,
+    "split": split,
 }

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from npllm.kernels.cuda.attention import GROUPS, HEADS, WIDEST, attention
 from npllm.kernels.cuda.decode import decode_step
+from npllm.kernels.cuda.gemm import PARTS
 from npllm.kernels.cuda.launching import ENTRIES, OPTIONS, STORED, source
 from npllm.kernels.cuda.linear import MOST_ROWS, ROWS, linear, linear_add, norm_linear, norm_swiglu
 from npllm.kernels.cuda.rope import rope_attention
@@ -74,6 +75,7 @@ VARIANTS = {
         for name in _TYPES
     ],
     "attend_merge": [(("HEAD", d_head),) for d_head in _WIDTHS],
+    "split": [(("PARTS", n),) for n in (1, PARTS)],
     "embed": [(("ENTRY", name),) for name in STORED.values()],
     "embed_blocks": [(("ENTRY", name),) for name in BLOCKS],
     "choose": [()],

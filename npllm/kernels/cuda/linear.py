@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import array_namespace, is_packed
-from npllm.kernels.cuda import launching
+from npllm.kernels.cuda import gemm, launching
 from npllm.kernels.cuda.launching import entry, even_rows, pointer
 from npllm.kernels.cuda.rows import MOST
 from npllm.kernels.cuda.weights import is_read, operand, parts_of, put_in_place
@@ -44,12 +44,15 @@ MOST_ROWS = {1: 64, 2: 64, 4: 16}
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Multiply each row by the transposed weight matrix: the twin of `npllm.ops.linear`.
 
-    The weight, of floats or packed, is read once, as it is stored.  Up to 64 rows, 16 with a
-    float32 weight; more rows go to the definition.
+    The weight, of floats or packed, is read once, as it is stored, for up to 64 rows, 16 with a
+    float32 weight.  More rows take the tensor cores with a bfloat16 weight (`gemm`), else the
+    definition.
     """
-    if not _fits(x, weight, bias):
-        return blockwise.linear(x, weight, bias)
-    return _launch(x, weight, bias=bias)
+    if _fits(x, weight, bias):
+        return _launch(x, weight, bias=bias)
+    if gemm.multiplies(x, weight) and (bias is None or bias.shape == weight.shape[:1]):
+        return gemm.product(x, weight, bias)
+    return blockwise.linear(x, weight, bias)
 
 
 def norm_linear(
