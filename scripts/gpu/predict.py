@@ -46,6 +46,13 @@ SPLIT = 128  # keys of attend_one.cu
 SHOWN = ("Q8_0", "Q6_K", "Q4_K", "Q4_0")  # block formats of the table
 
 
+# Of a prefill: operations/s of dense matrices in bfloat16 and in float32 (published, H100 and H200
+# alike), and the shares that products and the attention kernel are reckoned to reach.
+MATRIX = {"bf16": 989e12, "float": 67e12}
+REACHED, ATTENTION_REACHED = {"bf16": 0.6, "float": 0.8}, 0.3
+PREFILLS = {"bf16 activations": ("bf16", 1), "three parts": ("bf16", 3), "float32": ("float", 1)}
+
+
 class Device(NamedTuple):
     """What counts of a GPU: published, and the share of the peak that a copy reaches."""
 
@@ -73,9 +80,11 @@ class Kernel(NamedTuple):
 
 
 def kernels(
-    data: dict[str, Any], n_ctx: int, n_batch: int = 1, entry: str = "bf16"
+    data: dict[str, Any], n_ctx: int, n_batch: int = 1, entry: str = "bf16", cache: str = "float"
 ) -> list[Kernel]:
-    """List every kernel of a decode step behind n_ctx tokens, of a config.json."""
+    """List every kernel of a decode step behind n_ctx tokens, of a config.json; entry and cache:
+    the types of weights, and of keys and values.
+    """
     d, d_ff, n_layer = (data[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     n_head, n_kv_head = data["num_attention_heads"], data["num_key_value_heads"]
     d_head, n_vocab = d // n_head, data["vocab_size"]
@@ -97,7 +106,7 @@ def kernels(
     n_chunks = n_kv_head * -(-n_head // n_kv_head // group)
     width = (n_head + 2 * n_kv_head) * d_head
     used = n_batch * n_chunks * -(-seen // SPLIT)  # blocks that find keys
-    keys = 2.0 * n_batch * n_kv_head * seen * d_head * 4
+    keys = 2.0 * n_batch * n_kv_head * seen * d_head * bytes_an_entry(cache)
     parts = n_batch * n_head * n_split * (d_head + 2) * 4
     return [
         Kernel(
@@ -109,11 +118,18 @@ def kernels(
             1,
         ),
         product("qkv", width, d, n_layer),
-        Kernel("rope", "rope_append", {}, -(-n_batch * width // 256), n_batch * width * 8, n_layer),
+        Kernel(
+            "rope",
+            "rope_append",
+            {"ENTRY": cache},
+            -(-n_batch * width // 256),
+            n_batch * width * 8,
+            n_layer,
+        ),
         Kernel(
             "attention",
             "attend_one",
-            {"ENTRY": "float", "GROUP": group, "HEAD": d_head},
+            {"ENTRY": cache, "GROUP": group, "HEAD": d_head},
             used,
             keys,
             n_layer,
@@ -183,6 +199,23 @@ def step(data: dict[str, Any], device: Device, n_ctx: int, **options: Any) -> di
     }
 
 
+def prefill(data: dict[str, Any], n: int, kind: str, n_parts: int) -> dict[str, Any]:
+    """Predict a prompt of n tokens by its operations: products on matrix units, float32 attention.
+
+    operations = n_parts * 2 * n * weights,   4 * n**2 / 2 * d_model of each layer's attention
+    """
+    found = kernels(data, n)
+    weights = sum(
+        one.n_bytes * one.n_times
+        for one in found
+        if one.label != "lm_head" and (one.kernel == "linear")
+    ) / bytes_an_entry("bf16")
+    products = n_parts * 2 * n * weights / (MATRIX[kind] * REACHED[kind])
+    pairs = 2 * n**2 * data["hidden_size"] * data["num_hidden_layers"]
+    seconds_in_all = products + pairs / (MATRIX["float"] * ATTENTION_REACHED)
+    return {"seconds": seconds_in_all, "tokens_per_second": n / seconds_in_all}
+
+
 def predictions() -> dict[str, Any]:
     """Predict Phi-3-mini on both devices at three lengths; rows of a batch at the shortest."""
     data = json.loads((CONFIGS / "phi-3-mini.json").read_text(encoding="utf-8"))
@@ -192,6 +225,11 @@ def predictions() -> dict[str, Any]:
             found[f"{device.name}, bf16, context {n_ctx}"] = step(data, device, n_ctx)
         for name, entry in (("int8", "i8"), *((x, x) for x in SHOWN)):
             found[f"{device.name}, {name}, context 128"] = step(data, device, 128, entry=entry)
+        found[f"{device.name}, bf16, cache bf16, context 4000"] = step(
+            data, device, 4000, cache="bf16"
+        )
+        for name, (kind, n_parts) in PREFILLS.items():
+            found[f"{device.name}, prefill 2048, {name}"] = prefill(data, 2048, kind, n_parts)
         found[f"{device.name}, bf16, context 128, 8 rows"] = step(data, device, 128, n_batch=8)
     return {"measured": False, "model": "Phi-3-mini-4k", "predictions": found}
 
@@ -202,10 +240,9 @@ def main() -> int:
     path = ROOT / "docs" / "gpu" / "predictions.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, one in found["predictions"].items():
-        print(
-            f"{name:<36} {one['tokens_per_second']:6.0f} tok/s  {1e3 * one['seconds']:.2f} ms  "
-            f"{one['launches']} launches  {one['share_of_copy']:.0%} of a copy"
-        )
+        more = f"{one['share_of_copy']:.0%} of a copy" if "share_of_copy" in one else ""
+        rate, milliseconds = one["tokens_per_second"], 1e3 * one["seconds"]
+        print(f"{name:<36} {rate:6.0f} tok/s  {milliseconds:.2f} ms  {more}")
     return 0
 
 

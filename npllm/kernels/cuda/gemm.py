@@ -93,7 +93,7 @@ def add_product(x: Array, weight: Array, y: Array, *, is_first: bool) -> None:
     """
     cublas, handle = library()  # type: ignore[misc]
     (n_rows, d_in), d_out = x.shape, weight.shape[0]
-    one, beta = np.float32([1.0]), np.float32([0.0 if is_first else 1.0])
+    one, beta = np.ones(1, np.float32), np.full(1, not is_first, np.float32)
     cublas.gemmEx(
         handle(),
         TRANSPOSED,
