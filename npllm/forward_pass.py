@@ -23,7 +23,7 @@ from npllm.model_base import ModelBase
 from npllm.models import heads, phi3
 from npllm.models.params import Params
 from npllm.models.patch import Patch, value_names
-from npllm.models.rotations import Rotations
+from npllm.models.rope_tables import Rotations
 from npllm.models.row_caches import RowCaches, rowwise_attention, transact_all
 from npllm.ops.opset import Ops, Step
 from npllm.progress import warn

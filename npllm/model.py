@@ -18,7 +18,7 @@ from npllm.decoding.generation_config import GenerationConfig
 from npllm.decoding.keywords import BeamArguments, GenerateArguments, StreamArguments, takes
 from npllm.decoding.options import require_details, resolve_options
 from npllm.decoding.prompt import is_chat, read_prompt, require_tokenizer
-from npllm.decoding.sampling import next_token_distribution
+from npllm.decoding.sampler_chain import next_token_distribution
 from npllm.decoding.sequences import seen_tokens
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models import module_tree
@@ -253,7 +253,7 @@ class Model(AdaptableLM):
         Returns
         -------
         p : array [n_batch, n_vocab]
-            NumPy float64; see `npllm.decoding.sampling.next_token_distribution`.
+            NumPy float64; see `npllm.decoding.sampler_chain.next_token_distribution`.
         """
         ids, valid, *_ = read_prompt(self, prompt, attention_mask)
         logits = loop.last_logits(self, ids, attention_mask=valid)

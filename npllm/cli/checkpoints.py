@@ -33,7 +33,7 @@ from npllm.kernels import compiled_ops
 from npllm.loading import checkpoint_folder, load, read_tokenizer
 from npllm.model import Model
 from npllm.progress import report, write_line
-from npllm.quantization import quantize as quantize_checkpoint
+from npllm.quantize_to_gguf import quantize as quantize_checkpoint
 from npllm.quantized.dtypes import NAMES
 
 __all__ = ["COMMANDS"]

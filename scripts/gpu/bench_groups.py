@@ -209,7 +209,7 @@ def kernels(record: Callable) -> None:
 
 def kernel_facts(calls: list[Callable[[], None]], n_bytes: float) -> dict[str, Any]:
     """Time the launches of one kernel as a graph."""
-    from npllm.kernels.cuda.plan import captured
+    from npllm.kernels.cuda.decode_graph import captured
 
     for call in calls:
         call()

@@ -13,7 +13,7 @@ from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
 from npllm.checkpoints.gguf.vocabulary import vocabulary_metadata
 from npllm.checkpoints.gguf.weights import interleaved
 from npllm.checkpoints.phi3_layout import check_entries, top_sources_in
-from npllm.checkpoints.phi3_sources import layer_sources
+from npllm.checkpoints.phi3_tensor_names import layer_sources
 from npllm.checkpoints.safetensors import TensorEntry, read_entries
 from npllm.checkpoints.tensor_files import TensorFiles, release_mapped
 from npllm.config.config import Config

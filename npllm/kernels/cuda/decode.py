@@ -1,4 +1,4 @@
-"""The decode engine: one new token a row, from its id to its logits, as one captured graph.
+"""The decode engine: one new token a row, from its id to its logits (graph: `decode_graph`).
 
     x = embed(token);   x = layer(x) for each layer;   logits = W_head rms_norm(x)
 
@@ -17,8 +17,8 @@ import numpy as np
 from npllm.arrays import is_packed
 from npllm.cache import KVCache
 from npllm.kernels.cuda.attention import WIDEST
+from npllm.kernels.cuda.decode_graph import MOST_QUEUED, Plan
 from npllm.kernels.cuda.launching import STORED
-from npllm.kernels.cuda.plan import MOST_QUEUED, Plan
 from npllm.kernels.cuda.weights import is_in_place, is_read
 from npllm.quantized.stacked import StackedWeight
 
