@@ -369,13 +369,14 @@ class Model(AdaptableLM):
             "origin": self.origin,
         }
         model = Model(self.config, self.base_params, **settings | changes)
+        model.cache_dtype = self.cache_dtype
         model.__dict__.update(self._adapter_state())
         model.set_adapter(self.adapter)
         return model
 
     def _on_params(self, params: Params) -> "Model":
         """The same settings on other weights, which come from no file."""
-        return Model(
+        model = Model(
             self.config,
             params,
             ops=self.ops,
@@ -384,6 +385,8 @@ class Model(AdaptableLM):
             folder=self.folder,
             mask=self.mask,
         )
+        model.cache_dtype = self.cache_dtype
+        return model
 
     def __str__(self) -> str:
         return module_tree.describe(self.config)
