@@ -224,11 +224,11 @@ def pair(name, mixed=None, **changes):
     return model, npllm.Model(base.config, params, ops=ops.reference)
 
 
-def on_device(params):
+def on_device(params, xp=guard.xp):
     """Params with every array and packed matrix moved."""
 
     def move(x):
-        return x if x is None else x.to(guard.xp) if hasattr(x, "to") else moved(x)
+        return x if x is None else x.to(xp) if hasattr(x, "to") else xp.asarray(x)
 
     layers = tuple(layer._make(map(move, layer)) for layer in params.layers)
     names = ("embed_tokens", "norm", "lm_head")

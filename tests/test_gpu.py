@@ -19,6 +19,9 @@ from composed import Composed, definitions
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, documented_calls, examples, normal
+from test_cuda_blocks import on_device, random_blocks
+from test_cuda_blocks import pair as block_pair
+from test_cuda_cache_dtype import fed as fed_into
 from test_cuda_decode import VARIANTS, one_query, products
 from test_cuda_engine import KINDS as ENGINE_KINDS
 from test_cuda_engine import fed
@@ -39,8 +42,9 @@ import npllm
 from npllm import ops
 from npllm.arrays import to_numpy
 from npllm.kernels import cuda
-from npllm.kernels.cuda import decode_graph, launching
+from npllm.kernels.cuda import decode_graph, gemm, launching
 from npllm.ops.mask import causal, left_padding, sliding_window
+from npllm.quantized.block_formats import FORMATS
 
 on_cuda = Composed(cuda.CUDA)
 pytestmark = pytest.mark.gpu
@@ -183,6 +187,57 @@ def test_product_kernels(n_rows, dtype):
         on_cuda.linear_add(*moved((x, w, residual))),
         definitions.linear_add(x, w, residual),
     )
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+@pytest.mark.parametrize("n_rows", [17, 512])
+def test_products_on_the_tensor_cores(n_rows, n_parts):
+    """Within the bound of npllm/kernels/cuda/gemm.py, entry by entry, beside float64."""
+    if gemm.library() is None:
+        pytest.skip("the device has no tensor cores for bfloat16")
+    rng, d_in, d_out = np.random.default_rng(0), 3072, 1000
+    x, w = (rng.standard_normal(n, dtype=np.float32) for n in ((n_rows, d_in), (d_out, d_in)))
+    w = w.astype(ml_dtypes.bfloat16)
+    rounded = x if n_parts == 3 else x.astype(ml_dtypes.bfloat16)
+    wide, weight = rounded.astype(np.float64), w.astype(np.float64)
+    got = to_numpy(gemm.product(*moved((x, w)), n_parts=n_parts))
+    want, size = wide @ weight.T, abs(wide) @ abs(weight.T)
+    figure("tensor cores", moved(got), want.astype(np.float32))
+    assert (abs(got - want) <= 1.01 * (d_in + 3) * 2.0**-23 * size).all()
+
+
+every_format = pytest.mark.parametrize("name", ["Q4_0"] if REHEARSAL else list(FORMATS))
+
+
+@every_format
+@pytest.mark.parametrize("n_rows", [1, 3, 8] if REHEARSAL else [1, 2, 3, 8, 9, 64, 65])
+def test_products_of_blocks(name, n_rows):
+    import cupy
+
+    n_blocks = (512 if REHEARSAL else 3072) // FORMATS[name].n_entries
+    w = random_blocks(name, 12 if REHEARSAL else 1004, n_blocks, scale=0.01)
+    x = np.random.default_rng(0).standard_normal((n_rows, w.shape[1]), dtype=np.float32)
+    same("kernel linear_blocks", cuda.linear(moved(x), w.to(cupy)), ops.linear(x, w))
+
+
+@every_format
+def test_the_engine_on_blocks(name):
+    import cupy
+
+    _, base = block_pair(name)
+    there = npllm.Model(base.config, on_device(base.params, cupy), ops=cuda.CUDA)
+    ids = tiny.random_ids(2, 9)
+    same("decode engine, blocks", moved(fed(there, ids, 5)[0]), fed(base, ids, 5)[0], times=20)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_engine_on_keys_in_16_bits(dtype):
+    """As the kernels one by one, whose products have the same bits."""
+    _, there = model_pair(cuda.CUDA, hidden_size=128, num_attention_heads=2, num_key_value_heads=2)
+    ids = tiny.random_ids(2, 12)
+    apart = there.on(there.ops.replace(decode_step=None))
+    got, want = (fed_into(one, ids, dtype) for one in (there, apart))
+    same("decode engine, 16-bit keys", moved(got), want, times=20)
 
 
 @given(products())

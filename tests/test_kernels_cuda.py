@@ -227,6 +227,25 @@ def test_a_product_has_eight_loads_of_16_bytes_in_flight(rows, architecture):
     )
 
 
+def loads_before_a_multiplication(codes):
+    """For each stretch of code without a multiplication: its global loads."""
+    text = "".join({LOAD_GLOBAL: "L", FMA: "F"}.get(code, ".") for code in codes)
+    return [run.count("L") for run in re.findall(r"[L.]+", text)]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "n_loads"),
+    [("Q4_K", 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("Q4_0", 5), ("Q6_K", 14)))],
+)
+def test_a_product_of_blocks_has_four_units_in_flight(name, n_loads, rows):
+    """The loads of all of them come before the first product: at the start, and in the loop."""
+    codes = instructions("linear_blocks", (("ENTRY", name), ("ROWS", rows)), "sm_90")
+    found = sorted(loads_before_a_multiplication(codes))
+    assert found.count(4 * n_loads) >= 1 and found[-1] > 4 * n_loads, found
+
+
 @needs_nvrtc
 @pytest.mark.slow
 def test_a_product_that_waits_for_each_load_is_seen():
