@@ -1,4 +1,4 @@
-"""Commands on checkpoints: `npllm tokens`, `inspect`, `cost`, `fetch`, `list`, `quantize`."""
+"""Commands on checkpoints: `npllm tokens`, `inspect`, `cost`, `fetch`, `list`."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +15,6 @@ from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.checkpoints.gguf.finite import find_nonfinite_blocks
 from npllm.checkpoints.gguf.reader import is_gguf
-from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, file_type_named
 from npllm.checkpoints.origin import read_config
 from npllm.cli.layout import checkpoint_lines, cost_lines
 from npllm.cli.options import (
@@ -33,7 +32,6 @@ from npllm.kernels import compiled_ops
 from npllm.loading import checkpoint_folder, load, read_tokenizer
 from npllm.model import Model
 from npllm.progress import report, write_line
-from npllm.quantization import quantize as quantize_checkpoint
 from npllm.quantized.dtypes import NAMES
 
 __all__ = ["COMMANDS"]
@@ -197,40 +195,4 @@ def list_present(as_json: bool) -> None:
     write_line(f"{len(found)} in {weights_folder()}")
 
 
-def _known_file_type(_context: Any, _option: Any, name: str) -> str:
-    """Return the name of a file type; an unknown one is wrong usage."""
-    try:
-        return file_type_named(name).name
-    except NpllmValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-@click.command()
-@path_option
-@click.option(
-    "--type",
-    "file_type",
-    metavar="TYPE",
-    default="q4_k_m",
-    show_default=True,
-    callback=_known_file_type,
-    help=f"One of {', '.join(FILE_TYPES)}.",
-)
-@click.option(
-    "-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help=".gguf"
-)
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
-@json_option
-def quantize(path: str | None, file_type: str, output: Path, force: bool, as_json: bool) -> None:
-    """Write a checkpoint as a GGUF file, rounded to blocks of a few bits."""
-    quantize_checkpoint(path, output, file_type, overwrite=force)
-    facts = checkpoint_facts(output)
-    kept = {key: facts[key] for key in ("parameters", "bytes", "bits_per_weight", "types")}
-    if as_json:
-        print_json({"file": str(output), "type": file_type, **kept})
-        return
-    click.echo(str(output))
-    write_line(f"{facts['bytes']:,} bytes, {facts['bits_per_weight']:.2f} bits a weight")
-
-
-COMMANDS = (tokens, inspect, cost, fetch, list_present, quantize)
+COMMANDS = (tokens, inspect, cost, fetch, list_present)
