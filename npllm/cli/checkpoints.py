@@ -61,14 +61,14 @@ def tokens(prompt: str, path: str | None, chat: bool, as_json: bool) -> None:
 @click.option(
     "--check-finite",
     is_flag=True,
-    help="Also search for NaN and infinity, which reads all files; exit code 1 if any.",
+    help="Search for NaN and infinity as well, which reads all files; exit code 1 if any.",
 )
 @click.option(
     "--int8",
     is_flag=True,
-    help="Also measure the error of every matrix under --dtype int8: |w - rounded| / |w|.",
+    help="Measure the error of every matrix under --dtype int8 as well: |w - rounded| / |w|.",
 )
-@click.option("--int4", is_flag=True, help="The same under --dtype int4.")
+@click.option("--int4", is_flag=True, help="Measure the same under --dtype int4.")
 @json_option
 def inspect(
     path: str | None,
@@ -111,16 +111,18 @@ def _inspect_facts(folder: Path, check_finite: bool, dtypes: list[str]) -> dict[
     type=click.IntRange(min=1),
     default=1024,
     show_default=True,
-    help="Tokens of the prompt.",
+    help="Take a prompt of so many tokens.",
 )
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Number of sequences.",
+    help="Take so many sequences.",
 )
-@click.option("--dtype", type=click.Choice(NAMES), help="Of the weights. [as stored]")
+@click.option(
+    "--dtype", type=click.Choice(NAMES), help="Hold the weights in this type. [as stored]"
+)
 @json_option
 def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json: bool) -> None:
     """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json, or the
@@ -143,15 +145,17 @@ def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json:
 
 @click.command()
 @click.argument("name", default=DEFAULT_MODEL)
-@click.option("--revision", help="Branch, tag or commit of a Hugging Face repository.")
+@click.option("--revision", help="Fetch this branch, tag or commit of a Hugging Face repository.")
 @click.option(
-    "--token", help="Hugging Face access token, for gated repositories.", envvar="HF_TOKEN"
+    "--token",
+    help="Send this Hugging Face access token, for gated repositories.",
+    envvar="HF_TOKEN",
 )
 @click.option(
     "--include",
     multiple=True,
     metavar="PATTERN",
-    help='Only files that match, GGUF files among them: "*Q4_K_M*"; may be given again.',
+    help='Fetch only files that match, GGUF files among them: "*Q4_K_M*"; may be given again.',
 )
 @click.option(
     "--prepare/--no-prepare",

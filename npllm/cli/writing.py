@@ -25,7 +25,7 @@ def _adapters_option(*, required: bool = False) -> Any:
         metavar="DIR",
         multiple=True,
         required=required,
-        help="Folder of a LoRA adapter that PEFT saved, to add to the weights; may be given again.",
+        help="Add the LoRA adapter that PEFT saved in this folder; may be given again.",
     )
 
 
@@ -46,7 +46,7 @@ def _known_file_type(_context: Any, _option: Any, name: str) -> str:
     default="q4_k_m",
     show_default=True,
     callback=_known_file_type,
-    help=f"One of {', '.join(FILE_TYPES)}.",
+    help=f"Write one of {', '.join(FILE_TYPES)}.",
 )
 @click.option(
     "-o",
@@ -54,7 +54,7 @@ def _known_file_type(_context: Any, _option: Any, name: str) -> str:
     required=True,
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="The file to write; its name ends with .gguf.",
+    help="Write this file; its name ends with .gguf.",
 )
 @_adapters_option()
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
@@ -87,7 +87,7 @@ def quantize(
     required=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="The folder to write.",
+    help="Write this folder.",
 )
 @click.option("--force", is_flag=True, help="Replace a checkpoint that exists.")
 @json_option
