@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from npllm.analysis import cost, packing, score, steps
     from npllm.config import BertConfig, Config
     from npllm.decoding import beam
-    from npllm.decoding.sampling import next_token_distribution
+    from npllm.decoding.sampler_chain import next_token_distribution
     from npllm.encoder import Encoder
     from npllm.errors import NpllmError
     from npllm.loading import load
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from npllm.model import Model
     from npllm.page.explain import explain
     from npllm.pipelines import pipeline
-    from npllm.quantization import quantize
+    from npllm.quantize_to_gguf import quantize
     from npllm.text.tokenizer import Tokenizer
     from npllm.tracing.comparison.comparing import compare
     from npllm.tracing.record import trace
@@ -146,8 +146,20 @@ _MOVED: dict[str, str | tuple[str, ...]] = {
     **{f"checkpoints.gguf_{name}": f"checkpoints.gguf.{name}" for name in _GGUF},
     **{
         f"kernels.{name}": f"kernels.cpu.{name}"
-        for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd", "parts")
+        for name in ("tiled", "compiled", "gemm", "gemv", "attention", "simd")
     },
+    "kernels.parts": "kernels.cpu.dispatch",
+    "kernels.cpu.parts": "kernels.cpu.dispatch",
+    "quantization": "quantize_to_gguf",
+    "decoding.sampling": "decoding.sampler_chain",
+    "checkpoints.phi3_sources": "checkpoints.phi3_tensor_names",
+    "models.rotations": "models.rope_tables",
+    "testing.models": "testing.arithmetic_models",
+    "testing.row_budgets": "testing.reduction_budgets",
+    "testing.entry_budgets": "testing.elementwise_budgets",
+    "ops.mask.dense": "ops.mask.causal_and_window",
+    "analysis.cost.kv_cache": "analysis.cost.cache_bytes",
+    "analysis.cost.weights": "analysis.cost.weight_bytes",
 }
 
 

@@ -13,16 +13,17 @@ from npllm.arguments import (
     check_integer,
     check_positions,
 )
-from npllm.arrays import asarray, compute_dtype
+from npllm.arrays import DTYPES, asarray, compute_dtype
 from npllm.cache import CacheOwner, KVCache
 from npllm.cache.files import read_state
+from npllm.cache.state import cache_dtype
 from npllm.config.config import Config
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.model_base import ModelBase
 from npllm.models import heads, phi3
 from npllm.models.params import Params
 from npllm.models.patch import Patch, value_names
-from npllm.models.rotations import Rotations
+from npllm.models.rope_tables import Rotations
 from npllm.models.row_caches import RowCaches, rowwise_attention, transact_all
 from npllm.ops.opset import Ops, Step
 from npllm.progress import warn
@@ -62,10 +63,17 @@ class CausalLM(ModelBase):
         See `npllm.Model.with_mask`.
     origin : Origin, optional
         How another process reads the weights again.  Default: it gets the arrays.
+
+    Attributes
+    ----------
+    cache_dtype : str, optional
+        What `new_cache` keeps keys and values in: "bfloat16", "float16" or "float32".  None: what
+        they are computed in.
     """
 
     config: Config
     params: Params
+    cache_dtype: str | None = None
 
     def __init__(
         self,
@@ -341,16 +349,37 @@ class CausalLM(ModelBase):
             draft.advance(np.array([[token]]), position, seen, variant)
         return hidden
 
-    def new_cache(self, n_batch: int = 1) -> KVCache:
-        """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it."""
+    def new_cache(self, n_batch: int = 1, *, dtype: str | None = None) -> KVCache:
+        """Make an empty KV cache for n_batch sequences; `model(ids, cache=cache)` appends to it.
+
+        Parameters
+        ----------
+        n_batch : int
+        dtype : str, optional
+            What keys and values are kept in: "bfloat16" or "float16", to which they are rounded
+            once, or "float32".  Default: what `npllm.load` was told as `cache_dtype`, else what
+            they are computed in.
+
+        Raises
+        ------
+        NpllmValueError
+            For another dtype, and for any where the model computes in float64.
+        """
         owner = self._cache_owner()
+        kept = cache_dtype(self.cache_dtype if dtype is None else dtype, self._computed())
         return KVCache(
             n_batch,
             self.config.num_hidden_layers,
             self.config.context_length,
             owner.window,
             owner=owner,
+            dtype=kept,
         )
+
+    def _computed(self) -> Any:
+        """The dtype of new keys and values, in NumPy."""
+        is_wide = compute_dtype(self.params.norm) == self._xp.float64
+        return DTYPES["float64" if is_wide else "float32"]
 
     def load_cache(self, path: Any) -> KVCache:
         """Read a cache that `KVCache.save` wrote, of the same weights, config and mask.
@@ -372,15 +401,15 @@ class CausalLM(ModelBase):
             When it is no saved cache, or one of other weights, another config or another mask.
         """
         owner = self._cache_owner()
-        is_wide = compute_dtype(self.params.norm) == self._xp.float64
-        on_host = self._xp.__name__ == "numpy"
-        kinds = ("F64",) if is_wide else ("F32",) if on_host else ("F32", "F16", "BF16")
-        state = read_state(path, owner, kinds)
+        is_wide = self._computed() == DTYPES["float64"]
+        state = read_state(path, owner, ("F64",) if is_wide else ("F32", "F16", "BF16"))
         layers = [
             layer and (self.to_backend(layer[0]), self.to_backend(layer[1]), layer[2])
             for layer in state.layers
         ]
-        return self.new_cache(len(state.ids)).load_state(state._replace(layers=layers))
+        held = [layer[0].dtype.name for layer in state.layers if layer and not is_wide]
+        cache = self.new_cache(len(state.ids), dtype=held[0] if held else None)
+        return cache.load_state(state._replace(layers=layers))
 
     def check_cache(self, cache: KVCache, n_batch: int) -> None:
         """Raise unless a cache is of this model and of so many sequences."""
@@ -570,7 +599,7 @@ class CausalLM(ModelBase):
             return
         rows = np.flatnonzero(changed)
         cached = Tokens(cache.ids[rows], cache.valid[rows], cache.positions[rows])
-        fresh = self.new_cache(len(rows))
+        fresh = self.new_cache(len(rows), dtype=cache.dtype and cache.dtype.name)
         for start in range(0, cache.n_ctx, PREFILL_CHUNK):
             chunk = cached.part(start, min(start + PREFILL_CHUNK, cache.n_ctx), 0)
             self._run(chunk, variant[rows], fresh, None)

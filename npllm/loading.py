@@ -53,6 +53,7 @@ def load(
     threads: int | None = None,
     activations: str | None = None,
     adapter: str | Path | None = None,
+    cache_dtype: str | None = None,
 ) -> Any:
     """Load a model from a checkpoint folder or a GGUF file.
 
@@ -90,6 +91,10 @@ def load(
         `npllm.kernels.ops_for` chooses; else "float32".  See `npllm.ops.rounded.rounded_linear`.
     adapter : str or Path, optional
         Folder of a LoRA adapter that PEFT saved; see `Model.load_adapter`.
+    cache_dtype : str, optional
+        What KV caches keep keys and values in: "bfloat16" or "float16", to which they are rounded
+        once, or "float32".  None: what they are computed in.  On the CPU only float32 has fast
+        kernels.
 
     Returns
     -------
@@ -103,14 +108,18 @@ def load(
     NpllmValueError
         When its content is contradictory or not implemented; when `backend="cupy"` finds no driver
         or device; when `threads` is not an integer from 1 to the cores of the process; when
-        `activations` is unknown, or applies to none of the weights.
+        `activations` is unknown, or applies to none of the weights; when `cache_dtype` is unknown,
+        or the model computes in float64.
     MissingExtraError
         When `backend="cupy"` and CuPy is not installed.
     """
     set_threads(threads)
     model = _load(path, backend, dtype, ops, check_flag("mmap", mmap), activations)
     if adapter is not None:
-        _causal(model, path).load_adapter(adapter)
+        _causal(model, path, "adapter").load_adapter(adapter)
+    if cache_dtype is not None:
+        _causal(model, path, "cache_dtype").cache_dtype = cache_dtype
+        model.new_cache()  # raises where it cannot be
     return model
 
 
@@ -129,11 +138,11 @@ def _load(
     return load_model(folder, dtype=dtype, ops=ops, xp=xp, mmap=mmap)
 
 
-def _causal(model: Any, path: Any) -> Model:
-    """A model that adapters go with; raise for an encoder."""
+def _causal(model: Any, path: Any, name: str) -> Model:
+    """A model that an argument goes with; raise for an encoder."""
     if not isinstance(model, Model):
         raise NpllmValueError(
-            f"adapter goes with language models, but {path} is an encoder: leave adapter out"
+            f"{name} goes with language models, but {path} is an encoder: leave {name} out"
         )
     return model
 

@@ -18,7 +18,7 @@ from npllm.decoding.generation_config import GenerationConfig
 from npllm.decoding.keywords import BeamArguments, GenerateArguments, StreamArguments, takes
 from npllm.decoding.options import require_details, resolve_options
 from npllm.decoding.prompt import is_chat, read_prompt, require_tokenizer
-from npllm.decoding.sampling import next_token_distribution
+from npllm.decoding.sampler_chain import next_token_distribution
 from npllm.decoding.sequences import seen_tokens
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models import module_tree
@@ -253,7 +253,7 @@ class Model(AdaptableLM):
         Returns
         -------
         p : array [n_batch, n_vocab]
-            NumPy float64; see `npllm.decoding.sampling.next_token_distribution`.
+            NumPy float64; see `npllm.decoding.sampler_chain.next_token_distribution`.
         """
         ids, valid, *_ = read_prompt(self, prompt, attention_mask)
         logits = loop.last_logits(self, ids, attention_mask=valid)
@@ -369,13 +369,14 @@ class Model(AdaptableLM):
             "origin": self.origin,
         }
         model = Model(self.config, self.base_params, **settings | changes)
+        model.cache_dtype = self.cache_dtype
         model.__dict__.update(self._adapter_state())
         model.set_adapter(self.adapter)
         return model
 
     def _on_params(self, params: Params) -> "Model":
         """The same settings on other weights, which come from no file."""
-        return Model(
+        model = Model(
             self.config,
             params,
             ops=self.ops,
@@ -384,6 +385,8 @@ class Model(AdaptableLM):
             folder=self.folder,
             mask=self.mask,
         )
+        model.cache_dtype = self.cache_dtype
+        return model
 
     def __str__(self) -> str:
         return module_tree.describe(self.config)

@@ -1,6 +1,7 @@
 """llama.cpp through llama-cpp-python's C interface: logits of a GGUF file, and its quantiser."""
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LlamaCpp", "log_likelihoods", "quantize_with_llama_cpp"]
+from npllm.checkpoints.gguf.ggml_types import TYPES
+from npllm.errors import NpllmValueError
+from npllm.quantized.block_weight import BlockWeight
+
+__all__ = [
+    "LlamaCpp",
+    "log_likelihoods",
+    "quantize_matrix_with_llama_cpp",
+    "quantize_with_llama_cpp",
+]
 
 
 class LlamaCpp:
@@ -73,8 +83,9 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Free model and context."""
-        self.api.llama_free(self.context)
-        self.api.llama_model_free(self.model)
+        with quiet_stderr():
+            self.api.llama_free(self.context)
+            self.api.llama_model_free(self.model)
 
 
 def quantize_with_llama_cpp(path: Path, output: Path, file_type: int, n_threads: int = 2) -> Path:
@@ -88,6 +99,24 @@ def quantize_with_llama_cpp(path: Path, output: Path, file_type: int, n_threads:
     if failed:
         raise SystemExit(f"llama.cpp does not quantise {path}")
     return output
+
+
+def quantize_matrix_with_llama_cpp(x: np.ndarray, name: str) -> BlockWeight:
+    """Let llama.cpp round a matrix [d_out, d_in] to blocks of a format, without an imatrix."""
+    from llama_cpp._ggml import libggml
+
+    (number,) = (i for i, kind in TYPES.items() if kind.name == name)
+    x = np.ascontiguousarray(x, np.float32)
+    (d_out, d_in), kind = x.shape, TYPES[number]
+    if d_in % kind.n_entries:
+        raise NpllmValueError(f"d_in must be a multiple of {kind.n_entries}, got {d_in}")
+    blocks = np.empty((d_out, d_in // kind.n_entries * kind.n_bytes), np.uint8)
+    run: Any = libggml.ggml_quantize_chunk
+    run.restype = ctypes.c_size_t
+    run.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    if run(number, x.ctypes.data, blocks.ctypes.data, 0, d_out, d_in, None) != blocks.nbytes:
+        raise SystemExit(f"llama.cpp does not quantise to {name}")
+    return BlockWeight(blocks, name)
 
 
 def log_likelihoods(logits: np.ndarray, ids: Any) -> np.ndarray:

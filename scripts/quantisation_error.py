@@ -1,12 +1,15 @@
 """Measure the error of each weight format, and print the table of docs/quantisation.md.
 
-    python scripts/quantisation_error.py
+    python scripts/quantisation_error.py [--llama-cpp]
 
+With --llama-cpp, which needs llama-cpp-python, a cell holds the errors of npllm's quantiser and of
+llama.cpp's.
 The matrices were never quantised: those of all-MiniLM-L6-v2, stored in float32, whose width is a
 multiple of 256, and those of width 384, which have no K format; random normal ones; and random ones
 with outliers, one entry in a thousand ten times as large.
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,6 +30,13 @@ ORDER = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 
 def main() -> None:
     """Print the table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--llama-cpp", action="store_true")
+    quantizers: list[Any] = [quantize_blocks]
+    if parser.parse_args().llama_cpp:
+        from llama_cpp_runs import quantize_matrix_with_llama_cpp
+
+        quantizers.append(quantize_matrix_with_llama_cpp)
     kinds = {
         "MiniLM": minilm(1536),
         "MiniLM, 384 wide": minilm(384),
@@ -36,16 +46,19 @@ def main() -> None:
     print(f"| format | bits a weight | {' | '.join(kinds)} |")
     print("|---|---|" + "---|" * len(kinds))
     for name in ORDER:
-        errors = [error(x, partial(quantize_blocks, name=name)) for x in kinds.values()]
-        print_row(name, f"{FORMATS[name].bits:g}", errors)
+        rounded = [partial(quantize, name=name) for quantize in quantizers]
+        print_row(name, f"{FORMATS[name].bits:g}", kinds, rounded)
     for name, bits in (("int8", "8.5"), ("int4", "4.5 or 5")):
-        errors = [error(x, QUANTIZERS[name]) for x in kinds.values()]
-        print_row(f'dtype="{name}"', bits, errors)
+        print_row(f'dtype="{name}"', bits, kinds, [QUANTIZERS[name]])
 
 
-def print_row(name: str, bits: str, errors: list[float | None]) -> None:
-    """Print one format."""
-    cells = ["" if x is None else f"{100 * x:.2f} %" for x in errors]
+def print_row(name: str, bits: str, kinds: dict[str, Any], rounded: list[Any]) -> None:
+    """Print one format: the errors of each quantiser."""
+    cells = []
+    for matrices in kinds.values():
+        errors = [error(matrices, x) for x in rounded]
+        known = [f"{100 * x:.2f}" for x in errors if x is not None]
+        cells.append(f"{' / '.join(known)} %" if known else "")
     print(f"| {name} | {bits} | {' | '.join(cells)} |")
 
 

@@ -43,6 +43,15 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 static inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 static inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
+// Byte n of the result is byte (selector >> 4 n) & 7 of x, then y.
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    unsigned long long both = x | (unsigned long long)y << 32;
+    unsigned result = 0;
+    for (int n = 0; n < 4; ++n)
+        result |= (unsigned)(both >> (selector >> 4 * n & 7) * 8 & 255) << 8 * n;
+    return result;
+}
+
 namespace shim {
 
 using Line = std::source_location;

@@ -436,6 +436,12 @@ class Runtime:
         return 1
 
 
+class Device:
+    """`cupy.cuda.Device` of an architecture without tensor cores for bfloat16: T4."""
+
+    compute_capability = "75"
+
+
 class Pointer:
     """`cupy.cuda.MemoryPointer`: a place in an array.  Copies from the host are queued and happen
     late, when they are waited for.
@@ -562,6 +568,7 @@ def _library():
         setattr(xp, name, getattr(np, name))
     xp.cuda = types.SimpleNamespace(
         runtime=Runtime,
+        Device=Device,
         is_available=lambda: True,
         alloc_pinned_memory=PinnedMemory,
         Event=Event,

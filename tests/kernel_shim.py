@@ -16,11 +16,12 @@ import tempfile
 from pathlib import Path
 
 import guard
+import ml_dtypes
 import numpy as np
 import pytest
 
 from npllm.kernels import cuda
-from npllm.kernels.cuda import launching
+from npllm.kernels.cuda import gemm, launching
 
 HERE = Path(__file__).parent
 # libraries by the hash of what they are made of
@@ -74,6 +75,39 @@ def installed(monkeypatch):
     """Put the stand-in in the place of CuPy, and the processor in the place of the device."""
     guard.installed(monkeypatch)
     monkeypatch.setattr(launching, "launch", launch)
+    monkeypatch.setattr(gemm, "library", lambda: (Cublas, lambda: "handle"))
+
+
+class Cublas:
+    """`cupy_backends.cuda.libs.cublas` with the one function that is called, on any pointers.
+
+    C = alpha * op(A) @ op(B) + beta * C,   matrices column by column, sums in float64
+    """
+
+    @staticmethod
+    def gemmEx(
+        handle, ta, tb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, *how
+    ):
+        """As cuBLAS documents cublasGemmEx."""
+        guard.operation("gemm")
+        assert handle == "handle" and how == (68, -1)
+        alpha, beta = (ctypes.c_float.from_address(x).value for x in (alpha, beta))
+        left = _matrix(a, a_type, lda, k if ta else m, m if ta else k)
+        right = _matrix(b, b_type, ldb, n if tb else k, k if tb else n)
+        result = _matrix(c, c_type, ldc, m, n)
+        total = alpha * ((left.T if ta else left).astype(np.float64) @ (right.T if tb else right))
+        with np.errstate(all="ignore"):
+            result[...] = total if beta == 0 else total + beta * result
+
+
+def _matrix(address, kind, ld, n_rows, n_columns):
+    """A view of memory as a matrix whose columns are `ld` entries apart."""
+    dtype = np.dtype({14: ml_dtypes.bfloat16, 0: np.float32}[kind])
+    assert ld >= n_rows
+    n = ((n_columns - 1) * ld + n_rows) * dtype.itemsize
+    flat = np.ctypeslib.as_array((ctypes.c_uint8 * n).from_address(address)).view(dtype)
+    strides = dtype.itemsize, ld * dtype.itemsize
+    return np.lib.stride_tricks.as_strided(flat, (n_rows, n_columns), strides)
 
 
 class KernelFault(AssertionError):

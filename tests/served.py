@@ -8,8 +8,8 @@ import numpy as np
 import tiny
 
 import npllm
-from npllm.batching.engine import Engine
-from npllm.batching.job import Job
+from npllm.continuous_batching.engine import Engine
+from npllm.continuous_batching.job import Job
 from npllm.decoding.options import resolve_options
 
 CONTEXT = 256

@@ -157,6 +157,7 @@ def test_peak_memory_is_that_of_the_sums_and_a_few_tiles(
     assert 4 * n * d <= peak < bound < 4 * n * n / share
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_length_and_not_with_its_square(traced_peak_once):
     peaks = []
     for n in (4096, 8192, 16384):

@@ -305,6 +305,7 @@ def spans(n, size):
     return [(a, min(a + size, n) - 1) for a in range(0, n, size)]
 
 
+@pytest.mark.slow
 def test_a_window_of_2047_at_32768_visits_its_band_of_blocks_and_no_more():
     """Phi-3-mini-4k's window: queries a ... b meet keys a - 2046 ... b, whose blocks are counted by
     division.

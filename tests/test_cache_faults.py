@@ -255,6 +255,7 @@ def test_a_fault_in_any_operation(scene, after, n_points):
     )
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_tap():
     model, names = made("tap"), []
     want = wanted("tap", model)

@@ -496,6 +496,7 @@ def test_a_process_fails_in_one_line(folder):
     assert (code, out, err.count("\n"), err[:7]) == (1, b"", 1, "npllm: ")
 
 
+@pytest.mark.slow
 def test_a_warning_is_one_line_on_stderr(tmp_path):
     backend = tiny.byte_level()
     odd = tiny.write_folder(tmp_path, tokenizer=backend, vocab_size=backend.get_vocab_size())
@@ -551,6 +552,7 @@ def test_text_that_the_terminal_cannot_show_becomes_question_marks(folder, comma
     assert encoding == "ascii" or b"?" in out
 
 
+@pytest.mark.slow
 def test_json_on_a_plain_terminal_loses_nothing(call, folder):
     """What ASCII cannot show is escaped."""
     words = ("tokens", "é日", "--json")
@@ -577,6 +579,7 @@ def test_standard_input_that_is_no_text_is_refused(command, folder):
     assert "standard input is not valid utf-8 text" in err
 
 
+@pytest.mark.slow
 def test_an_argument_that_is_no_text_is_refused(folder):
     code, out, err = finish(start("tokens", "-m", folder, os.fsdecode(b"\xff")))
     assert (code, out, err.count("\n"), "Unicode" in err) == (1, b"", 1, True)
@@ -591,6 +594,7 @@ def read_some(process, wanted=1):
     return got
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     """The conversation goes on with what was said so far; at the prompt Ctrl-C does nothing."""

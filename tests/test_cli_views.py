@@ -44,6 +44,7 @@ def test_json_has_the_same_numbers(folder):
     assert [row["weight"] for row in facts["keys"]] == pytest.approx(steps.weights.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "which"), [((), "head 3"), (("--all-heads",), "all 4 heads")])
 def test_a_plot_is_told_on_stderr(folder, tmp_path, options, which):
     pytest.importorskip("matplotlib", reason="plots need matplotlib (the extra plot)")

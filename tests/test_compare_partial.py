@@ -99,6 +99,7 @@ def test_a_unit_that_no_float_holds_counts_as_none():
     )
 
 
+@pytest.mark.slow
 def test_many_layers_of_which_nothing_was_recorded_take_no_time():
     """There are 2**30 paths through 30 layers; every value is looked at once."""
     model = tiny.model(num_hidden_layers=30)

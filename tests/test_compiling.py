@@ -85,6 +85,7 @@ def test_a_first_process_says_that_it_compiles_once_and_a_second_says_nothing(tm
     assert err == "" and float(out) == 0
 
 
+@pytest.mark.slow
 @needs_numba
 def test_the_library_writes_no_line_of_its_own(tmp_path):
     assert run(tmp_path, "compilation.announce(None); launch(halve, x); sys.exit()")[1] == ""

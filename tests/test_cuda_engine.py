@@ -18,7 +18,7 @@ import npllm
 from npllm import ops
 from npllm.decoding.loop import N_QUEUED
 from npllm.kernels import cuda
-from npllm.kernels.cuda import decode, plan
+from npllm.kernels.cuda import decode, decode_graph
 from npllm.quantized.int8 import quantize
 
 pytestmark = needs_gxx
@@ -175,9 +175,9 @@ def test_logits_that_are_no_distribution_raise_as_elsewhere():
 
 def test_nothing_but_launches_is_captured(monkeypatch):
     """No allocation, copy or product of the library; every kernel of the step, once a token."""
-    graphs, captured = [], plan.captured
+    graphs, captured = [], decode_graph.captured
     monkeypatch.setattr(
-        plan, "captured", lambda launches: graphs.append(captured(launches)) or graphs[-1]
+        decode_graph, "captured", lambda launches: graphs.append(captured(launches)) or graphs[-1]
     )
     model, _ = pair(**HEADS)
     fed(model, tiny.random_ids(1, 8), 5)
@@ -203,14 +203,14 @@ def test_nothing_but_launches_is_captured(monkeypatch):
 )
 def test_a_planted_allocation_copy_or_product_is_refused(planted, monkeypatch):
     """While the graph is captured; the first step, which is not captured, is left alone."""
-    layer = plan.Plan._layer
+    layer = decode_graph.Plan._layer
 
     def broken(self, number):
         if guard.CAPTURED:
             planted(self)
         layer(self, number)
 
-    monkeypatch.setattr(plan.Plan, "_layer", broken)
+    monkeypatch.setattr(decode_graph.Plan, "_layer", broken)
     model, _ = pair(**HEADS)
     with pytest.raises(guard.Refused, match="captured"):
         fed(model, tiny.random_ids(1, 7), 4)
@@ -257,7 +257,7 @@ def test_the_whole_step_is_clean_under_the_checker(seed):
 )
 def test_where_it_does_not_apply_the_layers_run_one_by_one(change, monkeypatch):
     ran = []
-    monkeypatch.setattr(plan.Plan, "_step", lambda self: ran.append(self))
+    monkeypatch.setattr(decode_graph.Plan, "_step", lambda self: ran.append(self))
     sizes = {key: change[key] for key in ("hidden_size", "num_attention_heads") if key in change}
     model, base = pair(change.get("dtype", np.float32), **HEADS | sizes)
     n_batch = change.get("n_batch", 1)

@@ -21,6 +21,7 @@ from strategies import seeds
 from npllm import ops
 from npllm.kernels import cuda
 from npllm.ops.mask import causal, left_padding, sliding_window
+from npllm.quantized.block_packing import quantize_blocks
 
 on_cuda = Composed(cuda.CUDA)
 pytestmark = [needs_gxx, pytest.mark.slow]  # a minute in all; the model on the kernels runs always
@@ -266,6 +267,11 @@ BARRIERS = {
     "rms_norm": lambda o, rng: o.rms_norm(*moved((drawn(rng, 4, 700), drawn(rng, 700))), 1e-5),
     "linear": lambda o, rng: o.norm_linear(
         *moved((drawn(rng, 2, 9000), drawn(rng, 9000))), 1e-5, moved(drawn(rng, 20, 9000))
+    ),
+    "linear_blocks": lambda o, rng: o.norm_linear(
+        *moved((drawn(rng, 2, 9216), drawn(rng, 9216))),
+        1e-5,
+        quantize_blocks(drawn(rng, 20, 9216), "Q4_0").to(xp),
     ),
     "attention": lambda o, rng: o.attention(
         *moved(tuple(drawn(rng, 2, n, 64) for n in (40, 70, 70)))

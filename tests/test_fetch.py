@@ -561,6 +561,7 @@ def test_offline_mode(hub, monkeypatch):
         close_session()
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_at_once(hub, weights):
     """The second waits for the first; both end with the folder, and each file crosses the network
     once.
@@ -583,6 +584,7 @@ def test_two_processes_fetch_at_once(hub, weights):
     assert sorted("waiting for it" in err for _, err in outputs) == [False, True]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_in_the_way(hub, weights):
     hub.delay = 30.0
     command = [

@@ -29,6 +29,7 @@ def cases(tmp_path, monkeypatch):
     template_process.process.stop()  # it has the folder and the secret of the test
 
 
+@pytest.mark.slow
 def test_no_case_escapes(cases):
     outcomes = {cases.run(number) for number in range(30)}
     assert len(outcomes) > 5
@@ -44,6 +45,7 @@ def test_a_case_is_a_function_of_seed_and_number():
         assert any(name in program for program in programs), name
 
 
+@pytest.mark.slow
 def test_the_mode_of_the_command():
     """Its process is watched as well, and the seed is printed."""
     script = Path(__file__).parents[1] / "scripts" / "fuzz.py"

@@ -51,6 +51,7 @@ class Cases:
         return "fine"
 
 
+@pytest.mark.slow
 def test_the_watch_sees_errors_hangs_memory_and_death_and_goes_on(scripts):
     watch, _ = scripts
     summary = watch.watch(Cases, 500, 4, limit_seconds=3, limit_bytes=100 << 20)

@@ -5,7 +5,8 @@ from functools import cache
 
 import pytest
 from gguf_files import metadata, tensors, write
-from test_tokenizers_family import CUT_DOWN, GOLDEN, WHOLE
+from test_tokenizers_family import CUT_DOWN, WHOLE
+from texts import differing, sweep
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, processors
 
@@ -51,19 +52,47 @@ def folder(request):
     return find
 
 
+@pytest.fixture
+def texts(request):
+    """What is compared: a fourth of all texts by default."""
+    return sweep() if request.node.callspec.params["folder"] == "whole" else sweep()[::4]
+
+
+def read_back(path, own, arch="phi3"):
+    """Write the metadata of a tokenizer into a file; return the Tokenizer of the file."""
+    found = {"output_norm.weight": tensors(arch, "F32")["output_norm.weight"]}
+    base = {key: x for key, x in metadata(arch).items() if not key.startswith("tokenizer.")}
+    return gguf_tokenizer(GGUFFile(write(path, base | own, found, arch)))
+
+
 @pytest.mark.parametrize("name", WANTED)
-def test_ids_and_texts_are_kept(folder, name, tmp_path):
+def test_ids_and_texts_are_kept(folder, texts, name, tmp_path):
     theirs, own = found_in(folder(name))
     assert (own["tokenizer.ggml.model"], own["tokenizer.ggml.pre"]) == WANTED[name]
-    found = {"output_norm.weight": tensors("phi3", "F32")["output_norm.weight"]}
-    base = {key: x for key, x in metadata().items() if not key.startswith("tokenizer.")}
-    ours = gguf_tokenizer(GGUFFile(write(tmp_path / "x.gguf", base | own, found)))
-    assert len(GOLDEN["strings"]) > 500
-    assert [x for x in GOLDEN["strings"] if ours.encode(x) != theirs.encode(x)] == []
-    for text in GOLDEN["strings"][::11]:
-        ids = theirs.encode(text)
-        assert ours.decode(ids) == theirs.decode(ids)
+    ours = read_back(tmp_path / "x.gguf", own)
+    assert differing(ours, theirs, texts) == []
     assert ours.chat_template == theirs.chat_template
+
+
+def test_ids_and_texts_of_llama_3_are_kept(folder, texts, tmp_path):
+    """Its form with the vocabulary of Phi-4: bos first, no token strips, and words are tokens
+    that no merges lead to.
+    """
+    content = json.loads((folder("phi-4") / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = content["model"]["merges"]
+    content["model"] |= {"ignore_merges": True, "merges": merges[::2]}
+    for token in content["added_tokens"]:
+        token |= {"lstrip": False, "rstrip": False}
+    backend, bos = Backend.from_str(json.dumps(content)), "<|endoftext|>"
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    theirs = Tokenizer(backend, None, {"bos_token": bos, "eos_token": bos})
+    own = vocabulary_metadata(theirs, max(backend.get_vocab().values()) + 6, [])
+    assert (own["tokenizer.ggml.pre"], own["tokenizer.ggml.add_bos_token"]) == ("llama-bpe", True)
+    ours = read_back(tmp_path / "x.gguf", own, "llama")
+    assert ours.encode("x") != ours.encode("x", add_special_tokens=False)
+    assert differing(ours, theirs, texts) == []
 
 
 @pytest.mark.parametrize("name", ["phi-3-mini", "phi-3-medium"])

@@ -39,7 +39,7 @@ import npllm
 from npllm import ops
 from npllm.arrays import to_numpy
 from npllm.kernels import cuda
-from npllm.kernels.cuda import launching, plan
+from npllm.kernels.cuda import decode_graph, launching
 from npllm.ops.mask import causal, left_padding, sliding_window
 
 on_cuda = Composed(cuda.CUDA)
@@ -392,8 +392,8 @@ def test_the_decode_engine(kind, dtype, monkeypatch):
     """Eager, captured and replayed; a row alone has the same bits; queued greedy tokens are those
     of the logits.
     """
-    graphs, captured = [], plan.captured
-    monkeypatch.setattr(plan, "captured", lambda run: graphs.append(1) or captured(run))
+    graphs, captured = [], decode_graph.captured
+    monkeypatch.setattr(decode_graph, "captured", lambda run: graphs.append(1) or captured(run))
     here, there = model_pair(cuda.CUDA, dtype, **{"hidden_size": 128} | ENGINE_KINDS[kind])
     ids = tiny.random_ids(3, 9 if REHEARSAL else 40)
     want, (got, _) = fed(here, ids, 5)[0], fed(there, ids, 5)

@@ -1085,6 +1085,7 @@ def outer(x):
 """
 
 
+@pytest.mark.slow
 @needs_numba
 def test_code_from_the_cache_finds_its_threads_whichever_kernel_is_called_first(tmp_path):
     (tmp_path / "kernels_of_a_test.py").write_text(KERNELS, encoding="utf-8")

@@ -41,6 +41,19 @@ def test_lines_are_equal(high, below):
     assert not below or (found[1] <= 0).all()
 
 
+@pytest.mark.parametrize("high", [15, 31])
+def test_multiples_are_equal(high):
+    x = groups(32).reshape(7, 111, 32)
+    scale, minimum = block_search.search_affine(x, high, below=True)
+    line = np.maximum(scale, 0), minimum
+    steps = tuple(np.repeat(abs(part).max(-1, keepdims=True) / 63, 111, axis=-1) for part in line)
+    found = block_packing.search_module().search_multiples(x, line, steps, high)
+    want = block_search.search_multiples(x, line, steps, high)
+    for ours, other in zip(found, want, strict=True):
+        assert ours.shape == (7, 111) and ours.dtype == np.int32
+        np.testing.assert_array_equal(ours, other)
+
+
 def test_no_groups():
     compiled = block_packing.search_module()
     assert compiled.search_affine(np.empty((0, 32), np.float32), 15, below=True)[0].shape == (0,)

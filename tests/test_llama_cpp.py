@@ -13,14 +13,16 @@ import gguf_files
 import numpy as np
 import pytest
 from gguf_files import write_twin
-from nasty import strings
 from test_quantize import SETTINGS, tokenizer
+from texts import sweep
 
 import npllm
 from npllm import ops
 from npllm.arrays import is_packed, widen
+from npllm.checkpoints.fetch import DEFAULT_GGUF, fetch
 from npllm.checkpoints.gguf.reader import GGUFFile
 from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, ModelSizes, tensor_type
+from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
 from npllm.quantized.stacked import StackedWeight
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -107,11 +109,18 @@ def test_the_default_model_with_fallbacks(runs, default_folder, tmp_path):
     kinds = {x.kind for x in GGUFFile(path).tensors.values()}
     assert kinds == {"F32", "Q4_K", "Q6_K", "Q5_0", "Q8_0"}
     model, other = npllm.load(path), runs.LlamaCpp(path, 64, 1)
-    texts = [x for x in strings()[::5] if "\0" not in x and len(x) < 4000]
-    assert [x for x in texts if model.tokenizer.encode(x) != other.tokenize(x)] == []
+    assert [x for x in sweep() if model.tokenizer.encode(x) != other.tokenize(x)] == []
     ids = model.tokenizer.encode("The capital of France is Paris, and the capital of Italy is")
     check_clear_choices(model(np.array([ids]))[0], other.logits(ids))
     other.close()
+
+
+@pytest.mark.weights
+def test_the_tokenizer_of_the_default_file_is_that_of_llama_cpp(runs):
+    (path,) = fetch(DEFAULT_GGUF, progress=False).glob("*.gguf")
+    ours, theirs = gguf_tokenizer(GGUFFile(path)), runs.LlamaCpp(path, 64, 1)
+    assert [x for x in sweep() if ours.encode(x) != theirs.tokenize(x)] == []
+    theirs.close()
 
 
 # --- llama.cpp's files in npllm

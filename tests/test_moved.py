@@ -23,6 +23,12 @@ MOVED = {  # a sample of the table, written out: old path, name in it, new path
     "npllm.testing.judgement": ("output_status", "npllm.testing.diagnosis_status"),
     "npllm.profile": ("machine_limits", "npllm.analysis.profiling"),
     "npllm.kernels.tiled": ("TILED", "npllm.kernels.cpu.tiled"),
+    "npllm.decoding.sampling": ("choose", "npllm.decoding.sampler_chain"),
+    "npllm.testing.row_budgets": ("linear_budget", "npllm.testing.reduction_budgets"),
+    "npllm.kernels.parts": ("linear", "npllm.kernels.cpu.dispatch"),
+    "npllm.quantization": ("quantize", "npllm.quantize_to_gguf"),
+    "npllm.ops.mask.dense": ("sliding_window", "npllm.ops.mask.causal_and_window"),
+    "npllm.analysis.cost.kv_cache": ("kv_cache_bytes", "npllm.analysis.cost.cache_bytes"),
 }
 SPLIT = {  # of npllm.report
     "checkpoint_facts": "npllm.analysis.inspect",

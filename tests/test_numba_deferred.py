@@ -132,6 +132,7 @@ def outer(x):
 """
 
 
+@pytest.mark.slow
 @needs_tested
 def test_a_process_that_loads_the_inner_kernel_compiles_the_outer_one(tmp_path):
     """Machine code from the disk, and LLVM code of the same kernel inside another one."""

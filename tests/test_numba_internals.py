@@ -97,6 +97,7 @@ def test_code_is_kept_for_the_next_process(kernels):
     assert [kernels(), kernels()] == [["compiled"], ["loaded"]]
 
 
+@pytest.mark.slow
 def test_a_damaged_or_missing_file_is_ignored_and_written_again(kernels):
     """Each damage, one after the other: the run after it compiles, the next finds a new file."""
     damages = [(".nbc", damage) for damage in (*DAMAGES, "missing")]
@@ -120,11 +121,13 @@ caching.IndexDataCacheFile._open_for_write = fails
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [NO_FOLDER, FULL], ids=["read-only", "full"])
 def test_without_a_disk_cache_kernels_are_compiled_with_one_warning(kernels, before):
     assert kernels(before, warns=True, damages=[None, None]) == ["compiled", "compiled"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of file sizes are a matter of Unix")
 def test_a_limit_of_file_sizes_is_a_full_disk(kernels):
     """A real failing write: half an entry, then OSError."""
@@ -151,6 +154,7 @@ m = tiny.model(ops=kernels.compiled_ops())
 """
 
 
+@pytest.mark.slow
 def test_a_model_loads_where_there_is_no_folder_for_the_cache():
     done = subprocess.run(
         [sys.executable, "-c", READ_ONLY_PACKAGE],

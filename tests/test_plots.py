@@ -63,6 +63,7 @@ def test_examples_are_named_by_the_call_that_makes_them(n):
         ).all(), name
 
 
+@pytest.mark.slow
 def test_all_rules_are_drawn_into_one_picture(picture):
     plots.draw_masks(picture)
     height, width = pixels(picture).shape[:2]

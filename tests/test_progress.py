@@ -207,6 +207,7 @@ def one_in_two(names, first):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", one_in_two(STREAMS, 0))
 def test_loading_and_scoring_need_no_stderr(tmp_path, name):
     """With the warnings of Python itself, in a process of its own."""

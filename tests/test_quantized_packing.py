@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npllm.errors import NpllmValueError
+from npllm.quantized import block_packing, block_search
 from npllm.quantized.block_packing import quantize_blocks
 
 gguf = optional.module("gguf")
@@ -23,6 +24,8 @@ LARGEST = {
     "Q5_K": 0.045,
     "Q6_K": 0.025,
 }
+
+NEAR = (-1, 0, 1)
 
 
 def matrix(seed=0, d_out=16, d_in=512):
@@ -45,6 +48,35 @@ def test_the_search_is_at_least_as_good_as_the_library(name):
     x, kind = matrix(1, 64), gguf.GGMLQuantizationType[name]
     theirs = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
     assert error(x, quantize_blocks(x, name).widened()) <= error(x, theirs)
+
+
+@pytest.mark.parametrize(("name", "share"), [("Q4_K", 0.99), ("Q5_K", 0.975)])
+def test_scales_and_minimums_of_a_block_are_rounded_together(name, share, monkeypatch):
+    """The error is smaller than where each is rounded alone, as llama.cpp does."""
+    x = matrix(1, 64)
+    together = error(x, quantize_blocks(x, name).widened())
+    alone = block_search.NEIGHBOURS[:1]
+    monkeypatch.setattr(block_packing.search_module(), "NEIGHBOURS", alone)
+    assert together < share * error(x, quantize_blocks(x, name).widened())
+
+
+def test_no_multiple_beside_the_chosen_ones_is_better():
+    """In float64, by the formula of the format."""
+    x = matrix(2, 8).reshape(-1, 32)
+    scale, minimum = block_search.search_affine(x, 15, below=True)
+    d, d_min = scale.max() / 63, -minimum.min() / 63
+    steps = np.full_like(scale, d), np.full_like(scale, d_min)
+    sc, m = block_search.search_multiples(x, (scale, minimum), steps, 15)
+    first = np.rint(scale / d), np.rint(-minimum / d_min)
+    assert max(abs(sc - first[0]).max(), abs(m - first[1]).max()) == 1
+
+    def lost(sc, m):
+        width, below = float(d) * np.clip(sc, 1, 63)[:, None], float(d_min) * m[:, None]
+        q = np.clip(np.rint((x + below) / width), 0, 15)
+        return np.sum((x - (width * q - below)) ** 2, axis=-1)
+
+    nearby = [lost(first[0] + a, np.clip(first[1] + b, 0, 63)) for a in NEAR for b in NEAR]
+    np.testing.assert_allclose(lost(sc, m), np.min(nearby, axis=0), rtol=1e-5)
 
 
 @every_format

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npllm import kernels
-from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
+from npllm.continuous_batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.decoding.prefill import FEW_ROWS, n_read_together, n_reusable, pieces
 from npllm.errors import NpllmValueError
 from npllm.forward_pass import PREFILL_CHUNK

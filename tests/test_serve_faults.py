@@ -11,8 +11,8 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 run = pytest.importorskip("npllm.serve.run")
 
-from npllm.batching.kept import KeptCaches  # noqa: E402
 from npllm.cache.owner import CacheOwner  # noqa: E402
+from npllm.continuous_batching.prefix_cache import KeptCaches  # noqa: E402
 from npllm.errors import NpllmValueError  # noqa: E402
 from npllm.text.stream import TextStream  # noqa: E402
 

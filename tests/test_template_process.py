@@ -88,6 +88,7 @@ def test_a_process_at_its_limit_of_time_is_gone(own):
     assert ask(own, "b") == {"text": "b"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
 def test_no_result_depends_on_earlier_requests(own):
     """What fits into a new process fits into a used one, and what does not, into neither."""
@@ -116,6 +117,7 @@ def test_threads_get_their_own_answers(own):
     assert answers == [str(i) for i in range(200)]
 
 
+@pytest.mark.slow
 def test_waiting_for_another_thread_costs_no_time(own):
     ask(own, "a")
 
@@ -216,6 +218,7 @@ print("good")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_process_forked_while_a_thread_renders():
     assert run(FORKS_MEANWHILE, timeout=40) == "good\n"
@@ -361,6 +364,7 @@ set_limit("RLIMIT_NONE", 5)
     assert run(program) == "(1000, 1000)\n(5, 1000)\n"
 
 
+@pytest.mark.slow
 @posix
 def test_processor_time_is_limited_where_nobody_is_left_to_end_it():
     program = """

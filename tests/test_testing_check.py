@@ -108,6 +108,7 @@ def test_the_operation_is_the_longest_in_the_name():
 # ------------------------------------------------------------------ mutants
 
 
+@pytest.mark.slow
 def test_mutants_lists_what_weak_tests_miss(folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -180,6 +181,7 @@ def pytest_in(folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_option_adds_a_test_of_its_own(folder):
     done = pytest_in(folder, "--npllm-op", "kernel:tiled_attention")
     assert done.returncode == 1, done.stdout + done.stderr

@@ -5,7 +5,7 @@ import pytest
 
 import npllm
 from npllm import ops, testing
-from npllm.testing.models import FLUSHED
+from npllm.testing.arithmetic_models import FLUSHED
 
 SMALLEST = 2.0**-126
 

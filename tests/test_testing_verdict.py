@@ -398,7 +398,7 @@ def test_two_thousand_tokens_are_judged_in_thirty_seconds():
 
 def test_a_large_attention_is_explained_by_its_worst_heads(monkeypatch):
     """The same model is named, whether all heads are looked at or four."""
-    from npllm.testing import models
+    from npllm.testing import arithmetic_models
 
     op, inputs, _ = bfloat16_probabilities()
     rng = np.random.default_rng(1)
@@ -415,7 +415,7 @@ def test_a_large_attention_is_explained_by_its_worst_heads(monkeypatch):
     e = np.exp(s - s.max(-1, keepdims=True)) * (s > F(-1e29))
     y = (e / np.maximum(e.sum(-1, keepdims=True), F(1e-30))).astype(B).astype(F) @ inputs["v"]
     whole = verdict(op, inputs, y)
-    monkeypatch.setattr(models, "LARGE", 0)
+    monkeypatch.setattr(arithmetic_models, "LARGE", 0)
     assert (verdict(op, inputs, y).model, whole.model) == (
         "float32 accumulation, bfloat16 probabilities",
     ) * 2

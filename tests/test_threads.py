@@ -177,6 +177,7 @@ del os.environ["OMP_NUM_THREADS"]
 """
 
 
+@pytest.mark.slow
 @needs_cores
 @needs_fork
 @needs_numba

@@ -183,6 +183,7 @@ def test_ordinary_normalizers_pass(tmp_path, normalizer):
     assert read_tokenizer_json(written(tmp_path, normalizer=normalizer) / "tokenizer.json")
 
 
+@pytest.mark.slow
 def test_published_tokenizers_pass():
     files = sorted((SHARED / "tokenizers").glob("*/tokenizer.json"))
     if not files:

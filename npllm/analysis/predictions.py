@@ -8,7 +8,7 @@ import numpy as np
 from npllm.analysis.score import score
 from npllm.decoding.loop import last_logits
 from npllm.decoding.prompt import read_prompt, require_tokenizer
-from npllm.decoding.sampling import next_token_distribution
+from npllm.decoding.sampler_chain import next_token_distribution
 from npllm.decoding.sequences import seen_tokens
 from npllm.kernels.compilation import working_seconds
 from npllm.model import Model

@@ -9,8 +9,8 @@ from typing import Any
 from npllm.analysis.score_batches import score_batches
 from npllm.batch.files import Answer
 from npllm.batch.tasks import Item, Task
-from npllm.batching.engine import Engine
-from npllm.batching.job import Event, Job
+from npllm.continuous_batching.engine import Engine
+from npllm.continuous_batching.job import Event, Job
 from npllm.decoding.options import Options, resolve_options
 from npllm.decoding.prefill import FEW_ROWS
 from npllm.errors import NpllmError

@@ -22,6 +22,7 @@ from npllm.cache.state import (
     first_visible,
     reallocated,
     replace_rows,
+    rounded,
     select_rows,
 )
 from npllm.errors import NpllmRuntimeError, NpllmValueError
@@ -47,6 +48,10 @@ class KVCache:
         Number of keys a query sees, its own included.
     owner : CacheOwner, optional
         The model that it belongs to; default: that of the first call.
+    dtype : NumPy dtype, optional
+        What keys and values are kept in: bfloat16 or float16, to which they are rounded once, when
+        they are appended, or float32.  Every query reads them rounded, those of the same call
+        too.  Default: that of the first keys.
 
     Attributes
     ----------
@@ -82,9 +87,10 @@ class KVCache:
         window: int | None = None,
         *,
         owner: CacheOwner | None = None,
+        dtype: Any = None,
     ):
         n_batch = check_integer("n_batch", n_batch, 1, 2**31)
-        self.max_slots = max_slots
+        self.max_slots, self.dtype = max_slots, dtype
         self.window = window if window is not None and window < max_slots else None
         none = np.zeros((n_batch, 0), dtype=np.int64)
         self._state = State(
@@ -162,7 +168,7 @@ class KVCache:
         if owner is not None:
             owner.require(self)
         if self._draft is None:
-            self._draft = KVCache(self.n_batch, self.n_layer, self.max_slots, self.window)
+            self._draft = self._like_this()
         state, self._draft.watch = self._state, self.watch
         self._draft._state = state._replace(owner=state.owner or owner, layers=list(state.layers))
         return self._draft
@@ -187,7 +193,7 @@ class KVCache:
         keys, values, slots = self.reserve_slots(layer, k, v)
         n_seq = k.shape[-2]
         for x, new in ((keys, k), (values, v)):
-            x[:, :, x.shape[-2] - n_seq :, :] = new
+            x[:, :, x.shape[-2] - n_seq :, :] = rounded(new, x.dtype)
         return keys, values, slots
 
     def reserve_slots(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, range]:
@@ -265,7 +271,7 @@ class KVCache:
     def _allocated(self, k: Array, v: Array) -> tuple[Array, Array, int]:
         """Make the first arrays of a layer, for the shapes of its keys and values."""
         capacity = capacity_for(k.shape[-2], self.window, self.max_slots)
-        return empty(k, capacity), empty(v, capacity), 0
+        return empty(k, capacity, self.dtype), empty(v, capacity, self.dtype), 0
 
     def kept(self, layer: int) -> tuple[Array, Array, range]:
         """Return what a coming query can see of one layer.
@@ -428,9 +434,14 @@ class KVCache:
 
     def copy(self) -> "KVCache":
         """Return a cache that holds the same, belongs to the same model and shares no array."""
-        other = KVCache(self.n_batch, self.n_layer, self.max_slots, self.window)
+        other = self._like_this()
         other._state = select_rows(self._state, np.arange(self.n_batch))
         return other
+
+    def _like_this(self) -> "KVCache":
+        """An empty cache of the same size."""
+        size = self.n_batch, self.n_layer, self.max_slots, self.window
+        return KVCache(*size, dtype=self.dtype)
 
     __copy__ = copy
 
@@ -438,7 +449,7 @@ class KVCache:
         return self.copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("max_slots", "window", "_state")}
+        kept = {name: getattr(self, name) for name in ("max_slots", "window", "dtype", "_state")}
         return kept | {"_draft": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

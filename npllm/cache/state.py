@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllm.arrays import array_namespace, asarray, compute_dtype
+from npllm.arrays import DTYPES, array_namespace, asarray, compute_dtype, dtype_named
 from npllm.cache.owner import CacheOwner
 from npllm.errors import NpllmValueError
 
 __all__ = [
+    "CACHE_DTYPES",
     "SMALLEST_CAPACITY",
     "State",
+    "cache_dtype",
     "capacity_for",
     "check_held",
     "crop",
@@ -19,11 +21,13 @@ __all__ = [
     "first_visible",
     "reallocated",
     "replace_rows",
+    "rounded",
     "select_rows",
 ]
 
 Array = Any
 SMALLEST_CAPACITY = 64  # slots of the first allocation
+CACHE_DTYPES = ("bfloat16", "float16", "float32")  # what keys and values can be kept in by choice
 
 
 class State(NamedTuple):
@@ -40,6 +44,39 @@ class State(NamedTuple):
     valid: Array  # bool [n_batch, n_ctx]
     rope_variant: Array  # integers [n_batch]
     layers: list[Any]  # each None or (keys, values, first slot), [n_batch, n_kv_head, capacity, d]
+
+
+def cache_dtype(name: str | None, computed: Any = DTYPES["float32"]) -> Any:
+    """Look up the dtype that keys and values are kept in.
+
+    Parameters
+    ----------
+    name : str, optional
+        One of CACHE_DTYPES.  None: that of new keys and values, which are not rounded.
+    computed : dtype
+        Of new keys and values.
+
+    Returns
+    -------
+    dtype : NumPy dtype, or None
+
+    Raises
+    ------
+    NpllmValueError
+        For another name, and where keys and values are float64.
+    """
+    if name is None:
+        return None
+    if name not in CACHE_DTYPES:
+        raise NpllmValueError(
+            f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {str(name)[:40]!r}"
+        )
+    if computed == DTYPES["float64"]:
+        raise NpllmValueError(
+            f"the model computes in float64, and cache_dtype {name!r} would round its keys and "
+            "values: leave cache_dtype out"
+        )
+    return dtype_named(name)
 
 
 def first_visible(n_ctx: int, window: int | None) -> int:
@@ -76,10 +113,24 @@ def check_held(layer: int, name: str, held: Array, new: Array) -> None:
         )
 
 
-def empty(x: Array, capacity: int) -> Array:
-    """Make an array for `capacity` slots, of the library, dtype and heads of `x`."""
+def empty(x: Array, capacity: int, dtype: Any = None) -> Array:
+    """Make an array for `capacity` slots, of the library and heads of `x`; of its dtype too, unless
+    another is given.
+    """
     n_batch, n_kv_head, _, d_head = x.shape
-    return array_namespace(x).empty((n_batch, n_kv_head, capacity, d_head), dtype=x.dtype)
+    shape = n_batch, n_kv_head, capacity, d_head
+    return array_namespace(x).empty(shape, dtype=x.dtype if dtype is None else dtype)
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """Round new keys or values to the dtype that they are kept in: to nearest, ties to even.
+
+    y = float32(dtype(x)),   infinity beyond the largest number of float16
+    """
+    if x.dtype == dtype:
+        return x
+    with np.errstate(over="ignore"):
+        return array_namespace(x).astype(x, dtype)
 
 
 def take_rows(x: Array, rows: Sequence[int] | range | Array, used: int) -> Array:

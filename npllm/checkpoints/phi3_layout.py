@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.checkpoints.phi3_sources import (
+from npllm.checkpoints.phi3_tensor_names import (
     EMBEDDING,
     OUTPUT,
     Sources,

@@ -195,7 +195,7 @@ def _add_large(facts: dict[str, Any], fn: Callable, n_seq: int, dtype: str) -> N
 
 def _to_do(facts: dict[str, Any], error: Any) -> list[str]:
     """Say what comes next."""
-    from npllm.testing.models import FLUSHED, SUBNORMAL
+    from npllm.testing.arithmetic_models import FLUSHED, SUBNORMAL
 
     tiny_values = (FLUSHED, SUBNORMAL)
     if error is not None:

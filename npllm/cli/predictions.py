@@ -16,7 +16,7 @@ from npllm.cli.options import (
     threads_option,
 )
 from npllm.cli.streams import as_prompt, print_json, read_file, write
-from npllm.decoding.sampling import FILTER_ORDERS
+from npllm.decoding.sampler_chain import FILTER_ORDERS
 from npllm.encoder import Encoder, cosine_similarities
 from npllm.errors import NpllmTypeError
 from npllm.loading import load

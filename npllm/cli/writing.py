@@ -12,7 +12,7 @@ from npllm.cli.streams import print_json
 from npllm.errors import NpllmValueError
 from npllm.merging import merge as merge_checkpoint
 from npllm.progress import write_line
-from npllm.quantization import quantize as quantize_checkpoint
+from npllm.quantize_to_gguf import quantize as quantize_checkpoint
 
 __all__ = ["COMMANDS"]
 

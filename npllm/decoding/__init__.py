@@ -10,7 +10,7 @@ from npllm.decoding.generation_config import Constraints, GenerationConfig, Samp
 from npllm.decoding.loop import Generation, generate_tokens, last_logits, start
 from npllm.decoding.options import Options, resolve_options, resolve_sampling
 from npllm.decoding.prompt import Prompt, is_chat, read_prompt
-from npllm.decoding.sampling import (
+from npllm.decoding.sampler_chain import (
     FILTER_ORDERS,
     choose,
     filter_logits,

@@ -15,7 +15,7 @@ from npllm.decoding.generation_config import Constraints
 from npllm.decoding.options import Options, resolve_options
 from npllm.decoding.prompt import Prompt, read_prompt, require_tokenizer
 from npllm.decoding.prompt_lookup import PromptLookup
-from npllm.decoding.sampling import choose, uniforms
+from npllm.decoding.sampler_chain import choose, uniforms
 from npllm.decoding.sequences import Sequences
 from npllm.errors import NpllmValueError
 from npllm.finite_scores import FROM_MODEL, check_scores

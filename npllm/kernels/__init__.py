@@ -112,6 +112,8 @@ def _rounded(base: Ops, activations: str) -> Ops:
     if base is compiled_ops():
         module = importlib.import_module("npllm.kernels.cpu.rounded")
         return module.rounded_compiled(activations)
+    if activations == "bfloat16" and base.name == "cuda" and base is cuda_ops():
+        return importlib.import_module("npllm.kernels.cuda.rounded").rounded_cuda(base)
     return rounded_ops(base, activations)
 
 

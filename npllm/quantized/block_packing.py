@@ -159,7 +159,8 @@ def _sub_blocks(n_bits: int) -> Callable[[np.ndarray], np.ndarray]:
         scale, minimum = search_module().search_affine(parts, high, below=True)
         scale = np.maximum(scale, 0)
         (d, raw_d), (d_min, raw_min) = _half(scale.max(-1) / 63), _half((-minimum).max(-1) / 63)
-        sc, m = _steps(scale, d, 0, 63), _steps(-minimum, d_min, 0, 63)
+        steps = np.repeat(d, 8, axis=-1), np.repeat(d_min, 8, axis=-1)
+        sc, m = search_module().search_multiples(parts, (scale, minimum), steps, high)
         q = _steps(parts + (d_min * m)[..., None], (d * sc)[..., None], 0, high)
         nibbles = _pack_nibbles(q.reshape(-1, 4, 64)).reshape(-1, 128)
         fifth = [] if n_bits == 4 else [_columns(q >> 4, 1)]

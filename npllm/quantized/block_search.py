@@ -2,9 +2,20 @@
 
 import numpy as np
 
-__all__ = ["as_columns", "first_scale", "first_steps", "search_affine", "search_scale"]
+__all__ = [
+    "as_columns",
+    "first_multiples",
+    "first_scale",
+    "first_steps",
+    "search_affine",
+    "search_multiples",
+    "search_scale",
+]
 
 SHRINKS = np.linspace(0.7, 1.15, 19, dtype=np.float32)  # of the range that covers all numbers
+# Added to two multiples; the first candidate is what rounding each alone gives.
+NEIGHBOURS = np.array([(a, b) for a in (0, -1, 1) for b in (0, -1, 1)], np.float32)
+LARGEST_MULTIPLE = 63
 
 
 def search_scale(x: np.ndarray, low: int, high: int) -> np.ndarray:
@@ -87,6 +98,68 @@ def search_affine(x: np.ndarray, high: int, *, below: bool) -> tuple[np.ndarray,
         least = np.minimum(error, least)
     d, m = (part.astype(np.float32).reshape(x.shape[:-1]) for part in best)
     return d, m + smallest.reshape(d.shape)
+
+
+def search_multiples(
+    x: np.ndarray,
+    line: tuple[np.ndarray, np.ndarray],
+    steps: tuple[np.ndarray, np.ndarray],
+    high: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round the scale and the minimum of each group to multiples of two steps.
+
+        minimise over sc, m:  sum_i (x[i] - (d * sc * q[i] - d_min * m))**2
+        q[i] = round((x[i] + d_min * m) / (d * sc)) in 0 ... high
+        sc = round(scale / d) + a,   m = round(-minimum / d_min) + b,   a, b in -1, 0, 1
+
+    Parameters
+    ----------
+    x : float32 array [..., n]
+    line : two float32 arrays [...]
+        scale, at least 0, and minimum, at most 0.
+    steps : two float32 arrays [...]
+        d and d_min, at least 0.
+    high : int
+
+    Returns
+    -------
+    sc, m : int32 array [...]
+        In 0 ... 63.
+
+    Notes
+    -----
+    Both have errors of up to half a step; to round them together makes the error of Q4_K 2 % and
+    that of Q5_K 4 % smaller.
+    """
+    columns, first = as_columns(x), first_multiples(line, steps)
+    step, step_min = (part.reshape(-1) for part in steps)
+    best, least = list(first), np.full(step.shape, np.inf, np.float32)
+    q = np.empty_like(columns)
+    for neighbour in NEIGHBOURS:
+        sc, m = (np.clip(x + n, 0, LARGEST_MULTIPLE) for x, n in zip(first, neighbour, strict=True))
+        d, below = step * sc, step_min * m
+        np.divide(columns + below, np.where(d == 0, np.float32(np.inf), d), out=q)
+        np.clip(np.rint(q, out=q), 0, high, out=q)
+        rest = columns - (d * q - below)
+        error = _products(rest, rest)
+        is_better = error < least
+        best = [np.where(is_better, new, old) for new, old in zip((sc, m), best, strict=True)]
+        least = np.minimum(error, least)
+    sc, m = (part.astype(np.int32).reshape(x.shape[:-1]) for part in best)
+    return sc, m
+
+
+def first_multiples(
+    line: tuple[np.ndarray, np.ndarray], steps: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round scale / d and -minimum / d_min of each group: float32 [n_group]; 0 where a step is."""
+    scale, minimum = (part.reshape(-1) for part in line)
+    pairs = zip((scale, -minimum), (part.reshape(-1) for part in steps), strict=True)
+    sc, m = (
+        np.clip(np.rint(x / np.where(d == 0, np.float32(np.inf), d)), 0, LARGEST_MULTIPLE)
+        for x, d in pairs
+    )
+    return sc, m
 
 
 def as_columns(x: np.ndarray) -> np.ndarray:

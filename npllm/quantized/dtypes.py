@@ -26,7 +26,7 @@ def int4_format(d_in: int) -> str | None:
     Notes
     -----
     Both have a scale and a minimum for each group.  Q4_1 takes 5 bits an entry and Q4_K 4.5, for an
-    error that is 2 % larger; Q4_0, which takes 4.5 as well, has one 13 to 27 % larger: see
+    error that is 1 % larger; Q4_0, which takes 4.5 as well, has one 15 to 29 % larger: see
     docs/quantisation.md.
     """
     return next((x for x in ("Q4_K", "Q4_1") if d_in % FORMATS[x].n_entries == 0), None)

@@ -1,4 +1,4 @@
 """The HTTP interface: OpenAI's requests and answers.
 
-Belongs here: requests, limits, answers.  Does not: scheduling (batching/), any computation.
+Belongs here: requests, limits, answers.  Does not: scheduling (continuous_batching/).
 """

@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from npllm.batching.job import Event
+from npllm.continuous_batching.job import Event
 from npllm.decoding.details import Token
 from npllm.serve.parsing import Ask
 

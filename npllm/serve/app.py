@@ -18,8 +18,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from npllm.batching.engine import Engine
-from npllm.batching.metrics import Metrics
+from npllm.continuous_batching.engine import Engine
+from npllm.continuous_batching.metrics import Metrics
 from npllm.errors import NpllmError
 from npllm.progress import report
 from npllm.serve.answers import Answers

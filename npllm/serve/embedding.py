@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.config.strict_json import quote
+from npllm.continuous_batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.errors import NpllmError
 from npllm.serve.errors import Refusal
 from npllm.serve.fields import EMBEDDING, checked_fields

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
+from npllm.continuous_batching.errors import EndedError, ExpiredError, QueueFullError
 from npllm.errors import NpllmError, NpllmValueError
 
 __all__ = ["Refusal", "as_refusal", "body_of"]

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from npllm.batching.engine import Engine
-from npllm.batching.job import Event, Job
+from npllm.continuous_batching.engine import Engine
+from npllm.continuous_batching.job import Event, Job
 from npllm.serve.answers import Answers, Choice
 from npllm.serve.parsing import Ask
 

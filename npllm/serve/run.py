@@ -13,8 +13,8 @@ from typing import Any
 import uvicorn
 
 from npllm.arguments import check_integer
-from npllm.batching.engine import MAX_BATCH, Engine
-from npllm.batching.metrics import Metrics
+from npllm.continuous_batching.engine import MAX_BATCH, Engine
+from npllm.continuous_batching.metrics import Metrics
 from npllm.encoder import Encoder
 from npllm.errors import NpllmOSError
 from npllm.serve.app import Server, make_app

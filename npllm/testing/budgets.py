@@ -14,7 +14,7 @@ import numpy as np
 from npllm.errors import NpllmValueError
 from npllm.testing.arithmetic import GROUPWISE, TINY, UNITS, Arithmetic
 from npllm.testing.attention_budget import attention_budget
-from npllm.testing.entry_budgets import (
+from npllm.testing.elementwise_budgets import (
     add_budget,
     embed_budget,
     gelu_budget,
@@ -23,7 +23,12 @@ from npllm.testing.entry_budgets import (
     swiglu_budget,
 )
 from npllm.testing.exact import gold
-from npllm.testing.row_budgets import layer_norm_budget, linear_budget, qkv_budget, rms_norm_budget
+from npllm.testing.reduction_budgets import (
+    layer_norm_budget,
+    linear_budget,
+    qkv_budget,
+    rms_norm_budget,
+)
 
 __all__ = ["BUDGETS", "Budget", "budget"]
 

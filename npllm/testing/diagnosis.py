@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from npllm.errors import NpllmValueError
+from npllm.testing.arithmetic_models import FLUSHED
 from npllm.testing.diagnosis_status import is_vague, output_status
 from npllm.testing.diagnosis_text import lines_of
 from npllm.testing.forms import Array, op_named, prepare
 from npllm.testing.forms.text import detokenize
 from npllm.testing.libraries import on_host
-from npllm.testing.models import FLUSHED
 from npllm.testing.rates import rounding_options
 from npllm.testing.registry import alternatives, conventions
 from npllm.testing.search import Choices, Search, named

@@ -8,11 +8,11 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 from npllm.testing.arithmetic import Arithmetic
+from npllm.testing.arithmetic_models import Evidence, describe, explain, model_budget
 from npllm.testing.budgets import Budget
 from npllm.testing.exact import gold
 from npllm.testing.libraries import on_host
 from npllm.testing.location import features_of, where
-from npllm.testing.models import Evidence, describe, explain, model_budget
 from npllm.testing.within_budget import absolute_errors, judge, undetermined
 
 __all__ = ["Verdict", "verdict"]

@@ -165,6 +165,48 @@ class OnnxGenai:
         return self.generator.get_logits()[:, -1]
 
 
+class OpenVino:
+    """OpenVINO, on what optimum-intel exported of the folder: FOLDER/openvino-DTYPE.
+
+    "bfloat16+bfloat16": inference precision bfloat16; else float32.  Activations of int8 and int4
+    weights are rounded to int8 in groups of 128, or of OPENVINO_GROUP; 0: not at all.
+    """
+
+    def __init__(self, folder: Any, dtype: str) -> None:
+        import openvino
+
+        dtype, _, activations = dtype.partition("+")
+        self.version = openvino.__version__.partition("-")[0]
+        settings = {
+            "INFERENCE_NUM_THREADS": int(os.environ["OMP_NUM_THREADS"]),
+            "INFERENCE_PRECISION_HINT": "bf16" if activations == "bfloat16" else "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": int(os.environ.get("OPENVINO_GROUP", "128")),
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_HYPER_THREADING": True,  # or it uses one thread a core, whatever it is told
+        }
+        path = os.path.join(folder, f"openvino-{dtype}", "openvino_model.xml")
+        self.request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+        self.names = {name for x in self.request.model_inputs for name in x.names}
+        self.reset()
+
+    def reset(self, _n_batch: int = 1) -> None:
+        self.request.reset_state()
+        self.n_past = 0
+
+    def feed(self, ids: Array) -> Array:
+        n_batch, n_seq = ids.shape
+        self.n_past += n_seq
+        positions = np.arange(self.n_past - n_seq, self.n_past)
+        inputs = {
+            "input_ids": ids.astype(np.int64),
+            "attention_mask": np.ones((n_batch, self.n_past), np.int64),
+            "position_ids": np.broadcast_to(positions, ids.shape),
+            "beam_idx": np.arange(n_batch, dtype=np.int32),
+        }
+        self.request.infer({name: x for name, x in inputs.items() if name in self.names})
+        return self.request.get_tensor("logits").data[:, -1]
+
+
 class quiet_stderr:
     """Keep what C code writes to standard error to itself."""
 
@@ -312,12 +354,14 @@ CONTENDERS = {
     "transformers": Transformers,
     "llama.cpp": LlamaCpp,
     "onnxruntime": OnnxGenai,
+    "openvino": OpenVino,
 }
 PACKAGES = {
     "npllm": "npllm",
     "transformers": "torch, transformers",
     "llama.cpp": "llama_cpp, gguf",
     "onnxruntime": "onnxruntime_genai",
+    "openvino": "openvino",
 }
 
 

@@ -4,11 +4,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from copy import copy as copied
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from gpu.block_model import in_blocks, matrix_bytes
 from gpu.measure import MissingPackageError, need
 from gpu.predict import kernels as kernels_of
 from gpu.records import rehearsing
@@ -61,6 +63,22 @@ def copy(record: Callable) -> None:
         return {"seconds": seconds, "gigabytes_per_second": 2 * x.nbytes / seconds / 1e9}
 
     record("device", work)
+    record("matrix", matrix_rate)
+
+
+def matrix_rate() -> dict[str, Any]:
+    """Time products of square bfloat16 matrices on the tensor cores."""
+    import cupy
+
+    from npllm.arrays import DTYPES
+    from npllm.kernels.cuda import gemm
+
+    if gemm.library() is None:
+        return {"status": "not run", "why": "the device has no tensor cores for bfloat16"}
+    n = 8192
+    x, y = (cupy.zeros((n, n), dtype=dtype) for dtype in (DTYPES["bfloat16"], np.float32))
+    seconds = timed(lambda: gemm.add_product(x, x, y, is_first=True), 10)
+    return {"seconds": seconds, "operations_per_second": 2 * n**3 / seconds}
 
 
 def loaded(**changes: Any) -> Any:
@@ -131,6 +149,18 @@ def prefill(model: Any, n: int) -> dict[str, Any]:
     return {"n_prompt": n, "seconds": seconds, "tokens_per_second": n / seconds} | memory()
 
 
+def prefill_models(model: Any) -> dict[str, Any]:
+    """The model with x in three bfloat16 parts, rounded to one, and in float32, by these names."""
+    from npllm.kernels import choose_ops
+    from npllm.ops import blockwise
+
+    rounded, plain = (
+        choose_ops("cuda", "cupy", "bfloat16"),
+        model.ops.replace(linear=blockwise.linear),
+    )
+    return {"three parts": model, "bf16 activations": model.on(rounded), "float32": model.on(plain)}
+
+
 def npllm_group(record: Callable) -> None:
     """Load once; then what matters most first."""
     held: list[Any] = []
@@ -145,8 +175,14 @@ def npllm_group(record: Callable) -> None:
     for how in ("queued", "one by one", "no graph", "kernel by kernel"):
         for n_ctx in CONTEXTS if how in ("queued", "one by one") else CONTEXTS[:1]:
             record(f"decode {how} {n_ctx}", partial(decode, model, n_ctx, how))
-    for n in PROMPTS:
-        record(f"prefill {n}", partial(prefill, model, n))
+    for how, same in prefill_models(model).items():
+        for n in PROMPTS:
+            record(f"prefill {how} {n}", partial(prefill, same, n))
+    kept = copied(model)
+    kept.cache_dtype = "bfloat16"
+    record(
+        f"decode queued {CONTEXTS[-1]}, cache bf16", partial(decode, kept, CONTEXTS[-1], "queued")
+    )
     for use_cache in (True, False):
         record(f"cache {'on' if use_cache else 'off'}", partial(on_off, model, use_cache))
 
@@ -173,7 +209,7 @@ def kernels(record: Callable) -> None:
 
 def kernel_facts(calls: list[Callable[[], None]], n_bytes: float) -> dict[str, Any]:
     """Time the launches of one kernel as a graph."""
-    from npllm.kernels.cuda.plan import captured
+    from npllm.kernels.cuda.decode_graph import captured
 
     for call in calls:
         call()
@@ -271,10 +307,25 @@ def vllm(record: Callable) -> None:
     record("decode", work)
 
 
+def formats(record: Callable) -> None:
+    """Decode with every matrix in a block format."""
+    from npllm.quantized.block_formats import FORMATS
+
+    model, n_ctx = loaded(), CONTEXTS[0]
+    for name in ("Q4_0",) if rehearsing() else FORMATS:
+
+        def work(name: str = name) -> dict[str, Any]:
+            packed = in_blocks(model, name)
+            return {"weight_bytes": matrix_bytes(packed)} | decode(packed, n_ctx, "queued")
+
+        record(f"decode {name} {n_ctx}", work)
+
+
 GROUPS: dict[str, Callable[[Callable], None]] = {
     "copy": copy,
     "kernels": kernels,
     "npllm": npllm_group,
+    "formats": formats,
     "long": long,
     "transformers": transformers,
     "vllm": vllm,

@@ -8,12 +8,16 @@ import numpy as np
 
 from gpu.records import rehearsing
 from npllm import ops
+from npllm.arrays import widen
 from npllm.kernels import cuda
 from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.launching import NULL
+from npllm.kernels.cuda.rope import launch_rope
 from npllm.models import phi3
 from npllm.ops import Step
 from npllm.ops.mask import causal
+from npllm.quantized.block_packing import quantize_blocks
+from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.int8 import Int8Weight
 
 WIDTHS = (64, 96, 128)  # of the heads of published models
@@ -36,12 +40,19 @@ class Case(NamedTuple):
 def variants(common: bool = False) -> list[tuple[str, dict[str, Any]]]:
     """Every (kernel, definitions), the kernel with the shortest source first, rare widths last.
 
-    `common` leaves out the widths of heads that no published model has.
+    `common` leaves out the widths of heads that no published model has, and takes one block format
+    for all.
     """
     kernels: list[str] = sorted(cuda.VARIANTS, key=lambda kernel: len(cuda.source(kernel)))
     found = [(kernel, dict(pairs)) for kernel in kernels for pairs in cuda.VARIANTS[kernel]]
-    usual = [variant for variant in found if variant[1].get("HEAD", WIDTHS[0]) in WIDTHS]
+    usual = [variant for variant in found if _is_usual(variant[1])]
     return usual if common else usual + [variant for variant in found if variant not in usual]
+
+
+def _is_usual(definitions: dict[str, Any]) -> bool:
+    entry, rows = definitions.get("ENTRY"), definitions.get("ROWS", 1)
+    rare = entry in cuda.BLOCKS and (entry, rows) != ("Q4_K", 1)
+    return definitions.get("HEAD", WIDTHS[0]) in WIDTHS and not rare
 
 
 def case(kernel: str, definitions: dict[str, Any]) -> Case:
@@ -83,6 +94,23 @@ def linear(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     return Case(cuda.linear, ops.linear, (normal(rng, n_rows, d_in), weight))
 
 
+def linear_blocks(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """One row, or as many as the variant takes; the definition widens in float32."""
+    n_rows, d_in, d_out = int(definitions["ROWS"]), size(3072, 256), size(3072, 24)
+    name = definitions["ENTRY"]
+    some = quantize_blocks(normal(rng, 24, d_in), name).blocks
+    return Case(
+        lambda x, blocks: cuda.linear(x, BlockWeight(blocks, name)),
+        lambda x, blocks: x @ wide_blocks(blocks, name).T,
+        (normal(rng, n_rows, d_in), np.tile(some, (d_out // 24, 1))),
+    )
+
+
+def wide_blocks(blocks: np.ndarray, name: str) -> np.ndarray:
+    """What a matrix in blocks stands for, in float64; its bytes may be in float64 as well."""
+    return BlockWeight(blocks.astype(np.uint8), name).widened().astype(np.float64)
+
+
 def rms_norm(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     """A few rows of the residual stream."""
     d_model = size(3072, 100)
@@ -96,8 +124,10 @@ def swiglu(_: dict[str, Any], rng: np.random.Generator) -> Case:
     return Case(cuda.swiglu, ops.swiglu, (normal(rng, 5, d_ff), normal(rng, 5, d_ff)))
 
 
-def rope_append(_: dict[str, Any], rng: np.random.Generator) -> Case:
+def rope_append(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     """The kernel in front of the attention, whose result shows what it wrote."""
+    if definitions["ENTRY"] != "float":
+        return rounded_values(FLOATS[definitions["ENTRY"]], rng)
     n_head, n_kv_head, n_seq, d_head = (
         4,
         2,
@@ -112,6 +142,26 @@ def rope_append(_: dict[str, Any], rng: np.random.Generator) -> Case:
         lambda *args: phi3.rope_attention(args[0], Step(*args[1:], 0.0, [causal()]), ops.reference),
         (qkv, *tables, n_head, n_kv_head),
     )
+
+
+def rounded_values(dtype: Any, rng: np.random.Generator) -> Case:
+    """Values that the kernel writes into a cache of a 16-bit type."""
+    n_seq, d_head = size(64, 5), 48
+    qkv, ones = normal(rng, 1, n_seq, 3 * d_head), np.ones((n_seq, 2), np.float32)
+
+    def twin(qkv: Any, cos: Any, sin: Any) -> Any:
+        import cupy
+
+        q = cupy.empty((1, 1, n_seq, d_head), dtype=np.float32)
+        k, v = (cupy.empty(q.shape, dtype=dtype) for _ in range(2))
+        launch_rope(qkv, cos, sin, q, k, v)
+        return v.astype(np.float32) if hasattr(v, "astype") else cupy.astype(v, np.float32)
+
+    def definition(qkv: Any, *_: Any) -> Any:
+        values = qkv.astype(np.float32).astype(dtype)[..., 2 * d_head :]
+        return values[:, None].astype(np.float64)
+
+    return Case(twin, definition, (qkv, ones, ones))
 
 
 def attention(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
@@ -160,6 +210,25 @@ def embed(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
     return Case(twin, lambda *x: (wide_int8(*x) if is_int8 else x[0])[ids], table)
 
 
+def embed_blocks(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """Rows of a table in blocks, the last one among them."""
+    name, d, ids = definitions["ENTRY"], size(3072, 256), np.array([3, 0, 47])
+    table = quantize_blocks(normal(rng, 48, d), name).blocks
+
+    def twin(blocks: Any) -> Any:
+        import cupy
+
+        x = cupy.empty((len(ids), d), dtype=np.float32)
+        variant, n_blocks = tuple(definitions.items()), -(-x.size // 32 // 256)
+        sizes = map(np.int64, (x.size, d))
+        launching.launch(
+            "embed_blocks", variant, n_blocks, 256, cupy.asarray(ids), blocks, NULL, x, *sizes
+        )
+        return x
+
+    return Case(twin, lambda blocks: wide_blocks(blocks, name)[ids], (table,))
+
+
 def choose(_: dict[str, Any], rng: np.random.Generator) -> Case:
     """The most likely token of a few rows."""
     logits = normal(rng, 3, size(32064, 500))
@@ -178,8 +247,27 @@ def choose(_: dict[str, Any], rng: np.random.Generator) -> Case:
     return Case(twin, lambda x: x.argmax(axis=1)[:, None], (logits,))
 
 
+def split(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """The parts of a few rows, added again."""
+    n_parts, x = int(definitions["PARTS"]), normal(rng, 70, size(3072, 40))
+
+    def twin(x: Any) -> Any:
+        import cupy
+
+        parts = cupy.empty((n_parts, x.size), dtype=FLOATS["bf16"])
+        n = np.int64(x.size)
+        launching.launch("split", (("PARTS", n_parts),), -(-x.size // 256), 256, x, parts, n)
+        return sum(widen(parts[p]) for p in reversed(range(n_parts)))
+
+    def definition(x: Any) -> Any:
+        return x.astype(FLOATS["bf16"]).astype(x.dtype) if n_parts == 1 else x
+
+    return Case(twin, lambda x: definition(x).reshape(-1), (x,))
+
+
 CASES: dict[str, Callable[[dict[str, Any], np.random.Generator], Case]] = {
     "linear": linear,
+    "linear_blocks": linear_blocks,
     "rms_norm": rms_norm,
     "swiglu": swiglu,
     "rope_append": rope_append,
@@ -187,5 +275,7 @@ CASES: dict[str, Callable[[dict[str, Any], np.random.Generator], Case]] = {
     "attend_one": attend_one,
     "attend_merge": attend_one,
     "embed": embed,
+    "embed_blocks": embed_blocks,
     "choose": choose,
+    "split": split,
 }

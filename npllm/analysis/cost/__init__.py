@@ -28,9 +28,9 @@ it gathers.  Not counted, since they belong to no operation: sums of the residua
 for each token and layer), copies into the cache, and the evaluation of masks.
 """
 
+from npllm.analysis.cost.cache_bytes import kv_cache_bytes, kv_table
 from npllm.analysis.cost.counting import COUNTS, bytes_moved, counting_ops
 from npllm.analysis.cost.facts import cost_facts
-from npllm.analysis.cost.kv_cache import kv_cache_bytes, kv_table
 from npllm.analysis.cost.operations import Cost, visible_pairs
 from npllm.analysis.cost.parameters import parameter_counts
 from npllm.analysis.cost.passes import (
@@ -40,7 +40,7 @@ from npllm.analysis.cost.passes import (
     total,
     uncached_flops,
 )
-from npllm.analysis.cost.weights import gguf_weight_bytes, weight_bytes
+from npllm.analysis.cost.weight_bytes import gguf_weight_bytes, weight_bytes
 
 __all__ = [
     "COUNTS",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from npllm.analysis.cost.kv_cache import kv_cache_bytes, kv_table
+from npllm.analysis.cost.cache_bytes import kv_cache_bytes, kv_table
 from npllm.analysis.cost.operations import Cost
 from npllm.analysis.cost.parameters import parameter_counts
 from npllm.analysis.cost.passes import (
@@ -12,7 +12,12 @@ from npllm.analysis.cost.passes import (
     total,
     uncached_flops,
 )
-from npllm.analysis.cost.weights import WeightBytes, activation_bytes, total_bytes, weight_bytes
+from npllm.analysis.cost.weight_bytes import (
+    WeightBytes,
+    activation_bytes,
+    total_bytes,
+    weight_bytes,
+)
 from npllm.arguments import check_integer
 from npllm.config.config import Config
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from npllm.analysis.cost.parameters import bias_sizes, linear_shapes
-from npllm.analysis.cost.weights import WeightBytes
+from npllm.analysis.cost.weight_bytes import WeightBytes
 from npllm.config.config import Config
 
 __all__ = ["FORMULAS", "SOFTMAX", "Cost", "Sizes", "pair_flops", "visible_pairs"]

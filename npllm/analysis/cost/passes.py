@@ -4,7 +4,7 @@ from typing import Any
 
 from npllm.analysis.cost.operations import FORMULAS, Cost, Sizes, pair_flops, visible_pairs
 from npllm.analysis.cost.parameters import require_lm
-from npllm.analysis.cost.weights import WeightBytes, activation_bytes, weight_bytes
+from npllm.analysis.cost.weight_bytes import WeightBytes, activation_bytes, weight_bytes
 from npllm.config.config import Config
 from npllm.errors import NpllmValueError
 

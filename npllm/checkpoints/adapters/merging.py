@@ -9,7 +9,7 @@ from npllm.arrays import native
 from npllm.checkpoints.adapters.base import checked_base
 from npllm.checkpoints.adapters.reader import Adapter, read_adapter
 from npllm.checkpoints.phi3_layout import check_entries, top_sources_in
-from npllm.checkpoints.phi3_sources import EMBEDDING, OUTPUT, Sources, layer_sources
+from npllm.checkpoints.phi3_tensor_names import EMBEDDING, OUTPUT, Sources, layer_sources
 from npllm.checkpoints.safetensors import read_entries
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.config.config import Config

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from npllm.checkpoints.adapters.settings import AdapterSettings
-from npllm.checkpoints.phi3_sources import Sources, layer_sources, top_sources
+from npllm.checkpoints.phi3_tensor_names import Sources, layer_sources, top_sources
 from npllm.config.config import Config
 
 __all__ = ["Module", "chosen_modules", "model_modules", "naming_of", "saved_modules"]

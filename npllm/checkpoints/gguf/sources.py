@@ -13,7 +13,7 @@ from npllm.checkpoints.gguf.rope import ROPE_TENSORS
 from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
 from npllm.checkpoints.gguf.vocabulary import vocabulary_metadata
 from npllm.checkpoints.gguf.weights import interleaved
-from npllm.checkpoints.phi3_sources import layer_sources
+from npllm.checkpoints.phi3_tensor_names import layer_sources
 from npllm.checkpoints.tensor_files import release_mapped
 from npllm.config.config import Config
 from npllm.config.strict_json import read_json

@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 
 from npllm.kernels.cpu.launching import kernel
-from npllm.quantized.block_search import SHRINKS, as_columns, first_scale, first_steps
+from npllm.quantized.block_search import (
+    LARGEST_MULTIPLE,
+    NEIGHBOURS,
+    SHRINKS,
+    as_columns,
+    first_multiples,
+    first_scale,
+    first_steps,
+)
 
-__all__ = ["search_affine", "search_scale"]
+__all__ = ["search_affine", "search_multiples", "search_scale"]
 
 Array = Any
 LANES = 256  # groups at a time
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
+MOST = np.float32(LARGEST_MULTIPLE)
 
 
 def search_scale(x: Array, low: int, high: int) -> Array:
@@ -36,6 +45,18 @@ def search_affine(x: Array, high: int, *, below: bool) -> tuple[Array, Array]:
     _search_affine(columns - smallest, base, SHRINKS, np.float32(high), largest, scale, offset)
     shape = x.shape[:-1]
     return scale.reshape(shape), (offset + smallest).reshape(shape)
+
+
+def search_multiples(
+    x: Array, line: tuple[Array, Array], steps: tuple[Array, Array], high: int
+) -> tuple[Array, Array]:
+    """Compute `npllm.quantized.block_search.search_multiples`."""
+    columns, first = as_columns(x), np.stack(first_multiples(line, steps))
+    widths = np.stack([part.reshape(-1) for part in steps])
+    best = first.copy()
+    _search_multiples(columns, first, widths, NEIGHBOURS, np.float32(high), best)
+    sc, m = best.astype(np.int32).reshape(2, *x.shape[:-1])
+    return sc, m
 
 
 @kernel(nogil=True)
@@ -141,3 +162,55 @@ def _keep_line(
         error = d * d * sum_qq + 2 * d * m * sum_q + n * m * m - 2 * (d * sum_qx + m * sum_x)
         if error < least[lane]:
             least[lane], scale[lane], offset[lane] = error, np.float32(d), np.float32(m)
+
+
+@kernel(nogil=True)
+def _search_multiples(
+    columns: Array, first: Array, widths: Array, neighbours: Array, high: Any, best: Array
+) -> None:
+    """Write the best two multiples [2, n_group] of each column."""
+    n, n_group = columns.shape
+    tried, line = np.empty((2, LANES), np.float32), np.empty((3, LANES), np.float32)
+    error, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for start in range(0, n_group, LANES):
+        here = slice(start, min(start + LANES, n_group))
+        least[:] = INFINITY
+        for neighbour in neighbours:
+            _set_line(first[:, here], widths[:, here], neighbour, tried, line)
+            error[:] = ZERO
+            for i in range(n):
+                _add_errors(columns[i, here], line, high, error)
+            _keep_multiples(tried, error, least, best[:, here])
+
+
+@kernel(nogil=True)
+def _set_line(first: Array, widths: Array, neighbour: Array, tried: Array, line: Array) -> None:
+    """Write two multiples, and of these the scale, what is below 0, and the divisor."""
+    for lane in range(first.shape[1]):
+        for part in range(2):
+            multiple = first[part, lane] + neighbour[part]
+            multiple = ZERO if multiple < ZERO else multiple
+            multiple = MOST if multiple > MOST else multiple
+            tried[part, lane] = multiple
+            line[part, lane] = widths[part, lane] * multiple
+        line[2, lane] = INFINITY if line[0, lane] == ZERO else line[0, lane]
+
+
+@kernel(nogil=True)
+def _add_errors(x: Array, line: Array, high: Any, error: Array) -> None:
+    """Round one entry of each group; add the square of what is lost."""
+    for lane in range(len(x)):
+        q = np.rint((x[lane] + line[1, lane]) / line[2, lane])
+        q = ZERO if q < ZERO else q
+        q = high if q > high else q
+        rest = x[lane] - (line[0, lane] * q - line[1, lane])
+        error[lane] += rest * rest
+
+
+@kernel(nogil=True)
+def _keep_multiples(tried: Array, error: Array, least: Array, best: Array) -> None:
+    """Keep the multiples with less error than those before."""
+    for lane in range(best.shape[1]):
+        if error[lane] < least[lane]:
+            least[lane] = error[lane]
+            best[0, lane], best[1, lane] = tried[0, lane], tried[1, lane]

@@ -1,4 +1,4 @@
-"""The set compiled with Numba: a layer, all layers, and the parts of `parts`.
+"""The set compiled with Numba: a layer, all layers, and the parts of `dispatch`.
 
 Decoding a small model is bound by Python call overhead: Python's own code and data, which reading
 the weights has evicted from the caches, are needed between two kernels.  So half a layer is one
@@ -18,6 +18,15 @@ from npllm.kernels.cpu.adapted import base_layer, is_adapted
 from npllm.kernels.cpu.adapted_blocks import launch_adapted_attention, launch_adapted_mlp
 from npllm.kernels.cpu.block_gemv import fits_blocks
 from npllm.kernels.cpu.decode import attention_step, layers_step, mlp_step
+from npllm.kernels.cpu.dispatch import (
+    add_bias,
+    gated_panels,
+    gelu,
+    linear,
+    linear_add,
+    norm_linear,
+    norm_swiglu,
+)
 from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.launching import launch
 from npllm.kernels.cpu.layout import row_major_copy, rows_of
@@ -30,15 +39,6 @@ from npllm.kernels.cpu.operands import (
     fits_product,
     fits_weight,
     kernel_operands,
-)
-from npllm.kernels.cpu.parts import (
-    add_bias,
-    gated_panels,
-    gelu,
-    linear,
-    linear_add,
-    norm_linear,
-    norm_swiglu,
 )
 from npllm.kernels.cpu.rope_attention import (
     decode_inputs,

@@ -1,4 +1,4 @@
-"""The compiled set with rounded activations: what differs from `parts` and `compiled`.
+"""The compiled set with rounded activations: what differs from `dispatch` and `compiled`.
 
 A product of few rows is memory-bound and stays float32's; one of many rows is `rounded_gemm`'s.
 What these kernels are not made for is composed of `npllm.ops.rounded.rounded_linear`.
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.kernels.cpu import compiled, gemm, parts
+from npllm.kernels.cpu import compiled, dispatch, gemm
 from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.layout import EMPTY, row_major_copy, rows_of
@@ -52,10 +52,10 @@ def as_rows(panels: Array, x: Array, d_out: int) -> Array:
 def linear(x: Array, weight: Array, bias: Array = None, *, activations: str) -> Array:
     """Compute `npllm.ops.rounded.rounded_linear`."""
     if not is_rounded(activations, x, weight):
-        return parts.linear(x, weight, bias)
+        return dispatch.linear(x, weight, bias)
     if not fits(x, weight, bias):
         return rounded_linear(x, weight, bias, activations=activations)
-    return parts.add_bias(as_rows(product(activations, x, weight), x, len(weight)), bias)
+    return dispatch.add_bias(as_rows(product(activations, x, weight), x, len(weight)), bias)
 
 
 def norm_linear(
@@ -63,11 +63,11 @@ def norm_linear(
 ) -> Any:
     """Compute rms_norm, then linear."""
     if not is_rounded(activations, x, weight):
-        return parts.norm_linear(x, norm_weight, eps, weight, bias)
+        return dispatch.norm_linear(x, norm_weight, eps, weight, bias)
     if not (fits(x, weight, bias) and fits_gain(x, norm_weight)):
         return NotImplemented
     y = product(activations, x, weight, norm_weight, eps)
-    return parts.add_bias(as_rows(y, x, len(weight)), bias)
+    return dispatch.add_bias(as_rows(y, x, len(weight)), bias)
 
 
 def norm_swiglu(
@@ -75,11 +75,11 @@ def norm_swiglu(
 ) -> Any:
     """Compute rms_norm, linear, and swiglu of the two halves."""
     if not is_rounded(activations, x, weight):
-        return parts.norm_swiglu(x, norm_weight, eps, weight, bias)
+        return dispatch.norm_swiglu(x, norm_weight, eps, weight, bias)
     if not (fits(x, weight, bias) and fits_gated(x, norm_weight, weight, bias)):
         return NotImplemented
     both, d_ff = product(activations, x, weight, norm_weight, eps), len(weight) // 2
-    return as_rows(parts.gate_panels(both, d_ff, bias), x, d_ff)
+    return as_rows(dispatch.gate_panels(both, d_ff, bias), x, d_ff)
 
 
 def linear_add(
@@ -87,14 +87,14 @@ def linear_add(
 ) -> Any:
     """Compute linear, then add."""
     if not is_rounded(activations, x, weight):
-        return parts.linear_add(x, weight, residual, bias)
+        return dispatch.linear_add(x, weight, residual, bias)
     d_out = len(weight)
     same = is_float32(residual) and residual.shape == (*x.shape[:-1], d_out)
     if not (same and fits(x, weight, bias)):
         return NotImplemented
     y = row_major_copy(residual.reshape(-1, d_out))
     gemm.add_unpacked(product(activations, x, weight), y)
-    return parts.add_bias(y, bias).reshape(residual.shape)
+    return dispatch.add_bias(y, bias).reshape(residual.shape)
 
 
 def mlp_block(x: Array, layer: LayerParams, step: Step, *, activations: str) -> Any:
@@ -109,10 +109,10 @@ def mlp_block(x: Array, layer: LayerParams, step: Step, *, activations: str) -> 
     if not (known and fits(x, gate_up, biases[0]) and fits_rounded(down)):
         return NotImplemented
     both = product(activations, x, gate_up, gain, step.eps)
-    gated = parts.gate_panels(both, len(gate_up) // 2, biases[0])
+    gated = dispatch.gate_panels(both, len(gate_up) // 2, biases[0])
     y = row_major_copy(rows_of(x))
     gemm.add_unpacked(rounded_product(gated, down, activations), y)
-    return parts.add_bias(y, biases[1]).reshape(x.shape)
+    return dispatch.add_bias(y, biases[1]).reshape(x.shape)
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

@@ -41,6 +41,25 @@ __device__ inline float widen(f16 x) {
     return __uint_as_float((rest < 0x400u ? __float_as_uint(subnormal) : bits) | sign);
 }
 
+// To the nearest value of a storage type, of two the one whose last bit is 0; NaN stays NaN.
+__device__ inline void narrow(float x, float& y) { y = x; }
+
+__device__ inline void narrow(float x, bf16& y) {
+    unsigned bits = __float_as_uint(x), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    y.bits = (unsigned short)((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u
+                                                                  : rounded >> 16);
+}
+
+__device__ inline void narrow(float x, f16& y) {
+    unsigned sign = __float_as_uint(x) >> 16 & 0x8000u, bits = __float_as_uint(x) & 0x7fffffffu;
+    // The bias goes from 127 to 15.  Below 2**-14 the step is 2**-24, that of a float at 0.5.
+    unsigned normal = (bits + 0xfffu + (bits >> 13 & 1u) >> 13) - (112u << 10);
+    unsigned subnormal = __float_as_uint(fabsf(x) + 0.5f) - 0x3f000000u;
+    unsigned rounded = bits < 0x38800000u ? subnormal : normal;
+    if (bits >= 0x477ff000u) rounded = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;  // from 65520 on
+    y.bits = (unsigned short)(rounded | sign);
+}
+
 // 16 bytes of entries of T as they were loaded: 4 registers, where 16 entries would take 16.
 template <typename T>
 struct alignas(16) Words {

@@ -1,4 +1,4 @@
-"""The decode engine: one new token a row, from its id to its logits, as one captured graph.
+"""The decode engine: one new token a row, from its id to its logits (graph: `decode_graph`).
 
     x = embed(token);   x = layer(x) for each layer;   logits = W_head rms_norm(x)
 
@@ -16,11 +16,11 @@ import numpy as np
 
 from npllm.arrays import is_packed
 from npllm.cache import KVCache
-from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.attention import WIDEST
-from npllm.kernels.cuda.launching import ALIGNMENT, STORED
-from npllm.kernels.cuda.plan import MOST_QUEUED, Plan
-from npllm.quantized.int8 import Int8Weight
+from npllm.kernels.cuda.decode_graph import MOST_QUEUED, Plan
+from npllm.kernels.cuda.launching import STORED
+from npllm.kernels.cuda.weights import is_in_place, is_read
+from npllm.quantized.stacked import StackedWeight
 
 __all__ = ["MOST_QUEUED", "MOST_ROWS", "decode_step"]
 
@@ -70,8 +70,8 @@ def decode_step(
     logits : float32 array [n_batch, 1, n_vocab]
         A new array.  With n_greedy the tokens instead: int64 [n_batch, n_greedy], NumPy, -1 where
         the logits were no distribution.  NotImplemented where the engine does not apply: more than
-        8 rows, float64, other weights than float32, bfloat16, float16 and int8, other masks than a
-        band of distances, padding that is not on the left.
+        8 rows, float64, other weights than float32, bfloat16, float16, int8 and blocks, other masks
+        than a band of distances, padding that is not on the left.
     """
     plan = _placed_plan(tokens, variants, params, step, tables, max(1, n_greedy))
     if plan is None:
@@ -138,26 +138,17 @@ def applies(params: Any, step: Any) -> bool:
         for layer in params.layers
         for weight, gain, bias in PRODUCTS
     ]
-    if head is None or not (heads and bands and _is_stored(params.embed_tokens)):
+    gated = not any(isinstance(layer.gate_up_proj, StackedWeight) for layer in params.layers)
+    table = params.embed_tokens
+    rows = is_read(table) and is_in_place(table) and not isinstance(table, StackedWeight)
+    if head is None or not (heads and bands and gated and rows):
         return False
     return all(_product_fits(*one) for one in [*products, (head, params.norm, None)])
 
 
-def _is_stored(weight: Array) -> bool:
-    """Tell whether a matrix is of a type that the kernels read, contiguous, on a device."""
-    if is_packed(weight):
-        packed = isinstance(weight, Int8Weight)
-        return packed and _is_stored(weight.values) and _is_stored(weight.scales)
-    is_there = not isinstance(weight, np.ndarray) and weight.dtype in STORED
-    if not is_there or weight.ndim != 2 or weight.size == 0:
-        return False
-    whole = launching.steps(weight) == (weight.shape[1], 1)
-    return whole and weight.data.ptr % ALIGNMENT == 0
-
-
 def _product_fits(weight: Array, gain: Array | None, bias: Array | None) -> bool:
-    """Tell whether linear.cu takes a weight, and the vectors that it is fused with."""
-    if not _is_stored(weight) or weight.shape[1] * weight.dtype.itemsize % ALIGNMENT:
+    """Tell whether a kernel takes a weight, and the vectors that it is fused with."""
+    if not (is_read(weight) and is_in_place(weight)):
         return False
     vectors = [x for x in (gain, bias) if x is not None]
     if is_packed(weight):

@@ -31,6 +31,12 @@ OPTIONS = ("-std=c++17",)  # CuPy adds its own, -ftz=true among them
 # dtype -> its name in common.cu
 ENTRIES = {DTYPES["float32"]: "float", DTYPES["bfloat16"]: "bf16", DTYPES["float16"]: "f16"}
 STORED = ENTRIES | {np.dtype(np.int8): "i8"}  # of the weights of products
+# source -> the files whose functions it uses, beside common.cu
+PARTS = {
+    "linear": ("product",),
+    "linear_blocks": ("blocks", "product"),
+    "embed_blocks": ("blocks",),
+}
 NULL = np.uint64(0)  # the pointer of an argument that is left out
 ALIGNMENT = 16  # bytes: what one load of a kernel fetches
 
@@ -63,9 +69,8 @@ def compiled(kernel: str, definitions: tuple) -> Any:
 def source(kernel: str) -> str:
     """Return the CUDA C++ text of a kernel, what it shares with the others included."""
     folder = Path(__file__).parent
-    return "".join(
-        (folder / name).read_text(encoding="utf-8") for name in ("common.cu", f"{kernel}.cu")
-    )
+    names = ("common", *PARTS.get(kernel, ()), kernel)
+    return "".join((folder / f"{name}.cu").read_text(encoding="utf-8") for name in names)
 
 
 def entry(x: Any) -> str | None:

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import array_namespace, is_packed
-from npllm.kernels.cuda import launching
-from npllm.kernels.cuda.launching import STORED, aligned, entry, even_rows, pointer
+from npllm.kernels.cuda import gemm, launching
+from npllm.kernels.cuda.launching import entry, even_rows, pointer
 from npllm.kernels.cuda.rows import MOST
+from npllm.kernels.cuda.weights import is_read, operand, parts_of, put_in_place
 from npllm.ops import blockwise
-from npllm.quantized.int8 import Int8Weight
+from npllm.quantized.stacked import StackedWeight
 
 __all__ = [
     "MOST_ROWS",
@@ -24,10 +25,10 @@ __all__ = [
 
 Array = Any
 
-THREADS, WARPS = 128, 4  # of linear.cu
+THREADS, WARPS = 128, 4  # of product.cu
 ROWS = (1, 2, 4, 8)  # rows of x that a block can take
 
-# Rows of x up to which linear.cu is used, by the bytes of an entry of the weight.
+# Rows of x up to which a kernel is used, by the bytes of what is stored; 1 for int8 and blocks.
 #
 # With more, the definition widens a 16-bit weight in large blocks and multiplies by cuBLAS: of a
 # weight of W bytes it moves 5 W (reads W, writes 2 W of float32, reads those), at any number of
@@ -43,12 +44,15 @@ MOST_ROWS = {1: 64, 2: 64, 4: 16}
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Multiply each row by the transposed weight matrix: the twin of `npllm.ops.linear`.
 
-    The weight, of floats or an `Int8Weight`, is read once, as it is stored.  Up to 64 rows, 16 with
-    a float32 weight; more rows go to the definition.
+    The weight, of floats or packed, is read once, as it is stored, for up to 64 rows, 16 with a
+    float32 weight.  More rows take the tensor cores with a bfloat16 weight (`gemm`), else the
+    definition.
     """
-    if not _fits(x, weight, bias):
-        return blockwise.linear(x, weight, bias)
-    return _launch(x, weight, bias=bias)
+    if _fits(x, weight, bias):
+        return _launch(x, weight, bias=bias)
+    if gemm.multiplies(x, weight) and (bias is None or bias.shape == weight.shape[:1]):
+        return gemm.product(x, weight, bias)
+    return blockwise.linear(x, weight, bias)
 
 
 def norm_linear(
@@ -65,7 +69,7 @@ def norm_swiglu(
 ) -> Array:
     """Normalise, multiply and gate: rms_norm, linear and swiglu in one kernel."""
     fits = _fits(x, weight, bias) and _is_vector(norm_weight, weight, 1)
-    if not fits or weight.shape[0] % 2:
+    if not fits or weight.shape[0] % 2 or isinstance(weight, StackedWeight):
         return NotImplemented
     return _launch(x, weight, gain=norm_weight, eps=eps, bias=bias, gated=True)
 
@@ -79,16 +83,12 @@ def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = No
 
 
 def _fits(x: Array, weight: Array, bias: Array | None) -> bool:
-    """Tell whether linear.cu takes these: a few float32 rows, and a weight of whole packs."""
-    stored = weight.values if isinstance(weight, Int8Weight) else weight
-    known = not isinstance(stored, np.ndarray) and getattr(stored, "dtype", None) in STORED
-    if not known or (is_packed(weight) and stored is weight):
+    """Tell whether a kernel takes these: a few float32 rows, and a weight of whole packs."""
+    if not is_read(weight) or entry(x) != "float" or x.shape[-1:] != weight.shape[1:]:
         return False
-    if entry(x) != "float" or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
-        return False
-    itemsize, (d_out, d_in) = stored.dtype.itemsize, weight.shape
-    fits = 0 < x.size < MOST and 0 < d_out < MOST and d_in * itemsize % launching.ALIGNMENT == 0
-    few = fits and x.size // d_in <= MOST_ROWS[itemsize]
+    d_out, d_in = weight.shape
+    most = min(MOST_ROWS[operand(part).values.dtype.itemsize] for part in parts_of(weight))
+    few = 0 < x.size < MOST and 0 < d_out < MOST and x.size // d_in <= most
     return few and (bias is None or _is_vector(bias, weight, 0))
 
 
@@ -98,13 +98,6 @@ def _is_vector(x: Array, weight: Array, axis: int) -> bool:
         return False
     dtype = np.float32 if is_packed(weight) else weight.dtype
     return x.dtype == dtype and x.shape == weight.shape[axis : axis + 1]
-
-
-def _in_packs(weight: Array, xp: Any) -> Array:
-    """The weight, or a copy, contiguous and at a multiple of 16 bytes."""
-    if is_packed(weight):
-        return Int8Weight(aligned(weight.values, xp), xp.ascontiguousarray(weight.scales))
-    return aligned(weight, xp)
 
 
 def _launch(
@@ -117,7 +110,7 @@ def _launch(
     residual: Array | None = None,
     gated: bool = False,
 ) -> Array:
-    """Run linear.cu on what fits it; return y [..., d_out], d_out / 2 channels where gated."""
+    """Run the kernel on what fits it; return y [..., d_out], d_out / 2 channels where gated."""
     xp, d_out = array_namespace(x, weight), weight.shape[0]
     y = xp.empty((*x.shape[:-1], d_out // 2 if gated else d_out), dtype=xp.float32)
     x, x_row = even_rows(x, xp, launching.ALIGNMENT)
@@ -125,7 +118,7 @@ def _launch(
         z if z is None else xp.ascontiguousarray(z) for z in (gain, bias, residual)
     )
     vectors = Vectors(gain, bias, residual)
-    launch_linear(x, _in_packs(weight, xp), y, vectors, x_row=x_row, eps=eps, gated=gated)
+    launch_linear(x, put_in_place(weight, xp), y, vectors, x_row=x_row, eps=eps, gated=gated)
     return y
 
 
@@ -135,6 +128,11 @@ class Vectors(NamedTuple):
     gain: Array | None = None  # [d_in]: the norm before
     bias: Array | None = None  # [d_out]
     residual: Array | None = None  # [..., d_out]: is added
+
+    def columns(self, first: int, stop: int) -> "Vectors":
+        """What belongs to the outputs first ... stop - 1."""
+        bias, residual = (_columns(x, first, stop) for x in (self.bias, self.residual))
+        return Vectors(self.gain, bias, residual)
 
 
 def launch_linear(
@@ -147,13 +145,14 @@ def launch_linear(
     eps: float = 0.0,
     gated: bool = False,
 ) -> None:
-    """Launch linear.cu, which writes y; nothing is allocated.
+    """Launch linear.cu or linear_blocks.cu, which write y; nothing is allocated.
 
     Parameters
     ----------
     x : float32 array [n, d_in]
     weight : array [d_out, d_in]
-        Contiguous, at a multiple of 16 bytes; or an `Int8Weight` of such.
+        In place: contiguous, at a multiple of 16 bytes; or packed in such.  A `StackedWeight`
+        takes a launch for each part, and is not gated.
     y : float32 array [n, d_out]
         Contiguous; [n, d_out / 2] where gated.
     vectors : Vectors
@@ -164,14 +163,39 @@ def launch_linear(
     gated : bool
         Rows of the weight are gate | up, and y = silu(gate) * up.
     """
-    d_out, d_in = weight.shape
+    d_in, parts, first = weight.shape[1], parts_of(weight), 0
+    strides = d_in if x_row is None else x_row, y.shape[-1]
+    for part in parts:
+        stop = first + part.shape[0]
+        if len(parts) > 1:
+            outs = _columns(y, first, stop), vectors.columns(first, stop)
+        else:
+            outs = y, vectors
+        _launch_part(x, part, *outs, strides, eps, gated)
+        first = stop
+
+
+def _columns(x: Array | None, first: int, stop: int) -> Array | None:
+    return None if x is None else x[..., first:stop]
+
+
+def _launch_part(
+    x: Array,
+    weight: Array,
+    y: Array,
+    vectors: Vectors,
+    strides: tuple[int, int],
+    eps: float,
+    gated: bool,
+) -> None:
+    """Launch the kernel of one matrix; strides: of rows of x, and of y and residual."""
+    (d_out, d_in), (suffix, name, values, scales) = weight.shape, operand(weight)
     n_rows = x.size // d_in
     rows = next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
     outs = WARPS * (4 if rows >= 4 else 2)  # of a block
-    values, scales = (weight.values, weight.scales) if is_packed(weight) else (weight, None)
     launching.launch(
-        "linear",
-        (("ENTRY", STORED[values.dtype]), ("ROWS", rows)),
+        f"linear{suffix}",
+        (("ENTRY", name), ("ROWS", rows)),
         -(-d_out // outs) * -(-n_rows // rows),
         THREADS,
         x,
@@ -179,6 +203,6 @@ def launch_linear(
         *map(pointer, (scales, *vectors)),
         y,
         *map(np.uint32, (n_rows, d_in, d_out, d_out // 2 if gated else 0)),
-        np.int64(d_in if x_row is None else x_row),
+        *map(np.int64, strides),
         np.float32(eps),
     )

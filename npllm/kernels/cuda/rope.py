@@ -21,7 +21,8 @@ THREADS = 256
 def rope_attention(qkv: Array, step: Step) -> Array:
     """Cut into heads, rotate, append to the cache, and attend.
 
-    Everything before the attention is one kernel, which writes keys and values into the cache.
+    Everything before the attention is one kernel, which writes keys and values into the cache, and
+    rounds them to its dtype.
     """
     cos, sin, n_head, n_kv_head = step[:4]
     fits = entry(qkv) == entry(cos) == entry(sin) == "float" and cos.shape == sin.shape
@@ -38,7 +39,7 @@ def rope_attention(qkv: Array, step: Step) -> Array:
     else:
         like = q[:, :n_kv_head]  # of the shape, dtype and library of new keys and values
         k, v, k_slots = step.cache.reserve_slots(step.layer, like, like)
-        if not entry(k) == entry(v) == "float":  # read from a file: the kernel writes float32
+        if entry(k) is None or entry(k) != entry(v):
             return NotImplemented
         slots = {"q_slots": range(k_slots.stop - n_seq, k_slots.stop), "k_slots": k_slots}
     _rope_append(xp, qkv, cos, sin, q, k[..., -n_seq:, :], v[..., -n_seq:, :])
@@ -73,8 +74,9 @@ def launch_rope(
         Contiguous; with `slots` [n, d_rope].
     q : float32 array [n_batch, n_head, n_seq, d_head]
         Contiguous.
-    k, v : float32 array [n_batch, n_kv_head, n_seq, d_head]
-        With `slots` all columns of the cache, from slot `k_slot` on.
+    k, v : array [n_batch, n_kv_head, n_seq, d_head]
+        float32, bfloat16 or float16, both alike.  With `slots` all columns of the cache, from slot
+        `k_slot` on.
     slots, table_rows : int64 array [n_batch], optional
         Device memory: the slot of each row's one token, and its row of the tables.
     k_slot : int
@@ -85,7 +87,7 @@ def launch_rope(
     sizes = qkv.size, n_seq, n_head, k.shape[1], d_head, d_rope
     launching.launch(
         "rope_append",
-        (),
+        (("ENTRY", entry(k)),),
         -(-qkv.size // THREADS),
         THREADS,
         qkv,

@@ -7,6 +7,8 @@
 // Where `slots` is given (one token of each row, place read from device memory), row b stands in
 // slot slots[b] and is rotated by row table_rows[b] of the tables; k and v begin at slot k_slot.
 //
+// k and v are rounded to ENTRY = float, bf16 or f16, the type of the cache, after the rotation.
+//
 // Bytes moved: qkv, read once or twice, and as many of q, k and v; some 10 KB a token and layer.
 
 __device__ float
@@ -18,10 +20,10 @@ rotated(const float* head, unsigned i, const float* cos, const float* sin, unsig
 }
 
 extern "C" __global__ void
-rope_append(const float* qkv, const float* cos, const float* sin, float* q, float* k, float* v,
-            const i64* slots, const i64* table_rows, i64 k_slot, unsigned n, unsigned n_seq, unsigned n_head, unsigned n_kv_head, unsigned d_head,
-            unsigned d_rope, i64 table_batch, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch,
-            i64 v_head, i64 v_row) {
+rope_append(const float* qkv, const float* cos, const float* sin, float* q, ENTRY* k, ENTRY* v,
+            const i64* slots, const i64* table_rows, i64 k_slot, unsigned n, unsigned n_seq,
+            unsigned n_head, unsigned n_kv_head, unsigned d_head, unsigned d_rope, i64 table_batch,
+            i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row) {
     unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= n) return;
     unsigned i = at % d_head, n_all = n_head + 2 * n_kv_head;
@@ -33,9 +35,10 @@ rope_append(const float* qkv, const float* cos, const float* sin, float* q, floa
         q[((b * n_head + h) * n_seq + s) * d_head + i] =
             rotated(head, i, cos + table, sin + table, d_rope);
     } else if (h < n_head + n_kv_head) {
-        k[b * k_batch + (h - n_head) * k_head + column * k_row + i] =
-            rotated(head, i, cos + table, sin + table, d_rope);
+        narrow(rotated(head, i, cos + table, sin + table, d_rope),
+               k[b * k_batch + (h - n_head) * k_head + column * k_row + i]);
     } else {
-        v[b * v_batch + (h - n_head - n_kv_head) * v_head + column * v_row + i] = head[i];
+        narrow(head[i],
+               v[b * v_batch + (h - n_head - n_kv_head) * v_head + column * v_row + i]);
     }
 }

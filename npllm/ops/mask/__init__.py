@@ -8,7 +8,13 @@ where everything is.
 """
 
 from npllm.ops.mask.blocks import block_local, fixed, global_tokens, random_blocks
-from npllm.ops.mask.dense import bidirectional, causal, lookback, prefix_lm, sliding_window
+from npllm.ops.mask.causal_and_window import (
+    bidirectional,
+    causal,
+    lookback,
+    prefix_lm,
+    sliding_window,
+)
 from npllm.ops.mask.labels import documents, left_padding, padding
 from npllm.ops.mask.rule import ALL, NONE, SOME, Rule
 from npllm.ops.mask.sparse import band, dilated_window, longformer_window, strided

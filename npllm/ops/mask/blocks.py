@@ -10,7 +10,7 @@ import numpy as np
 
 from npllm.arrays import array_namespace
 from npllm.errors import NpllmTypeError, NpllmValueError
-from npllm.ops.mask.dense import at_least, causal, check_slots
+from npllm.ops.mask.causal_and_window import at_least, causal, check_slots
 from npllm.ops.mask.rule import ALL, NONE, SOME, DerivedRule, Rule
 
 __all__ = ["block_local", "fixed", "global_tokens", "random_blocks"]

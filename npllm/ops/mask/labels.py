@@ -7,7 +7,7 @@ import numpy as np
 
 from npllm.arrays import array_namespace, expect_shape, host_range, is_integer
 from npllm.errors import NpllmTypeError
-from npllm.ops.mask.dense import check_slots
+from npllm.ops.mask.causal_and_window import check_slots
 from npllm.ops.mask.rule import ALL, FAR, NONE, SOME, LeftBand, Rule
 
 __all__ = ["documents", "left_padding", "padding"]

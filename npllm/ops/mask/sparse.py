@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from npllm.ops.mask.dense import at_least, causal
+from npllm.ops.mask.causal_and_window import at_least, causal
 from npllm.ops.mask.rule import ALL, NONE, SOME, DerivedRule, Rule
 
 __all__ = [

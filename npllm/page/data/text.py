@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from npllm.analysis.cost import parameter_counts
-from npllm.decoding.sampling import next_token_distribution
+from npllm.decoding.sampler_chain import next_token_distribution
 from npllm.page.data.rounding import significant
 from npllm.page.run import Run
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from npllm.arrays import dtype_named, round_to, widen
 from npllm.models.phi3 import decoder_layers
-from npllm.models.rotations import Rotations
+from npllm.models.rope_tables import Rotations
 from npllm.models.taps import Tap
 from npllm.ops import Ops, Step, mask
 from npllm.quantized.block_formats import FORMATS

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 
-from npllm.batching.job import Event
+from npllm.continuous_batching.job import Event
 
 __all__ = ["Metrics"]
 

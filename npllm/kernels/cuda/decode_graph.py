@@ -8,15 +8,17 @@ import numpy as np
 from npllm.arrays import array_namespace, is_packed, widen
 from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.attention import Place, count_splits, launch_attend, parts_shape
-from npllm.kernels.cuda.launching import STORED, entry, pointer
+from npllm.kernels.cuda.launching import entry, pointer
 from npllm.kernels.cuda.linear import Vectors, launch_linear
 from npllm.kernels.cuda.rope import launch_rope
+from npllm.kernels.cuda.weights import operand
 
 __all__ = ["MOST_QUEUED", "Plan"]
 
 Array = Any
 
 THREADS, CHOOSE_THREADS = 256, 1024  # of embed.cu and choose.cu
+UNIT = 32  # entries of a thread of embed_blocks.cu
 MOST_QUEUED = 256  # greedy tokens that are chosen before the host looks
 STATE = ("token", "slot", "table_row", "start", "n_chosen")  # rows of the state in device memory
 
@@ -78,14 +80,14 @@ class Plan:
         self, layers: list, positions: Array, variants: Array, tables: Callable, cache: Any
     ) -> bool:
         """Take over the arrays of the cache and the tables of the rotation; where they are new, the
-        graphs are captured again.  False for keys that the kernels do not write: of a 16-bit type.
+        graphs are captured again.  False for keys that the kernels do not write.
         """
         longest = int(positions.max()) + 1
         known = set(variants.tolist()) <= set(self.known_variants) and longest <= self.n_table
         moved = len(layers) != len(self.layers) or any(
             one is not other for one, other in zip(layers, self.layers, strict=True)
         )
-        if moved and any(entry(x) != "float" for layer in layers for x in layer[:2]):
+        if moved and any(entry(k) is None or entry(k) != entry(v) for k, v, _ in layers):
             return False
         if not known:
             self._make_tables(max(longest, layers[0][0].shape[-2]), variants, tables, cache)
@@ -153,12 +155,12 @@ class Plan:
 
     def _step(self) -> None:
         """Launch every kernel from the token to the logits."""
-        weight = self.params.embed_tokens
-        values, scales = (weight.values, weight.scales) if is_packed(weight) else (weight, None)
+        suffix, name, values, scales = operand(self.params.embed_tokens)
+        n_threads = self.x.size // (UNIT if suffix else 1)
         launching.launch(
-            "embed",
-            (("ENTRY", STORED[values.dtype]),),
-            -(-self.x.size // THREADS),
+            f"embed{suffix}",
+            (("ENTRY", name),),
+            -(-n_threads // THREADS),
             THREADS,
             self.token,
             values,

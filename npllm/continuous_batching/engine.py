@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import to_numpy
-from npllm.batching.errors import EndedError, ExpiredError, QueueFullError
-from npllm.batching.job import Event, Job
-from npllm.batching.kept import KeptCaches, copied_prefix, n_held
-from npllm.batching.metrics import Metrics
-from npllm.batching.row import Row
+from npllm.continuous_batching.errors import EndedError, ExpiredError, QueueFullError
+from npllm.continuous_batching.job import Event, Job
+from npllm.continuous_batching.metrics import Metrics
+from npllm.continuous_batching.prefix_cache import KeptCaches, copied_prefix, n_held
+from npllm.continuous_batching.running_sequence import Row
 from npllm.decoding.prefill import FEW_ROWS
 
 __all__ = ["MAX_BATCH", "Engine"]

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import to_numpy
-from npllm.batching.job import Event, Job
 from npllm.cache import KVCache
+from npllm.continuous_batching.job import Event, Job
 from npllm.decoding.constraints import constrain
 from npllm.decoding.details import Recorder, Token
 from npllm.decoding.prefill import n_read_together, pieces
-from npllm.decoding.sampling import choose, uniforms
+from npllm.decoding.sampler_chain import choose, uniforms
 from npllm.decoding.sequences import Sequences
 from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.models.rope import frequency_choice

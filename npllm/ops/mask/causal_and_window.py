@@ -1,4 +1,4 @@
-"""Rules of the dense models: everything, everything before, the last w, a prefix."""
+"""Causal rules and windows: every key, every earlier key, the last w keys, a prefix."""
 
 from dataclasses import dataclass
 from numbers import Integral
