@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from npllm.encoder import Encoder
     from npllm.errors import NpllmError
     from npllm.loading import load
+    from npllm.merging import merge
     from npllm.model import Model
     from npllm.page.explain import explain
     from npllm.pipelines import pipeline
@@ -67,6 +68,7 @@ __all__ = [
     "cost",
     "explain",
     "load",
+    "merge",
     "next_token_distribution",
     "ops",
     "packing",
@@ -90,6 +92,7 @@ _PUBLIC = {
     "compare": "tracing.comparison.comparing",
     "explain": "page.explain",
     "load": "loading",
+    "merge": "merging",
     "next_token_distribution": "decoding.sampling",
     "pipeline": "pipelines",
     "quantize": "quantization",

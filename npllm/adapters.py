@@ -1,22 +1,18 @@
 """AdaptableLM: a language model that LoRA adapters can be loaded into, switched and merged."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from os import PathLike
 from typing import Any, NamedTuple, Self
 
-from npllm.arrays import array_namespace, compute_dtype, is_packed, to_numpy, widen
+from npllm.arrays import is_packed
+from npllm.checkpoints.adapters.base import checked_base
 from npllm.checkpoints.adapters.reader import Adapter, read_adapter
-from npllm.checkpoints.unused import same_values
 from npllm.errors import NpllmKeyError, NpllmTypeError, NpllmValueError
 from npllm.forward_pass import CausalLM
 from npllm.models.params import LayerParams, Params
-from npllm.quantized.adapted import AdaptedWeight
+from npllm.quantized.adapted import AdaptedWeight, rounded
 
 __all__ = ["AdaptableLM", "adapted_params", "merged_params"]
-
-Array = Any
-BAND = 2**22  # entries of a weight that are merged at a time
 
 
 class _Loaded(NamedTuple):
@@ -71,7 +67,8 @@ class AdaptableLM(CausalLM):
             As `npllm.checkpoints.adapters.reader.read_adapter`; for a name that is taken.
         """
         base = self.base_params
-        adapter = checked_base(read_adapter(folder, self.config, self._xp), base)
+        adapter = read_adapter(folder, self.config, self._xp)
+        adapter = checked_base(adapter, lambda field: getattr(base, field))
         name = adapter.folder.resolve().name if name is None else name
         if not isinstance(name, str) or not name:
             raise NpllmTypeError(f"name must be a text, got {name!r:.40}")
@@ -124,7 +121,8 @@ class AdaptableLM(CausalLM):
         Raises
         ------
         NpllmValueError
-            When no adapter is active; when a weight to be changed is stored in int8 or in blocks.
+            When no adapter is active; when a weight to be changed is stored in int8 or in blocks,
+            or a sum is larger than its dtype holds.
 
         Notes
         -----
@@ -138,7 +136,7 @@ class AdaptableLM(CausalLM):
                 "merge_adapter needs an active adapter, got none; model.load_adapter(folder) "
                 "loads one, model.set_adapter(name) switches to one"
             )
-        return self._on_params(merged_params(self.params))
+        return self._on_params(merged_params(self.params, self.base_params))
 
     def _on_params(self, params: Params) -> Self:
         """The same settings on other weights, which come from no file."""
@@ -166,24 +164,6 @@ class AdaptableLM(CausalLM):
         self.set_adapter(active)
 
 
-def checked_base(adapter: Adapter, params: Params) -> Adapter:
-    """Return an adapter without the base weights beside it, which have to be those of the model.
-
-    Raises
-    ------
-    NpllmValueError
-        When they differ.  Weights in int8 or in blocks, which are rounded, are not compared.
-    """
-    for (_, field), stored in adapter.base.items():
-        mine = getattr(params, field)
-        if not is_packed(mine) and not same_values(to_numpy(mine), to_numpy(stored)):
-            raise NpllmValueError(
-                f"{adapter.folder}: was trained on a model with another {field}: the file holds "
-                "that of its base model, whose numbers are not those of this model"
-            )
-    return replace(adapter, base={})
-
-
 def adapted_params(params: Params, adapter: Adapter) -> Params:
     """Return weights with those that an adapter names in an `AdaptedWeight`, or replaced."""
     return params._replace(
@@ -205,28 +185,24 @@ def _changes(fields: Any, adapter: Adapter, number: int | None) -> dict[str, Any
     return changed
 
 
-def merged_params(params: Params) -> Params:
-    """Return weights in which every `AdaptedWeight` is one matrix, in the dtype of its base."""
-    layers = tuple(
-        layer._replace(**{name: _merged(name, x) for name, x in layer._asdict().items()})
-        for layer in params.layers
-    )
-    top = {name: _merged(name, x) for name, x in params._asdict().items() if name != "layers"}
-    return params._replace(layers=layers, **top)
+def merged_params(params: Params, base: Params) -> Params:
+    """Return weights in which every `AdaptedWeight` is one matrix, in the dtypes of the base."""
+    layers = tuple(map(_merged_fields, params.layers, base.layers))
+    return _merged_fields(params._replace(layers=layers), base._replace(layers=layers))
 
 
-def _merged(name: str, weight: Any) -> Any:
-    """One weight with its updates added, band by band."""
-    if not isinstance(weight, AdaptedWeight):
-        return weight
-    if is_packed(weight.base):
-        raise NpllmValueError(
-            f"{name} is stored as {type(weight.base).__name__}, to which nothing can be added: "
-            'merge with weights in floats (npllm.load(..., dtype="bfloat16" or "float32")), '
-            "or run unmerged"
-        )
-    xp, (d_out, d_in) = array_namespace(weight.base), weight.shape
-    n_rows = max(1, BAND // d_in)
-    bands = (weight[start : start + n_rows, :] for start in range(0, d_out, n_rows))
-    dtype = compute_dtype(weight.base)
-    return xp.concat([xp.astype(widen(band, dtype), weight.dtype) for band in bands], axis=0)
+def _merged_fields(fields: Any, base: Any) -> Any:
+    """A layer, or what is outside of them, with merged weights."""
+    pairs = zip(fields._asdict().items(), base, strict=True)
+    return fields._replace(**{name: _merged(name, x, old) for (name, x), old in pairs})
+
+
+def _merged(name: str, weight: Any, base: Any) -> Any:
+    """One weight with its updates added; a replaced one in the dtype of what it replaces."""
+    try:
+        if isinstance(weight, AdaptedWeight):
+            return weight.merged()
+        is_replaced = weight is not base and not is_packed(base)
+        return rounded(weight, base.dtype) if is_replaced else weight
+    except NpllmValueError as error:
+        raise NpllmValueError(f"{name}: {error}") from None

@@ -23,6 +23,7 @@ __all__ = [
     "check_mask",
     "check_number",
     "check_path",
+    "check_paths",
     "check_positions",
     "host_array",
     "host_integers",
@@ -250,6 +251,12 @@ def check_path(name: str, path: Any) -> Path:
     if "\0" in value:
         raise NpllmValueError(f"{name} must hold no NUL character, got {quote(value)}")
     return Path(value)
+
+
+def check_paths(name: str, paths: Any) -> list[Path]:
+    """Return one path, or each of several, as a list; raise as `check_path` does."""
+    several = paths if isinstance(paths, list | tuple) else [paths]
+    return [check_path(name, path) for path in several]
 
 
 def native_weights(weights: Any) -> Any:

@@ -1,8 +1,10 @@
 """`quantize`: from any checkpoint to a GGUF file of a chosen type."""
 
+from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
-from npllm.arguments import check_flag, check_path
+from npllm.arguments import check_flag, check_path, check_paths
 from npllm.checkpoints.extras import import_extra
 from npllm.checkpoints.gguf.sources import gguf_source
 from npllm.checkpoints.gguf.tensor_types import file_type_named
@@ -18,6 +20,7 @@ def quantize(
     output: str | Path,
     file_type: str = "q4_k_m",
     *,
+    adapters: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -34,6 +37,9 @@ def quantize(
         "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
         "f16", "bf16" or "f32".  The type of each tensor is the one that llama.cpp chooses
         (`npllm.checkpoints.gguf.tensor_types.tensor_type`).
+    adapters : path or sequence of paths
+        Folders of LoRA adapters that PEFT saved, to merge into the weights first, as
+        `npllm.merge` does.
     overwrite : bool
         Replace a file that exists.
     progress : bool
@@ -63,7 +69,8 @@ def quantize(
     wanted, target = file_type_named(file_type), check_path("output", output)
     import_extra("gguf", "writing GGUF")
     _check_output(target, check_flag("overwrite", overwrite))
-    write_gguf(gguf_source(checkpoint_folder(path)), target, wanted, progress=progress)
+    merged = check_paths("adapters", adapters)
+    write_gguf(gguf_source(checkpoint_folder(path), merged), target, wanted, progress=progress)
     return target
 
 

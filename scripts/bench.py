@@ -14,6 +14,7 @@
     contention          decoding beside 0, 1, 2 and 4 busy processes, and in two processes at once
     serve -m FILE.gguf  a server's tokens/s at 1, 4 and 16 clients, beside llama-cpp-python's
     adapters            decoding without a LoRA adapter, under one, and with it merged
+    chat                the first piece of an answer after 1,000 tokens, with a kept cache or not
     evaluate            requests of lm-eval, beside lm-eval's model "hf" (needs lm_eval)
     attention           the definition, both schedules, a window, and torch, by sequence length
 
@@ -27,6 +28,7 @@ import click
 from bench import (
     adapters,
     attention,
+    chat,
     checkouts,
     contention,
     engines,
@@ -62,6 +64,7 @@ for command in (
     attention.attention,
     attention.attend,
     adapters.adapters,
+    chat.chat,
     evaluation.evaluate,
     evaluation.child,
 ):

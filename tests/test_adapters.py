@@ -204,7 +204,7 @@ def test_quantised_weights_run_unmerged_and_refuse_to_merge(dtype, tmp_path):
     model = npllm.load(path, ops="fast", **exact)
     close(model(IDS), got, times=4)
     assert params.layers[0].o_proj.base is wide.layers[0].o_proj
-    with pytest.raises(NpllmValueError, match=r"qkv_proj is stored as .*dtype=\"bfloat16\""):
+    with pytest.raises(NpllmValueError, match=r"qkv_proj: a weight stored as .*dtype=\"bfloat16\""):
         model.merge_adapter()
 
 

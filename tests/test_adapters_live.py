@@ -11,12 +11,14 @@ from npllm.errors import NpllmValueError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
 IDS = tiny.random_ids(2, 9)
+STORED = {"float32": "F32", "bfloat16": "BF16"}
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -86,6 +88,45 @@ def test_logits_are_those_of_peft(case, tmp_path):
     close(mine(IDS), want, times=10)
     assert np.abs(npllm.load(path)(IDS) - want).max() > 0.1
     close(mine.merge_adapter()(IDS), want, times=10)  # PEFT's own merge changes a tied lm_head too
+
+
+@pytest.mark.parametrize("case", [x for x in CASES if "tied" not in x])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_folder_is_the_one_that_peft_saves(case, dtype, tmp_path):
+    changes, settings = CASES[case]
+    path = tiny.write_folder(tmp_path / "base", dtype=tiny.DTYPES[STORED[dtype]], **changes)
+    base = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    theirs = trained(base, **settings)
+    theirs.save_pretrained(tmp_path / "adapter")
+    theirs.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    out = npllm.merge(path, tmp_path / "adapter", tmp_path / "ours", progress=False)
+    ours, want, old = (load_file(x / "model.safetensors") for x in (out, tmp_path / "theirs", path))
+    assert ours.keys() == want.keys()
+    unit = {"float32": 2**-24, "bfloat16": 2**-8}[dtype]
+    for name, x in want.items():
+        assert ours[name].dtype == x.dtype == getattr(torch, dtype)
+        mine, theirs, before = (y.double() for y in (ours[name], x, old[name]))
+        # Each rounds the sum; PEFT rounds the update of an embedding before that.
+        bound = unit * (2 * theirs.abs() + (theirs - before).abs()) + 2e-6
+        assert ((mine - theirs).abs() <= bound).all(), name
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    close(npllm.load(out, dtype="float32")(IDS), logits(again), times=10)
+
+
+def test_two_adapters_in_one_folder_as_peft_adds_them(tmp_path):
+    path = tiny.write_folder(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    theirs = trained(base, target_modules=FUSED)
+    theirs.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    with torch.no_grad():
+        for name, x in theirs.named_parameters():
+            if ".other." in name:
+                x.copy_(0.2 * torch.randn(x.shape))
+    theirs.save_pretrained(tmp_path / "a")
+    folders = [tmp_path / "a", tmp_path / "a" / "other"]
+    out = npllm.merge(path, folders, tmp_path / "ours", progress=False)
+    want = logits(theirs.merge_and_unload(adapter_names=["default", "other"]))
+    close(npllm.load(out)(IDS), want, times=10)
 
 
 def test_several_adapters_switched_by_name(tmp_path):

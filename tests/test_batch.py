@@ -218,7 +218,9 @@ def test_a_number_of_an_answer_that_is_not_finite_is_null(model, tmp_path, out, 
     rows = [{"text": "hello w"}, {"text": "hello hello"}]
     scored = score(model, "hello w")
     never = scored._replace(log_probs=np.full_like(scored.log_probs, -np.inf))
-    monkeypatch.setattr(answers_module, "score", lambda *_: never)
+    monkeypatch.setattr(
+        answers_module, "score_batches", lambda _, ids: enumerate([never] * len(ids))
+    )
     batch(model, write(tmp_path / "in", rows), out, task="score")
     for one in results(read(out)):
         assert (one["log_probability"], one["perplexity"]) == (None, None)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import tiny
 import npllm
 from npllm import progress
 from npllm.cli import main as entry
+from npllm.errors import NpllmOSError
+from npllm.evaluation.run import evaluate
 
 CliRunner = pytest.importorskip("click.testing").CliRunner
 cli = pytest.importorskip("npllm.cli.commands")
@@ -233,3 +236,47 @@ def test_slow_work_writes_a_line_now_and_then_where_stderr_is_no_terminal(monkey
 def test_a_reader_of_the_help_finds_what_minus_one_does():
     text = CliRunner().invoke(cli.main, ["generate", "-h"]).stdout
     assert "until a stop" in text and inspect.cleandoc(cli.main.help) in cli.main.help
+
+
+VERBS = frozenset(
+    """
+    Add Answer Apply Begin Check Compare Compile Continue Decode Divide Draw End Fetch Find Generate
+    Give Go Hold Keep Leave Let Link Listen Load Make Measure Name Pass Plant Print Put Read Refuse
+    Replace Return Round Run Sample Save Search Send Show Start Take Time Use Verify Write Do
+""".split()
+)
+
+
+def helps():
+    """Every option with its help, by command."""
+    return [
+        (name, max(x.opts, key=len), x.help)
+        for name, command in cli.main.commands.items()
+        for x in command.params
+        if x.param_type_name == "option"
+    ]
+
+
+def test_the_help_of_every_option_is_a_sentence_that_says_what_it_does():
+    wrong = [
+        (name, option, text)
+        for name, option, text in helps()
+        if text is None
+        or text.split()[0].strip(",") not in VERBS
+        or not re.search(r"\.( \[.*\])?$|\"$", text)
+    ]
+    assert wrong == [] and len(helps()) > 200
+    said = {name: command.help.split()[0] for name, command in cli.main.commands.items()}
+    starts = {"Chat", "Diagnose", "Draw", "Evaluate", "List", "Say", "Serve", "Name"} | VERBS
+    assert {name: word for name, word in said.items() if word not in starts} == {}
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_a_folder_of_tasks_that_is_none_is_named(name, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NpllmOSError, match=rf"include_path must be a folder .*{name} is none"):
+        evaluate(None, ["x"], include_path=tmp_path / name)
+    result = CliRunner().invoke(
+        cli.main, ["eval", "--tasks", "x", "--include-path", str(tmp_path / name)]
+    )
+    assert result.exit_code == 2 and name in result.output

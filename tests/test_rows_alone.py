@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
+import oracles
 import pytest
 import tiny
 from close import close
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import npllm
 from npllm import kernels
+from npllm.arrays import widen
 from npllm.decoding.prefill import n_reusable, pieces
 from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.int8 import quantize
@@ -49,8 +51,8 @@ def model(config, dtype):
 
 
 @lru_cache
-def model_in_8_bits():
-    plain = tiny.model(hidden_size=64, intermediate_size=128)
+def model_in_8_bits(hidden_size=64):
+    plain = tiny.model(hidden_size=hidden_size, intermediate_size=128)
     names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     layers = tuple(
         layer._replace(**{name: quantize(getattr(layer, name)) for name in names})
@@ -90,6 +92,21 @@ def one_by_one(model, ids, n_past):
     return np.stack(steps, axis=1)
 
 
+@given(
+    st.sampled_from([*DTYPES, "int8"]),
+    st.one_of(st.integers(1, 130), st.sampled_from([32, 40, 63, 65, 96])),
+    st.integers(2, MOST),
+    st.integers(0, 9),
+)
+def test_a_row_of_a_product_of_any_width(dtype, d_in, n, seed):
+    draw = np.random.default_rng(seed).standard_normal
+    w = draw((19, d_in)).astype(np.float32)
+    w = quantize(w) if dtype == "int8" else w.astype(DTYPES[dtype])
+    x, linear = draw((n, d_in)).astype(np.float32), kernels.compiled_ops().linear
+    close(linear(x, w), np.concatenate([linear(row[None], w) for row in x]), times=0)
+    close(linear(x, w), oracles.linear(x, widen(w)).astype(np.float32), times=8)
+
+
 @given(made, st.integers(0, 9), st.integers(0, 30), st.integers(1, MOST))
 def test_tokens_sent_together_are_as_those_sent_one_by_one(which, seed, n_past, n_new):
     m = model(*which)
@@ -100,9 +117,9 @@ def test_tokens_sent_together_are_as_those_sent_one_by_one(which, seed, n_past, 
     close(m(ids[:, n_past:], cache=together), one_by_one(m, ids, n_past), times=0)
 
 
-@given(st.integers(0, 9), st.integers(0, 30), st.integers(1, MOST))
-def test_and_so_with_weights_in_8_bits(seed, n_past, n_new):
-    m = model_in_8_bits()
+@given(st.sampled_from([64, 40]), st.integers(0, 9), st.integers(0, 30), st.integers(1, MOST))
+def test_and_so_with_weights_in_8_bits(hidden_size, seed, n_past, n_new):
+    m = model_in_8_bits(hidden_size)
     ids = tiny.random_ids(1, n_past + n_new, seed)
     together = m.new_cache(1)
     if n_past:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from npllm import ops
+from npllm.arguments import check_ids
 from npllm.arrays import to_numpy
 from npllm.errors import NpllmValueError
 from npllm.finite_scores import FROM_MODEL, check_scores
@@ -127,6 +128,8 @@ def score_packed(
     _check_lengths(lengths, capacity)
     variants = [rope.frequency_choice(model.config, length) for length in lengths]
     rows = _pack_by_variant(lengths, capacity, variants)
+    for document in ids:
+        check_ids("document", [document], model.config.vocab_size, "vocab_size")
     scores: list[Array] = [None] * len(ids)
     for start in range(0, len(rows), n_rows):
         for number, score in _score_rows(model, rules, rows[start : start + n_rows], ids):

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm import ops
-from npllm.arguments import host_integers
+from npllm.arguments import check_ids, host_integers
 from npllm.arrays import is_integer, to_numpy
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.finite_scores import FROM_MODEL, check_finite, check_scores
 from npllm.model import Model
 from npllm.progress import progress_bar
 
-__all__ = ["Score", "Window", "perplexity", "score", "windows"]
+__all__ = ["Score", "Window", "perplexity", "score", "token_log_probs", "windows"]
 
 Array = Any
 
@@ -135,8 +135,8 @@ def score(
     Notes
     -----
     Logits and their log-softmax are in float32 (float64 when the weights are), the sums over tokens
-    in float64.  Logits of 128 positions exist at a time.  `npllm.analysis.packing.score_packed`
-    scores many short documents at once.
+    in float64.  Logits of 128 positions exist at a time.  `npllm.analysis.score_batches`
+    scores many texts at once.
 
     Source: "A Neural Probabilistic Language Model" (Bengio et al. 2003), section 2;
     `ForCausalLMLoss` in Transformers.
@@ -219,8 +219,33 @@ def _score_window(model: Model, ids: Array, window: Window) -> list[Array]:
     The hidden state at position t - 1 gives the logits of token t.
     """
     hidden = model.model(ids[None, window.start : window.stop - 1])
-    hidden = hidden[:, window.first - 1 - window.start :, :]
-    targets, parts = ids[window.first : window.stop], []
+    states = hidden[:, window.first - 1 - window.start :, :]
+    return token_log_probs(model, states, ids[window.first : window.stop])
+
+
+def token_log_probs(model: Any, hidden: Array, targets: Array) -> list[Array]:
+    """Compute the log-probabilities of tokens from the hidden states in front of them.
+
+        log_probs[t] = log softmax(lm_head(hidden[t]))[targets[t]]
+
+    Parameters
+    ----------
+    model : Model
+    hidden : array [1, n, d_model]
+    targets : integer array [n]
+
+    Returns
+    -------
+    parts : list of array
+        float64, of 128 tokens each.
+
+    Raises
+    ------
+    NpllmValueError
+        When a token is none of the vocabulary, or a logit is NaN or +inf.
+    """
+    parts = []
+    check_ids("text", targets[None], model.config.vocab_size, "vocab_size")
     for start in range(0, len(targets), ROWS):
         logits = to_numpy(model.lm_head(hidden[:, start : start + ROWS, :]))[0]
         check_scores(logits, "the model's logits", FROM_MODEL)

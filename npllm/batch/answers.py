@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from npllm.analysis.score import score
+from npllm.analysis.score_batches import score_batches
 from npllm.batch.files import Answer
 from npllm.batch.tasks import Item, Task
 from npllm.continuous_batching.engine import Engine
@@ -42,12 +42,11 @@ def _writable(x: Any) -> Any:
 
 
 def _scores(task: Task, items: list[Item]) -> Iterator[tuple[str, Answer]]:
-    """Score one text after another."""
-    for item in items:
-        try:
-            scored = score(task.model, item.ids)
-        except NpllmError as error:
-            yield item.key, {"error": str(error)}
+    """Score texts of about one length together."""
+    for number, scored in score_batches(task.model, [item.ids for item in items]):
+        item = items[number]
+        if isinstance(scored, NpllmError):
+            yield item.key, {"error": str(scored)}
             continue
         yield (
             item.key,

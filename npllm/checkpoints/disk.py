@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from npllm.progress import report
 
 __all__ = [
     "check_hash",
+    "checkpoint_beside",
     "exchange_folders",
     "folder_lock",
     "is_checkpoint",
@@ -26,6 +28,7 @@ __all__ = [
     "remove_checkpoint",
     "remove_leftovers",
     "require_space",
+    "require_space_for",
     "sha256",
 ]
 
@@ -103,6 +106,19 @@ def require_space(folder: Path, needed: int) -> None:
         raise NpllmOSError(
             f"{folder} needs {_format_bytes(needed)} free, but has {_format_bytes(free)}: "
             "make room, or name another folder with NPLLM_WEIGHTS"
+        )
+
+
+def require_space_for(output: Path, n_bytes: int) -> None:
+    """Raise `NpllmOSError` unless the disk of a file or folder to write has that many bytes free.
+
+    For outputs that the caller names, which may be elsewhere.
+    """
+    free = shutil.disk_usage(output.parent).free
+    if free < n_bytes:
+        raise NpllmOSError(
+            f"{output} needs {n_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free: "
+            "make room or name another place"
         )
 
 
@@ -186,6 +202,36 @@ def publish_over(complete: Path, folder: Path) -> None:
         return
     for file in sorted(complete.iterdir(), key=lambda file: file.name == "config.json"):
         shutil.move(file, folder / file.name)
+
+
+@contextlib.contextmanager
+def checkpoint_beside(folder: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of a checkpoint when the body ends without an error.
+
+    Parameters
+    ----------
+    folder : Path
+        As in `publish_over`.
+
+    Yields
+    ------
+    complete : Path
+        Empty, on the same disk.  After an error nothing of it is left.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    complete = staging / "checkpoint"
+    try:
+        complete.mkdir()
+        yield complete
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    try:
+        publish_over(complete, folder)
+    finally:
+        remove_checkpoint(complete)
+        with contextlib.suppress(OSError):  # it holds what could not be moved back
+            staging.rmdir()
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -35,23 +35,34 @@ DECODING = (
 @click.command()
 @click.argument("source", metavar="IN.jsonl", type=click.Path())
 @click.argument("out", metavar="OUT.jsonl", type=click.Path())
-@click.option("--task", type=click.Choice(TASKS), default="generate", show_default=True)
+@click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    default="generate",
+    show_default=True,
+    help="Do this with every row.",
+)
 @click.option(
     "--keep-order/--no-keep-order",
     default=True,
     show_default=True,
-    help="Of the rows; else they stand in the order in which they were answered.",
+    help="Write rows in the order of the input, or as they are answered.",
 )
 @click.option(
     "--engine",
     type=click.Choice(("local", "ray")),
     default="local",
     show_default=True,
-    help="This process, or actors of a Ray cluster.",
+    help="Answer in this process, or in actors of a Ray cluster.",
 )
-@click.option("--workers", type=click.IntRange(min=1), default=1, help="Actors of --engine ray.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=64, help="Rows of a shard of --engine ray."
+    "--workers", type=click.IntRange(min=1), default=1, help="Start so many actors of --engine ray."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=64,
+    help="Give an actor of --engine ray so many rows at a time.",
 )
 @any_model_options
 @decoding_options

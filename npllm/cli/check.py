@@ -22,38 +22,51 @@ MASKS = ("rule", "bool", "inverted", "additive", "none")
 
 @click.command()
 @click.argument("function", metavar="MODULE:FUNCTION")
-@click.option("--op", type=click.Choice(CHECKED), help="The operation. [from the function's name]")
+@click.option(
+    "--op", type=click.Choice(CHECKED), help="Check this operation. [from the function's name]"
+)
 @click.option(
     "--library",
     type=click.Choice(LIBRARIES),
-    help="Of the function's arrays; without it, it has the signature of npllm.ops.",
+    help="Name the library of its arrays; without it, it has the signature of npllm.ops.",
 )
-@click.option("--layout", default="b h n d", show_default=True, help="Of q, k, v and the result.")
+@click.option(
+    "--layout",
+    default="b h n d",
+    show_default=True,
+    help="Name the axes of q, k, v and the result.",
+)
 @click.option(
     "--mask",
     type=click.Choice(MASKS[1:]),
     default="bool",
     show_default=True,
-    help="What a function of another library takes.",
+    help="Pass a mask of this kind to a function of another library.",
 )
-@click.option("--dtype", default="float32", show_default=True, help="Of inputs and output.")
+@click.option(
+    "--dtype", default="float32", show_default=True, help="Check inputs and output of this type."
+)
 @click.option(
     "--flush-to-zero",
     is_flag=True,
-    help="Subnormal numbers may count as zero, as with JAX on the CPU and CUDA's -ftz=true.",
+    help="Let subnormal numbers count as zero, as with JAX on the CPU and CUDA's -ftz=true.",
 )
-@click.option("--features", metavar="A,B", help="Only these. [all that the function takes]")
+@click.option("--features", metavar="A,B", help="Check only these. [all that the function takes]")
 @click.option(
-    "--max-examples", type=click.IntRange(min=1), default=200, show_default=True, help="To try."
+    "--max-examples",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Make at most so many inputs.",
 )
 @click.option(
     "--n-seq",
     type=click.IntRange(min=0),
     default=2000,
     show_default=True,
-    help="Tokens of the large problem of an attention; 0: leave it out.",
+    help="Give the large problem of an attention so many tokens; 0: leave it out.",
 )
-@click.option("--seed", type=int, help="Replays a search.")
+@click.option("--seed", type=int, help="Search as every run with this seed does.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def check(context: click.Context, function: str, as_json: bool, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Commands on checkpoints: `npllm tokens`, `inspect`, `cost`, `fetch`, `list`, `quantize`."""
+"""Commands on checkpoints: `npllm tokens`, `inspect`, `cost`, `fetch`, `list`."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +15,6 @@ from npllm.checkpoints.fetch import fetch as fetch_checkpoint
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.checkpoints.gguf.finite import find_nonfinite_blocks
 from npllm.checkpoints.gguf.reader import is_gguf
-from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, file_type_named
 from npllm.checkpoints.origin import read_config
 from npllm.cli.layout import checkpoint_lines, cost_lines
 from npllm.cli.options import (
@@ -33,7 +32,6 @@ from npllm.kernels import compiled_ops
 from npllm.loading import checkpoint_folder, load, read_tokenizer
 from npllm.model import Model
 from npllm.progress import report, write_line
-from npllm.quantize_to_gguf import quantize as quantize_checkpoint
 from npllm.quantized.dtypes import NAMES
 
 __all__ = ["COMMANDS"]
@@ -63,14 +61,14 @@ def tokens(prompt: str, path: str | None, chat: bool, as_json: bool) -> None:
 @click.option(
     "--check-finite",
     is_flag=True,
-    help="Also search for NaN and infinity, which reads all files; exit code 1 if any.",
+    help="Search for NaN and infinity as well, which reads all files; exit code 1 if any.",
 )
 @click.option(
     "--int8",
     is_flag=True,
-    help="Also measure the error of every matrix under --dtype int8: |w - rounded| / |w|.",
+    help="Measure the error of every matrix under --dtype int8 as well: |w - rounded| / |w|.",
 )
-@click.option("--int4", is_flag=True, help="The same under --dtype int4.")
+@click.option("--int4", is_flag=True, help="Measure the same under --dtype int4.")
 @json_option
 def inspect(
     path: str | None,
@@ -113,16 +111,18 @@ def _inspect_facts(folder: Path, check_finite: bool, dtypes: list[str]) -> dict[
     type=click.IntRange(min=1),
     default=1024,
     show_default=True,
-    help="Tokens of the prompt.",
+    help="Take a prompt of so many tokens.",
 )
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Number of sequences.",
+    help="Take so many sequences.",
 )
-@click.option("--dtype", type=click.Choice(NAMES), help="Of the weights. [as stored]")
+@click.option(
+    "--dtype", type=click.Choice(NAMES), help="Hold the weights in this type. [as stored]"
+)
 @json_option
 def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json: bool) -> None:
     """Show what a model costs: parameters, operations, bytes, KV cache.  Needs config.json, or the
@@ -145,15 +145,17 @@ def cost(path: str | None, context: int, batch: int, dtype: str | None, as_json:
 
 @click.command()
 @click.argument("name", default=DEFAULT_MODEL)
-@click.option("--revision", help="Branch, tag or commit of a Hugging Face repository.")
+@click.option("--revision", help="Fetch this branch, tag or commit of a Hugging Face repository.")
 @click.option(
-    "--token", help="Hugging Face access token, for gated repositories.", envvar="HF_TOKEN"
+    "--token",
+    help="Send this Hugging Face access token, for gated repositories.",
+    envvar="HF_TOKEN",
 )
 @click.option(
     "--include",
     multiple=True,
     metavar="PATTERN",
-    help='Only files that match, GGUF files among them: "*Q4_K_M*"; may be given again.',
+    help='Fetch only files that match, GGUF files among them: "*Q4_K_M*"; may be given again.',
 )
 @click.option(
     "--prepare/--no-prepare",
@@ -197,40 +199,4 @@ def list_present(as_json: bool) -> None:
     write_line(f"{len(found)} in {weights_folder()}")
 
 
-def _known_file_type(_context: Any, _option: Any, name: str) -> str:
-    """Return the name of a file type; an unknown one is wrong usage."""
-    try:
-        return file_type_named(name).name
-    except NpllmValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-@click.command()
-@path_option
-@click.option(
-    "--type",
-    "file_type",
-    metavar="TYPE",
-    default="q4_k_m",
-    show_default=True,
-    callback=_known_file_type,
-    help=f"One of {', '.join(FILE_TYPES)}.",
-)
-@click.option(
-    "-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help=".gguf"
-)
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
-@json_option
-def quantize(path: str | None, file_type: str, output: Path, force: bool, as_json: bool) -> None:
-    """Write a checkpoint as a GGUF file, rounded to blocks of a few bits."""
-    quantize_checkpoint(path, output, file_type, overwrite=force)
-    facts = checkpoint_facts(output)
-    kept = {key: facts[key] for key in ("parameters", "bytes", "bits_per_weight", "types")}
-    if as_json:
-        print_json({"file": str(output), "type": file_type, **kept})
-        return
-    click.echo(str(output))
-    write_line(f"{facts['bytes']:,} bytes, {facts['bits_per_weight']:.2f} bits a weight")
-
-
-COMMANDS = (tokens, inspect, cost, fetch, list_present, quantize)
+COMMANDS = (tokens, inspect, cost, fetch, list_present)

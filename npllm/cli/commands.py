@@ -31,6 +31,7 @@ from npllm.cli import (
     testing,
     tracing,
     views,
+    writing,
 )
 from npllm.errors import NpllmError
 from npllm.kernels import compilation
@@ -42,6 +43,7 @@ GROUPS = (
     generation,
     predictions,
     checkpoints,
+    writing,
     views,
     explain,
     tracing,

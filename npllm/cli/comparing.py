@@ -28,7 +28,7 @@ USAGE = 2
 @click.option(
     "--weights",
     type=click.Path(),
-    help="The port's own parameters, a safetensors file or a folder of them: looked at first.",
+    help="Compare the port's own parameters first, of a safetensors file or a folder.",
 )
 @path_option
 @adapter_option
@@ -37,7 +37,7 @@ USAGE = 2
     "--names",
     default="transformers",
     show_default=True,
-    help="What the values of MINE are called.",
+    help="Read the values of MINE under these names.",
 )
 @click.option("--all", "everything", is_flag=True, help="Print every row.")
 @click.option("--plot", type=click.Path(), help="Draw the error against depth into this file.")

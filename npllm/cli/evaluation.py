@@ -16,20 +16,26 @@ KEPT = ("results", "groups", "n-samples", "versions", "n-shot", "higher_is_bette
 
 
 @click.command(name="eval")
-@click.option("--tasks", required=True, metavar="NAME,...", help="Tasks or groups of lm-eval.")
+@click.option(
+    "--tasks", required=True, metavar="NAME,...", help="Run these tasks or groups of lm-eval."
+)
 @model_options
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples. [as the task says]")
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), help="Show so many examples. [as the task says]"
+)
 @click.option(
     "--limit",
     type=click.FloatRange(min=0),
-    help="Documents of each task, at most; below 1, that share of them.",
+    help="Take at most so many documents of each task; below 1, that share of them.",
 )
 @click.option(
     "--include-path",
     type=click.Path(exists=True, file_okay=False),
-    help="A folder of further tasks.",
+    help="Find further tasks in this folder.",
 )
-@click.option("--output-path", type=click.Path(), help="A .json file for all results, or a folder.")
+@click.option(
+    "--output-path", type=click.Path(), help="Write all results to this .json file, or to a folder."
+)
 @click.option(
     "--apply-chat-template", is_flag=True, help="Put each prompt through the chat template."
 )
@@ -38,7 +44,7 @@ KEPT = ("results", "groups", "n-samples", "versions", "n-shot", "higher_is_bette
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Prompts that are continued at a time.",
+    help="Continue so many prompts at a time.",
 )
 @json_option
 def evaluate(

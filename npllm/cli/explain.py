@@ -17,22 +17,24 @@ __all__ = ["COMMANDS"]
 @click.command()
 @prompt_options
 @model_options
-@click.option("-o", "--output", metavar="FILE", required=True, help="The HTML file to write.")
-@click.option("--layer", type=int, help="Whose attention is shown step by step. [the middle one]")
+@click.option("-o", "--output", metavar="FILE", required=True, help="Write this HTML file.")
+@click.option(
+    "--layer", type=int, help="Show the attention of this layer step by step. [the middle one]"
+)
 @click.option(
     "-n",
     "--max-new-tokens",
     type=click.IntRange(min=1, max=32),
     default=12,
     show_default=True,
-    help="Steps of the loop.",
+    help="Show so many steps of the loop.",
 )
 @click.option(
     "--docs",
     metavar="ADDRESS",
     default="docs",
     show_default=True,
-    help="Folder or address of npllm's docs, for the links of the page.",
+    help="Link the page to npllm's docs in this folder or at this address.",
 )
 @chat_option
 @json_option

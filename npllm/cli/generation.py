@@ -31,12 +31,12 @@ EARLY_STOPPING: dict[str, bool | str] = {"true": True, "false": False, "never": 
 @model_options
 @sampling_options
 @chat_option
-@click.option("--system", metavar="TEXT", help="System message, with --chat.")
+@click.option("--system", metavar="TEXT", help="Begin with this system message, with --chat.")
 @click.option(
     "--top-logprobs",
     type=click.IntRange(min=0),
     default=0,
-    help="With --json: name so many of the most likely tokens at each step.",
+    help="Name so many of the most likely tokens at each step, with --json.",
 )
 @json_option
 def generate(
@@ -62,7 +62,7 @@ def generate(
 @click.command()
 @model_options
 @sampling_options
-@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--system", metavar="TEXT", help="Begin with this system message.")
 @click.option("--save", metavar="FILE", type=click.Path(), help="Save the conversation at the end.")
 @click.option(
     "--resume", metavar="FILE", type=click.Path(), help="Go on with a saved conversation."
@@ -88,14 +88,14 @@ def chat(
     type=click.IntRange(min=1),
     default=4,
     show_default=True,
-    help="Beams kept at each step.",
+    help="Keep so many beams at each step.",
 )
 @click.option(
     "--num-return-sequences",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="At most --num-beams.",
+    help="Return so many answers, at most --num-beams.",
 )
 @new_tokens_option(50, least=1)
 @click.option(
@@ -103,7 +103,7 @@ def chat(
     type=float,
     default=1.0,
     show_default=True,
-    help="Larger values prefer longer answers.",
+    help="Divide scores by the length to this power; larger values prefer longer answers.",
 )
 @click.option(
     "--early-stopping",
@@ -113,7 +113,7 @@ def chat(
     help="End with the first finished answers; when no better one is likely; when none is "
     "possible.",
 )
-@click.option("--repetition-penalty", type=float)
+@click.option("--repetition-penalty", type=float, help="Make repeated tokens less likely, above 1.")
 @chat_option
 @json_option
 def beam(

@@ -28,12 +28,24 @@ Lines = Callable[[dict[str, Any]], Iterable[str]]
     type=click.IntRange(min=1),
     default=51,
     show_default=True,
-    help="Tokens of the prompt.",
+    help="Take a prompt of so many tokens.",
 )
 @click.option(
-    "-n", "--n-new", type=click.IntRange(min=1), default=32, show_default=True, help="New tokens."
+    "-n",
+    "--n-new",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Generate so many tokens.",
 )
-@click.option("-r", "--repeat", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "-r",
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Measure so many times.",
+)
 @click.option(
     "--profile",
     "by_op",

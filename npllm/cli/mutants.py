@@ -15,7 +15,7 @@ USAGE, MISSED = 2, 1
 
 @click.command()
 @click.argument("command")
-@click.option("--only", metavar="TEXT", help="Only bugs whose name contains it.")
+@click.option("--only", metavar="TEXT", help="Plant only bugs whose name contains this.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def mutants(context: click.Context, command: str, only: str | None, as_json: bool) -> None:

@@ -43,20 +43,24 @@ path_option = click.option(
     "--model",
     "path",
     metavar="PATH",
-    help=f"Checkpoint folder, GGUF file, or name of a fetched checkpoint. [{DEFAULT_MODEL}]",
+    help=f"Load this checkpoint folder, GGUF file, or fetched checkpoint. [{DEFAULT_MODEL}]",
 )
 adapter_option = click.option(
-    "--adapter", metavar="DIR", help="Folder of a LoRA adapter that PEFT saved, to run with."
+    "--adapter", metavar="DIR", help="Run with the LoRA adapter that PEFT saved in this folder."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 chat_option = click.option(
     "--chat", is_flag=True, help="Put the prompt through the checkpoint's chat template."
 )
 _backend_option = click.option(
-    "--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="numpy",
+    show_default=True,
+    help="Keep the arrays in NumPy or CuPy; auto: in CuPy where it finds a device.",
 )
 _dtype_option = click.option(
-    "--dtype", type=click.Choice(NAMES), help="Of the weights. [as stored]"
+    "--dtype", type=click.Choice(NAMES), help="Hold the weights in this type. [as stored]"
 )
 _ops_option = click.option(
     "--ops",
@@ -64,7 +68,7 @@ _ops_option = click.option(
     type=click.Choice(SETS),
     default="fast",
     show_default=True,
-    help="The fastest proven operations; the CUDA kernels; the definitions, with blockwise "
+    help="Run the fastest proven operations; the CUDA kernels; the definitions, with blockwise "
     "attention or without.",
 )
 
@@ -72,7 +76,7 @@ _ops_option = click.option(
 _activations_option = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
-    help="What a prefill rounds the inputs of linear maps to. [by the weights; float32: nothing]",
+    help="Round the inputs of linear maps to this in a prefill. [by the weights; float32: nothing]",
 )
 
 
@@ -80,7 +84,7 @@ def prompt_options(command: Command) -> Command:
     """Add the prompt: by position, as -p, or in a file; the command gets `prompt`, its text."""
 
     @click.argument("prompt", required=False)
-    @click.option("-p", "--prompt", "named", metavar="TEXT", help="The same as PROMPT.")
+    @click.option("-p", "--prompt", "named", metavar="TEXT", help="Give PROMPT as an option.")
     @click.option(
         "-f", "--file", metavar="FILE", type=click.Path(), help="Read the prompt from a file."
     )
@@ -125,7 +129,7 @@ def new_tokens_option(default: int, least: int = 0) -> Any:
         type=_NewTokens(least),
         default=default,
         show_default=True,
-        help="-1: until a stop, or until the context is full.",
+        help="Generate so many tokens; -1: until a stop, or the end of the context.",
     )
 
 
@@ -160,7 +164,7 @@ threads_option = click.option(
     type=int,
     expose_value=False,
     callback=_set_threads,
-    help="Number of threads. [all cores, fewer beside busy programs]",
+    help="Use so many threads. [all cores, fewer beside busy programs]",
 )
 
 
@@ -216,7 +220,11 @@ def load_causal(path: str | None, **options: Any) -> Model:
 
 
 _temperature_option = click.option(
-    "--temp", "--temperature", "temperature", type=float, help="0 is greedy."
+    "--temp",
+    "--temperature",
+    "temperature",
+    type=float,
+    help="Divide the logits by this before the draw; 0 is greedy.",
 )
 _TOP_K_HELP = "Keep so many of the most likely tokens; 0 keeps all."
 _FILTERS = (
@@ -224,7 +232,9 @@ _FILTERS = (
     click.option("--top-k", type=int, help=_TOP_K_HELP),
     click.option("--top-p", type=float, help="Draw from the most likely tokens of this sum."),
     click.option("--min-p", type=float, help="Leave out tokens below this share of the best one."),
-    click.option("--repetition-penalty", type=float, help="Above 1: repeated tokens count less."),
+    click.option(
+        "--repetition-penalty", type=float, help="Make repeated tokens less likely, above 1."
+    ),
 )
 _GENERATION = (
     new_tokens_option(256),
@@ -237,16 +247,18 @@ _GENERATION = (
     click.option("-k", "--top-k", type=int, help=_TOP_K_HELP),
     *_FILTERS[2:],
     click.option(
-        "--min-new-tokens", type=click.IntRange(min=0), help="No stop before so many tokens."
+        "--min-new-tokens",
+        type=click.IntRange(min=0),
+        help="Generate at least so many tokens before a stop.",
     ),
-    click.option("-s", "--seed", type=int, help="Replays the same draw."),
+    click.option("-s", "--seed", type=int, help="Draw as every run with this seed does."),
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again."
     ),
     click.option(
         "--use-cache/--no-use-cache",
         default=True,
-        help="Without the cache each step recomputes all tokens.",
+        help="Keep keys and values, or recompute all tokens at each step.",
     ),
     click.option(
         "--prompt-lookup-num-tokens",

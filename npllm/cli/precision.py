@@ -24,12 +24,12 @@ __all__ = ["COMMANDS"]
     "types",
     type=click.Choice((*TYPES, *BLOCKS, "float64")),
     multiple=True,
-    help=f"What to measure; may be given again. [{', '.join(TYPES)}]",
+    help=f"Measure this type; may be given again. [{', '.join(TYPES)}]",
 )
 @click.option(
     "--shares/--no-shares",
     default=True,
-    help="What each rounding point of the 16-bit types causes: most of the time goes there.",
+    help="Show what each rounding point of the 16-bit types causes: most of the time goes there.",
 )
 @click.option("--plot", type=click.Path(), help="Draw error against depth, and the shares.")
 @chat_option

@@ -36,7 +36,7 @@ Load = Callable[[], Model]
     "--top",
     "n",
     type=click.IntRange(min=1),
-    help="Number of tokens to show. [as many as --top-k keeps, else 10]",
+    help="Show so many tokens. [as many as --top-k keeps, else 10]",
 )
 @filter_options
 @click.option(
@@ -44,7 +44,7 @@ Load = Callable[[], Model]
     type=click.Choice(tuple(FILTER_ORDERS)),
     default="transformers",
     show_default=True,
-    help="Of the filters.",
+    help="Apply the filters in this order.",
 )
 @chat_option
 @json_option
@@ -86,12 +86,12 @@ def score(prompt: str, model: Load, as_json: bool) -> None:
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
-    help="Tokens of a window. [2048, or the context length]",
+    help="Give a window so many tokens. [2048, or the context length]",
 )
 @click.option(
     "--stride",
     type=click.IntRange(min=1),
-    help="Tokens from one window to the next. [half a window]",
+    help="Begin a window so many tokens after the last one. [half a window]",
 )
 @json_option
 def perplexity(file: str, model: Load, as_json: bool, **options: Any) -> None:
@@ -116,7 +116,7 @@ def perplexity(file: str, model: Load, as_json: bool, **options: Any) -> None:
     "--model",
     "path",
     metavar="PATH",
-    help="Folder of an encoder, or name of a fetched one. "
+    help="Load this folder of an encoder, or fetched encoder. "
     f"[{EMBEDDING_MODEL}, fetched on first use]",
 )
 @threads_option

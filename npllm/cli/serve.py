@@ -18,66 +18,72 @@ __all__ = ["COMMANDS"]
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen at; any but a loopback address needs an API key.",
+    help="Listen at this address; any but a loopback address needs an API key.",
 )
 @click.option(
-    "--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="TCP port."
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=8000,
+    show_default=True,
+    help="Listen at this TCP port.",
 )
 @click.option(
     "--api-key",
     envvar="NPLLM_API_KEY",
     metavar="KEY",
-    help="What clients must send. [NPLLM_API_KEY, else none]",
+    help="Answer clients that send this key. [NPLLM_API_KEY, else none]",
 )
 @click.option(
-    "--served-model-name", metavar="NAME", help="What clients send as model. [the folder's name]"
+    "--served-model-name",
+    metavar="NAME",
+    help="Answer to this name of a model. [the folder's name]",
 )
 @click.option(
     "--max-batch",
     type=click.IntRange(1, 16),
     default=16,
     show_default=True,
-    help="Sequences of a decoding step.",
+    help="Decode so many sequences in a step.",
 )
 @click.option(
     "--max-queue",
     type=click.IntRange(min=0),
     default=256,
     show_default=True,
-    help="Sequences that may wait; more are refused with status 429.",
+    help="Let so many sequences wait; more are refused with status 429.",
 )
 @click.option(
     "--max-prompt-tokens",
     type=click.IntRange(min=1),
-    help="Longest prompt, in tokens. [the context length]",
+    help="Refuse prompts of more tokens. [the context length]",
 )
 @click.option(
     "--max-body-bytes",
     type=click.IntRange(min=1),
     default=2**22,
     show_default=True,
-    help="Largest body of a request.",
+    help="Refuse requests with a larger body.",
 )
 @click.option(
     "--cache-bytes",
     type=click.IntRange(min=0),
     default=2**30,
     show_default=True,
-    help="Keys and values of earlier prompts that are kept.",
+    help="Keep so many bytes of keys and values of earlier prompts.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600,
     show_default=True,
-    help="Seconds for an answer, waiting included.",
+    help="End an answer after so many seconds, waiting included.",
 )
 @click.option(
     "--grace",
     type=click.IntRange(min=0),
     default=30,
     show_default=True,
-    help="Seconds that running requests may take after SIGTERM or Ctrl-C.",
+    help="Let running requests take so many seconds after SIGTERM or Ctrl-C.",
 )
 def serve(
     model: Callable[[], Any],

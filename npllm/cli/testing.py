@@ -34,7 +34,9 @@ OPS = (
 @click.command()
 @click.argument("inputs", type=click.Path())
 @click.argument("output", type=click.Path())
-@click.option("--op", required=True, type=click.Choice(OPS), help="The operation.")
+@click.option(
+    "--op", required=True, type=click.Choice(OPS), help="Take the output for one of this operation."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def diagnose(context: click.Context, inputs: str, output: str, op: str, as_json: bool) -> None:

@@ -46,20 +46,20 @@ class Numbers(click.ParamType):
 @path_option
 @adapter_option
 @threads_option
-@click.option("-o", "--output", metavar="DIR", required=True, help="A new or empty folder.")
-@click.option("--layers", type=Numbers(), metavar="N,N:N", help="Only these layers. [all]")
+@click.option("-o", "--output", metavar="DIR", required=True, help="Write a new or empty folder.")
+@click.option("--layers", type=Numbers(), metavar="N,N:N", help="Keep only these layers. [all]")
 @click.option(
     "--names",
     multiple=True,
     metavar="PATTERN",
-    help="Only these values, such as 'model.layers.*.mlp.*'; may be given again. "
+    help="Keep only these values, such as 'model.layers.*.mlp.*'; may be given again. "
     "*.self_attn.mask and *.self_attn.weights are kept on request only.",
 )
-@click.option("--tokens", type=Numbers(), metavar="N,N:N", help="Only these positions. [all]")
+@click.option("--tokens", type=Numbers(), metavar="N,N:N", help="Keep only these positions. [all]")
 @click.option(
     "--dtype",
     type=click.Choice(("float32", "float64")),
-    help="The definitions in this dtype. [the model's own operations and dtype]",
+    help="Run the definitions in this dtype. [the model's own operations and dtype]",
 )
 @click.option(
     "-n",
@@ -109,7 +109,11 @@ def trace(
 @prompt_options
 @model_options
 @click.option(
-    "--position", type=int, default=-1, show_default=True, help="Of the token; -1 is the last."
+    "--position",
+    type=int,
+    default=-1,
+    show_default=True,
+    help="Take the token at this position; -1 is the last.",
 )
 @click.option(
     "-k",
@@ -119,7 +123,7 @@ def trace(
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Number of tokens.",
+    help="Show so many tokens.",
 )
 @click.option("--attention", is_flag=True, help="Show where each head looks instead.")
 @json_option

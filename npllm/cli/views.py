@@ -20,21 +20,21 @@ __all__ = ["COMMANDS"]
 @click.command()
 @prompt_options
 @model_options
-@click.option("--layer", type=int, required=True)
-@click.option("--head", type=int, required=True)
+@click.option("--layer", type=int, required=True, help="Show this layer.")
+@click.option("--head", type=int, required=True, help="Show this head.")
 @click.option(
     "--position",
     type=int,
     default=-1,
     show_default=True,
-    help="Of the query; -1 is the last token.",
+    help="Take the query at this position; -1 is the last token.",
 )
 @click.option(
     "--plot",
     type=click.Path(),
     help="Draw the weights of all positions into this PNG; of all heads with --all-heads.",
 )
-@click.option("--all-heads", is_flag=True, help="With --plot: draw every head of the layer.")
+@click.option("--all-heads", is_flag=True, help="Draw every head of the layer, with --plot.")
 @json_option
 def attention(
     model: Callable[[], Model],
@@ -74,7 +74,14 @@ def _drawn(plot: str, steps: AttentionSteps, prompt: str, all_heads: bool) -> st
 
 @click.command()
 @click.argument("path", type=click.Path(), default="masks.png")
-@click.option("-n", "--slots", type=click.IntRange(min=16), default=32, show_default=True)
+@click.option(
+    "-n",
+    "--slots",
+    type=click.IntRange(min=16),
+    default=32,
+    show_default=True,
+    help="Draw so many slots.",
+)
 def masks(path: str, slots: int) -> None:
     """Draw every mask rule into one image."""
     rules = example_rules(slots)

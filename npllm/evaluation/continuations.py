@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm import ops
+from npllm.arguments import check_ids
 from npllm.arrays import to_numpy
 from npllm.errors import NpllmValueError
 from npllm.evaluation.prefix_tree import PrefixTree, Tree, trees
@@ -103,6 +104,7 @@ def _check_pair(model: Any, context: Sequence[int], continuation: Sequence[int])
             "context and continuation must have at least one token each, got "
             f"{len(context)} and {len(continuation)}"
         )
+    check_ids("continuation", [list(continuation)], model.config.vocab_size, "vocab_size")
     if n > most:
         raise NpllmValueError(
             f"context and continuation must have at most {most} tokens, one more than the context "

@@ -44,13 +44,14 @@ def evaluate(
     ------
     MissingExtraError
         When lm-eval is not installed.
+    NpllmOSError
+        When `include_path` is no folder.
     NpllmValueError
         For a task that lm-eval does not know, or cannot load.
     """
+    folder = _folder_of_tasks(include_path)
     lm_eval, harness = _lm_eval(), importlib.import_module("npllm.evaluation.harness")
-    manager = importlib.import_module("lm_eval.tasks").TaskManager(
-        include_path=None if include_path is None else str(check_path("include_path", include_path))
-    )
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=folder)
     wanted = harness.NpllmLM(model, batch_size=batch_size)
     try:
         return lm_eval.simple_evaluate(
@@ -62,6 +63,16 @@ def evaluate(
         raise NpllmValueError(
             f"lm-eval cannot run {', '.join(tasks)}: {str(error)[:500]}"
         ) from error
+
+
+def _folder_of_tasks(include_path: Any) -> str | None:
+    """The folder of further tasks, which lm-eval takes for an empty one where it is missing."""
+    if include_path is None:
+        return None
+    folder = check_path("include_path", include_path)
+    if not folder.is_dir():
+        raise NpllmOSError(f"include_path must be a folder with tasks, but {folder} is none")
+    return str(folder)
 
 
 def _lm_eval() -> Any:

@@ -3,13 +3,22 @@
 from dataclasses import dataclass
 from typing import Any
 
-from npllm.arrays import array_namespace, asarray, compute_dtype, expect_shape, is_packed, widen
+from npllm.arrays import (
+    array_namespace,
+    asarray,
+    compute_dtype,
+    expect_shape,
+    ieee_semantics,
+    is_packed,
+    widen,
+)
 from npllm.errors import NpllmValueError
 from npllm.quantized.packed import PackedMatrix
 
-__all__ = ["AdaptedWeight", "LowRank"]
+__all__ = ["AdaptedWeight", "LowRank", "rounded"]
 
 Array = Any
+BAND = 2**22  # entries of a weight that are merged at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +176,61 @@ class AdaptedWeight(PackedMatrix):
         parts.append(widen(self.base[start:, :], dtype))
         return xp.concat([x for x in parts if x.shape[0]] or parts, axis=0)
 
+    def merged(self) -> Array:
+        """Return the sum as one matrix in the dtype of the base, computed band by band.
+
+        Raises
+        ------
+        NpllmValueError
+            When the base is stored in int8 or in blocks; when an entry is too large for the dtype.
+        """
+        base: Any = self.base
+        while isinstance(base, AdaptedWeight):
+            base = base.base
+        if is_packed(base):
+            raise NpllmValueError(
+                f"a weight stored as {type(base).__name__} takes no sum: merge weights in floats "
+                '(npllm.load(..., dtype="bfloat16" or "float32")), or run unmerged'
+            )
+        n_rows = max(1, BAND // self.shape[1])
+        bands = (self[start : start + n_rows, :] for start in range(0, len(self), n_rows))
+        xp, dtype = array_namespace(*self.arrays), base.dtype
+        wide = (widen(band, compute_dtype(base)) for band in bands)
+        return xp.concat([rounded(band, dtype) for band in wide], axis=0)
+
     def to(self, xp: Any) -> "AdaptedWeight":
         """Return the same weight in another array library."""
         updates = (
             LowRank(asarray(x.a, xp), asarray(x.b, xp), x.scale, x.first) for x in self.updates
         )
         return AdaptedWeight(asarray(self.base, xp), tuple(updates))
+
+
+@ieee_semantics
+def rounded(x: Array, dtype: Any) -> Array:
+    """Round to a float dtype, of the same or fewer bits; finite numbers stay finite.
+
+    Parameters
+    ----------
+    x : array [...]
+    dtype : dtype
+
+    Returns
+    -------
+    y : array [...]
+        `x` itself where it has that dtype.
+
+    Raises
+    ------
+    NpllmValueError
+        When an entry is larger than the dtype holds.
+    """
+    if x.dtype == dtype:
+        return x
+    xp, wide = array_namespace(x), widen(x)
+    y = xp.astype(wide, dtype)
+    fits = xp.isfinite(widen(y)) | ~xp.isfinite(wide)
+    if not bool(xp.all(fits)):
+        largest = float(xp.max(xp.abs(xp.where(fits, xp.zeros_like(wide), wide))))
+        raise NpllmValueError(f"{largest:g} is larger than {dtype} can hold")
+    return y

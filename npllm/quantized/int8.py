@@ -1,6 +1,7 @@
 """Weights in 8 bits: symmetric, with one scale for each group of adjacent entries of a row."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,18 @@ class Int8Weight(PackedMatrix):
     def nbytes(self) -> int:
         """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
+
+    @cached_property
+    def in_whole_groups(self) -> "Int8Weight":
+        """The same matrix with columns of zeros more, so that no group is shorter: what kernels
+        that read a group at a time take.
+        """
+        n_more = -self.shape[1] % GROUP
+        if not n_more:
+            return self
+        xp = array_namespace(self.values, self.scales)
+        zeros = xp.zeros((self.shape[0], n_more), dtype=xp.int8)
+        return Int8Weight(xp.concat([self.values, zeros], axis=1), self.scales)
 
     def __array_namespace__(self, *, api_version: str | None = None) -> Any:
         """Return the library that the values belong to."""

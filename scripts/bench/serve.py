@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
@@ -104,7 +105,8 @@ def serve(path: str | None, clients: str, n_new: int, repeat: int) -> None:
     file, counts = str(checkpoint_folder(path)), [int(n) for n in clients.split(",")]
     servers = {"npllm": ["-m", "npllm", "serve", "-m", file]}
     if file.endswith(".gguf"):
-        servers["llama-cpp-python"] = ["-m", "llama_cpp.server", "--model", file]
+        own = str(Path(__file__).with_name("llama_server.py"))
+        servers["llama-cpp-python"] = [own, "--model", file, "--n_ctx", "2048"]
     facts = {"model": file, "n_new": n_new, "tokens_per_second": {}}
     for name, words in servers.items():
         try:

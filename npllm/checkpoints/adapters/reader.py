@@ -68,6 +68,11 @@ class Adapter:
         return sum(int(np.prod(x.shape)) for x in [*factors, *self.weights.values()])
 
     @property
+    def places(self) -> frozenset[Place]:
+        """Layer and field of the weights that it changes."""
+        return frozenset((*self.updates, *self.weights))
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """The names of the weights that it changes, each once."""
         return tuple(dict.fromkeys(field for _, field in (*self.updates, *self.weights)))

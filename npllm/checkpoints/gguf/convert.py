@@ -5,23 +5,22 @@ dequantizes the tensors, reorders the rows of q and k from interleaved to half-s
 concatenates q|k|v and gate|up, and writes the tokenizer in the form of the `tokenizers` library.
 """
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from npllm.checkpoints.disk import publish_over, remove_checkpoint
+from npllm.checkpoints.disk import checkpoint_beside
 from npllm.checkpoints.gguf.config import phi3_config
 from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
 from npllm.checkpoints.gguf.reader import GGUFFile, GGUFTensor, dequantized_rows, tensor_kind
 from npllm.checkpoints.gguf.tokenizer import read_tokenizer, tokenizer_config
 from npllm.checkpoints.gguf.weights import half_split
 from npllm.checkpoints.phi3_layout import load_params
+from npllm.checkpoints.tensor_writer import safetensors_header
 from npllm.config.config import Config
 from npllm.decoding.generation_config import GenerationConfig
 from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
@@ -29,7 +28,6 @@ from npllm.text.tokenizer import Tokenizer
 
 __all__ = ["gguf_to_phi3", "half_split"]
 
-DATA_ALIGNMENT = 64  # bytes of the file: the first tensor starts at a multiple
 LAYER_SOURCES = {  # Phi-3's name -> GGUF's, in the order of their rows
     "input_layernorm": ["attn_norm"],
     "self_attn.qkv_proj": ["attn_q", "attn_k", "attn_v"],
@@ -67,7 +65,7 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
 
     Notes
     -----
-    bfloat16 has 8 significant bits: the relative rounding error of a weight is at most 2**-9.
+    bfloat16 has 8 significant bits: the relative rounding error of a weight is at most 2**-8.
 
     Source: GGUF's tensor names and metadata as in ggml's docs/gguf.md; the fused layout of
     `Phi3ForCausalLM` in Transformers.
@@ -79,16 +77,9 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
     read_tokenizer(gguf)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-        complete = staging / "checkpoint"
-        try:
+        with checkpoint_beside(folder) as complete:
             _write_checkpoint(gguf, config, complete)
             check_loads(gguf, complete)
-            publish_over(complete, folder)
-        finally:
-            remove_checkpoint(complete)
-            with contextlib.suppress(OSError):  # it holds what could not be moved back
-                staging.rmdir()
     except NpllmError:
         raise
     except OSError as error:
@@ -97,7 +88,6 @@ def gguf_to_phi3(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
 
 def _write_checkpoint(gguf: GGUFFile, config: dict[str, Any], folder: Path) -> None:
     """Write all files of the checkpoint to a new folder."""
-    folder.mkdir()
     write_weights(gguf.tensors, config, folder / "model.safetensors")
     text = read_tokenizer(gguf).to_str(pretty=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
@@ -164,23 +154,8 @@ def write_weights(tensors: dict[str, GGUFTensor], config: dict[str, Any], path: 
         parts = [tensors[part].shape for part in names]
         shapes[name] = (sum(part[0] for part in parts), *parts[0][1:])
     with open(path, "wb") as file:
-        file.write(_safetensors_header(shapes))
+        file.write(safetensors_header({name: ("BF16", x) for name, x in shapes.items()}))
         for names in sources.values():
             for name in names:
                 for rows in _phi3_rows(tensors[name], config):
                     file.write(rows.tobytes())
-
-
-def _safetensors_header(shapes: dict[str, tuple[int, ...]]) -> bytes:
-    """Return the header of a safetensors file of contiguous bfloat16 tensors.
-
-    The header is padded: the data start at a multiple of `DATA_ALIGNMENT` bytes of the file.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    stop = 0
-    for name, shape in shapes.items():
-        start, stop = stop, stop + 2 * int(np.prod(shape))
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, stop]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text

@@ -1,9 +1,10 @@
 """A checkpoint as what a GGUF file holds: metadata, and tensors that are read one by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from npllm.checkpoints.adapters.merging import MergedCheckpoint
 from npllm.checkpoints.gguf.config import gguf_config
 from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
 from npllm.checkpoints.gguf.metadata import config_metadata, rope_tensors
@@ -12,10 +13,8 @@ from npllm.checkpoints.gguf.rope import ROPE_TENSORS
 from npllm.checkpoints.gguf.tokenizer import gguf_tokenizer
 from npllm.checkpoints.gguf.vocabulary import vocabulary_metadata
 from npllm.checkpoints.gguf.weights import interleaved
-from npllm.checkpoints.phi3_layout import check_entries, top_sources_in
 from npllm.checkpoints.phi3_tensor_names import layer_sources
-from npllm.checkpoints.safetensors import TensorEntry, read_entries
-from npllm.checkpoints.tensor_files import TensorFiles, release_mapped
+from npllm.checkpoints.tensor_files import release_mapped
 from npllm.config.config import Config
 from npllm.config.strict_json import read_json
 from npllm.decoding.generation_config import GenerationConfig
@@ -66,13 +65,15 @@ class GGUFSource(NamedTuple):
     stop_ids: list[int]
 
 
-def gguf_source(path: Path) -> GGUFSource:
+def gguf_source(path: Path, adapters: Sequence[Any] = ()) -> GGUFSource:
     """Read the headers of a checkpoint, and nothing else.
 
     Parameters
     ----------
     path : Path
         A folder of model_type phi3 or llama, or a GGUF file.
+    adapters : sequence of paths
+        LoRA adapters to merge into the tensors of a folder.
 
     Returns
     -------
@@ -84,13 +85,18 @@ def gguf_source(path: Path) -> GGUFSource:
         When the checkpoint cannot be loaded, or GGUF has no place for it; names the path.
     """
     if is_gguf(path):
+        if adapters:
+            raise NpllmValueError(
+                f"{path}: adapters are merged into the weights of a folder with safetensors, got "
+                "a GGUF file; quantize the folder that it was made of"
+            )
         return _from_gguf(GGUFFile(path))
     model_type = read_json(path / "config.json").get("model_type")
     if model_type == "bert":
         raise NpllmValueError(f"{path}: an encoder (bert) cannot be written as GGUF")
     config = Config.from_json(path)
     try:
-        return _from_folder(path, config)
+        return _from_folder(path, config, adapters)
     except NpllmError as error:
         if str(error).startswith(str(path)):
             raise
@@ -120,28 +126,24 @@ def _gguf_tensor(x: GGUFTensor) -> SourceTensor:
     return SourceTensor(x.shape, n_bytes, x.kind, lambda: x.stored, lambda: release_mapped(x.rows))
 
 
-def _from_folder(folder: Path, config: Config) -> GGUFSource:
+def _from_folder(folder: Path, config: Config, adapters: Sequence[Any]) -> GGUFSource:
     """Name and convert what a folder holds as llama.cpp's converter does."""
     metadata = config_metadata(config)
-    entries = read_entries(folder)
-    check_entries(folder, entries, config)
+    merged = MergedCheckpoint(folder, config, adapters)
+    config = merged.config
     tokenizer = Tokenizer.from_folder(folder)
     stop_ids = list(GenerationConfig.from_folder(folder, config).eos_token_id)
     metadata |= vocabulary_metadata(tokenizer, config.vocab_size, stop_ids)
     metadata["general.type"], metadata["general.name"] = "model", folder.resolve().name
-    tensors = _folder_tensors(folder, config, entries)
-    rope = rope_tensors(config)
+    tensors, rope = _folder_tensors(merged), rope_tensors(config)
     return GGUFSource(folder, config, metadata, rope, tensors, tokenizer, stop_ids)
 
 
-def _folder_tensors(
-    folder: Path, config: Config, entries: dict[str, TensorEntry]
-) -> dict[str, SourceTensor]:
+def _folder_tensors(merged: MergedCheckpoint) -> dict[str, SourceTensor]:
     """List the tensors of a folder under GGUF's names, in GGUF's order of rows."""
-    files = TensorFiles()
+    config, top = merged.config, merged.top
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     names = {}
-    top = top_sources_in(folder, entries, config)
     is_alone = "embed_tokens" not in top  # the file holds the output matrix, which is used for both
     for field, tensors in top.items():
         kind = "token_embd" if is_alone and field == "lm_head" else TOP[field]
@@ -153,18 +155,19 @@ def _folder_tensors(
                 kind = KINDS[name.removeprefix(prefix).removesuffix(".weight")]
                 names[f"blk.{number}.{kind}.weight"] = name
     return {
-        name: _folder_tensor(files, entries[own], heads.get(name.split(".")[-2]))
+        name: _folder_tensor(merged, own, heads.get(name.split(".")[-2]))
         for name, own in names.items()
     }
 
 
-def _folder_tensor(files: TensorFiles, entry: TensorEntry, n_head: int | None) -> SourceTensor:
+def _folder_tensor(merged: MergedCheckpoint, name: str, n_head: int | None) -> SourceTensor:
     """Describe one tensor; the rows of Llama's q and k take the order of interleaved RoPE."""
 
     def read() -> Array:
-        x = files.read(entry)
+        x = merged.read(name)
         return x if n_head is None else interleaved(x, n_head)
 
+    entry = merged.entries[name]
     kind = entry.dtype if entry.dtype in FLOATS else None
     n_bytes = entry.stop - entry.start
-    return SourceTensor(entry.shape, n_bytes, kind, read, lambda: files.release_pages(entry))
+    return SourceTensor(entry.shape, n_bytes, kind, read, lambda: merged.release(name))

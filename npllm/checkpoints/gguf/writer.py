@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from math import prod
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import is_packed, widen
+from npllm.checkpoints.disk import require_space_for
 from npllm.checkpoints.extras import import_extra
 from npllm.checkpoints.gguf.ggml_types import TYPES
 from npllm.checkpoints.gguf.read_back import check_read_back
@@ -163,7 +163,7 @@ def _write_header(writer: Any, source: GGUFSource, partial: Path, output: Path) 
     What cannot be read back as it was is found before hours of work on the weights.
     """
     total = sum(_padded(x.nbytes) for tensors in writer.tensors for x in tensors.values())
-    _require_space(output, total)
+    require_space_for(output, total)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -179,16 +179,6 @@ def _write_header(writer: Any, source: GGUFSource, partial: Path, output: Path) 
 def _padded(n_bytes: int) -> int:
     """Round up to a multiple of the alignment."""
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _require_space(output: Path, n_bytes: int) -> None:
-    """Raise unless the disk has so many bytes free."""
-    free = shutil.disk_usage(output.parent).free
-    if free < n_bytes:
-        raise NpllmOSError(
-            f"{output} needs {n_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free: "
-            "make room or name another place"
-        )
 
 
 def _write_tensors(writer: Any, source: GGUFSource, kinds: dict[str, str], progress: bool) -> None:

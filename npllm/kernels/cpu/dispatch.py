@@ -26,6 +26,7 @@ from npllm.kernels.cpu.operands import (
     fits_product,
     gain_bits,
     kernel_operands,
+    widened_to_fit,
 )
 from npllm.threads import scratch
 
@@ -36,9 +37,10 @@ Array = Any
 
 def linear(x: Array, weight: Array, bias: Array = None) -> Array:
     """Compute `npllm.ops.linear`."""
-    if not fits_product(x, weight, bias):
+    wide_x, wide = widened_to_fit(x, weight)
+    if not fits_product(wide_x, wide, bias):
         return ops.linear(x, weight, bias)
-    y = rows_product(x, weight, EMPTY, 0.0)
+    y = rows_product(wide_x, wide, EMPTY, 0.0)
     return y if bias is None else add_bias(y, bias)
 
 

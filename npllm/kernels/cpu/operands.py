@@ -22,6 +22,7 @@ __all__ = [
     "fits_weight",
     "gain_bits",
     "kernel_operands",
+    "widened_to_fit",
 ]
 
 Array = Any
@@ -62,6 +63,23 @@ def gain_bits(gain: Array, weight: Any) -> Array:
 def bias_or_empty(bias: Array) -> Array:
     """Return a bias in float32; an empty array for none."""
     return EMPTY if bias is None else row_major(bias.astype(np.float32, copy=False))
+
+
+def widened_to_fit(x: Array, weight: Any) -> tuple[Array, Any]:
+    """Return x and a weight with columns of zeros more where the kernels take wider ones only: int8
+    in whole groups, floats in pairs.  Other operands are returned as they are.
+
+    Without it the array library would multiply, which sums a row in another order in company.
+    """
+    is_int8 = isinstance(weight, Int8Weight)
+    if not (is_int8 or type(weight) is np.ndarray) or not fits.is_float32(x) or weight.ndim != 2:
+        return x, weight
+    d_in = weight.shape[1]
+    n_more = -d_in % (GROUP if is_int8 else 2)
+    if not n_more or x.shape[-1] != d_in:
+        return x, weight
+    x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n_more)])
+    return x, weight.in_whole_groups if is_int8 else np.pad(weight, [(0, 0), (0, n_more)])
 
 
 def fits_product(x: Array, weight: Array, bias: Array = None) -> bool:
