@@ -96,7 +96,7 @@ stage() {
 stage machine 60 python3 -m gpu.machine "$folder" || exit  # no device: the report says why
 for name in $stages; do
     case $name in
-        kernels) stage kernels 60 python3 -m gpu.kernels "$folder" ;;
+        kernels) stage kernels 80 python3 -m gpu.kernels "$folder" ;;
         tests) stage tests 140 python3 -m gpu.tests "$folder" tests ;;
         weights) stage weights 60 python3 -m gpu.weights "$folder" ;;
         timings) stage timings 260 python3 -m gpu.timings "$folder" ;;
