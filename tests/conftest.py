@@ -141,6 +141,24 @@ def _searches_for_broken_laws_start_from_the_seed_of_the_run():
         yield
 
 
+@pytest.fixture(scope="module")
+def on_the_stand_in():
+    """CuPy's stand-in for a file of tests, with kernels that run on the processor."""
+    import kernel_shim
+
+    with pytest.MonkeyPatch.context() as patch:
+        kernel_shim.installed(patch)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def on_the_stand_in_apart(on_the_stand_in):
+    """The same, with arrays that lie apart, so that no place behind one is in another."""
+    import guard
+
+    on_the_stand_in.setattr(guard, "APART", True)
+
+
 @pytest.fixture(scope="session")
 def default_folder():
     """Folder of the default checkpoint, fetched on first use."""

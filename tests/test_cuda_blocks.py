@@ -25,21 +25,13 @@ from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.stacked import StackedWeight
 
 on_cuda = Composed(cuda.CUDA)
-pytestmark = needs_gxx
+pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart")]
 slow = pytest.mark.slow
 FAST = "Q4_0"  # g++ takes seconds for each variant
 formats = pytest.mark.parametrize(
     "name", [x if x == FAST else pytest.param(x, marks=slow) for x in FORMATS]
 )
 SMALLEST_NORMAL = 2.0**-126
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        monkeypatch.setattr(guard, "APART", True)
-        yield
 
 
 def random_blocks(name, n_rows, n_blocks, seed=0, scale=None):

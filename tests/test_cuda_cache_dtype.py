@@ -21,18 +21,10 @@ from npllm.kernels import cuda
 from npllm.ops.mask import causal
 
 on_cuda = Composed(cuda.CUDA)
-pytestmark = needs_gxx
+pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart")]
 slow = pytest.mark.slow
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 dtypes = pytest.mark.parametrize("name", ["bf16", pytest.param("f16", marks=slow)])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        monkeypatch.setattr(guard, "APART", True)
-        yield
 
 
 def boundaries(dtype):

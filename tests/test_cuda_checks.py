@@ -17,16 +17,8 @@ from npllm.kernels import cuda
 from npllm.kernels.cuda import launching
 
 on_cuda = Composed(cuda.CUDA)
-pytestmark = needs_gxx
+pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart")]
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        monkeypatch.setattr(guard, "APART", True)
-        yield
 
 
 def drawn(*shapes):

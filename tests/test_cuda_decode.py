@@ -18,16 +18,10 @@ from npllm.kernels import cuda
 from npllm.ops.mask import bidirectional, causal, left_padding, lookback, sliding_window
 
 on_cuda = Composed(cuda.CUDA)
-pytestmark = [needs_gxx, pytest.mark.slow]  # a minute in all; the model on the kernels runs always
+# A minute in all; the model on the kernels runs always.
+pytestmark = [needs_gxx, pytest.mark.slow, pytest.mark.usefixtures("on_the_stand_in")]
 FLOATS = [np.float32, ml_dtypes.bfloat16, np.float16]
 stored = st.sampled_from(FLOATS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        yield
 
 
 # ----------------------------------------------------------------------------------------- products

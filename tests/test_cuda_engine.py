@@ -5,7 +5,6 @@ by the stand-in's stream, which refuses everything but a launch while it capture
 """
 
 import guard
-import kernel_shim
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,17 +20,9 @@ from npllm.kernels import cuda
 from npllm.kernels.cuda import decode, decode_graph
 from npllm.quantized.int8 import quantize
 
-pytestmark = needs_gxx
+pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart")]
 slow = pytest.mark.slow
 BF16 = ml_dtypes.bfloat16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        monkeypatch.setattr(guard, "APART", True)
-        yield
 
 
 def pair(dtype=BF16, **changes):

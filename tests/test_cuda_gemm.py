@@ -5,7 +5,6 @@ documentation of its gemmEx, on the memory that it is given.
 """
 
 import guard
-import kernel_shim
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,16 +18,8 @@ from npllm import ops
 from npllm.kernels import choose_ops, cuda
 from npllm.kernels.cuda import gemm, launching
 
-pytestmark = needs_gxx
+pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart")]
 BF16 = ml_dtypes.bfloat16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        monkeypatch.setattr(guard, "APART", True)
-        yield
 
 
 def parts_of(x, n_parts=3):

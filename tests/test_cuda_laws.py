@@ -1,6 +1,5 @@
 """The CUDA kernels, run on the CPU, break no law of `npllm.testing`: features that a rule says."""
 
-import kernel_shim
 import pytest
 from guard import moved
 from kernel_shim import needs_gxx
@@ -8,6 +7,8 @@ from seeds import run_seed
 
 from npllm import testing
 from npllm.kernels import cuda
+
+pytestmark = pytest.mark.usefixtures("on_the_stand_in")
 
 FEATURES = {
     "attention": {"gqa", "window", "cache", "scale"},
@@ -17,13 +18,6 @@ FEATURES = {
     "swiglu": None,
     "embed": None,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        yield
 
 
 def on_device(op):

@@ -24,18 +24,12 @@ from npllm.ops.mask import causal, left_padding, sliding_window
 from npllm.quantized.block_packing import quantize_blocks
 
 on_cuda = Composed(cuda.CUDA)
-pytestmark = [needs_gxx, pytest.mark.slow]  # a minute in all; the model on the kernels runs always
+# A minute in all; the model on the kernels runs always.
+pytestmark = [needs_gxx, pytest.mark.slow, pytest.mark.usefixtures("on_the_stand_in")]
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 NAMES = {BF16: "bf16", F16: "f16"}
 SMALLEST_NORMAL = np.float32(2.0**-126)
 SPECIAL = [np.nan, np.inf, -np.inf]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        yield
 
 
 def widened_text():

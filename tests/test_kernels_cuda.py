@@ -11,7 +11,6 @@ import re
 import shutil
 import struct
 
-import kernel_shim
 import ml_dtypes
 import numpy as np
 import pytest
@@ -28,6 +27,8 @@ import npllm
 from npllm import ops
 from npllm.kernels import cuda
 from npllm.ops.mask import Rule, bidirectional, causal, lookback, padding, sliding_window
+
+pytestmark = pytest.mark.usefixtures("on_the_stand_in")
 
 on_cuda = Composed(cuda.CUDA)
 REQUIRED = os.environ.get("NPLLM_REQUIRE_CUDA_BUILD") == "1"
@@ -51,13 +52,6 @@ needs_nvrtc = pytest.mark.skipif(
 )
 FLOATS = {"float": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 stored = st.sampled_from(list(FLOATS.values()))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_stand_in():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        kernel_shim.installed(monkeypatch)
-        yield
 
 
 # ----------------------------------------------------------------------------------------------------------------------- compiling
