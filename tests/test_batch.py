@@ -439,6 +439,13 @@ def edited(model, place=-2, change=1):
     return model._on_params(params._replace(lm_head=weight))
 
 
+def in_float16(model):
+    """The same model; keys and values are kept in float16."""
+    other = model.with_mask(model.mask)
+    other.cache_dtype = "float16"
+    return other
+
+
 def with_tokens(model, changed=(), **options):
     old = model.tokenizer
     tokens = old.special_tokens | dict(changed)
@@ -450,6 +457,7 @@ VARIANTS = {
     "wider mask": lambda model: model.with_mask(masks.sliding_window(3)),
     "masks": lambda model: model.with_mask([masks.sliding_window(2), masks.causal()]),
     "one weight": edited,
+    "dtype of the cache": in_float16,
     "begin of text": lambda model: with_tokens(model, add_bos_token=True),
     "special tokens": lambda model: with_tokens(model, {"unk_token": "h"}),
 }

@@ -95,6 +95,12 @@ def failed(result, *words):
 # ----------------------------------------------------------------------------------------------------------- each command
 
 
+def test_the_dtype_of_the_cache_is_passed_on(call):
+    result = call("generate", "hello", "-n", "2", "--dtype", "float64", "--cache-dtype", "bfloat16")
+    assert result.exit_code == 1 and "computes in float64" in result.stderr
+    assert call("generate", "hello", "-n", "2", "--cache-dtype", "bfloat16").exit_code == 0
+
+
 def test_generate_streams_the_prompt_and_the_answer(call, folder):
     expected = npllm.load(folder).generate("hello", max_new_tokens=5)  # has compiled the kernels
     result = call("generate", "hello", "-n", 5)

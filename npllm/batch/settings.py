@@ -50,6 +50,7 @@ def settings_of(name: str, model: Any, options: dict[str, Any]) -> Settings:
         "mask": mask,
         "config": repr(model.config),
         "ops": [model.ops.name, model.ops.activations],
+        "cache_dtype": None if is_encoder else model.cache_dtype,
         "tokenizer": _tokenizer(name, model.tokenizer),
         "options": options,
         "defaults": decoding,

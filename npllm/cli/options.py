@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from npllm.arrays import BACKENDS
+from npllm.cache.state import CACHE_DTYPES
 from npllm.checkpoints.fetch import DEFAULT_MODEL
 from npllm.cli.streams import read_prompt
 from npllm.encoder import Encoder
@@ -77,6 +78,13 @@ _activations_option = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
     help="Round the inputs of linear maps to this in a prefill. [by the weights; float32: nothing]",
+)
+
+
+_cache_dtype_option = click.option(
+    "--cache-dtype",
+    type=click.Choice(CACHE_DTYPES),
+    help="Keep keys and values in this type. [as computed: float32]",
 )
 
 
@@ -189,6 +197,7 @@ def _with_model(command: Command, loader: Callable[..., Any]) -> Command:
     @_dtype_option
     @_ops_option
     @_activations_option
+    @_cache_dtype_option
     @threads_option
     @functools.wraps(command)
     def wrapped(
@@ -199,10 +208,13 @@ def _with_model(command: Command, loader: Callable[..., Any]) -> Command:
         dtype: str | None,
         ops_name: str,
         activations: str | None,
+        cache_dtype: str | None,
         **options: Any,
     ) -> Any:
         how = {"backend": backend, "dtype": dtype, "ops": ops_name, "activations": activations}
-        load_model = functools.partial(loader, path, adapter=adapter, **how)
+        load_model = functools.partial(
+            loader, path, adapter=adapter, cache_dtype=cache_dtype, **how
+        )
         return command(*args, model=load_model, **options)
 
     return wrapped
