@@ -345,7 +345,9 @@ def test_a_kernel_writes_into_its_output_and_its_buffers_only(tested, name, dtyp
         monkeypatch.setattr(module, "np", memory, raising=False)
         monkeypatch.setattr(module, "scratch", memory.scratch, raising=False)
     monkeypatch.setattr(
-        kv, "empty", lambda x, n: memory.empty((*x.shape[:2], n, x.shape[3]), x.dtype)
+        kv,
+        "empty",
+        lambda x, n, dtype: memory.empty((*x.shape[:2], n, x.shape[3]), dtype or x.dtype),
     )
     for arguments in calls:
         agree(getattr(tested, name), getattr(definitions, name), arguments)

@@ -145,7 +145,7 @@ def _computed_anew(model):
     for them.
     """
     counts, new_cache = [], model.new_cache
-    model.new_cache = lambda n_batch: counts.append(n_batch) or new_cache(n_batch)
+    model.new_cache = lambda n, **how: counts.append(n) or new_cache(n, **how)
     return counts
 
 
