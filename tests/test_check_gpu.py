@@ -203,7 +203,9 @@ def test_weights_and_timings_are_complete(whole):
 
 
 def test_the_benchmark_is_complete_and_beside_the_predictions(whole):
-    """Every figure of it, and for each kernel of a step its bytes in a second."""
+    """Every figure of it, and for each kernel of a step its bytes in a second; but those of torch,
+    which is not here, and of tensor cores, which the stand-in has not.
+    """
     found = {record["name"]: record for record in whole["stages"]["bench"]["records"]}
     kernels_ = {"embed", "qkv", "rope", "attention", "o", "gate_up", "down", "lm_head"}
     assert {f"kernels/{name}" for name in kernels_} <= set(found)
@@ -212,8 +214,8 @@ def test_the_benchmark_is_complete_and_beside_the_predictions(whole):
     prompts = [record["n_prompt"] for name, record in found.items() if "prefill" in name]
     assert sorted(prompts) == [5] * 3 + [12] * 3, "in three kinds of products"
     for name, record in found.items():
-        peer = name.startswith(("transformers/", "vllm/"))  # no torch here
-        assert record["status"] == ("not run" if peer else "passed"), record
+        is_left_out = name.startswith(("transformers/", "vllm/", "copy/matrix"))
+        assert record["status"] == ("not run" if is_left_out else "passed"), record
 
 
 PLANTS = {
