@@ -133,15 +133,17 @@ def test_a_row_has_the_same_bits_in_any_company(dtype):
 
 
 @pytest.mark.parametrize(
-    ("d_in", "dtype"), [(12, ml_dtypes.bfloat16), (6, np.float32), (16, np.float64)]
+    ("d_in", "dtype", "kernels"),
+    [(12, ml_dtypes.bfloat16, ("split",)), (6, np.float32, ()), (16, np.float64, ())],
 )
-def test_other_weights_take_the_definition(d_in, dtype):
+def test_other_weights_take_the_matrix_library(d_in, dtype, kernels):
+    """Those in bfloat16 the tensor cores, whose factors `split` makes."""
     rng = np.random.default_rng(0)
     x, weight = (
         rng.standard_normal((2, d_in), dtype=np.float32),
         rng.standard_normal((5, d_in)).astype(dtype),
     )
-    close(ran(lambda: cuda.linear(*moved((x, weight)))), moved(ops.linear(x, weight)))
+    close(ran(lambda: cuda.linear(*moved((x, weight))), *kernels), moved(ops.linear(x, weight)))
 
 
 def test_a_gain_or_bias_of_another_type_takes_the_parts():
@@ -174,7 +176,7 @@ def test_a_gain_or_bias_of_another_type_takes_the_parts():
         times=8,
     )
     close(
-        ran(lambda: cuda.linear(*moved((x, weight, bias)))),
+        ran(lambda: cuda.linear(*moved((x, weight, bias))), "split"),
         moved(ops.linear(x, weight, bias)),
         times=4,
     )
