@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from npllm.encoder import Encoder
     from npllm.errors import NpllmError
     from npllm.loading import load
-    from npllm.merging import merge
+    from npllm.merge_to_folder import merge
     from npllm.model import Model
     from npllm.page.explain import explain
     from npllm.pipelines import pipeline
@@ -92,7 +92,7 @@ _PUBLIC = {
     "compare": "tracing.comparison.comparing",
     "explain": "page.explain",
     "load": "loading",
-    "merge": "merging",
+    "merge": "merge_to_folder",
     "next_token_distribution": "decoding.sampling",
     "pipeline": "pipelines",
     "quantize": "quantization",

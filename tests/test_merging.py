@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from test_adapters import merged_by_hand
 
 import npllm
-from npllm import merging
+from npllm import merge_to_folder
 from npllm.checkpoints import tensor_writer
 from npllm.checkpoints.safetensors import read_entries
 from npllm.errors import NpllmOSError, NpllmValueError
@@ -244,7 +244,7 @@ def test_an_error_leaves_what_was_there(error, exists, base, adapter, monkeypatc
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(merging.MergedCheckpoint, "release", fail)
+    monkeypatch.setattr(merge_to_folder.MergedCheckpoint, "release", fail)
     with pytest.raises((NpllmOSError, KeyboardInterrupt)) as caught:
         merged(base, adapter, overwrite=True)
     assert {x: (base.parent / x).stat().st_ino for x in listing(base.parent)} == before

@@ -10,7 +10,7 @@ from npllm.checkpoints.gguf.tensor_types import FILE_TYPES, file_type_named
 from npllm.cli.options import json_option, path_option
 from npllm.cli.streams import print_json
 from npllm.errors import NpllmValueError
-from npllm.merging import merge as merge_checkpoint
+from npllm.merge_to_folder import merge as merge_checkpoint
 from npllm.progress import write_line
 from npllm.quantize_to_gguf import quantize as quantize_checkpoint
 

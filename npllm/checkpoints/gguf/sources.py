@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from npllm.checkpoints.adapters.merging import MergedCheckpoint
+from npllm.checkpoints.adapters.merged_checkpoint import MergedCheckpoint
 from npllm.checkpoints.gguf.config import gguf_config
 from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
 from npllm.checkpoints.gguf.metadata import config_metadata, rope_tensors

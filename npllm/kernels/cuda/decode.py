@@ -1,4 +1,4 @@
-"""The decode engine: one new token a row, from its id to its logits (graph: `decode_graph`).
+"""The decode engine: one new token a row, from its id to its logits, as one CUDA graph.
 
     x = embed(token);   x = layer(x) for each layer;   logits = W_head rms_norm(x)
 

@@ -1,4 +1,4 @@
-"""What a decode step of one cache needs: its buffers, its launches, and their graph."""
+"""The captured CUDA graph of a decode step: its buffers, its launches, their capture."""
 
 from collections.abc import Callable
 from typing import Any

@@ -32,7 +32,7 @@ OPTIONS = ("-std=c++17",)  # CuPy adds its own, -ftz=true among them
 ENTRIES = {DTYPES["float32"]: "float", DTYPES["bfloat16"]: "bf16", DTYPES["float16"]: "f16"}
 STORED = ENTRIES | {np.dtype(np.int8): "i8"}  # of the weights of products
 # source -> the files whose functions it uses, beside common.cu
-PARTS = {
+INCLUDED = {
     "linear": ("product",),
     "linear_blocks": ("blocks", "product"),
     "embed_blocks": ("blocks",),
@@ -69,7 +69,7 @@ def compiled(kernel: str, definitions: tuple) -> Any:
 def source(kernel: str) -> str:
     """Return the CUDA C++ text of a kernel, what it shares with the others included."""
     folder = Path(__file__).parent
-    names = ("common", *PARTS.get(kernel, ()), kernel)
+    names = ("common", *INCLUDED.get(kernel, ()), kernel)
     return "".join((folder / f"{name}.cu").read_text(encoding="utf-8") for name in names)
 
 

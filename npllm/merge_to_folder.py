@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from npllm.arguments import check_flag, check_path, check_paths
-from npllm.checkpoints.adapters.merging import MergedCheckpoint
+from npllm.checkpoints.adapters.merged_checkpoint import MergedCheckpoint
 from npllm.checkpoints.adapters.settings import CONFIG as ADAPTER_CONFIG
 from npllm.checkpoints.disk import checkpoint_beside, require_space_for
 from npllm.checkpoints.gguf.reader import is_gguf
