@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from npllm.pipelines import pipeline
     from npllm.quantize_to_gguf import quantize
     from npllm.text.tokenizer import Tokenizer
-    from npllm.tracing.comparison.comparing import compare
+    from npllm.tracing.comparison.compare import compare
     from npllm.tracing.record import trace
     from npllm.tracing.trace import Trace
 
@@ -89,13 +89,13 @@ _PUBLIC = {
     "NpllmError": "errors",
     "Tokenizer": "text.tokenizer",
     "Trace": "tracing.trace",
-    "compare": "tracing.comparison.comparing",
+    "compare": "tracing.comparison.compare",
     "explain": "page.explain",
     "load": "loading",
     "merge": "merge_to_folder",
-    "next_token_distribution": "decoding.sampling",
+    "next_token_distribution": "decoding.sampler_chain",
     "pipeline": "pipelines",
-    "quantize": "quantization",
+    "quantize": "quantize_to_gguf",
     "trace": "tracing.record",
 }
 _LIGHT = ("arrays", "errors", "ops", "testing")  # modules that are used without a model

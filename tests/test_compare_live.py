@@ -14,7 +14,7 @@ import tiny
 
 import npllm
 from npllm import ops
-from npllm.tracing.comparison.comparing import compare
+from npllm.tracing.comparison.compare import compare
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -44,6 +44,15 @@ def test_the_names_that_are_imported_late_are_the_public_ones():
     assert set(npllm._PUBLIC) | modules == set(npllm.__all__)
 
 
+def test_public_names_and_old_paths_lead_to_files():
+    package = Path(npllm.__file__).parent
+    moved = [new if isinstance(new, tuple) else (new,) for new in npllm._MOVED.values()]
+    for path in {*npllm._PUBLIC.values(), *(path for new in moved for path in new)}:
+        place = package / path.replace(".", "/")
+        assert place.with_suffix(".py").is_file() or (place / "__init__.py").is_file(), path
+        assert path not in npllm._MOVED, path
+
+
 def test_python_m_npllm_is_the_command():
     out = subprocess.run(
         [sys.executable, "-m", "npllm", "--version"], cwd=ROOT, capture_output=True, text=True

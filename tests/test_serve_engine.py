@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from npllm import kernels
 from npllm.continuous_batching.errors import EndedError, ExpiredError, QueueFullError
-from npllm.decoding.prefill import FEW_ROWS, n_read_together, n_reusable, pieces
+from npllm.decoding.prefill import n_read_together, n_reusable, pieces
 from npllm.errors import NpllmValueError
 from npllm.forward_pass import PREFILL_CHUNK
+from npllm.kernels import FEW_ROWS
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +223,3 @@ def test_a_token_is_read_in_the_kind_of_chunk_in_which_the_whole_prompt_is(n_pro
     rest = n_prompt % PREFILL_CHUNK
     assert few == ([n_prompt - rest] if 0 < rest <= FEW_ROWS else [])
     assert all(stop - start <= PREFILL_CHUNK for start, stop in cuts)
-
-
-def test_few_rows_are_those_of_the_compiled_set():
-    if kernels.compiled_ops() is None:
-        pytest.skip(kernels.why_not_compiled())
-    from npllm.kernels.cpu import gemv
-
-    assert gemv.FEW_ROWS == FEW_ROWS

@@ -12,8 +12,8 @@ from npllm.batch.tasks import Item, Task
 from npllm.continuous_batching.engine import Engine
 from npllm.continuous_batching.job import Event, Job
 from npllm.decoding.options import Options, resolve_options
-from npllm.decoding.prefill import FEW_ROWS
 from npllm.errors import NpllmError
+from npllm.kernels import FEW_ROWS
 
 __all__ = ["answers"]
 

@@ -138,7 +138,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                     f"its header should have {n_header} bytes, but the file has "
                     f"{n_bytes}, and a header may have at most {LARGEST_HEADER}"
                 )
-            with safe_open(path, framework="np"):
+            with safe_open(path, framework="np"):  # refuses offsets outside the file, or gaps
                 pass
             header = json.loads(file.read(n_header), object_pairs_hook=no_duplicates)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:

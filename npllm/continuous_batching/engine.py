@@ -18,7 +18,7 @@ from npllm.continuous_batching.job import Event, Job
 from npllm.continuous_batching.metrics import Metrics
 from npllm.continuous_batching.prefix_cache import KeptCaches, copied_prefix, n_held
 from npllm.continuous_batching.running_sequence import Row
-from npllm.decoding.prefill import FEW_ROWS
+from npllm.kernels import FEW_ROWS
 
 __all__ = ["MAX_BATCH", "Engine"]
 

@@ -8,7 +8,7 @@ do not depend on the tokens that are sent with it.
 from npllm.forward_pass import PREFILL_CHUNK
 from npllm.kernels import FEW_ROWS
 
-__all__ = ["FEW_ROWS", "n_read_together", "n_reusable", "pieces"]
+__all__ = ["n_read_together", "n_reusable", "pieces"]
 
 
 def n_read_together(n_prompt: int) -> int:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from npllm.cache import KVCache
+from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.adapted import base_layer, is_adapted
 from npllm.kernels.cpu.adapted_blocks import launch_adapted_attention, launch_adapted_mlp
@@ -27,7 +28,6 @@ from npllm.kernels.cpu.dispatch import (
     norm_linear,
     norm_swiglu,
 )
-from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.launching import launch
 from npllm.kernels.cpu.layout import row_major_copy, rows_of
 from npllm.kernels.cpu.operands import (

@@ -12,10 +12,11 @@ from numba import prange
 
 from npllm import ops
 from npllm.arrays import ieee_semantics
+from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu import gemm, tiled
 from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.gated import gated_product, swiglu_panels
-from npllm.kernels.cpu.gemv import FEW_ROWS, add_product
+from npllm.kernels.cpu.gemv import add_product
 from npllm.kernels.cpu.launching import kernel, launch
 from npllm.kernels.cpu.layout import EMPTY, few_rows_of, row_major, row_major_copy, rows_of
 from npllm.kernels.cpu.operands import (

@@ -12,7 +12,6 @@ import numpy as np
 from numba import prange, types
 from numba.extending import overload
 
-from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu.block_gemv import add_product_blocks
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.panels import root_mean_square
@@ -29,7 +28,7 @@ from npllm.kernels.cpu.simd_arrays import deinterleave
 from npllm.kernels.cpu.simd_rows import add_each, fma_each, load_each, reduce_each
 from npllm.quantized.int8 import GROUP
 
-__all__ = ["FEW_ROWS", "add_product", "rows_of_bias"]
+__all__ = ["add_product", "rows_of_bias"]
 
 Array = Any
 Vectors = tuple[Any, ...]  # sixteen float32 of each of a few rows

@@ -6,8 +6,8 @@ import numpy as np
 
 from npllm.arrays import DTYPES
 from npllm.cache import KVCache
+from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu.compiled import COMPILED
-from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.rounded import rounded_compiled
 from npllm.models.params import LayerParams
 from npllm.ops import Step

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from npllm import ops
+from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.attention import PANELS, attend_many
 from npllm.kernels.cpu.attention_step import attend_rows, attend_step
 from npllm.kernels.cpu.fits import is_float32
-from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.launching import launch, n_workers
 from npllm.kernels.cpu.layout import row_major, row_major_copy
 from npllm.kernels.cpu.rotation import rotate_all

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu import compiled, dispatch, gemm
 from npllm.kernels.cpu.fits import is_float32
-from npllm.kernels.cpu.gemv import FEW_ROWS
 from npllm.kernels.cpu.layout import EMPTY, row_major_copy, rows_of
 from npllm.kernels.cpu.operands import fits_gain, fits_gated, fits_product, gain_bits
 from npllm.kernels.cpu.rounded_gemm import COLUMNS, fits_rounded, rounded_product

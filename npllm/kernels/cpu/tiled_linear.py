@@ -14,7 +14,7 @@ __all__ = ["columns_product", "dot_into_scratch", "linear", "spans", "widened"]
 
 Array = Any
 
-FEW_ROWS = 16  # up to here a product is memory-bound: smaller blocks, which stay in the cache
+MEMORY_BOUND_ROWS = 16  # up to here blocks are smaller, and stay in the CPU cache
 BLOCK_FEW, BLOCK_MANY = 2**19, 2**21  # entries of a weight that are widened at a time
 
 
@@ -26,7 +26,7 @@ def linear(x: Array, weight: Array, bias: Array = None) -> Array:
     if not fits_linear(x, weight, bias):
         return ops.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    few = len(rows) <= FEW_ROWS
+    few = len(rows) <= MEMORY_BOUND_ROWS
     y = (
         product_few(rows, weight)
         if few

@@ -47,6 +47,6 @@ def compare(
     Every operation is evaluated in float64 on the inputs that the implementation itself recorded,
     so that an error is counted where it arises: docs/compare.md.
     """
-    from npllm.tracing.comparison.compared import compared  # nothing of it is needed before
+    from npllm.tracing.comparison.compare_runs import compare_runs  # not before it is needed
 
-    return compared(mine, gold, weights, model, names)
+    return compare_runs(mine, gold, weights, model, names)

@@ -20,7 +20,7 @@ from npllm.tracing.comparison.tokens import different_tokens, documents_of
 from npllm.tracing.comparison.walking import Walk
 from npllm.tracing.comparison.weights_check import check_config, check_weights
 
-__all__ = ["compared"]
+__all__ = ["compare_runs"]
 
 Array = Any
 
@@ -31,7 +31,7 @@ SIZES = (
 SAMPLED = 24  # values from which the dtype of a run is read
 
 
-def compared(mine: Any, gold: Any, weights: Any, model: Any, names: Any) -> Comparison:
+def compare_runs(mine: Any, gold: Any, weights: Any, model: Any, names: Any) -> Comparison:
     """Do what `npllm.compare` says."""
     right = recorded(gold, "gold")
     own = recorded(mine, "mine", right, names)
