@@ -917,10 +917,10 @@ class Worker:
             for file, data in files.items():
                 (folder / file).write_bytes(data)
 
-    def check_valid(self):
+    def check_valid(self, ops=None):
         """Make sure that what is mutated is valid."""
         for name in self.names:
-            headers, error = run_case(self.scratch / name)
+            headers, error = run_case(self.scratch / name, ops=ops)
             if error is not None or not headers:
                 raise SystemExit(f"the folder {name!r} is meant to be valid: {error}")
 

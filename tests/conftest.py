@@ -45,9 +45,18 @@ def pytest_configure(config):
     settings.load_profile(name)
     if config.getoption("--without-numba"):
         sys.modules["numba"] = None  # an import of it now fails
+    keep_byte_code()
     if "PYTEST_XDIST_WORKER" in os.environ:
         compile_once.share_compilations()
     planted_in_ops.plant_named_bug()
+
+
+def keep_byte_code():
+    """Let Python keep byte code in `__pycache__`, as it does unless PYTHONDONTWRITEBYTECODE is set:
+    tests start a hundred processes, and without it each compiles the package again.
+    """
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 # Files whose tests compile nearly every kernel.  They come first: of two workers one then compiles
@@ -71,15 +80,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if {"default_model", "default_folder"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("weights")
-        if item.get_closest_marker("slow") and not config.getoption("--all"):
-            item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
     items.sort(key=lambda item: item.path.name not in COMPILING)
-    if "gpu" in config.getoption("markexpr"):
-        return
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu:
-        config.hook.pytest_deselected(items=on_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    left_out = ["slow"] * (not config.getoption("--all"))
+    left_out += ["gpu"] * ("gpu" not in config.getoption("markexpr"))
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if deselected:  # a thousand skips would cost seconds
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
 
 
 @pytest.hookimpl(wrapper=True)

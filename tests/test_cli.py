@@ -573,7 +573,7 @@ def test_json_on_a_plain_terminal_loses_nothing(call, folder):
     "command",
     [
         ("tokens",),
-        ("chat", "-n", "1"),
+        pytest.param(("chat", "-n", "1"), marks=pytest.mark.slow),
         pytest.param(("generate", "-n", "1"), marks=pytest.mark.slow),
     ],
 )

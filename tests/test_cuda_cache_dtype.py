@@ -98,9 +98,8 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 @dtypes
-@pytest.mark.parametrize(
-    "changes", [HEADS, pytest.param(HEADS | {"sliding_window": 5}, marks=slow)], ids=["", "window"]
-)
+@pytest.mark.parametrize("changes", [HEADS, HEADS | {"sliding_window": 5}], ids=["", "window"])
+@slow
 def test_the_engine_gives_the_logits_of_the_kernels_one_by_one(name, changes):
     """Their products have the same bits, so that the same keys are rounded to the same side."""
     model, ids, dtype = pair(**changes)[0], tiny.random_ids(2, 12), DTYPES[name].name

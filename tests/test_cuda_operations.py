@@ -138,9 +138,7 @@ def counted(model, n_batch=1, n_ctx=100, n_padding=0):
 @pytest.mark.parametrize(
     ("name", "n_ctx"),
     [
-        pytest.param(
-            name, n_ctx, marks=[pytest.mark.slow] * (name != "SmolLM2-135M" and n_ctx != 512)
-        )
+        pytest.param(name, n_ctx, marks=[pytest.mark.slow] * (name != "SmolLM2-135M"))
         for name in CONFIGS
         for n_ctx in CONTEXTS
     ],

@@ -566,6 +566,7 @@ def test_a_decode_step_waits_for_the_device_once(options, padded):
     assert guard.Gets.n - before == n_new
 
 
+@pytest.mark.slow
 def test_the_default_model_agrees(default_folder):
     numpy_model = npllm.load(default_folder, ops=ops.blockwise)
     model = npllm.Model(numpy_model.config, moved(numpy_model.params), ops=ops.blockwise)

@@ -889,7 +889,7 @@ def worker(tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         worker = fuzz.Worker("hypothesis", tmp_path_factory.mktemp("fuzz"))
-        worker.check_valid()
+        worker.check_valid(npllm.kernels.tiled_ops())
     return worker
 
 
@@ -921,6 +921,12 @@ def test_mutated_folders(worker, number):
     makes.
     """
     check_case(worker, number, npllm.kernels.tiled_ops())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_mutated_is_valid_in_the_set_that_this_machine_gets(worker):
+    worker.check_valid()
 
 
 @pytest.mark.slow

@@ -1143,7 +1143,7 @@ assert after == before and sum(after.values()) > 5, {name: n for name, n in afte
     [
         ("bfloat16", "float32"),
         pytest.param("float32", "float32", marks=pytest.mark.slow),
-        ("int8", "int8"),
+        pytest.param("int8", "int8", marks=pytest.mark.slow),
     ],
 )
 def test_once_prepared_a_model_compiles_nothing_more(dtype, activations):

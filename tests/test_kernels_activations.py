@@ -24,6 +24,14 @@ from npllm.kernels.cpu.dot_products import forced_form, has_instruction, has_til
 
 INTEGERS = ("int8", "int16")
 FORMATS = ("int8", *FORMAT_NAMES)
+# By default: a scale, a scale and a minimum, scales in blocks of 256; each pair compiles its kernels
+COMPILED = [
+    ("int8", "int8"),
+    ("Q4_0", "int16"),
+    ("Q4_1", "int8"),
+    ("Q6_K", "int16"),
+    ("Q4_K", "int8"),
+]
 
 
 def forms(kind):
@@ -62,8 +70,14 @@ def test_the_forms_that_run_here_are_printed(capsys):
     assert chosen["int8"] in forms("int8") and chosen["bfloat16"] in forms("bfloat16")
 
 
-@pytest.mark.parametrize("kind", INTEGERS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.slow] * ((name, kind) not in COMPILED))
+        for name in FORMATS
+        for kind in INTEGERS
+    ],
+)
 def test_every_format_in_every_form_is_the_exact_product_of_what_is_rounded(name, kind):
     x, weight = rows(70, 512), weight_of(name, 101, 512)
     found = {}

@@ -25,7 +25,30 @@ pytestmark = pytest.mark.skipif(
     kernels.compiled_ops() is None, reason="the compiled kernels need Numba"
 )
 every_format = pytest.mark.parametrize("name", FORMAT_NAMES)
-either_way = pytest.mark.parametrize("looks_up", [False, True], ids=["converted", "looked up"])
+
+
+def is_rare(name, looks_up):
+    """Whether no other test compiles a format in this form, and others stand for it."""
+    if kernels.compiled_ops() is None:
+        return False
+    from npllm.kernels.cpu.block_functions import has_lookup
+
+    return looks_up != has_lookup() and name not in ("Q4_0", "Q4_1", "Q6_K")
+
+
+every_format_either_way = pytest.mark.parametrize(
+    ("name", "looks_up"),
+    [
+        pytest.param(
+            name,
+            looks_up,
+            marks=[pytest.mark.slow] * is_rare(name, looks_up),
+            id=f"{'looked up' if looks_up else 'converted'}-{name}",
+        )
+        for name in FORMAT_NAMES
+        for looks_up in (False, True)
+    ],
+)
 EPS = np.finfo(np.float32).eps
 
 
@@ -65,8 +88,7 @@ def largest_terms(weight, x):
     return np.abs(x.astype(np.float64)) @ np.repeat(groups, 32, axis=1).T
 
 
-@every_format
-@either_way
+@every_format_either_way
 @fewer(2)
 @given(
     n=st.integers(1, 16),

@@ -93,6 +93,7 @@ def kernels(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_code_is_kept_for_the_next_process(kernels):
     assert [kernels(), kernels()] == [["compiled"], ["loaded"]]
 

@@ -145,10 +145,9 @@ print(max(used))
     [
         *(pytest.param("tiled", variable, marks=pytest.mark.slow) for variable in COUNTS[:-1]),
         ("tiled", COUNTS[-1]),
-        pytest.param("compiled", COUNTS[0], marks=needs_numba),
         *(
             pytest.param("compiled", variable, marks=[needs_numba, pytest.mark.slow])
-            for variable in COUNTS[1:]
+            for variable in COUNTS
         ),
     ],
 )
