@@ -98,15 +98,14 @@ static void wait_for_others(Meeting& meeting, unsigned n, unsigned line) {
     while (meeting.round == round) leave();
 }
 
-// Every lane of the warp takes part.
+// Every lane of the warp takes part.  Two exchanges in a row use different slots: nobody overwrites
+// what another has not read, since the next but one begins where all have come to the next.
 static float exchange(unsigned mask, float x, unsigned lane, unsigned line) {
-    unsigned me = threadIdx.x, first = me / 32 * 32;
+    unsigned me = threadIdx.x, first = me / 32 * 64 + warps[me / 32].round % 2 * 32;
     if (mask != 0xffffffffu) fail("a shuffle of some lanes only, at " + text_of(line));
-    slots[me] = x;
+    slots[first + me % 32] = x;
     wait_for_others(warps[me / 32], 32, line);
-    float got = slots[first + lane];
-    wait_for_others(warps[me / 32], 32, line);  // nobody overwrites what another has not read
-    return got;
+    return slots[first + lane];
 }
 
 // While it lives, subnormal numbers are zero; then the caller's mode is back.
@@ -231,7 +230,7 @@ const char* launch(void (*called)(void**), unsigned n_blocks, unsigned n_threads
     places.resize(n_threads);
     started.assign(n_threads, 0);
     stacks.resize(n_threads * STACK);
-    slots.resize(n_threads);
+    slots.resize(2 * n_threads);
     body = called;
     body_arguments = arguments;
     if (_setjmp(failed)) return failure.c_str();
