@@ -1,11 +1,15 @@
 """Compile the CUDA sources for the CPU with g++ and tests/cuda_shim.h, and launch them.
 
-Inside `checking(seed)` every access to memory is checked (tests/cuda_checks.h): a race, an access
+Inside `checking(seed)` every access to memory is checked (tests/cuda_checks.cpp): a race, an access
 out of bounds, a read of what nobody wrote raise `KernelFault`, which names the lines and threads.
+
+What runs the threads is compiled once, and linked to each kernel.  Every library is kept under the
+hash of what it is made of, and made by one process while others that need it wait.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -30,33 +34,35 @@ KEPT = Path(os.environ.get("NPLLM_SHIM_CACHE", HERE / "__pycache__" / "shim"))
 COMMAND = (
     "g++",
     "-std=c++20",
-    "-O1",
     "-U_FORTIFY_SOURCE",
     "-fno-gnu-unique",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
     "-w",
     "-fPIC",
 )
 ENTRY = """
-extern "C" const char* shim_launch(unsigned n_blocks, unsigned n_threads, void** arguments,
-                                   unsigned long long seed) {{
-    return shim::launch({}, n_blocks, n_threads, arguments, seed);
+static void shim_call(void** arguments) {{ shim::call({}, arguments); }}
+extern "C" __attribute__((visibility("default"))) const char*
+shim_launch(unsigned n_blocks, unsigned n_threads, void** arguments, unsigned long long seed) {{
+    return shim::launch(shim_call, n_blocks, n_threads, arguments, seed);
 }}
 """
 # -fsanitize=thread calls a function before each access; -nodefaultlibs leaves out its library
 CHECKED = (
-    "-g",
+    "-g1",
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fno-tree-loop-distribute-patterns",
-    "-fno-threadsafe-statics",
 )
-CHECKED_ENTRY = """
-extern "C" const char* shim_check(unsigned n_blocks, unsigned n_threads, void** arguments,
-                                  unsigned long long seed, const checks::Given* given, unsigned n) {{
-    checks::begin(given, n);
-    return shim::launch({}, n_blocks, n_threads, arguments, seed, checks::start_block);
-}}
+LIBRARIES = ("-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc_s")
+CHECKED_ENTRY = (
+    ENTRY
+    + """
+extern "C" __attribute__((visibility("default"))) void
+shim_check(const checks::Given* given, unsigned n) {{ checks::begin(given, n); }}
 """
+)
 SHARED = re.compile(r"(alignas\(16\) )?__shared__ (\w+) ([^;]+);")
 SCALARS = {
     np.int64: ctypes.c_int64,
@@ -65,6 +71,20 @@ SCALARS = {
     np.float32: ctypes.c_float,
 }
 
+
+
+def _fused():
+    """The option for multiply-adds in one instruction, where the processor has it: no call of
+    `fmaf`, whose result is the same.
+    """
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return ()
+    return ("-mfma",) if "fma" in flags else ()
+
+
+FUSED = _fused()
 LAUNCHES = []  # names of the kernels that ran
 needs_gxx = pytest.mark.skipif(
     shutil.which("g++") is None, reason="runs CUDA sources on the CPU, and g++ is not installed"
@@ -115,7 +135,7 @@ class KernelFault(AssertionError):
 
 
 class Given(ctypes.Structure):
-    """`checks::Given` of tests/cuda_checks.h."""
+    """`checks::Given` of tests/cuda_checks.cpp."""
 
     _fields_ = [
         ("name", ctypes.c_char_p),
@@ -136,12 +156,12 @@ class Library:
         """Launch; with a seed on the checked build, in an order that the seed draws."""
         held = [_argument(x) for x in arguments]
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(x) for x in held))
-        checked = seed is not None
-        call = self.loaded.shim_check if checked else self.loaded.shim_launch
+        if seed is not None:
+            given = _regions(arguments)
+            self.loaded.shim_check((Given * len(given))(*(one for one, _ in given)), len(given))
+        call = self.loaded.shim_launch
         call.restype = ctypes.c_char_p
-        given = _regions(arguments) if checked else []
-        more = ((Given * len(given))(*(one for one, _ in given)), len(given)) if checked else ()
-        fault = call(n_blocks, n_threads, pointers, ctypes.c_ulonglong(seed or 0), *more).decode()
+        fault = call(n_blocks, n_threads, pointers, ctypes.c_ulonglong(seed or 0)).decode()
         if fault:
             where = "" if seed is None else f" (seed {seed})"
             raise KernelFault(self._with_lines(fault) + where)
@@ -166,16 +186,13 @@ class Library:
 def compiled(kernel, definitions, text=None, checked=False):
     """One variant as a `Library`; `checked`: one that checks its accesses to memory."""
     macros = "".join(f"#define {name} {value}\n" for name, value in definitions)
-    text = text or launching.source(kernel)
-    head = '#include "cuda_shim.h"\n' + macros
-    entry = ENTRY
+    text, entry = text or launching.source(kernel), ENTRY
     if checked:
-        checks = (HERE / "cuda_checks.h").read_text(encoding="utf-8")
-        head, text, entry = f"{head}{checks}", SHARED.sub(_boxed, text), CHECKED_ENTRY
-    text = head + text + entry.format(kernel)
-    options = (*CHECKED, "-nodefaultlibs") if checked else ()
-    libraries = ("-lstdc++", "-lm", "-lc", "-lgcc_s") if checked else ()
-    path = made(text.encode(), "kernel.cpp", "kernel.so", "-shared", *options, after=libraries)
+        text, entry = SHARED.sub(_boxed, text), CHECKED_ENTRY
+    text = '#include "cuda_shim.h"\n' + macros + text + entry.format(kernel)
+    options = "-O1", *FUSED, "-shared", *(CHECKED if checked else ()), str(runner(checked))
+    after = LIBRARIES if checked else ()
+    path = made(text.encode(), "kernel.cpp", "kernel.so", *options, after=after)
     return Library(path, text)
 
 
@@ -235,10 +252,11 @@ def checking(seed):
 
 
 @functools.cache
-def header(checked=False):
-    """The folder of tests/cuda_shim.h, compiled: reading it takes most of a kernel's compilation."""
-    text, options = (HERE / "cuda_shim.h").read_bytes(), CHECKED if checked else ()
-    return made(text, "cuda_shim.h", "cuda_shim.h.gch", "-xc++-header", *options).parent
+def runner(checked=False):
+    """What runs the threads of a block, compiled; `checked`: with the checker of memory."""
+    names = ("cuda_shim", "cuda_checks") if checked else ("cuda_shim",)
+    text = "".join((HERE / f"{name}.cpp").read_text(encoding="utf-8") for name in names)
+    return made(text.encode(), "runner.cpp", "runner.o", "-O2", "-c")
 
 
 @functools.cache
@@ -249,20 +267,19 @@ def version():
 
 def made(text, source, target, *options, after=()):
     """The file that g++ makes of a text, kept for other processes and later runs."""
-    if source != "cuda_shim.h":
-        options = f"-I{header('-fsanitize=thread' in options)}", *options
-    made_of = (version(), COMMAND, options, after, text)
+    header = (HERE / "cuda_shim.h").read_bytes()
+    made_of = (version(), COMMAND, options, after, header, text)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
     folder = KEPT / key
-    if not folder.is_dir():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=KEPT))
-        (new / source).write_bytes(text)
-        subprocess.run([*COMMAND, *options, source, "-o", target, *after], check=True, cwd=new)
-        try:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with open(KEPT / f"{key}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, and finds the folder
+        if not folder.is_dir():
+            new = Path(tempfile.mkdtemp(dir=KEPT))
+            (new / source).write_bytes(text)
+            command = [*COMMAND, f"-I{HERE}", *options, source, "-o", target, *after]
+            subprocess.run(command, check=True, cwd=new)
             new.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(new)
     return folder / target
 
 

@@ -256,6 +256,18 @@ def test_a_model_on_the_engine_gives_the_logits_of_the_reference(name, changes):
 
 
 @slow
+def test_blocks_with_longrope_a_window_and_grouped_heads():
+    """Three rows, over the crossing of longrope."""
+    factors = {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    changes = {"rope_scaling": factors, "original_max_position_embeddings": 12}
+    model, base = pair("Q4_0", sliding_window=5, num_key_value_heads=1, **changes)
+    ids = tiny.random_ids(3, 15)
+    guard.OPERATIONS.clear()
+    close(fed(model, ids, 9), fed(base, ids, 9), times=20)
+    assert guard.OPERATIONS["graph"] >= 1
+
+
+@slow
 def test_a_model_of_several_formats():
     """As Q4_K_M stores it: value rows in more bits than the others."""
     model, base = pair("Q4_K", mixed="Q6_K")

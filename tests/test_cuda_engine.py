@@ -59,6 +59,15 @@ KINDS = {
     "longrope": LONG,
     "heads of 96": HEADS | {"hidden_size": 192},
     "heads of 128": {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "all at once": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        "original_max_position_embeddings": 12,
+        "sliding_window": 5,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -79,6 +88,16 @@ def test_the_engine_gives_the_logits_of_the_reference(kind, dtype):
     want, other = fed(base, ids, 5)
     close(got, want, times=20)
     assert guard.OPERATIONS["graph"] >= 5 and cache.n_ctx == other.n_ctx == 15
+
+
+@slow
+@pytest.mark.parametrize("n_batch", [1, 3, 4, 5, 6, 7, 8])
+def test_batches_of_every_size(n_batch):
+    """Grouped heads, part of each rotated, longrope over its crossing, a window, padding."""
+    model, base = pair(**KINDS["all at once"])
+    ids, valid = tiny.random_ids(n_batch, 15), np.ones((n_batch, 15), bool)
+    valid[0, :2] = n_batch == 1
+    close(fed(model, ids, 9, valid)[0], fed(base, ids, 9, valid)[0], times=20)
 
 
 @slow

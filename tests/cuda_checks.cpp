@@ -6,7 +6,7 @@
 //                     and not both accesses are atomic
 //
 // The kernel is compiled with -fsanitize=thread, which calls a function before each access; the
-// functions are here, and the library of the compiler is not linked.  An access by thread t is
+// functions are here, compiled without it, and the library of the compiler is not linked.  An access by thread t is
 // ordered before one by u where they are of one block and a __syncthreads lies between, or of one
 // warp and a __syncwarp lies between.  A shuffle orders nothing, as on a GPU.
 //
@@ -104,10 +104,9 @@ static Region* region_of(std::uintptr_t address) {
     return nullptr;
 }
 
-static bool is_private(std::uintptr_t address) {  // a stack, the index of a thread, the flag
+static bool is_private(std::uintptr_t address) {  // a stack, the index of a thread
     auto stacks = (std::uintptr_t)shim::stacks.data();
     if (address - stacks < shim::stacks.size()) return true;
-    if (address == (std::uintptr_t)&shim::inside) return true;
     for (const Index* index : {&threadIdx, &blockIdx, &blockDim, &gridDim})
         if (address == (std::uintptr_t)index) return true;
     return false;
@@ -133,32 +132,25 @@ static void access(const void* pointer, std::size_t n_bytes, const void* place, 
     }
 }
 
-// A shared array between two red zones.
-template <typename T>
-struct alignas(64) Shared {
-    char before[64];
-    T value;
-    char after[64];
-    T& named(const char* name) {
-        shim::Outside pause;
-        auto first = (std::uintptr_t)this;
-        for (const Region& region : shared_regions)
-            if (region.first == first) return value;
-        Region region{std::string("shared memory ") + name, first, sizeof *this, 2, {}};
-        region.units.resize(sizeof *this / 2);
-        for (std::size_t i = 0; i < sizeof value / 2; ++i)
-            region.units[((char*)&value - (char*)this) / 2 + i].in_array = true;
-        shared_regions.push_back(std::move(region));
-        return value;
-    }
-};
+void know_shared(const char* name, const void* box, unsigned long n_box, const void* array,
+                 unsigned long n_array) {
+    auto first = (std::uintptr_t)box;
+    for (const Region& region : shared_regions)
+        if (region.first == first) return;
+    Region region{std::string("shared memory ") + name, first, n_box, 2, {}};
+    region.units.resize(n_box / 2);
+    for (std::size_t i = 0; i < n_array / 2; ++i)
+        region.units[((const char*)array - (const char*)box) / 2 + i].in_array = true;
+    shared_regions.push_back(std::move(region));
+}
 
 static void start_block() {  // shared memory holds nothing
     for (Region& region : shared_regions)
         for (Unit& unit : region.units) unit = {{}, {}, unit.in_array, false};
 }
 
-static void begin(const Given* given, unsigned n) {
+void begin(const Given* given, unsigned n) {
+    shim::start_block = start_block;
     global_regions.clear();
     for (unsigned i = 0; i < n; ++i) {
         const Given& g = given[i];
@@ -174,16 +166,9 @@ static void begin(const Given* given, unsigned n) {
 
 }  // namespace checks
 
-// The functions below are called before every access, those of this file among them.
-#define UNCHECKED __attribute__((no_sanitize("thread")))
-#define CHECK(p, n_bytes, ...)                                                   \
-    if (shim::inside) {                                                          \
-        shim::inside = false;                                                    \
-        checks::access(p, n_bytes, __builtin_return_address(0), __VA_ARGS__);    \
-        shim::inside = true;                                                     \
-    }
+#define CHECK(p, n_bytes, ...) checks::access(p, n_bytes, __builtin_return_address(0), __VA_ARGS__)
 #define ACCESS(name, size, writes) \
-    extern "C" UNCHECKED void name(void* p) { CHECK(p, size, writes) }
+    extern "C" void name(void* p) { CHECK(p, size, writes); }
 #define ACCESSES(size)                               \
     ACCESS(__tsan_read##size, size, false)           \
     ACCESS(__tsan_write##size, size, true)           \
@@ -194,16 +179,19 @@ ACCESSES(2)
 ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
-extern "C" UNCHECKED void __tsan_read_range(void* p, std::size_t n) { CHECK(p, n, false) }
-extern "C" UNCHECKED void __tsan_write_range(void* p, std::size_t n) { CHECK(p, n, true) }
-extern "C" UNCHECKED void __tsan_init() {}
-extern "C" UNCHECKED void __tsan_func_entry(void*) {}
-extern "C" UNCHECKED void __tsan_func_exit() {}
+extern "C" void __tsan_read_range(void* p, std::size_t n) { CHECK(p, n, false); }
+extern "C" void __tsan_write_range(void* p, std::size_t n) { CHECK(p, n, true); }
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
 
 template <typename T>
-__attribute__((noinline)) UNCHECKED T atomicAdd(T* p, T x) {
-    CHECK(p, sizeof(T), true, true)
+T atomicAdd(T* p, T x) {
+    CHECK(p, sizeof(T), true, true);
     T before = *p;
     *p = before + x;
     return before;
 }
+template float atomicAdd(float*, float);
+template int atomicAdd(int*, int);
+template unsigned atomicAdd(unsigned*, unsigned);
