@@ -9,7 +9,6 @@ hash of what it is made of, and made by one process while others that need it wa
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -23,6 +22,7 @@ import guard
 import ml_dtypes
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from npllm.kernels import cuda
 from npllm.kernels.cuda import gemm, launching
@@ -70,7 +70,6 @@ SCALARS = {
     np.uint32: ctypes.c_uint32,
     np.float32: ctypes.c_float,
 }
-
 
 
 def _fused():
@@ -272,8 +271,7 @@ def made(text, source, target, *options, after=()):
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
     folder = KEPT / key
     KEPT.mkdir(parents=True, exist_ok=True)
-    with open(KEPT / f"{key}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, and finds the folder
+    with FileLock(KEPT / f"{key}.lock"):  # whoever comes second waits, and finds the folder
         if not folder.is_dir():
             new = Path(tempfile.mkdtemp(dir=KEPT))
             (new / source).write_bytes(text)
