@@ -296,6 +296,20 @@ def test_padding_on_the_left(call, seed, outside):
         )
 
 
+@pytest.mark.parametrize("before", [1, 5, 200])
+def test_a_row_that_begins_before_the_first_key(before):
+    """As where a window has dropped the slots between: every key counts, and nothing before it."""
+    q, k, v = (np.random.default_rng(0).standard_normal((2, 2, n, 64), np.float32) for n in (1, 9, 9))
+    start, slots = np.array([10 - before, 12]), {"q_slots": range(18, 19), "k_slots": range(10, 19)}
+    inside = [np.full((2, 2, 220, 64), 1e3, np.float32) for _ in range(2)]
+    for whole, x in zip(inside, (k, v), strict=True):
+        whole[:, :, 205:214] = x
+    there = [moved(x)[:, :, 205:214] for x in inside]
+    got = decode(moved(q), *there, mask=causal() & left_padding(moved(start)), **slots)
+    want = ops.attention(q, k, v, mask=causal() & left_padding(start), **slots)
+    close(got, moved(want), times=8)
+
+
 @pytest.mark.parametrize("window", [None, 140])
 @pytest.mark.parametrize(("d_head", "dtype"), VARIANTS[:3])
 def test_a_sequence_has_the_same_bits_in_any_company(d_head, dtype, window):
