@@ -72,7 +72,6 @@ SCALARS = {
 }
 
 
-
 def _fused():
     """The option for multiply-adds in one instruction, where the processor has it: no call of
     `fmaf`, whose result is the same.

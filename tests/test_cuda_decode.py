@@ -299,7 +299,9 @@ def test_padding_on_the_left(call, seed, outside):
 @pytest.mark.parametrize("before", [1, 5, 200])
 def test_a_row_that_begins_before_the_first_key(before):
     """As where a window has dropped the slots between: every key counts, and nothing before it."""
-    q, k, v = (np.random.default_rng(0).standard_normal((2, 2, n, 64), np.float32) for n in (1, 9, 9))
+    q, k, v = (
+        np.random.default_rng(0).standard_normal((2, 2, n, 64), np.float32) for n in (1, 9, 9)
+    )
     start, slots = np.array([10 - before, 12]), {"q_slots": range(18, 19), "k_slots": range(10, 19)}
     inside = [np.full((2, 2, 220, 64), 1e3, np.float32) for _ in range(2)]
     for whole, x in zip(inside, (k, v), strict=True):
