@@ -22,7 +22,6 @@ import guard
 import ml_dtypes
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from npllm.kernels import cuda
 from npllm.kernels.cuda import gemm, launching
@@ -266,12 +265,15 @@ def version():
 
 def made(text, source, target, *options, after=()):
     """The file that g++ makes of a text, kept for other processes and later runs."""
+    import fcntl  # POSIX only, as the fibers of the shim are
+
     header = (HERE / "cuda_shim.h").read_bytes()
     made_of = (version(), COMMAND, options, after, header, text)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
     folder = KEPT / key
     KEPT.mkdir(parents=True, exist_ok=True)
-    with FileLock(KEPT / f"{key}.lock"):  # whoever comes second waits, and finds the folder
+    with open(KEPT / f"{key}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, and finds the folder
         if not folder.is_dir():
             new = Path(tempfile.mkdtemp(dir=KEPT))
             (new / source).write_bytes(text)
