@@ -53,6 +53,13 @@ def test_public_names_and_old_paths_lead_to_files():
         assert path not in npllm._MOVED, path
 
 
+@pytest.mark.parametrize("name", ["score", "cost", "steps", "packing"])
+def test_modules_of_the_analysis_are_there_without_an_import_of_their_own(name):
+    code = f"import npllm; print(npllm.analysis.{name}.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == f"npllm.analysis.{name}", out.stderr
+
+
 def test_python_m_npllm_is_the_command():
     out = subprocess.run(
         [sys.executable, "-m", "npllm", "--version"], cwd=ROOT, capture_output=True, text=True
