@@ -81,12 +81,14 @@ def pytest_collection_modifyitems(config, items):
         if {"default_model", "default_folder"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("weights")
     items.sort(key=lambda item: item.path.name not in COMPILING)
-    left_out = ["slow"] * (not config.getoption("--all"))
-    left_out += ["gpu"] * ("gpu" not in config.getoption("markexpr"))
-    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
-    if deselected:  # a thousand skips would cost seconds
-        config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+    wanted = {"slow": config.getoption("--all"), "gpu": "gpu" in config.getoption("markexpr")}
+    kept, left_out = [], []  # left out rather than skipped: a thousand skips would cost seconds
+    for item in items:
+        runs = all(wanted[name] or not item.get_closest_marker(name) for name in wanted)
+        (kept if runs else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 @pytest.hookimpl(wrapper=True)

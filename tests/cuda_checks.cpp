@@ -1,4 +1,4 @@
-// Checks every access of a kernel to global and shared memory while tests/cuda_shim.h runs it.
+// Checks every access of a kernel to global and shared memory while tests/cuda_shim.cpp runs it.
 //
 //     out of bounds   an address in no array of the launch, or between two shared arrays
 //     uninitialised   a read of what nobody has written
@@ -6,9 +6,10 @@
 //                     and not both accesses are atomic
 //
 // The kernel is compiled with -fsanitize=thread, which calls a function before each access; the
-// functions are here, compiled without it, and the library of the compiler is not linked.  An access by thread t is
-// ordered before one by u where they are of one block and a __syncthreads lies between, or of one
-// warp and a __syncwarp lies between.  A shuffle orders nothing, as on a GPU.
+// functions are here, compiled without it, and the library of the compiler is not linked.  An
+// access by thread t is ordered before one by u where they are of one block and a __syncthreads
+// lies between, or of one warp and a __syncwarp lies between.  A shuffle orders nothing, as on a
+// GPU.
 //
 // Of a unit of memory (2 or 4 bytes) the last write is kept, and the last reads of two threads: a
 // third thread that writes is another one than at least one of them.

@@ -133,7 +133,7 @@ public:
 static void fiber() {  // one block after another
     for (;;) {
         body(body_arguments);
-            done[threadIdx.x] = 1;
+        done[threadIdx.x] = 1;
         ++n_arrivals;
         leave();
     }

@@ -17,8 +17,7 @@ from npllm import ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
-# These take seconds; their own tests run them on small models.
-# pages and commands that take seconds; what they show has tests of its own
+# Pages and commands that take seconds; what they show has tests of its own.
 LONG = ("chapter", "explain", "masks", "precision", "quantise", "trace")
 LIVE = {"evaluate": ("lm_eval",)}  # pages whose examples need packages that CI installs last
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
