@@ -59,12 +59,12 @@ KINDS = {
     "longrope": LONG,
     "heads of 96": HEADS | {"hidden_size": 192},
     "heads of 128": {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
-    "all at once": {
-        "num_attention_heads": 4,
+    # heads of 64, half of each rotated: 16 factors, as many as LONG has
+    "all at once": LONG
+    | {
+        "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "partial_rotary_factor": 0.5,
-        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
-        "original_max_position_embeddings": 12,
         "sliding_window": 5,
         "tie_word_embeddings": True,
     },

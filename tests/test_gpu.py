@@ -446,6 +446,10 @@ def test_logits_of_tiny_models(set_, kind, dtype):
 def test_the_decode_engine(kind, dtype, monkeypatch):
     """Eager, captured and replayed; a row alone has the same bits; queued greedy tokens are those
     of the logits.
+
+    Bits are equal where all products are kernels: float32 weights promise it for 16 rows at most.
+    Where longrope changes its frequencies, three rows of 12 tokens are computed anew, 36 at once,
+    by the matrix library, whose order of summation depends on their number.
     """
     graphs, captured = [], decode_graph.captured
     monkeypatch.setattr(decode_graph, "captured", lambda run: graphs.append(1) or captured(run))
@@ -454,7 +458,11 @@ def test_the_decode_engine(kind, dtype, monkeypatch):
     want, (got, _) = fed(here, ids, 5)[0], fed(there, ids, 5)
     same("decode engine", moved(got), want, times=20)
     assert graphs
-    assert fed(there, ids[1:2], 5)[0][0].tobytes() == got[1].tobytes()
+    alone = fed(there, ids[1:2], 5)[0]
+    close(alone, got[1:2], times=20)
+    recomputed = "rope_scaling" in ENGINE_KINDS[kind]
+    if not (recomputed and dtype == np.float32):
+        assert alone.tobytes() == got[1:2].tobytes()
     caches = [there.new_cache(3) for _ in range(2)]
     for cache in caches:
         there.last_logits(ids[:, :5], np.ones((3, 5), bool), cache)
