@@ -22,6 +22,7 @@ from npllm.kernels.cuda import decode, launching, weights
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.block_weight import BlockWeight
+from npllm.quantized.int8 import quantize
 from npllm.quantized.stacked import StackedWeight
 
 on_cuda = Composed(cuda.CUDA)
@@ -78,22 +79,30 @@ def test_an_entry_has_the_bits_of_the_definition(name):
             assert (got == want[:, chosen].T).all()
 
 
+def rows_of_table(weight, ids):
+    """Rows of a table of 6 * 256 entries at most, in float32: embed.cu or embed_blocks.cu."""
+    suffix, entry, values, scales = weights.operand(there(weight))
+    x = guard.xp.empty((len(ids), weight.shape[1]), dtype=np.float32)
+    variant = (("ENTRY", entry),)
+    sizes = map(np.int64, (x.size, x.shape[1]))
+    arguments = moved(ids), values, launching.pointer(scales), x, *sizes
+    launching.launch(f"embed{suffix}", variant, 6, 256, *arguments)
+    return x
+
+
 @formats
 def test_a_row_of_a_table_has_the_bits_of_the_definition(name):
     weight = random_blocks(name, 6, 512 // FORMATS[name].n_entries)
-    ids, x = np.array([5, 0, 3]), guard.xp.empty((3, weight.shape[1]), dtype=np.float32)
-    launching.launch(
-        "embed_blocks",
-        (("ENTRY", name),),
-        1,
-        256,
-        moved(ids),
-        there(weight).blocks,
-        launching.NULL,
-        x,
-        *map(np.int64, (x.size, x.shape[1])),
-    )
-    assert (x.get() == flushed(weight.take(ids).widened())).all()
+    ids = np.array([5, 0, 3])
+    assert (rows_of_table(weight, ids).get() == flushed(weight.take(ids).widened())).all()
+
+
+@pytest.mark.parametrize("d_model", [64, 80, 144])
+def test_a_row_of_a_table_in_int8(d_model):
+    """The last group of 64 entries, which share a scale, may be shorter."""
+    table = quantize(np.random.default_rng(0).standard_normal((6, d_model), dtype=np.float32))
+    ids = np.array([5, 0, 3])
+    assert (rows_of_table(table, ids).get() == table.take(ids).widened()).all()
 
 
 @formats
@@ -160,6 +169,35 @@ def test_matrices_of_several_formats():
         lambda: on_cuda.norm_swiglu(*moved((x, gain)), 1e-5, there(weight)), *kernels, "swiglu"
     )
     close(swiglu, moved(definitions.norm_swiglu(x, gain, 1e-5, weight)), times=20)
+
+
+def test_a_stack_with_a_part_in_16_bits_takes_the_definition():
+    """Beside blocks the kernel reads vectors in float32, beside bfloat16 in bfloat16."""
+    rng = np.random.default_rng(0)
+    half = rng.standard_normal((6, 64)).astype(ml_dtypes.bfloat16)
+    weight = StackedWeight((random_blocks(FAST, 10, 2, scale=0.01), half))
+    x, gain, bias = (rng.standard_normal(n, dtype=np.float32) for n in ((3, 64), 64, 16))
+    for vectors in ((gain, bias), (gain.astype(half.dtype), bias.astype(half.dtype))):
+        got = ran(
+            lambda v=vectors: on_cuda.norm_linear(
+                *moved((x, v[0])), 1e-5, there(weight), moved(v[1])
+            ),
+            "rms_norm",
+        )
+        close(
+            got, moved(definitions.norm_linear(x, vectors[0], 1e-5, weight, vectors[1])), times=20
+        )
+
+
+def test_up_to_how_many_rows_a_stack_takes_the_kernel():
+    """As many as the part of which it takes the fewest: of float32 fewer than of blocks."""
+    rng, most = np.random.default_rng(0), min(cuda.MOST_ROWS[1], cuda.MOST_ROWS[4])
+    floats = rng.standard_normal((6, 64), dtype=np.float32)
+    weight = StackedWeight((random_blocks(FAST, 10, 2, scale=0.01), floats))
+    for n_rows, kernels in ((most, ("linear_blocks", "linear")), (most + 1, ())):
+        x = rng.standard_normal((n_rows, 64), dtype=np.float32)
+        got = ran(lambda x=x: cuda.linear(moved(x), there(weight)), *kernels)
+        close(got, moved(ops.linear(x, weight)), times=20)
 
 
 def test_a_matrix_that_is_no_whole_words_takes_the_definition():
@@ -299,14 +337,7 @@ def product_of_blocks(name=FAST):
 
 
 def embedded():
-    weight = there(random_blocks(FAST, 6, 2))
-    x = guard.xp.empty((3, 64), dtype=np.float32)
-    sizes = map(np.int64, (x.size, 64))
-    ids = moved(np.array([5, 0, 3]))
-    launching.launch(
-        "embed_blocks", (("ENTRY", FAST),), 1, 256, ids, weight.blocks, launching.NULL, x, *sizes
-    )
-    return x
+    return rows_of_table(random_blocks(FAST, 6, 2), np.array([5, 0, 3]))
 
 
 @slow

@@ -292,7 +292,15 @@ def test_replacing_an_operation_takes_the_whole_step_away():
 
 
 @slow
-@pytest.mark.parametrize("changes", [HEADS, {"tie_word_embeddings": True}], ids=["", "tied"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        HEADS,
+        {"tie_word_embeddings": True},
+        {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ],
+    ids=["", "tied", "no whole groups"],
+)
 def test_int8_weights(changes):
     """Weights and embedding table in int8, vectors in bfloat16, beside the definitions on both."""
     _, base = pair(intermediate_size=48, **changes)  # rows of whole packs of 16

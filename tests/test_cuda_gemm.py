@@ -115,6 +115,15 @@ def test_shapes_bias_and_views(lead):
     close(got, moved(ops.linear(x, weight, bias)), times=4)
 
 
+def test_a_weight_that_is_not_in_one_piece():
+    """Columns of a longer array: cuBLAS is told that rows are d_in entries apart."""
+    x, weight, bias = inputs()
+    view = moved(np.concatenate([weight, weight + BF16(1)], axis=1))[:, 24:72]
+    columns = np.concatenate([weight, weight + BF16(1)], axis=1)[:, 24:72]
+    got = ran(lambda: cuda.linear(moved(x), view, moved(bias)), "split")
+    close(got, moved(ops.linear(x, columns, bias)), times=4)
+
+
 def test_infinities_and_nan_give_what_the_definition_gives():
     x, weight, _ = inputs()
     x[0, 5], x[1, 7], x[2, :2] = np.inf, np.nan, (np.inf, -np.inf)
