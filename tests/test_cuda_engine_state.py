@@ -23,6 +23,7 @@ from npllm.ops.mask import causal, sliding_window
 from npllm.quantized.int8 import quantize
 from npllm.quantized.stacked import StackedWeight
 
+slow = pytest.mark.slow
 pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart")]
 MASKS = [causal(), causal()]
 ROOM = {"max_position_embeddings": 256, "original_max_position_embeddings": 256}
@@ -67,9 +68,10 @@ CHANGES = {
     "the number of rows": (lambda cache: cache.reorder([1]), lambda _: {}),
     "positions, behind the tables": (None, lambda _: {"positions": np.array([66])}),
 }
+RARE = ("eps", "the number of rows")
 
 
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("what", [pytest.param(x, marks=slow) if x in RARE else x for x in CHANGES])
 def test_a_step_that_changed_is_captured_anew(what):
     """After it the plan gives what a new plan gives, to the bit: that of a copy of the cache."""
     model, _ = pair(**HEADS, **ROOM)
@@ -118,9 +120,11 @@ def test_rows_of_one_batch_with_different_frequencies():
 
 
 def test_the_first_column_of_a_window_is_not_slot_0():
-    """At slot 64 the arrays are full, and what the window sees moves to their begin."""
+    """At slot 64 the arrays are full, and what the window sees moves to their begin.  Two tokens
+    behind it, so that a wrong column lies in the gap behind the arrays.
+    """
     model, base = pair(sliding_window=5, num_hidden_layers=1, **ROOM)
-    ids = tiny.random_ids(2, 67)
+    ids = tiny.random_ids(2, 66)
     guard.OPERATIONS.clear()
     (got, cache), (want, _) = (fed(one, ids, 62) for one in (model, base))
     close(got, want, times=20)
@@ -128,7 +132,7 @@ def test_the_first_column_of_a_window_is_not_slot_0():
     assert [(layer[2], layer[0].shape[-2]) for layer in cache.state.layers] == [(60, 64)]
 
 
-@pytest.mark.parametrize("windows", [(5, 150), (150, 5)])
+@pytest.mark.parametrize("windows", [(5, 150), pytest.param((150, 5), marks=slow)])
 def test_every_layer_has_room_for_its_splits(windows, monkeypatch):
     """One layer sees five keys, the other more than one split of 128."""
     launch, n_splits = decode_graph.launch_attend, []
@@ -136,7 +140,8 @@ def test_every_layer_has_room_for_its_splits(windows, monkeypatch):
     def checked(q, k, v, y, parts, place, *, n_split, **options):
         seen = min(k.shape[-2], place.high - place.low)
         assert n_split == count_splits(seen)
-        assert n_split == 1 or parts.size >= parts_shape(q, n_split)[0]
+        room = 0 if parts is None else parts.size
+        assert n_split == 1 or room >= parts_shape(q, n_split)[0]
         n_splits.append(n_split)
         launch(q, k, v, y, parts, place, n_split=n_split, **options)
 
