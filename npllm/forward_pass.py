@@ -32,7 +32,7 @@ __all__ = ["PREFILL_CHUNK", "CausalLM", "Tokens"]
 
 Array = Any
 Tap = Callable[[str, Array], Array]
-PREFILL_CHUNK = 512  # tokens that go through the layers at a time where a cache keeps the results
+PREFILL_CHUNK = 512  # see CausalLM.prefill_chunk: where a set of operations says nothing else
 
 
 class Tokens(NamedTuple):
@@ -532,6 +532,11 @@ class CausalLM(ModelBase):
         n_head, n_kv_head = config.num_attention_heads, config.num_key_value_heads
         return Step(None, None, n_head, n_kv_head, config.rms_norm_eps, self._rules, cache)
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens that go through the layers at a time where a cache keeps the results."""
+        return self.ops.prefill_chunk or PREFILL_CHUNK
+
     def _hidden(self, tokens: Tokens, cache: KVCache | None, tap: Tap | None) -> Array:
         """Send tokens through the layers, in chunks where a cache keeps what was computed."""
         variant = self._rotations.variants(tokens.positions, len(tokens.ids), cache)
@@ -539,7 +544,7 @@ class CausalLM(ModelBase):
             return self._run(tokens, variant, None, tap)
         self._recompute_rows(cache, variant)
         n_past, n_seq = cache.n_ctx, tokens.ids.shape[1]
-        size = PREFILL_CHUNK if tap is None else n_seq
+        size = self.prefill_chunk if tap is None else n_seq
         starts = range(0, n_seq, size)
         chunks = [tokens.part(start, min(start + size, n_seq), n_past) for start in starts]
         parts = [self._run(chunk, variant, cache, tap) for chunk in chunks]
@@ -600,8 +605,8 @@ class CausalLM(ModelBase):
         rows = np.flatnonzero(changed)
         cached = Tokens(cache.ids[rows], cache.valid[rows], cache.positions[rows])
         fresh = self.new_cache(len(rows), dtype=cache.dtype and cache.dtype.name)
-        for start in range(0, cache.n_ctx, PREFILL_CHUNK):
-            chunk = cached.part(start, min(start + PREFILL_CHUNK, cache.n_ctx), 0)
+        for start in range(0, cache.n_ctx, self.prefill_chunk):
+            chunk = cached.part(start, min(start + self.prefill_chunk, cache.n_ctx), 0)
             self._run(chunk, variant[rows], fresh, None)
         cache.replace_rows(rows.tolist(), fresh)
 

@@ -54,6 +54,10 @@ constexpr unsigned NO_BARRIER = ~0u;
 // At barriers, shuffles and ends: a pass over all threads that adds none is a deadlock.
 static unsigned long n_arrivals;
 static std::vector<float> slots;
+struct Factors {  // of a lane, in the product of a warp
+    unsigned a[4], b[2];
+};
+static std::vector<Factors> factors;
 static std::vector<Meeting> warps;
 static Meeting block;
 static Place scheduler;
@@ -106,6 +110,25 @@ static float exchange(unsigned mask, float x, unsigned lane, unsigned line) {
     slots[first + me % 32] = x;
     wait_for_others(warps[me / 32], 32, line);
     return slots[first + lane];
+}
+
+static float half_of(unsigned pair, unsigned which) {
+    return __uint_as_float(which ? pair & 0xffff0000u : pair << 16);
+}
+
+// What a lane has of d += a b, from the words of all lanes: PTX ISA, "Matrix Fragments for
+// mma.m16n8k16".  Rounded once, to the nearest: the order of a tensor core is not documented.
+static void multiply(float* d, const Factors* warp, unsigned lane) {
+    for (unsigned e = 0; e < 4; ++e) {
+        unsigned row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        double sum = d[e];
+        for (unsigned k = 0; k < 16; ++k) {
+            const Factors &left = warp[row % 8 * 4 + k % 8 / 2], &right = warp[column * 4 + k % 8 / 2];
+            sum += (double)half_of(left.a[row / 8 + k / 8 * 2], k % 2) *
+                   half_of(right.b[k / 8], k % 2);
+        }
+        d[e] = (float)sum;
+    }
 }
 
 // While it lives, subnormal numbers are zero; then the caller's mode is back.
@@ -231,6 +254,7 @@ const char* launch(void (*called)(void**), unsigned n_blocks, unsigned n_threads
     started.assign(n_threads, 0);
     stacks.resize(n_threads * STACK);
     slots.resize(2 * n_threads);
+    factors.resize(2 * n_threads);
     body = called;
     body_arguments = arguments;
     if (_setjmp(failed)) return failure.c_str();
@@ -260,4 +284,11 @@ float __shfl_xor_sync(unsigned mask, float x, int lanes, unsigned line) {
 }
 float __shfl_sync(unsigned mask, float x, int lane, unsigned line) {
     return shim::exchange(mask, x, lane, line);
+}
+void mma_bf16(float* d, const unsigned* a, const unsigned* b, unsigned line) {
+    using namespace shim;
+    unsigned me = threadIdx.x, first = me / 32 * 64 + warps[me / 32].round % 2 * 32;
+    factors[first + me % 32] = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    wait_for_others(warps[me / 32], 32, line);
+    multiply(d, &factors[first], me % 32);
 }

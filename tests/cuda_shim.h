@@ -14,6 +14,7 @@ struct Index {
 extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 extern "C" {
+float exp2f(float) noexcept;
 float expf(float) noexcept;
 float fabsf(float) noexcept;
 float fmaf(float, float, float) noexcept;
@@ -38,6 +39,8 @@ void __syncthreads(unsigned line = __builtin_LINE());
 void __syncwarp(unsigned line = __builtin_LINE());
 float __shfl_xor_sync(unsigned mask, float x, int lanes, unsigned line = __builtin_LINE());
 float __shfl_sync(unsigned mask, float x, int lane, unsigned line = __builtin_LINE());
+// mma.cu: the product of a warp.
+void mma_bf16(float* d, const unsigned* a, const unsigned* b, unsigned line = __builtin_LINE());
 
 namespace shim {
 

@@ -16,7 +16,6 @@ from npllm.arrays import array_namespace, backend_name, to_numpy
 from npllm.decoding.details import Token
 from npllm.decoding.loop import Generation
 from npllm.decoding.loop import start as start_generation
-from npllm.forward_pass import PREFILL_CHUNK
 from npllm.kernels.compilation import compile_seconds, working_seconds
 from npllm.model import Model
 from npllm.progress import progress_bar, stderr_is_terminal, working
@@ -92,7 +91,7 @@ def _reading(run: Generation) -> Iterator[None]:
         with working(f"reading a prompt of {n_prompt} tokens"):
             yield
         return
-    total = run.model.config.num_hidden_layers * -(-n_new // PREFILL_CHUNK)
+    total = run.model.config.num_hidden_layers * -(-n_new // run.model.prefill_chunk)
     with progress_bar(total, f"reading {n_prompt} tokens", unit="layer") as advance:
         cache.watch = lambda _: advance(1)
         try:

@@ -33,7 +33,7 @@ SLOTS = {
 
 
 # Fields of a set that are no operations; decode_step is a whole run, see `Ops`.
-DATA = ("name", "activations", "replaced", "decode_step")
+DATA = ("name", "activations", "replaced", "decode_step", "prefill_chunk")
 
 
 def parts_of(slot: str) -> frozenset[str]:
@@ -114,6 +114,7 @@ class Ops:
     mlp_block: Callable | None = None
     decoder_layers: Callable | None = None
     decode_step: Callable | None = None
+    prefill_chunk: int | None = None  # tokens that go through the layers at a time; None: 512
     name: str = "custom"
     activations: str = "float32"  # what linear maps round: `npllm.quantized.activations`
     replaced: frozenset[str] = (

@@ -16,7 +16,15 @@ from npllm.kernels.cuda.attention import GROUPS, HEADS, WIDEST, attention
 from npllm.kernels.cuda.decode import decode_step
 from npllm.kernels.cuda.gemm import PARTS
 from npllm.kernels.cuda.launching import ENTRIES, OPTIONS, STORED, source
-from npllm.kernels.cuda.linear import MOST_ROWS, ROWS, linear, linear_add, norm_linear, norm_swiglu
+from npllm.kernels.cuda.linear import (
+    MOST_ROWS,
+    ROWS,
+    linear,
+    linear_add,
+    mlp_block,
+    norm_linear,
+    norm_swiglu,
+)
 from npllm.kernels.cuda.rope import rope_attention
 from npllm.kernels.cuda.rows import rms_norm, swiglu
 from npllm.kernels.cuda.weights import BLOCKS
@@ -35,6 +43,7 @@ __all__ = [
     "decode_step",
     "linear",
     "linear_add",
+    "mlp_block",
     "norm_linear",
     "norm_swiglu",
     "rms_norm",
@@ -53,6 +62,8 @@ CUDA = replace(
     norm_linear=norm_linear,
     norm_swiglu=norm_swiglu,
     linear_add=linear_add,
+    mlp_block=mlp_block,
+    prefill_chunk=2048,
     decode_step=decode_step,
     name="cuda",
 )
@@ -64,10 +75,16 @@ _WIDTHS = tuple(range(32, WIDEST + 1, 32))
 VARIANTS = {
     "linear": [(("ENTRY", name), ("ROWS", rows)) for name in STORED.values() for rows in ROWS],
     "linear_blocks": [(("ENTRY", name), ("ROWS", rows)) for name in BLOCKS for rows in ROWS],
-    "rms_norm": [(("ENTRY", name),) for name in _TYPES],
-    "swiglu": [()],
+    "rms_norm": [(("ENTRY", name), ("PARTS", n)) for name in _TYPES for n in (0, 1, PARTS)],
+    "swiglu": [(("PARTS", n),) for n in (0, 1, PARTS)],
     "rope_append": [(("ENTRY", name),) for name in _TYPES],
     "attention": [(("ENTRY", name), ("HEAD", d_head)) for d_head in HEADS for name in _TYPES],
+    "attention_mma": [
+        (("ENTRY", name), ("HEAD", d_head), ("PARTS", n))
+        for d_head in HEADS
+        for name in _TYPES
+        for n in (1, PARTS)
+    ],
     "attend_one": [
         (("ENTRY", name), ("GROUP", group), ("HEAD", d_head))
         for d_head in _WIDTHS

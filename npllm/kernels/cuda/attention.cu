@@ -9,6 +9,8 @@
 // padding of row b ends; tiles outside are skipped.  A key that is not seen counts for nothing,
 // whatever it holds.
 //
+// Where `failed` is given (attention_mma.cu), only blocks whose entry is not 0 compute.
+//
 // Built with HEAD = 64, 96 or 128, and ENTRY = float, bf16 or f16, the type of k and v.
 
 #define WARPS 4
@@ -100,10 +102,11 @@ attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    attention(const float* q, const ENTRY* k, const ENTRY* v, const i64* start, float* y,
-              i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq, i64 n_ctx, i64 k_batch, i64 k_head,
+    attention(const float* q, const ENTRY* k, const ENTRY* v, const i64* start,
+              const int* failed, float* y, i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq, i64 n_ctx, i64 k_batch, i64 k_head,
               i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 y_batch, i64 y_head, i64 y_row,
               i64 q_slot, i64 k_slot, i64 low, i64 high, float scale) {
+    if (failed && !failed[blockIdx.x]) return;
     i64 head = blockIdx.x / n_tiles, b = head / n_head, h = head % n_head,
         kv = h / (n_head / n_kv_head);
     attend<ENTRY, HEAD>(q + head * n_seq * HEAD, k + b * k_batch + kv * k_head,

@@ -27,7 +27,9 @@ Array = Any
 
 HEADS = (64, 96, 128)  # widths for many queries; for one, every multiple of 32 up to WIDEST
 WIDEST = 256
+PARTS = 3  # bfloat16 numbers of which a float32 number is the sum
 QUERIES, THREADS = 16, 128  # WARPS * ROWS and WARPS * 32 of attention.cu
+MMA_QUERIES, MMA_THREADS = 128, 256  # the same of attention_mma.cu
 SPLIT, ONE_THREADS, MERGE_THREADS = 128, 128, 256  # of attend_one.cu and attend_merge.cu
 GROUPS = (1, 4)  # query heads of a block of attend_one.cu; a larger group takes several blocks
 
@@ -44,10 +46,13 @@ def attention(
     q_slots: Any = None,
     k_slots: Any = None,
     return_lse: bool = False,
+    n_parts: int = PARTS,
 ) -> Any:
     """Attend block by block: the twin of `npllm.ops.attention`.
 
-    Heads have 64, 96 or 128 channels; for one query any multiple of 32 up to 256.  Masks that are a
+    Many queries take the tensor cores, on devices that have them for bfloat16: with n_parts = 3 in
+    three bfloat16 parts of each number, and n_parts = 1 rounds queries, keys, values and weights to
+    bfloat16.  Heads have 64, 96 or 128 channels; for one query any multiple of 32 up to 256.  Masks that are a
     band of distances (causal, sliding window), behind padding on the left or not, are evaluated in
     the kernel.  Other rules, tables, biases, softcap and `return_lse` go to the definition.
 
@@ -61,8 +66,10 @@ def attention(
         q_slot, k_slot = _first_slot(q_slots, n_seq, n_ctx - n_seq), _first_slot(k_slots, n_ctx, 0)
         if q_slot is not None and k_slot is not None:
             scale = q.shape[-1] ** -0.5 if scale is None else scale
-            run = _attend_one if n_seq == 1 else _attend_many
-            return run(array_namespace(q, k, v), q, k, v, q_slot, k_slot, band, scale)
+            place = Place(band[0], band[1], q_slot, k_slot)
+            if n_seq == 1:
+                return _attend_one(q, k, v, place, band[2], scale)
+            return _attend_many(q, k, v, place, band[2], scale, n_parts)
     return blockwise.attention(
         q,
         k,
@@ -78,53 +85,57 @@ def attention(
 
 
 def _attend_many(
-    xp: Any, q: Array, k: Array, v: Array, q_slot: int, k_slot: int, band: tuple, scale: float
+    q: Array, k: Array, v: Array, place: "Place", start: Array | None, scale: float, n_parts: int
 ) -> Array:
-    """Launch attention.cu.  `q_slot`, `k_slot`: slots of the first query and the first key."""
-    k, v = _whole_rows(k, xp), _whole_rows(v, xp)
-    *lead, n_head, n_seq, d_head = q.shape
-    q, y = xp.ascontiguousarray(q), _heads_side_by_side(xp, q)
-    n_tiles, (low, high, start) = -(-n_seq // QUERIES), band
-    sizes = (
-        n_tiles,
-        n_head,
-        k.shape[-3],
-        n_seq,
-        k.shape[-2],
-        *head_steps(k),
-        *head_steps(v),
-        *head_steps(y),
-        q_slot,
-        k_slot,
-        low,
-        high,
-    )
-    launching.launch(
-        "attention",
-        (("ENTRY", entry(k)), ("HEAD", d_head)),
-        n_tiles * n_head * prod(lead),
-        THREADS,
-        q,
-        k,
-        v,
-        pointer(start),
-        y,
-        *map(np.int64, sizes),
-        np.float32(scale),
-    )
+    """Launch attention_mma.cu where the device has tensor cores, and attention.cu for what that
+    leaves: without them everything, else queries with numbers that are not finite.
+    """
+    xp = array_namespace(q, k, v)
+    q, y, failed = xp.ascontiguousarray(q), _heads_side_by_side(xp, q), None
+    n_heads, n_seq, d_head = prod(q.shape[:-2]), q.shape[-2], q.shape[-1]
+    if launching.has_tensor_cores():
+        k, v = _packed_rows(k, xp), _packed_rows(v, xp)
+        failed = xp.empty(n_heads * -(-n_seq // QUERIES), dtype=xp.int32)
+    else:
+        k, v = _whole_rows(k, xp), _whole_rows(v, xp)
+    variant = (("ENTRY", entry(k)), ("HEAD", d_head))
+    sizes = (q.shape[-3], k.shape[-3], n_seq, k.shape[-2])
+    sizes += (*head_steps(k), *head_steps(v), *head_steps(y))
+    sizes += (place.q_slot, place.k_slot, place.low, place.high)
+
+    def run(kernel: str, variant: tuple, n_queries: int, n_threads: int) -> None:
+        n_tiles = -(-n_seq // n_queries)
+        numbers = *map(np.int64, (n_tiles, *sizes)), np.float32(scale)
+        launching.launch(
+            kernel,
+            variant,
+            n_tiles * n_heads,
+            n_threads,
+            q,
+            k,
+            v,
+            pointer(start),
+            pointer(failed),
+            y,
+            *numbers,
+        )
+
+    if failed is not None:
+        run("attention_mma", (*variant, ("PARTS", n_parts)), MMA_QUERIES, MMA_THREADS)
+    run("attention", variant, QUERIES, THREADS)
     return y
 
 
 def _attend_one(
-    xp: Any, q: Array, k: Array, v: Array, q_slot: int, k_slot: int, band: tuple, scale: float
+    q: Array, k: Array, v: Array, place: "Place", start: Array | None, scale: float
 ) -> Array:
     """Launch attend_one.cu, and attend_merge.cu where there is more than one split."""
+    xp = array_namespace(q, k, v)
     k, v, q = _packed_rows(k, xp), _packed_rows(v, xp), xp.ascontiguousarray(q)
-    n_ctx, (low, high, start) = k.shape[-2], band
-    n_seen = min(n_ctx, q_slot - low + 1 - k_slot) - max(0, q_slot - high + 1 - k_slot)
+    low, high, q_slot, k_slot = place
+    n_seen = min(k.shape[-2], q_slot - low + 1 - k_slot) - max(0, q_slot - high + 1 - k_slot)
     y, n_split = xp.empty(q.shape, dtype=xp.float32), count_splits(n_seen)
     parts = None if n_split == 1 else xp.empty(parts_shape(q, n_split), dtype=xp.float32)
-    place = Place(low, high, q_slot, k_slot)
     launch_attend(q, k, v, y, parts, place, scale=scale, n_split=n_split, start=start)
     return y
 

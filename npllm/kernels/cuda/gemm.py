@@ -24,7 +24,7 @@ from npllm.arrays import DTYPES, array_namespace, is_packed, widen
 from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.launching import entry
 
-__all__ = ["PARTS", "library", "multiplies", "product"]
+__all__ = ["PARTS", "empty_parts", "is_matrix", "library", "multiplied", "multiplies", "product", "split"]
 
 Array = Any
 
@@ -33,16 +33,14 @@ THREADS = 256
 BFLOAT16, FLOAT32 = 14, 0  # cudaDataType_t: CUDA_R_16BF, CUDA_R_32F
 AS_IT_IS, TRANSPOSED = 0, 1  # cublasOperation_t
 SUMS_IN_FLOAT32, ANY_ALGORITHM = 68, -1  # CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT
-OLDEST = 80  # compute capability of the first tensor cores for bfloat16
 
 
 @functools.cache
 def library() -> tuple[Any, Any] | None:
     """Return CuPy's module of cuBLAS and what gives its handle; None on older devices."""
-    import cupy
-
-    if int(cupy.cuda.Device().compute_capability) < OLDEST:
+    if not launching.has_tensor_cores():
         return None
+    import cupy
     from cupy_backends.cuda.libs import cublas
 
     return cublas, cupy.cuda.device.get_cublas_handle
@@ -50,10 +48,13 @@ def library() -> tuple[Any, Any] | None:
 
 def multiplies(x: Array, weight: Any) -> bool:
     """Tell whether `product` takes these: float32 rows and a bfloat16 matrix, not empty."""
-    if is_packed(weight) or entry(weight) != "bf16" or entry(x) != "float" or weight.ndim != 2:
-        return False
-    fits = x.ndim > 0 and x.shape[-1:] == weight.shape[1:] and x.size > 0 and weight.size > 0
-    return fits and library() is not None
+    fits = is_matrix(weight) and entry(x) == "float" and x.ndim > 0 and x.size > 0
+    return bool(fits and x.shape[-1:] == weight.shape[1:] and library() is not None)
+
+
+def is_matrix(weight: Any) -> bool:
+    """Tell whether a weight is a bfloat16 matrix on the device, not empty."""
+    return not is_packed(weight) and entry(weight) == "bf16" and weight.ndim == 2 and weight.size > 0
 
 
 def product(x: Array, weight: Array, bias: Array | None = None, n_parts: int = PARTS) -> Array:
@@ -71,19 +72,40 @@ def product(x: Array, weight: Array, bias: Array | None = None, n_parts: int = P
     -------
     y : float32 array [..., d_out]
     """
-    xp, (d_out, d_in) = array_namespace(x, weight, bias), weight.shape
-    n_rows = prod(x.shape[:-1])
-    parts = xp.empty((n_parts, n_rows, d_in), dtype=DTYPES["bfloat16"])
-    x_there, n = xp.ascontiguousarray(x), x.size
-    variant = (("PARTS", n_parts),)
-    launching.launch("split", variant, -(-n // THREADS), THREADS, x_there, parts, np.int64(n))
-    y = xp.empty((n_rows, d_out), dtype=xp.float32)
+    y = multiplied(split(x, n_parts), weight, bias)
+    return array_namespace(y).reshape(y, (*x.shape[:-1], weight.shape[0]))
+
+
+def empty_parts(x: Array, d: int, n_parts: int) -> Array:
+    """Return room for the parts of as many rows as x has, of d entries [n_parts, n_rows, d]."""
+    shape = (n_parts, prod(x.shape[:-1]), d)
+    return array_namespace(x).empty(shape, dtype=DTYPES["bfloat16"])
+
+
+def split(x: Array, n_parts: int) -> Array:
+    """Return the bfloat16 parts [n_parts, n_rows, d] of float32 rows [..., d]."""
+    parts, n = empty_parts(x, x.shape[-1], n_parts), np.int64(x.size)
+    x = array_namespace(x).ascontiguousarray(x)
+    n_blocks = -(-x.size // THREADS)
+    launching.launch("split", (("PARTS", n_parts),), n_blocks, THREADS, x, parts, n)
+    return parts
+
+
+def multiplied(
+    parts: Array, weight: Array, bias: Array | None = None, residual: Array | None = None
+) -> Array:
+    """Return residual + sum_p parts[p] @ weight.T + bias, float32 [n_rows, d_out]; the smallest
+    part first.
+    """
+    xp, (d_out, _) = array_namespace(parts, weight, bias), weight.shape
     weight = xp.ascontiguousarray(weight)
-    for p in reversed(range(n_parts)):
-        add_product(parts[p], weight, y, is_first=p == n_parts - 1)
-    if bias is not None:
-        y = y + widen(bias, xp.float32)
-    return xp.reshape(y, (*x.shape[:-1], d_out))
+    if residual is None:
+        y = xp.empty((parts.shape[1], d_out), dtype=xp.float32)
+    else:
+        y = xp.astype(xp.reshape(residual, (-1, d_out)), xp.float32)  # a copy, in one piece
+    for p in reversed(range(len(parts))):
+        add_product(parts[p], weight, y, is_first=residual is None and p == len(parts) - 1)
+    return y if bias is None else y + widen(bias, xp.float32)
 
 
 def add_product(x: Array, weight: Array, y: Array, *, is_first: bool) -> None:

@@ -13,12 +13,14 @@ __all__ = [
     "ALIGNMENT",
     "ENTRIES",
     "NULL",
+    "OLDEST_TENSOR_CORES",
     "OPTIONS",
     "STORED",
     "aligned",
     "compiled",
     "entry",
     "even_rows",
+    "has_tensor_cores",
     "launch",
     "pointer",
     "source",
@@ -33,10 +35,15 @@ ENTRIES = {DTYPES["float32"]: "float", DTYPES["bfloat16"]: "bf16", DTYPES["float
 STORED = ENTRIES | {np.dtype(np.int8): "i8"}  # of the weights of products
 # source -> the files whose functions it uses, beside common.cu
 INCLUDED = {
+    "attention_mma": ("mma",),
+    "rms_norm": ("parts",),
+    "split": ("parts",),
+    "swiglu": ("parts",),
     "linear": ("product",),
     "linear_blocks": ("blocks", "product"),
     "embed_blocks": ("blocks",),
 }
+OLDEST_TENSOR_CORES = 80  # compute capability of the first tensor cores for bfloat16
 NULL = np.uint64(0)  # the pointer of an argument that is left out
 ALIGNMENT = 16  # bytes: what one load of a kernel fetches
 
@@ -64,6 +71,14 @@ def compiled(kernel: str, definitions: tuple) -> Any:
 
     options = (*OPTIONS, *(f"-D{name}={value}" for name, value in definitions))
     return cupy.RawModule(code=source(kernel), options=options).get_function(kernel)
+
+
+@functools.cache
+def has_tensor_cores() -> bool:
+    """Tell whether the device has tensor cores that take bfloat16."""
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability) >= OLDEST_TENSOR_CORES
 
 
 def source(kernel: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import array_namespace, is_packed
-from npllm.kernels.cuda import gemm, launching
+from npllm.kernels.cuda import gemm, launching, prefill
 from npllm.kernels.cuda.launching import entry, even_rows, pointer
 from npllm.kernels.cuda.rows import MOST
 from npllm.kernels.cuda.weights import is_read, operand, parts_of, put_in_place
@@ -18,7 +18,9 @@ __all__ = [
     "Vectors",
     "launch_linear",
     "linear",
+    "is_few",
     "linear_add",
+    "mlp_block",
     "norm_linear",
     "norm_swiglu",
 ]
@@ -58,10 +60,12 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def norm_linear(
     x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array | None = None
 ) -> Array:
-    """Normalise and multiply by a weight: rms_norm and linear in one kernel."""
-    if not (_fits(x, weight, bias) and _is_vector(norm_weight, weight, 1)):
-        return NotImplemented
-    return _launch(x, weight, gain=norm_weight, eps=eps, bias=bias)
+    """Normalise and multiply by a weight: rms_norm and linear in one kernel; of many rows in the
+    parts of `prefill`.
+    """
+    if _fits(x, weight, bias) and _is_vector(norm_weight, weight, 1):
+        return _launch(x, weight, gain=norm_weight, eps=eps, bias=bias)
+    return NotImplemented if is_few(x) else prefill.norm_linear(x, norm_weight, eps, weight, bias)
 
 
 def norm_swiglu(
@@ -75,11 +79,23 @@ def norm_swiglu(
 
 
 def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
-    """Multiply by a weight and add to the stream: linear and add in one kernel."""
+    """Multiply by a weight and add to the stream: linear and add in one kernel; of many rows by
+    `prefill`.
+    """
     shape = (*x.shape[:-1], weight.shape[0])
-    if not (_fits(x, weight, bias) and entry(residual) == "float" and residual.shape == shape):
-        return NotImplemented
-    return _launch(x, weight, bias=bias, residual=residual)
+    if _fits(x, weight, bias) and entry(residual) == "float" and residual.shape == shape:
+        return _launch(x, weight, bias=bias, residual=residual)
+    return NotImplemented if is_few(x) else prefill.linear_add(x, weight, residual, bias)
+
+
+def mlp_block(x: Array, layer: Any, step: Any) -> Array:
+    """The second half of a layer, of many rows alone: `prefill`."""
+    return NotImplemented if is_few(x) else prefill.mlp_block(x, layer, step)
+
+
+def is_few(x: Array) -> bool:
+    """Tell whether the kernels for a few rows take so many with a 16-bit weight."""
+    return bool(x.size <= MOST_ROWS[2] * x.shape[-1])
 
 
 def _fits(x: Array, weight: Array, bias: Array | None) -> bool:
