@@ -27,6 +27,7 @@ from strategies import normal, seeds
 import npllm
 from npllm import ops
 from npllm.kernels import cuda
+from npllm.kernels.cuda import launching
 from npllm.ops.mask import Rule, bidirectional, causal, lookback, padding, sliding_window
 
 pytestmark = pytest.mark.usefixtures("on_the_stand_in")

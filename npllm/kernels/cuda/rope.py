@@ -16,6 +16,7 @@ __all__ = ["launch_rope", "rope_attention"]
 Array = Any
 
 THREADS = 256
+MANY, MOST_EACH = 64, 4  # rows from which on a thread has so many entries
 
 
 def rope_attention(qkv: Array, step: Step, n_parts: int = PARTS) -> Array:
@@ -84,11 +85,13 @@ def launch_rope(
     n_batch, n_head, n_seq, d_head = q.shape
     d_rope = cos.shape[-1]
     table_batch = n_seq * d_rope if cos.ndim == 3 and cos.shape[0] == n_batch > 1 else 0
-    sizes = qkv.size, n_seq, n_head, k.shape[1], d_head, d_rope
+    width, n_rows = qkv.shape[-1], n_batch * n_seq
+    n_each = 1 if n_rows < MANY else MOST_EACH  # entries of a thread
+    sizes = n_each, n_seq, n_head, k.shape[1], d_head, d_rope
     launching.launch(
         "rope_append",
         (("ENTRY", entry(k)),),
-        -(-qkv.size // THREADS),
+        n_rows * -(-width // (n_each * THREADS)),
         THREADS,
         qkv,
         cos,

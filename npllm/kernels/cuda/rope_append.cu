@@ -1,7 +1,7 @@
 // Cut projected rows into heads, rotate q and k, and write k and v into the reserved cache slots.
 //     y[i] = x[i] * cos[i] - x[i + half] * sin[i],   half = d_rope / 2
 //     y[i + half] = x[i + half] * cos[i] + x[i] * sin[i]
-// A thread an entry.  Rows of qkv are q | k | v.  q is [n_batch, n_head, n_seq, d_head] in one
+// A block has n_each entries a thread of one row.  Rows of qkv are q | k | v.  q is [n_batch, n_head, n_seq, d_head] in one
 // piece; k and v have strides, counted in entries.
 //
 // Where `slots` is given (one token of each row, place read from device memory), row b stands in
@@ -21,24 +21,26 @@ rotated(const float* head, unsigned i, const float* cos, const float* sin, unsig
 
 extern "C" __global__ void
 rope_append(const float* qkv, const float* cos, const float* sin, float* q, ENTRY* k, ENTRY* v,
-            const i64* slots, const i64* table_rows, i64 k_slot, unsigned n, unsigned n_seq,
+            const i64* slots, const i64* table_rows, i64 k_slot, unsigned n_each, unsigned n_seq,
             unsigned n_head, unsigned n_kv_head, unsigned d_head, unsigned d_rope, i64 table_batch,
             i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row) {
-    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= n) return;
-    unsigned i = at % d_head, n_all = n_head + 2 * n_kv_head;
-    unsigned h = at / d_head % n_all, row = at / d_head / n_all, b = row / n_seq, s = row % n_seq;
-    const float* head = qkv + (at - i);
+    unsigned width = (n_head + 2 * n_kv_head) * d_head, n_block = n_each * blockDim.x,
+             n_slices = (width + n_block - 1) / n_block;
+    unsigned row = blockIdx.x / n_slices, b = row / n_seq, s = row % n_seq;
     i64 table = slots ? table_rows[b] * d_rope : b * table_batch + s * d_rope;
     i64 column = slots ? slots[b] - k_slot : s;
-    if (h < n_head) {
-        q[((b * n_head + h) * n_seq + s) * d_head + i] =
-            rotated(head, i, cos + table, sin + table, d_rope);
-    } else if (h < n_head + n_kv_head) {
-        narrow(rotated(head, i, cos + table, sin + table, d_rope),
-               k[b * k_batch + (h - n_head) * k_head + column * k_row + i]);
-    } else {
-        narrow(head[i],
-               v[b * v_batch + (h - n_head - n_kv_head) * v_head + column * v_row + i]);
+    cos += table, sin += table;
+    k += b * k_batch + column * k_row, v += b * v_batch + column * v_row;
+    for (unsigned each = 0; each < n_each; ++each) {
+        unsigned at = blockIdx.x % n_slices * n_block + each * blockDim.x + threadIdx.x;
+        if (at >= width) break;
+        unsigned h = at / d_head, i = at % d_head;
+        const float* head = qkv + (i64)row * width + (at - i);
+        if (h < n_head)
+            q[((i64)(b * n_head + h) * n_seq + s) * d_head + i] = rotated(head, i, cos, sin, d_rope);
+        else if (h < n_head + n_kv_head)
+            narrow(rotated(head, i, cos, sin, d_rope), k[(h - n_head) * k_head + i]);
+        else
+            narrow(head[i], v[(h - n_head - n_kv_head) * v_head + i]);
     }
 }

@@ -14,6 +14,7 @@ __all__ = ["MOST", "launch_norm", "launch_swiglu", "norm_fits", "rms_norm", "swi
 Array = Any
 
 THREADS = 256
+EACH = 4  # entries of a thread of swiglu.cu
 MOST = 2**31  # entries that a kernel counts in 32 bits
 
 
@@ -55,16 +56,17 @@ def launch_swiglu(gate: Array, up: Array, y: Array) -> None:
     """Launch swiglu.cu: y is float32 [...], or bfloat16 parts [n_parts, n_rows, d_ff]."""
     xp = array_namespace(gate, up)
     (gate, gate_row), (up, up_row) = even_rows(gate, xp), even_rows(up, xp)
+    d_ff = gate.shape[-1]
     launching.launch(
         "swiglu",
         (("PARTS", n_parts_of(y)),),
-        -(-gate.size // THREADS),
+        gate.size // d_ff * -(-d_ff // (EACH * THREADS)),
         THREADS,
         gate,
         up,
         y,
         np.uint32(gate.size),
-        np.uint32(gate.shape[-1]),
+        np.uint32(d_ff),
         np.int64(gate_row),
         np.int64(up_row),
     )
