@@ -24,6 +24,13 @@
 #define WARPS 8
 #define ROWS 16  // of a warp
 #define FARTHEST (1 << 30)
+// Blocks of an SM whose registers are reckoned with: two hide each other's loads.  sm_100 and later
+// need a few more registers for heads of 96.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define BLOCKS (PARTS == 1 && HEAD < 96 ? 2 : 1)
+#else
+#define BLOCKS (PARTS == 1 && HEAD <= 96 ? 2 : 1)
+#endif
 #define LOG2_E 1.4426950408889634f
 #define LARGEST 1.7014118e38f  // 2**127
 
@@ -34,45 +41,70 @@ struct Shape {  // of parts, and of a tile
     static constexpr int K_PITCH = D / 2 + 4, V_PITCH = KEYS / 2 + 4;  // in words
 };
 
-// Keys first ... first + KEYS - 1, zeros behind n: keys[part][key][pair of channels].
-template <typename T, int D, int P, typename S = Shape<T, D, P>>
-__device__ void load_keys(unsigned (*keys)[S::KEYS][S::K_PITCH], const T* k, int k_row, int n) {
-    constexpr int N = Pack<T>::N, PACKS = D / N;
-#pragma unroll 1  // registers are short
-    for (int at = threadIdx.x; at < S::KEYS * PACKS; at += WARPS * 32) {
-        int key = at / PACKS, channel = at % PACKS * N;
-        Pack<T> x = {};
-        if (key < n) x = *(const Pack<T>*)(k + (i64)key * k_row + channel);
-#pragma unroll
-        for (int j = 0; j < N; j += 2) {
-            unsigned part[S::OF_ENTRY];
-            split_pair(widen(x.entry[j]), widen(x.entry[j + 1]), part);
-#pragma unroll
-            for (int p = 0; p < S::OF_ENTRY; ++p) keys[p][key][(channel + j) / 2] = part[p];
-        }
-    }
-}
+// What a thread carries of a tile: packs of keys, and packs of values of two keys in a row.
+template <typename T, int D, int P>
+struct Carried {
+    typedef Shape<T, D, P> S;
+    static constexpr int N = Pack<T>::N, PACKS = D / N, THREADS = WARPS * 32;
+    static constexpr int KEYS = S::KEYS * PACKS, PAIRS = S::KEYS / 2 * PACKS;  // of all threads
+    static constexpr int N_KEYS = (KEYS + THREADS - 1) / THREADS,
+                         N_PAIRS = (PAIRS + THREADS - 1) / THREADS;
+    Pack<T> k[N_KEYS], v[N_PAIRS][2];
 
-// The same of values, transposed: values[part][channel][pair of keys].
-template <typename T, int D, int P, typename S = Shape<T, D, P>>
-__device__ void load_values(unsigned (*values)[D][S::V_PITCH], const T* v, int v_row, int n) {
-    constexpr int N = Pack<T>::N, PACKS = D / N;
-#pragma unroll 1
-    for (int at = threadIdx.x; at < S::KEYS / 2 * PACKS; at += WARPS * 32) {
-        // 8 pairs of keys beside 4 packs: each meets few banks, and whole sectors of memory.
-        int pair = at % 8 + at / 8 / PACKS * 8, channel = at / 8 % PACKS * N;
-        Pack<T> x = {}, y = {};
-        if (2 * pair < n) x = *(const Pack<T>*)(v + (i64)(2 * pair) * v_row + channel);
-        if (2 * pair + 1 < n) y = *(const Pack<T>*)(v + (i64)(2 * pair + 1) * v_row + channel);
+    static __device__ int key_of(int at) { return at / PACKS; }
+    // 8 pairs of keys beside 4 packs: each meets few banks, and whole sectors of memory.
+    static __device__ int pair_of(int at) { return at % 8 + at / 8 / PACKS * 8; }
+
+    // The first n keys and values from k and v on, zeros behind them: all loads at once.
+    __device__ void load(const T* keys, const T* values, int k_row, int v_row, int n) {
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            unsigned part[S::OF_ENTRY];
-            split_pair(widen(x.entry[j]), widen(y.entry[j]), part);
+        for (int i = 0; i < N_KEYS; ++i) {
+            int at = threadIdx.x + i * THREADS;
+            k[i] = {};
+            if (at < KEYS && key_of(at) < n)
+                k[i] = *(const Pack<T>*)(keys + (key_of(at) * k_row + at % PACKS * N));
+        }
 #pragma unroll
-            for (int p = 0; p < S::OF_ENTRY; ++p) values[p][channel + j][pair] = part[p];
+        for (int i = 0; i < N_PAIRS; ++i)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                int at = threadIdx.x + i * THREADS, key = 2 * pair_of(at) + j;
+                v[i][j] = {};
+                if (at < PAIRS && key < n)
+                    v[i][j] = *(const Pack<T>*)(values + (key * v_row + at / 8 % PACKS * N));
+            }
+    }
+
+    // keys[part][key][pair of channels]; values[part][channel][pair of keys].
+    __device__ void store(unsigned (*keys)[S::KEYS][S::K_PITCH],
+                          unsigned (*values)[D][S::V_PITCH]) const {
+        unsigned part[S::OF_ENTRY];
+#pragma unroll
+        for (int i = 0; i < N_KEYS; ++i) {
+            int at = threadIdx.x + i * THREADS;
+            if (at < KEYS)
+#pragma unroll
+                for (int j = 0; j < N; j += 2) {
+                    split_pair(widen(k[i].entry[j]), widen(k[i].entry[j + 1]), part);
+#pragma unroll
+                    for (int p = 0; p < S::OF_ENTRY; ++p)
+                        keys[p][key_of(at)][(at % PACKS * N + j) / 2] = part[p];
+                }
+        }
+#pragma unroll
+        for (int i = 0; i < N_PAIRS; ++i) {
+            int at = threadIdx.x + i * THREADS;
+            if (at < PAIRS)
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+                    split_pair(widen(v[i][0].entry[j]), widen(v[i][1].entry[j]), part);
+#pragma unroll
+                    for (int p = 0; p < S::OF_ENTRY; ++p)
+                        values[p][at / 8 % PACKS * N + j][pair_of(at)] = part[p];
+                }
         }
     }
-}
+};
 
 // 16 queries of a warp, and what they have gathered.  A lane has entries of rows g = lane / 4 and
 // g + 8 (mma.cu): m, l of both, and a[c][e] of row g + e / 2 * 8 and channel 8 c + 2 t + e % 2.
@@ -227,9 +259,10 @@ __device__ void attend(const float* q, const T* k, const T* v, float* y, int* fa
     stop = stop < n_ctx ? stop : n_ctx;
     for (int first = start; first < stop; first += S::KEYS) {
         int n = n_ctx - first < S::KEYS ? n_ctx - first : S::KEYS;
+        Carried<T, D, P> tile;
+        tile.load(k + (i64)first * k_row, v + (i64)first * v_row, k_row, v_row, n);
         __syncthreads();
-        load_keys<T, D, P>(keys, k + (i64)first * k_row, k_row, n);
-        load_values<T, D, P>(values, v + (i64)first * v_row, v_row, n);
+        tile.store(keys, values);
         __syncthreads();
         // Distances of the first query to the first key and to the last.
         int near = row + shift - first - (S::KEYS - 1), far = row + shift - first;
@@ -259,7 +292,7 @@ __device__ inline int slots_of(i64 limit) {
     return (int)(limit > FARTHEST ? FARTHEST : limit < -FARTHEST ? -FARTHEST : limit);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, PARTS == 1 && HEAD <= 96 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     attention_mma(const float* q, const ENTRY* k, const ENTRY* v, const i64* start, int* failed,
                   float* y, i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq, i64 n_ctx,
                   i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row,
