@@ -31,13 +31,13 @@ from gpu.measure import MissingPackageError  # noqa: E402
 from gpu.records import Records, ending, plant, rehearsing, run_recorded, selected  # noqa: E402
 from gpu.weights import make, model_folder  # noqa: E402
 
-LIMITS = {  # seconds of each group; 460 in all
+LIMITS = {  # seconds of each group at most; the stage has 475 for all
     "copy": 20,
     "kernels": 60,
-    "npllm": 145,
+    "npllm": 120,
     "formats": 40,
-    "long": 55,
-    "transformers": 100,
+    "long": 75,
+    "transformers": 240,  # to compile it took more than 70 s on an H100
     "vllm": 40,
 }
 

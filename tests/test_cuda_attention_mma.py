@@ -17,6 +17,7 @@ from strategies import seeds
 from npllm import ops
 from npllm.kernels import cuda
 from npllm.kernels.cuda import launching
+from npllm.kernels.cuda.attention import attention_in_parts
 from npllm.ops.mask import bidirectional, causal, left_padding, sliding_window
 
 pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart", "tensor_cores")]
@@ -34,7 +35,8 @@ def tensor_cores(monkeypatch):
 def many(q, k, v, **options):
     """Call the twin; see that it launched the kernel, and the one that mends."""
     kernel_shim.LAUNCHES.clear()
-    y = cuda.attention(*moved((q, k, v)), **options)
+    n_parts = options.pop("n_parts", 3)
+    y = attention_in_parts(n_parts, *moved((q, k, v)), **options)
     assert kernel_shim.LAUNCHES == ["attention_mma", "attention"]
     return y.get()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu.block_model import in_blocks, matrix_bytes
+from gpu.block_model import PRODUCTS, in_blocks, matrix_bytes
 from gpu.measure import MissingPackageError, need
 from gpu.predict import kernels as kernels_of
 from gpu.records import rehearsing
@@ -19,7 +19,7 @@ from gpu.weights import model_folder
 MODEL = "phi-3-mini"
 CONTEXTS = (16, 24, 32) if rehearsing() else (128, 1024, 4000)
 PROMPTS = (5, 12) if rehearsing() else (512, 2048, 3900)
-LONG = 40 if rehearsing() else 16384
+LONG, LONGER = (40, 50) if rehearsing() else (16384, 65400)  # below a power of two: no growth
 N_NEW = 3 if rehearsing() else 64
 N_ON_OFF = 4 if rehearsing() else 100
 N_QUEUED = 2 if rehearsing() else 8
@@ -67,7 +67,9 @@ def copy(record: Callable) -> None:
 
 
 def matrix_rate() -> dict[str, Any]:
-    """Time products of square bfloat16 matrices on the tensor cores."""
+    """Time products of square bfloat16 matrices on the tensor cores, of random entries: with zeros
+    a device draws less power, and is faster.
+    """
     import cupy
 
     from npllm.arrays import DTYPES
@@ -76,7 +78,8 @@ def matrix_rate() -> dict[str, Any]:
     if gemm.library() is None:
         return {"status": "not run", "why": "the device has no tensor cores for bfloat16"}
     n = 8192
-    x, y = (cupy.zeros((n, n), dtype=dtype) for dtype in (DTYPES["bfloat16"], np.float32))
+    random = np.random.default_rng(0).standard_normal((n, n), dtype=np.float32)
+    x, y = cupy.asarray(random.astype(DTYPES["bfloat16"])), cupy.empty((n, n), dtype=np.float32)
     seconds = timed(lambda: gemm.add_product(x, x, y, is_first=True), 10)
     return {"seconds": seconds, "operations_per_second": 2 * n**3 / seconds}
 
@@ -93,42 +96,47 @@ def loaded(**changes: Any) -> Any:
     return npllm.Model(Config.from_json(data | changes), model.params)
 
 
-def ids_of(model: Any, n: int) -> np.ndarray:
-    """Random tokens [1, n]."""
-    return np.random.default_rng(0).integers(3, model.config.vocab_size, (1, n))
+def ids_of(model: Any, n: int, n_batch: int = 1) -> np.ndarray:
+    """Random tokens [n_batch, n]."""
+    return np.random.default_rng(0).integers(3, model.config.vocab_size, (n_batch, n))
 
 
-def filled(model: Any, n_ctx: int) -> Any:
-    """A cache that holds n_ctx random tokens."""
-    cache = model.new_cache()
-    model.last_logits(ids_of(model, n_ctx), np.ones((1, n_ctx), bool), cache)
+def filled(model: Any, n_ctx: int, n_batch: int = 1) -> Any:
+    """A cache that holds n_ctx random tokens a row."""
+    cache, ids = model.new_cache(n_batch), ids_of(model, n_ctx, n_batch)
+    model.last_logits(ids, np.ones(ids.shape, bool), cache)
     return cache
 
 
-def decode(model: Any, n_ctx: int, how: str) -> dict[str, Any]:
-    """Time N_NEW tokens behind n_ctx others: queued, one by one, or without a graph."""
+def decode(
+    model: Any, n_ctx: int, how: str, n_batch: int = 1, reader: Any = None
+) -> dict[str, Any]:
+    """Time N_NEW tokens behind n_ctx others: queued, one by one, or without a graph.  reader: the
+    model that reads the others.
+    """
     from npllm.arrays import to_numpy
     from npllm.kernels.cuda.decode import decode_step
 
     steps = {"no graph": partial(decode_step, use_graph=False), "kernel by kernel": None}
     if how in steps:
         model = model.on(model.ops.replace(decode_step=steps[how]))
-    cache, one = filled(model, n_ctx), ids_of(model, 1)
+    cache, one = filled(reader or model, n_ctx, n_batch), ids_of(model, 1, n_batch)
 
     def queue(n: int) -> None:
         for _ in range(-(-n // N_QUEUED)):
-            valid = np.ones((1, cache.n_ctx + 1), bool)
+            valid = np.ones((n_batch, cache.n_ctx + 1), bool)
             if model.greedy_ids(one, valid, cache, N_QUEUED) is None:
                 raise RuntimeError("the engine did not take the step")
 
     def each(n: int) -> None:
         for _ in range(n):
-            to_numpy(model.last_logits(one, np.ones((1, cache.n_ctx + 1), bool), cache))
+            to_numpy(model.last_logits(one, np.ones((n_batch, cache.n_ctx + 1), bool), cache))
 
     run, n = (queue, -(-N_NEW // N_QUEUED) * N_QUEUED) if how == "queued" else (each, N_NEW)
     run(2 * N_QUEUED if how == "queued" else 3)  # compiles, captures
     seconds = timed(lambda: run(n), 1)
-    return {"n_ctx": n_ctx, "seconds_per_token": seconds / n, "tokens_per_second": n / seconds}
+    rate = n_batch * n / seconds
+    return {"n_ctx": n_ctx, "seconds_per_token": seconds / n, "tokens_per_second": rate}
 
 
 def on_off(model: Any, use_cache: bool) -> dict[str, Any]:
@@ -146,7 +154,9 @@ def prefill(model: Any, n: int) -> dict[str, Any]:
     """Time a prompt of n tokens into an empty cache."""
     filled(model, n)
     seconds = timed(lambda: filled(model, n), 2)
-    return {"n_prompt": n, "seconds": seconds, "tokens_per_second": n / seconds} | memory()
+    work = 2 * sum(getattr(one, x).size for one in model.params.layers for x in PRODUCTS)
+    rates = {"tokens_per_second": n / seconds, "operations_per_second": work * n / seconds}
+    return {"n_prompt": n, "seconds": seconds} | rates | memory()
 
 
 def prefill_models(model: Any) -> dict[str, Any]:
@@ -175,6 +185,7 @@ def npllm_group(record: Callable) -> None:
     for how in ("queued", "one by one", "no graph", "kernel by kernel"):
         for n_ctx in CONTEXTS if how in ("queued", "one by one") else CONTEXTS[:1]:
             record(f"decode {how} {n_ctx}", partial(decode, model, n_ctx, how))
+    record(f"decode 8 rows {CONTEXTS[0]}", partial(decode, model, CONTEXTS[0], "queued", 8))
     for how, same in prefill_models(model).items():
         for n in PROMPTS:
             record(f"prefill {how} {n}", partial(prefill, same, n))
@@ -188,13 +199,19 @@ def npllm_group(record: Callable) -> None:
 
 
 def long(record: Callable) -> None:
-    """Decode behind LONG tokens, with the frequencies of longrope."""
+    """Decode behind LONG and LONGER tokens, with the frequencies of longrope."""
+    from npllm.kernels import choose_ops
+
     d_half = 32 if rehearsing() else 48
     factors = {"short_factor": [1.0] * d_half, "long_factor": [1.5] * d_half}
     changes = {"rope_scaling": {"type": "longrope"} | factors, "max_position_embeddings": 131072}
     changes |= {"sliding_window": 262144}
     model = loaded(**changes | ({"original_max_position_embeddings": 20} if rehearsing() else {}))
     record(f"decode queued {LONG}", partial(decode, model, LONG, "queued"))
+    model.cache_dtype = "bfloat16"
+    reader = model.on(choose_ops("cuda", "cupy", "bfloat16"))
+    work = partial(decode, model, LONGER, "queued", reader=reader)
+    record(f"decode queued {LONGER}, cache bf16", work)
 
 
 def kernels(record: Callable) -> None:

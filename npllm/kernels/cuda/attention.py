@@ -17,6 +17,7 @@ __all__ = [
     "WIDEST",
     "Place",
     "attention",
+    "attention_in_parts",
     "count_splits",
     "head_steps",
     "launch_attend",
@@ -46,13 +47,34 @@ def attention(
     q_slots: Any = None,
     k_slots: Any = None,
     return_lse: bool = False,
-    n_parts: int = PARTS,
 ) -> Any:
-    """Attend block by block: the twin of `npllm.ops.attention`.
+    """Attend block by block: the twin of `npllm.ops.attention`, with all bits of float32."""
+    options = {"scale": scale, "softcap": softcap, "q_slots": q_slots, "k_slots": k_slots}
+    return attention_in_parts(
+        PARTS, q, k, v, mask=mask, bias=bias, return_lse=return_lse, **options
+    )
 
-    Many queries take the tensor cores, on devices that have them for bfloat16: with n_parts = 3 in
-    three bfloat16 parts of each number, and n_parts = 1 rounds queries, keys, values and weights to
-    bfloat16.  Heads have 64, 96 or 128 channels; for one query any multiple of 32 up to 256.  Masks that are a
+
+def attention_in_parts(
+    n_parts: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Any = None,
+    bias: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_slots: Any = None,
+    k_slots: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attend block by block, many queries on the tensor cores where the device has them.
+
+    n_parts = 3: in three bfloat16 parts of each number, as near as float32.  n_parts = 1: queries,
+    keys, values and weights are rounded to bfloat16; one query is not.
+
+    Heads have 64, 96 or 128 channels; for one query any multiple of 32 up to 256.  Masks that are a
     band of distances (causal, sliding window), behind padding on the left or not, are evaluated in
     the kernel.  Other rules, tables, biases, softcap and `return_lse` go to the definition.
 
@@ -99,9 +121,11 @@ def _attend_many(
     else:
         k, v = _whole_rows(k, xp), _whole_rows(v, xp)
     variant = (("ENTRY", entry(k)), ("HEAD", d_head))
-    sizes = (q.shape[-3], k.shape[-3], n_seq, k.shape[-2])
-    sizes += (*head_steps(k), *head_steps(v), *head_steps(y))
-    sizes += (place.q_slot, place.k_slot, place.low, place.high)
+    sizes = (
+        *(q.shape[-3], k.shape[-3], n_seq, k.shape[-2]),
+        *(*head_steps(k), *head_steps(v), *head_steps(y)),
+        *(place.q_slot, place.k_slot, place.low, place.high),
+    )
 
     def run(kernel: str, variant: tuple, n_queries: int, n_threads: int) -> None:
         n_tiles = -(-n_seq // n_queries)

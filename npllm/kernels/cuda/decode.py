@@ -99,6 +99,7 @@ def _placed_plan(
     layers = step.cache.reserve_in_every_layer(like, like)
     positions = np.broadcast_to(tokens.positions, (n_batch, 1))[:, -1]
     if not plan.bind(layers, positions + n_new - 1, variants, tables, step.cache):
+        _REFUSED[step.cache] = params, step.masks
         return None
     _PLANS[step.cache] = plan
     plan.put(tokens.ids[:, -1], step.cache.n_ctx, positions, variants, start)

@@ -70,7 +70,7 @@ class Plan:
     def is_for(self, params: Any, step: Any) -> bool:
         """Tell whether a step of these weights and masks runs as this one."""
         mine = (self.n_head, self.n_kv_head, self.eps)
-        masks = len(self.masks) == len(step.masks) and all(
+        masks = len(self.masks) == len(step.masks or ()) and all(
             one is other for one, other in zip(self.masks, step.masks, strict=True)
         )
         same = self.params is params and mine == (step.n_head, step.n_kv_head, step.eps)

@@ -24,7 +24,16 @@ from npllm.arrays import DTYPES, array_namespace, is_packed, widen
 from npllm.kernels.cuda import launching
 from npllm.kernels.cuda.launching import entry
 
-__all__ = ["PARTS", "empty_parts", "is_matrix", "library", "multiplied", "multiplies", "product", "split"]
+__all__ = [
+    "PARTS",
+    "empty_parts",
+    "is_matrix",
+    "library",
+    "multiplied",
+    "multiplies",
+    "product",
+    "split",
+]
 
 Array = Any
 
@@ -54,7 +63,9 @@ def multiplies(x: Array, weight: Any) -> bool:
 
 def is_matrix(weight: Any) -> bool:
     """Tell whether a weight is a bfloat16 matrix on the device, not empty."""
-    return not is_packed(weight) and entry(weight) == "bf16" and weight.ndim == 2 and weight.size > 0
+    if is_packed(weight) or entry(weight) != "bf16":
+        return False
+    return bool(weight.ndim == 2 and weight.size > 0)
 
 
 def product(x: Array, weight: Array, bias: Array | None = None, n_parts: int = PARTS) -> Array:

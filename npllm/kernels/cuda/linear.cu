@@ -38,6 +38,7 @@ template <typename T, int R_>
 struct Tile {
     static constexpr int R = R_, N = Pack<T>::N, OUTS = R >= 4 ? 4 : 2, STEPS = 8 / OUTS,
                          BATCH = STEPS * 32 * N, CHUNK = 8192 / R;
+    static constexpr bool AHEAD = true;
     typedef T Entry;
     typedef typename Vectors<T>::type Vector;
     typedef PackedRows<T, OUTS> Rows;

@@ -25,6 +25,7 @@ template <typename Format, int R_>
 struct Tile {
     static constexpr int R = R_, OUTS = R >= 4 ? 4 : 2, STEPS = 4 / OUTS, BATCH = STEPS * 1024,
                          CHUNK = 8192 / R;
+    static constexpr bool AHEAD = false;  // registers are short, and instructions are the limit
     typedef unsigned char Entry;
     typedef float Vector;
     typedef BlockRows<OUTS> Rows;

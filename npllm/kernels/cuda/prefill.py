@@ -48,9 +48,9 @@ def linear_add(
 
 
 def mlp_block(x: Array, layer: Any, step: Step, n_parts: int = gemm.PARTS) -> Array:
-    """The second half of a layer for many rows; the gated rows exist in parts alone.
+    """Compute the second half of a layer for many rows; the gated rows exist in parts alone.
 
-        gate | up = W_gate_up rms_norm(x);   y = x + W_down (silu(gate) * up)
+    gate | up = W_gate_up rms_norm(x);   y = x + W_down (silu(gate) * up)
     """
     gain, weight, down = layer.post_attention_layernorm, layer.gate_up_proj, layer.down_proj
     if not (_fits(x, weight, layer.gate_up_bias) and norm_fits(x, gain)):

@@ -7,6 +7,7 @@
 //
 // A Tile is what a warp loads of the weight at a time: BATCH entries of OUTS rows.  It has
 //     R, OUTS, BATCH, CHUNK        rows of x; rows of the weight; entries loaded, and entries staged
+//     AHEAD                        whether the next batch is on its way during the products of one
 //     Entry, Vector                types of the weight in memory, and of gain and bias
 //     Rows                         where OUTS rows of the weight lie: begin(k, weight, scales, o, d_in)
 //     shared_index(i)              place of entry i of a chunk in shared memory
@@ -14,7 +15,7 @@
 //     multiply(sum, staged, at)    sum[k][r] += products with the batch at entry `at` of the chunk
 //
 // Tile of a block: 4 warps, a warp OUTS outputs.  All loads of a batch are issued before its first
-// product, and those of the first batch before x is staged in shared memory, 32 KB at a time.
+// product, where AHEAD before the first of the batch before it, and those of the first batch before x is staged in shared memory, 32 KB at a time.
 // Blocks with the same rows of the weight and other rows of x are neighbours, so that the weight
 // comes from DRAM once.
 //
@@ -83,8 +84,12 @@ product(const float* __restrict__ x, const typename Tile::Entry* __restrict__ we
         stage<Tile>(staged, squares, x, gain, x_row, n, first, n_staged, d_in);
         __syncthreads();
         for (unsigned at = 0; at < n_staged; at += BATCH) {
+            Tile next;
+            bool more = first + at + BATCH < d_in;
+            if (Tile::AHEAD && more) next.load(rows, first + at + BATCH, d_in);
             tile.multiply(sum, staged, at);
-            if (first + at + BATCH < d_in) tile.load(rows, first + at + BATCH, d_in);
+            if (!Tile::AHEAD && more) next.load(rows, first + at + BATCH, d_in);
+            tile = next;
         }
     }
     float result = 0.0f;  // lane r * OUTS + k finishes output k of row r

@@ -6,7 +6,7 @@ import numpy as np
 
 from npllm.arrays import array_namespace
 from npllm.kernels.cuda import launching
-from npllm.kernels.cuda.attention import PARTS, attention, head_steps
+from npllm.kernels.cuda.attention import PARTS, attention_in_parts, head_steps
 from npllm.kernels.cuda.launching import entry, pointer
 from npllm.kernels.cuda.rows import MOST
 from npllm.ops import Step, merge_heads
@@ -23,7 +23,7 @@ def rope_attention(qkv: Array, step: Step, n_parts: int = PARTS) -> Array:
     """Cut into heads, rotate, append to the cache, and attend.
 
     Everything before the attention is one kernel, which writes keys and values into the cache, and
-    rounds them to its dtype.  n_parts: of `attention`.
+    rounds them to its dtype.  n_parts: see `attention_in_parts`.
     """
     cos, sin, n_head, n_kv_head = step[:4]
     fits = entry(qkv) == entry(cos) == entry(sin) == "float" and cos.shape == sin.shape
@@ -44,7 +44,7 @@ def rope_attention(qkv: Array, step: Step, n_parts: int = PARTS) -> Array:
             return NotImplemented
         slots = {"q_slots": range(k_slots.stop - n_seq, k_slots.stop), "k_slots": k_slots}
     _rope_append(xp, qkv, cos, sin, q, k[..., -n_seq:, :], v[..., -n_seq:, :])
-    return merge_heads(attention(q, k, v, mask=step.mask, n_parts=n_parts, **slots))
+    return merge_heads(attention_in_parts(n_parts, q, k, v, mask=step.mask, **slots))
 
 
 def _rope_append(xp: Any, qkv: Array, cos: Array, sin: Array, q: Array, k: Array, v: Array) -> None:
