@@ -7,6 +7,7 @@ import numpy as np
 
 from npllm.arrays import array_namespace
 from npllm.kernels.cuda import launching
+from npllm.kernels.cuda.gemm import PARTS
 from npllm.kernels.cuda.launching import aligned, entry, pointer, steps
 from npllm.ops import blockwise
 from npllm.ops.mask.rule import FAR
@@ -28,7 +29,7 @@ Array = Any
 
 HEADS = (64, 96, 128)  # widths for many queries; for one, every multiple of 32 up to WIDEST
 WIDEST = 256
-PARTS = 3  # bfloat16 numbers of which a float32 number is the sum
+
 QUERIES, THREADS = 16, 128  # WARPS * ROWS and WARPS * 32 of attention.cu
 MMA_QUERIES, MMA_THREADS = 128, 256  # the same of attention_mma.cu
 SPLIT, ONE_THREADS, MERGE_THREADS = 128, 128, 256  # of attend_one.cu and attend_merge.cu

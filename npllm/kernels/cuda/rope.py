@@ -6,7 +6,8 @@ import numpy as np
 
 from npllm.arrays import array_namespace
 from npllm.kernels.cuda import launching
-from npllm.kernels.cuda.attention import PARTS, attention_in_parts, head_steps
+from npllm.kernels.cuda.attention import attention_in_parts, head_steps
+from npllm.kernels.cuda.gemm import PARTS
 from npllm.kernels.cuda.launching import entry, pointer
 from npllm.kernels.cuda.rows import MOST
 from npllm.ops import Step, merge_heads

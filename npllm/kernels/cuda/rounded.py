@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from npllm.kernels.cuda import gemm, prefill
-from npllm.kernels.cuda.attention import PARTS, attention_in_parts
+from npllm.kernels.cuda.attention import attention_in_parts
 from npllm.kernels.cuda.linear import linear, linear_add, norm_linear, norm_swiglu
 from npllm.kernels.cuda.rope import rope_attention
 from npllm.ops import Ops
@@ -47,7 +47,7 @@ def _none(*_: Any) -> Any:
 def _rounded_attention(q: Array, k: Array, v: Array, **options: Any) -> Any:
     """Attend in one part; q [..., n_head, n_seq, d_head] counts its tokens."""
     n_rows = prod(q.shape[:-3]) * q.shape[-2]
-    return attention_in_parts(PARTS if n_rows < FEWEST_ROWS else 1, q, k, v, **options)
+    return attention_in_parts(gemm.PARTS if n_rows < FEWEST_ROWS else 1, q, k, v, **options)
 
 
 @cache
