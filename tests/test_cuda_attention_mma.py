@@ -22,9 +22,7 @@ from npllm.ops.mask import bidirectional, causal, left_padding, sliding_window
 
 pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart", "tensor_cores")]
 BF16 = ml_dtypes.bfloat16
-VARIANTS = [
-    (d_head, dtype) for dtype in (np.float32, BF16, np.float16) for d_head in cuda.HEADS
-]
+VARIANTS = [(d_head, dtype) for dtype in (np.float32, BF16, np.float16) for d_head in cuda.HEADS]
 
 
 @pytest.fixture
@@ -46,7 +44,9 @@ def test_smoke(d_head, dtype):
     rng = np.random.default_rng(0)
     q = rng.standard_normal((2, 4, 37, d_head), np.float32)
     k, v = (rng.standard_normal((2, 2, 50, d_head), np.float32).astype(dtype) for _ in range(2))
-    want = ops.attention(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), mask=causal())
+    want = ops.attention(
+        q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), mask=causal()
+    )
     for n in (3, 1):
         got = many(q, k, v, mask=causal(), n_parts=n)
         print(d_head, dtype.__name__, n, abs(got - want).max(), abs(want).max())

@@ -197,7 +197,7 @@ def test_a_run_of_nothing_did_not_pass(tmp_path):
 def test_a_wrong_result_fails(got):
     want = np.array([[1.0, 2.0]])
     assert kernels.largest_error(want, want) == 0
-    assert not kernels.largest_error(np.array(got), want) <= kernels.TOLERANCE
+    assert not kernels.largest_error(np.array(got), want) <= cases.TOLERANCE
     assert "status" not in measure.judged(want, want)
     assert measure.judged(np.array(got), want)["status"] == "failed"
 

@@ -1,6 +1,7 @@
 """For every variant of every CUDA kernel, a call that launches it, beside its definition."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -10,9 +11,11 @@ from gpu.records import rehearsing
 from npllm import ops
 from npllm.arrays import widen
 from npllm.kernels import cuda
-from npllm.kernels.cuda import launching
+from npllm.kernels.cuda import gemm, launching
+from npllm.kernels.cuda.attention import attention_in_parts
 from npllm.kernels.cuda.launching import NULL
 from npllm.kernels.cuda.rope import launch_rope
+from npllm.kernels.cuda.rows import launch_norm, launch_swiglu
 from npllm.models import phi3
 from npllm.ops import Step
 from npllm.ops.mask import causal
@@ -20,6 +23,8 @@ from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.int8 import Int8Weight
 
+TOLERANCE = 2e-5  # sums of 8192 float32 numbers in any order stay below
+ROUNDED = 2.0**-8  # results, or weights of a mean, that are rounded to bfloat16: 2**-8 of each
 WIDTHS = (64, 96, 128)  # of the heads of published models
 FLOATS = {
     "float": np.float32,
@@ -35,6 +40,7 @@ class Case(NamedTuple):
     definition: Callable[..., Any]
     arguments: tuple[Any, ...]
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    tolerance: float = TOLERANCE  # of the largest entry
 
 
 def variants(common: bool = False) -> list[tuple[str, dict[str, Any]]]:
@@ -112,16 +118,42 @@ def wide_blocks(blocks: np.ndarray, name: str) -> np.ndarray:
 
 
 def rms_norm(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
-    """A few rows of the residual stream."""
-    d_model = size(3072, 100)
+    """A few rows of the residual stream, written as they are or in parts."""
+    d_model, n_parts = size(3072, 100), int(definitions["PARTS"])
     weight = normal(rng, d_model, dtype=FLOATS[definitions["ENTRY"]])
-    return Case(cuda.rms_norm, ops.rms_norm, (normal(rng, 5, d_model), weight, 1e-5))
+    arguments = (normal(rng, 5, d_model), weight, 1e-5)
+    if n_parts == 0:
+        return Case(cuda.rms_norm, ops.rms_norm, arguments)
+    twin = in_parts(lambda y, *call: launch_norm(*call, y), n_parts)
+    return Case(twin, ops.rms_norm, arguments, tolerance=tolerance(n_parts))
 
 
-def swiglu(_: dict[str, Any], rng: np.random.Generator) -> Case:
-    """Gate and up of a few rows."""
-    d_ff = size(8192, 100)
-    return Case(cuda.swiglu, ops.swiglu, (normal(rng, 5, d_ff), normal(rng, 5, d_ff)))
+def swiglu(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """Gate and up of a few rows, the product written as it is or in parts."""
+    d_ff, n_parts = size(8192, 100), int(definitions["PARTS"])
+    arguments = (normal(rng, 5, d_ff), normal(rng, 5, d_ff))
+    if n_parts == 0:
+        return Case(cuda.swiglu, ops.swiglu, arguments)
+    twin = in_parts(lambda y, *call: launch_swiglu(*call, y), n_parts)
+    return Case(twin, ops.swiglu, arguments, tolerance=tolerance(n_parts))
+
+
+def in_parts(launch: Callable[..., None], n_parts: int) -> Callable[..., Any]:
+    """A call that lets a kernel write bfloat16 parts of the shape of its first argument, and adds
+    them.
+    """
+
+    def twin(x: Any, *others: Any) -> Any:
+        parts = gemm.empty_parts(x, x.shape[-1], n_parts)
+        launch(parts, x, *others)
+        return sum(widen(parts[p]) for p in reversed(range(n_parts)))
+
+    return twin
+
+
+def tolerance(n_parts: int) -> float:
+    """Three parts are a float32 number, and one part is rounded to bfloat16."""
+    return ROUNDED if n_parts == 1 else TOLERANCE
 
 
 def rope_append(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
@@ -165,7 +197,45 @@ def rounded_values(dtype: Any, rng: np.random.Generator) -> Case:
 
 
 def attention(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
-    """Causal attention with grouped queries, more keys than queries."""
+    """Causal attention with grouped queries, more keys than queries, in float32."""
+    same = many_queries(definitions, rng)
+    return same._replace(twin=with_tensor_cores(False, cuda.attention))
+
+
+def attention_mma(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """The same in bfloat16 parts; with one part beside queries, keys and values that are rounded as
+    well.
+    """
+    n_parts, same = int(definitions["PARTS"]), many_queries(definitions, rng)
+
+    def definition(*call: Any, **options: Any) -> Any:
+        rounded = [x.astype(FLOATS["bf16"]).astype(x.dtype) if n_parts == 1 else x for x in call]
+        return ops.attention(*rounded, **options)
+
+    twin = with_tensor_cores(True, partial(attention_in_parts, n_parts))
+    return same._replace(twin=twin, definition=definition, tolerance=tolerance(n_parts))
+
+
+def with_tensor_cores(there: bool, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call during which the device has tensor cores, or has none."""
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        found, launching.has_tensor_cores = launching.has_tensor_cores, lambda: there
+        try:
+            return call(*arguments, **options)
+        finally:
+            launching.has_tensor_cores = found
+
+    return changed
+
+
+def needs_tensor_cores(kernel: str) -> bool:
+    """Tell whether a kernel has the instructions of tensor cores in its source."""
+    return "mma" in launching.INCLUDED.get(kernel, ())
+
+
+def many_queries(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
+    """The call of both."""
     n_seq, n_ctx, d_head = size(512, 17), size(700, 33), int(definitions["HEAD"])
     dtype = FLOATS[definitions["ENTRY"]]
     k, v = (normal(rng, 1, 2, n_ctx, d_head, dtype=dtype) for _ in range(2))
@@ -266,6 +336,7 @@ def split(definitions: dict[str, Any], rng: np.random.Generator) -> Case:
 
 
 CASES: dict[str, Callable[[dict[str, Any], np.random.Generator], Case]] = {
+    "attention_mma": attention_mma,
     "linear": linear,
     "linear_blocks": linear_blocks,
     "rms_norm": rms_norm,
