@@ -134,7 +134,7 @@ PLANTED = {
         "rope_append",
         "if (at >= width) break",
         "if (at > width) break",
-        (BOUNDS,),
+        (BOUNDS, RACE),
     ),
     "tiles loaded while others still read": (
         "attention",
@@ -166,7 +166,6 @@ PLANTED = {
         "if (at < PAIRS)",
         (BOUNDS,),
     ),
-    "threads without a key of a tile": ("attention_mma", "if (at < KEYS)\n", "\n", (BOUNDS, RACE)),
     "queries behind the last": (
         "attention_mma",
         "bool there = row < n_seq",
@@ -177,7 +176,7 @@ PLANTED = {
         "attention_mma",
         "if (row < n_seq) to[",
         "to[",
-        (BOUNDS,),
+        (BOUNDS, RACE),
     ),
     "warps without queries that set a flag": (
         "attention_mma",
