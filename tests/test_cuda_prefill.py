@@ -22,7 +22,9 @@ import npllm
 from npllm import ops
 from npllm.kernels import choose_ops, cuda
 from npllm.kernels.cuda import gemm, prefill
+from npllm.kernels.cuda.attention import attention_in_parts
 from npllm.ops import Step
+from npllm.ops.mask import causal
 
 pytestmark = [needs_gxx, pytest.mark.usefixtures("on_tensor_cores")]
 slow = pytest.mark.slow
@@ -378,3 +380,23 @@ def test_other_weights_have_the_same_attention(dtype):
     ids = tiny.random_ids(1, 70)
     close(model(ids, logits_to_keep=1), moved(base(ids, logits_to_keep=1)), times=40)
     assert kernel_shim.LAUNCHES.count("attention_mma") >= 2
+
+
+def test_attention_of_the_rounded_set_is_that_of_its_fused_kernel():
+    """1 part from 17 tokens on, those of all sequences counted; operation by operation as well."""
+    rounded = choose_ops("cuda", "cupy", "bfloat16")
+    for lead, n_seq, n_parts in (
+        ((1,), 16, 3),
+        ((1,), 17, 1),
+        ((2,), 9, 1),
+        ((), 8, 3),
+        ((), 18, 1),
+    ):
+        q, k, v = moved(tuple(drawn(*lead, n, n_seq, 64) for n in (2, 1, 1)))
+        got = rounded.attention(q, k, v, mask=causal())
+        want = attention_in_parts(n_parts, q, k, v, mask=causal())
+        assert got.get().tobytes() == want.get().tobytes()
+        other = attention_in_parts(4 - n_parts, q, k, v, mask=causal())
+        assert got.get().tobytes() != other.get().tobytes()
+    one = rounded.attention(q[..., -1:, :], k, v)
+    assert one.get().tobytes() == cuda.attention(q[..., -1:, :], k, v).get().tobytes()
