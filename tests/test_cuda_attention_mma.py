@@ -146,7 +146,8 @@ def fragments(n=3, n_warps=2, seed=0):
     words_a = np.stack([words(a[..., r, c], a[..., r, c + 1]) for r, c in of_a], axis=-1)
     words_b = np.stack([words(b[..., r, c], b[..., r + 1, c]) for r, c in of_b], axis=-1)
     of_d = [(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]
-    return (a, b, d), (words_a, words_b, lanes_of(d, of_d)), of_d
+    lanes = words_a, words_b, lanes_of(d, of_d)
+    return (a, b, d), tuple(map(np.ascontiguousarray, lanes)), of_d
 
 
 def words(low, high):
@@ -173,10 +174,10 @@ def check_product(launch):
 @pytest.mark.parametrize("seed", [None, pytest.param(1, marks=slow), pytest.param(2, marks=slow)])
 def test_the_product_of_a_warp_is_laid_out_as_its_source_says(seed):
     def launch(a, b, d):
-        there = moved(d.reshape(-1))
-        arguments = moved((a.reshape(-1), b.reshape(-1))), there, np.uint32(len(a))
-        kernel_shim.launch("product", (), 1, 64, *arguments[0], *arguments[1:], text=product_text())
-        return there.get().reshape(d.shape)
+        there = moved(d)
+        arguments = *moved((a, b)), there, np.uint32(len(a))
+        kernel_shim.launch("product", (), 1, 64, *arguments, text=product_text())
+        return there.get()
 
     if seed is None:
         check_product(launch)
