@@ -262,6 +262,6 @@ def test_a_stage_that_hangs_is_ended_and_a_broken_kernel_is_named(check):
     assert code == 1, output
     assert report["stages"]["timings"]["ended"] == "exit code 124: timed out, or killed"
     assert names(report, "timings", "passed") == {"logits/smollm2", "logits/phi-3-mini"}
-    assert list(report["stages"]["kernels"]["failed"]) == ["swiglu"]
-    assert report["stages"]["kernels"]["counts"]["passed"] == 3
+    assert {name.split()[0] for name in report["stages"]["kernels"]["failed"]} == {"swiglu"}
+    assert report["stages"]["kernels"]["counts"]["passed"] == 9  # rms_norm: types by parts
     assert report["stages"]["rest"]["passed"]

@@ -559,6 +559,27 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(monkeypatch):
     assert "serving" not in result.stderr
 
 
+def test_the_body_of_an_answer_does_not_wait_for_an_acknowledgement():
+    """Connections that asyncio accepts on the listening socket send at once."""
+
+    async def accepted():
+        sockets = asyncio.Queue()
+        with run.listen("127.0.0.1", 0) as listener:
+            server = await asyncio.start_server(
+                lambda _, writer: sockets.put_nowait(writer), sock=listener
+            )
+            async with server:
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                other = await sockets.get()
+                there = other.get_extra_info("socket")
+                found = there.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                writer.close()
+                other.close()
+        return found
+
+    assert asyncio.run(accepted())
+
+
 @pytest.mark.parametrize(
     "wrong", [{"max_batch": 17}, {"max_batch": 0}, {"max_queue": -1}, {"max_prompt_tokens": 257}]
 )
