@@ -5,6 +5,7 @@ here beside the layout that mma.cu states.  Of 3 parts the error is that of floa
 is that of attention on rounded queries, keys and values, whose weights are rounded as well.
 """
 
+import guard
 import kernel_shim
 import ml_dtypes
 import numpy as np
@@ -241,6 +242,26 @@ def test_keys_and_values_as_columns_of_a_longer_array(columns, n_parts):
     got = attention_in_parts(n_parts, moved(q), *there, mask=causal())
     assert got.get().tobytes() == many(q, k, v, n_parts, mask=causal()).tobytes()
     assert np.isfinite(got.get()).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(BF16, marks=slow)])
+def test_rows_that_no_load_of_16_bytes_fits_are_copied(dtype, monkeypatch):
+    """Channels of wider rows, and values whose channels are apart."""
+    q, k, v = heads(11, 64, dtype, 20, 35)
+    wider = moved(np.pad(k, [(0, 0), (0, 0), (0, 0), (1, 2)], constant_values=np.nan))
+    turned = guard.xp.matrix_transpose(moved(np.swapaxes(v, -1, -2).copy()))
+    launch, places = launching.launch, []
+
+    def watching(kernel, definitions, n_blocks, n_threads, q, k, v, *rest):
+        places.extend(x.data.ptr for x in (k, v))
+        places.extend(n for x in (k, v) for n in x.strides[:-1])
+        launch(kernel, definitions, n_blocks, n_threads, q, k, v, *rest)
+
+    want = many(q, k, v, mask=causal())
+    monkeypatch.setattr(launching, "launch", watching)
+    got = cuda.attention(moved(q), wider[..., 1:-2], turned, mask=causal())
+    assert got.get().tobytes() == want.tobytes()
+    assert places and not any(place % launching.ALIGNMENT for place in places)
 
 
 @every_variant
