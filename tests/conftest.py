@@ -168,6 +168,14 @@ def on_the_stand_in_apart(on_the_stand_in):
     on_the_stand_in.setattr(guard, "APART", True)
 
 
+@pytest.fixture(scope="module")
+def on_tensor_cores(on_the_stand_in, on_the_stand_in_apart):  # noqa: ARG001
+    """The same, as on a device with tensor cores."""
+    from npllm.kernels.cuda import launching
+
+    on_the_stand_in.setattr(launching, "has_tensor_cores", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def default_folder():
     """Folder of the default checkpoint, fetched on first use."""

@@ -15,6 +15,7 @@ from kernel_shim import KernelFault, checking, needs_gxx
 
 from npllm.kernels import cuda
 from npllm.kernels.cuda import launching
+from npllm.ops.mask import causal, left_padding
 
 on_cuda = Composed(cuda.CUDA)
 pytestmark = [needs_gxx, pytest.mark.usefixtures("on_the_stand_in_apart")]
@@ -50,6 +51,15 @@ def chosen(logits):
     return guard.xp.concat([state, guard.xp.matrix_transpose(tokens)], axis=0)
 
 
+def attention_mma():
+    """Two tiles of keys of each head, behind padding; three parts, which take all paths."""
+    q, k, v = drawn((2, 2, 18, 64), (2, 1, 40, 64), (2, 1, 40, 64))
+    mask = causal() & left_padding(moved(np.array([0, 3])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "has_tensor_cores", lambda: True)
+        return cuda.attention(q, k, v, mask=mask)
+
+
 # kernel -> a call that runs it on several blocks, sizes that fill no tile
 CALLS = {
     "rms_norm": lambda: cuda.rms_norm(*drawn((2, 300), (300,)), 1e-5),
@@ -57,6 +67,7 @@ CALLS = {
     "linear": norm_linear,
     "rope_append": rope_attention,
     "attention": lambda: cuda.attention(*drawn((2, 18, 64), (2, 40, 64), (2, 40, 64))),
+    "attention_mma": attention_mma,
     "attend_one": lambda: cuda.attention(*drawn((2, 1, 64), (2, 70, 64), (2, 70, 64))),
     "choose": lambda: chosen(drawn((3, 2100))[0]),
     "attend_merge": lambda: cuda.attention(*drawn((1, 1, 64), (1, 300, 64), (1, 300, 64))),
@@ -99,7 +110,7 @@ PLANTED = {
         "    __syncthreads();\n    if (threadIdx.x < 32) __syncthreads();\n",
         (BARRIER,),
     ),
-    "threads behind the end": ("swiglu", "if (at < n) y", "y", (BOUNDS,)),
+    "threads behind the end": ("swiglu", "if (i < d_ff) store", "store", (BOUNDS,)),
     "staged while others still multiply": (
         "linear",
         FIRST_OF_TWO,
@@ -121,15 +132,57 @@ PLANTED = {
     "a row behind the last": ("linear", "if (r < n && i < d_in) v", "if (i < d_in) v", (BOUNDS,)),
     "a head behind the last": (
         "rope_append",
-        "if (at >= n) return",
-        "if (at > n) return",
-        (BOUNDS,),
+        "if (at >= width) break",
+        "if (at > width) break",
+        (BOUNDS, RACE),
     ),
     "tiles loaded while others still read": (
         "attention",
         "        __syncthreads();\n        load_tile<T, D>(keys",
         "        load_tile<T, D>(keys",
         (RACE,),
+    ),
+    "a tile stored while others still multiply": (
+        "attention_mma",
+        "        __syncthreads();\n        tile.store",
+        "        tile.store",
+        (RACE,),
+    ),
+    "a tile multiplied while others still store": (
+        "attention_mma",
+        "        __syncthreads();\n        // Distances",
+        "        // Distances",
+        (RACE, UNWRITTEN),
+    ),
+    "keys of a tile behind the last": (
+        "attention_mma",
+        "if (at < KEYS && key_of(at) < n)",
+        "if (at < KEYS)",
+        (BOUNDS,),
+    ),
+    "values of a tile behind the last": (
+        "attention_mma",
+        "if (at < PAIRS && key < n)",
+        "if (at < PAIRS)",
+        (BOUNDS,),
+    ),
+    "queries behind the last": (
+        "attention_mma",
+        "bool there = row < n_seq",
+        "bool there = true",
+        (BOUNDS,),
+    ),
+    "results behind the last query": (
+        "attention_mma",
+        "if (row < n_seq) to[",
+        "to[",
+        (BOUNDS, RACE),
+    ),
+    "warps without queries that set a flag": (
+        "attention_mma",
+        "    if (row < n_seq) {\n        bool bad",
+        "    {\n        bool bad",
+        (BOUNDS, RACE),
     ),
     "four lanes write one score": (
         "attend_one",

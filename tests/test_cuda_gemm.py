@@ -71,7 +71,7 @@ def inputs(n_rows=65, d_in=48, d_out=13):
 
 def test_a_product_has_the_error_of_float32():
     """Beside float64, in units of the sum of magnitudes: three roundings with three parts, as the
-    stand-in rounds only what it stores; two parts leave 2**-16 of x, one 2**-9.
+    stand-in rounds only what it stores; two parts leave 2**-16 of x, one 2**-8, and sums less.
     """
     x, weight, _ = inputs()
     wide = weight.astype(np.float64)

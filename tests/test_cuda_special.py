@@ -20,6 +20,7 @@ from strategies import seeds
 
 from npllm import ops
 from npllm.kernels import cuda
+from npllm.kernels.cuda import launching
 from npllm.ops.mask import causal, left_padding, sliding_window
 from npllm.quantized.block_packing import quantize_blocks
 
@@ -256,6 +257,14 @@ def test_a_hidden_key_counts_for_nothing_whatever_it_holds(n_seq, special):
 
 # ----------------------------------------------------------------------------------------- barriers
 
+
+def on_tensor_cores(call, *args):
+    """A call on a device that has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "has_tensor_cores", lambda: True)
+        return call(*args)
+
+
 # kernel -> a call that runs it on several blocks and passes through every part of it
 BARRIERS = {
     "rms_norm": lambda o, rng: o.rms_norm(*moved((drawn(rng, 4, 700), drawn(rng, 700))), 1e-5),
@@ -269,6 +278,9 @@ BARRIERS = {
     ),
     "attention": lambda o, rng: o.attention(
         *moved(tuple(drawn(rng, 2, n, 64) for n in (40, 70, 70)))
+    ),
+    "attention_mma": lambda o, rng: on_tensor_cores(
+        o.attention, *moved(tuple(drawn(rng, 2, n, 64) for n in (40, 70, 70)))
     ),
     "attend_one": lambda o, rng: o.attention(
         *moved(tuple(drawn(rng, 3, n, 64) for n in (1, 100, 100)))

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import guard
+import kernel_shim
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,12 +20,16 @@ from composed import Composed, definitions
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ARRAY_OPS, attention_calls, documented_calls, examples, normal
+from test_cuda_attention_mma import QUERIES, check_product, heads, product_text, sizes, tiles_of
+from test_cuda_attention_mma import SPECIAL as OVERFLOWING
+from test_cuda_attention_mma import wide as widened
 from test_cuda_blocks import on_device, random_blocks
 from test_cuda_blocks import pair as block_pair
 from test_cuda_cache_dtype import fed as fed_into
 from test_cuda_decode import VARIANTS, one_query, products
 from test_cuda_engine import KINDS as ENGINE_KINDS
 from test_cuda_engine import fed
+from test_cuda_prefill import rms, rounded_attention
 from test_cuda_special import (
     CALLS,
     NAMES,
@@ -41,8 +46,9 @@ from test_kernels_cuda import FLOATS, long_calls, projected, stored
 import npllm
 from npllm import ops
 from npllm.arrays import to_numpy
-from npllm.kernels import cuda
+from npllm.kernels import choose_ops, cuda
 from npllm.kernels.cuda import decode_graph, gemm, launching
+from npllm.kernels.cuda.attention import attention_in_parts
 from npllm.ops.mask import causal, left_padding, sliding_window
 from npllm.quantized.block_formats import FORMATS
 
@@ -341,6 +347,71 @@ def test_attention_kernel_over_a_thousand_keys(d_head, dtype):
     )
 
 
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """A device with tensor cores; a rehearsal takes the stand-ins of a warp's product and of
+    cuBLAS.
+    """
+    if REHEARSAL:
+        monkeypatch.setattr(launching, "has_tensor_cores", lambda: True)
+        monkeypatch.setattr(gemm, "library", lambda: (kernel_shim.Cublas, lambda: "handle"))
+    elif not launching.has_tensor_cores():
+        pytest.skip("the device has no tensor cores for bfloat16")
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_the_product_of_a_warp_is_laid_out_as_its_source_says():
+    import cupy
+
+    def launch(a, b, d):
+        kernel = cupy.RawModule(code=product_text(), options=launching.OPTIONS)
+        there = moved(d)
+        arguments = *moved((a, b)), there, np.uint32(len(a))
+        kernel.get_function("product")((1,), (64,), arguments)
+        return to_numpy(there)
+
+    check_product(launch)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("d_head", cuda.HEADS[:1] if REHEARSAL else cuda.HEADS)
+@pytest.mark.parametrize("dtype", FLOATS.values())
+def test_attention_in_one_part(d_head, dtype):
+    """Beside the definition of rounded queries, keys and values: a weight that is rounded moves by
+    2**-8 of itself; sums of products may truncate, d_head of a score and n_ctx of a mean.
+    """
+    n_seq, n_ctx = (9, 43) if REHEARSAL else (999, 1203)
+    arrays = heads(0, d_head, dtype, n_seq, n_ctx, 8, 2, (2,))
+    rounded = widened(*arrays, rounded=True)
+    got = to_numpy(attention_in_parts(1, *moved(arrays), mask=causal()))
+    want, (largest, size) = ops.attention(*rounded, mask=causal()), sizes(*rounded, mask=causal())
+    figure(f"kernel attention_mma, 1 part, {n_ctx} keys", moved(got), want.astype(np.float32))
+    sums = (n_ctx + 2 * d_head * (1 + largest)) * 2.0**-22
+    assert np.isfinite(got).all() and (abs(got - want) <= (2.0**-8 + sums) * size).all()
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("n_parts", [gemm.PARTS, 1])
+@pytest.mark.parametrize("special", OVERFLOWING)
+@pytest.mark.parametrize("n", range(3), ids="qkv")
+def test_what_is_not_finite_is_left_to_the_other_kernel(n, special, n_parts, monkeypatch):
+    """Tiles with a result that is not finite have its bits; the other sequence has the bits that it
+    has without the special value.
+    """
+    n_seq, n_ctx = (20, 35) if REHEARSAL else (150, 170)
+    arrays = heads(0, 64, np.float32, n_seq, n_ctx, 2, 2, (2,))
+    clean = to_numpy(attention_in_parts(n_parts, *moved(arrays), mask=causal()))
+    arrays[n][0, 1, QUERIES + 2, 7] = special
+    got = to_numpy(attention_in_parts(n_parts, *moved(arrays), mask=causal()))
+    monkeypatch.setattr(launching, "has_tensor_cores", lambda: False)
+    want = to_numpy(cuda.attention(*moved(arrays), mask=causal()))
+    alike(got, want, times=20 if n_parts == gemm.PARTS else 2.0**12)
+    finite = tiles_of(np.isfinite(want).all(axis=-1)[..., None])
+    for one, other, fine in zip(tiles_of(got), tiles_of(want), finite, strict=True):
+        assert one == other or all(fine)
+    assert got[1].tobytes() == clean[1].tobytes() and got[0, 0].tobytes() == clean[0, 0].tobytes()
+
+
 @given(one_query())
 @examples(100)
 def test_attention_kernel_of_one_query(call):
@@ -439,6 +510,24 @@ def test_logits_of_tiny_models(set_, kind, dtype):
             here(ids[:, start:stop], cache=caches[0]),
             times=20,
         )
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_a_prefill_in_three_parts_and_in_one():
+    """bfloat16 weights.  Three parts beside float32; one beside products and attention of rounded
+    inputs, from which it is half as far at most as these are from float32.
+    """
+    changes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    longest = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
+    here, there = model_pair(cuda.CUDA, ml_dtypes.bfloat16, **changes | longest)
+    ids = tiny.random_ids(1, 70 if REHEARSAL else 300)
+    exact = here(ids)
+    same("tiny models, prefill", there(ids), exact, times=40)
+    got = to_numpy(there.on(choose_ops("cuda", "cupy", "bfloat16"))(ids))
+    products = choose_ops("reference", "numpy", "bfloat16")
+    rounded = here.on(products.replace(attention=rounded_attention))(ids)
+    figure("tiny models, prefill, bfloat16 activations", moved(got), rounded)
+    assert rms(got - rounded) < 0.5 * rms(rounded - exact)
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values())

@@ -4,9 +4,10 @@ import subprocess
 import sys
 from typing import Any
 
-from gpu.cases import variants
+from gpu.cases import needs_tensor_cores, variants
 from gpu.kernels import compared
 from gpu.records import ROOT, Records, run_recorded, stage_seconds
+from npllm.kernels.cuda import launching
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
@@ -31,10 +32,11 @@ def run(tool: str) -> dict[str, Any]:
 
 
 def first_variants() -> dict[str, dict[str, Any]]:
-    """The first variant of every kernel."""
+    """The first variant of every kernel that the device has instructions for."""
     found: dict[str, dict[str, Any]] = {}
     for kernel, definitions in variants(common=True):
-        found.setdefault(kernel, definitions)
+        if launching.has_tensor_cores() or not needs_tensor_cores(kernel):
+            found.setdefault(kernel, definitions)
     return found
 
 

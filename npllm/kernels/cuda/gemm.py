@@ -113,7 +113,8 @@ def multiplied(
     if residual is None:
         y = xp.empty((parts.shape[1], d_out), dtype=xp.float32)
     else:
-        y = xp.astype(xp.reshape(residual, (-1, d_out)), xp.float32)  # a copy, in one piece
+        rows = xp.ascontiguousarray(xp.reshape(residual, (-1, d_out)))
+        y = xp.astype(rows, xp.float32)  # a copy, in the order of rows
     for p in reversed(range(len(parts))):
         add_product(parts[p], weight, y, is_first=residual is None and p == len(parts) - 1)
     return y if bias is None else y + widen(bias, xp.float32)
