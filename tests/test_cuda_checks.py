@@ -110,7 +110,7 @@ PLANTED = {
         "    __syncthreads();\n    if (threadIdx.x < 32) __syncthreads();\n",
         (BARRIER,),
     ),
-    "threads behind the end": ("swiglu", "if (i < d_ff) store", "store", (BOUNDS,)),
+    "threads behind the end": ("swiglu", "i < d_ff) store", "i <= d_ff) store", (BOUNDS, RACE)),
     "staged while others still multiply": (
         "linear",
         FIRST_OF_TWO,
