@@ -14,6 +14,10 @@ from numba import config, types
 
 from npllm.kernels.cpu.block_codes import STEP, UNITS
 from npllm.kernels.cpu.block_units import add_unit, widen_unit
+from npllm.kernels.cpu.digit_codes import DIGIT_UNITS, SPAN
+from npllm.kernels.cpu.digit_rows import pack_span
+from npllm.kernels.cpu.digit_units import ROW_UNIT, SPAN_VECTORS, add_digits
+from npllm.kernels.cpu.dot_products import has_instruction
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.numba_internals import c_function
 from npllm.kernels.cpu.simd_addresses import (
@@ -41,6 +45,7 @@ __all__ = [
 
 FLOAT, VECTOR, LINE, LANES = 4, 64, 64, 16  # bytes; floats of a vector
 STEP_BYTES = 5 * VECTOR  # of x as it is stored
+SPAN_BYTES = SPAN_VECTORS * VECTOR
 AHEAD = 4096  # bytes by which weights are prefetched, for one row of x
 RUN = 4096  # entries of rows of x, all together, that stay in the nearest cache
 MOST_ROWS = 32  # of a weight that are multiplied at a time
@@ -48,6 +53,9 @@ MOST_ROWS = 32  # of a weight that are multiplied at a time
 COLUMNS = ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN, ADD_1, ADD_4, ADD_8 = range(
     10
 )
+# of rows of x as they are stored for a part: the function that does so, where the part is the first
+# that needs it, else 0; where they begin in a row of all parts; bytes of a unit
+PACK, X_OFFSET, X_UNIT = range(10, 13)
 
 
 @cache
@@ -55,6 +63,14 @@ def has_lookup() -> bool:
     """Tell whether this processor looks up sixteen floats in a register, and Numba may use it."""
     is_host = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
     return bool(is_host and llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+
+def default_form(name):
+    import os
+    if os.environ.get("DG_FORM"): return os.environ["DG_FORM"] if name in DIGIT_UNITS else "looked up"
+    if has_instruction("int8") and name in DIGIT_UNITS:
+        return "digits"
+    return "looked up" if has_lookup() else "converted"
 
 
 @cache
@@ -96,6 +112,7 @@ def add_rows_function(name: str, n: int, looks_up: bool) -> Any:
         x: int,
         x_bytes: int,
         totals: int,
+        _left: int,
         sums: int,
     ) -> None:
         for o in range(n_rows):
@@ -111,7 +128,54 @@ def add_rows_function(name: str, n: int, looks_up: bool) -> Any:
                 y = add_unit(name, looks_up, 0, p, at, x_bytes, t, y)
             store_vectors(sums + o * n * VECTOR, y)
 
-    return c_function(add_rows, types.void(*[types.intp] * 9))
+    return c_function(add_rows, types.void(*[types.intp] * 10))
+
+
+@cache
+def add_digits_function(name: str, n: int, uses: bool) -> Any:
+    """Compile the function that adds products of rows of a weight with n rows of digits of x."""
+    unit, n_w = DIGIT_UNITS[name], 4 if n == 1 else 1
+    n_both = n_w * n
+    n_bytes, x_unit, several, n_lines = unit.n_bytes, ROW_UNIT[unit.order], n_w > 1, -(-unit.n_bytes // LINE)
+
+    def add_digit_rows(
+        w: int,
+        row_bytes: int,
+        n_rows: int,
+        n_units: int,
+        ahead: int,
+        x: int,
+        x_bytes: int,
+        _totals: int,
+        left: int,
+        sums: int,
+    ) -> None:
+        o = 0
+        while several and o + n_w <= n_rows:
+            p, at, y = w + o * row_bytes, x, load_vectors(n_both, sums + o * n * VECTOR)
+            for _ in range(n_units):
+                for k in range(n_w):
+                    for line in range(n_lines):
+                        prefetch_at(p + k * row_bytes + ahead + line * LINE)
+                y = add_digits(name, uses, n_w, True, p, row_bytes, left, at, x_bytes, y)
+                p, at = p + n_bytes, at + x_unit
+            if n_units == 0:
+                y = add_digits(name, uses, n_w, False, p, row_bytes, left, at, x_bytes, y)
+            store_vectors(sums + o * n * VECTOR, y)
+            o += n_w
+        while o < n_rows:
+            p, at, z = w + o * row_bytes, x, load_vectors(n, sums + o * n * VECTOR)
+            for _ in range(n_units):
+                for line in range(n_lines):
+                    prefetch_at(p + ahead + line * LINE)
+                z = add_digits(name, uses, 1, True, p, row_bytes, left, at, x_bytes, z)
+                p, at = p + n_bytes, at + x_unit
+            if n_units == 0:
+                z = add_digits(name, uses, 1, False, p, row_bytes, left, at, x_bytes, z)
+            store_vectors(sums + o * n * VECTOR, z)
+            o += 1
+
+    return c_function(add_digit_rows, types.void(*[types.intp] * 10))
 
 
 @cache
@@ -170,6 +234,29 @@ def pack_function() -> Any:
                 set_float(at + FLOAT, high)
                 set_float(at + 8 * FLOAT, low)
                 set_float(at + 9 * FLOAT, high)
+
+    return c_function(pack, types.void(*[types.intp] * 5))
+
+
+@cache
+def pack_digits_function(order: int, uses: bool) -> Any:
+    """Compile the function that stores rows of x as `digit_rows` describes, zeros at the end."""
+    n_span, n_unit, span_bytes = max(order // SPAN, 1), ROW_UNIT[order], SPAN_BYTES
+
+    def pack(x: int, d: int, n: int, target: int, target_bytes: int) -> None:
+        last = stack_floats(SPAN)
+        for k in range(n):
+            source, to = x + k * d * FLOAT, target + k * target_bytes
+            for i in range(SPAN):
+                at = d // SPAN * SPAN + i
+                set_float(last + i * FLOAT, float_at(source + at * FLOAT) if at < d else 0.0)
+            for s in range((d + SPAN - 1) // SPAN):
+                start = source + s * SPAN * FLOAT if (s + 1) * SPAN <= d else last
+                unit = to + s // n_span * n_unit
+                if s % n_span == 0:
+                    pack_span(order, 0, uses, start, unit)
+                else:
+                    pack_span(order, 1, uses, start, unit + span_bytes)
 
     return c_function(pack, types.void(*[types.intp] * 5))
 
@@ -237,12 +324,12 @@ def add_runs(part: int, w: int, n_rows: int, group: int, x: int, x_bytes: int, s
     run, ahead = (units, AHEAD) if group == 1 else (max(RUN // group // entries, 1), 2 * row_bytes)
     for i in range(n_rows * group * LANES):
         set_float(sums + i * FLOAT, np.float32(0))
-    u = 0
+    u, left = 0, d % entries // 32
     while u < units or (u == units and d % entries > 0):
         n_units = min(run, units - u)
-        at, x_at = w + u * integer_at(part, UNIT_BYTES), x + u * entries // STEP * STEP_BYTES
+        at, x_at = w + u * integer_at(part, UNIT_BYTES), x + u * integer_at(part, X_UNIT)
         t = totals + u * VECTOR
-        call_address(function, (at, row_bytes, n_rows, n_units, ahead, x_at, x_bytes, t, sums))
+        call_address(function, (at, row_bytes, n_rows, n_units, ahead, x_at, x_bytes, t, left, sums))
         u += max(n_units, 1)
 
 

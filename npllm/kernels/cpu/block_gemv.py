@@ -18,11 +18,17 @@ from npllm.kernels.cpu.block_functions import (
     ROW_BYTES,
     WIDEN,
     add_rows_function,
-    has_lookup,
+    PACK,
+    X_OFFSET,
+    add_digits_function,
+    default_form,
+    pack_digits_function,
     multiply_function,
     pack_function,
     widen_function,
 )
+from npllm.kernels.cpu.digit_codes import DIGIT_UNITS
+from npllm.kernels.cpu.digit_units import ROW_UNIT
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import frozen, is_row_major
 from npllm.kernels.cpu.simd_addresses import call_address
@@ -34,7 +40,7 @@ __all__ = ["add_product_blocks", "block_table", "fits_blocks", "widen_row"]
 Array = Any
 
 MOST_PARTS = 3  # q, k and v
-PACK, MULTIPLY = 0, 1  # of the table's last row: functions that know no format
+WIDTH, MULTIPLY = 0, 1  # of the table's last row: functions that know no format
 VECTOR, FLOAT = 64, 4  # bytes
 
 
@@ -57,7 +63,7 @@ def _fits_part(part: Any) -> bool:
     )
 
 
-def block_table(weight: Any, looks_up: bool | None = None) -> Array:
+def block_table(weight: Any, form: str | None = None) -> Array:
     """Describe a weight in blocks to the kernels; the caller keeps the weight alive.
 
     Parameters
@@ -73,11 +79,28 @@ def block_table(weight: Any, looks_up: bool | None = None) -> Array:
         A row for each part, zeros where there are fewer than three; then the addresses of the
         functions that are the same for all.
     """
-    looks_up = has_lookup() if looks_up is None else looks_up
     parts = weight.parts if isinstance(weight, StackedWeight) else (weight,)
-    table = np.zeros((MOST_PARTS + 1, len(COLUMNS)), np.int64)
+    table = np.zeros((MOST_PARTS + 1, 13), np.int64)
+    packs = {}
+    width = 0
     for row, part in zip(table, parts, strict=False):
-        unit, name = UNITS[part.format], part.format
+        name, d = part.format, part.shape[1]
+        this = default_form(name) if form is None else form if "digits" not in form or name in DIGIT_UNITS else "converted"
+        if "digits" in this:
+            unit, uses = DIGIT_UNITS[name], this == "digits"
+            adds = [add_digits_function(name, n, uses).address for n in (1, 4, 8)]
+            pack = pack_digits_function(unit.order, uses).address
+            x_unit = ROW_UNIT[unit.order]
+            bytes_ = -(-d // unit.n_entries) * x_unit
+        else:
+            unit = UNITS[name]
+            adds = [add_rows_function(name, n, this == "looked up").address for n in (1, 4, 8)]
+            pack, x_unit, n_step = pack_function().address, unit.n_entries // STEP * 320, -(-d // STEP)
+            bytes_ = (5 * n_step + (n_step + 3) // 4) * VECTOR
+        is_new = pack not in packs
+        if is_new:
+            packs[pack] = width
+            width += bytes_
         row[:] = (
             part.blocks.__array_interface__["data"][0],
             part.blocks.shape[1],
@@ -85,9 +108,12 @@ def block_table(weight: Any, looks_up: bool | None = None) -> Array:
             unit.n_entries,
             unit.n_bytes,
             widen_function(name).address,
-            *(add_rows_function(name, n, looks_up).address for n in (1, 4, 8)),
+            *adds,
+            pack if is_new else 0,
+            packs[pack],
+            x_unit,
         )
-    table[MOST_PARTS, :2] = pack_function().address, multiply_function().address
+    table[MOST_PARTS, :2] = width, multiply_function().address
     return frozen(table)
 
 
@@ -124,7 +150,7 @@ def multiply_task(
     part, column = table.ctypes.data + p * table.strides[0], y + (at + first) * FLOAT
     call_address(
         table[MOST_PARTS, MULTIPLY],
-        (part, first, n_rows, rows, n, packed, width, column, d_out * FLOAT, n_y),
+        (part, first, n_rows, rows, n, packed + table[p, X_OFFSET], width, column, d_out * FLOAT, n_y),
     )
 
 
@@ -157,8 +183,10 @@ def add_product_blocks(table: Array, rows: Array, y: Array) -> None:
     """
     n, d = rows.shape
     n_x = 1 if n == 1 else (n + 3) // 4 * 4
-    n_step = (d + STEP - 1) // STEP
-    width = (5 * n_step + (n_step + 3) // 4) * VECTOR
+    width = table[MOST_PARTS, WIDTH]
     memory = np.zeros((n_x * width + VECTOR) // FLOAT, np.float32)
-    call_address(table[MOST_PARTS, PACK], (rows.ctypes.data, d, n, aligned(memory), width))
+    for p in range(MOST_PARTS):
+        if table[p, PACK] != 0:
+            to = aligned(memory) + table[p, X_OFFSET]
+            call_address(table[p, PACK], (rows.ctypes.data, d, n, to, width))
     multiply_tasks(table, rows, memory, n_x, width, y)
