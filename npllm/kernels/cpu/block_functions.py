@@ -16,7 +16,7 @@ from npllm.kernels.cpu.block_codes import STEP, UNITS
 from npllm.kernels.cpu.block_units import add_unit, widen_unit
 from npllm.kernels.cpu.digit_codes import DIGIT_UNITS, SPAN
 from npllm.kernels.cpu.digit_rows import pack_span
-from npllm.kernels.cpu.digit_units import ROW_UNIT, SPAN_VECTORS, add_digits
+from npllm.kernels.cpu.digit_units import SPAN_BYTES, add_digits
 from npllm.kernels.cpu.dot_products import has_instruction
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.numba_internals import c_function
@@ -27,6 +27,7 @@ from npllm.kernels.cpu.simd_addresses import (
     load_vectors,
     pack_step,
     prefetch_at,
+    prefetch_l2,
     set_float,
     stack_floats,
     store_vectors,
@@ -45,7 +46,6 @@ __all__ = [
 
 FLOAT, VECTOR, LINE, LANES = 4, 64, 64, 16  # bytes; floats of a vector
 STEP_BYTES = 5 * VECTOR  # of x as it is stored
-SPAN_BYTES = SPAN_VECTORS * VECTOR
 AHEAD = 4096  # bytes by which weights are prefetched, for one row of x
 RUN = 4096  # entries of rows of x, all together, that stay in the nearest cache
 MOST_ROWS = 32  # of a weight that are multiplied at a time
@@ -136,7 +136,10 @@ def add_digits_function(name: str, n: int, uses: bool) -> Any:
     """Compile the function that adds products of rows of a weight with n rows of digits of x."""
     unit, n_w = DIGIT_UNITS[name], 4 if n == 1 else 1
     n_both = n_w * n
-    n_bytes, x_unit, several, n_lines = unit.n_bytes, ROW_UNIT[unit.order], n_w > 1, -(-unit.n_bytes // LINE)
+    import os
+    n_far = -(-n_w * unit.n_bytes // LINE)
+    DIST = int(os.environ.get("DG_DIST", "1024"))
+    n_bytes, x_unit, several, n_lines = unit.n_bytes, SPAN_BYTES, n_w > 1, -(-unit.n_bytes // LINE)
 
     def add_digit_rows(
         w: int,
@@ -153,10 +156,11 @@ def add_digits_function(name: str, n: int, uses: bool) -> Any:
         o = 0
         while several and o + n_w <= n_rows:
             p, at, y = w + o * row_bytes, x, load_vectors(n_both, sums + o * n * VECTOR)
+            far = w + o * row_bytes + DIST
             for _ in range(n_units):
-                for k in range(n_w):
-                    for line in range(n_lines):
-                        prefetch_at(p + k * row_bytes + ahead + line * LINE)
+                for line in range(n_far):
+                    prefetch_l2(far + line * LINE)
+                far += n_w * n_bytes
                 y = add_digits(name, uses, n_w, True, p, row_bytes, left, at, x_bytes, y)
                 p, at = p + n_bytes, at + x_unit
             if n_units == 0:
@@ -239,9 +243,9 @@ def pack_function() -> Any:
 
 
 @cache
-def pack_digits_function(order: int, uses: bool) -> Any:
+def pack_digits_function(uses: bool) -> Any:
     """Compile the function that stores rows of x as `digit_rows` describes, zeros at the end."""
-    n_span, n_unit, span_bytes = max(order // SPAN, 1), ROW_UNIT[order], SPAN_BYTES
+    span_bytes = SPAN_BYTES
 
     def pack(x: int, d: int, n: int, target: int, target_bytes: int) -> None:
         last = stack_floats(SPAN)
@@ -252,11 +256,7 @@ def pack_digits_function(order: int, uses: bool) -> Any:
                 set_float(last + i * FLOAT, float_at(source + at * FLOAT) if at < d else 0.0)
             for s in range((d + SPAN - 1) // SPAN):
                 start = source + s * SPAN * FLOAT if (s + 1) * SPAN <= d else last
-                unit = to + s // n_span * n_unit
-                if s % n_span == 0:
-                    pack_span(order, 0, uses, start, unit)
-                else:
-                    pack_span(order, 1, uses, start, unit + span_bytes)
+                pack_span(uses, start, to + s * span_bytes)
 
     return c_function(pack, types.void(*[types.intp] * 5))
 

@@ -28,7 +28,7 @@ from npllm.kernels.cpu.block_functions import (
     widen_function,
 )
 from npllm.kernels.cpu.digit_codes import DIGIT_UNITS
-from npllm.kernels.cpu.digit_units import ROW_UNIT
+from npllm.kernels.cpu.digit_units import SPAN_BYTES
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import frozen, is_row_major
 from npllm.kernels.cpu.simd_addresses import call_address
@@ -89,9 +89,9 @@ def block_table(weight: Any, form: str | None = None) -> Array:
         if "digits" in this:
             unit, uses = DIGIT_UNITS[name], this == "digits"
             adds = [add_digits_function(name, n, uses).address for n in (1, 4, 8)]
-            pack = pack_digits_function(unit.order, uses).address
-            x_unit = ROW_UNIT[unit.order]
-            bytes_ = -(-d // unit.n_entries) * x_unit
+            pack = pack_digits_function(uses).address
+            x_unit = SPAN_BYTES
+            bytes_ = -(-d // 256) * x_unit
         else:
             unit = UNITS[name]
             adds = [add_rows_function(name, n, this == "looked up").address for n in (1, 4, 8)]
@@ -105,7 +105,7 @@ def block_table(weight: Any, form: str | None = None) -> Array:
             part.blocks.__array_interface__["data"][0],
             part.blocks.shape[1],
             *part.shape,
-            unit.n_entries,
+            256 if "digits" in this else unit.n_entries,
             unit.n_bytes,
             widen_function(name).address,
             *adds,

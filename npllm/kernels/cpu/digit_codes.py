@@ -1,14 +1,11 @@
-"""What the blocks of GGUF hold, as unsigned bytes for products of integers, 128 entries at a time.
+"""What the blocks of GGUF hold, as unsigned bytes for products of integers, 256 entries at a time.
 
-A span is 128 adjacent entries of a row.  It has two halves of 64 codes, A and B: sixteen lanes of
-four adjacent entries, one in each byte.  Lane L of A and lane L of B are entries that lie `apart`
-each other, and have one scale of x (`digit_rows`).
+A span is 256 adjacent entries of a row: eight blocks or sub-blocks of 32.  Quarter j of a span is a
+vector of 64 codes, a byte each: lane 2 b + i has the entries 32 b + 8 j + 4 i + (0 ... 3).  So the
+two lanes of a block meet its scale in all quarters, and products of up to sixteen entries are
+added up in a lane before one conversion, one scale and one addition.
 
-    order 32     A: entries 0 ... 15 of each of four blocks of 32, B: entries 16 ... 31
-    order 256    A: entries 0 ... 31 and 64 ... 95 of the span, B: entries 32 ... 63 and 96 ... 127
-
-Both are the orders in which formats store low and high nibbles, so that one AND, and one shift and
-one AND, unpack 128 codes of 4 bits.
+    w = scale * (code - zero) + minimum
 """
 
 from collections.abc import Callable
@@ -20,151 +17,204 @@ from npllm.kernels.cpu.block_codes import (
     BYTES,
     HALF,
     I16,
-    UPPER,
     constants,
     loaded,
     masked,
     scales_and_minimums,
-    shifted,
     spread,
-    twice,
     widened_halves,
 )
-from npllm.kernels.cpu.simd import FLOATS, I8, I32, INTS, LANES
+from npllm.kernels.cpu.simd import FLOATS, I8, I32, INTS, LANES, call
 
 __all__ = ["DIGIT_UNITS", "SPAN", "DigitUnit", "Term"]
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
-Starts = tuple[Value, ...]  # pointers to four blocks of 32, or to one of 256
+Starts = tuple[Value, ...]  # pointers to eight blocks of 32, or to one of 256
 Decoded = tuple[list["Term"], Value | None]
 
-SPAN = 8 * LANES  # entries
-WORDS = ir.VectorType(I32, 4)
+SPAN = 256  # entries
+N_BLOCK = 8  # of a span
+I64 = ir.IntType(64)
+WORDS = ir.VectorType(I16, 2 * LANES)
+BLOCK_OF = [lane // 2 for lane in range(LANES)]
 
 
 class Term(NamedTuple):
     """Products that one scale multiplies, lane by lane."""
 
-    span: int  # of the unit
-    codes: dict[int, Value]  # half of the span (0, 1) -> sixteen int32, four unsigned bytes each
+    codes: dict[int, Value]  # quarter -> sixteen int32, four unsigned bytes each
     scale: Value
 
 
 class DigitUnit(NamedTuple):
-    """How the entries of a unit are decoded: w = scale * (code - zero) + minimum."""
+    """How the entries of a span are decoded."""
 
-    order: int  # 32 or 256
-    n_entries: int
-    n_bytes: int
+    n_bytes: int  # of a span
+    has_blocks: bool  # of 32 entries
     zero: int
-    decode: Callable[[Builder, Starts, int], Decoded]  # terms; minimums
+    decode: Callable[[Builder, Starts, int], Decoded]  # terms; minimum
 
 
 # --------------------------------------------------------------------- blocks of 32 entries
 
 
-def four(builder: Builder, starts: Starts, offset: int) -> Value:
-    """Sixteen bytes of each of four blocks."""
-    parts = [loaded(builder, start, offset, WORDS) for start in starts]
-    low, high = (spread(builder, parts[k], range(8), parts[k + 1]) for k in (0, 2))
-    return spread(builder, low, range(LANES), high)
+def chunks(builder: Builder, starts: Starts, offset: int, n_bytes: int) -> list[Value]:
+    """Bytes 0 ... 7 and 8 ... 15 of each of eight blocks.
 
-
-def four_halves(builder: Builder, starts: Starts, offset: int, n_bytes: int) -> Value:
-    """A float16 of each of four blocks in the four lanes of a block, as float32.
-
-    Of adjacent blocks, n_bytes apart, one vector is loaded that has all of them.
+    Of adjacent blocks of 18 bytes, each chunk of four blocks lies in one vector.
     """
-    if n_bytes:
-        words = loaded(builder, starts[0], 0, ir.VectorType(I16, 2 * LANES))
-        lanes = [(offset + lane // 4 * n_bytes) // 2 for lane in range(LANES)]
-        return widened_halves(builder, spread(builder, words, lanes))
-    words = ir.Constant(ir.VectorType(I16, LANES), ir.Undefined)
+    if n_bytes == 18:
+        lanes = [9 * block + offset // 2 + at for block in range(4) for at in range(4)]
+        return [
+            builder.bitcast(
+                spread(
+                    builder,
+                    loaded(builder, starts[0], at, WORDS),
+                    [*lanes, *(2 * LANES + lane for lane in lanes)],
+                    loaded(builder, starts[0], 4 * n_bytes + at, WORDS),
+                ),
+                INTS,
+            )
+            for at in (0, 8)
+        ]
+    pairs = [loaded(builder, start, offset, ir.VectorType(I64, 2)) for start in starts]
+    while len(pairs) > 2:
+        both = zip(pairs[::2], pairs[1::2], strict=True)
+        pairs = [spread(builder, a, range(2 * a.type.count), b) for a, b in both]
+    even = range(0, LANES, 2)
+    return [
+        builder.bitcast(spread(builder, pairs[0], [at + k for at in even], pairs[1]), INTS)
+        for k in (0, 1)
+    ]
+
+
+def halves(builder: Builder, starts: Starts, offset: int, n_bytes: int) -> Value:
+    """A float16 of each of eight blocks in the lanes of the block, as float32."""
+    if 0 < n_bytes <= 20:
+        lanes = [(offset + block * n_bytes) // 2 for block in range(4) for _ in (0, 1)]
+        parts = [loaded(builder, starts[0], at, WORDS) for at in (0, 4 * n_bytes)]
+        lanes += [2 * LANES + lane for lane in lanes]
+        return widened_halves(builder, spread(builder, parts[0], lanes, parts[1]))
+    words = ir.Constant(ir.VectorType(I16, N_BLOCK), ir.Undefined)
     for number, start in enumerate(starts):
         part = loaded(builder, start, offset, I16)
         words = builder.insert_element(words, part, ir.Constant(I32, number))
-    return widened_halves(builder, spread(builder, words, [lane // 4 for lane in range(LANES)]))
+    return widened_halves(builder, spread(builder, words, BLOCK_OF))
 
 
 def small(n_bits: int, offset: int, has_minimum: bool) -> Callable[..., Decoded]:
     """Decoder of Q4_0, Q4_1, Q5_0 and Q5_1; their codes begin at `offset`."""
 
     def decode(builder: Builder, starts: Starts, n_bytes: int) -> Decoded:
-        words = four(builder, starts, offset)
-        halves = {0: masked(builder, words, 15), 1: masked(builder, shifted(builder, words, -4), 15)}
+        words = chunks(builder, starts, offset, n_bytes)
+        four = constants([4] * LANES)
+        codes = {k: masked(builder, words[k], 15) for k in (0, 1)}
+        codes |= {2 + k: masked(builder, builder.lshr(words[k], four), 15) for k in (0, 1)}
         if n_bits == 5:
-            for half in halves:
-                fifth = fifth_bits(builder, starts, offset - 4 + 2 * half)
-                halves[half] = builder.or_(halves[half], fifth)
-        minimum = four_halves(builder, starts, 2, n_bytes) if has_minimum else None
-        return [Term(0, halves, four_halves(builder, starts, 0, n_bytes))], minimum
+            for k, low in codes.items():
+                codes[k] = builder.or_(low, fifth_bits(builder, starts, offset - 4 + k))
+        minimum = halves(builder, starts, 2, n_bytes) if has_minimum else None
+        return [Term(codes, halves(builder, starts, 0, n_bytes))], minimum
 
     return decode
 
 
 def fifth_bits(builder: Builder, starts: Starts, offset: int) -> Value:
-    """Bit i of sixteen of each block as bit 4 of byte i."""
-    bits = ir.Constant(ir.VectorType(I16, 4), ir.Undefined)
+    """Bit i of a byte of each of eight blocks as bit 4 of byte i of the block's two lanes."""
+    bits = ir.Constant(ir.VectorType(I8, N_BLOCK), ir.Undefined)
     for number, start in enumerate(starts):
-        part = loaded(builder, start, offset, I16)
+        part = loaded(builder, start, offset, I8)
         bits = builder.insert_element(bits, part, ir.Constant(I32, number))
-    chosen = builder.bitcast(bits, ir.VectorType(ir.IntType(1), 4 * LANES))
-    sixteen, none = ir.Constant(BYTES, [16] * 4 * LANES), ir.Constant(BYTES, [0] * 4 * LANES)
-    return builder.bitcast(builder.select(chosen, sixteen, none), INTS)
+    n = 4 * LANES
+    bits = spread(builder, bits, [byte // 8 for byte in range(n)])
+    one = ir.Constant(BYTES, [1 << byte % 8 for byte in range(n)])
+    none, sixteen = (ir.Constant(BYTES, [value] * n) for value in (0, 16))
+    is_set = builder.icmp_unsigned("!=", builder.and_(bits, one), none)
+    return builder.bitcast(builder.select(is_set, sixteen, none), INTS)
 
 
 # -------------------------------------------------------------------- blocks of 256 entries
 
 
+def quarters(
+    builder: Builder, block: Value, offset: int, starts: list[int], shifts: list[int]
+) -> list[Value]:
+    """Vectors of which quarter j has, for each sub-block, bytes 8 j ... 8 j + 7 from its start on,
+    relative to `offset`, shifted to the right; the starts are below 128.
+    """
+    kind = ir.VectorType(I64, N_BLOCK)
+    n_load = max(starts) // 64 + 1
+    parts = [loaded(builder, block, offset + 64 * k, kind) for k in range(n_load)]
+    shift = constants([shifts[b] for b in BLOCK_OF])
+    return [
+        builder.lshr(
+            builder.bitcast(
+                spread(builder, parts[0], [start // 8 + j for start in starts], parts[-1]), INTS
+            ),
+            shift,
+        )
+        for j in range(4)
+    ]
+
+
 def affine_k(n_bits: int) -> Callable[..., Decoded]:
-    """Decoder of Q4_K and Q5_K; the minimums are d_min * m[0 ... 7], in the upper lanes."""
+    """Decoder of Q4_K and Q5_K."""
 
     def decode(builder: Builder, starts: Starts, _n_bytes: int) -> Decoded:
-        numbers, terms = scales_and_minimums(builder, starts[0]), []
+        block, odd = starts[0], [0, 4] * 4
+        at = [32 * (b // 2) for b in range(N_BLOCK)]
+        low = quarters(builder, block, 16 if n_bits == 4 else 48, at, odd)
+        codes = {j: masked(builder, words, 15) for j, words in enumerate(low)}
         if n_bits == 5:
-            fifth = builder.lshr(twice(builder, starts[0], 16), constants([2 * u for u in UPPER]))
-        for s in range(2):
-            words = loaded(builder, starts[0], (16 if n_bits == 4 else 48) + 64 * s, INTS)
-            for half in (0, 1):
-                codes = masked(builder, shifted(builder, words, -4 * half), 15)
-                if n_bits == 5:
-                    bit = shifted(builder, fifth, 4 - 4 * s - half)
-                    codes = builder.or_(codes, masked(builder, bit, 16))
-                lanes = [4 * s + half + 2 * u for u in UPPER]
-                terms.append(Term(s, {half: codes}, spread(builder, numbers, lanes)))
-        return terms, numbers
+            for j, words in codes.items():
+                codes[j] = builder.or_(words, fifth_bit_k(builder, block, 16 + 8 * j))
+        numbers = scales_and_minimums(builder, block)
+        scale = spread(builder, numbers, BLOCK_OF)
+        minimum = spread(builder, numbers, [N_BLOCK + b for b in BLOCK_OF])
+        return [Term(codes, scale)], builder.fneg(minimum)
 
     return decode
 
 
+def fifth_bit_k(builder: Builder, block: Value, offset: int) -> Value:
+    """Bit b of eight bytes as bit 4 of the bytes of sub-block b: the words are rotated."""
+    eight = loaded(builder, block, offset, ir.VectorType(I32, 2))
+    words = spread(builder, eight, [lane % 2 for lane in range(LANES)])
+    left = constants([(4 - b) % 32 for b in BLOCK_OF])
+    return masked(builder, call(builder, "llvm.fshl.v16i32", INTS, [words, words, left]), 16)
+
+
 def decode_q6_k(builder: Builder, starts: Starts, _n_bytes: int) -> Decoded:
     """Decode a block of Q6_K."""
-    block, terms = starts[0], []
+    block = starts[0]
+    low = quarters(builder, block, 0, [0, 32, 0, 32, 64, 96, 64, 96], [0, 0, 4, 4] * 2)
+    high = quarters(builder, block, 128, [0] * 4 + [32] * 4, [0] * N_BLOCK)
+    left = constants([(4 - 2 * (b % 4)) % 32 for b in BLOCK_OF])
+    codes = {}
+    for j in range(4):
+        upper = call(builder, "llvm.fshl.v16i32", INTS, [high[j], high[j], left])
+        codes[j] = builder.or_(masked(builder, low[j], 15), masked(builder, upper, 48))
     integers = builder.sext(loaded(builder, block, 192, ir.VectorType(I8, LANES)), INTS)
     d = builder.bitcast(loaded(builder, block, 208, I16), ir.VectorType(I16, 1))
     d = builder.fpext(builder.bitcast(d, ir.VectorType(HALF, 1)), ir.VectorType(FLOATS.element, 1))
     numbers = builder.fmul(spread(builder, d, [0] * LANES), builder.sitofp(integers, FLOATS))
-    for s in range(2):
-        high = builder.lshr(twice(builder, block, 128 + 32 * s), constants([4 * u for u in UPPER]))
-        for half in (0, 1):
-            low = builder.lshr(
-                twice(builder, block, 64 * s + 32 * half), constants([4 * u for u in UPPER])
-            )
-            upper = masked(builder, shifted(builder, high, 4 - 2 * half), 48)
-            lanes = [8 * s + 2 * half + lane // 4 + 2 * (lane // 8) for lane in range(LANES)]
-            codes = {half: builder.or_(masked(builder, low, 15), upper)}
-            terms.append(Term(s, codes, spread(builder, numbers, lanes)))
-    return terms, None
+    return [
+        Term(
+            {j: codes[j] for j in (2 * half, 2 * half + 1)},
+            spread(builder, numbers, [2 * b + half for b in BLOCK_OF]),
+        )
+        for half in (0, 1)
+    ], None
 
 
 DIGIT_UNITS = {
-    "Q4_0": DigitUnit(32, 128, 72, 8, small(4, 2, False)),
-    "Q4_1": DigitUnit(32, 128, 80, 0, small(4, 4, True)),
-    "Q5_0": DigitUnit(32, 128, 88, 16, small(5, 6, False)),
-    "Q5_1": DigitUnit(32, 128, 96, 0, small(5, 8, True)),
-    "Q4_K": DigitUnit(256, 256, 144, 0, affine_k(4)),
-    "Q5_K": DigitUnit(256, 256, 176, 0, affine_k(5)),
-    "Q6_K": DigitUnit(256, 256, 210, 32, decode_q6_k),
+    "Q4_0": DigitUnit(144, True, 8, small(4, 2, False)),
+    "Q4_1": DigitUnit(160, True, 0, small(4, 4, True)),
+    "Q5_0": DigitUnit(176, True, 16, small(5, 6, False)),
+    "Q5_1": DigitUnit(192, True, 0, small(5, 8, True)),
+    "Q4_K": DigitUnit(144, False, 0, affine_k(4)),
+    "Q5_K": DigitUnit(176, False, 0, affine_k(5)),
+    "Q6_K": DigitUnit(210, False, 32, decode_q6_k),
 }
 """Name of a format to how it is decoded for products of integers."""

@@ -1,15 +1,15 @@
 """A row of x as integers of three digits, for products of bytes.
 
-Eight entries of a span, those of lane L of its halves A and B (`digit_codes`), have one unit, a
-power of two:
+Sixteen entries of a span, those of lane L of its quarters (`digit_codes`), have one unit, a power of
+two:
 
     unit = 2**(e - 22),  2**e <= max |x[i]| < 2**(e + 1);    2**(e - 21) where an integer would exceed
     integer[i] = round(x[i] / unit) = 65536 * d2[i] + 256 * d1[i] + d0[i],    -128 <= d <= 127
 
 An integer has at most the magnitude 127 * (65536 + 256 + 1) = 8355711, and 22 bits below the highest
-of the largest of the eight.  So the error of an entry is at most half a unit:
+of the largest of the sixteen.  So the error of an entry is at most half a unit:
 
-    |integer[i] * unit - x[i]| <= 2**-23 * max of its eight |x|,    0 where x[i] has few enough bits
+    |integer[i] * unit - x[i]| <= 2**-23 * max of its sixteen |x|,    0 where x[i] has few enough bits
 
 which is what one rounding of float32 costs a sum of that size.  The unit is NaN where an entry is
 not finite or beyond 1.992 * 2**127: the product is NaN then, and is computed in another way.
@@ -22,31 +22,27 @@ from numba import types
 from numba.extending import intrinsic
 
 from npllm.kernels.cpu.block_codes import spread
-from npllm.kernels.cpu.digit_codes import SPAN
-from npllm.kernels.cpu.digit_units import LESS, SPAN_VECTORS, TOTALS, UNIT, horner
+from npllm.kernels.cpu.digit_units import LESS, TOTAL, UNIT, horner
 from npllm.kernels.cpu.simd import F32, FLOATS, I8, INTS, LANES, all_lanes, call
 from npllm.kernels.cpu.simd_addresses import pointer_to
 
-__all__ = ["HALVES", "pack_span"]
+__all__ = ["pack_span"]
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
 
-# where the four vectors of x begin of which each half consists
-HALVES = {
-    32: ([0, 32, 64, 96], [16, 48, 80, 112]),
-    256: ([0, 16, 64, 80], [32, 48, 96, 112]),
-}
 SMALL = ir.VectorType(I8, LANES)
 
 
-def largest_of_eight(builder: Builder, a: Value, b: Value) -> Value:
-    """The largest |x| of four lanes of two vectors, in each of the four, as bits."""
-    bits = [builder.bitcast(x, INTS) for x in (a, b)]
-    most, other = [builder.and_(x, all_lanes(0x7FFFFFFF, INTS)) for x in bits]
-    for distance in (0, 1, 2):
-        if distance:
-            other = spread(builder, most, [lane ^ distance for lane in range(LANES)])
+def largest_of_sixteen(builder: Builder, quarters: list[Value]) -> Value:
+    """The largest |x| of four lanes of four vectors, in each of the four, as bits."""
+    most, *others = [
+        builder.and_(builder.bitcast(x, INTS), all_lanes(0x7FFFFFFF, INTS)) for x in quarters
+    ]
+    for other in others:
+        most = call(builder, "llvm.umax.v16i32", INTS, [most, other])
+    for distance in (1, 2):
+        other = spread(builder, most, [lane ^ distance for lane in range(LANES)])
         most = call(builder, "llvm.umax.v16i32", INTS, [most, other])
     return most
 
@@ -102,78 +98,59 @@ def store_at(builder: Builder, target: Value, number: int, value: Value) -> None
     builder.store(value, pointer, align=64)
 
 
-def halves_of(builder: Builder, order: int, source: Value) -> tuple[list[list[Value]], Value]:
-    """The digits of both halves of a span, and the units."""
-    x = [
-        [builder.load(pointer_to(builder, source, FLOATS, 4 * at), align=4) for at in half]
-        for half in HALVES[order]
+def quarter_vectors(builder: Builder, source: Value) -> list[list[Value]]:
+    """Quarter j of 256 floats, as four vectors: of lanes 0 ... 3, 4 ... 7, and so on."""
+    eight = ir.VectorType(F32, 8)
+    parts = [
+        builder.load(pointer_to(builder, source, eight, 32 * at), align=4) for at in range(32)
     ]
-    both, units = [[], []], []
-    for a, b in zip(*x, strict=True):
-        unit, *factors = units_of(builder, largest_of_eight(builder, a, b))
+    return [
+        [spread(builder, parts[8 * v + j], range(LANES), parts[8 * v + 4 + j]) for v in range(4)]
+        for j in range(4)
+    ]
+
+
+def digits_and_unit(builder: Builder, source: Value) -> tuple[list[list[Value]], Value]:
+    """The digits of the quarters of a span, and the unit of each lane."""
+    quarters = quarter_vectors(builder, source)
+    integers, units = [[], [], [], []], []
+    for v in range(4):
+        four = [quarter[v] for quarter in quarters]
+        unit, *factors = units_of(builder, largest_of_sixteen(builder, four))
         units.append(unit)
-        for part, integers in zip((a, b), both, strict=True):
-            integers.append(integers_of(builder, part, factors))
-    return [digits_of(builder, half) for half in both], first_of_four(builder, units)
-
-
-def sums_of_eight(builder: Builder, values: Value) -> Value:
-    """The sum of the lower eight lanes, and of the upper ones, as two floats."""
-    for n in (4, 2, 1):
-        low = [*range(n), *range(2 * n, 3 * n)]
-        values = builder.fadd(
-            spread(builder, values, low), spread(builder, values, [at + n for at in low])
-        )
-    return values
-
-
-def store_totals(
-    builder: Builder, order: int, number: int, target: Value, sums: list[Value], unit: Value
-) -> None:
-    """Store what minimums multiply.
-
-    Order 32: the sum of a lane's x.  Order 256: -1 times the sums of 32, in the upper lanes of a
-    vector behind both spans; 0 in the lower ones.
-    """
-    totals = [builder.fmul(builder.sitofp(s, FLOATS), unit) for s in sums]
-    if order == 32:
-        store_at(builder, target, TOTALS[order], builder.fadd(*totals))
-        return
-    parts = [sums_of_eight(builder, total) for total in totals]
-    four = builder.fneg(spread(builder, parts[0], [0, 2, 1, 3], parts[1]))
-    vectors = TOTALS[order] - SPAN_VECTORS * number  # behind this span
-    offset = 4 * (LANES * vectors + 8 + 4 * number)
-    builder.store(four, pointer_to(builder, target, four.type, offset), align=16)
-    zeros = ir.Constant(four.type, [0.0] * 4)
-    builder.store(zeros, pointer_to(builder, target, four.type, offset - 32), align=16)
+        for part, target in zip(four, integers, strict=True):
+            target.append(integers_of(builder, part, factors))
+    return [digits_of(builder, quarter) for quarter in integers], first_of_four(builder, units)
 
 
 @intrinsic(prefer_literal=True)
 def pack_span(
     _typing: Any,
-    order: Any,
-    number: Any,
     uses: Any,
     source: Any,  # noqa: ARG001 - Numba matches arguments by number
     target: Any,  # noqa: ARG001
 ) -> Any:
-    """Store 128 floats as a span: which of a unit, 0 or 1, `number` says; `target` is the span's."""
+    """Store 256 floats as a span, `digit_units` says in which order."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        (source, target), which = arguments[3:], order.literal_value
-        digits, unit = halves_of(builder, which, source)
+        source, target = arguments[1:]
+        digits, unit = digits_and_unit(builder, source)
+        for j, quarter in enumerate(digits):
+            for k, digit in enumerate(quarter):
+                store_at(builder, target, 3 * j + k, digit)
         ones = ir.Constant(INTS, [0x01010101] * LANES)
-        sums = [horner(builder, uses.literal_value, {h: ones}, digits) for h in (0, 1)]
-        for half in (0, 1):
-            for k in range(3):
-                store_at(builder, target, 3 * half + k, digits[half][k])
-            zero = all_lanes(-8 if which == 32 else -32, INTS)
-            added = builder.add(*sums) if which == 32 else sums[half]
-            store_at(builder, target, LESS[which][half], builder.mul(added, zero))
-        store_at(builder, target, UNIT[which], unit)
-        store_totals(builder, which, number.literal_value, target, sums, unit)
+
+        def digit_at(j: int, k: int) -> Value:
+            return digits[j][k]
+
+        for quarters, (number, factor) in LESS.items():
+            codes = dict.fromkeys(quarters, ones)
+            (total,) = horner(builder, uses.literal_value, [codes], [digit_at], [None])
+            store_at(builder, target, number, builder.mul(total, all_lanes(-factor, INTS)))
+            if len(quarters) == 4:
+                sums = builder.fmul(builder.sitofp(total, FLOATS), unit)
+                store_at(builder, target, TOTAL, sums)
+        store_at(builder, target, UNIT, unit)
         return context.get_dummy_value()
 
-    return types.void(order, number, uses, types.intp, types.intp), generate
-
-
+    return types.void(uses, types.intp, types.intp), generate
