@@ -134,7 +134,7 @@ def add_rows_function(name: str, n: int, looks_up: bool) -> Any:
 @cache
 def add_digits_function(name: str, n: int, uses: bool) -> Any:
     """Compile the function that adds products of rows of a weight with n rows of digits of x."""
-    unit, n_w = DIGIT_UNITS[name], 4 if n == 1 else 1
+    unit, n_w = DIGIT_UNITS[name], 2 if n == 1 else 1
     n_both = n_w * n
     import os
     n_far = -(-n_w * unit.n_bytes // LINE)

@@ -9,6 +9,7 @@ added up in a lane before one conversion, one scale and one addition.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -109,11 +110,13 @@ def small(n_bits: int, offset: int, has_minimum: bool) -> Callable[..., Decoded]
     def decode(builder: Builder, starts: Starts, n_bytes: int) -> Decoded:
         words = chunks(builder, starts, offset, n_bytes)
         four = constants([4] * LANES)
-        codes = {k: masked(builder, words[k], 15) for k in (0, 1)}
-        codes |= {2 + k: masked(builder, builder.lshr(words[k], four), 15) for k in (0, 1)}
-        if n_bits == 5:
-            for k, low in codes.items():
-                codes[k] = builder.or_(low, fifth_bits(builder, starts, offset - 4 + k))
+
+        def quarter(j: int) -> Value:
+            low = words[j % 2] if j < 2 else builder.lshr(words[j % 2], four)
+            low = masked(builder, low, 15)
+            return builder.or_(low, fifth_bits(builder, starts, offset - 4 + j)) if n_bits == 5 else low
+
+        codes = {j: partial(quarter, j) for j in (0, 2, 1, 3)}
         minimum = halves(builder, starts, 2, n_bytes) if has_minimum else None
         return [Term(codes, halves(builder, starts, 0, n_bytes))], minimum
 
@@ -147,15 +150,12 @@ def quarters(
     n_load = max(starts) // 64 + 1
     parts = [loaded(builder, block, offset + 64 * k, kind) for k in range(n_load)]
     shift = constants([shifts[b] for b in BLOCK_OF])
-    return [
-        builder.lshr(
-            builder.bitcast(
-                spread(builder, parts[0], [start // 8 + j for start in starts], parts[-1]), INTS
-            ),
-            shift,
-        )
-        for j in range(4)
-    ]
+    def quarter(j: int) -> Value:
+        words = spread(builder, parts[0], [start // 8 + j for start in starts], parts[-1])
+        words = builder.bitcast(words, INTS)
+        return builder.lshr(words, shift) if any(shifts) else words
+
+    return quarter
 
 
 def affine_k(n_bits: int) -> Callable[..., Decoded]:
@@ -165,10 +165,12 @@ def affine_k(n_bits: int) -> Callable[..., Decoded]:
         block, odd = starts[0], [0, 4] * 4
         at = [32 * (b // 2) for b in range(N_BLOCK)]
         low = quarters(builder, block, 16 if n_bits == 4 else 48, at, odd)
-        codes = {j: masked(builder, words, 15) for j, words in enumerate(low)}
-        if n_bits == 5:
-            for j, words in codes.items():
-                codes[j] = builder.or_(words, fifth_bit_k(builder, block, 16 + 8 * j))
+
+        def quarter(j: int) -> Value:
+            code = masked(builder, low(j), 15)
+            return builder.or_(code, fifth_bit_k(builder, block, 16 + 8 * j)) if n_bits == 5 else code
+
+        codes = {j: partial(quarter, j) for j in range(4)}
         numbers = scales_and_minimums(builder, block)
         scale = spread(builder, numbers, BLOCK_OF)
         minimum = spread(builder, numbers, [N_BLOCK + b for b in BLOCK_OF])
@@ -191,17 +193,19 @@ def decode_q6_k(builder: Builder, starts: Starts, _n_bytes: int) -> Decoded:
     low = quarters(builder, block, 0, [0, 32, 0, 32, 64, 96, 64, 96], [0, 0, 4, 4] * 2)
     high = quarters(builder, block, 128, [0] * 4 + [32] * 4, [0] * N_BLOCK)
     left = constants([(4 - 2 * (b % 4)) % 32 for b in BLOCK_OF])
-    codes = {}
-    for j in range(4):
-        upper = call(builder, "llvm.fshl.v16i32", INTS, [high[j], high[j], left])
-        codes[j] = builder.or_(masked(builder, low[j], 15), masked(builder, upper, 48))
+
+    def quarter(j: int) -> Value:
+        words = high(j)
+        upper = call(builder, "llvm.fshl.v16i32", INTS, [words, words, left])
+        return builder.or_(masked(builder, low(j), 15), masked(builder, upper, 48))
+
     integers = builder.sext(loaded(builder, block, 192, ir.VectorType(I8, LANES)), INTS)
     d = builder.bitcast(loaded(builder, block, 208, I16), ir.VectorType(I16, 1))
     d = builder.fpext(builder.bitcast(d, ir.VectorType(HALF, 1)), ir.VectorType(FLOATS.element, 1))
     numbers = builder.fmul(spread(builder, d, [0] * LANES), builder.sitofp(integers, FLOATS))
     return [
         Term(
-            {j: codes[j] for j in (2 * half, 2 * half + 1)},
+            {j: partial(quarter, j) for j in (2 * half, 2 * half + 1)},
             spread(builder, numbers, [2 * b + half for b in BLOCK_OF]),
         )
         for half in (0, 1)

@@ -144,7 +144,7 @@ def pack_span(
             return digits[j][k]
 
         for quarters, (number, factor) in LESS.items():
-            codes = dict.fromkeys(quarters, ones)
+            codes = dict.fromkeys(quarters, lambda: ones)
             (total,) = horner(builder, uses.literal_value, [codes], [digit_at], [None])
             store_at(builder, target, number, builder.mul(total, all_lanes(-factor, INTS)))
             if len(quarters) == 4:

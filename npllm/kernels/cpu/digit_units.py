@@ -40,29 +40,24 @@ def ints_at(builder: Builder, address: Value, number: int) -> Value:
 def horner(
     builder: Builder, uses: bool, codes: list[dict[int, Value]], digits: Any, less: list[Any]
 ) -> list[Value]:
-    """Products of rows of codes with rows of integers of three digits, pair by pair, plus `less`.
-
-    All pairs take each step together: the instruction takes four cycles, and may begin in each.
-    """
-    sums = [ir.Constant(INTS, [0] * LANES)] * len(codes)
-    for k in range(3):
-        if k:
-            sums = [builder.shl(s, all_lanes(8, INTS)) for s in sums]
-        if k == 2:
-            sums = [s if a is None else builder.add(s, a) for s, a in zip(sums, less, strict=True)]
-        for j in codes[0]:
-            sums = [
-                dot_bytes(builder, uses, s, c[j], d(j, k))
-                for s, c, d in zip(sums, codes, digits, strict=True)
-            ]
-    return sums
+    """Products of rows of codes with rows of integers of three digits, pair by pair, plus `less`."""
+    zero = ir.Constant(INTS, [0] * LANES)
+    sums = [[zero, zero, zero if a is None else a] for a in less]
+    for j in codes[0]:
+        words = [c[j]() for c in codes]
+        for k in range(3):
+            for s, word, d in zip(sums, words, digits, strict=True):
+                s[k] = dot_bytes(builder, uses, s[k], word, d(j, k))
+    eight = all_lanes(8, INTS)
+    high = [builder.add(builder.shl(s[0], eight), s[1]) for s in sums]
+    return [builder.add(builder.shl(h, eight), s[2]) for h, s in zip(high, sums, strict=True)]
 
 
 def less_zero(builder: Builder, unit: DigitUnit, term: Term, row: Value) -> Value | None:
     """The zero of the codes times the sum of a lane's integers, negative."""
     if not unit.zero:
         return None
-    number, factor = LESS[tuple(term.codes)]
+    number, factor = LESS[tuple(sorted(term.codes))]
     less = ints_at(builder, row, number)
     n_bit = (unit.zero // factor).bit_length() - 1
     return builder.shl(less, all_lanes(n_bit, INTS)) if n_bit else less
