@@ -14,10 +14,6 @@ from numba import config, types
 
 from npllm.kernels.cpu.block_codes import STEP, UNITS
 from npllm.kernels.cpu.block_units import add_unit, widen_unit
-from npllm.kernels.cpu.digit_codes import DIGIT_UNITS, SPAN
-from npllm.kernels.cpu.digit_rows import pack_span
-from npllm.kernels.cpu.digit_units import SPAN_BYTES, add_digits
-from npllm.kernels.cpu.dot_products import has_instruction
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.numba_internals import c_function
 from npllm.kernels.cpu.simd_addresses import (
@@ -27,7 +23,6 @@ from npllm.kernels.cpu.simd_addresses import (
     load_vectors,
     pack_step,
     prefetch_at,
-    prefetch_l2,
     set_float,
     stack_floats,
     store_vectors,
@@ -49,13 +44,14 @@ STEP_BYTES = 5 * VECTOR  # of x as it is stored
 AHEAD = 4096  # bytes by which weights are prefetched, for one row of x
 RUN = 4096  # entries of rows of x, all together, that stay in the nearest cache
 MOST_ROWS = 32  # of a weight that are multiplied at a time
-# columns of a table that describes a weight, one integer each
-COLUMNS = ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN, ADD_1, ADD_4, ADD_8 = range(
-    10
-)
-# of rows of x as they are stored for a part: the function that does so, where the part is the first
-# that needs it, else 0; where they begin in a row of all parts; bytes of a unit
-PACK, X_OFFSET, X_UNIT = range(10, 13)
+# columns of a table that describes a weight, one integer each: what it is, what multiplies it;
+# how rows of x are stored for it: the function, or 0 where an earlier part has the same; where its
+# row begins in a row of all parts; bytes of a unit
+COLUMNS = (
+    *(ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN),
+    *(ADD_1, ADD_4, ADD_8),
+    *(PACK, X_OFFSET, X_UNIT),
+) = range(13)
 
 
 @cache
@@ -63,14 +59,6 @@ def has_lookup() -> bool:
     """Tell whether this processor looks up sixteen floats in a register, and Numba may use it."""
     is_host = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
     return bool(is_host and llvmlite.binding.get_host_cpu_features().get("avx512f"))
-
-
-def default_form(name):
-    import os
-    if os.environ.get("DG_FORM"): return os.environ["DG_FORM"] if name in DIGIT_UNITS else "looked up"
-    if has_instruction("int8") and name in DIGIT_UNITS:
-        return "digits"
-    return "looked up" if has_lookup() else "converted"
 
 
 @cache
@@ -94,9 +82,9 @@ def add_rows_function(name: str, n: int, looks_up: bool) -> Any:
     Returns
     -------
     function : with an `address`
-        Of w, row_bytes, n_rows, n_units, ahead, x, x_bytes, totals, sums: addresses of the run in
-        the first row of the weight and of x, and of sums [n_rows, n, 16].  n_units 0: one block of
-        32 entries is left.  `ahead`: bytes by which weights are prefetched.
+        Of w, row_bytes, n_rows, n_units, ahead, x, x_bytes, totals, left, sums: addresses of the
+        run in the first row of the weight and of x, and of sums [n_rows, n, 16].  n_units 0: one
+        block of 32 entries is left.  `ahead`: bytes by which weights are prefetched.
     """
     unit = UNITS[name]
     n_bytes, n_step = unit.n_bytes, unit.n_entries // STEP
@@ -129,57 +117,6 @@ def add_rows_function(name: str, n: int, looks_up: bool) -> Any:
             store_vectors(sums + o * n * VECTOR, y)
 
     return c_function(add_rows, types.void(*[types.intp] * 10))
-
-
-@cache
-def add_digits_function(name: str, n: int, uses: bool) -> Any:
-    """Compile the function that adds products of rows of a weight with n rows of digits of x."""
-    unit, n_w = DIGIT_UNITS[name], 2 if n == 1 else 1
-    n_both = n_w * n
-    import os
-    n_far = -(-n_w * unit.n_bytes // LINE)
-    DIST = int(os.environ.get("DG_DIST", "1024"))
-    n_bytes, x_unit, several, n_lines = unit.n_bytes, SPAN_BYTES, n_w > 1, -(-unit.n_bytes // LINE)
-
-    def add_digit_rows(
-        w: int,
-        row_bytes: int,
-        n_rows: int,
-        n_units: int,
-        ahead: int,
-        x: int,
-        x_bytes: int,
-        _totals: int,
-        left: int,
-        sums: int,
-    ) -> None:
-        o = 0
-        while several and o + n_w <= n_rows:
-            p, at, y = w + o * row_bytes, x, load_vectors(n_both, sums + o * n * VECTOR)
-            far = w + o * row_bytes + DIST
-            for _ in range(n_units):
-                for line in range(n_far):
-                    prefetch_l2(far + line * LINE)
-                far += n_w * n_bytes
-                y = add_digits(name, uses, n_w, True, p, row_bytes, left, at, x_bytes, y)
-                p, at = p + n_bytes, at + x_unit
-            if n_units == 0:
-                y = add_digits(name, uses, n_w, False, p, row_bytes, left, at, x_bytes, y)
-            store_vectors(sums + o * n * VECTOR, y)
-            o += n_w
-        while o < n_rows:
-            p, at, z = w + o * row_bytes, x, load_vectors(n, sums + o * n * VECTOR)
-            for _ in range(n_units):
-                for line in range(n_lines):
-                    prefetch_at(p + ahead + line * LINE)
-                z = add_digits(name, uses, 1, True, p, row_bytes, left, at, x_bytes, z)
-                p, at = p + n_bytes, at + x_unit
-            if n_units == 0:
-                z = add_digits(name, uses, 1, False, p, row_bytes, left, at, x_bytes, z)
-            store_vectors(sums + o * n * VECTOR, z)
-            o += 1
-
-    return c_function(add_digit_rows, types.void(*[types.intp] * 10))
 
 
 @cache
@@ -243,25 +180,6 @@ def pack_function() -> Any:
 
 
 @cache
-def pack_digits_function(uses: bool) -> Any:
-    """Compile the function that stores rows of x as `digit_rows` describes, zeros at the end."""
-    span_bytes = SPAN_BYTES
-
-    def pack(x: int, d: int, n: int, target: int, target_bytes: int) -> None:
-        last = stack_floats(SPAN)
-        for k in range(n):
-            source, to = x + k * d * FLOAT, target + k * target_bytes
-            for i in range(SPAN):
-                at = d // SPAN * SPAN + i
-                set_float(last + i * FLOAT, float_at(source + at * FLOAT) if at < d else 0.0)
-            for s in range((d + SPAN - 1) // SPAN):
-                start = source + s * SPAN * FLOAT if (s + 1) * SPAN <= d else last
-                pack_span(uses, start, to + s * span_bytes)
-
-    return c_function(pack, types.void(*[types.intp] * 5))
-
-
-@cache
 def multiply_function() -> Any:
     """Compile the function that adds the products of rows of a weight with all rows of x.
 
@@ -270,7 +188,7 @@ def multiply_function() -> Any:
     function : with an `address`
         Of part, first, n_rows, rows, n, packed, packed_bytes, y, y_bytes, n_y: the address of a
         row of a table; which rows of the weight, at most 32; addresses of the rows of x [n_y,
-        d_in], and of n rows as `pack_function` stores them, n 1 or a multiple of 4; that of n_y
+        d_in], and of n rows as its PACK stores them, n 1 or a multiple of 4; that of n_y
         rows of sums, y_bytes apart, to whose columns 0 ... n_rows - 1 is added.
 
     Notes
@@ -314,14 +232,13 @@ def multiply_function() -> Any:
 def add_runs(part: int, w: int, n_rows: int, group: int, x: int, x_bytes: int, sums: int) -> None:
     """Compute sums [n_rows, group, 16] of rows of a weight from w on with a group of rows of x.
 
-    A run is the whole row where there is one row of x; else as many entries as stay in the nearest
-    cache.
+    A run has as many entries as stay in the nearest cache.
     """
     d, entries = integer_at(part, D_IN), integer_at(part, ENTRIES)
     row_bytes = integer_at(part, ROW_BYTES)
     function = integer_at(part, ADD_8 if group == 8 else ADD_4 if group == 4 else ADD_1)
     units, totals = d // entries, x + (d + STEP - 1) // STEP * STEP_BYTES
-    run, ahead = (units, AHEAD) if group == 1 else (max(RUN // group // entries, 1), 2 * row_bytes)
+    run, ahead = max(RUN // group // entries, 1), AHEAD if group == 1 else 2 * row_bytes
     for i in range(n_rows * group * LANES):
         set_float(sums + i * FLOAT, np.float32(0))
     u, left = 0, d % entries // 32
@@ -329,7 +246,8 @@ def add_runs(part: int, w: int, n_rows: int, group: int, x: int, x_bytes: int, s
         n_units = min(run, units - u)
         at, x_at = w + u * integer_at(part, UNIT_BYTES), x + u * integer_at(part, X_UNIT)
         t = totals + u * VECTOR
-        call_address(function, (at, row_bytes, n_rows, n_units, ahead, x_at, x_bytes, t, left, sums))
+        arguments = at, row_bytes, n_rows, n_units, ahead, x_at, x_bytes, t, left, sums
+        call_address(function, arguments)
         u += max(n_units, 1)
 
 

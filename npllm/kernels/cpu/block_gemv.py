@@ -9,26 +9,19 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.block_codes import STEP, UNITS
+from npllm.kernels.cpu.block_forms import form_of_format
 from npllm.kernels.cpu.block_functions import (
     ADDRESS,
     COLUMNS,
     MOST_ROWS,
     N_ROWS,
+    PACK,
     ROW_BYTES,
     WIDEN,
-    add_rows_function,
-    PACK,
     X_OFFSET,
-    add_digits_function,
-    default_form,
-    pack_digits_function,
     multiply_function,
-    pack_function,
     widen_function,
 )
-from npllm.kernels.cpu.digit_codes import DIGIT_UNITS
-from npllm.kernels.cpu.digit_units import SPAN_BYTES
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import frozen, is_row_major
 from npllm.kernels.cpu.simd_addresses import call_address
@@ -40,7 +33,7 @@ __all__ = ["add_product_blocks", "block_table", "fits_blocks", "widen_row"]
 Array = Any
 
 MOST_PARTS = 3  # q, k and v
-WIDTH, MULTIPLY = 0, 1  # of the table's last row: functions that know no format
+WIDTH, MULTIPLY = 0, 1  # of the table's last row
 VECTOR, FLOAT = 64, 4  # bytes
 
 
@@ -70,50 +63,37 @@ def block_table(weight: Any, form: str | None = None) -> Array:
     ----------
     weight : BlockWeight or StackedWeight
         For which `fits_blocks` holds.
-    looks_up : bool, optional
-        See `add_rows_function`; None: where the processor can.
+    form : str, optional
+        One of `block_forms.FORMS`; None: the fastest of this processor.
 
     Returns
     -------
-    table : int64 array [4, 10]
-        A row for each part, zeros where there are fewer than three; then the addresses of the
-        functions that are the same for all.
+    table : int64 array [4, 13]
+        A row for each part, zeros where there are fewer than three; then the bytes of a row of x as
+        it is stored for all parts, and the address of the function that is the same for all.
     """
     parts = weight.parts if isinstance(weight, StackedWeight) else (weight,)
-    table = np.zeros((MOST_PARTS + 1, 13), np.int64)
-    packs = {}
+    table = np.zeros((MOST_PARTS + 1, len(COLUMNS)), np.int64)
+    starts: dict[int, int] = {}  # where a row of x begins as a function stores it
     width = 0
     for row, part in zip(table, parts, strict=False):
-        name, d = part.format, part.shape[1]
-        this = default_form(name) if form is None else form if "digits" not in form or name in DIGIT_UNITS else "converted"
-        if "digits" in this:
-            unit, uses = DIGIT_UNITS[name], this == "digits"
-            adds = [add_digits_function(name, n, uses).address for n in (1, 4, 8)]
-            pack = pack_digits_function(uses).address
-            x_unit = SPAN_BYTES
-            bytes_ = -(-d // 256) * x_unit
-        else:
-            unit = UNITS[name]
-            adds = [add_rows_function(name, n, this == "looked up").address for n in (1, 4, 8)]
-            pack, x_unit, n_step = pack_function().address, unit.n_entries // STEP * 320, -(-d // STEP)
-            bytes_ = (5 * n_step + (n_step + 3) // 4) * VECTOR
-        is_new = pack not in packs
-        if is_new:
-            packs[pack] = width
-            width += bytes_
+        functions = form_of_format(part.format, form)
+        is_new = functions.pack not in starts
+        start = starts.setdefault(functions.pack, width)
+        width += functions.row_bytes(part.shape[1]) if is_new else 0
         row[:] = (
             part.blocks.__array_interface__["data"][0],
             part.blocks.shape[1],
             *part.shape,
-            256 if "digits" in this else unit.n_entries,
-            unit.n_bytes,
-            widen_function(name).address,
-            *adds,
-            pack if is_new else 0,
-            packs[pack],
-            x_unit,
+            functions.n_entries,
+            functions.n_bytes,
+            widen_function(part.format).address,
+            *functions.add,
+            functions.pack if is_new else 0,
+            start,
+            functions.x_bytes,
         )
-    table[MOST_PARTS, :2] = width, multiply_function().address
+    table[MOST_PARTS, [WIDTH, MULTIPLY]] = width, multiply_function().address
     return frozen(table)
 
 
@@ -148,9 +128,10 @@ def multiply_task(
         p, at, first = p + 1, at + table[p, N_ROWS], first - n_task * MOST_ROWS
     n_rows = min(MOST_ROWS, table[p, N_ROWS] - first)
     part, column = table.ctypes.data + p * table.strides[0], y + (at + first) * FLOAT
+    at_part = packed + table[p, X_OFFSET]
     call_address(
         table[MOST_PARTS, MULTIPLY],
-        (part, first, n_rows, rows, n, packed + table[p, X_OFFSET], width, column, d_out * FLOAT, n_y),
+        (part, first, n_rows, rows, n, at_part, width, column, d_out * FLOAT, n_y),
     )
 
 

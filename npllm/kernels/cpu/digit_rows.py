@@ -22,7 +22,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from npllm.kernels.cpu.block_codes import spread
-from npllm.kernels.cpu.digit_units import LESS, TOTAL, UNIT, horner
+from npllm.kernels.cpu.digit_units import LESS, TOTAL, UNIT, products
 from npllm.kernels.cpu.simd import F32, FLOATS, I8, INTS, LANES, all_lanes, call
 from npllm.kernels.cpu.simd_addresses import pointer_to
 
@@ -123,6 +123,24 @@ def digits_and_unit(builder: Builder, source: Value) -> tuple[list[list[Value]],
     return [digits_of(builder, quarter) for quarter in integers], first_of_four(builder, units)
 
 
+def store_sums(
+    builder: Builder, uses: bool, target: Value, digits: list[list[Value]], unit: Value
+) -> None:
+    """Store what zeros and minimums multiply: sums of the integers of a lane, and of its x."""
+    ones = ir.Constant(INTS, [0x01010101] * LANES)
+
+    def digit(j: int, k: int) -> Value:
+        return digits[j][k]
+
+    for quarters, (number, factor) in LESS.items():
+        codes = dict.fromkeys(quarters, lambda: ones)
+        (total,) = products(builder, uses, [codes], [digit], [None])
+        store_at(builder, target, number, builder.mul(total, all_lanes(factor, INTS)))
+        if len(quarters) == 4:
+            sums = builder.fmul(builder.sitofp(total, FLOATS), unit)
+            store_at(builder, target, TOTAL, sums)
+
+
 @intrinsic(prefer_literal=True)
 def pack_span(
     _typing: Any,
@@ -130,7 +148,7 @@ def pack_span(
     source: Any,  # noqa: ARG001 - Numba matches arguments by number
     target: Any,  # noqa: ARG001
 ) -> Any:
-    """Store 256 floats as a span, `digit_units` says in which order."""
+    """Store 256 floats as a span of digits, at a multiple of 64."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         source, target = arguments[1:]
@@ -138,19 +156,8 @@ def pack_span(
         for j, quarter in enumerate(digits):
             for k, digit in enumerate(quarter):
                 store_at(builder, target, 3 * j + k, digit)
-        ones = ir.Constant(INTS, [0x01010101] * LANES)
-
-        def digit_at(j: int, k: int) -> Value:
-            return digits[j][k]
-
-        for quarters, (number, factor) in LESS.items():
-            codes = dict.fromkeys(quarters, lambda: ones)
-            (total,) = horner(builder, uses.literal_value, [codes], [digit_at], [None])
-            store_at(builder, target, number, builder.mul(total, all_lanes(-factor, INTS)))
-            if len(quarters) == 4:
-                sums = builder.fmul(builder.sitofp(total, FLOATS), unit)
-                store_at(builder, target, TOTAL, sums)
         store_at(builder, target, UNIT, unit)
+        store_sums(builder, uses.literal_value, target, digits, unit)
         return context.get_dummy_value()
 
     return types.void(uses, types.intp, types.intp), generate
