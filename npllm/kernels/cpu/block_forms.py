@@ -6,7 +6,8 @@
     "converted"       the same bits; codes are widened by conversion
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from npllm.kernels.cpu.block_codes import STEP, UNITS
 from npllm.kernels.cpu.block_functions import (
@@ -33,15 +34,20 @@ class BlockFunctions(NamedTuple):
     n_entries: int  # of a unit
     n_bytes: int
     x_bytes: int  # of a unit of x as it is stored
+    row_bytes: Callable[[int], int]  # of so many entries of x as they are stored
     pack: int
     add: tuple[int, ...]  # for 1, 4 and 8 rows of x
 
-    def row_bytes(self, d: int) -> int:
-        """Bytes of a row of x as it is stored."""
-        if self.n_entries == SPAN and self.x_bytes == SPAN_BYTES:
-            return (d + SPAN - 1) // SPAN * SPAN_BYTES
-        n_step = (d + STEP - 1) // STEP
-        return n_step * STEP_BYTES + (n_step + 3) // 4 * VECTOR
+
+def bytes_of_digits(d: int) -> int:
+    """Bytes of a row of x in spans of digits."""
+    return (d + SPAN - 1) // SPAN * SPAN_BYTES
+
+
+def bytes_of_steps(d: int) -> int:
+    """Bytes of a row of x in steps of 64 entries, with the sums of its 32s."""
+    n_step = (d + STEP - 1) // STEP
+    return n_step * STEP_BYTES + (n_step + 3) // 4 * VECTOR
 
 
 def default_form(name: str) -> str:
@@ -60,9 +66,9 @@ def form_of_format(name: str, form: str | None = None) -> BlockFunctions:
         unit, uses = DIGIT_UNITS[name], form == "digits"
         add = tuple(add_digits_function(name, n, uses).address for n in ROWS)
         pack = pack_digits_function(uses).address
-        return BlockFunctions(SPAN, unit.n_bytes, SPAN_BYTES, pack, add)
+        return BlockFunctions(SPAN, unit.n_bytes, SPAN_BYTES, bytes_of_digits, pack, add)
     looks_up = has_lookup() if "digits" in form else form == "looked up"
     step = UNITS[name]
     add = tuple(add_rows_function(name, n, looks_up).address for n in ROWS)
-    x_bytes = step.n_entries // STEP * STEP_BYTES
-    return BlockFunctions(step.n_entries, step.n_bytes, x_bytes, pack_function().address, add)
+    sizes = step.n_entries, step.n_bytes, step.n_entries // STEP * STEP_BYTES
+    return BlockFunctions(*sizes, bytes_of_steps, pack_function().address, add)

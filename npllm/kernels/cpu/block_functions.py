@@ -44,14 +44,12 @@ STEP_BYTES = 5 * VECTOR  # of x as it is stored
 AHEAD = 4096  # bytes by which weights are prefetched, for one row of x
 RUN = 4096  # entries of rows of x, all together, that stay in the nearest cache
 MOST_ROWS = 32  # of a weight that are multiplied at a time
-# columns of a table that describes a weight, one integer each: what it is, what multiplies it;
-# how rows of x are stored for it: the function, or 0 where an earlier part has the same; where its
-# row begins in a row of all parts; bytes of a unit
-COLUMNS = (
-    *(ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN),
-    *(ADD_1, ADD_4, ADD_8),
-    *(PACK, X_OFFSET, X_UNIT),
-) = range(13)
+# columns of a table that describes a weight, one integer each: what it is and what multiplies it;
+COLUMNS = range(13)
+ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN, ADD_1, ADD_4, ADD_8 = COLUMNS[:10]
+# what stores rows of x for it, 0 where an earlier part has the same, at which byte of a row of all
+# parts, and bytes of a unit
+PACK, X_OFFSET, X_UNIT = COLUMNS[10:]
 
 
 @cache
