@@ -1,9 +1,9 @@
 """In which of several forms products of blocks are computed, and the functions of each.
 
-    "digits"          products of bytes by VPDPBUSD, rows of x as integers of three digits
-    "plain digits"    the same bits by plain vectors, to test them on any processor
-    "looked up"       float32 products; 4-bit codes are widened by a table in a register
-    "converted"       the same bits; codes are widened by conversion
+"digits": products of bytes by VPDPBUSD, rows of x as integers of three digits.
+"plain digits": the same bits by plain vectors, to test them on any processor.
+"looked up": float32 products; 4-bit codes are widened by a table in a register.
+"converted": the same bits; codes are widened by conversion.
 """
 
 from collections.abc import Callable

@@ -83,9 +83,7 @@ def chunks(builder: Builder, starts: Starts, offset: int, n_bytes: int) -> list[
         joined(builder, [loaded(builder, start, offset, kind) for start in half])
         for half in (starts[:4], starts[4:])
     )
-    return [
-        builder.bitcast(spread(builder, low, range(k, LANES, 2), high), INTS) for k in (0, 1)
-    ]
+    return [builder.bitcast(spread(builder, low, range(k, LANES, 2), high), INTS) for k in (0, 1)]
 
 
 def four_and_four(

@@ -1,18 +1,17 @@
 """A row of x as integers of three digits, for products of bytes.
 
-Sixteen entries of a span, those of lane L of its quarters (`digit_codes`), have one unit, a power of
-two:
+The sixteen entries of lane L of the quarters of a span (`digit_codes`) have one unit, a power of 2:
 
-    unit = 2**(e - 22),  2**e <= max |x[i]| < 2**(e + 1);    2**(e - 21) where an integer would exceed
-    integer[i] = round(x[i] / unit) = 65536 * d2[i] + 256 * d1[i] + d0[i],    -128 <= d <= 127
+    unit = 2**(e - 22),  2**e <= max |x[i]| < 2**(e + 1)
+    integer[i] = round(x[i] / unit) = 65536 * d2[i] + 256 * d1[i] + d0[i],  -128 <= d < 128
 
-An integer has at most the magnitude 127 * (65536 + 256 + 1) = 8355711, and 22 bits below the highest
-of the largest of the sixteen.  So the error of an entry is at most half a unit:
+The magnitude of three digits is at most 127 * (65536 + 256 + 1) = 8355711; the unit is twice as
+large where the largest entry would exceed that.  Rounding costs an entry at most half a unit:
 
-    |integer[i] * unit - x[i]| <= 2**-23 * max of its sixteen |x|,    0 where x[i] has few enough bits
+    |integer[i] * unit - x[i]| <= 2**-23 * max of its sixteen |x|;  0 where both have few bits
 
-which is what one rounding of float32 costs a sum of that size.  The unit is NaN where an entry is
-not finite or beyond 1.992 * 2**127: the product is NaN then, and is computed in another way.
+which is as much as float32's rounding of one sum of that size.  The unit is NaN where an entry is
+not finite or beyond 1.992 * 2**127: then the product is NaN, and is computed in another way.
 """
 
 from typing import Any
@@ -48,15 +47,21 @@ def largest_of_sixteen(builder: Builder, quarters: list[Value]) -> Value:
 
 
 def units_of(builder: Builder, most: Value) -> tuple[Value, Value, Value]:
-    """The unit, and two factors that divide by it: 1 / 2**-149 is not a float32."""
+    """The unit, and two factors that divide by it, since 2**149 is no float32.
+
+    Below 2**-126 the largest entry has no exponent of its own, and the unit is 2**-149.
+    """
     e = builder.lshr(builder.add(most, all_lanes(0x010101, INTS)), all_lanes(23, INTS))
-    known = builder.icmp_unsigned("<", e, all_lanes(255, INTS))
+    is_known = builder.icmp_unsigned("<", e, all_lanes(255, INTS))
+    is_small = builder.icmp_unsigned("<", e, all_lanes(1, INTS))
     e = call(builder, "llvm.umax.v16i32", INTS, [e, all_lanes(1, INTS)])
     power = builder.bitcast(builder.shl(e, all_lanes(23, INTS)), FLOATS)  # 2**(e - 127)
     e = builder.sub(all_lanes(255, INTS), e)
     inverse = builder.bitcast(builder.shl(e, all_lanes(23, INTS)), FLOATS)  # 2**(128 - e)
     unit = builder.fmul(power, all_lanes(2.0**-22))
-    return builder.select(known, unit, all_lanes(float("nan"))), inverse, all_lanes(2.0**21)
+    unit = builder.select(is_small, all_lanes(2.0**-149), unit)
+    second = builder.select(is_small, all_lanes(2.0**22), all_lanes(2.0**21))
+    return builder.select(is_known, unit, all_lanes(float("nan"))), inverse, second
 
 
 def integers_of(builder: Builder, x: Value, factors: tuple[Value, Value]) -> Value:
@@ -73,9 +78,7 @@ def digits_of(builder: Builder, parts: list[Value]) -> list[Value]:
     for rounding, shift in ((0x8080, 16), (0x80, 8), (0, 0)):
         small = [
             builder.trunc(
-                builder.lshr(
-                    builder.add(part, all_lanes(rounding, INTS)), all_lanes(shift, INTS)
-                ),
+                builder.lshr(builder.add(part, all_lanes(rounding, INTS)), all_lanes(shift, INTS)),
                 SMALL,
             )
             for part in parts
@@ -101,9 +104,7 @@ def store_at(builder: Builder, target: Value, number: int, value: Value) -> None
 def quarter_vectors(builder: Builder, source: Value) -> list[list[Value]]:
     """Quarter j of 256 floats, as four vectors: of lanes 0 ... 3, 4 ... 7, and so on."""
     eight = ir.VectorType(F32, 8)
-    parts = [
-        builder.load(pointer_to(builder, source, eight, 32 * at), align=4) for at in range(32)
-    ]
+    parts = [builder.load(pointer_to(builder, source, eight, 32 * at), align=4) for at in range(32)]
     return [
         [spread(builder, parts[8 * v + j], range(LANES), parts[8 * v + 4 + j]) for v in range(4)]
         for j in range(4)
