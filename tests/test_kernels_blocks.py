@@ -27,28 +27,34 @@ pytestmark = pytest.mark.skipif(
 every_format = pytest.mark.parametrize("name", FORMAT_NAMES)
 
 
-def is_rare(name, looks_up):
+FORMS = "digits", "plain digits", "looked up", "converted"
+WITH_DIGITS = [name for name in FORMAT_NAMES if name != "Q8_0"]
+
+
+def is_rare(name, form):
     """Whether no other test compiles a format in this form, and others stand for it."""
     if kernels.compiled_ops() is None:
         return False
-    from npllm.kernels.cpu.block_functions import has_lookup
+    from npllm.kernels.cpu.block_forms import default_form
 
-    return looks_up != has_lookup() and name not in ("Q4_0", "Q4_1", "Q6_K")
+    return form != default_form(name) and name not in ("Q4_0", "Q4_1", "Q6_K")
 
 
-every_format_either_way = pytest.mark.parametrize(
-    ("name", "looks_up"),
-    [
-        pytest.param(
-            name,
-            looks_up,
-            marks=[pytest.mark.slow] * is_rare(name, looks_up),
-            id=f"{'looked up' if looks_up else 'converted'}-{name}",
-        )
-        for name in FORMAT_NAMES
-        for looks_up in (False, True)
-    ],
-)
+def in_forms(names, forms):
+    """Formats in forms; what is rare is slow."""
+    return pytest.mark.parametrize(
+        ("name", "form"),
+        [
+            pytest.param(name, form, marks=[pytest.mark.slow] * is_rare(name, form))
+            for name in names
+            for form in forms
+            if "digits" not in form or name in WITH_DIGITS
+        ],
+    )
+
+
+every_format_in_every_form = in_forms(FORMAT_NAMES, FORMS)
+every_digit_form = in_forms(WITH_DIGITS, FORMS[:2])
 EPS = np.finfo(np.float32).eps
 
 
@@ -61,21 +67,30 @@ def width(name, n_block):
     return FORMATS[name].n_entries * (n_block if FORMATS[name].n_entries == 32 else 1 + n_block % 3)
 
 
-def product(weight, x, looks_up=None):
-    """The product of up to 16 rows by the kernel itself."""
+def require(form):
+    """Skip where the processor does not have what a form needs."""
     from npllm.kernels.cpu.block_functions import has_lookup
+    from npllm.kernels.cpu.dot_products import has_instruction
+
+    if form == "looked up" and not has_lookup():
+        pytest.skip("the processor has no look-up of sixteen floats")
+    if form == "digits" and not has_instruction("int8"):
+        pytest.skip("the processor has no products of bytes")
+
+
+def product(weight, x, form=None):
+    """The product of up to 16 rows by the kernel itself."""
     from npllm.kernels.cpu.block_gemv import block_table
     from npllm.kernels.cpu.gemv import add_product
     from npllm.kernels.cpu.launching import launch
     from npllm.kernels.cpu.layout import EMPTY
     from npllm.kernels.cpu.operands import NO_SCALES
 
-    if looks_up and not has_lookup():
-        pytest.skip("the processor has no look-up of sixteen floats")
+    require(form)
     memory = np.full(len(x) * len(weight) + 64, np.nan, np.float32)
     y = memory[32:-32].reshape(len(x), len(weight))
     y[...] = 0
-    table = block_table(weight, looks_up)
+    table = block_table(weight, form)
     launch(add_product, table, NO_SCALES, x.copy(), EMPTY, np.float32(0), y)
     assert np.isnan(memory[:32]).all() and np.isnan(memory[-32:]).all()
     return y
@@ -88,7 +103,7 @@ def largest_terms(weight, x):
     return np.abs(x.astype(np.float64)) @ np.repeat(groups, 32, axis=1).T
 
 
-@every_format_either_way
+@every_format_in_every_form
 @fewer(2)
 @given(
     n=st.integers(1, 16),
@@ -97,14 +112,12 @@ def largest_terms(weight, x):
     seed=st.integers(0, 99),
     kind=st.sampled_from(["usual", "zero", "subnormal", "largest", "any finite"]),
 )
-def test_a_product_lies_within_rounding_of_the_exact_one(
-    name, looks_up, n, n_block, d_out, seed, kind
-):
+def test_a_product_lies_within_rounding_of_the_exact_one(name, form, n, n_block, d_out, seed, kind):
     weight = random_weight(name, d_out, width(name, n_block), seed, kind)
     x = inputs(n, weight.shape[1], seed + 1)
     want = x.astype(np.float64) @ weight.widened().astype(np.float64).T
     bound = 8 * EPS * largest_terms(weight, x) + 1e-44
-    assert (np.abs(product(weight, x, looks_up) - want) <= bound).all()
+    assert (np.abs(product(weight, x, form) - want) <= bound).all()
 
 
 @every_format
@@ -123,7 +136,60 @@ def test_a_row_has_the_same_bits_alone_and_in_company(name, n, n_block, seed):
 @every_format
 def test_looked_up_and_converted_codes_give_the_same_bits(name):
     weight, x = random_weight(name, 70, width(name, 7)), inputs(5, width(name, 7))
-    np.testing.assert_array_equal(product(weight, x, True), product(weight, x, False))
+    a, b = (product(weight, x, form) for form in ("looked up", "converted"))
+    np.testing.assert_array_equal(a, b)
+
+
+@in_forms(WITH_DIGITS, ["plain digits"])
+def test_the_instruction_and_plain_vectors_give_the_same_bits_of_digits(name, form):
+    weight, x = random_weight(name, 35, width(name, 11)), inputs(5, width(name, 11))
+    np.testing.assert_array_equal(product(weight, x, form), product(weight, x, "digits"))
+
+
+@every_digit_form
+@fewer(3)
+@given(k=st.sampled_from([-149, -140, -126, -118, -100, -30, 0, 60, 100]), seed=st.integers(0, 99))
+def test_digits_are_as_exact_of_inputs_of_any_magnitude(name, form, k, seed):
+    weight, x = random_weight(name, 5, width(name, 9), seed), inputs(2, width(name, 9), seed)
+    x = np.ldexp(x, k).astype(np.float32)
+    want = x.astype(np.float64) @ weight.widened().astype(np.float64).T
+    n_sum = 16 * 3 * -(-x.shape[1] // 256)  # sums that are rounded to a multiple of 2**-149
+    bound = 8 * EPS * largest_terms(weight, x) + n_sum * 2.0**-150
+    assert (np.abs(product(weight, x, form) - want) <= bound).all()
+
+
+@every_digit_form
+@pytest.mark.parametrize("fill", [0, 255])
+@pytest.mark.parametrize("largest", [8355711 * 2.0**-22, -8355711 * 2.0**-20, 8355712 * 2.0**-22])
+def test_sums_of_the_largest_integers_do_not_overflow(name, form, fill, largest):
+    blocks = np.full((3, 8, FORMATS[name].n_bytes), fill, np.uint8)
+    for at in HALVES[name]:
+        blocks[..., at : at + 2] = np.array([1.0], "<f2").view(np.uint8)
+    if name == "Q6_K":
+        blocks[..., 192:208] = 127
+    if name in ("Q4_K", "Q5_K"):
+        blocks[..., 4:16] = 0x21
+    weight = BlockWeight(blocks.reshape(3, -1), name)
+    x = np.full((2, weight.shape[1]), largest, np.float32)
+    want = x.astype(np.float64) @ weight.widened().astype(np.float64).T
+    assert (np.abs(product(weight, x, form) - want) <= 8 * EPS * largest_terms(weight, x)).all()
+
+
+@every_digit_form
+def test_one_entry_of_x_meets_one_entry_of_the_weight(name, form):
+    """Powers of two are digits without an error: of formats without a minimum nothing is rounded
+    that the definition does not round.
+    """
+    weight = random_weight(name, 4, 512)
+    wide = weight.widened()
+    for start in range(0, 512, 16):
+        x = np.zeros((16, 512), np.float32)
+        x[np.arange(16), np.arange(start, start + 16)] = 0.5
+        y, want = product(weight, x, form).T, wide[:, start : start + 16] / 2
+        if len(HALVES[name]) == 1:
+            np.testing.assert_array_equal(y, want)
+        else:
+            close(y, want, times=4)
 
 
 @every_format

@@ -44,10 +44,12 @@ STEP_BYTES = 5 * VECTOR  # of x as it is stored
 AHEAD = 4096  # bytes by which weights are prefetched, for one row of x
 RUN = 4096  # entries of rows of x, all together, that stay in the nearest cache
 MOST_ROWS = 32  # of a weight that are multiplied at a time
-# columns of a table that describes a weight, one integer each
-COLUMNS = ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN, ADD_1, ADD_4, ADD_8 = range(
-    10
-)
+# columns of a table that describes a weight, one integer each: what it is and what multiplies it;
+COLUMNS = range(13)
+ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN, ADD_1, ADD_4, ADD_8 = COLUMNS[:10]
+# what stores rows of x for it, 0 where an earlier part has the same, at which byte of a row of all
+# parts, and bytes of a unit
+PACK, X_OFFSET, X_UNIT = COLUMNS[10:]
 
 
 @cache
@@ -78,9 +80,9 @@ def add_rows_function(name: str, n: int, looks_up: bool) -> Any:
     Returns
     -------
     function : with an `address`
-        Of w, row_bytes, n_rows, n_units, ahead, x, x_bytes, totals, sums: addresses of the run in
-        the first row of the weight and of x, and of sums [n_rows, n, 16].  n_units 0: one block of
-        32 entries is left.  `ahead`: bytes by which weights are prefetched.
+        Of w, row_bytes, n_rows, n_units, ahead, x, x_bytes, totals, left, sums: addresses of the
+        run in the first row of the weight and of x, and of sums [n_rows, n, 16].  n_units 0: one
+        block of 32 entries is left.  `ahead`: bytes by which weights are prefetched.
     """
     unit = UNITS[name]
     n_bytes, n_step = unit.n_bytes, unit.n_entries // STEP
@@ -96,6 +98,7 @@ def add_rows_function(name: str, n: int, looks_up: bool) -> Any:
         x: int,
         x_bytes: int,
         totals: int,
+        _left: int,
         sums: int,
     ) -> None:
         for o in range(n_rows):
@@ -111,7 +114,7 @@ def add_rows_function(name: str, n: int, looks_up: bool) -> Any:
                 y = add_unit(name, looks_up, 0, p, at, x_bytes, t, y)
             store_vectors(sums + o * n * VECTOR, y)
 
-    return c_function(add_rows, types.void(*[types.intp] * 9))
+    return c_function(add_rows, types.void(*[types.intp] * 10))
 
 
 @cache
@@ -183,7 +186,7 @@ def multiply_function() -> Any:
     function : with an `address`
         Of part, first, n_rows, rows, n, packed, packed_bytes, y, y_bytes, n_y: the address of a
         row of a table; which rows of the weight, at most 32; addresses of the rows of x [n_y,
-        d_in], and of n rows as `pack_function` stores them, n 1 or a multiple of 4; that of n_y
+        d_in], and of n rows as its PACK stores them, n 1 or a multiple of 4; that of n_y
         rows of sums, y_bytes apart, to whose columns 0 ... n_rows - 1 is added.
 
     Notes
@@ -227,22 +230,22 @@ def multiply_function() -> Any:
 def add_runs(part: int, w: int, n_rows: int, group: int, x: int, x_bytes: int, sums: int) -> None:
     """Compute sums [n_rows, group, 16] of rows of a weight from w on with a group of rows of x.
 
-    A run is the whole row where there is one row of x; else as many entries as stay in the nearest
-    cache.
+    A run has as many entries as stay in the nearest cache.
     """
     d, entries = integer_at(part, D_IN), integer_at(part, ENTRIES)
     row_bytes = integer_at(part, ROW_BYTES)
     function = integer_at(part, ADD_8 if group == 8 else ADD_4 if group == 4 else ADD_1)
     units, totals = d // entries, x + (d + STEP - 1) // STEP * STEP_BYTES
-    run, ahead = (units, AHEAD) if group == 1 else (max(RUN // group // entries, 1), 2 * row_bytes)
+    run, ahead = max(RUN // group // entries, 1), AHEAD if group == 1 else 2 * row_bytes
     for i in range(n_rows * group * LANES):
         set_float(sums + i * FLOAT, np.float32(0))
-    u = 0
+    u, left = 0, d % entries // 32
     while u < units or (u == units and d % entries > 0):
         n_units = min(run, units - u)
-        at, x_at = w + u * integer_at(part, UNIT_BYTES), x + u * entries // STEP * STEP_BYTES
+        at, x_at = w + u * integer_at(part, UNIT_BYTES), x + u * integer_at(part, X_UNIT)
         t = totals + u * VECTOR
-        call_address(function, (at, row_bytes, n_rows, n_units, ahead, x_at, x_bytes, t, sums))
+        arguments = at, row_bytes, n_rows, n_units, ahead, x_at, x_bytes, t, left, sums
+        call_address(function, arguments)
         u += max(n_units, 1)
 
 

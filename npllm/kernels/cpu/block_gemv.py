@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.block_codes import STEP, UNITS
+from npllm.kernels.cpu.block_forms import form_of_format
 from npllm.kernels.cpu.block_functions import (
     ADDRESS,
     COLUMNS,
     MOST_ROWS,
     N_ROWS,
+    PACK,
     ROW_BYTES,
     WIDEN,
-    add_rows_function,
-    has_lookup,
+    X_OFFSET,
     multiply_function,
-    pack_function,
     widen_function,
 )
 from npllm.kernels.cpu.launching import kernel
@@ -34,7 +33,7 @@ __all__ = ["add_product_blocks", "block_table", "fits_blocks", "widen_row"]
 Array = Any
 
 MOST_PARTS = 3  # q, k and v
-PACK, MULTIPLY = 0, 1  # of the table's last row: functions that know no format
+WIDTH, MULTIPLY = 0, 1  # of the table's last row
 VECTOR, FLOAT = 64, 4  # bytes
 
 
@@ -57,37 +56,44 @@ def _fits_part(part: Any) -> bool:
     )
 
 
-def block_table(weight: Any, looks_up: bool | None = None) -> Array:
+def block_table(weight: Any, form: str | None = None) -> Array:
     """Describe a weight in blocks to the kernels; the caller keeps the weight alive.
 
     Parameters
     ----------
     weight : BlockWeight or StackedWeight
         For which `fits_blocks` holds.
-    looks_up : bool, optional
-        See `add_rows_function`; None: where the processor can.
+    form : str, optional
+        One of `block_forms.FORMS`; None: the fastest of this processor.
 
     Returns
     -------
-    table : int64 array [4, 10]
-        A row for each part, zeros where there are fewer than three; then the addresses of the
-        functions that are the same for all.
+    table : int64 array [4, 13]
+        A row for each part, zeros where there are fewer than three; then the bytes of a row of x as
+        it is stored for all parts, and the address of the function that is the same for all.
     """
-    looks_up = has_lookup() if looks_up is None else looks_up
     parts = weight.parts if isinstance(weight, StackedWeight) else (weight,)
     table = np.zeros((MOST_PARTS + 1, len(COLUMNS)), np.int64)
+    starts: dict[int, int] = {}  # where a row of x begins as a function stores it
+    width = 0
     for row, part in zip(table, parts, strict=False):
-        unit, name = UNITS[part.format], part.format
+        functions = form_of_format(part.format, form)
+        is_new = functions.pack not in starts
+        start = starts.setdefault(functions.pack, width)
+        width += functions.row_bytes(part.shape[1]) if is_new else 0
         row[:] = (
             part.blocks.__array_interface__["data"][0],
             part.blocks.shape[1],
             *part.shape,
-            unit.n_entries,
-            unit.n_bytes,
-            widen_function(name).address,
-            *(add_rows_function(name, n, looks_up).address for n in (1, 4, 8)),
+            functions.n_entries,
+            functions.n_bytes,
+            widen_function(part.format).address,
+            *functions.add,
+            functions.pack if is_new else 0,
+            start,
+            functions.x_bytes,
         )
-    table[MOST_PARTS, :2] = pack_function().address, multiply_function().address
+    table[MOST_PARTS, [WIDTH, MULTIPLY]] = width, multiply_function().address
     return frozen(table)
 
 
@@ -122,9 +128,10 @@ def multiply_task(
         p, at, first = p + 1, at + table[p, N_ROWS], first - n_task * MOST_ROWS
     n_rows = min(MOST_ROWS, table[p, N_ROWS] - first)
     part, column = table.ctypes.data + p * table.strides[0], y + (at + first) * FLOAT
+    at_part = packed + table[p, X_OFFSET]
     call_address(
         table[MOST_PARTS, MULTIPLY],
-        (part, first, n_rows, rows, n, packed, width, column, d_out * FLOAT, n_y),
+        (part, first, n_rows, rows, n, at_part, width, column, d_out * FLOAT, n_y),
     )
 
 
@@ -157,8 +164,10 @@ def add_product_blocks(table: Array, rows: Array, y: Array) -> None:
     """
     n, d = rows.shape
     n_x = 1 if n == 1 else (n + 3) // 4 * 4
-    n_step = (d + STEP - 1) // STEP
-    width = (5 * n_step + (n_step + 3) // 4) * VECTOR
+    width = table[MOST_PARTS, WIDTH]
     memory = np.zeros((n_x * width + VECTOR) // FLOAT, np.float32)
-    call_address(table[MOST_PARTS, PACK], (rows.ctypes.data, d, n, aligned(memory), width))
+    for p in range(MOST_PARTS):
+        if table[p, PACK] != 0:
+            to = aligned(memory) + table[p, X_OFFSET]
+            call_address(table[p, PACK], (rows.ctypes.data, d, n, to, width))
     multiply_tasks(table, rows, memory, n_x, width, y)

@@ -20,6 +20,7 @@ __all__ = [
     "load_vectors",
     "pack_step",
     "prefetch_at",
+    "prefetch_far",
     "set_float",
     "stack_floats",
     "store_vectors",
@@ -90,14 +91,29 @@ def sum_of_vector(_typing: Any, address: Any) -> Any:
     return types.float32(types.intp), generate
 
 
+def _prefetch(builder: Builder, address: Value, locality: int) -> None:
+    constants = [ir.Constant(I32, c) for c in (0, locality, 1)]  # to read; how near; data
+    pointer = pointer_to(builder, address, I8)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *constants])
+
+
 @intrinsic
 def prefetch_at(_typing: Any, address: Any) -> Any:
     """Ask for the cache line at an address; harmless anywhere."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        pointer = pointer_to(builder, arguments[0], I8)
-        constants_ = [ir.Constant(I32, c) for c in (0, 3, 1)]
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *constants_])
+        _prefetch(builder, arguments[0], 3)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
+def prefetch_far(_typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, into the second cache alone; harmless anywhere."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        _prefetch(builder, arguments[0], 2)
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
