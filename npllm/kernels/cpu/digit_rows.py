@@ -10,8 +10,9 @@ large where the largest entry would exceed that.  Rounding costs an entry at mos
 
     |integer[i] * unit - x[i]| <= 2**-23 * max of its sixteen |x|;  0 where both have few bits
 
-which is as much as float32's rounding of one sum of that size.  The unit is infinite where an entry
-is not finite or beyond 1.992 * 2**127: no product is finite then, and it is computed in another way.
+which is as much as float32's rounding of one sum of that size.  The unit is infinite where an
+entry is not finite or beyond 1.992 * 2**127: no product is finite then, and it is computed in
+another way.
 """
 
 from typing import Any
