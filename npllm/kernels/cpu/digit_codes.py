@@ -10,7 +10,7 @@ up in a lane before one conversion and one scale.
 The functions emit LLVM's vector code; `npllm.quantized` has the formulas.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ BLOCK_OF = [lane // 2 for lane in range(LANES)]
 class Term(NamedTuple):
     """Products that have one scale in each lane."""
 
-    quarters: dict[int, Callable[[], Value]]  # emits sixteen int32, four unsigned bytes each
+    quarters: Mapping[int, Callable[[], Value]]  # emits sixteen int32, four unsigned bytes each
     scale: Value
 
 

@@ -10,8 +10,9 @@ large where the largest entry would exceed that.  Rounding costs an entry at mos
 
     |integer[i] * unit - x[i]| <= 2**-23 * max of its sixteen |x|;  0 where both have few bits
 
-which is as much as float32's rounding of one sum of that size.  The unit is NaN where an entry is
-not finite or beyond 1.992 * 2**127: then the product is NaN, and is computed in another way.
+which is as much as float32's rounding of one sum of that size.  The unit is infinite where an
+entry is not finite or beyond 1.992 * 2**127: no product is finite then, and it is computed in
+another way.
 """
 
 from typing import Any
@@ -52,7 +53,6 @@ def units_of(builder: Builder, most: Value) -> tuple[Value, Value, Value]:
     Below 2**-126 the largest entry has no exponent of its own, and the unit is 2**-149.
     """
     e = builder.lshr(builder.add(most, all_lanes(0x010101, INTS)), all_lanes(23, INTS))
-    is_known = builder.icmp_unsigned("<", e, all_lanes(255, INTS))
     is_small = builder.icmp_unsigned("<", e, all_lanes(1, INTS))
     e = call(builder, "llvm.umax.v16i32", INTS, [e, all_lanes(1, INTS)])
     power = builder.bitcast(builder.shl(e, all_lanes(23, INTS)), FLOATS)  # 2**(e - 127)
@@ -61,7 +61,7 @@ def units_of(builder: Builder, most: Value) -> tuple[Value, Value, Value]:
     unit = builder.fmul(power, all_lanes(2.0**-22))
     unit = builder.select(is_small, all_lanes(2.0**-149), unit)
     second = builder.select(is_small, all_lanes(2.0**22), all_lanes(2.0**21))
-    return builder.select(is_known, unit, all_lanes(float("nan"))), inverse, second
+    return unit, inverse, second
 
 
 def integers_of(builder: Builder, x: Value, factors: tuple[Value, Value]) -> Value:
@@ -114,13 +114,14 @@ def quarter_vectors(builder: Builder, source: Value) -> list[list[Value]]:
 def digits_and_unit(builder: Builder, source: Value) -> tuple[list[list[Value]], Value]:
     """The digits of the quarters of a span, and the unit of each lane."""
     quarters = quarter_vectors(builder, source)
-    integers, units = [[], [], [], []], []
+    integers: list[list[Value]] = [[], [], [], []]
+    units = []
     for v in range(4):
         four = [quarter[v] for quarter in quarters]
-        unit, *factors = units_of(builder, largest_of_sixteen(builder, four))
+        unit, first, second = units_of(builder, largest_of_sixteen(builder, four))
         units.append(unit)
         for part, target in zip(four, integers, strict=True):
-            target.append(integers_of(builder, part, factors))
+            target.append(integers_of(builder, part, (first, second)))
     return [digits_of(builder, quarter) for quarter in integers], first_of_four(builder, units)
 
 

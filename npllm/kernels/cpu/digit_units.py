@@ -9,7 +9,7 @@ magnitude: sixteen entries of 15 or, less a zero, of 16, or eight of 32, times 8
 larger in between wraps around, and back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,9 +44,9 @@ def ints_at(builder: Builder, address: Value, number: int) -> Value:
 def products(
     builder: Builder,
     uses: bool,
-    codes: list[dict[int, Callable[[], Value]]],
-    digits: list[Callable[[int, int], Value]],
-    less: list[Value | None],
+    codes: Sequence[Mapping[int, Callable[[], Value]]],
+    digits: Sequence[Callable[[int, int], Value]],
+    less: Sequence[Value | None],
 ) -> list[Value]:
     """Products of codes with integers of three digits, pair by pair, plus `less`.
 
