@@ -225,6 +225,17 @@ def test_attention(n_parts, call):
     check(call, n_parts)
 
 
+@pytest.mark.parametrize("window", [None, 3 * QUERIES, 40])
+@pytest.mark.parametrize(
+    "shift", [pytest.param(n, marks=[] if n in (1, 14, 30) else slow) for n in range(34)]
+)
+def test_the_last_key_of_a_block_and_the_first_of_a_window(shift, window):
+    """Wherever the limits of a band lie in a tile of keys; with queries of a second block."""
+    mask = causal() if window is None else sliding_window(window)
+    n_seq = MMA_QUERIES + 2
+    check((heads(shift, 64, np.float32, n_seq, n_seq + shift, 1), {"mask": mask}), gemm.PARTS)
+
+
 @every_variant
 def test_every_variant(d_head, dtype, n_parts):
     call = heads(0, d_head, dtype, 37, 70, 4, 2, (2,)), {"mask": causal()}
