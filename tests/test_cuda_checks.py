@@ -157,25 +157,25 @@ PLANTED = {
     "keys of a tile behind the last": (
         "attention_mma",
         "if (at < KEYS && key_of(at) < n)",
-        "if (at < KEYS)",
+        "if (at < KEYS && key_of(at) <= n)",
         (BOUNDS,),
     ),
     "values of a tile behind the last": (
         "attention_mma",
         "if (at < PAIRS && key < n)",
-        "if (at < PAIRS)",
+        "if (at < PAIRS && key <= n)",
         (BOUNDS,),
     ),
     "queries behind the last": (
         "attention_mma",
         "bool there = row < n_seq",
-        "bool there = true",
+        "bool there = row <= n_seq",
         (BOUNDS,),
     ),
     "results behind the last query": (
         "attention_mma",
         "if (row < n_seq) to[",
-        "to[",
+        "if (row <= n_seq) to[",
         (BOUNDS, RACE),
     ),
     "warps without queries that set a flag": (
