@@ -102,8 +102,9 @@ attend(const float* q, const T* k, const T* v, float* y, i64 n_seq, i64 n_ctx, i
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    attention(const float* q, const ENTRY* k, const ENTRY* v, const i64* start,
-              const int* failed, float* y, i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq, i64 n_ctx, i64 k_batch, i64 k_head,
+    attention(const float* q, const ENTRY* k, const ENTRY* v, const i64* start, const int* failed,
+              float* y, i64 n_tiles, i64 n_head, i64 n_kv_head, i64 n_seq, i64 n_ctx, i64 k_batch,
+              i64 k_head,
               i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 y_batch, i64 y_head, i64 y_row,
               i64 q_slot, i64 k_slot, i64 low, i64 high, float scale) {
     if (failed && !failed[blockIdx.x]) return;

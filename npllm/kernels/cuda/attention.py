@@ -29,7 +29,6 @@ Array = Any
 
 HEADS = (64, 96, 128)  # widths for many queries; for one, every multiple of 32 up to WIDEST
 WIDEST = 256
-
 QUERIES, THREADS = 16, 128  # WARPS * ROWS and WARPS * 32 of attention.cu
 MMA_QUERIES, MMA_THREADS = 128, 256  # the same of attention_mma.cu
 SPLIT, ONE_THREADS, MERGE_THREADS = 128, 128, 256  # of attend_one.cu and attend_merge.cu

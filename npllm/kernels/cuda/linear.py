@@ -89,7 +89,7 @@ def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = No
 
 
 def mlp_block(x: Array, layer: Any, step: Any) -> Array:
-    """The second half of a layer, of many rows alone: `prefill`."""
+    """Compute the second half of a layer of many rows by `prefill`; few take smaller kernels."""
     return NotImplemented if is_few(x) else prefill.mlp_block(x, layer, step)
 
 

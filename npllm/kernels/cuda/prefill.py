@@ -1,7 +1,8 @@
 """Stretches of a layer for many rows, as in a prefill, with bfloat16 weights on the tensor cores.
 
 What is multiplied is written in the bfloat16 parts of `gemm` by the kernel that computes it, and
-the residual stream is what the products are added to: beside them a layer has seven kernels.
+a copy of the residual stream is what the products are added to.  Beside its four products a layer
+has seven kernels and two copies.
 """
 
 from typing import Any

@@ -15,7 +15,8 @@
 //     multiply(sum, staged, at)    sum[k][r] += products with the batch at entry `at` of the chunk
 //
 // Tile of a block: 4 warps, a warp OUTS outputs.  All loads of a batch are issued before its first
-// product, where AHEAD before the first of the batch before it, and those of the first batch before x is staged in shared memory, 32 KB at a time.
+// product, where AHEAD before the first product of the batch before it; those of the first batch
+// before x is staged in shared memory, 32 KB at a time.
 // Blocks with the same rows of the weight and other rows of x are neighbours, so that the weight
 // comes from DRAM once.
 //
