@@ -26,6 +26,7 @@ __all__ = [
     "load_scalar",
     "maximum",
     "prefetch",
+    "prefetch_far",
     "prefetch_pairs",
     "reduce_add",
     "splat",
@@ -37,6 +38,7 @@ Vector = Any  # sixteen float32
 
 LANES = 16
 LINE = 64  # bytes of a cache line
+NEAREST, SECOND = 3, 2  # LLVM's numbers of the caches into which a line is prefetched
 F32, I32, I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
@@ -223,9 +225,11 @@ def reduce_add(_typing: Any, a: Vector) -> Any:
     return types.float32(vector), generate
 
 
-def _prefetch(context: Any, builder: Any, kind: Any, array: Array, index: Any) -> None:
+def _prefetch(
+    context: Any, builder: Any, kind: Any, array: Array, index: Any, locality: int
+) -> None:
     pointer = builder.bitcast(entry_pointer(context, builder, kind, array, index), I8.as_pointer())
-    constants = [ir.Constant(I32, c) for c in (0, 3, 1)]  # to read; into the nearest cache; data
+    constants = [ir.Constant(I32, c) for c in (0, locality, 1)]  # to read; how near; data
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *constants])
 
 
@@ -234,7 +238,18 @@ def prefetch(_typing: Any, array: Array, index: Any) -> Any:
     """Ask for the cache line of an entry; harmless beyond the end."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _prefetch(context, builder, signature.args[0], *arguments)
+        _prefetch(context, builder, signature.args[0], *arguments, NEAREST)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def prefetch_far(_typing: Any, array: Array, index: Any) -> Any:
+    """Ask for the cache line of an entry, into the second cache alone; harmless beyond the end."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _prefetch(context, builder, signature.args[0], *arguments, SECOND)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -242,16 +257,15 @@ def prefetch(_typing: Any, array: Array, index: Any) -> Any:
 
 @intrinsic
 def prefetch_pairs(_typing: Any, array: Array, index: Any) -> Any:
-    """Ask for every cache line of the thirty-two entries that `load_pairs` takes; harmless beyond
-    the end.
+    """Ask for every cache line of the thirty-two entries that `load_pairs` takes, into the second
+    cache alone; harmless beyond the end.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind, (array, index) = signature.args[0], arguments
         for entry in range(0, 2 * LANES, LINE * 8 // kind.dtype.bitwidth):
-            _prefetch(
-                context, builder, kind, array, builder.add(index, ir.Constant(index.type, entry))
-            )
+            at = builder.add(index, ir.Constant(index.type, entry))
+            _prefetch(context, builder, kind, array, at, SECOND)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate

@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npllm.kernels.cpu.block_codes import STEP, spread
-from npllm.kernels.cpu.simd import F32, FLOATS, I8, I32, LANES, call, vector
+from npllm.kernels.cpu.simd import F32, FLOATS, I8, I32, LANES, NEAREST, SECOND, call, vector
 
 __all__ = [
     "call_address",
@@ -102,7 +102,7 @@ def prefetch_at(_typing: Any, address: Any) -> Any:
     """Ask for the cache line at an address; harmless anywhere."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        _prefetch(builder, arguments[0], 3)
+        _prefetch(builder, arguments[0], NEAREST)
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
@@ -113,7 +113,7 @@ def prefetch_far(_typing: Any, address: Any) -> Any:
     """Ask for the cache line at an address, into the second cache alone; harmless anywhere."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        _prefetch(builder, arguments[0], 2)
+        _prefetch(builder, arguments[0], SECOND)
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
