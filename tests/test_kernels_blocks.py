@@ -28,7 +28,6 @@ every_format = pytest.mark.parametrize("name", FORMAT_NAMES)
 
 
 FORMS = "digits", "plain digits", "looked up", "converted"
-WITH_DIGITS = [name for name in FORMAT_NAMES if name != "Q8_0"]
 
 
 def is_rare(name, form):
@@ -37,7 +36,7 @@ def is_rare(name, form):
         return False
     from npllm.kernels.cpu.block_forms import default_form
 
-    return form != default_form(name) and name not in ("Q4_0", "Q4_1", "Q6_K")
+    return form != default_form(name) and name not in ("Q4_0", "Q4_1", "Q6_K", "Q8_0")
 
 
 def in_forms(names, forms):
@@ -48,13 +47,12 @@ def in_forms(names, forms):
             pytest.param(name, form, marks=[pytest.mark.slow] * is_rare(name, form))
             for name in names
             for form in forms
-            if "digits" not in form or name in WITH_DIGITS
         ],
     )
 
 
 every_format_in_every_form = in_forms(FORMAT_NAMES, FORMS)
-every_digit_form = in_forms(WITH_DIGITS, FORMS[:2])
+every_digit_form = in_forms(FORMAT_NAMES, FORMS[:2])
 EPS = np.finfo(np.float32).eps
 
 
@@ -140,7 +138,7 @@ def test_looked_up_and_converted_codes_give_the_same_bits(name):
     np.testing.assert_array_equal(a, b)
 
 
-@in_forms(WITH_DIGITS, ["plain digits"])
+@in_forms(FORMAT_NAMES, ["plain digits"])
 def test_the_instruction_and_plain_vectors_give_the_same_bits_of_digits(name, form):
     weight, x = random_weight(name, 35, width(name, 11)), inputs(5, width(name, 11))
     np.testing.assert_array_equal(product(weight, x, form), product(weight, x, "digits"))

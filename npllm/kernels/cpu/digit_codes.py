@@ -57,6 +57,7 @@ class DigitUnit(NamedTuple):
     has_blocks: bool  # of 32 entries
     zero: int
     decode: Callable[[Builder, Starts, int], Decoded]  # terms and minimum
+    is_wide: bool = False  # products of sixteen entries do not fit 32 bits
 
 
 # --------------------------------------------------------------------- blocks of 32 entries
@@ -147,6 +148,33 @@ def small(n_bits: int, offset: int, has_minimum: bool) -> Callable[..., Decoded]
     return decode
 
 
+def of_eight(builder: Builder, start: Value, offset: int, lanes: list[int]) -> Value:
+    """Some 16-bit words of the 64 bytes at an offset in every second of eight adjacent blocks of 34
+    bytes.
+    """
+    parts = [four_and_four(builder, start, offset + at, 68, lanes) for at in (0, 136)]
+    return joined(builder, parts)
+
+
+def decode_q8_0(builder: Builder, starts: Starts, n_bytes: int) -> Decoded:
+    """Decode eight blocks of Q8_0, whose bytes are signed."""
+
+    def quarter(j: int) -> Value:
+        if n_bytes:
+            start = 0 if j < 3 else 4  # bytes of two blocks that have the quarter, and no byte more
+            lanes = [1 + 4 * j - start // 2 + 17 * b + at for b in (0, 1) for at in range(4)]
+            words = of_eight(builder, starts[0], start, lanes)
+        else:
+            words = each(builder, starts, 2 + 8 * j, I64)
+        return builder.xor(builder.bitcast(words, INTS), all_lanes(0x80808080, INTS))
+
+    if n_bytes:
+        scale = widened_halves(builder, of_eight(builder, starts[0], 0, [0, 0, 17, 17]))
+    else:
+        scale = halves(builder, starts, 0, n_bytes)
+    return [Term({j: partial(quarter, j) for j in range(4)}, scale)], None
+
+
 # -------------------------------------------------------------------- blocks of 256 entries
 
 
@@ -219,6 +247,7 @@ DIGIT_UNITS = {
     "Q4_1": DigitUnit(160, True, 0, small(4, 4, True)),
     "Q5_0": DigitUnit(176, True, 16, small(5, 6, False)),
     "Q5_1": DigitUnit(192, True, 16, small(5, 8, True)),
+    "Q8_0": DigitUnit(272, True, 128, decode_q8_0, True),
     "Q4_K": DigitUnit(144, False, 0, affine_k(4)),
     "Q5_K": DigitUnit(176, False, 16, affine_k(5)),
     "Q6_K": DigitUnit(210, False, 32, decode_q6_k),

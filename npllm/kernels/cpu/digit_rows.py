@@ -22,7 +22,15 @@ from numba import types
 from numba.extending import intrinsic
 
 from npllm.kernels.cpu.block_codes import spread
-from npllm.kernels.cpu.digit_units import LESS, TOTAL, UNIT, products
+from npllm.kernels.cpu.digit_units import (
+    LESS,
+    LESS_HIGH,
+    LESS_LOW,
+    TOTAL,
+    UNIT,
+    digit_sums,
+    shifted_sum,
+)
 from npllm.kernels.cpu.simd import F32, FLOATS, I8, INTS, LANES, all_lanes, call
 from npllm.kernels.cpu.simd_addresses import pointer_to
 
@@ -134,11 +142,16 @@ def store_sums(
     def digit(j: int, k: int) -> Value:
         return digits[j][k]
 
+    none = ir.Constant(INTS, [0] * LANES)
     for quarters, (number, factor) in LESS.items():
         codes = dict.fromkeys(quarters, lambda: ones)
-        (total,) = products(builder, uses, [codes], [digit], [None])
+        (three,) = digit_sums(builder, uses, [codes], [digit], [[none] * 3])
+        high = shifted_sum(builder, three[0], three[1])
+        total = shifted_sum(builder, high, three[2])
         store_at(builder, target, number, builder.mul(total, all_lanes(factor, INTS)))
         if len(quarters) == 4:
+            for at, part in ((LESS_HIGH, high), (LESS_LOW, three[2])):
+                store_at(builder, target, at, builder.mul(part, all_lanes(-128, INTS)))
             sums = builder.fmul(builder.sitofp(total, FLOATS), unit)
             store_at(builder, target, TOTAL, sums)
 

@@ -6,7 +6,8 @@
 over the entries i of a lane L; d2, d1 and d0 are the digits of x, `unit` their unit and `total` the
 sum of x (`digit_rows`); the second term where a format has minimums.  The integer is below 2**31 in
 magnitude: sixteen entries of 15 or, less a zero, of 16, or eight of 32, times 8355711.  What is
-larger in between wraps around, and back.
+larger in between wraps around, and back.  Of codes of 8 bits it is larger: the sums of two digits,
+below 2**27, and of the third become floats apart.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,17 @@ from npllm.kernels.cpu.dot_products import dot_bytes
 from npllm.kernels.cpu.simd import FLOATS, I8, INTS, LANES, all_lanes
 from npllm.kernels.cpu.simd_addresses import I64, floats_at, fused, pointer_to
 
-__all__ = ["LESS", "SPAN_BYTES", "TOTAL", "UNIT", "add_digits", "products"]
+__all__ = [
+    "LESS",
+    "LESS_HIGH",
+    "LESS_LOW",
+    "SPAN_BYTES",
+    "TOTAL",
+    "UNIT",
+    "add_digits",
+    "digit_sums",
+    "shifted_sum",
+]
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
@@ -33,7 +44,9 @@ VECTOR = 4 * LANES  # bytes
 UNIT, TOTAL = 12, 13
 # and, for the quarters of a term, the sum of a lane's integers times a negative factor
 LESS = {(0, 1, 2, 3): (14, -8), (0, 1): (15, -32), (2, 3): (16, -32)}
-SPAN_BYTES = 17 * VECTOR
+# of two digits, and of the third, times -128
+LESS_HIGH, LESS_LOW = 17, 18
+SPAN_BYTES = 19 * VECTOR
 
 
 def ints_at(builder: Builder, address: Value, number: int) -> Value:
@@ -41,38 +54,52 @@ def ints_at(builder: Builder, address: Value, number: int) -> Value:
     return builder.load(pointer_to(builder, address, INTS, VECTOR * number), align=64)
 
 
-def products(
+def digit_sums(
     builder: Builder,
     uses: bool,
     codes: Sequence[Mapping[int, Callable[[], Value]]],
     digits: Sequence[Callable[[int, int], Value]],
-    less: Sequence[Value | None],
+    first: Sequence[Sequence[Value]],
 ) -> list[Value]:
-    """Products of codes with integers of three digits, pair by pair, plus `less`.
+    """Products of codes with digits 2, 1 and 0 of integers, pair by pair, added to `first`.
 
-    Digit k of quarter j is digits(j, k).  The sums of the digits are apart until the end, and all
-    pairs take each step together: an instruction takes four cycles, and one begins in each.
+    Digit k of quarter j is digits(j, k).  All pairs take each step together: an instruction takes
+    four cycles, and one begins in each.
     """
-    zero = ir.Constant(INTS, [0] * LANES)
-    sums = [[zero, zero, zero if first is None else first] for first in less]
+    sums = [list(three) for three in first]
     for j in codes[0]:
         words = [quarters[j]() for quarters in codes]
         for k in range(3):
             for s, word, digit in zip(sums, words, digits, strict=True):
                 s[k] = dot_bytes(builder, uses, s[k], word, digit(j, k))
-    eight = all_lanes(8, INTS)
-    high = [builder.add(builder.shl(s[0], eight), s[1]) for s in sums]
-    return [builder.add(builder.shl(h, eight), s[2]) for h, s in zip(high, sums, strict=True)]
+    return sums
 
 
-def less_zero(builder: Builder, zero: int, term: Term, row: Value) -> Value | None:
-    """The zero of the codes times the sum of a lane's integers, negative."""
-    if not zero:
-        return None
+def shifted_sum(builder: Builder, high: Value, low: Value) -> Value:
+    """256 * high + low."""
+    return builder.add(builder.shl(high, all_lanes(8, INTS)), low)
+
+
+def floats_of(builder: Builder, unit: DigitUnit, sums: list[Value]) -> Value:
+    """The integer of the sums of three digits, as float32."""
+    high = shifted_sum(builder, sums[0], sums[1])
+    if unit.is_wide:
+        high, low = (builder.sitofp(part, FLOATS) for part in (high, sums[2]))
+        return fused(builder, high, all_lanes(256.0), low)
+    return builder.sitofp(shifted_sum(builder, high, sums[2]), FLOATS)
+
+
+def less_zero(builder: Builder, unit: DigitUnit, term: Term, row: Value) -> list[Value]:
+    """The zero of the codes times the sums of a lane's digits, negative: where sums begin."""
+    none = ir.Constant(INTS, [0] * LANES)
+    if unit.is_wide:
+        return [none, ints_at(builder, row, LESS_HIGH), ints_at(builder, row, LESS_LOW)]
+    if not unit.zero:
+        return [none] * 3
     number, factor = LESS[tuple(sorted(term.quarters))]
-    n_bit = (zero // -factor).bit_length() - 1
+    n_bit = (unit.zero // -factor).bit_length() - 1
     less = ints_at(builder, row, number)
-    return builder.shl(less, all_lanes(n_bit, INTS)) if n_bit else less
+    return [none, none, builder.shl(less, all_lanes(n_bit, INTS)) if n_bit else less]
 
 
 def starts_of(builder: Builder, unit: DigitUnit, first: Value, left: Value | None) -> list[Value]:
@@ -103,11 +130,11 @@ def scaled_products(
 
     codes, digits = [term.quarters for term in terms], [partial(digit, row) for row in rows]
     pairs = list(zip(terms, rows, strict=True))
-    less = [less_zero(builder, unit.zero, *pair) for pair in pairs]
-    integers = products(builder, uses, codes, digits, less)
+    less = [less_zero(builder, unit, *pair) for pair in pairs]
+    sums = digit_sums(builder, uses, codes, digits, less)
     return [
-        builder.fmul(builder.sitofp(integer, FLOATS), term.scale)
-        for integer, term in zip(integers, terms, strict=True)
+        builder.fmul(floats_of(builder, unit, three), term.scale)
+        for three, term in zip(sums, terms, strict=True)
     ]
 
 
