@@ -13,6 +13,7 @@ from strategies import fewer
 
 from npllm import kernels, ops
 from npllm.cache import KVCache
+from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.models import phi3
 from npllm.models.params import LayerParams
 from npllm.ops import Step
@@ -250,6 +251,17 @@ def test_a_stack_of_formats_is_multiplied_part_by_part(n, names, seed):
     fast, x = kernels.compiled_ops(), inputs(n, 512, seed)
     want = np.concatenate([fast.linear(x, part) for part in parts], axis=1)
     np.testing.assert_array_equal(fast.linear(x, StackedWeight(parts)), want)
+
+
+@every_format
+@pytest.mark.parametrize("ids", [[[0]], [3, 3, 0, 4], [[[1, 2]]], np.zeros((0, 2), np.int64)])
+def test_rows_are_looked_up_as_the_definition_does(name, ids):
+    weight, ids = random_weight(name, 5, width(name, 3)), np.asarray(ids, np.uint16)
+    embed = kernels.compiled_ops().embed
+    np.testing.assert_array_equal(embed(ids, weight), ops.embed(ids, weight))
+    for bad, error in (([5], NpllmValueError), ([-1], NpllmValueError), ([0.0], NpllmTypeError)):
+        with pytest.raises(error):
+            embed(np.array(bad), weight)
 
 
 BEYOND = """

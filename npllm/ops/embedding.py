@@ -55,19 +55,23 @@ def embed(ids: Array, weight: Array) -> Array:
     sqrt(d_model), which Phi-3 does not use; `embed_tokens` in Transformers' `Phi3Model`.
     """
     xp = array_namespace(ids, weight)
+    require_ids(ids, weight)
+    flat = xp.reshape(as_index(ids), (-1,))
+    rows = weight.take(flat) if is_packed(weight) else xp.take(weight, flat, axis=0)
+    return xp.reshape(widen(rows), (*ids.shape, weight.shape[1]))
+
+
+def require_ids(ids: Array, weight: Array) -> None:
+    """Raise unless `ids` are numbers of rows of an embedding matrix, as `embed` says."""
     expect_shape("weight", weight, n_vocab=None, d_model=None)
     if not is_integer(ids):
         raise NpllmTypeError(f"ids must be integers, got dtype {ids.dtype}")
-    n_vocab, d_model = weight.shape
-    lowest_highest = host_range(ids)
+    n_vocab, lowest_highest = weight.shape[0], host_range(ids)
     if lowest_highest and not (lowest_highest[0] >= 0 and lowest_highest[1] < n_vocab):
         raise NpllmValueError(
             f"token ids must lie in 0 ... n_vocab - 1 = {n_vocab - 1}, got {lowest_highest[0]} ... "
             f"{lowest_highest[1]}; is this the tokenizer of another model?"
         )
-    flat = xp.reshape(as_index(ids), (-1,))
-    rows = weight.take(flat) if is_packed(weight) else xp.take(weight, flat, axis=0)
-    return xp.reshape(widen(rows), (*ids.shape, d_model))
 
 
 def sinusoidal_positions(positions: Array, d_model: int, base: float = 10000.0) -> Array:

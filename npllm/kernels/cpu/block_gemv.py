@@ -4,6 +4,7 @@ A weight is a table: a row for each matrix of which it is the rows, and the addr
 functions of its format.  Its dtype, int64, is what tells it from an array of entries.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,16 @@ from npllm.kernels.cpu.block_functions import (
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import frozen, is_row_major
 from npllm.kernels.cpu.simd_addresses import call_address
+from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.stacked import StackedWeight
 
-__all__ = ["add_product_blocks", "block_table", "fits_blocks", "widen_row"]
+__all__ = ["add_product_blocks", "block_table", "fits_blocks", "widen_row", "widen_rows"]
 
 Array = Any
 
 MOST_PARTS = 3  # q, k and v
+MOST_TABLES = 4096  # that are kept: they are numbers, and keep no weight alive
 WIDTH, MULTIPLY = 0, 1  # of the table's last row
 VECTOR, FLOAT = 64, 4  # bytes
 
@@ -73,21 +76,35 @@ def block_table(weight: Any, form: str | None = None) -> Array:
         it is stored for all parts, and the address of the function that is the same for all.
     """
     parts = weight.parts if isinstance(weight, StackedWeight) else (weight,)
+    return _table(
+        tuple(
+            (part.format, part.blocks.__array_interface__["data"][0], *part.blocks.shape)
+            for part in parts
+        ),
+        form,
+    )
+
+
+@lru_cache(maxsize=MOST_TABLES)
+def _table(parts: tuple[tuple[str, int, int, int], ...], form: str | None) -> Array:
+    """The table of parts: format, address, rows, bytes of a row."""
     table = np.zeros((MOST_PARTS + 1, len(COLUMNS)), np.int64)
     starts: dict[int, int] = {}  # where a row of x begins as a function stores it
     width = 0
-    for row, part in zip(table, parts, strict=False):
-        functions = form_of_format(part.format, form)
+    for row, (name, address, n_rows, row_bytes) in zip(table, parts, strict=False):
+        functions, layout = form_of_format(name, form), FORMATS[name]
+        d_in = row_bytes // layout.n_bytes * layout.n_entries
         is_new = functions.pack not in starts
         start = starts.setdefault(functions.pack, width)
-        width += functions.row_bytes(part.shape[1]) if is_new else 0
+        width += functions.row_bytes(d_in) if is_new else 0
         row[:] = (
-            part.blocks.__array_interface__["data"][0],
-            part.blocks.shape[1],
-            *part.shape,
+            address,
+            row_bytes,
+            n_rows,
+            d_in,
             functions.n_entries,
             functions.n_bytes,
-            widen_function(part.format).address,
+            widen_function(name).address,
             *functions.add,
             functions.pack if is_new else 0,
             start,
@@ -107,6 +124,15 @@ def widen_row(table: Array, row: int, start: int, depth: int, wide: int, ahead: 
         row, p = row - table[p, N_ROWS], p + 1
     w = table[p, ADDRESS] + row * table[p, ROW_BYTES]
     call_address(table[p, WIDEN], (w, start, depth, wide, ahead * table[p, ROW_BYTES]))
+
+
+@kernel(nogil=True)
+def widen_rows(table: Array, numbers: Array, y: Array) -> None:
+    """Write the rows with some numbers to those of y."""
+    n, d_in = y.shape
+    to = y.ctypes.data
+    for k in range(n):
+        widen_row(table, numbers[k], 0, d_in, to + k * d_in * FLOAT, 0)
 
 
 @kernel()

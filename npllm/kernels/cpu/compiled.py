@@ -21,6 +21,7 @@ from npllm.kernels.cpu.block_gemv import fits_blocks
 from npllm.kernels.cpu.decode import attention_step, layers_step, mlp_step
 from npllm.kernels.cpu.dispatch import (
     add_bias,
+    embed,
     gated_panels,
     gelu,
     linear,
@@ -265,6 +266,7 @@ def data_address(x: Array) -> int:
 
 COMPILED = replace(
     TILED,
+    embed=embed,
     linear=linear,
     norm_linear=norm_linear,
     norm_swiglu=norm_swiglu,

@@ -14,6 +14,7 @@ from npllm import ops
 from npllm.arrays import ieee_semantics
 from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu import gemm, tiled
+from npllm.kernels.cpu.block_gemv import block_table, fits_blocks, widen_rows
 from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.gated import gated_product, swiglu_panels
 from npllm.kernels.cpu.gemv import add_product
@@ -29,11 +30,23 @@ from npllm.kernels.cpu.operands import (
     kernel_operands,
     widened_to_fit,
 )
+from npllm.ops.embedding import require_ids
+from npllm.quantized.block_weight import BlockWeight
 from npllm.threads import scratch
 
-__all__ = ["gelu", "linear", "linear_add", "norm_linear", "norm_swiglu"]
+__all__ = ["embed", "gelu", "linear", "linear_add", "norm_linear", "norm_swiglu"]
 
 Array = Any
+
+
+def embed(ids: Array, weight: Any) -> Array:
+    """Compute `npllm.ops.embed`; rows of blocks are widened by the kernel of their format."""
+    if not (type(weight) is BlockWeight and type(ids) is np.ndarray and fits_blocks(weight)):
+        return ops.embed(ids, weight)
+    require_ids(ids, weight)
+    y = np.empty((ids.size, weight.shape[1]), np.float32)
+    launch(widen_rows, block_table(weight), ids.reshape(-1).astype(np.int64), y)
+    return y.reshape(*ids.shape, weight.shape[1])
 
 
 def linear(x: Array, weight: Array, bias: Array = None) -> Array:
