@@ -25,7 +25,8 @@ from npllm.kernels.cpu.dot_products import has_instruction
 __all__ = ["FORMS", "BlockFunctions", "default_form", "form_of_format"]
 
 FORMS = "digits", "plain digits", "looked up", "converted"
-ROWS = 1, 4, 8  # of x that are multiplied at a time
+ROWS = 1, 2, 4, 8  # of x that are multiplied at a time
+OF_DIGITS = 1, 2, 4  # sums of more rows do not fit the registers
 
 
 class BlockFunctions(NamedTuple):
@@ -34,9 +35,10 @@ class BlockFunctions(NamedTuple):
     n_entries: int  # of a unit
     n_bytes: int
     x_bytes: int  # of a unit of x as it is stored
+    fill: int  # several rows of x are filled up with zeros to a multiple of this
     row_bytes: Callable[[int], int]  # of so many entries of x as they are stored
     pack: int
-    add: tuple[int, ...]  # for 1, 4 and 8 rows of x
+    add: tuple[int, ...]  # for 1, 2, 4 and 8 rows of x, 0 where there is none
 
 
 def bytes_of_digits(d: int) -> int:
@@ -50,25 +52,22 @@ def bytes_of_steps(d: int) -> int:
     return n_step * STEP_BYTES + (n_step + 3) // 4 * VECTOR
 
 
-def default_form(name: str) -> str:
-    """Say which form of a format is the fastest of this processor."""
-    if name in DIGIT_UNITS and has_instruction("int8"):
+def default_form() -> str:
+    """Say which form is the fastest of this processor."""
+    if has_instruction("int8"):
         return "digits"
     return "looked up" if has_lookup() else "converted"
 
 
 def form_of_format(name: str, form: str | None = None) -> BlockFunctions:
-    """Return the functions of a format in a form, by default that of `default_form`; a format that
-    has no such form has its default.
-    """
-    form = default_form(name) if form is None else form
-    if form in ("digits", "plain digits") and name in DIGIT_UNITS:
+    """Return the functions of a format in a form, by default that of `default_form`."""
+    form = default_form() if form is None else form
+    if form in ("digits", "plain digits"):
         unit, uses = DIGIT_UNITS[name], form == "digits"
-        add = tuple(add_digits_function(name, n, uses).address for n in ROWS)
+        add = [add_digits_function(name, n, uses).address if n in OF_DIGITS else 0 for n in ROWS]
         pack = pack_digits_function(uses).address
-        return BlockFunctions(SPAN, unit.n_bytes, SPAN_BYTES, bytes_of_digits, pack, add)
-    looks_up = has_lookup() if "digits" in form else form == "looked up"
+        return BlockFunctions(SPAN, unit.n_bytes, SPAN_BYTES, 1, bytes_of_digits, pack, tuple(add))
     step = UNITS[name]
-    add = tuple(add_rows_function(name, n, looks_up).address for n in ROWS)
+    add = [add_rows_function(name, n, form == "looked up").address for n in ROWS]
     sizes = step.n_entries, step.n_bytes, step.n_entries // STEP * STEP_BYTES
-    return BlockFunctions(*sizes, bytes_of_steps, pack_function().address, add)
+    return BlockFunctions(*sizes, 4, bytes_of_steps, pack_function().address, tuple(add))

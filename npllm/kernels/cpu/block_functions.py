@@ -42,14 +42,13 @@ __all__ = [
 FLOAT, VECTOR, LINE, LANES = 4, 64, 64, 16  # bytes; floats of a vector
 STEP_BYTES = 5 * VECTOR  # of x as it is stored
 AHEAD = 4096  # bytes by which weights are prefetched, for one row of x
-RUN = 4096  # entries of rows of x, all together, that stay in the nearest cache
+RUN = 6144  # entries of rows of x, all together, that stay in a nearest cache of 32 KiB
 MOST_ROWS = 32  # of a weight that are multiplied at a time
-# columns of a table that describes a weight, one integer each: what it is and what multiplies it;
-COLUMNS = range(13)
-ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, WIDEN, ADD_1, ADD_4, ADD_8 = COLUMNS[:10]
-# what stores rows of x for it, 0 where an earlier part has the same, at which byte of a row of all
-# parts, and bytes of a unit
-PACK, X_OFFSET, X_UNIT = COLUMNS[10:]
+# columns of a table that describes a weight, one integer each: what it is, and what multiplies it
+# with 1, 2, 4 or 8 rows of x, 0 where nothing does
+COLUMNS = range(12)
+ADDRESS, ROW_BYTES, N_ROWS, D_IN, ENTRIES, UNIT_BYTES, X_UNIT, WIDEN, ADD, *_ = COLUMNS
+MOST_DOUBLED = 3  # columns of ADD behind the first
 
 
 @cache
@@ -186,15 +185,15 @@ def multiply_function() -> Any:
     function : with an `address`
         Of part, first, n_rows, rows, n, packed, packed_bytes, y, y_bytes, n_y: the address of a
         row of a table; which rows of the weight, at most 32; addresses of the rows of x [n_y,
-        d_in], and of n rows as its PACK stores them, n 1 or a multiple of 4; that of n_y
-        rows of sums, y_bytes apart, to whose columns 0 ... n_rows - 1 is added.
+        d_in], and of n rows as `pack` stores them; that of n_y rows of sums, y_bytes apart, to
+        whose columns 0 ... n_rows - 1 is added.
 
     Notes
     -----
     Lanes are added up at the end, so that no sum depends on the runs.  A sum that is not finite is
     computed anew.
     """
-    n_sum, most = MOST_ROWS * 8 * LANES, 8
+    n_sum = MOST_ROWS * (1 << MOST_DOUBLED) * LANES
 
     def multiply(
         part: int,
@@ -210,10 +209,12 @@ def multiply_function() -> Any:
     ) -> None:
         row_bytes, d = integer_at(part, ROW_BYTES), integer_at(part, D_IN)
         w, sums = integer_at(part, ADDRESS) + first * row_bytes, stack_floats(n_sum)
-        k = 0
+        k, doubled = 0, MOST_DOUBLED
         while k < n:
-            group = most if n - k >= most else 4 if n > 1 else 1
-            add_runs(part, w, n_rows, group, packed + k * packed_bytes, packed_bytes, sums)
+            while 1 << doubled > n - k or integer_at(part, ADD + doubled) == 0:
+                doubled -= 1
+            group = 1 << doubled
+            add_runs(part, w, n_rows, doubled, packed + k * packed_bytes, packed_bytes, sums)
             for r in range(min(group, n_y - k)):
                 for o in range(n_rows):
                     total = sum_of_vector(sums + (o * group + r) * VECTOR)
@@ -227,14 +228,14 @@ def multiply_function() -> Any:
 
 
 @kernel(nogil=True)
-def add_runs(part: int, w: int, n_rows: int, group: int, x: int, x_bytes: int, sums: int) -> None:
-    """Compute sums [n_rows, group, 16] of rows of a weight from w on with a group of rows of x.
+def add_runs(part: int, w: int, n_rows: int, doubled: int, x: int, x_bytes: int, sums: int) -> None:
+    """Compute sums [n_rows, group, 16] of rows of a weight from w on with a group of rows of x, of
+    which there are 2**doubled.
 
     A run has as many entries as stay in the nearest cache.
     """
-    d, entries = integer_at(part, D_IN), integer_at(part, ENTRIES)
-    row_bytes = integer_at(part, ROW_BYTES)
-    function = integer_at(part, ADD_8 if group == 8 else ADD_4 if group == 4 else ADD_1)
+    d, entries, group = integer_at(part, D_IN), integer_at(part, ENTRIES), 1 << doubled
+    row_bytes, function = integer_at(part, ROW_BYTES), integer_at(part, ADD + doubled)
     units, totals = d // entries, x + (d + STEP - 1) // STEP * STEP_BYTES
     run, ahead = max(RUN // group // entries, 1), AHEAD if group == 1 else 2 * row_bytes
     for i in range(n_rows * group * LANES):

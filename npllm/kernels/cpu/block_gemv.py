@@ -16,10 +16,8 @@ from npllm.kernels.cpu.block_functions import (
     COLUMNS,
     MOST_ROWS,
     N_ROWS,
-    PACK,
     ROW_BYTES,
     WIDEN,
-    X_OFFSET,
     multiply_function,
     widen_function,
 )
@@ -36,7 +34,7 @@ Array = Any
 
 MOST_PARTS = 3  # q, k and v
 MOST_TABLES = 4096  # that are kept: they are numbers, and keep no weight alive
-WIDTH, MULTIPLY = 0, 1  # of the table's last row
+MULTIPLY, PACK, WIDTH, FILL = range(4)  # of the table's last row, which are the same for all parts
 VECTOR, FLOAT = 64, 4  # bytes
 
 
@@ -71,9 +69,10 @@ def block_table(weight: Any, form: str | None = None) -> Array:
 
     Returns
     -------
-    table : int64 array [4, 13]
-        A row for each part, zeros where there are fewer than three; then the bytes of a row of x as
-        it is stored for all parts, and the address of the function that is the same for all.
+    table : int64 array [4, 12]
+        A row for each part, zeros where there are fewer than three; then what is the same for all:
+        the addresses of two functions, the bytes of a row of x as it is stored, and to a multiple
+        of what rows of x are filled up.
     """
     parts = weight.parts if isinstance(weight, StackedWeight) else (weight,)
     return _table(
@@ -89,14 +88,9 @@ def block_table(weight: Any, form: str | None = None) -> Array:
 def _table(parts: tuple[tuple[str, int, int, int], ...], form: str | None) -> Array:
     """The table of parts: format, address, rows, bytes of a row."""
     table = np.zeros((MOST_PARTS + 1, len(COLUMNS)), np.int64)
-    starts: dict[int, int] = {}  # where a row of x begins as a function stores it
-    width = 0
     for row, (name, address, n_rows, row_bytes) in zip(table, parts, strict=False):
         functions, layout = form_of_format(name, form), FORMATS[name]
         d_in = row_bytes // layout.n_bytes * layout.n_entries
-        is_new = functions.pack not in starts
-        start = starts.setdefault(functions.pack, width)
-        width += functions.row_bytes(d_in) if is_new else 0
         row[:] = (
             address,
             row_bytes,
@@ -104,13 +98,12 @@ def _table(parts: tuple[tuple[str, int, int, int], ...], form: str | None) -> Ar
             d_in,
             functions.n_entries,
             functions.n_bytes,
+            functions.x_bytes,
             widen_function(name).address,
             *functions.add,
-            functions.pack if is_new else 0,
-            start,
-            functions.x_bytes,
         )
-    table[MOST_PARTS, [WIDTH, MULTIPLY]] = width, multiply_function().address
+    shared = multiply_function().address, functions.pack, functions.row_bytes(d_in), functions.fill
+    table[MOST_PARTS, [MULTIPLY, PACK, WIDTH, FILL]] = shared
     return frozen(table)
 
 
@@ -154,10 +147,9 @@ def multiply_task(
         p, at, first = p + 1, at + table[p, N_ROWS], first - n_task * MOST_ROWS
     n_rows = min(MOST_ROWS, table[p, N_ROWS] - first)
     part, column = table.ctypes.data + p * table.strides[0], y + (at + first) * FLOAT
-    at_part = packed + table[p, X_OFFSET]
     call_address(
         table[MOST_PARTS, MULTIPLY],
-        (part, first, n_rows, rows, n, at_part, width, column, d_out * FLOAT, n_y),
+        (part, first, n_rows, rows, n, packed, width, column, d_out * FLOAT, n_y),
     )
 
 
@@ -185,15 +177,12 @@ def aligned(memory: Array) -> int:
 
 @kernel()
 def add_product_blocks(table: Array, rows: Array, y: Array) -> None:
-    """Compute y [n, d_out] += rows [n, d_in] @ weight.T; several rows are filled up with zeros to a
-    multiple of four.
+    """Compute y [n, d_out] += rows [n, d_in] @ weight.T; three rows or more are filled up with
+    zeros.
     """
     n, d = rows.shape
-    n_x = 1 if n == 1 else (n + 3) // 4 * 4
-    width = table[MOST_PARTS, WIDTH]
+    width, fill = table[MOST_PARTS, WIDTH], table[MOST_PARTS, FILL]
+    n_x = n if n <= 2 else (n + fill - 1) // fill * fill
     memory = np.zeros((n_x * width + VECTOR) // FLOAT, np.float32)
-    for p in range(MOST_PARTS):
-        if table[p, PACK] != 0:
-            to = aligned(memory) + table[p, X_OFFSET]
-            call_address(table[p, PACK], (rows.ctypes.data, d, n, to, width))
+    call_address(table[MOST_PARTS, PACK], (rows.ctypes.data, d, n, aligned(memory), width))
     multiply_tasks(table, rows, memory, n_x, width, y)

@@ -31,7 +31,7 @@ AHEAD = 16384  # bytes by which weights are prefetched, at least: rows of one or
 def add_digits_function(name: str, n: int, uses: bool) -> Any:
     """Compile the function that adds a run of products of rows of a weight with n rows of digits.
 
-    The formula is in `digit_units`; two rows of the weight meet one row of x that is loaded once.
+    The formula is in `digit_units`; two rows of the weight meet rows of x that are loaded once.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def add_digits_function(name: str, n: int, uses: bool) -> Any:
         of `left` blocks of 32 entries is left.
     """
     n_bytes, n_line = DIGIT_UNITS[name].n_bytes, -(-DIGIT_UNITS[name].n_bytes // LINE)
-    most, span_bytes, both = 2 if n == 1 else 1, SPAN_BYTES, 2 if n == 1 else n
+    most, span_bytes, both = 2, SPAN_BYTES, 2 * n
 
     def add_rows(
         w: int,

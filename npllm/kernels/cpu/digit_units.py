@@ -40,6 +40,7 @@ Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
 
 VECTOR = 4 * LANES  # bytes
+MOST_X = 2  # rows of x at a time
 # vectors of a span of x: digits 2, 1 and 0 of quarter 0, of quarter 1, ...; then
 UNIT, TOTAL = 12, 13
 # and, for the quarters of a term, the sum of a lane's integers times a negative factor
@@ -145,23 +146,31 @@ def _add_digits(
     decoded: list[Decoded],
     rows: list[Value],
     sums: list[Value],
-) -> list[Value]:
-    """Add the products of a span of some rows of a weight with some rows of x to their sums."""
-    pairs = [(one, row) for one in decoded for row in rows]
-    each = [row for _, row in pairs]
-    parts = [
-        scaled_products(builder, unit, uses, [terms[t] for (terms, _), _ in pairs], each)
-        for t in range(len(decoded[0][0]))
-    ]
-    for at, ((terms, minimum), row) in enumerate(pairs):
-        both = [part[at] for part in parts]
-        total = both[0] if len(both) == 1 else builder.fadd(*both)
-        sums[at] = fused(builder, total, floats_at(builder, row, UNIT), sums[at])
-        if minimum is not None:
-            if unit.zero:
-                minimum = fused(builder, terms[0].scale, all_lanes(unit.zero), minimum)
-            sums[at] = fused(builder, minimum, floats_at(builder, row, TOTAL), sums[at])
-    return sums
+) -> None:
+    """Add the products of a span of some rows of a weight with some rows of x to their sums, [row
+    of the weight, row of x]; as many rows of x at a time as have their sums of digits in registers.
+    """
+    for first in range(0, len(rows), MOST_X):
+        some = range(first, min(first + MOST_X, len(rows)))
+        pairs = [(one, rows[r], o * len(rows) + r) for o, one in enumerate(decoded) for r in some]
+        parts = [
+            scaled_products(
+                builder,
+                unit,
+                uses,
+                [terms[t] for (terms, _), _, _ in pairs],
+                [row for _, row, _ in pairs],
+            )
+            for t in range(len(decoded[0][0]))
+        ]
+        for number, ((terms, minimum), row, at) in enumerate(pairs):
+            both = [part[number] for part in parts]
+            total = both[0] if len(both) == 1 else builder.fadd(*both)
+            sums[at] = fused(builder, total, floats_at(builder, row, UNIT), sums[at])
+            if minimum is not None:
+                if unit.zero:
+                    minimum = fused(builder, terms[0].scale, all_lanes(unit.zero), minimum)
+                sums[at] = fused(builder, minimum, floats_at(builder, row, TOTAL), sums[at])
 
 
 @intrinsic(prefer_literal=True)
@@ -196,8 +205,9 @@ def add_digits(
             starts = starts_of(builder, unit, first, None if whole else left)
             n_bytes = unit.n_bytes // N_BLOCK if whole else 0
             decoded.append(unit.decode(builder, starts, n_bytes))
-        new = _add_digits(builder, unit, uses.literal_value, decoded, rows, old)
-        return context.make_tuple(builder, signature.return_type, new)
+        sums = list(old)
+        _add_digits(builder, unit, uses.literal_value, decoded, rows, sums)
+        return context.make_tuple(builder, signature.return_type, sums)
 
     places = [types.intp] * 5
     return sums(name, uses, n_w, is_whole, *places, sums), generate

@@ -238,7 +238,8 @@ def prefetch(_typing: Any, array: Array, index: Any) -> Any:
     """Ask for the cache line of an entry; harmless beyond the end."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _prefetch(context, builder, signature.args[0], *arguments, NEAREST)
+        array, index = arguments
+        _prefetch(context, builder, signature.args[0], array, index, NEAREST)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -249,7 +250,8 @@ def prefetch_far(_typing: Any, array: Array, index: Any) -> Any:
     """Ask for the cache line of an entry, into the second cache alone; harmless beyond the end."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _prefetch(context, builder, signature.args[0], *arguments, SECOND)
+        array, index = arguments
+        _prefetch(context, builder, signature.args[0], array, index, SECOND)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate

@@ -25,7 +25,7 @@ __all__ = [
 
 Array = Any
 
-N_ROWS, D_IN = 2, 3  # columns of the table of a weight in blocks
+N_ROWS, D_IN = 2, 3  # columns of the table of a weight in blocks, whose last row is no part of it
 
 
 @intrinsic
@@ -50,13 +50,13 @@ def is_int8(_typing: Any, array: Array) -> Any:
 
 def rows_of_weight(weight: Array) -> int:
     """d_out of a weight as kernels take it: an array of entries, or the table of one in blocks."""
-    return int(weight[:, N_ROWS].sum()) if weight.dtype == np.int64 else len(weight)
+    return int(weight[:-1, N_ROWS].sum()) if weight.dtype == np.int64 else len(weight)
 
 
 @overload(rows_of_weight, strict=False)
 def _rows_of_weight(weight: Array) -> Any:
     if weight.dtype == types.int64:
-        return lambda weight: weight[:, N_ROWS].sum()
+        return lambda weight: weight[:-1, N_ROWS].sum()
     return lambda weight: len(weight)
 
 
