@@ -1,15 +1,18 @@
 """Prompt lookup decoding: the text is that of a run without it, in fewer passes where it repeats."""
 
+import itertools
+
 import family
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import npllm
 from npllm import kernels, ops
-from npllm.decoding.prompt_lookup import MOST_PROPOSED, MOST_WAITING, PromptLookup, continuation
+from npllm.decoding import loop
+from npllm.decoding.prompt_lookup import MOST_WAITING, PromptLookup, continuation
 from npllm.errors import NpllmValueError
 
 SETS = {"blockwise": ops.blockwise, "compiled": kernels.compiled_ops()}
@@ -18,36 +21,79 @@ sets = pytest.mark.parametrize("name", [name for name, found in SETS.items() if 
 
 def slowly(ids, n_tokens):
     """The oracle: loops over a list."""
-    for n in (3, 2):
+    for n in range(10, 0, -1):
         places = [i for i in range(n, len(ids)) if ids[i - n : i] == ids[-n:]]
         if places:
             i = max((i for i in places if i + n_tokens <= len(ids)), default=places[0])
-            return ids[i : i + n_tokens]
-    return []
+            return n, ids[i : i + n_tokens]
+    return 0, []
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 12))
+@example([1, 2] * 12, 15)
 def test_what_followed_the_longest_and_last_match_is_proposed(ids, n_tokens):
-    assert continuation(np.array(ids), n_tokens).tolist() == slowly(ids, n_tokens)
+    n, proposed = continuation(np.array(ids), n_tokens)
+    assert (n, proposed.tolist()) == slowly(ids, n_tokens)
 
 
-def test_fewer_are_proposed_where_few_are_kept_and_none_for_a_while_where_none_is():
-    lookup, ids = PromptLookup(10), np.array([1, 2, 3] * 20)
-    assert len(lookup.propose(ids, 99)) == 10
-    lookup.learn(10, 2)
-    assert len(lookup.propose(ids, 99)) == 5
-    assert len(lookup.propose(ids, 3)) == 3
-    lookup.learn(3, 3)
-    assert len(lookup.propose(ids, 99)) == 7
-    pauses = []
-    for _ in range(9):
-        lookup.learn(7, 0)
-        pauses.append(0)
-        while not len(lookup.propose(ids, 99)):
-            pauses[-1] += 1
-    assert pauses == [1, 3, 7, 15, 31, 63, *[MOST_WAITING] * 3]
-    assert len(PromptLookup(99).propose(ids, 99)) == MOST_PROPOSED == 15
-    assert len(PromptLookup(10).propose(ids, 0)) == len(PromptLookup(10).propose(ids, -3)) == 0
+def started(n_tokens, seconds=1.0):
+    """A lookup that knows how long a pass without proposals takes."""
+    lookup = PromptLookup(n_tokens)
+    assert len(lookup.propose(np.array([1] * 30), 99)) == 0
+    lookup.learn(0, 0, seconds)
+    return lookup
+
+
+@pytest.mark.parametrize(
+    ("n_same", "n"), [(0, 0), (1, 1), (2, 1), (3, 3), (4, 3), (5, 7), (9, 7), (10, 15), (20, 15)]
+)
+def test_more_are_proposed_where_more_match(n_same, n):
+    same = list(range(100, 100 + n_same))
+    ids = np.array([*same, *range(20), 50, *same])
+    assert len(started(99).propose(ids, 99)) == n
+    assert len(started(5).propose(ids, 99)) == min(5, n)
+    assert len(started(99).propose(ids, 2)) == min(2, n)
+    assert len(started(99).propose(ids, -1)) == 0
+
+
+def pauses(lookup, ids, n_kept, seconds, n_time):
+    """How many passes are without proposals before each one with them."""
+    found = []
+    for _ in range(n_time):
+        found.append(0)
+        while not len(proposed := lookup.propose(ids, 99)):
+            found[-1] += 1
+            lookup.learn(0, 0, 1.0)
+        lookup.learn(len(proposed), n_kept, seconds)
+    return found
+
+
+LONG, SHORT = np.array([1, 2, 3] * 20), np.array([7, 1, 2, 8, 1])
+
+
+def test_proposals_pause_where_they_do_not_pay():
+    assert pauses(started(15), LONG, 15, 9.0, 20) == [0] * 20
+    assert pauses(started(15), LONG, 1, 1.9, 20) == [0] * 20
+    assert pauses(started(15), LONG, 0, 1.0, 20) == [0] * 20  # nothing is lost
+    assert pauses(started(15), LONG, 0, 1.3, 9) == [0, 0, 4, 8, 16, 32, 64, 64, 64]
+    assert pauses(started(15), LONG, 0, 99.0, 4) == [0, 4, 16, 64]
+    assert pauses(started(1), LONG, 1, 2.0, 6) == [0, 4, 16, 64, 64, 64]  # cannot pay
+
+
+def test_a_number_of_tokens_pauses_by_itself_and_goes_on_when_it_pays_again():
+    lookup = started(15)
+    pauses(lookup, LONG, 0, 5.0, 5)
+    assert len(lookup.propose(LONG, 99)) == 0 and len(lookup.propose(SHORT, 99)) == 1
+    lookup.learn(1, 1, 1.0)
+    assert pauses(lookup, LONG, 15, 5.0, 3)[1:] == [0, 0]
+    assert pauses(lookup, LONG, 0, 5.0, 20)[-1] == MOST_WAITING
+
+
+def test_seconds_are_beside_those_of_recent_passes_without_proposals():
+    lookup = started(15, seconds=10.0)
+    for _ in range(40):
+        lookup.learn(0, 0, 1.0)
+    assert pauses(lookup, LONG, 0, 9.0, 2) == [0, 4]
 
 
 class Counted(npllm.Model):
@@ -103,7 +149,8 @@ class Cycle(Counted):
         return logits
 
 
-def test_a_text_that_repeats_takes_fewer_passes():
+def test_a_text_that_repeats_takes_fewer_passes(monkeypatch):
+    monkeypatch.setattr(loop, "working_seconds", itertools.count().__next__)  # all take as long
     base = tiny.model(ops=ops.blockwise)
     model = Cycle(base.config, base.params, ops=base.ops)
     ids = np.array([[5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10, 5]])
@@ -113,7 +160,7 @@ def test_a_text_that_repeats_takes_fewer_passes():
     assert model.generate(ids, max_new_tokens=40, prompt_lookup_num_tokens=8).tolist() == (
         wanted.tolist()
     )
-    assert model.passes == (13, 7, 9, 9, 9, 5)  # each pass gives as many tokens as it reads
+    assert model.passes == (13, 1, 7, 9, 9, 9, 4)  # each pass gives as many tokens as it reads
 
 
 def test_the_end_of_the_context_and_a_stop_id_end_it_too():

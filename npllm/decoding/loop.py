@@ -20,6 +20,7 @@ from npllm.decoding.sequences import Sequences
 from npllm.errors import NpllmValueError
 from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.forward_pass import CausalLM, counted_positions
+from npllm.kernels.compilation import working_seconds
 from npllm.models.rope import frequency_choice
 from npllm.progress import warn
 from npllm.text.stream import TextStream
@@ -224,9 +225,11 @@ def generate_tokens(
             if queued is not None:
                 yield from _one_by_one(queued, sequences, cache)
                 continue
-        proposed = _proposed(model, lookup, sequences)
-        n_kept = 0
+        proposed, is_first = _proposed(model, lookup, sequences), sequences.n_new == 0
+        n_kept, start, seconds = 0, working_seconds(), None
         for own_logits in step_logits(model, sequences, proposed, cache):
+            if seconds is None:
+                seconds = working_seconds() - start
             logits = constrain(own_logits, sequences, options, eos)
             u = uniforms(seed, n_batch, sequences.n_new) if sampling.do_sample else None
             token = choose(logits, sampling, u=u)
@@ -237,7 +240,8 @@ def generate_tokens(
             if n_kept == len(proposed) or token[0] != proposed[n_kept]:
                 break
             n_kept += 1
-        lookup.learn(len(proposed), n_kept)
+        if not is_first:
+            lookup.learn(len(proposed), n_kept, seconds)
         if cache is not None and len(proposed):
             cache.crop(sequences.n_ctx - 1)
 

@@ -3,10 +3,12 @@ pass.
 
 Each token is chosen from its own logits, with its own random number, so that the text depends on
 the logits alone.  The compiled set gives the same bits for up to 16 tokens in a pass as for each
-alone, so there the text is the same.  Other sets, and weights in the blocks of GGUF, sum in another
-order: there another token can be chosen at a near tie.
+alone, so there the text is the same.  Other sets sum in another order: there another token can be
+chosen at a near tie.
 """
 
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,21 @@ __all__ = ["PromptLookup", "continuation"]
 
 Array = Any
 
-LONGEST, SHORTEST = 3, 2  # tokens at the end that are looked for earlier in the sequence
-MOST_PROPOSED = 15  # which are 16 rows with the token before them
-MOST_WAITING = 64  # tokens for which nothing is proposed after proposals that were of no use
+LONGEST = 10  # tokens at the end that are looked for earlier in the sequence
+# tokens that are proposed where so many match at the end: passes of 2, 4, 8 and 16 rows
+PROPOSED = (0, 1, 1, 3, 3, 7, 7, 7, 7, 7, 15)
+MOST_PROPOSED = PROPOSED[LONGEST]
+KEPT = 0.8  # of an average, and
+FORGOTTEN = 0.9  # of a balance, for each new pass
+LEAST = -0.5  # balance, in passes without proposals, at which a number of tokens pauses
+FIRST_PAUSE, MOST_WAITING = 4, 64  # passes
 
 
-def continuation(ids: Array, n_tokens: int) -> Array:
+def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
     """Return the tokens that followed where the sequence last stood as it stands now.
 
-        the largest n in 3, 2 with an i < n_ctx where ids[i-n:i] = ids[-n:];  of these i the last
-        one that n_tokens follow, else the first  ->  ids[i:i+n_tokens]
+        the largest n <= 10 with an i < n_ctx where ids[i-n:i] = ids[-n:];  of these i the last one
+        that n_tokens follow, else the first  ->  n, ids[i:i+n_tokens]
 
     Parameters
     ----------
@@ -34,31 +41,56 @@ def continuation(ids: Array, n_tokens: int) -> Array:
 
     Returns
     -------
+    n : int
+        0 where the last token does not stand there earlier.
     proposed : integer array [at most n_tokens]
-        Empty where the last tokens do not stand there earlier.
 
     Notes
     -----
     Source: "Prompt Lookup Decoding" (Saxena 2023); `PromptLookupCandidateGenerator` in
     Transformers, which takes the first place always.
     """
-    for n in range(LONGEST, SHORTEST - 1, -1):
-        n_place = len(ids) - n
-        if n_place < 1:
-            continue
-        found = np.ones(n_place, bool)
-        for k in range(n):
-            found &= ids[k : k + n_place] == ids[n_place + k]
-        starts = np.flatnonzero(found) + n
-        if len(starts):
-            enough = starts[starts + n_tokens <= len(ids)]
-            start = enough[-1] if len(enough) else starts[0]
-            return ids[start : start + n_tokens]
-    return ids[:0]
+    n, starts = 0, np.flatnonzero(ids[:-1] == ids[-1]) + 1
+    longer = starts
+    while len(longer) and n < LONGEST:
+        n, starts = n + 1, longer
+        longer = starts[starts > n]
+        longer = longer[ids[longer - n - 1] == ids[len(ids) - n - 1]]
+    if not n:
+        return 0, ids[:0]
+    enough = starts[starts + n_tokens <= len(ids)]
+    start = enough[-1] if len(enough) else starts[0]
+    return n, ids[start : start + n_tokens]
+
+
+@dataclass
+class Account:
+    """What proposals of one number of tokens have saved, in passes without proposals."""
+
+    balance: float = 0.0
+    pause: int = 0  # passes, the last time
+    left: int = 0
+
+    def note(self, n_proposed: int, n_kept: int, cost: float) -> None:
+        """Take note of a pass that cost as much as `cost` passes without proposals."""
+        if cost >= n_proposed + 1:  # it would not pay if all were kept
+            self._wait(4)
+            return
+        self.balance = FORGOTTEN * self.balance + max(-1.0, n_kept + 1 - cost)
+        if self.balance > 0:
+            self.pause = 0
+        elif self.balance < LEAST:
+            self.balance = LEAST / 2
+            self._wait(2)
+
+    def _wait(self, factor: int) -> None:
+        self.pause = min(MOST_WAITING, max(FIRST_PAUSE, factor * self.pause))
+        self.left = self.pause
 
 
 class PromptLookup:
-    """Proposes tokens for one sequence, and fewer of them where few are kept.
+    """Proposes tokens for one sequence: more of them where more tokens match, and none where that
+    does not pay.
 
     Parameters
     ----------
@@ -67,26 +99,36 @@ class PromptLookup:
 
     Notes
     -----
-    As many are proposed as were kept the last time, and as many again and one.  When none is kept,
-    nothing is proposed for a while, which doubles each time: a pass that verifies tokens costs more
-    than one that does not.
+    What a pass of several tokens costs depends on the machine, the set and the weights: where
+    reading the weights takes all the time it costs as much as one of a single token.  So the
+    seconds of passes are measured.  They decide what is proposed, and never the text.
+
+        saved = n_kept + 1 - seconds of the pass / seconds of a pass without proposals
     """
 
     def __init__(self, n_tokens: int):
-        self.n_tokens = self._n = min(n_tokens, MOST_PROPOSED)
-        self._pause = self._left = 0
+        self.n_tokens = min(n_tokens, MOST_PROPOSED)
+        self._seconds: float | None = None  # of a pass without proposals
+        self._accounts: dict[int, Account] = defaultdict(Account)
+        self._n = 0
 
     def propose(self, ids: Array, n_most: int) -> Array:
-        """Return tokens that may follow ids [n_ctx]: at most n_most, and none during a pause."""
-        if self._left > 0:
-            self._left -= 1
-            return ids[:0]
-        return continuation(ids, max(0, min(self._n, n_most)))
+        """Return tokens that may follow ids [n_ctx]: at most n_most, and none during a pause; none
+        either while nothing is known of a pass without proposals.
+        """
+        n_matched, proposed = continuation(ids, MOST_PROPOSED)
+        self._n = min(PROPOSED[n_matched], self.n_tokens)
+        account = self._accounts[self._n]
+        waits = account.left > 0
+        account.left -= waits
+        n = 0 if waits or self._seconds is None else max(0, min(self._n, n_most))
+        return proposed[:n]
 
-    def learn(self, n_proposed: int, n_kept: int) -> None:
-        """Take note of how many of the proposed tokens were kept."""
-        if n_proposed == 0:
-            return
-        self._n = min(self.n_tokens, 2 * n_kept + 1)
-        self._pause = 0 if n_kept else min(MOST_WAITING, 2 * self._pause + 1)
-        self._left = self._pause
+    def learn(self, n_proposed: int, n_kept: int, seconds: float) -> None:
+        """Take note of how many of the proposed tokens were kept, and how long the pass took."""
+        if n_proposed:
+            self._accounts[self._n].note(n_proposed, n_kept, seconds / self._seconds)
+        elif self._seconds is None:
+            self._seconds = seconds
+        else:
+            self._seconds = KEPT * self._seconds + (1 - KEPT) * seconds

@@ -31,19 +31,23 @@ def measure(model: Any, prompt: str, n_new: int, n_lookup: int, repeat: int) -> 
     """Time a prompt with and without lookup, in turns."""
     messages = [{"role": "user", "content": prompt}]
     encoded = np.array([model.tokenizer.encode_chat(messages)])
-    plain, lookup, same = [], [], True
+    first, plain, lookup, same = [], [], [], True
     for _ in range(repeat):
+        first.append(seconds_of(model, encoded, 1, None)[0])
         seconds, expected = seconds_of(model, encoded, n_new, None)
         plain.append(seconds)
         seconds, ids = seconds_of(model, encoded, n_new, n_lookup)
         lookup.append(seconds)
         same &= np.array_equal(ids, expected)
+    all_plain, all_lookup, one = map(statistics.median, (plain, lookup, first))
     return {
         "prompt_tokens": encoded.size,
         "new_tokens": expected.size - encoded.size,
+        "first": first,
         "plain": plain,
         "lookup": lookup,
-        "ratio": statistics.median(plain) / statistics.median(lookup),
+        "ratio": all_plain / all_lookup,
+        "ratio_behind_first": (all_plain - one) / (all_lookup - one),
         "same_ids": same,
     }
 
@@ -68,16 +72,21 @@ def lookup(
     prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))
     measure(model, "a b c d a b c d a b", n_new=32, n_lookup=n_lookup, repeat=1)  # compiles
     rows = [row | measure(model, row["prompt"], n_new, n_lookup, repeat) for row in prompts]
-    click.echo("| kind | prompt | new | plain s | lookup s | faster | same ids |")
-    click.echo("|---|---|---|---|---|---|---|")
+    click.echo(
+        "| kind | prompt | new | plain s | lookup s | faster | behind the first | same ids |"
+    )
+    click.echo("|---|---|---|---|---|---|---|---|")
     for row in rows:
         click.echo(
             f"| {row['kind']} | {row['prompt_tokens']} | {row['new_tokens']} "
             f"| {statistics.median(row['plain']):.3f} | {statistics.median(row['lookup']):.3f} "
-            f"| {row['ratio']:.2f} | {row['same_ids']} |"
+            f"| {row['ratio']:.2f} | {row['ratio_behind_first']:.2f} | {row['same_ids']} |"
         )
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        ratios = [row["ratio"] for row in rows if row["kind"] == kind]
-        click.echo(f"{kind}: median {statistics.median(ratios):.2f}, smallest {min(ratios):.2f}")
+        some = [row for row in rows if row["kind"] == kind]
+        for name, what in (("ratio", "in all"), ("ratio_behind_first", "behind the first token")):
+            ratios = [row[name] for row in some]
+            median = statistics.median(ratios)
+            click.echo(f"{kind}, {what}: median {median:.2f}, smallest {min(ratios):.2f}")
     if json_path:
         Path(json_path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
