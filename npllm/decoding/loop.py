@@ -226,10 +226,9 @@ def generate_tokens(
                 yield from _one_by_one(queued, sequences, cache)
                 continue
         proposed, is_first = _proposed(model, lookup, sequences), sequences.n_new == 0
-        n_kept, start, seconds = 0, working_seconds(), None
+        n_kept, start, seconds = 0, working_seconds(), 0.0
         for own_logits in step_logits(model, sequences, proposed, cache):
-            if seconds is None:
-                seconds = working_seconds() - start
+            seconds = seconds or working_seconds() - start
             logits = constrain(own_logits, sequences, options, eos)
             u = uniforms(seed, n_batch, sequences.n_new) if sampling.do_sample else None
             token = choose(logits, sampling, u=u)

@@ -108,7 +108,7 @@ class PromptLookup:
 
     def __init__(self, n_tokens: int):
         self.n_tokens = min(n_tokens, MOST_PROPOSED)
-        self._seconds: float | None = None  # of a pass without proposals
+        self._seconds = 0.0  # of a pass without proposals; 0 while nothing is known of one
         self._accounts: dict[int, Account] = defaultdict(Account)
         self._n = 0
 
@@ -121,14 +121,13 @@ class PromptLookup:
         account = self._accounts[self._n]
         waits = account.left > 0
         account.left -= waits
-        n = 0 if waits or self._seconds is None else max(0, min(self._n, n_most))
+        n = 0 if waits or not self._seconds else max(0, min(self._n, n_most))
         return proposed[:n]
 
     def learn(self, n_proposed: int, n_kept: int, seconds: float) -> None:
         """Take note of how many of the proposed tokens were kept, and how long the pass took."""
         if n_proposed:
             self._accounts[self._n].note(n_proposed, n_kept, seconds / self._seconds)
-        elif self._seconds is None:
-            self._seconds = seconds
         else:
-            self._seconds = KEPT * self._seconds + (1 - KEPT) * seconds
+            before = self._seconds or seconds
+            self._seconds = KEPT * before + (1 - KEPT) * seconds
