@@ -240,13 +240,17 @@ class KVCache:
         held = slice(oldest - first, stop - first)
         return keys[:, :, held, :], values[:, :, held, :], range(oldest, stop)
 
-    def reserve_in_every_layer(self, k: Array, v: Array) -> list[tuple[Array, Array, int]]:
-        """Reserve slots for new tokens in all layers, for a kernel that finds the columns itself.
+    def reserve_in_layers(
+        self, k: Array, v: Array, numbers: range
+    ) -> list[tuple[Array, Array, int]]:
+        """Reserve slots for new tokens in some layers, for a kernel that finds the columns itself.
 
         Parameters
         ----------
         k, v : array [n_batch, n_kv_head, n_seq, d_head]
             As in `reserve_slots`.
+        numbers : range
+            Of layers.
 
         Returns
         -------
@@ -259,14 +263,15 @@ class KVCache:
         NpllmValueError
             As `reserve_slots`.
         """
-        stop = self._state.n_ctx + k.shape[-2]
-        for number, layer in enumerate(self._state.layers):
+        layers, stop = self._state.layers, self._state.n_ctx + k.shape[-2]
+        for number in numbers:
+            layer = layers[number] if number < len(layers) else None
             if layer is None or stop - layer[2] > layer[0].shape[-2]:
                 self.reserve_slots(number, k, v)
             elif self.watch is not None:
                 self.watch(number)
         self.check_fits(k.shape[0], k.shape[-2])
-        return self._state.layers
+        return layers[numbers.start : numbers.stop]
 
     def _allocated(self, k: Array, v: Array) -> tuple[Array, Array, int]:
         """Make the first arrays of a layer, for the shapes of its keys and values."""

@@ -8,7 +8,7 @@ kernel, and so are all layers where they are alike.
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -44,7 +44,6 @@ from npllm.kernels.cpu.operands import (
 from npllm.kernels.cpu.rope_attention import (
     decode_inputs,
     fits_rope,
-    reserve_slots,
     rope_attention,
 )
 from npllm.kernels.cpu.tiled import TILED
@@ -145,14 +144,12 @@ def decode_step(x: Array, layers: tuple[LayerParams, ...], step: Step) -> Array 
     if tokens is None:
         return None
     cos, sin, keys, values, bounds, seen = tokens
-    shape = len(x), step.n_kv_head, x.shape[1], d_head
-    others = (reserve_slots(step.cache, step.layer + n, shape)[:2] for n in range(1, len(layers)))
-    cached = [(keys, values), *others]
-    if not all(same_layout(k, keys) and same_layout(v, values) for k, v in cached):
+    columns = columns_of_layers(step, (len(x), step.n_kv_head, x.shape[1], d_head), len(layers))
+    if columns is None:
         return None
     first = (*arrays[0], keys, values)
-    table = np.hstack((table, [(data_address(k), data_address(v)) for k, v in cached]))
-    y = row_major_copy(x)
+    columns = columns - columns[0] + np.array([data_address(keys), data_address(values)])
+    table, y = np.hstack((table, columns)), row_major_copy(x)
     launch(layers_step, y, first, table, np.float32(step.eps), cos, sin, bounds, seen, step.n_head)
     return y.reshape(x.shape)
 
@@ -231,6 +228,34 @@ def known_arrays(layers: tuple[LayerParams, ...], cache: KVCache) -> tuple[list,
         table = np.array([list(map(data_address, row)) for row in arrays]) if arrays else None
         known = _KNOWN[cache] = layers, arrays, table
     return known[1:]
+
+
+# cache -> keys of each layer, table: a reference proper would keep arrays that are replaced
+_HELD: WeakKeyDictionary[KVCache, tuple[list[ref], np.ndarray | None]] = WeakKeyDictionary()
+
+
+def columns_of_layers(step: Step, shape: tuple[int, ...], n_layer: int) -> Array | None:
+    """Reserve slots for new keys of a shape [n_batch, n_kv_head, n_seq, d_head] in all layers.
+
+    Returns where the first column of the keys and of the values of each layer lies, [n_layer, 2];
+    None where layers hold different shapes, or begin with different slots.
+    """
+    k = np.empty(shape, np.float32)  # its shape is asked for
+    held = step.cache.reserve_in_layers(k, k, range(step.layer, step.layer + n_layer))
+    if any(x[2] != held[0][2] for x in held):
+        return None
+    known = _HELD.get(step.cache)
+    if known is None or not _are(known[0], held):
+        keys, values, _ = held[0]
+        same = all(same_layout(x[0], keys) and same_layout(x[1], values) for x in held)
+        table = np.array([list(map(data_address, x[:2])) for x in held]) if same else None
+        known = _HELD[step.cache] = [ref(x[0]) for x in held], table
+    return known[1]
+
+
+def _are(kept: list[ref], held: list[tuple]) -> bool:
+    """Tell whether layers hold the same keys as before."""
+    return len(kept) == len(held) and all(one() is x[0] for one, x in zip(kept, held, strict=True))
 
 
 def arrays_of(layer: LayerParams) -> tuple[Array, ...]:

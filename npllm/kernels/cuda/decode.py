@@ -96,7 +96,7 @@ def _placed_plan(
     like = plan.like
     if n_new > 1:
         like = plan.xp.broadcast_to(like, (*like.shape[:2], n_new, like.shape[3]))
-    layers = step.cache.reserve_in_every_layer(like, like)
+    layers = step.cache.reserve_in_layers(like, like, range(step.cache.n_layer))
     positions = np.broadcast_to(tokens.positions, (n_batch, 1))[:, -1]
     if not plan.bind(layers, positions + n_new - 1, variants, tables, step.cache):
         _REFUSED[step.cache] = params, step.masks
