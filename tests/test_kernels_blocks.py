@@ -255,11 +255,13 @@ def test_a_stack_of_formats_is_multiplied_part_by_part(n, names, seed):
 
 
 @every_format
-@pytest.mark.parametrize("ids", [[[0]], [3, 3, 0, 4], [[[1, 2]]], np.zeros((0, 2), np.int64)])
+@pytest.mark.parametrize("ids", [[[0]], [3, 3, 0, 4], [[1, 2], [3, 0]], np.zeros((0, 2), np.int64)])
 def test_rows_are_looked_up_as_the_definition_does(name, ids):
     weight, ids = random_weight(name, 5, width(name, 3)), np.asarray(ids, np.uint16)
     embed = kernels.compiled_ops().embed
     np.testing.assert_array_equal(embed(ids, weight), ops.embed(ids, weight))
+    with pytest.raises(NpllmTypeError, match="byte order"):
+        embed(ids.astype(">i4"), weight)
     for bad, error in (([5], NpllmValueError), ([-1], NpllmValueError), ([0.0], NpllmTypeError)):
         with pytest.raises(error):
             embed(np.array(bad), weight)
@@ -274,7 +276,7 @@ from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_weight import BlockWeight
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 for name in FORMATS:
-    for n_block in (1, 3):
+    for n_block in (1, 3, 8, 9):
         rows = random_blocks(name, 33, n_block)
         n_page = -(-rows.size // page)
         memory = mmap.mmap(-1, (n_page + 2) * page)

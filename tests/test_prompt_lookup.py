@@ -82,11 +82,54 @@ def test_proposals_pause_where_they_do_not_pay():
 
 def test_a_number_of_tokens_pauses_by_itself_and_goes_on_when_it_pays_again():
     lookup = started(15)
-    pauses(lookup, LONG, 0, 5.0, 5)
+    assert pauses(lookup, LONG, 0, 5.0, 4) == [0, 4, 8, 16]
     assert len(lookup.propose(LONG, 99)) == 0 and len(lookup.propose(SHORT, 99)) == 1
     lookup.learn(1, 1, 1.0)
     assert pauses(lookup, LONG, 15, 5.0, 3)[1:] == [0, 0]
     assert pauses(lookup, LONG, 0, 5.0, 20)[-1] == MOST_WAITING
+
+
+def test_a_pause_is_short_again_behind_proposals_that_paid():
+    lookup = started(15)
+    assert pauses(lookup, LONG, 0, 5.0, 6)[-1] == 64
+    pauses(lookup, LONG, 15, 15.9, 5)
+    assert [n for n in pauses(lookup, LONG, 0, 5.0, 6) if n][:2] == [4, 8]
+
+
+def test_one_pass_that_lost_much_does_not_stop_proposals_that_pay():
+    lookup = started(15)
+    pauses(lookup, LONG, 15, 5.0, 3)
+    lookup.learn(len(lookup.propose(LONG, 99)), 0, 15.5)
+    assert len(lookup.propose(LONG, 99)) == 15
+
+
+def test_one_slow_pass_without_proposals_counts_little():
+    lookup = started(15)
+    lookup.learn(0, 0, 10.0)
+    assert pauses(lookup, LONG, 0, 5.6, 2) == [0, 4]
+
+
+def test_a_pass_without_proposals_is_measured_now_and_then():
+    assert sum(pauses(started(15), LONG, 15, 2.0, 200)) == 200 // 64
+    slow_at_first = started(15, seconds=10.0)
+    assert max(pauses(slow_at_first, LONG, 0, 9.0, 2000)) == MOST_WAITING
+
+
+def test_what_was_cut_and_what_no_clock_measured_is_not_counted():
+    lookup = started(15)
+    lookup.learn(len(lookup.propose(LONG, 2)), 2, 3.5)
+    assert len(lookup.propose(LONG, 99)) == 15
+    lookup.learn(15, 15, -20.0)
+    lookup.learn(0, 0, -20.0)
+    lookup.learn(15, 0, 0.0)
+    assert pauses(lookup, LONG, 0, 2.0, 3) == [0, 4, 8]
+
+
+def test_places_that_lie_far_behind_others_are_not_looked_at():
+    ids = np.array([5, 6, 7, *[8, 7] * 5000, 5, 6, 7])
+    assert continuation(ids, 2)[0] == 1
+    assert continuation(ids[4000:], 2)[0] == 1
+    assert continuation(np.array([5, 6, 7, *[8, 7] * 50, 5, 6, 7]), 2)[0] == 3
 
 
 def test_seconds_are_beside_those_of_recent_passes_without_proposals():
@@ -161,6 +204,18 @@ def test_a_text_that_repeats_takes_fewer_passes(monkeypatch):
         wanted.tolist()
     )
     assert model.passes == (13, 1, 7, 9, 9, 9, 4)  # each pass gives as many tokens as it reads
+
+
+@pytest.mark.parametrize("n_taken", [1, 3, 5, 12])
+def test_a_caller_who_stops_leaves_no_token_that_was_not_verified(n_taken):
+    base = tiny.model(ops=ops.blockwise)
+    model, cache = Cycle(base.config, base.params, ops=base.ops), base.new_cache(1)
+    ids, options = np.array([[5, 6, 7, 8, 9, 10] * 3]), {"max_new_tokens": 40, "cache": cache}
+    steps = iter(loop.start(model, ids, prompt_lookup_num_tokens=8, **options))
+    for _ in range(n_taken):
+        next(steps)
+    steps.close()
+    assert cache.n_ctx == 18 + n_taken - 1
 
 
 def test_the_end_of_the_context_and_a_stop_id_end_it_too():

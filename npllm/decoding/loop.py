@@ -227,22 +227,24 @@ def generate_tokens(
                 continue
         proposed, is_first = _proposed(model, lookup, sequences), sequences.n_new == 0
         n_kept, start, seconds = 0, working_seconds(), 0.0
-        for own_logits in step_logits(model, sequences, proposed, cache):
-            seconds = seconds or working_seconds() - start
-            logits = constrain(own_logits, sequences, options, eos)
-            u = uniforms(seed, n_batch, sequences.n_new) if sampling.do_sample else None
-            token = choose(logits, sampling, u=u)
-            sequences.append(token)
-            if note is not None:
-                note(own_logits, token)
-            yield token
-            if n_kept == len(proposed) or token[0] != proposed[n_kept]:
-                break
-            n_kept += 1
+        try:
+            for own_logits in step_logits(model, sequences, proposed, cache):
+                seconds = seconds or working_seconds() - start
+                logits = constrain(own_logits, sequences, options, eos)
+                u = uniforms(seed, n_batch, sequences.n_new) if sampling.do_sample else None
+                token = choose(logits, sampling, u=u)
+                sequences.append(token)
+                if note is not None:
+                    note(own_logits, token)
+                yield token
+                if n_kept == len(proposed) or token[0] != proposed[n_kept]:
+                    break
+                n_kept += 1
+        finally:  # also where the caller stops
+            if cache is not None and cache.n_ctx >= sequences.n_ctx:
+                cache.crop(sequences.n_ctx - 1)
         if not is_first:
             lookup.learn(len(proposed), n_kept, seconds)
-        if cache is not None and len(proposed):
-            cache.crop(sequences.n_ctx - 1)
 
 
 def _is_plain_greedy(options: Options) -> bool:

@@ -25,6 +25,8 @@ KEPT = 0.8  # of an average, and
 FORGOTTEN = 0.9  # of a balance, for each new pass
 LEAST = -0.5  # balance, in passes without proposals, at which a number of tokens pauses
 FIRST_PAUSE, MOST_WAITING = 4, 64  # passes
+OFTEN = 64  # passes with proposals, behind which one without is measured
+MOST_PLACES = 4096  # of the last token that are looked at, the last ones
 
 
 def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
@@ -32,6 +34,8 @@ def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
 
         the largest n <= 10 with an i < n_ctx where ids[i-n:i] = ids[-n:];  of these i the last one
         that n_tokens follow, else the first  ->  n, ids[i:i+n_tokens]
+
+    Of the places of the last token, the last 4,096 are looked at.
 
     Parameters
     ----------
@@ -51,7 +55,7 @@ def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
     Transformers, which takes the first place always.
     """
     n, starts = 0, np.flatnonzero(ids[:-1] == ids[-1]) + 1
-    longer = starts
+    longer = starts[-MOST_PLACES:]
     while len(longer) and n < LONGEST:
         n, starts = n + 1, longer
         longer = starts[starts > n]
@@ -72,7 +76,7 @@ class Account:
     left: int = 0
 
     def note(self, n_proposed: int, n_kept: int, cost: float) -> None:
-        """Take note of a pass that cost as much as `cost` passes without proposals."""
+        """Take note of a pass that cost as much as `cost` passes without proposals, more than 0."""
         if cost >= n_proposed + 1:  # it would not pay if all were kept
             self._wait(4)
             return
@@ -110,24 +114,28 @@ class PromptLookup:
         self.n_tokens = min(n_tokens, MOST_PROPOSED)
         self._seconds = 0.0  # of a pass without proposals; 0 while nothing is known of one
         self._accounts: dict[int, Account] = defaultdict(Account)
-        self._n = 0
+        self._n = self._n_pass = 0  # passes with proposals since one without
 
     def propose(self, ids: Array, n_most: int) -> Array:
         """Return tokens that may follow ids [n_ctx]: at most n_most, and none during a pause; none
-        either while nothing is known of a pass without proposals.
+        either where a pass without proposals is to be measured.
         """
         n_matched, proposed = continuation(ids, MOST_PROPOSED)
         self._n = min(PROPOSED[n_matched], self.n_tokens)
         account = self._accounts[self._n]
         waits = account.left > 0
         account.left -= waits
-        n = 0 if waits or not self._seconds else max(0, min(self._n, n_most))
-        return proposed[:n]
+        measures = not self._seconds or self._n_pass >= OFTEN
+        return proposed[: 0 if waits or measures else max(0, min(self._n, n_most))]
 
     def learn(self, n_proposed: int, n_kept: int, seconds: float) -> None:
         """Take note of how many of the proposed tokens were kept, and how long the pass took."""
+        if seconds <= 0:  # the clock stood still, or another thread has compiled meanwhile
+            return
         if n_proposed:
-            self._accounts[self._n].note(n_proposed, n_kept, seconds / self._seconds)
-        else:
-            before = self._seconds or seconds
-            self._seconds = KEPT * before + (1 - KEPT) * seconds
+            self._n_pass += 1
+            if n_proposed == self._n:  # else the end of the context, or of a table of RoPE, cut it
+                self._accounts[self._n].note(n_proposed, n_kept, seconds / self._seconds)
+            return
+        before, self._n_pass = self._seconds or seconds, 0
+        self._seconds = KEPT * before + (1 - KEPT) * seconds

@@ -54,15 +54,17 @@ def embed(ids: Array, weight: Array) -> Array:
     Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.4, without its factor
     sqrt(d_model), which Phi-3 does not use; `embed_tokens` in Transformers' `Phi3Model`.
     """
-    xp = array_namespace(ids, weight)
-    require_ids(ids, weight)
+    xp = require_ids(ids, weight)
     flat = xp.reshape(as_index(ids), (-1,))
     rows = weight.take(flat) if is_packed(weight) else xp.take(weight, flat, axis=0)
     return xp.reshape(widen(rows), (*ids.shape, weight.shape[1]))
 
 
-def require_ids(ids: Array, weight: Array) -> None:
-    """Raise unless `ids` are numbers of rows of an embedding matrix, as `embed` says."""
+def require_ids(ids: Array, weight: Array) -> Any:
+    """Raise unless `ids` are numbers of rows of an embedding matrix, as `embed` says; return the
+    library of both.
+    """
+    xp = array_namespace(ids, weight)
     expect_shape("weight", weight, n_vocab=None, d_model=None)
     if not is_integer(ids):
         raise NpllmTypeError(f"ids must be integers, got dtype {ids.dtype}")
@@ -72,6 +74,7 @@ def require_ids(ids: Array, weight: Array) -> None:
             f"token ids must lie in 0 ... n_vocab - 1 = {n_vocab - 1}, got {lowest_highest[0]} ... "
             f"{lowest_highest[1]}; is this the tokenizer of another model?"
         )
+    return xp
 
 
 def sinusoidal_positions(positions: Array, d_model: int, base: float = 10000.0) -> Array:

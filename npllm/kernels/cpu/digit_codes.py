@@ -3,7 +3,7 @@
 A span is 256 adjacent entries of a row: eight blocks or sub-blocks of 32.  Quarter j of a span is a
 vector of 64 codes, a byte each: lane 2 b + i has the entries 32 b + 8 j + 4 i + (0 ... 3).  So the
 two lanes of a block have its scale in all quarters, and the products of sixteen entries are added
-up in a lane before one conversion and one scale.
+up in a lane before one conversion, of Q8_0 two, and one scale.
 
     w = scale * (code - zero) + minimum
 

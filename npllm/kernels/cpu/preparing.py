@@ -51,6 +51,7 @@ def _call_all(ops: Any, x: Array, layer: LayerParams) -> None:
     norm = layer.input_layernorm, 0.0
     step = step._replace(cache=KVCache(1, 1, 64))
     qkv = ops.norm_linear(x, *norm, layer.qkv_proj)
+    ops.embed(np.zeros(x.shape[:2], np.int64), layer.o_proj)
     ops.linear(x, layer.o_proj)
     ops.linear_add(x, layer.o_proj, x)
     ops.norm_swiglu(x, *norm, layer.gate_up_proj)
