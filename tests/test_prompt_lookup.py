@@ -98,7 +98,7 @@ def test_a_pause_is_short_again_behind_proposals_that_paid():
 
 def test_one_pass_that_lost_much_does_not_stop_proposals_that_pay():
     lookup = started(15)
-    pauses(lookup, LONG, 15, 5.0, 3)
+    pauses(lookup, LONG, 15, 15.0, 3)
     lookup.learn(len(lookup.propose(LONG, 99)), 0, 15.5)
     assert len(lookup.propose(LONG, 99)) == 15
 
