@@ -267,6 +267,14 @@ def test_rows_are_looked_up_as_the_definition_does(name, ids):
             embed(np.array(bad), weight)
 
 
+def test_a_table_has_the_rows_of_all_its_parts():
+    from npllm.kernels.cpu.block_gemv import block_table
+    from npllm.kernels.cpu.simd_arrays import rows_of_weight
+
+    parts = tuple(random_weight("Q4_0", n, 64) for n in (3, 5))
+    assert rows_of_weight(block_table(StackedWeight(parts))) == 8
+
+
 BEYOND = """
 import ctypes, mmap, sys
 import numpy as np
