@@ -113,7 +113,8 @@ class Model(AdaptableLM):
             For one prompt: up to so many tokens that followed the same words earlier, at most 15,
             are proposed and verified in one pass.  The text is the same (but at near ties on a set
             that sums rows together in another order; the compiled set does not), sooner where it
-            repeats the prompt.  None: off.  See `npllm.decoding.prompt_lookup`.
+            repeats the prompt.  Fewer are proposed where the measured seconds say that it does
+            not pay.  None: off.  See `npllm.decoding.prompt_lookup`.
         tools : list of dict, optional
             Only with messages: JSON schemas that the chat template describes to the model.
         return_dict_in_generate : bool

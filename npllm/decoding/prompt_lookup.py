@@ -21,12 +21,12 @@ LONGEST = 10  # tokens at the end that are looked for earlier in the sequence
 # tokens that are proposed where so many match at the end: passes of 2, 4, 8 and 16 rows
 PROPOSED = (0, 1, 1, 3, 3, 7, 7, 7, 7, 7, 15)
 MOST_PROPOSED = PROPOSED[LONGEST]
-KEPT = 0.8  # of an average, and
-FORGOTTEN = 0.9  # of a balance, for each new pass
-LEAST = -0.5  # balance, in passes without proposals, at which a number of tokens pauses
+SECONDS_DECAY = 0.8  # weight of the average so far, of the seconds of passes without proposals
+BALANCE_DECAY = 0.9  # weight of the balance so far
+LEAST_BALANCE = -0.5  # in passes without proposals; below it, a number of tokens pauses
 FIRST_PAUSE, MOST_WAITING = 4, 64  # passes
-OFTEN = 64  # passes with proposals, behind which one without is measured
-MOST_PLACES = 4096  # of the last token that are looked at, the last ones
+MEASURE_EVERY = 64  # after so many passes with proposals, one without is measured
+MOST_PLACES = 4096  # earlier places of the last token that are compared, the latest ones
 
 
 def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
@@ -35,7 +35,7 @@ def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
         the largest n <= 10 with an i < n_ctx where ids[i-n:i] = ids[-n:];  of these i the last one
         that n_tokens follow, else the first  ->  n, ids[i:i+n_tokens]
 
-    Of the places of the last token, the last 4,096 are looked at.
+    Of the earlier places of the last token, the latest 4,096 are compared.
 
     Parameters
     ----------
@@ -69,22 +69,25 @@ def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
 
 @dataclass
 class Account:
-    """What proposals of one number of tokens have saved, in passes without proposals."""
+    """What proposals of one number of tokens have saved, in passes without proposals.
+
+    balance = 0.9 balance + max(-1, n_kept + 1 - cost)
+    """
 
     balance: float = 0.0
-    pause: int = 0  # passes, the last time
-    left: int = 0
+    pause: int = 0  # passes of the last pause; 0 since proposals paid again
+    left: int = 0  # passes of it that are still to come
 
     def note(self, n_proposed: int, n_kept: int, cost: float) -> None:
         """Take note of a pass that cost as much as `cost` passes without proposals, more than 0."""
         if cost >= n_proposed + 1:  # it would not pay if all were kept
             self._wait(4)
             return
-        self.balance = FORGOTTEN * self.balance + max(-1.0, n_kept + 1 - cost)
+        self.balance = BALANCE_DECAY * self.balance + max(-1.0, n_kept + 1 - cost)
         if self.balance > 0:
             self.pause = 0
-        elif self.balance < LEAST:
-            self.balance = LEAST / 2
+        elif self.balance < LEAST_BALANCE:
+            self.balance = LEAST_BALANCE / 2
             self._wait(2)
 
     def _wait(self, factor: int) -> None:
@@ -107,7 +110,7 @@ class PromptLookup:
     reading the weights takes all the time it costs as much as one of a single token.  So the
     seconds of passes are measured.  They decide what is proposed, and never the text.
 
-        saved = n_kept + 1 - seconds of the pass / seconds of a pass without proposals
+        cost = seconds of the pass / seconds of a pass without proposals
     """
 
     def __init__(self, n_tokens: int):
@@ -125,7 +128,7 @@ class PromptLookup:
         account = self._accounts[self._n]
         waits = account.left > 0
         account.left -= waits
-        measures = not self._seconds or self._n_pass >= OFTEN
+        measures = not self._seconds or self._n_pass >= MEASURE_EVERY
         return proposed[: 0 if waits or measures else max(0, min(self._n, n_most))]
 
     def learn(self, n_proposed: int, n_kept: int, seconds: float) -> None:
@@ -138,4 +141,4 @@ class PromptLookup:
                 self._accounts[self._n].note(n_proposed, n_kept, seconds / self._seconds)
             return
         before, self._n_pass = self._seconds or seconds, 0
-        self._seconds = KEPT * before + (1 - KEPT) * seconds
+        self._seconds = SECONDS_DECAY * before + (1 - SECONDS_DECAY) * seconds

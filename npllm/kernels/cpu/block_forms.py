@@ -26,7 +26,7 @@ __all__ = ["FORMS", "BlockFunctions", "default_form", "form_of_format"]
 
 FORMS = "digits", "plain digits", "looked up", "converted"
 ROWS = 1, 2, 4, 8  # of x that are multiplied at a time
-OF_DIGITS = 1, 2, 4  # sums of more rows do not fit the registers
+OF_DIGITS = 1, 2, 4  # two calls of four rows were faster than one of eight
 
 
 class BlockFunctions(NamedTuple):

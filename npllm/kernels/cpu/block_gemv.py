@@ -177,8 +177,8 @@ def aligned(memory: Array) -> int:
 
 @kernel()
 def add_product_blocks(table: Array, rows: Array, y: Array) -> None:
-    """Compute y [n, d_out] += rows [n, d_in] @ weight.T; three rows or more are filled up by
-    zeros, as the table says.
+    """Compute y [n, d_out] += rows [n, d_in] @ weight.T; rows of zeros fill three rows or
+    more up to the multiple that the table names.
     """
     n, d = rows.shape
     width, fill = table[MOST_PARTS, WIDTH], table[MOST_PARTS, FILL]

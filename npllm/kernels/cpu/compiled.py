@@ -245,7 +245,7 @@ def columns_of_layers(step: Step, shape: tuple[int, ...], n_layer: int) -> Array
     if any(x[2] != held[0][2] for x in held):
         return None
     known = _HELD.get(step.cache)
-    if known is None or not _are(known[0], held):
+    if known is None or not _same_keys(known[0], held):
         keys, values, _ = held[0]
         same = all(same_layout(x[0], keys) and same_layout(x[1], values) for x in held)
         table = np.array([list(map(data_address, x[:2])) for x in held]) if same else None
@@ -253,7 +253,7 @@ def columns_of_layers(step: Step, shape: tuple[int, ...], n_layer: int) -> Array
     return known[1]
 
 
-def _are(kept: list[ref], held: list[tuple]) -> bool:
+def _same_keys(kept: list[ref], held: list[tuple]) -> bool:
     """Tell whether layers hold the same keys as before."""
     return len(kept) == len(held) and all(one() is x[0] for one, x in zip(kept, held, strict=True))
 

@@ -25,7 +25,7 @@ from npllm.ops.attention import evaluate_mask
 from npllm.ops.mask.rule import ALL, FAR
 from npllm.threads import run_blocks, scratch
 
-__all__ = ["decode_inputs", "fits_rope", "reserve_slots", "rope_attention"]
+__all__ = ["decode_inputs", "fits_rope", "rope_attention"]
 
 Array = Any
 
