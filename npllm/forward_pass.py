@@ -495,36 +495,47 @@ class CausalLM(ModelBase):
             changes its RoPE frequencies on the way, or logits are no distribution.
         """
 
-        def call(draft: KVCache | None) -> Array | None:
+        def call(draft: KVCache) -> Array | None:
             tokens = Tokens(ids, valid, counted_positions(valid, ids.shape[1]))
-            return self._decode_step(tokens, draft, n_greedy=n)
+            positions = np.broadcast_to(tokens.positions, ids.shape) + np.arange(n)
+            variants = self._rotations.variants(positions[:, :1], len(ids), draft)
+            if (self._rotations.variants(positions, len(ids), draft) != variants).any():
+                return None
+            chosen = self._run_step(tokens, variants, draft, n)
+            if chosen is None or (chosen < 0).any():
+                return None
+            taken = np.append(ids, chosen[:, :-1], axis=1)
+            added = np.ones((len(ids), n - 1), bool)
+            draft.advance(taken, positions, np.append(valid, added, axis=1), variants)
+            return chosen
 
-        return self._transact(cache, call)
+        return cache.transact(call, self._cache_owner())
 
-    def _decode_step(
-        self, tokens: Tokens, cache: KVCache | None, n_greedy: int = 0
-    ) -> Array | None:
-        """Logits [n_batch, 1, n_vocab] of one new token a row, or tokens [n_batch, n_greedy], by
-        the set's kernel for a whole step; None where it has none for this call.
+    def _decode_step(self, tokens: Tokens, cache: KVCache | None) -> Array | None:
+        """Logits [n_batch, 1, n_vocab] of one new token a row, by the set's kernel for a whole
+        step; None where it has none for this call.
         """
-        run = self.ops.decode_step
-        if run is None or cache is None or not cache.n_ctx or tokens.ids.shape[1] != 1:
+        if self.ops.decode_step is None or cache is None or tokens.ids.shape[1] != 1:
             return None
-        n_batch, more = len(tokens.ids), np.arange(max(1, n_greedy))
-        positions = np.broadcast_to(tokens.positions, (n_batch, 1)) + more
-        variants = self._rotations.variants(positions[:, :1], n_batch, cache)
-        changes = self._rotations.variants(positions, n_batch, cache) != variants
-        if self.config.head != "lm" or changes.any():
+        variants = self._rotations.variants(tokens.positions, len(tokens.ids), cache)
+        logits = self._run_step(tokens, variants, cache)
+        if logits is not None:
+            cache.advance(tokens.ids, tokens.positions, tokens.valid, variants)
+        return logits
+
+    def _run_step(
+        self, tokens: Tokens, variants: Array, cache: KVCache, n_greedy: int = 0
+    ) -> Array | None:
+        """What the set's kernel for a whole step gives for one new token a row; None where it has
+        none for this call.
+        """
+        run, is_lm = self.ops.decode_step, self.config.head == "lm"
+        if run is None or not is_lm or not cache.n_ctx:
             return None
         self._recompute_rows(cache, variants)
         tables = partial(self._rotations.tables, self.ops)
         found = run(tokens, variants, self.params, self._step(cache), tables, n_greedy)
-        if found is NotImplemented or (n_greedy and (found < 0).any()):
-            return None
-        ids = np.append(tokens.ids, found[:, :-1], axis=1) if n_greedy else tokens.ids
-        added = np.ones((n_batch, len(more) - 1), bool)
-        cache.advance(ids, positions, np.append(tokens.valid, added, axis=1), variants)
-        return found
+        return None if found is NotImplemented else found
 
     def _step(self, cache: KVCache) -> Step:
         """What a kernel for a whole step is told besides tokens and weights."""

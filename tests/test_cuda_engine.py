@@ -15,7 +15,6 @@ from kernel_shim import checking, needs_gxx
 
 import npllm
 from npllm import ops
-from npllm.decoding.loop import N_QUEUED
 from npllm.kernels import cuda
 from npllm.kernels.cuda import decode, decode_graph
 from npllm.quantized.int8 import quantize
@@ -151,7 +150,9 @@ def test_greedy_tokens_are_chosen_on_the_device(changes):
     want = base.generate(ids, max_new_tokens=n)
     guard.Gets.n = 0
     assert (model.generate(ids, max_new_tokens=n) == want).all()
-    one_by_one = N_QUEUED - 1 if changes is LONG else 0  # tokens before the frequencies change
+    one_by_one = (
+        cuda.CUDA.n_queued - 1 if changes is LONG else 0
+    )  # tokens before the frequencies change
     assert guard.Gets.n <= 6 + one_by_one
     cache = model.new_cache(2)
     first = next(iter(_tokens(model, ids, cache)))

@@ -493,6 +493,13 @@ def steps_of_all_layers(monkeypatch):
         "layers_step",
         lambda x, first, table, *rest: (calls.append(len(table)), kernel(x, first, table, *rest)),
     )
+    whole = compiled.logits_step
+
+    def step(*arguments):
+        calls.append(len(arguments[4]))  # the table
+        return whole(*arguments)
+
+    monkeypatch.setattr(compiled, "logits_step", step)
     return calls
 
 

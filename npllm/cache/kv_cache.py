@@ -312,7 +312,8 @@ class KVCache:
         rope_variant : integer array [n_batch]
         """
         state = self._state
-        positions = np.broadcast_to(positions, ids.shape)
+        if positions.shape != ids.shape:
+            positions = np.broadcast_to(positions, ids.shape)
         self._state = state._replace(
             n_ctx=state.n_ctx + ids.shape[1],
             valid=valid,

@@ -28,7 +28,6 @@ from npllm.text.stream import TextStream
 __all__ = ["Generation", "count_new_tokens", "generate_tokens", "last_logits", "start"]
 
 Array = Any
-N_QUEUED = 8  # greedy tokens that a device chooses before the host looks for a stop
 
 
 class Generation:
@@ -259,7 +258,7 @@ def _queued(model: Any, sequences: Sequences, cache: KVCache) -> Array | None:
     """The next tokens [n_batch, n], chosen on the device without waiting for the host in between;
     None where the model's set cannot do that.
     """
-    n = min(N_QUEUED, sequences.n_max - sequences.n_ctx, cache.max_slots - cache.n_ctx)
+    n = min(model.ops.n_queued, sequences.n_max - sequences.n_ctx, cache.max_slots - cache.n_ctx)
     if model.ops.decode_step is None or cache.n_ctx != sequences.n_ctx - 1 or n < 1:
         return None
     return model.greedy_ids(sequences.ids[:, -1:], sequences.valid, cache, n)

@@ -6,9 +6,11 @@ from typing import Any
 
 from npllm import ops
 
-__all__ = ["attention_factor", "frequencies", "frequency_choice"]
+__all__ = ["BY_LENGTH", "attention_factor", "frequencies", "frequency_choice"]
 
 Array = Any
+
+BY_LENGTH = "longrope", "dynamic"  # types whose frequencies depend on the length of a sequence
 
 
 def frequency_choice(config: Any, length: int) -> int:

@@ -36,6 +36,8 @@ class Rotations:
         """Name the RoPE frequencies of each row, by its own length: the largest position so far
         + 1; integers [n_batch].
         """
+        if self._config.rope_parameters.rope_type not in rope.BY_LENGTH:
+            return np.zeros(n_batch, np.int64)
         lengths = np.broadcast_to(positions.max(axis=-1) + 1, (n_batch,))
         if cache is not None and cache.n_ctx:
             lengths = np.maximum(lengths, cache.positions.max(axis=-1) + 1)

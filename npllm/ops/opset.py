@@ -33,7 +33,7 @@ SLOTS = {
 
 
 # Fields of a set that are no operations; decode_step is a whole run, see `Ops`.
-DATA = ("name", "activations", "replaced", "decode_step", "prefill_chunk")
+DATA = ("name", "activations", "replaced", "decode_step", "n_queued", "prefill_chunk")
 
 
 def parts_of(slot: str) -> frozenset[str]:
@@ -90,7 +90,10 @@ class Ops:
     `decode_step` takes over a whole run of one new token a row, from its id to its logits, or is
     None.  It contains every operation: a set of which any is replaced has none.
 
-        decode_step(tokens, variants, params, step, tables)   logits [n_batch, 1, n_vocab]
+        decode_step(tokens, variants, params, step, tables)             logits [n_batch, 1, n_vocab]
+        decode_step(tokens, variants, params, step, tables, n_queued)   int64 [n_batch, n_queued]
+
+    The second form, the most likely tokens one after another, is for sets with `n_queued`.
     """
 
     embed: Callable
@@ -114,6 +117,7 @@ class Ops:
     mlp_block: Callable | None = None
     decoder_layers: Callable | None = None
     decode_step: Callable | None = None
+    n_queued: int = 0  # greedy tokens that decode_step chooses before the host looks for a stop
     prefill_chunk: int | None = None  # tokens that go through the layers at a time; None: 512
     name: str = "custom"
     activations: str = "float32"  # what linear maps round: `npllm.quantized.activations`

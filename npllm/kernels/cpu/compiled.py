@@ -2,7 +2,7 @@
 
 Decoding a small model is bound by Python call overhead: Python's own code and data, which reading
 the weights has evicted from the caches, are needed between two kernels.  So half a layer is one
-kernel, and so are all layers where they are alike.
+kernel, and so are all layers where they are alike, with the logits behind them.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.adapted import base_layer, is_adapted
 from npllm.kernels.cpu.adapted_blocks import launch_adapted_attention, launch_adapted_mlp
 from npllm.kernels.cpu.block_gemv import fits_blocks
-from npllm.kernels.cpu.decode import attention_step, layers_step, mlp_step
+from npllm.kernels.cpu.decode import attention_step, layers_step, logits_step, mlp_step
 from npllm.kernels.cpu.dispatch import (
     add_bias,
     embed,
@@ -28,7 +28,9 @@ from npllm.kernels.cpu.dispatch import (
     linear_add,
     norm_linear,
     norm_swiglu,
+    rms_norm,
 )
+from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.launching import launch
 from npllm.kernels.cpu.layout import row_major_copy, rows_of
 from npllm.kernels.cpu.operands import (
@@ -47,11 +49,12 @@ from npllm.kernels.cpu.rope_attention import (
     rope_attention,
 )
 from npllm.kernels.cpu.tiled import TILED
-from npllm.models.params import LayerParams
+from npllm.models.params import LayerParams, Params
 from npllm.ops import Step
 from npllm.quantized.int8 import Int8Weight
+from npllm.quantized.stacked import StackedWeight
 
-__all__ = ["COMPILED", "attention_block", "decoder_layers", "mlp_block"]
+__all__ = ["COMPILED", "attention_block", "decode_step", "decoder_layers", "mlp_block"]
 
 Array = Any
 
@@ -119,39 +122,63 @@ def mlp_block(x: Array, layer: LayerParams, step: Step) -> Any:
 
 def decoder_layers(x: Array, layers: Any, step: Step) -> Any:
     """Compute all layers: one kernel for a few tokens with a cache where layers are alike."""
-    masks, first = step.masks, step.mask
+    arguments = layers_arguments(x.shape, layers, step) if is_float32(x) and x.ndim == 3 else None
+    if arguments is None:
+        return NotImplemented
+    y = row_major_copy(x)
+    launch(layers_step, y, *arguments)
+    return y
+
+
+def decode_step(
+    tokens: Any, variants: Array, params: Params, step: Step, tables: Any, n_greedy: int = 0
+) -> Any:
+    """Compute the logits [n_batch, 1, n_vocab] after one new token of each row, in one kernel where
+    layers are alike and no row has padding.
+    """
+    ends = known_ends(params, step.cache)
+    if n_greedy or ends is None or not tokens.valid.all():
+        return NotImplemented
+    shape = *tokens.ids.shape, params.embed_tokens.shape[1]
+    cos, sin = tables(tokens.positions, variants)
+    step = step._replace(cos=cos, sin=sin)
+    arguments = layers_arguments(shape, params.layers, step)
+    if arguments is None:
+        return NotImplemented
+    ids = np.array(tokens.ids, np.int64, order="C")
+    logits = launch(logits_step, ids, *ends[:2], *arguments, *ends[2:])
+    return logits.reshape(*ids.shape, -1)
+
+
+def layers_arguments(shape: tuple[int, ...], layers: Any, step: Step) -> tuple | None:
+    """What `layers_step` takes besides tokens [n_batch, n_seq, d_model]; None where it is not made
+    for them: there are many, the layers differ, or what they are told does.
+    """
+    (n_batch, n_seq, d_model), masks, first = shape, step.masks, step.mask
     one_mask = masks is None or all(mask is first for mask in masks)
-    known = (
-        type(layers) is tuple
-        and layers
-        and type(step.cache) is KVCache
-        and all(type(x) is LayerParams for x in layers)
-    )
-    y = decode_step(x, layers, step) if one_mask and known else None
-    return NotImplemented if y is None else y
-
-
-def decode_step(x: Array, layers: tuple[LayerParams, ...], step: Step) -> Array | None:
-    """A few tokens through all layers; None where they are not what `layers_step` is made for."""
-    gain, qkv_proj, o_proj, *mlp = weights_of(layers[0])
-    if not (fits_step(x, gain, qkv_proj, o_proj, step) and fits_mlp(x, *mlp)):
+    few = 0 < n_batch * n_seq <= FEW_ROWS
+    if not (one_mask and few and type(layers) is tuple and type(step.cache) is KVCache):
         return None
     arrays, table = known_arrays(layers, step.cache)
-    if table is None:
+    if table is None or len(arrays[0][0]) != d_model:
         return None
-    d_head = len(qkv_proj) // (step.n_head + 2 * step.n_kv_head)
-    tokens = decode_inputs(step, len(x), x.shape[1], d_head)
+    d_qkv, n_all = len(layers[0].qkv_proj), step.n_head + 2 * step.n_kv_head
+    d_head = d_qkv // n_all
+    if not (
+        fits_rope((n_batch, n_seq, d_qkv), *step[:4])
+        and layers[0].o_proj.shape[1] == step.n_head * d_head
+    ):
+        return None
+    tokens = decode_inputs(step, n_batch, n_seq, d_head)
     if tokens is None:
         return None
     cos, sin, keys, values, bounds, seen = tokens
-    columns = columns_of_layers(step, (len(x), step.n_kv_head, x.shape[1], d_head), len(layers))
+    columns = columns_of_layers(step, (n_batch, step.n_kv_head, n_seq, d_head), len(layers))
     if columns is None:
         return None
-    first = (*arrays[0], keys, values)
     columns = columns - columns[0] + np.array([data_address(keys), data_address(values)])
-    table, y = np.hstack((table, columns)), row_major_copy(x)
-    launch(layers_step, y, first, table, np.float32(step.eps), cos, sin, bounds, seen, step.n_head)
-    return y.reshape(x.shape)
+    eps, held = np.float32(step.eps), (*arrays[0], keys, values)
+    return held, np.hstack((table, columns)), eps, cos, sin, bounds, seen, step.n_head
 
 
 # ---------------------------------------------------------------- what the kernels are made for
@@ -207,27 +234,64 @@ WEIGHTS = (
 )
 weights_of = attrgetter(*WEIGHTS)  # of a layer, in this order
 BIASES = ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")
-# cache -> layers, arrays, table: checking all weights for every token would cost as much as a layer
-_KNOWN: WeakKeyDictionary[KVCache, tuple[tuple, list, np.ndarray | None]] = WeakKeyDictionary()
+# cache -> what was asked for it, and the answer: checking all weights for every token would cost as
+# much as a layer
+_LAYERS: WeakKeyDictionary[KVCache, tuple[Any, tuple[list, np.ndarray | None]]]
+_LAYERS = WeakKeyDictionary()
+_ENDS: WeakKeyDictionary[KVCache, tuple[Any, tuple | None]] = WeakKeyDictionary()
 
 
-def known_arrays(layers: tuple[LayerParams, ...], cache: KVCache) -> tuple[list, Array | None]:
+def known_arrays(layers: tuple, cache: KVCache) -> tuple[list, Array | None]:
     """The arrays of each layer as `arrays_of` gives them, and where they lie, [n_layer, 10].
 
-    The table is None where layers differ or have biases.
+    The table is None where layers differ, have biases, or are none that the kernels are made for.
     """
-    known = _KNOWN.get(cache)
+    known = _LAYERS.get(cache)
     if known is None or known[0] is not layers:
-        same = all(
-            all(map(same_layout, weights_of(layer), weights_of(layers[0]))) for layer in layers
-        )
-        plain = all(getattr(layer, name) is None for layer in layers for name in BIASES)
-        arrays = (
-            [arrays_of(layer) for layer in layers] if same and plain else []
-        )  # references keep the arrays at the addresses alive
+        arrays = [arrays_of(layer) for layer in layers] if are_alike(layers) else []
         table = np.array([list(map(data_address, row)) for row in arrays]) if arrays else None
-        known = _KNOWN[cache] = layers, arrays, table
-    return known[1:]
+        # references keep the arrays at the addresses alive
+        known = _LAYERS[cache] = layers, (arrays, table)
+    return known[1]
+
+
+def are_alike(layers: tuple) -> bool:
+    """Tell whether layers are what `layers_step` is made for, apart from their heads."""
+    if not layers or not all(type(layer) is LayerParams for layer in layers):
+        return False
+    gain, qkv_proj, o_proj, *mlp = first = weights_of(layers[0])
+    if type(gain) is not np.ndarray or gain.ndim != 1:
+        return False
+    x = np.empty((1, len(gain)), np.float32)  # its shape is asked for
+    return (
+        fits_product(x, qkv_proj)
+        and fits_gain(x, gain)
+        and fits_weight(o_proj, o_proj.shape[1])
+        and len(o_proj) == len(gain)
+        and fits_mlp(x, *mlp)
+        and all(all(map(same_layout, weights_of(layer), first)) for layer in layers)
+        and all(getattr(layer, name) is None for layer in layers for name in BIASES)
+    )
+
+
+def known_ends(params: Params, cache: KVCache) -> tuple | None:
+    """The embedding with its scales, the final gain, and lm_head with its scales, as `logits_step`
+    takes them; None where it is not made for them.
+    """
+    known = _ENDS.get(cache)
+    if known is None or known[0] is not params:
+        gain, embedding, head = params.norm, params.embed_tokens, params.lm_head
+        fits = (
+            type(gain) is np.ndarray
+            and fits_gain(gain, gain)
+            and all(fits_weight(weight, len(gain)) for weight in (embedding, head))
+            and not isinstance(embedding, StackedWeight)
+        )
+        ends = (
+            (*kernel_operands(embedding), as_bits(gain), *kernel_operands(head)) if fits else None
+        )
+        known = _ENDS[cache] = params, ends
+    return known[1]
 
 
 # cache -> keys of each layer, table: a reference proper would keep arrays that are replaced
@@ -293,6 +357,7 @@ COMPILED = replace(
     TILED,
     embed=embed,
     linear=linear,
+    rms_norm=rms_norm,
     norm_linear=norm_linear,
     norm_swiglu=norm_swiglu,
     linear_add=linear_add,
@@ -301,5 +366,6 @@ COMPILED = replace(
     attention_block=attention_block,
     mlp_block=mlp_block,
     decoder_layers=decoder_layers,
+    decode_step=decode_step,
     name="compiled",
 )

@@ -1,4 +1,4 @@
-"""A few tokens through half a layer, or through all layers, in one kernel.
+"""A few tokens through half a layer, all layers, or all layers and lm_head, in one kernel.
 
 Decoding a small model is bound by Python call overhead: between two kernels the memory would be
 idle for longer than reading the weights of a layer takes.
@@ -7,15 +7,20 @@ idle for longer than reading the weights of a layer takes.
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from npllm.kernels.cpu.attention_step import attend_step
+from npllm.kernels.cpu.block_gemv import widen_rows
 from npllm.kernels.cpu.gated import gated_product
 from npllm.kernels.cpu.gemv import add_product, rows_of_bias
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import EMPTY
-from npllm.kernels.cpu.simd_arrays import array_at, channels_of_weight, rows_of_weight
+from npllm.kernels.cpu.simd import load_scalar
+from npllm.kernels.cpu.simd_arrays import array_at, channels_of_weight, is_int8, rows_of_weight
+from npllm.quantized.int8 import GROUP
 
-__all__ = ["attention_step", "layers_step", "mlp_step"]
+__all__ = ["attention_step", "layers_step", "logits_step", "mlp_step"]
 
 Array = Any
 
@@ -116,3 +121,54 @@ def layers_step(
             array_at(first[8], at[8]),
             array_at(first[9], at[9]),
         )
+
+
+@kernel()
+def logits_step(
+    ids: Array,
+    embedding: Array,
+    embedding_scales: Array,
+    first: tuple[Array, ...],
+    table: Array,
+    eps: float,
+    cos: Array,
+    sin: Array,
+    bounds: Array,
+    seen: Array,
+    n_head: int,
+    gain: Array,
+    head: Array,
+    head_scales: Array,
+) -> Array:
+    """Compute head @ rms_norm(x), [n_batch * n_seq, n_vocab], of x from `layers_step` and, before,
+    the rows of ids [n_batch, n_seq] in the embedding.
+    """
+    n = ids.size
+    x = np.empty((*ids.shape, channels_of_weight(embedding)), np.float32)
+    rows = x.reshape(n, -1)
+    embed_rows(embedding, embedding_scales, ids.reshape(n), rows)
+    layers_step(x, first, table, eps, cos, sin, bounds, seen, n_head)
+    logits = np.zeros((n, rows_of_weight(head)), np.float32)
+    add_product(head, head_scales, rows, gain, eps, logits)
+    return logits
+
+
+def embed_rows(weight: Array, scales: Array, ids: Array, y: Array) -> None:
+    """Write the rows of a weight with some numbers to those of y."""
+    raise NotImplementedError("kernels call this")
+
+
+@overload(embed_rows, strict=False)  # which would compare annotations
+def _choose_embedding(weight: Any, scales: Any, ids: Any, y: Any) -> Any:  # noqa: ARG001
+    def of_blocks(weight: Array, scales: Array, ids: Array, y: Array) -> None:  # noqa: ARG001
+        widen_rows(weight, ids, y)
+
+    def of_entries(weight: Array, scales: Array, ids: Array, y: Array) -> None:
+        n, d = y.shape
+        for k in range(n):
+            for i in range(d):
+                at = ids[k] * d + i
+                entry = load_scalar(weight, at)
+                y[k, i] = entry * load_scalar(scales, at // GROUP) if is_int8(weight) else entry
+
+    return of_blocks if weight.dtype == types.int64 else of_entries

@@ -17,7 +17,7 @@ from npllm.kernels.cpu import gemm, tiled
 from npllm.kernels.cpu.block_gemv import block_table, fits_blocks, widen_rows
 from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.gated import gated_product, swiglu_panels
-from npllm.kernels.cpu.gemv import add_product
+from npllm.kernels.cpu.gemv import add_product, rms_norm_rows
 from npllm.kernels.cpu.launching import kernel, launch
 from npllm.kernels.cpu.layout import EMPTY, few_rows_of, row_major, row_major_copy, rows_of
 from npllm.kernels.cpu.operands import (
@@ -34,7 +34,7 @@ from npllm.ops.embedding import require_ids
 from npllm.quantized.block_weight import BlockWeight
 from npllm.threads import scratch
 
-__all__ = ["embed", "gelu", "linear", "linear_add", "norm_linear", "norm_swiglu"]
+__all__ = ["embed", "gelu", "linear", "linear_add", "norm_linear", "norm_swiglu", "rms_norm"]
 
 Array = Any
 
@@ -47,6 +47,15 @@ def embed(ids: Array, weight: Any) -> Array:
     y = np.empty((ids.size, weight.shape[1]), np.float32)
     launch(widen_rows, block_table(weight), ids.reshape(-1).astype(np.int64), y)
     return y.reshape(*ids.shape, weight.shape[1])
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Compute `npllm.ops.rms_norm`; of a few rows with the bits of the kernels that fuse it."""
+    if not (is_float32(x) and fits_gain(x, weight) and 0 < x.size <= FEW_ROWS * x.shape[-1]):
+        return tiled.rms_norm(x, weight, eps)
+    y = few_rows_of(x)
+    launch(rms_norm_rows, y, as_bits(weight), np.float32(eps))
+    return y.reshape(x.shape)
 
 
 def linear(x: Array, weight: Array, bias: Array = None) -> Array:

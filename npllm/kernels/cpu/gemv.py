@@ -28,7 +28,7 @@ from npllm.kernels.cpu.simd_arrays import deinterleave
 from npllm.kernels.cpu.simd_rows import add_each, fma_each, load_each, reduce_each
 from npllm.quantized.int8 import GROUP
 
-__all__ = ["add_product", "rows_of_bias"]
+__all__ = ["add_product", "rms_norm_rows", "rows_of_bias"]
 
 Array = Any
 Vectors = tuple[Any, ...]  # sixteen float32 of each of a few rows
@@ -184,6 +184,13 @@ def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
             rms_norm_row(rows[k], gain, eps)
         deinterleave(weight, rows[k])
     return rows
+
+
+@kernel(nogil=True)
+def rms_norm_rows(x: Array, gain: Array, eps: float) -> None:
+    """Divide each row by its root mean square, in place, and scale it."""
+    for k in range(len(x)):
+        rms_norm_row(x[k], gain, eps)
 
 
 @kernel()

@@ -1,5 +1,6 @@
 """Every kernel of one weight type, called once with small weights, so that all are compiled."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from npllm.cache import KVCache
 from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu.compiled import COMPILED
 from npllm.kernels.cpu.rounded import rounded_compiled
-from npllm.models.params import LayerParams
+from npllm.models.params import LayerParams, Params
 from npllm.ops import Step
 from npllm.ops.mask import causal
 from npllm.quantized.block_formats import FORMATS
@@ -42,6 +43,7 @@ def compile_all(dtype: str, activations: str = "float32") -> None:
     layer = LayerParams(gain, qkv_proj, square, gain, gate_up_proj, square)
     for n in (1, 2, FEW_ROWS + 1):
         _call_all(ops, np.ones((1, n, WIDTH), np.float32), layer)
+    _call_decode_step(ops, layer)
 
 
 def _call_all(ops: Any, x: Array, layer: LayerParams) -> None:
@@ -59,6 +61,16 @@ def _call_all(ops: Any, x: Array, layer: LayerParams) -> None:
     ops.rope_attention(qkv, step)
     ops.attention_block(x, layer, step._replace(cache=KVCache(1, 1, 64)))
     ops.decoder_layers(x, (layer,), step._replace(cache=KVCache(1, 1, 64)))
+    ops.rms_norm(x, *norm)
+
+
+def _call_decode_step(ops: Any, layer: LayerParams) -> None:
+    """Call the kernel of a whole step."""
+    ids, table = np.zeros((1, 1), np.int64), np.ones((1, 16), np.float32)
+    tokens = SimpleNamespace(ids=ids, valid=np.ones((1, 1), bool), positions=ids[0])
+    step = Step(None, None, 2, 2, 0.0, [causal()], KVCache(1, 1, 64))
+    params = Params(layer.o_proj, (layer,), layer.input_layernorm, layer.o_proj)
+    ops.decode_step(tokens, ids[0], params, step, lambda *_: (table, table))
 
 
 def small_weight(d_out: int, dtype: str) -> Any:

@@ -65,6 +65,7 @@ CUDA = replace(
     mlp_block=mlp_block,
     prefill_chunk=2048,
     decode_step=decode_step,
+    n_queued=8,
     name="cuda",
 )
 
