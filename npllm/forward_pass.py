@@ -555,6 +555,7 @@ class CausalLM(ModelBase):
             return self._run(tokens, variant, None, tap)
         self._recompute_rows(cache, variant)
         n_past, n_seq = cache.n_ctx, tokens.ids.shape[1]
+        cache.expect(n_seq)
         size = self.prefill_chunk if tap is None else n_seq
         starts = range(0, n_seq, size)
         chunks = [tokens.part(start, min(start + size, n_seq), n_past) for start in starts]
@@ -616,6 +617,7 @@ class CausalLM(ModelBase):
         rows = np.flatnonzero(changed)
         cached = Tokens(cache.ids[rows], cache.valid[rows], cache.positions[rows])
         fresh = self.new_cache(len(rows), dtype=cache.dtype and cache.dtype.name)
+        fresh.expect(cache.n_ctx)
         for start in range(0, cache.n_ctx, self.prefill_chunk):
             chunk = cached.part(start, min(start + self.prefill_chunk, cache.n_ctx), 0)
             self._run(chunk, variant[rows], fresh, None)

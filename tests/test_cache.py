@@ -1,5 +1,6 @@
 """npllm.cache: what is appended comes back, in order, however the arrays behind it grow and move."""
 
+import family
 import numpy as np
 import pytest
 from close import close
@@ -89,6 +90,28 @@ def test_appending_one_by_one_copies_a_number_of_keys_that_is_linear(monkeypatch
         for _ in range(1000):
             append(cache, 1, layers=[0])
         assert sum(moved) <= 2 * 2 * 1000 + 200, f"window {window}: {sum(moved)} keys moved"
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_prompt_that_comes_in_chunks_is_not_copied_within_its_pass(monkeypatch, window):
+    moved = []
+    monkeypatch.setattr(
+        "npllm.cache.kv_cache.reallocated",
+        lambda x, start, stop, n: (moved.append(stop - start), _moved(x, start, stop, n))[1],
+    )
+    m = model(max_position_embeddings=2048, sliding_window=window)
+    whole, parts = m.new_cache(), m.new_cache()
+    ids = random_ids(1, 900)
+    with family.prefill_chunk(100):
+        want = m(ids[:, :700], cache=whole)
+        m(ids[:, 700:], cache=whole)
+        assert (not moved) == (window is None)
+        for start in range(0, 900, 100):
+            part = m(ids[:, start : start + 100], cache=parts)
+            if start < 700:
+                close(part, want[:, start : start + 100], times=0)
+    assert whole.n_bytes == parts.n_bytes
+    assert moved, "calls of their own are not known beforehand"
 
 
 def _moved(x, start, stop, capacity):

@@ -7,7 +7,9 @@ from blocks import FORMAT_NAMES, random_weight
 from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import model, random_ids
 
+import npllm
 from npllm import kernels, ops
 from npllm.arrays import widen
 from npllm.errors import NpllmRuntimeError
@@ -238,3 +240,47 @@ def test_the_form_of_a_product_is_told_in_words():
         assert "VDPBF16PS" in kernels.product_forms()["bfloat16 activations"]
     told = kernels.product_forms()["int8 and int16 activations"]
     assert ("VPDPBUSD" in told) == has_instruction("int8")
+
+
+MANY = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "n_taken"),
+    [
+        ("bfloat16", "float32", 2),
+        ("bfloat16", "bfloat16", 2),
+        ("int8", "int8", 2),
+        ("Q4_0", "int16", 2),
+        ("mixed", "int8", 0),
+    ],
+)
+def test_many_tokens_through_half_a_layer_have_the_bits_of_its_parts(
+    monkeypatch, name, kind, n_taken
+):
+    from npllm.kernels.cpu import compiled
+
+    taken, half = [], compiled.attention_of_many
+    monkeypatch.setattr(
+        compiled, "attention_of_many", lambda *args: (taken.append(1), half(*args))[1]
+    )
+    m, ids = model(**MANY), random_ids(2, 40)
+    layers = []
+    for number, layer in enumerate(m.params.layers):
+        new = {
+            leaf: weight_of("int8" if name == "mixed" else name, *x.shape, seed=number)
+            for leaf, x in layer._asdict().items()
+            if np.ndim(x) == 2 and not (name == "mixed" and leaf == "qkv_proj")
+        }
+        layers.append(layer._replace(**new))
+    m = npllm.Model(m.config, m.params._replace(layers=tuple(layers)), ops=rounded_set(kind))
+    parts = m.on(m.ops.replace(attention_block=None))
+    for dtype in (None, "bfloat16"):
+        caches = [way.new_cache(2, dtype=dtype) for way in (m, parts)]
+        for span in (slice(0, 20), slice(20, 40)):
+            got, want = (
+                way(ids[:, span], cache=c) for way, c in zip((m, parts), caches, strict=True)
+            )
+            assert got.tobytes() == want.tobytes()
+    assert m(ids).tobytes() == parts(ids).tobytes()
+    assert len(taken) >= n_taken * 3 and bool(taken) == bool(n_taken)

@@ -96,6 +96,7 @@ class KVCache:
         self._state = State(
             owner, 0, none, none, none.astype(bool), np.zeros(n_batch, np.int64), [None] * n_layer
         )
+        self._expected = 0  # slots that the current pass will use
         self._draft: KVCache | None = None  # kept between calls: kernels remember tables by it
         self._lock = Lock()
 
@@ -169,9 +170,15 @@ class KVCache:
             owner.require(self)
         if self._draft is None:
             self._draft = self._like_this()
-        state, self._draft.watch = self._state, self.watch
+        state, self._draft.watch, self._draft._expected = self._state, self.watch, 0
         self._draft._state = state._replace(owner=state.owner or owner, layers=list(state.layers))
         return self._draft
+
+    def expect(self, n_seq: int) -> None:
+        """Allocate for so many new tokens at once when the first of them come, in this pass; those
+        that come in chunks would be copied at every doubling else.
+        """
+        self._expected = self.n_ctx + n_seq
 
     def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, range]:
         """Add keys and values of new tokens to one layer.
@@ -228,11 +235,12 @@ class KVCache:
                 "a cache goes with the model that made it"
             )
         oldest, stop = first_visible(n_ctx, self.window), n_ctx + n_seq
-        keys, values, first = layers[layer] or self._allocated(k, v)
+        needed = max(stop - oldest, self._expected if self.window is None else 0)
+        keys, values, first = layers[layer] or self._allocated(k, v, needed)
         check_held(layer, "keys", keys, k)
         check_held(layer, "values", values, v)
         if stop - first > keys.shape[-2]:
-            capacity = capacity_for(stop - oldest, self.window, self.max_slots)
+            capacity = capacity_for(needed, self.window, self.max_slots)
             span = oldest - first, n_ctx - first
             keys, values = (reallocated(x, *span, capacity) for x in (keys, values))
             first = oldest
@@ -273,9 +281,9 @@ class KVCache:
         self.check_fits(k.shape[0], k.shape[-2])
         return layers[numbers.start : numbers.stop]
 
-    def _allocated(self, k: Array, v: Array) -> tuple[Array, Array, int]:
+    def _allocated(self, k: Array, v: Array, needed: int) -> tuple[Array, Array, int]:
         """Make the first arrays of a layer, for the shapes of its keys and values."""
-        capacity = capacity_for(k.shape[-2], self.window, self.max_slots)
+        capacity = capacity_for(needed, self.window, self.max_slots)
         return empty(k, capacity, self.dtype), empty(v, capacity, self.dtype), 0
 
     def kept(self, layer: int) -> tuple[Array, Array, range]:
@@ -459,7 +467,7 @@ class KVCache:
         return kept | {"_draft": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=Lock())
+        self.__dict__.update(state, _expected=0, _lock=Lock())
 
     def __repr__(self) -> str:
         window = "" if self.window is None else f", window {self.window}"

@@ -26,6 +26,7 @@ from npllm.kernels.cpu.dispatch import (
     gelu,
     linear,
     linear_add,
+    many_rows,
     norm_linear,
     norm_swiglu,
     rms_norm,
@@ -53,6 +54,7 @@ from npllm.models.params import LayerParams, Params
 from npllm.ops import Step
 from npllm.quantized.int8 import Int8Weight
 from npllm.quantized.stacked import StackedWeight
+from npllm.threads import scratch
 
 __all__ = ["COMPILED", "attention_block", "decode_step", "decoder_layers", "mlp_block"]
 
@@ -60,11 +62,16 @@ Array = Any
 
 
 def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
-    """Compute the first half of a layer: one kernel for a few tokens with a cache."""
+    """Compute the first half of a layer: one kernel for a few tokens with a cache; for many, q, k
+    and v stay in a buffer.
+    """
     adapted = is_adapted(layer.qkv_proj, layer.o_proj)
     base = base_layer(layer) if adapted else layer
-    weights = base.input_layernorm, base.qkv_proj, base.o_proj
-    if step.cache is None or not fits_step(x, *weights, step, base.qkv_bias, base.o_bias):
+    if not fits_attention(x, base, step):
+        return NotImplemented
+    if x.size > FEW_ROWS * x.shape[-1]:
+        return NotImplemented if adapted else attention_of_many(x, layer, step)
+    if step.cache is None:
         return NotImplemented
     d_head = len(layer.qkv_proj) // (step.n_head + 2 * step.n_kv_head)
     tokens = decode_inputs(step, len(x), x.shape[1], d_head)
@@ -86,6 +93,22 @@ def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
         *kernel_operands(layer.o_proj),
     )
     return add_bias(y, layer.o_bias).reshape(x.shape)
+
+
+def attention_of_many(
+    x: Array, layer: LayerParams, step: Step, product: Any = many_rows, add: Any = linear_add
+) -> Any:
+    """Compute the first half of a layer for many tokens that `fits_attention` takes, where keys are
+    kept in float32; its products by functions like `many_rows` and `linear_add`.
+    """
+    cache, d_qkv = step.cache, len(layer.qkv_proj)
+    plain = cache is None or (type(cache) is KVCache and cache.dtype in (None, np.float32))
+    if not (plain and gemm.panel_columns()):
+        return NotImplemented
+    panels = product(x, layer.qkv_proj, layer.input_layernorm, step.eps)
+    qkv = gemm.unpacked(panels, scratch("qkv", (x.size // x.shape[-1], d_qkv), np.float32))
+    y = rope_attention(add_bias(qkv, layer.qkv_bias).reshape(*x.shape[:-1], d_qkv), step)
+    return y if y is NotImplemented else add(y, layer.o_proj, x, layer.o_bias)
 
 
 def mlp_block(x: Array, layer: LayerParams, step: Step) -> Any:
@@ -184,26 +207,17 @@ def layers_arguments(shape: tuple[int, ...], layers: Any, step: Step) -> tuple |
 # ---------------------------------------------------------------- what the kernels are made for
 
 
-def fits_step(
-    x: Array,
-    norm_weight: Array,
-    qkv_weight: Array,
-    o_weight: Array,
-    step: Step,
-    qkv_bias: Array = None,
-    o_bias: Array = None,
-) -> bool:
-    """Tell whether the attention of a few tokens is what `attention_step` is made for."""
+def fits_attention(x: Array, layer: LayerParams, step: Step) -> bool:
+    """Tell whether the attention half of a layer is what the kernels are made for."""
+    qkv_proj, o_proj = layer.qkv_proj, layer.o_proj
     if not (
-        fits_product(x, qkv_weight, qkv_bias)
-        and fits_gain(x, norm_weight)
-        and x.ndim == 3
-        and len(x) * x.shape[1] <= FEW_ROWS
-        and fits_rope((*x.shape[:-1], len(qkv_weight)), *step[:4])
+        fits_product(x, qkv_proj, layer.qkv_bias)
+        and fits_gain(x, layer.input_layernorm)
+        and fits_rope((*x.shape[:-1], len(qkv_proj)), *step[:4])
     ):
         return False
-    d_head = len(qkv_weight) // (step.n_head + 2 * step.n_kv_head)
-    return fits_weight(o_weight, step.n_head * d_head, o_bias) and len(o_weight) == x.shape[-1]
+    d_head = len(qkv_proj) // (step.n_head + 2 * step.n_kv_head)
+    return fits_weight(o_proj, step.n_head * d_head, layer.o_bias) and len(o_proj) == x.shape[-1]
 
 
 def fits_mlp(

@@ -97,6 +97,20 @@ def linear_add(
     return dispatch.add_bias(y, bias).reshape(residual.shape)
 
 
+def attention_block(x: Array, layer: LayerParams, step: Step, *, activations: str) -> Any:
+    """Compute the first half of a layer; for many tokens q, k and v stay in a buffer."""
+    qkv_proj, o_proj = layer.qkv_proj, layer.o_proj
+    rounded = [is_rounded(activations, x, qkv_proj), is_rounded_for(o_proj, activations)]
+    if not rounded[0]:
+        few = x.size <= FEW_ROWS * x.shape[-1]
+        return compiled.attention_block(x, layer, step) if few or not rounded[1] else NotImplemented
+    known = compiled.fits_attention(x, layer, step) and fits(x, qkv_proj, layer.qkv_bias)
+    if not (known and (not rounded[1] or fits_rounded(o_proj))):
+        return NotImplemented
+    both = partial(product, activations), partial(linear_add, activations=activations)
+    return compiled.attention_of_many(x, layer, step, *both)
+
+
 def mlp_block(x: Array, layer: LayerParams, step: Step, *, activations: str) -> Any:
     """Compute the second half of a layer, in panels from the norm to the sum."""
     gate_up, down = layer.gate_up_proj, layer.down_proj
@@ -120,6 +134,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "norm_linear": norm_linear,
     "norm_swiglu": norm_swiglu,
     "linear_add": linear_add,
+    "attention_block": attention_block,
     "mlp_block": mlp_block,
 }
 
