@@ -104,7 +104,7 @@ def _lines(total: int, description: str, unit: str) -> Iterator[Callable[..., No
 def working(
     description: str, *, wanted: bool = True, more: Callable[[], str] = str
 ) -> Iterator[None]:
-    """Write a line every ten seconds while the body runs, so that nobody takes it for hung.
+    """Write a line every ten seconds while the body runs, which shows that it has not hung.
 
     Parameters
     ----------

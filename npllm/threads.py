@@ -99,7 +99,7 @@ def n_threads() -> int:
 
 @cache
 def _default_threads() -> int:
-    """Count the threads where nobody called `set_threads`."""
+    """Count the threads where `set_threads` was not called."""
     blas = [blas_threads()] if _blas().info() else []
     return max(1, min([_n_cores(), *requested_counts(), *blas]))
 

@@ -37,6 +37,7 @@ from npllm.loading import checkpoint_folder, load_model
 from npllm.models.params import LayerParams, Params
 from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.int8 import quantize
+from npllm.tracing.precision.distances import kl_divergence
 
 Array = Any
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,15 +111,7 @@ def rebuilt(model: Any, params: Any, activations: str) -> Any:
 
 def divergence(logits: Array, exact: Array) -> float:
     """Mean Kullback-Leibler divergence from the exact distributions, in nats."""
-    p, q = log_softmax(exact), log_softmax(logits)
-    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
-
-
-def log_softmax(x: Array) -> Array:
-    """Normalise rows of logits in float64."""
-    x = x.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return float(np.mean(kl_divergence(exact, logits)))
 
 
 def squared_distance(x: Array, exact: Array) -> float:

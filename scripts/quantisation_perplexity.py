@@ -29,6 +29,7 @@ from llama_cpp_runs import LlamaCpp, log_likelihoods, quantize_with_llama_cpp
 import npllm
 from npllm.checkpoints.fetch import DEFAULT_GGUF
 from npllm.checkpoints.gguf.tensor_types import FILE_TYPES
+from npllm.ops import log_softmax
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
@@ -49,12 +50,6 @@ class Run(NamedTuple):
     def perplexity(self) -> float:
         """Return exp(-mean log p)."""
         return float(np.exp(-self.found.mean()))
-
-
-def log_softmax(x: np.ndarray) -> np.ndarray:
-    """Normalise rows of logits."""
-    x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def divergence(p: np.ndarray, logits: np.ndarray) -> np.ndarray:

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from npllm import ops
+from npllm.analysis.score import log_probs_of
 from npllm.arguments import check_ids
 from npllm.arrays import to_numpy
 from npllm.errors import NpllmValueError
-from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.model import Model
 from npllm.models import rope
 
@@ -195,12 +195,5 @@ def _score_rows(
     for r, row in enumerate(rows):
         for number, slots in _spans(row, ids):
             logits = to_numpy(model.lm_head(hidden[r, slots.start : slots.stop - 1, :]))
-            check_scores(logits, "the model's logits", FROM_MODEL)
-            yield number, _log_probs(logits.astype(np.float64), ids[number][1:])
-
-
-def _log_probs(logits: Array, targets: list[int]) -> Array:
-    """Entry targets[t] of log_softmax(logits[t]); empty for no row."""
-    if not targets:
-        return np.zeros(0)
-    return ops.log_softmax(logits)[np.arange(len(targets)), targets]
+            targets = np.array(ids[number][1:], np.int64)
+            yield number, log_probs_of(logits.astype(np.float64), targets)

@@ -15,7 +15,15 @@ from npllm.finite_scores import FROM_MODEL, check_finite, check_scores
 from npllm.model import Model
 from npllm.progress import progress_bar
 
-__all__ = ["Score", "Window", "perplexity", "score", "token_log_probs", "windows"]
+__all__ = [
+    "Score",
+    "Window",
+    "log_probs_of",
+    "perplexity",
+    "score",
+    "token_log_probs",
+    "windows",
+]
 
 Array = Any
 
@@ -248,7 +256,33 @@ def token_log_probs(model: Any, hidden: Array, targets: Array) -> list[Array]:
     check_ids("text", targets[None], model.config.vocab_size, "vocab_size")
     for start in range(0, len(targets), ROWS):
         logits = to_numpy(model.lm_head(hidden[:, start : start + ROWS, :]))[0]
-        check_scores(logits, "the model's logits", FROM_MODEL)
-        wanted = targets[start : start + ROWS]
-        parts.append(ops.log_softmax(logits)[np.arange(len(wanted)), wanted].astype(np.float64))
+        parts.append(log_probs_of(logits, targets[start : start + ROWS]))
     return parts
+
+
+def log_probs_of(logits: Array, targets: Array, rows: Array | None = None) -> Array:
+    """Compute the log-probability of tokens under the logits of a model.
+
+        log_probs[t] = log softmax(logits[rows[t]])[targets[t]]
+
+    Parameters
+    ----------
+    logits : array [n_row, n_vocab]
+        NumPy.  The softmax is in this dtype: `score` gives the model's own, float32 for most;
+        `npllm.analysis.packing` and `npllm.evaluation.continuations` widen to float64 first.
+    targets : integer array [n]
+    rows : integer array [n], optional
+        The row of each token.  Default: token t has row t.
+
+    Returns
+    -------
+    log_probs : float64 array [n]
+
+    Raises
+    ------
+    NpllmValueError
+        When a logit is NaN or +inf.
+    """
+    check_scores(logits, "the model's logits", FROM_MODEL)
+    rows = np.arange(len(targets)) if rows is None else rows
+    return ops.log_softmax(logits)[rows, targets].astype(np.float64)

@@ -35,7 +35,7 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def foreign(file: Path) -> NpllmValueError:
-    """The error for a file that would be overwritten and is somebody else's."""
+    """The error for a file that would be overwritten and was not written by npllm batch."""
     return NpllmValueError(
         f"{file}: exists and was not written by npllm batch; move it, or name another output"
     )
@@ -120,16 +120,27 @@ def to_json(data: Any) -> str:
 
 
 def lock(journal: Any, parts: Path) -> bool:
-    """Take the lock of a run, which the system frees when its process ends, however it does.
+    """Lock the journal of a run; the system frees the lock when the process ends.
 
     Returns
     -------
     is_there : bool
         False: the run that held the lock before has removed the journal.
+
+    Raises
+    ------
+    NpllmRuntimeError
+        When another run holds the lock.
+
+    Notes
+    -----
+    Not `npllm.checkpoints.disk.folder_lock`: that waits for the other process, locks a file beside
+    the folder and needs the package filelock.  A run is refused instead; its lock file is the
+    journal, which goes with the folder; and `npllm batch` needs no further package.
     """
     try:
         import fcntl
-    except ImportError:  # Windows: nobody is kept out
+    except ImportError:  # Windows: another run is not kept out
         return True
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,7 +34,7 @@ class State(NamedTuple):
     """What a cache holds.  It is replaced as a whole, so that a call happens wholly or not at all.
 
     Arrays of keys and values are shared by old and new states: a slot below `n_ctx` is not written
-    again unless the cache is cropped, and what stands beyond it is overwritten by the next call.
+    again unless the cache is cropped, and slots beyond it are overwritten by the next call.
     """
 
     owner: CacheOwner | None
@@ -164,8 +164,8 @@ def select_rows(state: State, rows: Array) -> State:
 
 
 def crop(state: State, n_ctx: int) -> State:
-    """Return the state without what stands in slot n_ctx and beyond; the arrays stay, unless
-    nothing is kept.
+    """Return the state without slot n_ctx and those beyond; the arrays stay, unless nothing is
+    kept.
     """
     return state._replace(
         layers=list(state.layers) if n_ctx else [None] * len(state.layers),

@@ -7,14 +7,13 @@ from typing import Any
 import click
 
 from npllm.cli.options import refuse_without
-from npllm.cli.streams import print_json
-from npllm.errors import NpllmError, NpllmValueError
-from npllm.progress import report
+from npllm.cli.streams import print_json, usage_errors
+from npllm.errors import NpllmValueError
 from npllm.testing.naming import CHECKED, function_named, op_in
 
 __all__ = ["COMMANDS"]
 
-USAGE, WRONG, UNDECIDED = 2, 1, 3
+WRONG, UNDECIDED = 1, 3
 
 LIBRARIES = ("numpy", "torch", "jax", "cupy", "dlpack", "array_api_strict")
 MASKS = ("rule", "bool", "inverted", "additive", "none")
@@ -77,11 +76,8 @@ def check(context: click.Context, function: str, as_json: bool, **options: Any) 
     """
     if options["library"] is None:
         refuse_without("it goes with --library", "layout", "mask")
-    try:
+    with usage_errors():
         facts = checked(function, **options)
-    except NpllmError as error:
-        report(str(error))
-        context.exit(USAGE)
     if as_json:
         print_json(facts)
     else:

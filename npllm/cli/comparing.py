@@ -12,14 +12,11 @@ from npllm.cli.options import (
     path_option,
     threads_option,
 )
-from npllm.cli.streams import print_json
-from npllm.errors import NpllmError
-from npllm.progress import report
+from npllm.cli.streams import print_json, usage_errors
 
 __all__ = ["COMMANDS"]
 
 EXIT_CODES = {"same": 0, "differs": 1, "not decidable": 3}
-USAGE = 2
 
 
 @click.command()
@@ -65,13 +62,10 @@ def compare(
 
     Exit codes: 0 same, 1 differs, 2 usage or unreadable, 3 not decidable.
     """
-    try:
+    with usage_errors():
         model = path if adapter is None else load_causal(path, adapter=adapter)
         found = _compared(mine, gold, weights, model, names)
         _draw(found, plot, html)
-    except NpllmError as error:
-        report(str(error))
-        context.exit(USAGE)
     if as_json:
         print_json(found.facts())
     else:

@@ -4,13 +4,12 @@ from typing import Any
 
 import click
 
-from npllm.cli.streams import print_json
-from npllm.errors import NpllmError
+from npllm.cli.streams import print_json, usage_errors
 from npllm.progress import report
 
 __all__ = ["COMMANDS"]
 
-USAGE, MISSED = 2, 1
+MISSED = 1
 
 
 @click.command()
@@ -27,11 +26,8 @@ def mutants(context: click.Context, command: str, only: str | None, as_json: boo
 
     Exit codes: 0 none is missed, 1 some are, 2 usage.
     """
-    try:
+    with usage_errors():
         facts = _tried(command, only)
-    except NpllmError as error:
-        report(str(error))
-        context.exit(USAGE)
     if as_json:
         print_json(facts)
     else:

@@ -1,13 +1,14 @@
 """Standard input, output and error of the commands."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from npllm.errors import NpllmOSError, NpllmValueError
+from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
 from npllm.progress import report, write_line
 
 __all__ = [
@@ -19,8 +20,21 @@ __all__ = [
     "read_file",
     "read_prompt",
     "tokens_and_rate",
+    "usage_errors",
     "write",
 ]
+
+USAGE = 2  # exit code
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Report an error of the caller on stderr and exit with 2: exit code 1 is an answer."""
+    try:
+        yield
+    except NpllmError as error:
+        report(str(error))
+        click.get_current_context().exit(USAGE)
 
 
 def read_prompt(prompt: str | None, file: str | None = None) -> str:

@@ -6,14 +6,12 @@ from typing import Any
 import click
 import numpy as np
 
-from npllm.cli.streams import print_json
-from npllm.errors import NpllmError, NpllmOSError, NpllmValueError
-from npllm.progress import report
+from npllm.cli.streams import print_json, usage_errors
+from npllm.errors import NpllmOSError, NpllmValueError
 
 __all__ = ["COMMANDS"]
 
 EXIT_CODES = {"right": 0, "wrong": 1, "not decidable": 3}
-USAGE = 2
 
 OPS = (
     "attention",
@@ -50,11 +48,8 @@ def diagnose(context: click.Context, inputs: str, output: str, op: str, as_json:
     """
     from npllm.testing import diagnose as diagnosed
 
-    try:
+    with usage_errors():
         found = diagnosed(op, read_arrays(inputs), _output(op, read_arrays(output), output))
-    except NpllmError as error:
-        report(str(error))
-        context.exit(USAGE)
     if as_json:
         print_json(found.facts())
     else:

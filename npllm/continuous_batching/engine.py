@@ -73,7 +73,7 @@ class Engine:
         return self
 
     def stop(self) -> None:
-        """Refuse what waits and what is at work, and end the thread."""
+        """Refuse the waiting and the running jobs, and end the thread."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
@@ -100,7 +100,7 @@ class Engine:
             self._wake.notify()
 
     def gauges(self) -> dict[str, float]:
-        """Count what is at work, what waits and what is kept."""
+        """Count the running and the waiting jobs, and the bytes of kept caches."""
         return {
             "npllm_running": len(self._rows),
             "npllm_waiting": len(self._queue),
@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def n_running(self) -> int:
-        """Count the rows at work."""
+        """Count the running rows."""
         return len(self._rows)
 
     @property

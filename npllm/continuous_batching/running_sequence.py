@@ -1,4 +1,4 @@
-"""A row of the batch: a job at work, its cache, and what is still to be read of its prompt."""
+"""A row of the batch: a running job, its cache, and what is still to be read of its prompt."""
 
 from dataclasses import replace
 from typing import Any

@@ -300,8 +300,8 @@ class _Search:
         self.finished = ranked[:n_beam]
 
     def _candidates(self, log_probs: Array) -> tuple[Array, Array, Array]:
-        """The best continuations: so many that num_beams are left even where each beam's best
-        tokens are all stop ids.
+        """The best continuations: enough that num_beams remain even where the best tokens of each
+        beam are all stop ids.
         """
         totals = (self.scores[:, None] + log_probs).ravel()
         n = min(max(2, 1 + len(self.eos)) * self.options.num_beams, totals.size)

@@ -30,7 +30,7 @@ MOST_PLACES = 4096  # earlier places of the last token that are compared, the la
 
 
 def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
-    """Return the tokens that followed where the sequence last stood as it stands now.
+    """Return the tokens that followed an earlier occurrence of the last tokens of a sequence.
 
         the largest n <= 10 with an i < n_ctx where ids[i-n:i] = ids[-n:];  of these i the last one
         that n_tokens follow, else the first  ->  n, ids[i:i+n_tokens]
@@ -46,7 +46,7 @@ def continuation(ids: Array, n_tokens: int) -> tuple[int, Array]:
     Returns
     -------
     n : int
-        0 where the last token does not stand there earlier.
+        0 where the last token does not occur earlier.
     proposed : integer array [at most n_tokens]
 
     Notes

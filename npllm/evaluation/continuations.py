@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllm import ops
+from npllm.analysis.score import log_probs_of
 from npllm.arguments import check_ids
 from npllm.arrays import to_numpy
 from npllm.errors import NpllmValueError
 from npllm.evaluation.prefix_tree import PrefixTree, Tree, trees
-from npllm.finite_scores import FROM_MODEL, check_scores
 from npllm.models import rope
 from npllm.progress import progress_bar
 
@@ -153,9 +152,8 @@ def _scores(model: Any, hidden: Array, slots: Array, wanted: Array) -> tuple[Arr
     for start in range(0, len(nodes), ROWS):
         rows = nodes[start : start + ROWS]
         logits = to_numpy(model.lm_head(hidden[model.to_backend(rows), :]))
-        check_scores(logits, "the model's logits", FROM_MODEL)
         here = np.flatnonzero((which >= start) & (which < start + len(rows)))
         row, token = which[here] - start, wanted[here]
-        log_probs[here] = ops.log_softmax(logits.astype(np.float64))[row, token]
+        log_probs[here] = log_probs_of(logits.astype(np.float64), token, row)
         is_best[here] = logits.argmax(axis=-1)[row] == token
     return log_probs, is_best

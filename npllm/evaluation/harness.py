@@ -1,6 +1,6 @@
 """NpllmLM: a model as lm-eval calls it.
 
-lm-eval finds no models by itself: import this module, and it knows the name "npllm".
+Importing this module registers the name "npllm" with lm-eval, which does not search for models.
 """
 
 from __future__ import annotations

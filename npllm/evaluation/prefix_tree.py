@@ -1,4 +1,4 @@
-"""Many sequences in one row as a tree: tokens that sequences begin with alike stand there once."""
+"""Many sequences in one row as a tree: each common prefix is stored once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Tree(NamedTuple):
     """Sequences as the paths of a tree, its nodes in the order of a walk from the root."""
 
     ids: Array  # int64 [n_seq]: the token of each node
-    positions: Array  # int64 [n_seq]: how many nodes stand before it on its path
+    positions: Array  # int64 [n_seq]: number of nodes before it on its path
     stop: Array  # int64 [n_seq]: the slot after the last node of its subtree
     paths: dict[int, Array]  # number of a sequence -> the slots of its tokens, int64 [n]
 

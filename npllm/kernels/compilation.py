@@ -44,7 +44,7 @@ def compile_seconds() -> float:
 
 
 def working_seconds() -> float:
-    """Read a clock that stands still while a kernel is compiled."""
+    """Read a clock that does not count the time in which kernels are compiled."""
     return time.perf_counter() - compile_seconds()
 
 

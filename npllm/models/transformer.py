@@ -3,6 +3,7 @@ cross-attention, wired from the same ops.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from npllm.models.transformer_params import (
@@ -170,21 +171,14 @@ def encoder_layer(
     `torch.nn.TransformerEncoderLayer`.
     """
     activation = ops.relu if activation is None else activation
-    x = sublayer(
+    apply = partial(sublayer, ops=ops, norm_first=norm_first, eps=eps)
+    x = apply(
         x,
         lambda y: multi_head_attention(y, y, params.self_attn, n_head, ops, mask),
         params.self_attn_norm,
-        ops,
-        norm_first,
-        eps,
     )
-    return sublayer(
-        x,
-        lambda y: feed_forward(y, params.feed_forward, ops, activation),
-        params.feed_forward_norm,
-        ops,
-        norm_first,
-        eps,
+    return apply(
+        x, lambda y: feed_forward(y, params.feed_forward, ops, activation), params.feed_forward_norm
     )
 
 
@@ -229,29 +223,19 @@ def decoder_layer(
     """
     activation = ops.relu if activation is None else activation
     mask = rules.causal() if mask is None else mask
-    x = sublayer(
+    apply = partial(sublayer, ops=ops, norm_first=norm_first, eps=eps)
+    x = apply(
         x,
         lambda y: multi_head_attention(y, y, params.self_attn, n_head, ops, mask),
         params.self_attn_norm,
-        ops,
-        norm_first,
-        eps,
     )
-    x = sublayer(
+    x = apply(
         x,
         lambda y: multi_head_attention(y, memory, params.cross_attn, n_head, ops, memory_mask),
         params.cross_attn_norm,
-        ops,
-        norm_first,
-        eps,
     )
-    return sublayer(
-        x,
-        lambda y: feed_forward(y, params.feed_forward, ops, activation),
-        params.feed_forward_norm,
-        ops,
-        norm_first,
-        eps,
+    return apply(
+        x, lambda y: feed_forward(y, params.feed_forward, ops, activation), params.feed_forward_norm
     )
 
 

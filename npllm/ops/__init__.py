@@ -117,5 +117,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List the operations and what goes with them, not the files that they stand in."""
+    """List the operations and what goes with them, not the modules that define them."""
     return sorted(__all__)

@@ -1,4 +1,4 @@
-"""What an operation of somebody else returned: the check of its library, dtype and shape."""
+"""Checks of what a replaced operation returns: library, dtype and shape."""
 
 import inspect
 from collections.abc import Callable

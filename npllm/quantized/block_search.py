@@ -27,7 +27,7 @@ def search_scale(x: np.ndarray, low: int, high: int) -> np.ndarray:
     ----------
     x : float32 array [..., n]
     low, high : int
-        The integers that there are; the number of largest size may come to lie at `low`.
+        The range of the integers; the entry of largest size may be mapped to `low`.
 
     Returns
     -------

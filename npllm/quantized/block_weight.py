@@ -23,7 +23,7 @@ class BlockWeight(PackedMatrix):
     Parameters
     ----------
     blocks : uint8 array [d_out, n_block*n_bytes]
-        As they lie in a GGUF file; a view of the mapped file will do.
+        As stored in a GGUF file; a view of the mapped file is accepted.
     format : str
         A key of `npllm.quantized.block_formats.FORMATS`, such as "Q4_K".
 
@@ -36,8 +36,8 @@ class BlockWeight(PackedMatrix):
 
     Notes
     -----
-    Immutable.  A row is packed by itself, so that slices, stacks and permutations of rows are
-    those of the bytes.
+    Immutable.  A row is packed independently of the others, so that slices, stacks and permutations
+    of rows are those of the bytes.
 
     Source: the struct of each format in ggml-common.h.
     """

@@ -108,7 +108,7 @@ class Embedder:
         self._executor.shutdown(cancel_futures=True)
 
     def gauges(self) -> dict[str, float]:
-        """Count what is at work and what waits."""
+        """Count the running and the waiting requests."""
         n = self._n_waiting
         return {"npllm_running": min(n, 1), "npllm_waiting": max(n - 1, 0)}
 
@@ -137,7 +137,7 @@ class Embedder:
         return _written(vectors, ask, name)
 
     def _embed(self, rows: list[list[int]], given_up: threading.Event) -> Array:
-        """Embed some texts at a time, until nobody waits for them any more."""
+        """Embed a few texts at a time, until no client waits for them."""
         parts = []
         for start in range(0, len(rows), N_TEXTS):
             if given_up.is_set():

@@ -117,7 +117,7 @@ EMBEDDING = {
 }
 
 HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
-"""Change no answer, whatever they are."""
+"""Accepted and ignored: none of their values changes an answer."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),

@@ -1,4 +1,4 @@
-"""A request at work: its jobs, and their events as the event loop receives them."""
+"""A request in progress: its jobs, and their events as the event loop receives them."""
 
 import asyncio
 import time

@@ -1,6 +1,6 @@
-"""Special tokens that stand beside tokenizer.json: their names, and the order of their ids.
+"""Special tokens in files beside tokenizer.json: their names, and the order of their ids.
 
-Two generations of folders say so in two ways.  Newer ones list every added token in
+Newer and older folders store them differently.  Newer ones list every added token in
 `added_tokens_decoder` of tokenizer_config.json.  Where that entry is missing,
 special_tokens_map.json and added_tokens.json are read as well.
 """

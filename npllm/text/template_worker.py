@@ -109,7 +109,7 @@ def limit_memory(n_bytes: int) -> None:
 
 
 def limit_processor_time(seconds: float) -> None:
-    """Limit the processor time from now on, for when nobody is left to end this process."""
+    """Limit the processor time from now on: this process ends even when its parent has died."""
     set_limit("RLIMIT_CPU", math.ceil(sum(os.times()[:2]) + seconds) + 1)
 
 

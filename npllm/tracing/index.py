@@ -1,5 +1,5 @@
-"""The index of a trace: what each value is, how it was made, and the checks of an index that
-somebody else wrote.
+"""The index of a trace: what each value is, how it was made, and the checks of an index that is
+read from a file.
 """
 
 import platform

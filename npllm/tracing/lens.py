@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from npllm import ops
 from npllm.arguments import check_integer
 from npllm.arrays import to_numpy
 from npllm.errors import NpllmValueError
@@ -167,9 +168,7 @@ def _log_probabilities(model: Any, stream: Array) -> Array:
     x, params = model.to_backend(np.array(stream[None])), model.params
     logits = model.lm_head(model.ops.rms_norm(x, params.norm, model.config.rms_norm_eps))
     finite = check_finite(to_numpy(logits)[0], "the lens's logits", FROM_MODEL)
-    wide = np.asarray(finite, np.float64)
-    shifted = wide - wide.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    return ops.log_softmax(np.asarray(finite, np.float64))
 
 
 def _row(name: str, log_p: Array, final: Array, n_top: int) -> LensRow:

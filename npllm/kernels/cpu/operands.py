@@ -69,7 +69,10 @@ def widened_to_fit(x: Array, weight: Any) -> tuple[Array, Any]:
     """Return x and a weight with columns of zeros more where the kernels take wider ones only: int8
     in whole groups, floats in pairs.  Other operands are returned as they are.
 
-    Without it the array library would multiply, which sums a row in another order in company.
+    Without it the array library would multiply, which sums a row in another order in company.  The
+    wider int8 weight is kept with the weight, which is immutable.  An array of floats is widened in
+    each call: its entries may change between calls (a writable array, a view of one), so that a
+    kept copy could be stale; published models have even widths.
     """
     is_int8 = isinstance(weight, Int8Weight)
     if not (is_int8 or type(weight) is np.ndarray) or not fits.is_float32(x) or weight.ndim != 2:

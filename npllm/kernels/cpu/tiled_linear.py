@@ -65,8 +65,8 @@ def product_few(rows: Array, weight: Array) -> Array:
 
 
 def weight_blocks(weight: Array, entries: int) -> list[slice]:
-    """Cut a weight into slices of rows of at most so many entries, and at least two for each
-    thread.
+    """Cut a weight into slices of rows: at most `entries` entries each, where a row has no more,
+    and at least two slices for each thread.
     """
     d_out, d_in = weight.shape
     return spans(d_out, max(1, min(entries // d_in, -(-d_out // (2 * n_threads())))))

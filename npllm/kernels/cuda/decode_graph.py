@@ -209,7 +209,7 @@ class Plan:
         launch_linear(self.gated, weights.down_proj, self.x, down)
 
     def _choose(self) -> None:
-        """Launch the choice of the most likely tokens, after which every row stands one slot on."""
+        """Launch the choice of the most likely tokens; it also advances every row by one slot."""
         launching.launch(
             "choose",
             (),

@@ -39,7 +39,7 @@ class Operand(NamedTuple):
 
 
 def parts_of(weight: Any) -> list[Any]:
-    """Return the matrices that stand below each other in a weight: itself, unless it is stacked."""
+    """Return the matrices whose rows make a weight: itself, unless it is stacked."""
     if not isinstance(weight, StackedWeight):
         return [weight]
     return [one for part in weight.parts for one in parts_of(part)]

@@ -86,7 +86,7 @@ def plain_attempts(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attemp
 
 
 def _with_padding(run: Run, name: str, t: int) -> Array:
-    """Attention to padding as well, whatever stands there."""
+    """Attention that sees the padding as well, with the values that it holds."""
     node, setting = run.graphs[t][name], run.settings[t]
     step = setting.step._replace(valid=np.ones_like(setting.step.valid))
     inputs = [run.with_padding(other, t) for other in node.inputs]
@@ -111,7 +111,7 @@ def _of_linear(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
 
 
 def _of_cache(run: Run, name: str, t: int, exact: Exact) -> Iterator[Attempt]:
-    """C32: rows that are not those of the request, or stand in another slot; NaN where they are
+    """C32: rows that are not those of the request, or are in another slot; NaN where they are
     padding, which may be anything.
     """
     parts = list(exact.call.arguments.values())

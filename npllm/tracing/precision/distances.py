@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from npllm import ops
 from npllm.arrays import ieee_semantics
 
 __all__ = ["LogitDistance", "centred_error", "kl_divergence", "relative_error"]
@@ -72,14 +73,8 @@ def kl_divergence(gold: Array, y: Array) -> Array:
     -----
     Source: "On Information and Sufficiency" (Kullback and Leibler 1951).
     """
-    log_p, log_q = _log_softmax(gold), _log_softmax(y)
+    log_p, log_q = (ops.log_softmax(x.astype(np.float64)) for x in (gold, y))
     return np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-
-
-def _log_softmax(y: Array) -> Array:
-    wide = y.astype(np.float64)
-    wide = wide - wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.sum(np.exp(wide), axis=-1, keepdims=True))
 
 
 @dataclass

@@ -407,7 +407,7 @@ class _Session:
         yield from order[last:]
 
     def index(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What stands beside the values."""
+        """The index of the recorded values."""
         config, parameter = self.model.config, next(self.model.parameters())
         transformers = sys.modules.get("transformers")
         entries = {name: self._entry(name, x) for name, x in self.values.items()}
