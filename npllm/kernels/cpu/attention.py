@@ -15,6 +15,8 @@ from numba import prange
 
 from npllm.kernels.cpu.gemm import TILE_ROWS, multiply
 from npllm.kernels.cpu.launching import kernel
+from npllm.kernels.cpu.layout import EMPTY
+from npllm.kernels.cpu.panels import pack, unpack
 from npllm.kernels.cpu.rotation import append_token, rotate
 from npllm.kernels.cpu.simd import LANES, fma, load, maximum, splat, store
 from npllm.kernels.cpu.simd_arrays import atomic_fetch_add, flat_memory
@@ -24,6 +26,7 @@ __all__ = ["PANELS", "attend_many"]
 
 Array = Any
 
+LOWEST = np.float32(np.finfo(np.float32).min)
 KEYS = 16 * TILE_ROWS  # of a block
 PANELS = 8  # of a task
 
@@ -164,13 +167,30 @@ def attend_part(
                 0,
                 tile,
             )
-    for c in range(start, stop):
-        p, k = (c - start) // columns, (c - start) % columns
+    for p in range(n_panel):
+        write_rows(weighted[p], sums[p], group, h, start + p * columns, stop, y)
+
+
+@kernel(nogil=True)
+def write_rows(
+    weighted: Array, sums: Array, group: int, h: int, start: int, stop: int, y: Array
+) -> None:
+    """Divide a panel by its sums, and write column c, which is `start + c` of a task, to its row of
+    y; 0 where no key was seen.
+    """
+    d_head, columns = weighted.shape
+    for k in range(columns):
+        if sums[k] == 0:
+            sums[k] = np.inf
+    for i in range(d_head):
+        for k in range(columns):
+            weighted[i, k] /= sums[k]
+    rows = np.empty((columns, d_head), np.float32)
+    unpack(weighted, rows, False)
+    for c in range(start, min(start + columns, stop)):
         to = (h * group + c % group) * d_head
         for i in range(d_head):
-            y[c // group, to + i] = (
-                weighted[p, i, k] / sums[p, k] if sums[p, k] != 0 else np.float32(0)
-            )
+            y[c // group, to + i] = rows[c - start, i]
 
 
 @kernel(nogil=True)
@@ -181,13 +201,15 @@ def pack_queries(
     query are 0.
     """
     d_head, columns = q.shape[1:]
-    row, scale = np.empty(d_head, np.float32), np.float32(1 / np.sqrt(d_head))
-    q[(stop - start) // columns :] = 0
-    for c in range(start, stop):
-        n, at = c // group, (h * group + c % group) * d_head
-        rotate(qkv[n, at : at + d_head], cos[n], sin[n], row)
-        for i in range(d_head):
-            q[(c - start) // columns, i, (c - start) % columns] = scale * row[i]
+    rows, scale = np.empty((columns, d_head), np.float32), np.float32(1 / np.sqrt(d_head))
+    for first in range(start, stop, columns):
+        count = min(columns, stop - first)
+        for k in range(count):
+            n, at = (first + k) // group, (h * group + (first + k) % group) * d_head
+            rotate(qkv[n, at : at + d_head], cos[n], sin[n], rows[k])
+            for i in range(d_head):
+                rows[k, i] *= scale
+        pack(rows[:count], EMPTY, np.float32(0), q[(first - start) // columns])
 
 
 @kernel(nogil=True)
@@ -198,11 +220,12 @@ def apply_band_mask(
     whose slot - j is `shift` more.
     """
     columns = scores.shape[1]
-    for c in range(columns):
-        distance = (start + c) // group + shift  # to the first key of the block
-        for k in range(min(n_key, distance - band[1] + 1)):
+    for k in range(n_key):  # is seen by columns from `low` to `high`
+        low = (k + band[0] - shift) * group - start
+        high = (k + band[1] - shift) * group - start
+        for c in range(min(columns, low)):
             scores[k, c] = -np.inf
-        for k in range(max(0, distance - band[0] + 1), n_key):
+        for c in range(max(0, high), columns):
             scores[k, c] = -np.inf
 
 
@@ -212,26 +235,23 @@ def update_columns(scores: Array, n_key: int, largest: Array, sums: Array, weigh
     every column up to date.
     """
     columns, one, zero = scores.shape[1], splat(np.float32(1)), splat(np.float32(0))
-    shift, decay = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    lowest, negative = splat(LOWEST), splat(np.float32(-1))
     for c in range(0, columns, LANES):
         top = load(largest, c)
         for k in range(n_key):
             top = maximum(top, load(scores, k * columns + c))
-        store(shift, 0, top)
-        for i in range(LANES):
-            new = shift[i]
-            if new == -np.inf:  # nothing is seen yet: any finite number will do
-                shift[i] = 0
-            decay[i], shift[i], largest[c + i] = np.exp(largest[c + i] - shift[i]), -shift[i], new
-        minus, part = load(shift, 0), zero
+        # where nothing is seen yet any finite number will do
+        minus, part = fma(negative, maximum(top, lowest), zero), zero
+        decay = exp(fma(one, load(largest, c), minus))
+        store(largest, c, top)
         for k in range(n_key):
             e = exp(fma(one, load(scores, k * columns + c), minus))
             store(scores, k * columns + c, e)
             part = fma(one, e, part)
-        store(sums, c, fma(load(sums, c), load(decay, 0), part))
+        store(sums, c, fma(load(sums, c), decay, part))
         for i in range(len(weighted)):
             store(
                 weighted,
                 i * columns + c,
-                fma(load(weighted, i * columns + c), load(decay, 0), zero),
+                fma(load(weighted, i * columns + c), decay, zero),
             )

@@ -53,8 +53,9 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Compute `npllm.ops.rms_norm`; of a few rows with the bits of the kernels that fuse it."""
     if not (is_float32(x) and fits_gain(x, weight) and 0 < x.size <= FEW_ROWS * x.shape[-1]):
         return tiled.rms_norm(x, weight, eps)
-    y = few_rows_of(x)
-    launch(rms_norm_rows, y, as_bits(weight), np.float32(eps))
+    rows = few_rows_of(x)
+    y = np.empty(rows.shape, np.float32)
+    launch(rms_norm_rows, rows, as_bits(weight), np.float32(eps), y)
     return y.reshape(x.shape)
 
 

@@ -14,7 +14,7 @@ from numba.extending import overload
 
 from npllm.kernels.cpu.block_gemv import add_product_blocks
 from npllm.kernels.cpu.launching import kernel
-from npllm.kernels.cpu.panels import root_mean_square
+from npllm.kernels.cpu.panels import normalise
 from npllm.kernels.cpu.simd import (
     LANES,
     load,
@@ -178,27 +178,20 @@ def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
     n, d = x.shape
     rows = np.empty((n, d), np.float32)
     for k in range(n):
-        for i in range(d):
-            rows[k, i] = x[k, i]
         if len(gain):
-            rms_norm_row(rows[k], gain, eps)
+            normalise(x[k], gain, eps, rows[k])
+        else:
+            for i in range(d):
+                rows[k, i] = x[k, i]
         deinterleave(weight, rows[k])
     return rows
 
 
 @kernel(nogil=True)
-def rms_norm_rows(x: Array, gain: Array, eps: float) -> None:
-    """Divide each row by its root mean square, in place, and scale it."""
+def rms_norm_rows(x: Array, gain: Array, eps: float, y: Array) -> None:
+    """Write each row, divided by its root mean square and scaled, to y."""
     for k in range(len(x)):
-        rms_norm_row(x[k], gain, eps)
-
-
-@kernel()
-def rms_norm_row(x: Array, gain: Array, eps: float) -> None:
-    """Divide a row by its root mean square, in place, and scale it."""
-    root = root_mean_square(x, eps)
-    for i in range(len(x)):
-        x[i] = load_scalar(gain, i) * (x[i] / root)
+        normalise(x[k], gain, eps, y[k])
 
 
 @kernel(nogil=True)

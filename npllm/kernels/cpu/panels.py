@@ -7,8 +7,9 @@ from numba import prange
 
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.simd import LANES, fma, load, load_scalar, reduce_add, splat
+from npllm.kernels.cpu.simd_rows import transpose_block
 
-__all__ = ["pack_all", "root_mean_square", "unpack_all"]
+__all__ = ["normalise", "pack", "pack_all", "root_mean_square", "unpack", "unpack_all"]
 
 Array = Any
 
@@ -28,34 +29,55 @@ def root_mean_square(x: Array, eps: float) -> float:
 
 @kernel(nogil=True)
 def pack(rows: Array, gain: Array, eps: float, panel: Array) -> None:
-    """Transpose up to 64 rows into a panel, 16 x 16 entries at a time; each row is normalised where
-    there is a gain.
-    """
+    """Transpose up to 64 rows into a panel; each row is normalised where there is a gain."""
     n, d = rows.shape
-    roots = np.ones(n, np.float32)
-    if len(gain):
-        for k in range(n):
-            roots[k] = root_mean_square(rows[k], eps)
     panel[:, n:] = 0
-    for start in range(0, d, 16):
-        for first in range(0, n, 16):
-            for k in range(
-                first, min(first + 16, n)
-            ):  # whose lines may lie in one set of the cache: each is read once
-                for i in range(start, min(start + 16, d)):
-                    g = load_scalar(gain, i) if len(gain) else np.float32(1)
-                    panel[i, k] = g * (rows[k, i] / roots[k])
+    wide = np.empty((LANES if len(gain) else 0, d), np.float32)
+    for first in range(0, n, LANES):
+        count = min(LANES, n - first)
+        if len(gain):
+            for k in range(count):
+                normalise(rows[first + k], gain, eps, wide[k])
+            transpose_rows(wide[:count], panel, first)
+        else:
+            transpose_rows(rows[first : first + count], panel, first)
+
+
+@kernel(nogil=True)
+def normalise(x: Array, gain: Array, eps: float, y: Array) -> None:
+    """Write a row, divided by its root mean square and scaled, to y."""
+    root = root_mean_square(x, eps)
+    for i in range(len(x)):
+        y[i] = load_scalar(gain, i) * (x[i] / root)
+
+
+@kernel(nogil=True)
+def transpose_rows(rows: Array, panel: Array, column: int) -> None:
+    """Write up to sixteen rows into columns of a panel."""
+    n, d = rows.shape
+    columns, whole = panel.shape[1], d // LANES * LANES if n == LANES else 0
+    for i in range(0, whole, LANES):
+        transpose_block(False, rows, i, d, panel, i * columns + column, columns)
+    for k in range(n):
+        for i in range(whole, d):
+            panel[i, column + k] = rows[k, i]
 
 
 @kernel(nogil=True)
 def unpack(panel: Array, y: Array, add: bool) -> None:
-    """Transpose a panel into its rows, or add it to them, 16 x 16 entries at a time."""
+    """Transpose a panel into its rows, or add it to them."""
     n, d = y.shape
-    for start in range(0, d, 16):
-        for first in range(0, n, 16):
-            for k in range(first, min(first + 16, n)):
-                for i in range(start, min(start + 16, d)):
-                    y[k, i] = y[k, i] + panel[i, k] if add else panel[i, k]
+    columns = panel.shape[1]
+    for first in range(0, n, LANES):
+        whole = d // LANES * LANES if first + LANES <= n else 0
+        for i in range(0, whole, LANES):
+            if add:
+                transpose_block(True, panel, i * columns + first, columns, y, first * d + i, d)
+            else:
+                transpose_block(False, panel, i * columns + first, columns, y, first * d + i, d)
+        for k in range(first, min(first + LANES, n)):
+            for i in range(whole, d):
+                y[k, i] = y[k, i] + panel[i, k] if add else panel[i, k]
 
 
 @kernel(parallel=True)

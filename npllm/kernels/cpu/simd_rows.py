@@ -11,9 +11,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from npllm.kernels.cpu.simd import FLOATS, LANES, _load, call, require_row_major, sum_lanes, vector
+from npllm.kernels.cpu.simd import (
+    FLOATS,
+    INTS,
+    LANES,
+    _load,
+    call,
+    entry_pointer,
+    require_row_major,
+    sum_lanes,
+    vector,
+)
 
-__all__ = ["add_each", "fma_each", "load_each", "reduce_each"]
+__all__ = ["add_each", "fma_each", "load_each", "reduce_each", "transpose_block"]
 
 Array = Any
 Vector = Any  # sixteen float32
@@ -84,3 +94,58 @@ def reduce_each(_typing: Any, a: Vectors) -> Any:
         return for_each(context, builder, signature.return_type, make)
 
     return types.UniTuple(types.float32, a.count)(a), generate
+
+
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """Sixteen vectors, of which vector i has lane i of each of sixteen others: each bit of the
+    number of a row changes places with that of a lane.
+    """
+    for bit in (1, 2, 4, 8):
+        low = ir.Constant(INTS, [i if not i & bit else i ^ bit | LANES for i in range(LANES)])
+        high = ir.Constant(INTS, [i ^ bit if not i & bit else i | LANES for i in range(LANES)])
+        new = list(rows)
+        for i in range(LANES):
+            if not i & bit:
+                pair = rows[i], rows[i | bit]
+                new[i], new[i | bit] = (builder.shuffle_vector(*pair, m) for m in (low, high))
+        rows = new
+    return rows
+
+
+@intrinsic(prefer_literal=True)
+def transpose_block(
+    _typing: Any,
+    add: Any,
+    source: Array,
+    at: Any,
+    stride: Any,
+    target: Array,
+    to: Any,
+    target_stride: Any,
+) -> Any:
+    """Write 16 x 16 float32, whose rows begin at entries at, at + stride, ..., transposed to
+    entries to, to + target_stride, ..., or add them.
+    """
+    require_row_major(source)
+    require_row_major(target)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        _, source, at, stride, target, to, target_stride = arguments
+
+        def entry(start: Any, step: Any, i: int) -> Any:
+            return builder.add(start, builder.mul(step, ir.Constant(step.type, i)))
+
+        rows = [
+            _load(context, builder, kinds[1], source, entry(at, stride, i)) for i in range(LANES)
+        ]
+        for i, row in enumerate(transposed(builder, rows)):
+            index = entry(to, target_stride, i)
+            if add.literal_value:
+                row = builder.fadd(_load(context, builder, kinds[4], target, index), row)
+            pointer = entry_pointer(context, builder, kinds[4], target, index)
+            builder.store(row, builder.bitcast(pointer, FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    numbers = types.intp, types.intp
+    return types.void(add, source, *numbers, target, *numbers), generate
