@@ -17,20 +17,32 @@ from npllm.checkpoints.gguf import header as gguf_header
 
 
 class GGUFCases:
-    """A small Llama in GGUF with changed metadata, tensors or bytes, converted and loaded."""
+    """A small Llama, or a Phi-3 in blocks of 256, in GGUF with changed metadata, tensors or bytes:
+    loaded, the Llama converted as well.
+    """
 
     def __init__(self, seed: int, scratch: Path) -> None:
         self.seed, self.scratch = seed, scratch
-        self.keys, self.tensors = valid_metadata(), valid_tensors()
-        self.data = random.Random(1).randbytes(200_000)
-        self.run(-1, change=False)
+        self.data = data_of(phi3_tensors())
+        self.files = {
+            "llama": (valid_metadata(), valid_tensors()),
+            "phi3": (phi3_metadata(), phi3_tensors()),
+        }
+        for number, name in enumerate(self.files):
+            self.run(number - len(self.files), name)
 
-    def run(self, number: int, change: bool = True) -> str:
-        rng = random.Random(f"{self.seed} {number}")
+    def run(self, number: int, valid: str = "") -> str:
+        """Run a case; `valid` names a file that is left as it is."""
+        rng, change = random.Random(f"{self.seed} {number}"), not valid
+        name = valid or rng.choice([*self.files])
+        self.keys, self.tensors = self.files[name]
         path, out = self.scratch / "x.gguf", self.scratch / "out"
         path.write_bytes(self.content(rng) if change else self.content(None))
-        if run_packed(path) != "loads and runs" and not change:
-            raise SystemExit("the file is meant to run as it is")
+        outcome = run_packed(path)
+        if outcome != "loads and runs" and not change:
+            raise SystemExit(f"the file is meant to run as it is: {outcome}")
+        if name == "phi3":
+            return outcome
         try:
             outcome = checked(lambda: convert_gguf.gguf_to_phi3(path, out))
             if outcome == "loads and runs":
@@ -111,6 +123,73 @@ def valid_tensors() -> list[tuple[str, tuple[int, ...], int, int]]:
         tensors.append((name, shape, kind, offset))
         offset += -(-n_bytes // 32) * 32
     return tensors
+
+
+def phi3_metadata() -> list[tuple[str, int, Any]]:
+    """List (key, type, value) of a Phi-3 of one layer with longrope and SentencePiece's tokens."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    pieces = ["\u2581", *"the12", "th", "the", "\u2581the", "12"]
+    text, u32, f32 = 8, 4, 6
+    return [
+        ("general.architecture", text, "phi3"),
+        ("general.alignment", u32, 32),
+        ("phi3.block_count", u32, 1),
+        ("phi3.context_length", u32, 64),
+        ("phi3.embedding_length", u32, 256),
+        ("phi3.feed_forward_length", u32, 256),
+        ("phi3.attention.head_count", u32, 4),
+        ("phi3.attention.head_count_kv", u32, 2),
+        ("phi3.attention.layer_norm_rms_epsilon", f32, 1e-5),
+        ("phi3.attention.sliding_window", u32, 32),
+        ("phi3.rope.freq_base", f32, 10000.0),
+        ("phi3.rope.dimension_count", u32, 64),
+        ("phi3.rope.scaling.original_context_length", u32, 16),
+        ("phi3.rope.scaling.attn_factor", f32, 1.25),
+        ("tokenizer.ggml.model", text, "llama"),
+        ("tokenizer.ggml.tokens", 9, (text, tokens + pieces)),
+        ("tokenizer.ggml.scores", 9, (f32, [-float(n) for n in range(len(tokens + pieces))])),
+        ("tokenizer.ggml.token_type", 9, (5, [2, 3, 3] + [6] * 256 + [1] * len(pieces))),
+        ("tokenizer.ggml.bos_token_id", u32, 1),
+        ("tokenizer.ggml.eos_token_id", u32, 2),
+        ("tokenizer.ggml.unknown_token_id", u32, 0),
+        ("tokenizer.chat_template", text, "{{ messages[0].content }}"),
+    ]
+
+
+# GGUF's numbers of types, with entries and bytes of a block
+F32, Q5_0, Q4_K, Q5_K, Q6_K = (0, 1, 4), (6, 32, 22), (12, 256, 144), (13, 256, 176), (14, 256, 210)
+
+
+def phi3_tensors() -> list[tuple[str, tuple[int, ...], int, int]]:
+    """List (name, shape with the fastest axis first, type, offset)."""
+    n_vocab = len(phi3_metadata()[-6][2][1])
+    found = {
+        "token_embd.weight": ((256, n_vocab), Q6_K),
+        "output.weight": ((256, n_vocab), Q5_0),
+        "output_norm.weight": ((256,), F32),
+        "rope_factors_long.weight": ((32,), F32),
+        "rope_factors_short.weight": ((32,), F32),
+        "blk.0.attn_norm.weight": ((256,), F32),
+        "blk.0.ffn_norm.weight": ((256,), F32),
+        "blk.0.attn_qkv.weight": ((256, 512), Q5_K),
+        "blk.0.attn_output.weight": ((256, 256), Q4_K),
+        "blk.0.ffn_up.weight": ((256, 512), Q4_K),
+        "blk.0.ffn_down.weight": ((256, 256), Q6_K),
+    }
+    tensors, offset = [], 0
+    for name, (shape, (kind, n_entries, n_bytes)) in found.items():
+        tensors.append((name, shape, kind, offset))
+        offset += -(-int(np.prod(shape)) // n_entries * n_bytes // 32) * 32
+    return tensors
+
+
+def data_of(tensors: list[tuple[str, tuple[int, ...], int, int]]) -> bytes:
+    """Random bytes for any tensors, positive numbers for factors of RoPE."""
+    data = bytearray(random.Random(1).randbytes(500_000))
+    for name, (n, *_), _, offset in tensors:
+        if "rope" in name:
+            data[offset : offset + 4 * n] = np.linspace(1, 2, n, dtype=np.float32).tobytes()
+    return bytes(data)
 
 
 def change_key(keys: list[Any], rng: random.Random) -> None:
