@@ -19,6 +19,7 @@ from npllm.cache.files import read_state
 from npllm.cache.state import cache_dtype
 from npllm.config.config import Config
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.kernels import FEW_ROWS
 from npllm.model_base import ModelBase
 from npllm.models import heads, phi3
 from npllm.models.params import Params
@@ -149,7 +150,7 @@ class CausalLM(ModelBase):
 
         def call(draft: KVCache | None) -> Array:
             tokens = self.check_tokens(input_ids, attention_mask, position_ids, draft)
-            logits = self._decode_step(tokens, draft) if tap is None else None
+            logits = self._decode_step(tokens, draft, n_keep) if tap is None else None
             if logits is not None:
                 return logits
             hidden = self._hidden(tokens, draft, tap)
@@ -284,7 +285,7 @@ class CausalLM(ModelBase):
 
         def call(draft: KVCache | None) -> Array:
             tokens = Tokens(ids, valid, counted_positions(valid, ids.shape[1]))
-            logits = self._decode_step(tokens, draft)
+            logits = self._decode_step(tokens, draft, n_keep)
             return (
                 self._head(self._hidden(tokens, draft, None), n_keep, None)
                 if logits is None
@@ -511,30 +512,29 @@ class CausalLM(ModelBase):
 
         return cache.transact(call, self._cache_owner())
 
-    def _decode_step(self, tokens: Tokens, cache: KVCache | None) -> Array | None:
-        """Logits [n_batch, 1, n_vocab] of one new token a row, by the set's kernel for a whole
-        step; None where it has none for this call.
+    def _decode_step(self, tokens: Tokens, cache: KVCache | None, n_keep: int) -> Array | None:
+        """Logits [n_batch, n_keep, n_vocab] after the last n_keep of a few new tokens (0: all), by
+        the set's kernel for a whole step; None where it has none for this call.
         """
-        if self.ops.decode_step is None or cache is None or tokens.ids.shape[1] != 1:
+        n_batch, n_seq = tokens.ids.shape
+        if self.ops.decode_step is None or cache is None or not 0 < n_seq <= FEW_ROWS:
             return None
-        variants = self._rotations.variants(tokens.positions, len(tokens.ids), cache)
-        logits = self._run_step(tokens, variants, cache)
+        variants = self._rotations.variants(tokens.positions, n_batch, cache)
+        logits = self._run_step(tokens, variants, cache, n_keep=min(n_keep or n_seq, n_seq))
         if logits is not None:
             cache.advance(tokens.ids, tokens.positions, tokens.valid, variants)
         return logits
 
     def _run_step(
-        self, tokens: Tokens, variants: Array, cache: KVCache, n_greedy: int = 0
+        self, tokens: Tokens, variants: Array, cache: KVCache, n_greedy: int = 0, n_keep: int = 1
     ) -> Array | None:
-        """What the set's kernel for a whole step gives for one new token a row; None where it has
-        none for this call.
-        """
-        run, is_lm = self.ops.decode_step, self.config.head == "lm"
-        if run is None or not is_lm or not cache.n_ctx:
+        """What the set's kernel for a whole step gives; None where it has none for this call."""
+        run = self.ops.decode_step
+        if run is None or self.config.head != "lm":
             return None
         self._recompute_rows(cache, variants)
         tables = partial(self._rotations.tables, self.ops)
-        found = run(tokens, variants, self.params, self._step(cache), tables, n_greedy)
+        found = run(tokens, variants, self.params, self._step(cache), tables, n_greedy, n_keep)
         return None if found is NotImplemented else found
 
     def _step(self, cache: KVCache) -> Step:

@@ -34,9 +34,9 @@ def asked(model, cache, *, params=None, positions=None, **of_step):
     model's own; they come from the layers one by one where the engine refuses.
     """
 
-    def step_of(tokens, variants, its_params, step, tables, n_greedy):
+    def step_of(tokens, variants, its_params, step, tables, *numbers):
         step = step._replace(**{"masks": MASKS} | of_step)
-        return decode.decode_step(tokens, variants, params or its_params, step, tables, n_greedy)
+        return decode.decode_step(tokens, variants, params or its_params, step, tables, *numbers)
 
     ids = tiny.random_ids(cache.n_batch, 1, seed=cache.n_ctx)
     one = model.on(model.ops.replace(decode_step=step_of))

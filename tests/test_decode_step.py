@@ -112,13 +112,14 @@ def test_it_is_taken_wherever_it_applies(whole_steps):
         for n_batch in (1, 16):
             whole_steps.clear()
             same_steps(of_kind(kind), random_ids(n_batch, 7), 4)
-            assert whole_steps == [n_batch] * 3, kind
+            n_prefill = int(4 * n_batch <= kernels.FEW_ROWS)
+            assert whole_steps == [n_batch] * (n_prefill + 3), kind
 
 
 def test_frequencies_that_change_on_the_way(whole_steps):
     m = of_kind(np.float32, **LONG)
     same_steps(m, random_ids(2, 20), 4)
-    assert whole_steps == [2] * 16
+    assert whole_steps == [2] * 17
 
 
 def test_where_it_does_not_apply_the_parts_run(whole_steps):
@@ -154,7 +155,7 @@ def test_weights_that_change_are_seen(whole_steps):
             c._state = replace_owner(c._state, way)
         got, want = changed(ids[:, 4:5], cache=cache), apart(changed)(ids[:, 4:5], cache=plain)
         assert got.tobytes() == want.tobytes()
-    assert whole_steps == [1] * 3 and owner is not None
+    assert whole_steps == [1] * 4 and owner is not None
 
 
 def replace_owner(state, m):
@@ -179,6 +180,20 @@ def test_several_tokens_at_once_give_the_bits_of_one_by_one():
     at_once = m(ids[:, 4:], cache=cache)
     for at, logits in enumerate(one_by_one[1:]):
         assert at_once[:, at : at + 1].tobytes() == logits.tobytes()
+
+
+@pytest.mark.parametrize("n_keep", [0, 1, 3, 5, 99])
+def test_the_last_positions_that_are_asked_for(whole_steps, n_keep):
+    m, ids = of_kind("int8"), random_ids(3, 10)
+    found = []
+    for way in (m, apart(m)):
+        cache = way.new_cache(3)
+        parts = [
+            way(ids[:, s], cache=cache, logits_to_keep=n_keep) for s in (slice(5), slice(5, 10))
+        ]
+        found.append(b"".join(part.tobytes() for part in parts))
+        assert parts[1].shape == (3, min(n_keep or 5, 5), m.config.vocab_size)
+    assert found[0] == found[1] and whole_steps == [3, 3]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

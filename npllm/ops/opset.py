@@ -87,11 +87,12 @@ class Ops:
 
     `layer` is a `LayerParams`, `step` a `Step`.
 
-    `decode_step` takes over a whole run of one new token a row, from its id to its logits, or is
+    `decode_step` takes over a whole run of a few new tokens, from their ids to the logits, or is
     None.  It contains every operation: a set of which any is replaced has none.
 
-        decode_step(tokens, variants, params, step, tables)             logits [n_batch, 1, n_vocab]
-        decode_step(tokens, variants, params, step, tables, n_queued)   int64 [n_batch, n_queued]
+        decode_step(tokens, variants, params, step, tables, 0, n_keep)   the logits after the last
+                                          n_keep tokens of each row [n_batch, n_keep, n_vocab]
+        decode_step(tokens, variants, params, step, tables, n_queued)    int64 [n_batch, n_queued]
 
     The second form, the most likely tokens one after another, is for sets with `n_queued`.
     """

@@ -154,10 +154,16 @@ def decoder_layers(x: Array, layers: Any, step: Step) -> Any:
 
 
 def decode_step(
-    tokens: Any, variants: Array, params: Params, step: Step, tables: Any, n_greedy: int = 0
+    tokens: Any,
+    variants: Array,
+    params: Params,
+    step: Step,
+    tables: Any,
+    n_greedy: int = 0,
+    n_keep: int = 1,
 ) -> Any:
-    """Compute the logits [n_batch, 1, n_vocab] after one new token of each row, in one kernel where
-    layers are alike and no row has padding.
+    """Compute the logits [n_batch, n_keep, n_vocab] after the last of a few new tokens, in one
+    kernel where layers are alike and no row has padding.
     """
     ends = known_ends(params, step.cache)
     if n_greedy or ends is None or not tokens.valid.all():
@@ -169,8 +175,8 @@ def decode_step(
     if arguments is None:
         return NotImplemented
     ids = np.array(tokens.ids, np.int64, order="C")
-    logits = launch(logits_step, ids, *ends[:2], *arguments, *ends[2:])
-    return logits.reshape(*ids.shape, -1)
+    logits = launch(logits_step, ids, *ends[:2], *arguments, *ends[2:], n_keep)
+    return logits.reshape(len(ids), n_keep, -1)
 
 
 def layers_arguments(shape: tuple[int, ...], layers: Any, step: Step) -> tuple | None:

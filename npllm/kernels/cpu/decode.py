@@ -139,17 +139,21 @@ def logits_step(
     gain: Array,
     head: Array,
     head_scales: Array,
+    n_keep: int,
 ) -> Array:
-    """Compute head @ rms_norm(x), [n_batch * n_seq, n_vocab], of x from `layers_step` and, before,
-    the rows of ids [n_batch, n_seq] in the embedding.
+    """Compute head @ rms_norm(x), [n_batch * n_keep, n_vocab], of the last n_keep tokens of each
+    row; x from `layers_step` and, before, the rows of ids [n_batch, n_seq] in the embedding.
     """
-    n = ids.size
-    x = np.empty((*ids.shape, channels_of_weight(embedding)), np.float32)
-    rows = x.reshape(n, -1)
-    embed_rows(embedding, embedding_scales, ids.reshape(n), rows)
+    n_batch, n_seq = ids.shape
+    x = np.empty((n_batch, n_seq, channels_of_weight(embedding)), np.float32)
+    embed_rows(embedding, embedding_scales, ids.reshape(ids.size), x.reshape(ids.size, -1))
     layers_step(x, first, table, eps, cos, sin, bounds, seen, n_head)
-    logits = np.zeros((n, rows_of_weight(head)), np.float32)
-    add_product(head, head_scales, rows, gain, eps, logits)
+    kept = np.empty((n_batch * n_keep, x.shape[2]), np.float32)
+    for k in range(len(kept)):
+        for i in range(x.shape[2]):
+            kept[k, i] = x[k // n_keep, n_seq - n_keep + k % n_keep, i]
+    logits = np.zeros((len(kept), rows_of_weight(head)), np.float32)
+    add_product(head, head_scales, kept, gain, eps, logits)
     return logits
 
 

@@ -44,6 +44,7 @@ def decode_step(
     step: Any,
     tables: Any,
     n_greedy: int = 0,
+    n_keep: int = 1,
     *,
     use_graph: bool = True,
 ) -> Array:
@@ -62,6 +63,8 @@ def decode_step(
     n_greedy : int
         At most MOST_QUEUED.  Each step chooses the token of the highest logit, and the next one
         reads it in device memory: the host waits once, after the last.
+    n_keep : int
+        1: there is one new token a row.
     use_graph : bool
         False: each kernel is launched by itself, for tests and measurements.
 
@@ -74,7 +77,7 @@ def decode_step(
         than a band of distances, padding that is not on the left.
     """
     plan = _placed_plan(tokens, variants, params, step, tables, max(1, n_greedy))
-    if plan is None:
+    if plan is None or n_keep != 1:
         return NotImplemented
     if n_greedy:
         return plan.greedy(n_greedy, use_graph=use_graph)
@@ -87,6 +90,8 @@ def _placed_plan(
     """The plan of this cache, made anew where its arrays were, with the tokens put into it."""
     n_batch, start = len(tokens.ids), first_slots(tokens.valid)
     if start is None or n_batch > MOST_ROWS or tokens.ids.shape[1] != 1 or n_new > MOST_QUEUED:
+        return None
+    if not step.cache.n_ctx:
         return None
     plan = _PLANS.get(step.cache)
     if plan is None or not plan.is_for(params, step):
