@@ -13,7 +13,9 @@ from tiny import model, random_ids
 
 import npllm
 from npllm import kernels
+from npllm.errors import NpllmValueError
 from npllm.quantized.int8 import quantize
+from npllm.quantized.packed import PackedMatrix
 
 compiled = pytest.importorskip("npllm.kernels.cpu.compiled", exc_type=ImportError)
 
@@ -156,6 +158,22 @@ def test_weights_that_change_are_seen(whole_steps):
         got, want = changed(ids[:, 4:5], cache=cache), apart(changed)(ids[:, 4:5], cache=plain)
         assert got.tobytes() == want.tobytes()
     assert whole_steps == [1] * 4 and owner is not None
+
+
+@pytest.mark.parametrize("kind", [np.float32, "int8", "Q4_K"])
+def test_an_id_beyond_the_embedding_raises(kind):
+    m = of_kind(kind)
+    table = m.params.embed_tokens
+    few = table.rows(slice(40)) if isinstance(table, PackedMatrix) else table[:40]
+    short = npllm.Model(m.config, m.params._replace(embed_tokens=few), ops=m.ops)
+    cache = short.new_cache()
+    short(random_ids(1, 4, n_vocab=40), cache=cache)
+    for way in (short, apart(short)):
+        with pytest.raises(NpllmValueError, match="n_vocab - 1 = 39, got 40"):
+            way(np.array([[40]]), cache=cache)
+        with pytest.raises(NpllmValueError, match="n_vocab - 1 = 39, got -1"):
+            way.last_logits(np.array([[-1]]), np.ones((1, 5), bool), cache)
+    assert cache.n_ctx == 4
 
 
 def replace_owner(state, m):

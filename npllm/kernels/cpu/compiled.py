@@ -168,13 +168,16 @@ def decode_step(
     ends = known_ends(params, step.cache)
     if n_greedy or ends is None or not tokens.valid.all():
         return NotImplemented
-    shape = *tokens.ids.shape, params.embed_tokens.shape[1]
+    ids = np.array(tokens.ids, np.int64, order="C")
+    # the kernel would read beyond the embedding; `embed` raises.  -1 is a large number here
+    if ids.view(np.uint64).max() >= len(params.embed_tokens):
+        return NotImplemented
+    shape = *ids.shape, params.embed_tokens.shape[1]
     cos, sin = tables(tokens.positions, variants)
     step = step._replace(cos=cos, sin=sin)
     arguments = layers_arguments(shape, params.layers, step)
     if arguments is None:
         return NotImplemented
-    ids = np.array(tokens.ids, np.int64, order="C")
     logits = launch(logits_step, ids, *ends[:2], *arguments, *ends[2:], n_keep)
     return logits.reshape(len(ids), n_keep, -1)
 
