@@ -3,6 +3,8 @@
 Kernels run on the CPU (tests/kernel_shim.py).
 """
 
+from types import SimpleNamespace
+
 import guard
 import ml_dtypes
 import numpy as np
@@ -225,6 +227,23 @@ def test_vectors_beside_a_packed_weight(dtype, is_taken):
     changes = {"qkv_proj": quantize, "input_layernorm": lambda x: x.astype(dtype)}
     params = on_device(of_layers(base.params, **changes))
     assert decode.applies(params, step_of(base)) == is_taken
+
+
+def test_an_id_beyond_the_embedding_is_not_taken(monkeypatch):
+    """The kernel would read beyond the array."""
+    model, base = pair(**HEADS)
+    head = np.concatenate([base.params.lm_head] * 2)
+    longer = on_device(base.params._replace(lm_head=head))
+    assert not decode.applies(longer, step_of(model))
+    cache = model.new_cache()
+    model(tiny.random_ids(1, 4), cache=cache)
+    monkeypatch.setattr(decode_graph.Plan, "_step", lambda _: pytest.fail("the engine ran"))
+    for token in (model.params.embed_tokens.shape[0], -1):
+        tokens = SimpleNamespace(
+            ids=np.array([[token]]), valid=np.ones((1, 5), bool), positions=np.array([4])
+        )
+        step = step_of(model, cache=cache)
+        assert decode.decode_step(tokens, None, model.params, step, None) is NotImplemented
 
 
 def test_a_step_without_masks_is_not_taken():

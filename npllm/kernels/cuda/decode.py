@@ -91,7 +91,7 @@ def _placed_plan(
     n_batch, start = len(tokens.ids), first_slots(tokens.valid)
     if start is None or n_batch > MOST_ROWS or tokens.ids.shape[1] != 1 or n_new > MOST_QUEUED:
         return None
-    if not step.cache.n_ctx:
+    if not step.cache.n_ctx or not is_in(tokens.ids, len(params.embed_tokens)):
         return None
     plan = _PLANS.get(step.cache)
     if plan is None or not plan.is_for(params, step):
@@ -122,6 +122,11 @@ def _new_plan(params: Any, step: Any, n_batch: int) -> Plan | None:
     return None
 
 
+def is_in(ids: Array, n: int) -> bool:
+    """Tell whether ids are rows of an embedding with n rows; of others `embed` says so."""
+    return bool(0 <= ids.min() and ids.max() < n)
+
+
 def first_slots(valid: Array) -> Array | None:
     """First slot of each row that holds a token; None where padding is not on the left."""
     n_ctx = valid.shape[1]
@@ -148,6 +153,8 @@ def applies(params: Any, step: Any) -> bool:
     table = params.embed_tokens
     rows = is_read(table) and is_in_place(table) and not isinstance(table, StackedWeight)
     if head is None or not (heads and bands and gated and rows):
+        return False
+    if len(table) < len(head):  # a chosen token is a row of both
         return False
     return all(_product_fits(*one) for one in [*products, (head, params.norm, None)])
 
