@@ -229,8 +229,23 @@ def test_softmax_of_scores_of_every_size(tested):
     "rule", [mask.causal(), lambda i, j: (j <= i) & (j >= 0)], ids=["band", "function"]
 )
 def test_nan_in_a_key_reaches_every_query_that_sees_it(tested, n_seq, rule):
+    y = rows_with_nan(tested, n_seq, rule, slice(16, 32))  # a key of both heads
+    assert np.isfinite(y[:, :20]).all() and np.isnan(y[:, 20:]).all()
+
+
+@pytest.mark.parametrize("n_seq", [1, 5, 40])
+@pytest.mark.parametrize(
+    "rule", [mask.causal(), lambda i, j: (j <= i) & (j >= 0)], ids=["band", "function"]
+)
+def test_nan_in_a_query_stays_in_its_row(tested, n_seq, rule):
+    y = rows_with_nan(tested, n_seq, rule, slice(0, 16))
+    assert np.isnan(y[:, 20]).all() and np.isfinite(np.delete(y, 20, axis=1)).all()
+
+
+def rows_with_nan(tested, n_seq, rule, where):
+    """Attention of 40 tokens, n_seq of them after the others, of which one has NaN somewhere."""
     qkv = np.random.default_rng(0).standard_normal((1, 40, 6 * 8), dtype=np.float32)
-    qkv[0, 20, 16:32] = np.nan  # a key of both heads
+    qkv[0, 20, where] = np.nan
     cache, tables = KVCache(1, 1, 64), np.ones((2, 40, 8), np.float32)
     parts = [slice(0, 40 - n_seq), slice(40 - n_seq, 40)]
     rows = [
@@ -239,8 +254,7 @@ def test_nan_in_a_key_reaches_every_query_that_sees_it(tested, n_seq, rule):
         if at.start < at.stop
         and not cache.advance(*np.zeros((2, 1, at.start - cache.n_ctx), int), None, None)
     ]
-    y = np.concatenate(rows, axis=1)
-    assert np.isfinite(y[:, :20]).all() and np.isnan(y[:, 20:]).all()
+    return np.concatenate(rows, axis=1)
 
 
 # --------------------------------------------------------------------------------------------------------- a row of zeros, eps = 0

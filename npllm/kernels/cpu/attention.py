@@ -176,7 +176,7 @@ def write_rows(
     weighted: Array, sums: Array, group: int, h: int, start: int, stop: int, y: Array
 ) -> None:
     """Divide a panel by its sums, and write column c, which is `start + c` of a task, to its row of
-    y; 0 where no key was seen.
+    y; 0 where no key was seen, but a value that is NaN stays NaN, as in the definition.
     """
     d_head, columns = weighted.shape
     for k in range(columns):

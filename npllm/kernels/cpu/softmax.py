@@ -39,11 +39,10 @@ def softmax_update(s: Array, m: Array, sums: Array, a: Array) -> None:
         largest = m[k, 0]
         for x in s[k]:
             largest = max(largest, x)
-        if largest == -np.inf:  # nothing is seen: exp(-inf - 0) is 0
-            s[k] = 0
-            continue
-        decay = np.exp(m[k, 0] - largest)
+        # where nothing is seen any finite number will do; scores that are all NaN stay NaN
+        shift = np.float32(0) if largest == -np.inf else largest
+        decay = np.exp(m[k, 0] - shift)
         m[k, 0] = largest
-        sums[k, 0] = sums[k, 0] * decay + exponentials(s[k], largest)
+        sums[k, 0] = sums[k, 0] * decay + exponentials(s[k], shift)
         if decay != 1:
             a[k] *= decay
