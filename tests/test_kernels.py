@@ -1130,7 +1130,8 @@ before, ops = compiled_so_far(), kernels.choose_ops(None, activations=activation
 if dtype == "int8":
     m = model(hidden_size=64, intermediate_size=64, dtype="bfloat16")
     packed = [type(x)(*(quantize(w.astype(np.float32)) if w is not None and w.ndim == 2 else w for w in x)) for x in m.params.layers]
-    m = Model(m.config, m.params._replace(layers=tuple(packed), lm_head=quantize(m.params.lm_head.astype(np.float32))), ops=ops)
+    ends = {name: quantize(getattr(m.params, name).astype(np.float32)) for name in ("embed_tokens", "lm_head")}
+    m = Model(m.config, m.params._replace(layers=tuple(packed), **ends), ops=ops)
 else:
     m = model(ops=ops, dtype=dtype)
 for x in (*m.params, *(x for layer in m.params.layers for x in layer)):
