@@ -109,7 +109,7 @@ def test_a_prompt_that_comes_in_chunks_is_not_copied_within_its_pass(monkeypatch
         for start in range(0, 900, 100):
             part = m(ids[:, start : start + 100], cache=parts)
             if start < 700:
-                close(part, want[:, start : start + 100], times=0)
+                close(part, want[:, start : start + 100])
     assert whole.n_bytes == parts.n_bytes
     assert moved, "calls of their own are not known beforehand"
 
