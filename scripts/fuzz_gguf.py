@@ -15,6 +15,10 @@ import npllm
 from npllm.checkpoints.gguf import convert as convert_gguf
 from npllm.checkpoints.gguf import header as gguf_header
 
+Type = tuple[int, int, int]  # GGUF's number of a type, entries and bytes of a block
+F32, F16, Q4_1, Q5_0, Q8_0 = (0, 1, 4), (1, 1, 2), (3, 32, 20), (6, 32, 22), (8, 32, 34)
+Q4_K, Q5_K, Q6_K = (12, 256, 144), (13, 256, 176), (14, 256, 210)
+
 
 class GGUFCases:
     """A small Llama, or a Phi-3 in blocks of 256, in GGUF with changed metadata, tensors or bytes:
@@ -115,13 +119,19 @@ def valid_tensors() -> list[tuple[str, tuple[int, ...], int, int]]:
         }
         others = ("attn_output", "ffn_gate", "ffn_up", "ffn_down")
         shapes |= {f"blk.{i}.{name}.weight": (32, 32) for name in others}
-    tensors, offset = [], 0
+    found = {}
     for name, shape in shapes.items():
-        kind = 0 if len(shape) == 1 else 3 if "ffn" in name else 8 if "attn_q" in name else 1
-        n = int(np.prod(shape))
-        n_bytes = {0: 4 * n, 1: 2 * n, 3: n // 32 * 20, 8: n // 32 * 34}[kind]
+        kind = Q4_1 if "ffn" in name else Q8_0 if "attn_q" in name else F16
+        found[name] = (shape, F32 if len(shape) == 1 else kind)
+    return placed(found)
+
+
+def placed(found: dict[str, tuple[tuple[int, ...], Type]]) -> list[tuple[str, tuple, int, int]]:
+    """List (name, shape, type, offset) of tensors that lie one behind the other."""
+    tensors, offset = [], 0
+    for name, (shape, (kind, n_entries, n_bytes)) in found.items():
         tensors.append((name, shape, kind, offset))
-        offset += -(-n_bytes // 32) * 32
+        offset += -(-int(np.prod(shape)) // n_entries * n_bytes // 32) * 32
     return tensors
 
 
@@ -156,13 +166,10 @@ def phi3_metadata() -> list[tuple[str, int, Any]]:
     ]
 
 
-# GGUF's numbers of types, with entries and bytes of a block
-F32, Q5_0, Q4_K, Q5_K, Q6_K = (0, 1, 4), (6, 32, 22), (12, 256, 144), (13, 256, 176), (14, 256, 210)
-
-
 def phi3_tensors() -> list[tuple[str, tuple[int, ...], int, int]]:
     """List (name, shape with the fastest axis first, type, offset)."""
-    n_vocab = len(phi3_metadata()[-6][2][1])
+    values = {key: value for key, _, value in phi3_metadata()}
+    n_vocab = len(values["tokenizer.ggml.tokens"][1])
     found = {
         "token_embd.weight": ((256, n_vocab), Q6_K),
         "output.weight": ((256, n_vocab), Q5_0),
@@ -176,11 +183,7 @@ def phi3_tensors() -> list[tuple[str, tuple[int, ...], int, int]]:
         "blk.0.ffn_up.weight": ((256, 512), Q4_K),
         "blk.0.ffn_down.weight": ((256, 256), Q6_K),
     }
-    tensors, offset = [], 0
-    for name, (shape, (kind, n_entries, n_bytes)) in found.items():
-        tensors.append((name, shape, kind, offset))
-        offset += -(-int(np.prod(shape)) // n_entries * n_bytes // 32) * 32
-    return tensors
+    return placed(found)
 
 
 def data_of(tensors: list[tuple[str, tuple[int, ...], int, int]]) -> bytes:

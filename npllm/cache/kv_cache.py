@@ -175,8 +175,14 @@ class KVCache:
         return self._draft
 
     def expect(self, n_seq: int) -> None:
-        """Allocate for so many new tokens at once when the first of them come, in this pass; those
-        that come in chunks would be copied at every doubling else.
+        """Say how many new tokens this pass will append, before it appends the first.
+
+        The arrays are then allocated once for all of them.  Otherwise they would be copied each
+        time their size doubles, when the tokens come in chunks.
+
+        Parameters
+        ----------
+        n_seq : int
         """
         self._expected = self.n_ctx + n_seq
 

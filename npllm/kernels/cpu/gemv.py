@@ -14,7 +14,7 @@ from numba.extending import overload
 
 from npllm.kernels.cpu.block_gemv import add_product_blocks
 from npllm.kernels.cpu.launching import kernel
-from npllm.kernels.cpu.panels import normalise
+from npllm.kernels.cpu.panels import rms_norm_row
 from npllm.kernels.cpu.simd import (
     LANES,
     load,
@@ -179,7 +179,7 @@ def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
     rows = np.empty((n, d), np.float32)
     for k in range(n):
         if len(gain):
-            normalise(x[k], gain, eps, rows[k])
+            rms_norm_row(x[k], gain, eps, rows[k])
         else:
             for i in range(d):
                 rows[k, i] = x[k, i]
@@ -191,7 +191,7 @@ def prepare_rows(weight: Array, x: Array, gain: Array, eps: float) -> Array:
 def rms_norm_rows(x: Array, gain: Array, eps: float, y: Array) -> None:
     """Write each row, divided by its root mean square and scaled, to y."""
     for k in range(len(x)):
-        normalise(x[k], gain, eps, y[k])
+        rms_norm_row(x[k], gain, eps, y[k])
 
 
 @kernel(nogil=True)

@@ -9,7 +9,7 @@ from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.simd import LANES, fma, load, load_scalar, reduce_add, splat
 from npllm.kernels.cpu.simd_rows import transpose_block
 
-__all__ = ["normalise", "pack", "pack_all", "root_mean_square", "unpack", "unpack_all"]
+__all__ = ["pack", "pack_all", "rms_norm_row", "root_mean_square", "unpack", "unpack_all"]
 
 Array = Any
 
@@ -37,14 +37,14 @@ def pack(rows: Array, gain: Array, eps: float, panel: Array) -> None:
         count = min(LANES, n - first)
         if len(gain):
             for k in range(count):
-                normalise(rows[first + k], gain, eps, wide[k])
+                rms_norm_row(rows[first + k], gain, eps, wide[k])
             transpose_rows(wide[:count], panel, first)
         else:
             transpose_rows(rows[first : first + count], panel, first)
 
 
 @kernel(nogil=True)
-def normalise(x: Array, gain: Array, eps: float, y: Array) -> None:
+def rms_norm_row(x: Array, gain: Array, eps: float, y: Array) -> None:
     """Write a row, divided by its root mean square and scaled, to y."""
     root = root_mean_square(x, eps)
     for i in range(len(x)):

@@ -44,7 +44,7 @@ def decode_step(
     step: Any,
     tables: Any,
     n_greedy: int = 0,
-    n_keep: int = 1,
+    n_keep: int = 1,  # noqa: ARG001 - there is one new token a row
     *,
     use_graph: bool = True,
 ) -> Array:
@@ -64,7 +64,7 @@ def decode_step(
         At most MOST_QUEUED.  Each step chooses the token of the highest logit, and the next one
         reads it in device memory: the host waits once, after the last.
     n_keep : int
-        1: there is one new token a row.
+        Not used: several new tokens a row are not this engine's, see `Ops`.
     use_graph : bool
         False: each kernel is launched by itself, for tests and measurements.
 
@@ -77,7 +77,7 @@ def decode_step(
         than a band of distances, padding that is not on the left.
     """
     plan = _placed_plan(tokens, variants, params, step, tables, max(1, n_greedy))
-    if plan is None or n_keep != 1:
+    if plan is None:
         return NotImplemented
     if n_greedy:
         return plan.greedy(n_greedy, use_graph=use_graph)
