@@ -178,7 +178,7 @@ def decode_step(
     arguments = layers_arguments(shape, params.layers, step)
     if arguments is None:
         return NotImplemented
-    logits = launch(logits_step, ids, *ends[:2], *arguments, *ends[2:], n_keep)
+    logits = launch(logits_step, ids, *ends[:2], arguments, *ends[2:], n_keep)
     return logits.reshape(len(ids), n_keep, -1)
 
 

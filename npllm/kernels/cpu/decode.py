@@ -128,14 +128,7 @@ def logits_step(
     ids: Array,
     embedding: Array,
     embedding_scales: Array,
-    first: tuple[Array, ...],
-    table: Array,
-    eps: float,
-    cos: Array,
-    sin: Array,
-    bounds: Array,
-    seen: Array,
-    n_head: int,
+    layers: tuple[Any, ...],
     gain: Array,
     head: Array,
     head_scales: Array,
@@ -143,17 +136,19 @@ def logits_step(
 ) -> Array:
     """Compute head @ rms_norm(x), [n_batch * n_keep, n_vocab], of the last n_keep tokens of each
     row; x from `layers_step` and, before, the rows of ids [n_batch, n_seq] in the embedding.
+
+    layers: what `layers_step` takes besides x.
     """
     n_batch, n_seq = ids.shape
     x = np.empty((n_batch, n_seq, channels_of_weight(embedding)), np.float32)
     embed_rows(embedding, embedding_scales, ids.reshape(ids.size), x.reshape(ids.size, -1))
-    layers_step(x, first, table, eps, cos, sin, bounds, seen, n_head)
+    layers_step(x, *layers)
     kept = np.empty((n_batch * n_keep, x.shape[2]), np.float32)
     for k in range(len(kept)):
         for i in range(x.shape[2]):
             kept[k, i] = x[k // n_keep, n_seq - n_keep + k % n_keep, i]
     logits = np.zeros((len(kept), rows_of_weight(head)), np.float32)
-    add_product(head, head_scales, kept, gain, eps, logits)
+    add_product(head, head_scales, kept, gain, layers[2], logits)
     return logits
 
 
