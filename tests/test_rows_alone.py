@@ -209,3 +209,24 @@ def test_the_attention_of_such_rows_is_one_kernel(monkeypatch):
     caches = [m.new_cache(1) for _ in range(3)]
     m.logits_of_rows(np.array([5, 6, 7]), caches)
     assert names == ["attend_rows"] * m.config.num_hidden_layers
+
+
+@lru_cache
+def many_rows_and_weight(dtype):
+    rng = np.random.default_rng(3)
+    x, w = (rng.standard_normal((n, 128)).astype(np.float32) for n in (200, 130))
+    if dtype == "int8":
+        return x, quantize(w)
+    return x, quantize_blocks(w, dtype) if dtype == "Q4_0" else w.astype(DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8", "Q4_0"])
+@given(n=st.integers(17, 199), garbage=st.sampled_from([np.nan, 1e30]))
+def test_a_row_has_the_same_bits_in_every_company_of_more_than_16(dtype, n, garbage):
+    """Whatever an earlier product has left in the columns of the last panel that have no row."""
+    x, weight = many_rows_and_weight(dtype)
+    fast, gain = kernels.compiled_ops(), np.ones(128, np.float32)
+    want = {"linear": fast.linear(x, weight), "norm": fast.norm_swiglu(x, gain, 0.0, weight)}
+    fast.norm_swiglu(np.full((256, 128), garbage, np.float32), gain, 0.0, weight)
+    np.testing.assert_array_equal(fast.linear(x[:n], weight), want["linear"][:n])
+    np.testing.assert_array_equal(fast.norm_swiglu(x[:n], gain, 0.0, weight), want["norm"][:n])

@@ -148,6 +148,7 @@ def attend_part(
                 False,
                 at,
                 tile,
+                columns,
             )
             apply_band_mask(scores, n_key, start + p * columns, group, n_past - j, band)
             update_columns(scores, n_key, largest[p], sums[p], weighted[p])
@@ -166,6 +167,7 @@ def attend_part(
                 True,
                 0,
                 tile,
+                columns,
             )
     for p in range(n_panel):
         write_rows(weighted[p], sums[p], group, h, start + p * columns, stop, y)

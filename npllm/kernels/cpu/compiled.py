@@ -129,7 +129,7 @@ def mlp_block(x: Array, layer: LayerParams, step: Step) -> Any:
         launch_adapted_mlp(y, layer, base, step.eps)
     elif len(rows) > FEW_ROWS:
         gated = gated_panels(rows, gain, step.eps, gate_up, gate_up_bias)
-        gemm.add_unpacked(gemm.product(gated, *kernel_operands(down)), y)
+        gemm.add_unpacked(gemm.product(gated, *kernel_operands(down), len(rows)), y)
     else:
         launch(
             mlp_step,

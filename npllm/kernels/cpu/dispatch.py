@@ -108,9 +108,9 @@ def rows_product(x: Array, weight: Array, gain: Array, eps: float) -> Array:
 
 def many_rows(x: Array, weight: Array, gain: Array = EMPTY, eps: float = 0.0) -> Array:
     """The product of many rows, normalised where there is a gain, as panels in a buffer."""
-    return gemm.product(
-        gemm.packed(rows_of(x), gain_bits(gain, weight), eps), *kernel_operands(weight)
-    )
+    rows = rows_of(x)
+    panels = gemm.packed(rows, gain_bits(gain, weight), eps)
+    return gemm.product(panels, *kernel_operands(weight), len(rows))
 
 
 def norm_swiglu(x: Array, norm_weight: Array, eps: float, weight: Array, bias: Array = None) -> Any:

@@ -4,7 +4,8 @@ by tile where they are used.
 The rows of x are packed into panels of 64 columns (16 without AVX-512), [n_panel, d_in, columns].
 A task is a band of 96 rows of the weight; for each run of channels it widens its part of the band
 into the second-level cache, and passes it over all panels, six rows at a time: 6 x 64 sums stay in
-24 registers, 6 x 16 in 12.
+24 registers, 6 x 16 in 12.  Of the last panel only the columns that rows stand in are multiplied,
+in sixteens where they are few: the bits are the same.
 
 An entry is summed on three levels, since the error of a chain of sums grows with its length: short
 runs in registers, their sums in a tile in the nearest cache, the sums of those in y.
@@ -45,6 +46,7 @@ BAND = 16 * TILE_ROWS  # rows of a task
 DEPTH = 512  # channels of a run
 SHALLOW = 288  # of one with 16 columns: a panel's part and a tile's rows stay in the nearest cache
 SHORT = 64  # channels that are summed in registers: 32 are more exact, and 9 % slower
+MOST_NARROW = 2 * NARROW  # columns of a wide panel up to which sixteens are faster than all at once
 AHEAD = 12  # rows by which the reading of the weight runs ahead
 
 
@@ -68,16 +70,19 @@ def packed(rows: Array, gain: Array, eps: float, columns: int = 0) -> Array:
     return panels
 
 
-def product(panels: Array, weight: Array, scales: Array) -> Array:
-    """The product of a weight and packed rows, [n_panel, d_out (and up to five rows more), columns]
-    in a buffer.
+def product(panels: Array, weight: Array, scales: Array, n: int = 0) -> Array:
+    """The product of a weight and n packed rows, [n_panel, d_out (and up to five rows more),
+    columns] in a buffer; of as many as the panels have columns for n = 0.
     """
     d_out = rows_of_weight(weight)
     y = scratch(
         "y panels", (len(panels), -(-d_out // TILE_ROWS) * TILE_ROWS, panels.shape[2]), np.float32
     )
     wide = scratch("band", (n_workers(), BAND + 1, DEPTH), np.float32)  # the last row: a tile
-    launch(multiply_all, weight, scales, panels, wide, y, np.zeros(1, np.int64))
+    columns = panels.shape[2]
+    last = (n - 1) % columns // NARROW * NARROW + NARROW  # columns of the last panel
+    last = last if last <= MOST_NARROW else columns
+    launch(multiply_all, weight, scales, panels, last, wide, y, np.zeros(1, np.int64))
     return y
 
 
@@ -165,15 +170,16 @@ def multiply_narrow(
     step: int,
     panels: Array,
     x: int,
+    columns: int,
     depth: int,
     y: Array,
     at: int,
     accumulate: bool,
 ) -> None:
-    """As `multiply_tile` with 16 columns: twelve of sixteen registers hold sums."""
+    """As `multiply_tile` with 16 of some columns: twelve of sixteen registers hold sums."""
     a = b = c = d = e = f = splat(np.float32(0))
     for k in range(depth):
-        v, j = load(panels, x + k * NARROW), w + k * step
+        v, j = load(panels, x + k * columns), w + k * step
         a, b = fma(splat(load_scalar(m, j)), v, a), fma(splat(load_scalar(m, j + row)), v, b)
         c, d = (
             fma(splat(load_scalar(m, j + 2 * row)), v, c),
@@ -192,11 +198,11 @@ def multiply_narrow(
 
 
 @kernel(nogil=True)
-def add_tile(tile: Array, y: Array, at: int, size: int, accumulate: bool) -> None:
-    """Set entries of y from `at` on to those of a tile, or add them."""
+def add_tile(tile: Array, first: int, y: Array, at: int, size: int, accumulate: bool) -> None:
+    """Set entries of y from `at` on to those of a tile from `first` on, or add them."""
     one = splat(np.float32(1))
     for i in range(0, size, LANES):
-        a = load(tile, i)
+        a = load(tile, first + i)
         store(y, at + i, fma(one, load(y, at + i), a) if accumulate else a)
 
 
@@ -213,18 +219,24 @@ def multiply_runs(
     at: int,
     accumulate: bool,
     tile: Array,
+    width: int,
 ) -> None:
-    """As `multiply_tile`, or `multiply_narrow`, over short runs of channels whose sums are added up
-    in a tile.
+    """As `multiply_tile`, or `multiply_narrow` on the first `width` columns, over short runs of
+    channels whose sums are added up in a tile.
     """
     columns = y.shape[y.ndim - 1]
-    for k in range(0, depth, SHORT):
-        n, v, p = min(SHORT, depth - k), w + k * step, x + k * columns
-        if columns == WIDE:
+    if width == WIDE:
+        for k in range(0, depth, SHORT):
+            n, v, p = min(SHORT, depth - k), w + k * step, x + k * WIDE
             multiply_tile(m, v, row, step, panel, p, n, tile, 0, k > 0)
-        else:
-            multiply_narrow(m, v, row, step, panel, p, n, tile, 0, k > 0)
-    add_tile(tile, y, at, TILE_ROWS * columns, accumulate)
+        add_tile(tile, 0, y, at, TILE_ROWS * WIDE, accumulate)
+        return
+    for c in range(0, width, NARROW):
+        for k in range(0, depth, SHORT):
+            n, v, p = min(SHORT, depth - k), w + k * step, x + k * columns + c
+            multiply_narrow(m, v, row, step, panel, p, columns, n, tile, 0, k > 0)
+        for r in range(TILE_ROWS):
+            add_tile(tile, r * NARROW, y, at + r * columns + c, NARROW, accumulate)
 
 
 @kernel(nogil=True)
@@ -242,9 +254,10 @@ def multiply(
     accumulate: bool,
     next_panel: int,
     tile: Array,
+    width: int,
 ) -> None:
     """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in
-    `multiply_tile`, times a panel.
+    `multiply_tile`, times the first `width` columns of a panel.
 
     The part of a panel at `next_panel`, which the next call reads, is fetched meanwhile; `tile` is
     a buffer of 6 x columns entries.
@@ -257,9 +270,9 @@ def multiply(
             for k in range(r // TILE_ROWS * share, (r // TILE_ROWS + 1) * share):
                 prefetch(panel, next_panel + k * NARROW)
         to = at + r * columns
-        multiply_runs(m, w + r * row, row, step, panel, x, depth, y, to, accumulate, tile)
+        multiply_runs(m, w + r * row, row, step, panel, x, depth, y, to, accumulate, tile, width)
     for r in range(whole, n_row):
-        for c in range(0, columns, LANES):
+        for c in range(0, width, LANES):
             to = at + r * columns + c
             a = dot_columns(m, w + r * row, step, panel, x + c, columns, depth)
             store(y, to, fma(splat(np.float32(1)), load(y, to), a) if accumulate else a)
@@ -354,9 +367,16 @@ def run_length(d_in: int, most: int) -> int:
 
 @kernel(nogil=True)
 def multiply_band(
-    weight: Array, scales: Array, panels: Array, wide: Array, y: Array, first: int, stop: int
+    weight: Array,
+    scales: Array,
+    panels: Array,
+    last: int,
+    wide: Array,
+    y: Array,
+    first: int,
+    stop: int,
 ) -> None:
-    """Rows first ... stop - 1 of the product, for all panels."""
+    """Rows first ... stop - 1 of the product, for all panels, of the last one `last` columns."""
     d_in, columns = channels_of_weight(weight), panels.shape[2]
     n_tile = (stop - first + TILE_ROWS - 1) // TILE_ROWS
     run = run_length(d_in, DEPTH if columns == WIDE else SHALLOW)
@@ -381,19 +401,21 @@ def multiply_band(
                 start > 0,
                 next_panel,
                 wide[BAND],
+                columns if p < len(panels) - 1 else last,
             )
 
 
 @kernel(parallel=True)
 def multiply_all(
-    weight: Array, scales: Array, panels: Array, wide: Array, y: Array, counter: Array
+    weight: Array, scales: Array, panels: Array, last: int, wide: Array, y: Array, counter: Array
 ) -> None:
-    """All bands of the product: whichever thread is free takes the next one, so that a core that is
+    """All bands of the product, of the last panel `last` columns: whichever thread is free takes the next one, so that a core that is
     busy otherwise gets fewer.
     """
     d_out = rows_of_weight(weight)
     for thread in prange(len(wide)):
         first = atomic_fetch_add(counter) * BAND
         while first < d_out:
-            multiply_band(weight, scales, panels, wide[thread], y, first, min(first + BAND, d_out))
+            stop = min(first + BAND, d_out)
+            multiply_band(weight, scales, panels, last, wide[thread], y, first, stop)
             first = atomic_fetch_add(counter) * BAND
