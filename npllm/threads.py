@@ -106,7 +106,13 @@ def _default_threads() -> int:
 
 def threads_are_fixed() -> bool:
     """Tell whether the user chose the count, which the kernels then do not change."""
-    return _fixed is not None or any(True for _ in requested_counts())
+    return _fixed is not None or _is_requested()
+
+
+@cache
+def _is_requested() -> bool:
+    """Tell whether the environment named a count, when a kernel first asked: it is asked often."""
+    return any(True for _ in requested_counts())
 
 
 def set_threads(count: int | None) -> None:
