@@ -409,8 +409,8 @@ def multiply_band(
 def multiply_all(
     weight: Array, scales: Array, panels: Array, last: int, wide: Array, y: Array, counter: Array
 ) -> None:
-    """All bands of the product, of the last panel `last` columns: whichever thread is free takes the next one, so that a core that is
-    busy otherwise gets fewer.
+    """All bands of the product, of the last panel `last` columns: whichever thread is free takes
+    the next one, so that a core that is busy otherwise gets fewer.
     """
     d_out = rows_of_weight(weight)
     for thread in prange(len(wide)):
