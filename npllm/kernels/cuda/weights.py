@@ -54,6 +54,8 @@ def _has_known_type(weight: Any) -> bool:
         on_device = not isinstance(weight.blocks, np.ndarray)
         return on_device and weight.format in BLOCKS and weight.nbytes % WORD == 0
     values = weight.values if isinstance(weight, Int8Weight) else weight
+    if isinstance(weight, Int8Weight) and weight.scales.dtype != np.float32:
+        return False  # `Int8Weight.to` widens scales on the way to a device
     if isinstance(values, np.ndarray) or getattr(values, "dtype", None) not in STORED:
         return False
     whole = values.ndim == 2 and values.shape[1] * values.dtype.itemsize % ALIGNMENT == 0
