@@ -40,7 +40,8 @@ AHEAD = 2048  # bytes of each stream of weights that are prefetched, into the se
 # into the first, AMD's Zen 4 reads at 0.8 to 0.9 of this speed
 STEP = 2 * LANES
 WORD, VECTOR = 4, 4 * LANES  # bytes of a float32, and of sixteen
-SCALES = 4 * LANES  # of four streams, that are widened at once
+SPAN = LANES * GROUP  # channels whose scales are widened at once
+SCALES = 4 * LANES  # of four streams
 RUN = 6 * STEP  # channels whose sum is added to that of other runs: the error of a long chain grows
 
 
@@ -117,27 +118,27 @@ def dot_streams_int8(
     (p, q, r, s), n = starts, x.shape[1]
     at, wide = k * n, stack_floats(SCALES)
     a = b = c = d = zeros
-    for i in range(0, n, GROUP):
-        g = i // GROUP % LANES
-        if g == 0:
-            widen_scales(scales, starts, i, min(LANES, (n - i) // GROUP), wide)
-        if k == 0:
-            prefetch_far(values, p + i + AHEAD)
-            prefetch_far(values, q + i + AHEAD)
-            prefetch_far(values, r + i + AHEAD)
-            prefetch_far(values, s + i + AHEAD)
-        t = u = v = w = zeros
-        for j in range(i, i + GROUP, LANES):
-            part = load_each(x, at + j, n, zeros)
-            t = fma_each(load(values, p + j), part, t)
-            u = fma_each(load(values, q + j), part, u)
-            v = fma_each(load(values, r + j), part, v)
-            w = fma_each(load(values, s + j), part, w)
-        scale = wide + g * WORD
-        a = fma_each(splat(float_at(scale)), t, a)
-        b = fma_each(splat(float_at(scale + VECTOR)), u, b)
-        c = fma_each(splat(float_at(scale + 2 * VECTOR)), v, c)
-        d = fma_each(splat(float_at(scale + 3 * VECTOR)), w, d)
+    for start in range(0, n, SPAN):
+        stop = min(start + SPAN, n)
+        widen_scales(scales, starts, start, (stop - start) // GROUP, wide)
+        for i in range(start, stop, GROUP):
+            if k == 0:
+                prefetch_far(values, p + i + AHEAD)
+                prefetch_far(values, q + i + AHEAD)
+                prefetch_far(values, r + i + AHEAD)
+                prefetch_far(values, s + i + AHEAD)
+            t = u = v = w = zeros
+            for j in range(i, i + GROUP, LANES):
+                part = load_each(x, at + j, n, zeros)
+                t = fma_each(load(values, p + j), part, t)
+                u = fma_each(load(values, q + j), part, u)
+                v = fma_each(load(values, r + j), part, v)
+                w = fma_each(load(values, s + j), part, w)
+            scale = wide + (i - start) // GROUP * WORD
+            a = fma_each(splat(float_at(scale)), t, a)
+            b = fma_each(splat(float_at(scale + VECTOR)), u, b)
+            c = fma_each(splat(float_at(scale + 2 * VECTOR)), v, c)
+            d = fma_each(splat(float_at(scale + 3 * VECTOR)), w, d)
     return reduce_each(a), reduce_each(b), reduce_each(c), reduce_each(d)
 
 
