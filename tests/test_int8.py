@@ -113,9 +113,9 @@ def test_nan_raises_behind_a_scale_that_is_too_large_for_float16(monkeypatch):
 def test_the_error_is_that_of_float32_scales():
     w = matrix(64, 3072, 0)
     steps = np.abs(w.reshape(64, -1, GROUP)).max(axis=-1, keepdims=True) / np.float32(127)
-    exact = (np.rint(w.reshape(steps.shape[:2] + (GROUP,)) / steps) * steps).reshape(w.shape)
+    exact = (np.rint(w.reshape((64, -1, GROUP)) / steps) * steps).reshape(w.shape)
     lost = [np.sqrt(np.mean((y - w) ** 2)) for y in (quantize(w).widened(), exact)]
-    assert quantize(w).scales.dtype == np.float16 and lost[0] <= 1.001 * lost[1]
+    assert quantize(w).scales.dtype == np.float16 and lost[0] <= 1.0003 * lost[1]
 
 
 @given(**SHAPES)

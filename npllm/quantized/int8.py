@@ -1,5 +1,6 @@
 """Weights in 8 bits: symmetric, with one scale for each group of adjacent entries of a row."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -156,10 +157,9 @@ def quantize(weight: Array) -> Int8Weight:
     error of docs/quantisation.md's matrices is 0.05 % larger then.
     """
     expect_shape("weight", weight, d_out=None, d_in=None)
-    try:
+    with suppress(_NoNormalNumberError):
         return _quantized(weight, np.float16)
-    except _NoNormalNumberError:
-        return _quantized(weight, np.float32)
+    return _quantized(weight, np.float32)
 
 
 class _NoNormalNumberError(Exception):
