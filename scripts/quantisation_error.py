@@ -48,7 +48,7 @@ def main() -> None:
     for name in ORDER:
         rounded = [partial(quantize, name=name) for quantize in quantizers]
         print_row(name, f"{FORMATS[name].bits:g}", kinds, rounded)
-    for name, bits in (("int8", "8.5"), ("int4", "4.5 or 5")):
+    for name, bits in (("int8", "8.25"), ("int4", "4.5 or 5")):
         print_row(f'dtype="{name}"', bits, kinds, [QUANTIZERS[name]])
 
 

@@ -22,7 +22,7 @@ from npllm.kernels.cuda import decode, launching, weights
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.block_weight import BlockWeight
-from npllm.quantized.int8 import quantize
+from npllm.quantized.int8 import Int8Weight, quantize
 from npllm.quantized.stacked import StackedWeight
 
 on_cuda = Composed(cuda.CUDA)
@@ -102,7 +102,19 @@ def test_a_row_of_a_table_in_int8(d_model):
     """The last group of 64 entries, which share a scale, may be shorter."""
     table = quantize(np.random.default_rng(0).standard_normal((6, d_model), dtype=np.float32))
     ids = np.array([5, 0, 3])
+    assert table.scales.dtype == np.float16
     assert (rows_of_table(table, ids).get() == table.take(ids).widened()).all()
+
+
+def test_scales_are_float32_on_a_device_and_others_are_left_to_the_definition():
+    """The kernels would read pairs of float16 scales as one."""
+    rng = np.random.default_rng(0)
+    here = quantize(rng.standard_normal((6, 64), dtype=np.float32))
+    x, on_device = rng.standard_normal((2, 64), dtype=np.float32), there(here)
+    assert on_device.scales.dtype == np.float32 and weights.is_read(on_device)
+    half = Int8Weight(on_device.values, moved(here.scales))
+    assert not weights.is_read(half)
+    close(on_cuda.linear(moved(x), half).get(), definitions.linear(x, here), times=8)
 
 
 @formats

@@ -14,6 +14,7 @@ from tiny import CONFIG, random_ids, weights, write_folder
 import npllm
 from npllm import NpllmError, kernels, ops
 from npllm.errors import NpllmValueError
+from npllm.quantized import int8
 from npllm.quantized.int8 import GROUP, Int8Weight, quantize
 
 SHAPES = {
@@ -24,10 +25,16 @@ SHAPES = {
 }
 SETS = [Composed(s) for s in (ops.reference, kernels.tiled_ops(), kernels.compiled_ops()) if s]
 every_set = pytest.mark.parametrize("fast", SETS, ids=lambda s: s.name)
+LEAST, MOST = 127 * 2.0**-14, 127 * 65504.0  # largest entries of groups whose scales are normal
 
 
 def matrix(d_out, d_in, seed, scale=1.0):
     return (np.random.default_rng(seed).standard_normal((d_out, d_in)) * scale).astype(np.float32)
+
+
+def with_float32_scales(weight):
+    """The same numbers, with scales of the other type."""
+    return Int8Weight(weight.values, weight.scales.astype(np.float32))
 
 
 def expanded(weight):
@@ -56,6 +63,59 @@ def test_no_entry_is_off_by_more_than_half_a_step_and_the_largest_hardly_at_all(
     for start in range(0, d_in, GROUP):
         assert (np.abs(q.values[:, start : start + GROUP]).max(axis=1) == 127).all()
     close(q.widened(), expanded(q), dtype="float32")
+
+
+@given(**SHAPES | {"scale": st.integers(-40, 40).map(lambda k: 2.0**k)})
+def test_scales_are_float16_where_all_are_normal_numbers_and_else_float32(d_out, d_in, seed, scale):
+    w = matrix(d_out, d_in, seed, scale)
+    w[0] = 0  # a group of zeros has no say
+    padded = np.pad(w, [(0, 0), (0, -d_in % GROUP)]).reshape(d_out, -1, GROUP)
+    exact = np.abs(padded).max(axis=-1) / np.float32(127)
+    with np.errstate(over="ignore"):
+        half = exact.astype(np.float16)
+    fits = ((half >= 2.0**-14) & np.isfinite(half) | (exact == 0)).all()
+    q = quantize(w)
+    assert q.scales.dtype == (np.float16 if fits else np.float32)
+    close(q.scales.astype(np.float32), (half if fits else exact).astype(np.float32), times=0)
+
+
+@pytest.mark.parametrize("row", [0, 4])
+@pytest.mark.parametrize(
+    ("largest", "dtype"),
+    [
+        (0, np.float16),
+        (LEAST, np.float16),
+        (0.99 * LEAST, np.float32),
+        (1e-30, np.float32),
+        (MOST, np.float16),
+        (1.001 * MOST, np.float32),
+    ],
+)
+def test_one_scale_decides_for_the_whole_matrix(largest, dtype, row, monkeypatch):
+    """In the first or in the last band of rows."""
+    monkeypatch.setattr(int8, "BLOCK", GROUP)  # bands of a row
+    w = matrix(5, 2 * GROUP, 0)
+    w[row, :GROUP] *= largest / np.abs(w[row, :GROUP]).max()
+    q = quantize(w)
+    assert q.scales.dtype == dtype
+    off = np.abs(q.widened().astype(np.float64) - w)
+    assert (off <= 0.5001 * np.repeat(q.scales, GROUP, axis=1).astype(np.float64)).all()
+
+
+def test_nan_raises_behind_a_scale_that_is_too_large_for_float16(monkeypatch):
+    monkeypatch.setattr(int8, "BLOCK", GROUP)
+    w = np.full((50, GROUP), np.float32(1e30))  # each thread stops at its first band
+    w[49, 3] = np.nan
+    with pytest.raises(NpllmValueError, match="NaN or infinity cannot be rounded to int8"):
+        quantize(w)
+
+
+def test_the_error_is_that_of_float32_scales():
+    w = matrix(64, 3072, 0)
+    steps = np.abs(w.reshape(64, -1, GROUP)).max(axis=-1, keepdims=True) / np.float32(127)
+    exact = (np.rint(w.reshape((64, -1, GROUP)) / steps) * steps).reshape(w.shape)
+    lost = [np.sqrt(np.mean((y - w) ** 2)) for y in (quantize(w).widened(), exact)]
+    assert quantize(w).scales.dtype == np.float16 and lost[0] <= 1.0003 * lost[1]
 
 
 @given(**SHAPES)
@@ -116,6 +176,61 @@ def test_the_gated_product_takes_it(fast, n, d_out, d_in, seed):
     )
 
 
+@every_set
+@pytest.mark.parametrize("d_in", [64, 1024, 1088, 2112, 100])
+def test_rows_have_the_same_bits_alone_in_company_and_with_either_type_of_scales(fast, d_in):
+    """More groups than are scaled at once, whole spans and others."""
+    x, q = matrix(16, d_in, 1), quantize(matrix(21, d_in, 0))
+    assert q.scales.dtype == np.float16
+    other, residual, gain = with_float32_scales(q), matrix(16, 21, 2), matrix(1, d_in, 3)[0]
+    want = x.astype(np.float64) @ expanded(q).T
+    for n in range(1, 17):
+        y = fast.linear(x[:n], q)
+        close(y, want[:n], dtype="float32")
+        close(fast.linear(x[:n], other), y, times=0)
+        if fast.name.startswith("compiled"):
+            close(y, np.concatenate([fast.linear(row[None], q) for row in x[:n]]), times=0)
+    for n in (1, 16, 17, 70):
+        rows = matrix(n, d_in, 4)
+        y = fast.linear(rows, q)
+        close(y, rows.astype(np.float64) @ expanded(q).T, dtype="float32")
+        close(fast.linear(rows, other), y, times=0)
+        if n <= 16:
+            y = fast.linear_add(rows, q, residual[:n])
+            close(fast.linear_add(rows, other, residual[:n]), y, times=0)
+        y = fast.norm_swiglu(rows, gain, 1e-5, q[:20])
+        close(fast.norm_swiglu(rows, gain, 1e-5, other[:20]), y, times=0)
+    ids = np.array([[3, 20, 0]])
+    close(fast.embed(ids, q), q.widened()[ids], times=0)
+    close(fast.embed(ids, other), q.widened()[ids], times=0)
+
+
+@every_set
+def test_subnormal_scales_and_scales_that_are_nan(fast):
+    """`quantize` makes none; a caller may."""
+    q = quantize(matrix(5, 128, 0))
+    scales = q.scales.copy()
+    scales[1], scales[3, 1] = 2.0**-20, np.nan
+    for n in (1, 2, 4, 70):
+        x = matrix(n, 128, 1)
+        y = fast.linear(x, Int8Weight(q.values, scales))
+        want = x.astype(np.float64) @ expanded(Int8Weight(q.values, scales)).T
+        assert np.isnan(y[:, 3]).all() and np.isnan(y).sum() == n
+        close(y[:, [0, 1, 2, 4]], want[:, [0, 1, 2, 4]], dtype="float32")
+
+
+@every_set
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_of_x_with_nan_or_infinity(fast, bad):
+    q = quantize(np.abs(matrix(5, 192, 0)) + 0.1)
+    for n in (1, 2, 4, 16, 70):
+        x = matrix(n, 192, 1)
+        x[n - 1, 130] = bad
+        y = fast.linear(x, q)
+        assert np.isfinite(y[: n - 1]).all()
+        assert (np.isnan(y[-1]) if np.isnan(bad) else y[-1] == bad).all()
+
+
 @given(**SHAPES)
 def test_embed_takes_it(d_out, d_in, seed, scale):
     q = quantize(matrix(d_out, d_in, seed, scale))
@@ -127,7 +242,7 @@ def test_rows_can_be_cut_and_nothing_else():
     q = quantize(matrix(9, 70, 0))
     close(q[2:5].widened(), q.widened()[2:5], times=0)
     close(q[2:5, :].widened(), q.widened()[2:5], times=0)
-    assert len(q) == 9 and q.nbytes == 9 * (70 + 2 * 4)
+    assert len(q) == 9 and q.nbytes == 9 * (70 + 2 * 2)
     for index in (3, (slice(None), slice(0, 3))):
         with pytest.raises(NpllmValueError, match="slices of rows only"):
             q[index]
@@ -152,11 +267,40 @@ def test_a_loaded_model_computes_with_the_rounded_matrices(tmp_path):
     want = npllm.load(write_folder(tmp_path / "rounded", tensors=rounded), dtype="float64")(ids)
     for fast in SETS:
         m = npllm.load(folder, dtype="int8", ops=fast.ops)
+        matrices = [x for layer in m.params.layers for x in layer if isinstance(x, Int8Weight)]
+        assert {x.scales.dtype for x in (*matrices, m.params.lm_head)} == {np.dtype(np.float16)}
         close(m(ids), want, dtype="float32", times=4)
         cache = m.new_cache(2)
         for n in range(20):
             step = m(ids[:, n : n + 1], cache=cache)
         close(step[:, -1], want[:, -1], dtype="float32", times=4)
+
+
+def test_a_layer_with_float32_scales_among_others_changes_no_bit(tmp_path):
+    folder = write_folder(tmp_path, hidden_size=64, intermediate_size=128)  # whole groups
+    m = npllm.load(folder, dtype="int8")
+    first, *others = m.params.layers
+    wide = first._replace(
+        qkv_proj=with_float32_scales(first.qkv_proj), down_proj=with_float32_scales(first.down_proj)
+    )
+    params = m.params._replace(
+        layers=(wide, *others), embed_tokens=with_float32_scales(m.params.embed_tokens)
+    )
+    mixed, ids, logits = npllm.Model(m.config, params, ops=m.ops), random_ids(1, 24), []
+    for one in (m, mixed):
+        cache = one.new_cache(1)
+        parts = ids[:, :20], *(ids[:, n : n + 1] for n in range(20, 24))
+        logits.append([one(part, cache=cache)[:, -1:] for part in parts])
+    close(np.concatenate(logits[1], axis=1), np.concatenate(logits[0], axis=1), times=0)
+
+
+def test_another_array_library_gets_float32_scales():
+    strict = pytest.importorskip("array_api_strict")
+    q = quantize(matrix(5, 70, 0))
+    moved = q.to(strict)
+    assert q.scales.dtype == np.float16 and moved.scales.dtype == strict.float32
+    close(np.asarray(moved.widened()), q.widened(), times=0)
+    assert q.to(np) is q
 
 
 def test_a_split_llama_folder_loads_in_8_bits(tmp_path):

@@ -25,10 +25,11 @@ from npllm.kernels.cpu import dot_products
 from npllm.kernels.cpu.dot_products import forced_form, has_instruction, has_tiles
 
 INTEGERS = ("int8", "int16")
-FORMATS = ("int8", *FORMAT_NAMES)
+FORMATS = ("int8", "int8_float32", *FORMAT_NAMES)
 # By default: a scale, a scale and a minimum, scales in blocks of 256; each pair compiles its kernels
 COMPILED = [
     ("int8", "int8"),
+    ("int8_float32", "int8"),
     ("Q4_0", "int16"),
     ("Q4_1", "int8"),
     ("Q6_K", "int16"),
@@ -50,8 +51,10 @@ def rows(n, d, seed=0):
 def weight_of(name, d_out, d_in, seed=0):
     if name == "bfloat16":
         return rows(d_out, d_in, seed).astype(ml_dtypes.bfloat16)
-    if name == "int8":
-        return quantize(rows(d_out, d_in, seed))
+    if name.startswith("int8"):
+        weight = quantize(rows(d_out, d_in, seed))
+        kind = np.float32 if name == "int8_float32" else np.float16
+        return Int8Weight(weight.values, weight.scales.astype(kind))
     return random_weight(name, d_out, d_in, seed)
 
 
@@ -89,6 +92,15 @@ def test_every_format_in_every_form_is_the_exact_product_of_what_is_rounded(name
         close(found[form], exact(x, weight, kind), dtype="float32")
     assert all((y == found["plain"]).all() for y in found.values())  # integer sums are exact
     assert np.abs(found["plain"] - ops.linear(x, weight)).max() > 0
+
+
+def test_the_type_of_the_scales_changes_no_bit():
+    x, linear = rows(70, 1600), rounded_set("int8").linear  # several runs of channels
+    close(
+        linear(x, weight_of("int8", 101, 1600)),
+        linear(x, weight_of("int8_float32", 101, 1600)),
+        times=0,
+    )
 
 
 def test_bfloat16_in_every_form_is_the_product_of_what_is_rounded():

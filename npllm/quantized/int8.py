@@ -1,12 +1,13 @@
 """Weights in 8 bits: symmetric, with one scale for each group of adjacent entries of a row."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from npllm.arrays import array_namespace, asarray, expect_shape
+from npllm.arrays import array_namespace, asarray, expect_shape, widen
 from npllm.errors import NpllmValueError
 from npllm.quantized.packed import PackedMatrix
 from npllm.threads import run_blocks
@@ -15,7 +16,8 @@ __all__ = ["GROUP", "Int8Weight", "quantize"]
 
 Array = Any
 
-GROUP = 64  # entries that share a scale; with a float32 scale a weight takes 8.5 bits
+GROUP = 64  # entries that share a scale; with a float16 scale a weight takes 8.25 bits
+SMALLEST = 2.0**-14  # normal float16 number
 BLOCK = 2**20  # entries to quantize at a time
 
 
@@ -29,7 +31,9 @@ class Int8Weight(PackedMatrix):
     ----------
     values : int8 array [d_out, d_in]
         In -127 ... 127.
-    scales : float32 array [d_out, ceil(d_in / GROUP)]
+    scales : array [d_out, ceil(d_in / GROUP)]
+        float16 (8.25 bits a weight), or float32 (8.5 bits) where a scale is no normal float16
+        number; kernels read either.
 
     Raises
     ------
@@ -42,7 +46,7 @@ class Int8Weight(PackedMatrix):
     `npllm.arrays.widen` returns its float32 values.
 
     Source: "LLM.int8()" (Dettmers et al. 2022), section 2.1, absmax quantization.  Q8_0 of
-    llama.cpp has groups of 32 with a float16 scale, which takes the same 8.5 bits.
+    llama.cpp has groups of 32 with a float16 scale, 8.5 bits.
     """
 
     activation_group = GROUP
@@ -104,12 +108,18 @@ class Int8Weight(PackedMatrix):
     def widened(self) -> Array:
         """Return the float32 values of all rows; slice first to widen a block of rows."""
         xp = array_namespace(self.values, self.scales)
-        scales = xp.repeat(self.scales, GROUP, axis=-1)[:, : self.shape[1]]
+        scales = xp.repeat(widen(self.scales), GROUP, axis=-1)[:, : self.shape[1]]
         return xp.astype(self.values, xp.float32) * scales
 
     def to(self, xp: Any) -> "Int8Weight":
-        """Return the same weight in another array library."""
-        return Int8Weight(asarray(self.values, xp), asarray(self.scales, xp))
+        """Return the same weight in another array library.
+
+        Scales are widened to float32 on the way: the kernels of a device read those, and not every
+        library has float16.
+        """
+        if array_namespace(self.values, self.scales) is xp:
+            return self
+        return Int8Weight(asarray(self.values, xp), asarray(widen(self.scales), xp))
 
 
 def _count_groups(d_in: int) -> int:
@@ -120,7 +130,7 @@ def _count_groups(d_in: int) -> int:
 def quantize(weight: Array) -> Int8Weight:
     """Round a matrix to 8 bits, group by group.
 
-        scale = max_i |weight[o, i]| / 127 over the group
+        scale = float16(max_i |weight[o, i]| / 127), to nearest, over the group
         values[o, i] = round(weight[o, i] / scale)
 
     Parameters
@@ -131,17 +141,36 @@ def quantize(weight: Array) -> Int8Weight:
     Returns
     -------
     quantized : Int8Weight
-        The error of an entry is at most half the scale of its group.
+        The error of an entry is at most half the scale of its group.  Scales are float16; float32
+        in the whole matrix where one of them is neither 0 nor a normal float16 number (2**-14 to
+        65504).
 
     Raises
     ------
     NpllmValueError
         When `weight` is no matrix, or holds NaN or infinity, which int8 cannot represent.
+
+    Notes
+    -----
+    The largest entry of a group is at most 127 (1 + 2**-11) = 127.06 rounded scales, which rounds
+    to 127: nothing is cut off.  A scale that is rounded up instead makes every step longer; the
+    error of docs/quantisation.md's matrices is 0.05 % larger then.
     """
     expect_shape("weight", weight, d_out=None, d_in=None)
+    with suppress(_NoNormalNumberError):
+        return _quantized(weight, np.float16)
+    return _quantized(weight, np.float32)
+
+
+class _NoNormalNumberError(Exception):
+    """A scale is neither 0 nor a normal float16 number."""
+
+
+def _quantized(weight: np.ndarray, dtype: Any) -> Int8Weight:
+    """Round a matrix with scales of a type."""
     d_out, d_in = weight.shape
     values = np.empty((d_out, d_in), np.int8)
-    scales = np.empty((d_out, _count_groups(d_in)), np.float32)
+    scales = np.empty((d_out, _count_groups(d_in)), dtype)
     n_rows = max(1, BLOCK // max(1, d_in))
 
     def quantize_block(start: int) -> None:
@@ -158,14 +187,23 @@ def _quantize_rows(weight: np.ndarray, values: np.ndarray, scales: np.ndarray) -
     padded = np.zeros((n_rows, scales.shape[1] * GROUP), np.float32)
     padded[:, :d_in] = weight
     groups = padded.reshape(n_rows, -1, GROUP)
-    scales[...] = np.abs(groups).max(axis=-1) / 127
-    if not np.isfinite(scales).all():
+    exact = np.abs(groups).max(axis=-1) / 127
+    if not np.isfinite(exact).all():
         raise NpllmValueError(
             "a weight that holds NaN or infinity cannot be rounded to int8; "
             "`npllm inspect --check-finite` names every such tensor"
         )
-    divisors = scales[..., None]
+    scales[...] = exact
+    if scales.dtype == np.float16:
+        _require_normal(scales, exact)
+    divisors = widen(scales)[..., None]
     steps = np.divide(groups, divisors, out=np.zeros_like(groups), where=divisors > 0)
     np.rint(steps, out=steps)
     np.clip(steps, -127, 127, out=steps)  # where a scale is subnormal, a step may exceed 127
     values[...] = steps.reshape(n_rows, -1)[:, :d_in]
+
+
+def _require_normal(scales: np.ndarray, exact: np.ndarray) -> None:
+    """Raise unless scales that were rounded to float16 are finite, and normal or 0 as before."""
+    if not (np.isfinite(scales) & ((scales >= SMALLEST) | (exact == 0))).all():
+        raise _NoNormalNumberError

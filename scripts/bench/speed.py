@@ -32,8 +32,9 @@ ENGINES = (
     "llama.cpp:int8",
 )
 GGUF_ENGINES = "npllm:as stored", "llama.cpp:as stored"
-# bytes of a weight; int8 and int4 with the scales of groups, as npllm has them
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1 + 1 / 16, "int4": 4.5 / 8}
+# bytes of a weight; int8 and int4 with the scales of groups, as npllm has them; llama.cpp's is Q8_0
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 8.25 / 8, "int4": 4.5 / 8}
+BYTES["llama.cpp:int8"] = 8.5 / 8
 
 
 @click.command()
@@ -70,7 +71,7 @@ def speed(
     result = {
         "folder": folder.name,
         "parameters": matrix_parameters(folder),
-        "bytes": {name: bytes_of_token(folder, name.partition(":")[2]) for name in names},
+        "bytes": {name: bytes_of_token(folder, name) for name in names},
         "repeat": repeat,
         "threads": threads,
         "seconds": seconds,
@@ -134,11 +135,12 @@ def matrix_parameters(folder: Path) -> dict[str, int]:
     return {"layers": layers, "lm_head": config.vocab_size * config.hidden_size}
 
 
-def bytes_of_token(folder: Path, dtype: str) -> float:
-    """Bytes of the matrices that a token passes."""
-    dtype = dtype.partition("/")[0].partition("+")[0]
+def bytes_of_token(folder: Path, name: str) -> float:
+    """Bytes of the matrices that a token passes in an engine, such as "npllm:int8+int16"."""
+    name = name.partition("/")[0].partition("+")[0]
+    dtype = name.partition(":")[2]
     if dtype in BYTES:
-        return BYTES[dtype] * sum(matrix_parameters(folder).values())
+        return BYTES.get(name, BYTES[dtype]) * sum(matrix_parameters(folder).values())
     params = npllm.load(contenders.gguf_file(folder, dtype)).params
     matrices = [x for layer in params.layers for x in layer if x is not None and x.ndim == 2]
     return sum(x.nbytes for x in (*matrices, params.lm_head))

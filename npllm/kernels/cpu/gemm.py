@@ -314,7 +314,7 @@ def widen_run(
         prefetch(weight, p + i + ahead)
         x = load(weight, p + i)
         if is_int8(weight):
-            x = fma(x, splat(scales[row, (start + i) // GROUP]), splat(np.float32(0)))
+            x = fma(x, splat(load_scalar(scales, (p + i) // GROUP)), splat(np.float32(0)))
         store(wide, r * DEPTH + i, x)
     for i in range(whole, depth):
         wide[r, i] = load_scalar(weight, p + i)

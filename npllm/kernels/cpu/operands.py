@@ -45,7 +45,7 @@ def kernel_operands(weight: Any) -> tuple[Array, Array]:
     if isinstance(weight, BLOCKS):
         return block_table(weight), NO_SCALES
     if isinstance(weight, Int8Weight):
-        return row_major(weight.values), row_major(weight.scales)
+        return row_major(weight.values), as_bits(row_major(weight.scales))
     return as_bits(weight), NO_SCALES
 
 
@@ -97,7 +97,8 @@ def fits_weight(weight: Any, d_in: int, bias: Array = None) -> bool:
     if isinstance(weight, Int8Weight):
         return (
             type(weight.values) is np.ndarray
-            and (weight.values.dtype, weight.scales.dtype) == (np.int8, np.float32)
+            and weight.values.dtype == np.int8
+            and weight.scales.dtype in (np.float16, np.float32)
             and weight.shape[1] == d_in > 0
             and d_in % GROUP == 0
             and len(weight) > 0

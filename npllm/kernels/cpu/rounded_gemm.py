@@ -32,7 +32,13 @@ from npllm.kernels.cpu.rounded_tiles import (
     bfloat16_tile,
     integer_tile,
 )
-from npllm.kernels.cpu.rounded_weights import FLUSHES, MINIMUM, codes_function, unit_size
+from npllm.kernels.cpu.rounded_weights import (
+    FLUSHES,
+    MINIMUM,
+    SCALE_BYTES,
+    codes_function,
+    unit_size,
+)
 from npllm.kernels.cpu.simd_addresses import call_address
 from npllm.kernels.cpu.simd_arrays import atomic_fetch_add
 from npllm.quantized.activations import N_BYTES
@@ -51,14 +57,14 @@ AHEAD = 12  # rows by which the reading of the weight runs ahead
 MOST_PARTS = 3
 PANEL = COLUMNS * WORD
 # columns of a table that describes a weight, one integer each; of its last row, the run
-FIRST, ROW_BYTES, N_ROWS, SCALES, SCALE_BYTES, CODES, UNIT_ENTRIES, UNIT_BYTES = range(8)
+FIRST, ROW_BYTES, N_ROWS, SCALES, SCALE_ROW, SCALE, CODES, UNIT_ENTRIES, UNIT_BYTES = range(9)
 TILE, DEPTH, FLUSH, X_BYTES, D_IN, ROWS = range(6)
 
 
 def format_of(part: Any) -> str:
     """The name of a part's format, as `rounded_weights` has it."""
     if isinstance(part, Int8Weight):
-        return "int8"
+        return "int8" if part.scales.dtype == np.float16 else "int8_float32"
     return "bfloat16" if type(part) is np.ndarray else part.format
 
 
@@ -82,10 +88,11 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
     flush = min(FLUSHES.get(name, 32) for name in names)
     form = form_of(kind, flush)
     uses = form != "plain"
-    table = np.zeros((MOST_PARTS + 1, 8), np.int64)
+    table = np.zeros((MOST_PARTS + 1, UNIT_BYTES + 1), np.int64)
     for row, part, name in zip(table, parts, names, strict=False):
         row[:] = (
             *_places(part, name),
+            SCALE_BYTES.get(name, 0),
             codes_function(name, flush, uses).address,
             *unit_size(name),
         )
@@ -105,7 +112,7 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
 
 def _places(part: Any, name: str) -> tuple[int, int, int, int, int]:
     """Where rows begin, bytes of one, how many; where their scales begin, and bytes of a row's."""
-    if name == "int8":
+    if isinstance(part, Int8Weight):
         values, scales = part.values, part.scales
         return address(values), *values.shape[::-1], address(scales), scales.strides[0]
     rows = part if name == "bfloat16" else part.blocks
@@ -168,7 +175,7 @@ def write_row(table: Array, row: int, start: int, depth: int, target: int) -> No
         row, p = row - table[p, N_ROWS], p + 1
     unit, row_bytes = start // table[p, UNIT_ENTRIES], table[p, ROW_BYTES]
     w = table[p, FIRST] + row * row_bytes + unit * table[p, UNIT_BYTES]
-    scales = table[p, SCALES] + row * table[p, SCALE_BYTES] + unit * WORD
+    scales = table[p, SCALES] + row * table[p, SCALE_ROW] + unit * table[p, SCALE]
     n_units = depth // table[p, UNIT_ENTRIES]
     call_address(table[p, CODES], (w, scales, n_units, target, AHEAD * row_bytes))
 

@@ -1,6 +1,7 @@
 """Runs of a weight's rows as `rounded_tiles` takes them: codes, and numbers for each flush.
 
-A format is one of GGUF's, or "int8" for `Int8Weight`, or "bfloat16" for an array of that type.
+A format is one of GGUF's, or "int8" for `Int8Weight` with float16 scales and "int8_float32" for one
+with float32 scales, or "bfloat16" for an array of that type.
 """
 
 from functools import cache
@@ -18,12 +19,15 @@ from npllm.kernels.cpu.rounded_tiles import MINIMUMS, NUMBERS, SCALES, WORD, rep
 from npllm.kernels.cpu.simd import F32, FLOATS, INTS, LANES, all_lanes
 from npllm.kernels.cpu.simd_addresses import fused, pointer_to, prefetch_at
 
-__all__ = ["FLUSHES", "codes_function", "unit_size"]
+__all__ = ["FLUSHES", "SCALE_BYTES", "codes_function", "unit_size"]
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
 
-FLUSHES = {"int8": 64, "bfloat16": 64, "Q6_K": 16}  # channels that share a scale; else 32
+FLUSHES = {"int8": 64, "int8_float32": 64, "bfloat16": 64, "Q6_K": 16}
+"""Channels that share a scale; else 32."""
+SCALE_BYTES = {"int8": 2, "int8_float32": 4}
+"""Of a scale that stands in an array of its own."""
 MINIMUM = frozenset(("Q4_1", "Q5_1", "Q4_K", "Q5_K"))  # formats that have one
 
 
@@ -96,19 +100,23 @@ def store_block_unit(
 
 @intrinsic(prefer_literal=True)
 def store_int8_unit(
-    _typing: Any, uses: Any, flush: Any, w: Any, scale: Any, codes: Any, numbers: Any
+    _typing: Any, n_bytes: Any, uses: Any, flush: Any, w: Any, scale: Any, codes: Any, numbers: Any
 ) -> Any:
-    """Write 64 bytes of a row, whose scale is given by its address, into a row of the band."""
+    """Write 64 bytes of a row, whose scale of `n_bytes` is given by its address, into a row of the
+    band.
+    """
+    stored = ir.HalfType() if n_bytes.literal_value == 2 else F32
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        w, scale, *target = arguments[2:]
+        w, scale, *target = arguments[3:]
         bytes_ = builder.load(pointer_to(builder, w, INTS), align=1)
-        value = builder.load(pointer_to(builder, scale, F32), align=4)
+        value = builder.load(pointer_to(builder, scale, stored), align=n_bytes.literal_value)
+        value = value if stored is F32 else builder.fpext(value, F32)
         step = Step(bytes_, repeated(builder, value, FLOATS), None)
         store_step(builder, uses.literal_value, flush.literal_value, step, target, 0)
         return context.get_dummy_value()
 
-    return types.void(uses, flush, w, scale, codes, numbers), generate
+    return types.void(n_bytes, uses, flush, w, scale, codes, numbers), generate
 
 
 @intrinsic
@@ -145,7 +153,7 @@ def codes_function(name: str, flush: int, uses: bool) -> Any:
     """
     n_entries, n_bytes = unit_size(name)
     number_bytes, code_bytes = n_entries // flush * WORD, n_entries
-    is_block = name in UNITS
+    is_block, scale_bytes = name in UNITS, SCALE_BYTES.get(name, 0)
 
     def of_integers(w: int, scales: int, n_units: int, target: int, ahead: int) -> None:
         codes, numbers = target + NUMBERS, target
@@ -155,8 +163,8 @@ def codes_function(name: str, flush: int, uses: bool) -> Any:
             if is_block:
                 store_block_unit(name, uses, flush, w, codes, numbers)
             else:
-                store_int8_unit(uses, flush, w, scales, codes, numbers)
-            w, scales = w + n_bytes, scales + WORD
+                store_int8_unit(scale_bytes, uses, flush, w, scales, codes, numbers)
+            w, scales = w + n_bytes, scales + scale_bytes
             codes, numbers = codes + code_bytes, numbers + number_bytes
 
     def of_bfloat16(w: int, scales: int, n_units: int, target: int, ahead: int) -> None:  # noqa: ARG001

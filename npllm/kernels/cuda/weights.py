@@ -35,7 +35,7 @@ class Operand(NamedTuple):
     suffix: str  # of the kernel's name: "" or "_blocks"
     entry: str  # the macro ENTRY
     values: Array
-    scales: Array | None
+    scales: Array | None  # float32
 
 
 def parts_of(weight: Any) -> list[Any]:
@@ -48,12 +48,15 @@ def parts_of(weight: Any) -> list[Any]:
 def _has_known_type(weight: Any) -> bool:
     """Tell whether a matrix, no stacked one, is on a device and of a type and width to read.
 
-    A row must be whole packs of 16 bytes, or whole blocks in a matrix of whole words.
+    A row must be whole packs of 16 bytes, or whole blocks in a matrix of whole words; scales of
+    int8 must be float32, to which `Int8Weight.to` widens them on the way to a device.
     """
     if isinstance(weight, BlockWeight):
         on_device = not isinstance(weight.blocks, np.ndarray)
         return on_device and weight.format in BLOCKS and weight.nbytes % WORD == 0
     values = weight.values if isinstance(weight, Int8Weight) else weight
+    if isinstance(weight, Int8Weight) and weight.scales.dtype != np.float32:
+        return False
     if isinstance(values, np.ndarray) or getattr(values, "dtype", None) not in STORED:
         return False
     whole = values.ndim == 2 and values.shape[1] * values.dtype.itemsize % ALIGNMENT == 0
