@@ -198,6 +198,7 @@ def with_entry_point(result: Any, releases_gil: bool) -> Any:
     """What is known of a compiled function, with its entry point."""
     context, library, description = result.target_context, result.library, result.fndesc
     kind, parts = type(context), (library, description, result.environment)
+    library._shared_module = None  # for other libraries; where it exists, it has no wrapper
     kind.create_cpython_wrapper(context, *parts, result.call_helper, release_gil=releases_gil)
     entry = kind.get_executable(context, *parts)
     context.insert_user_function(entry, description, [library])
