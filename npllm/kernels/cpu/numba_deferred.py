@@ -102,7 +102,7 @@ def defer_code(context: Any) -> None:
     context.codegen()._library_class = LateLibrary
     context.get_executable = lambda _library, _description, environment: Deferred(environment)
     context.create_cpython_wrapper = context.create_cfunc_wrapper = no_wrapper
-    Dispatcher.add_overload = keep
+    Dispatcher.add_overload = keep  # type: ignore[method-assign, assignment]
 
 
 def reset(context: Any) -> None:
@@ -110,7 +110,7 @@ def reset(context: Any) -> None:
     context.codegen().__dict__.pop("_library_class", None)
     for name in ("get_executable", "create_cpython_wrapper", "create_cfunc_wrapper"):
         context.__dict__.pop(name, None)
-    Dispatcher.add_overload = insert
+    Dispatcher.add_overload = insert  # type: ignore[method-assign]
 
 
 @contextmanager
