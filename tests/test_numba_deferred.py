@@ -87,9 +87,29 @@ def test_a_kernel_that_cannot_be_compiled_leaves_numba_as_it_was():
         caller(np.zeros(3, np.float32))
     context = caller.targetctx
     assert "get_executable" not in vars(context) and "_library_class" not in vars(context.codegen())
+    assert "create_cpython_wrapper" not in vars(context)
+    assert numba.core.dispatcher.Dispatcher.add_overload is numba_deferred.insert
     assert not numba_deferred.is_compiling()
     assert numba.njit(lambda x: x + 1)(1) == 2
     assert gc.isenabled()
+
+
+@needs_tested
+def test_other_functions_that_a_kernel_calls_have_no_machine_code_until_python_calls_them():
+    @numba.njit
+    def plain(x):
+        return x + 1
+
+    @kernel()
+    def outer(x):
+        return plain(plain(x))
+
+    outer._cache = NoCache()
+    assert outer(1.5) == 3.5
+    assert [type(code) for code in code_of(plain)] == [numba_deferred.Deferred]
+    assert plain(1.5) == 2.5 and plain(1.5) == 2.5
+    assert not any(isinstance(code, numba_deferred.Deferred) for code in code_of(plain))
+    assert numba.njit(lambda x: plain(x) + outer(x))(1.5) == 6.0
 
 
 def test_another_version_of_numba_compiles_by_itself(monkeypatch):
@@ -134,15 +154,17 @@ def outer(x):
 
 @pytest.mark.slow
 @needs_tested
-def test_a_process_that_loads_the_inner_kernel_compiles_the_outer_one(tmp_path):
+@pytest.mark.parametrize("calls", ["inner outer inner", "outer inner outer"])
+def test_a_process_that_loads_the_inner_kernel_compiles_the_outer_one(tmp_path, calls):
     """Machine code from the disk, and LLVM code of the same kernel inside another one."""
     (tmp_path / "kernels_of_a_test.py").write_text(PARALLEL, encoding="utf-8")
+    expected = sum(2 if name == "outer" else 1 for name in calls.split())
     root = Path(__file__).resolve().parents[1]
     found = os.pathsep.join([str(tmp_path), str(root), *sys.path])
     environment = {**os.environ, "PYTHONPATH": found, "NUMBA_CACHE_DIR": str(tmp_path)}
     script = (
         "import numpy, kernels_of_a_test as k; x = numpy.zeros(64); "
-        "k.inner(x); k.outer(x); k.inner(x); assert (x == 4).all()"
+        f"[getattr(k, name)(x) for name in {calls.split()}]; assert (x == {expected}).all()"
     )
     for _ in range(2):
         done = subprocess.run(

@@ -178,20 +178,27 @@ def add_streams(
                 y[k + t, row] += more
 
 
+@kernel()
+def add_all_rows(weight: Array, scales: Array, o: int, n: int, x: Array, y: Array) -> None:
+    """As `add_streams`, with all rows of x."""
+    k, zero = np.int64(0), splat(np.float32(0))
+    while k + 4 <= len(x):
+        add_streams(weight, scales, o, n, x, k, y, (zero, zero, zero, zero))
+        k += 4
+    if k + 2 <= len(x):
+        add_streams(weight, scales, o, n, x, k, y, (zero, zero))
+        k += 2
+    if k < len(x):
+        add_streams(weight, scales, o, n, x, k, y, (zero,))
+
+
 @kernel(parallel=True)
 def add_products(weight: Array, scales: Array, x: Array, y: Array) -> None:
     """Compute y [n, d_out] += x [n, d_in] @ weight.T."""
-    n, zero = stream_stride(len(weight), 4), splat(np.float32(0))
+    n = stream_stride(len(weight), 4)
     for o in prange(n):
-        k = 0
-        while k + 4 <= len(x):
-            add_streams(weight, scales, o, n, x, k, y, (zero, zero, zero, zero))
-            k += 4
-        if k + 2 <= len(x):
-            add_streams(weight, scales, o, n, x, k, y, (zero, zero))
-            k += 2
-        if k < len(x):
-            add_streams(weight, scales, o, n, x, k, y, (zero,))
+        # unsigned in the loop, signed where types are inferred: one type, one compilation
+        add_all_rows(weight, scales, np.int64(o), n, x, y)
 
 
 @kernel()
