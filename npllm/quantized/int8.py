@@ -1,6 +1,5 @@
 """Weights in 8 bits: symmetric, with one scale for each group of adjacent entries of a row."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,8 +31,8 @@ class Int8Weight(PackedMatrix):
     values : int8 array [d_out, d_in]
         In -127 ... 127.
     scales : array [d_out, ceil(d_in / GROUP)]
-        float16 (8.25 bits a weight), or float32 (8.5 bits) where a scale is no normal float16
-        number; kernels read either.
+        float16 (8.25 bits a weight), or float32 (8.5 bits) where the largest scale is no normal
+        float16 number; kernels read either.
 
     Raises
     ------
@@ -142,7 +141,7 @@ def quantize(weight: Array) -> Int8Weight:
     -------
     quantized : Int8Weight
         The error of an entry is at most half the scale of its group.  Scales are float16; float32
-        in the whole matrix where one of them is neither 0 nor a normal float16 number (2**-14 to
+        where the largest scale of the matrix is neither 0 nor a normal float16 number (2**-14 to
         65504).
 
     Raises
@@ -154,16 +153,15 @@ def quantize(weight: Array) -> Int8Weight:
     -----
     The largest entry of a group is at most 127 (1 + 2**-11) = 127.06 rounded scales, which rounds
     to 127: nothing is cut off.  A scale that is rounded up instead makes every step longer; the
-    error of docs/quantisation.md's matrices is 0.05 % larger then.
+    error of docs/quantisation.md's matrices is 0.05 % larger then.  Scales below 2**-14 are
+    multiples of 2**-24, and rounded up: such a step is longer by 2**-10 of the matrix's largest one
+    at most.
     """
     expect_shape("weight", weight, d_out=None, d_in=None)
-    with suppress(_NoNormalNumberError):
-        return _quantized(weight, np.float16)
-    return _quantized(weight, np.float32)
-
-
-class _NoNormalNumberError(Exception):
-    """A scale is neither 0 nor a normal float16 number."""
+    quantized = _quantized(weight, np.float16)
+    largest = quantized.scales.max(initial=0)
+    is_normal = largest == 0 or SMALLEST <= largest < np.inf
+    return quantized if is_normal else _quantized(weight, np.float32)
 
 
 def _quantized(weight: np.ndarray, dtype: Any) -> Int8Weight:
@@ -193,9 +191,7 @@ def _quantize_rows(weight: np.ndarray, values: np.ndarray, scales: np.ndarray) -
             "a weight that holds NaN or infinity cannot be rounded to int8; "
             "`npllm inspect --check-finite` names every such tensor"
         )
-    scales[...] = exact
-    if scales.dtype == np.float16:
-        _require_normal(scales, exact)
+    _round_scales(exact, scales)
     divisors = widen(scales)[..., None]
     steps = np.divide(groups, divisors, out=np.zeros_like(groups), where=divisors > 0)
     np.rint(steps, out=steps)
@@ -203,7 +199,9 @@ def _quantize_rows(weight: np.ndarray, values: np.ndarray, scales: np.ndarray) -
     values[...] = steps.reshape(n_rows, -1)[:, :d_in]
 
 
-def _require_normal(scales: np.ndarray, exact: np.ndarray) -> None:
-    """Raise unless scales that were rounded to float16 are finite, and normal or 0 as before."""
-    if not (np.isfinite(scales) & ((scales >= SMALLEST) | (exact == 0))).all():
-        raise _NoNormalNumberError
+def _round_scales(exact: np.ndarray, scales: np.ndarray) -> None:
+    """Round scales to their type: to nearest, and up where they are subnormal in float16."""
+    with np.errstate(over="ignore"):
+        scales[...] = exact
+    is_low = (exact < SMALLEST) & (widen(scales) < exact)
+    scales[is_low] = np.nextafter(scales[is_low], scales.dtype.type(np.inf))

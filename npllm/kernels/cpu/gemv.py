@@ -99,10 +99,11 @@ def widen_scales(scales: Array, starts: Starts, i: int, n: int, wide: int) -> No
     """Write the scales of n groups, at most sixteen, from channel i on of each stream to an
     address, in float32, VECTOR bytes from one stream to the next.
 
-    To convert each where it multiplies would cost a seventh of the speed.
+    To convert each where it multiplies would cost a seventh of the speed of weights in the cache.
     """
     for j in range(4):
         at, to = (starts[j] + i) // GROUP, wide + j * VECTOR
+        prefetch_far(scales, at + AHEAD // GROUP)
         if n == LANES:
             store_vectors(to, (load(scales, at),))
         else:
