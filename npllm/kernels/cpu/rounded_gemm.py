@@ -73,7 +73,8 @@ def address(x: Array) -> int:
 
 
 def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
-    """Describe a weight to `multiply_all`, and say how many channels are scaled together.
+    """Describe a weight to `multiply_all`, and say how many channels are scaled together; of
+    bfloat16 2, a word.
 
     The caller keeps the weight alive.
     """
@@ -92,7 +93,7 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
     has_minimum = not MINIMUM.isdisjoint(names)
     if kind == "bfloat16":
         tile = bfloat16_units() if form == "tiles" else bfloat16_tile(uses)
-        depth, x_bytes = RUN // 2, PANEL // 2
+        depth, x_bytes, flush = RUN // 2, PANEL // 2, 2  # a word
     else:
         n_bytes = N_BYTES[kind]
         variant = n_bytes, flush, has_minimum
@@ -230,8 +231,8 @@ def multiply_band(
                 tile = y[p, first + r : first + r + height]
                 if start == 0:
                     tile[:, :] = 0
-                codes, n_flush, to = band[r].ctypes.data, depth // run[FLUSH], tile.ctypes.data
-                call_address(run[TILE], (codes, ROW, n_flush, x, x_scales, to))
+                codes, count, to = band[r].ctypes.data, depth // run[FLUSH], tile.ctypes.data
+                call_address(run[TILE], (codes, ROW, count, x, x_scales, to))
 
 
 @kernel(parallel=True)
