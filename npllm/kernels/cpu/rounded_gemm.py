@@ -47,7 +47,9 @@ Array = Any
 BAND = 16 * TILE_ROWS  # rows of a task
 RUN = 512  # bytes of a run's codes in a row of the band
 ROW = NUMBERS + RUN  # bytes of a row of the band
+AHEAD = 12  # rows by which the reading of integers runs ahead
 LINE = 64  # bytes that are fetched at once
+PAIR = 2  # channels of a word of bfloat16
 MOST_PARTS = 3
 PANEL = COLUMNS * WORD
 # columns of a table that describes a weight, one integer each; of its last row, the run
@@ -93,7 +95,7 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
     has_minimum = not MINIMUM.isdisjoint(names)
     if kind == "bfloat16":
         tile = bfloat16_units() if form == "tiles" else bfloat16_tile(uses)
-        depth, x_bytes, flush = RUN // 2, PANEL // 2, 2  # a word
+        depth, x_bytes, flush = RUN // 2, PANEL // 2, PAIR
     else:
         n_bytes = N_BYTES[kind]
         variant = n_bytes, flush, has_minimum
@@ -176,20 +178,19 @@ def place_of_run(table: Array, row: int, start: int) -> tuple[int, int, int]:
 def write_row(table: Array, row: int, start: int, depth: int, target: int) -> None:
     """Write channels start ... start + depth - 1 of a row of the weight into the band."""
     p, w, scales = place_of_run(table, row, start)
-    call_address(table[p, CODES], (w, scales, depth // table[p, UNIT_ENTRIES], target))
+    n_units, ahead = depth // table[p, UNIT_ENTRIES], AHEAD * table[p, ROW_BYTES]
+    call_address(table[p, CODES], (w, scales, n_units, target, ahead))
 
 
 @kernel(nogil=True)
 def prefetch_rows(table: Array, first: int, stop: int, start: int, depth: int) -> None:
     """Ask for what `write_row` reads of rows first ... stop - 1, into the second-level cache."""
     for row in range(first, stop):
-        p, w, scales = place_of_run(table, row, start)
+        p, w, _ = place_of_run(table, row, start)
         last = w + depth // table[p, UNIT_ENTRIES] * table[p, UNIT_BYTES] - 1
         for at in range(w, last, LINE):
             prefetch_far(at)
         prefetch_far(last)
-        if scales > 0:
-            prefetch_far(scales)
 
 
 @kernel(nogil=True)
@@ -205,7 +206,9 @@ def multiply_band(
 ) -> None:
     """BAND rows of the product from `first` on, for all panels.
 
-    Meanwhile the next run of the weight is fetched, a share of its rows beside each tile.
+    Meanwhile the next run of a weight in bfloat16 is fetched, a share of its rows beside each tile.
+    Beside tiles of integers, which take half the time, that was slower than a prefetch as the rows
+    are decoded.
     """
     run, stop = table[MOST_PARTS], min(first + BAND, d_out)
     height, n_panel = run[ROWS], len(words)
@@ -225,9 +228,11 @@ def multiply_band(
             x = words[p].ctypes.data + start * run[X_BYTES]
             x_scales = scales[p].ctypes.data + start // run[FLUSH] * 2 * PANEL
             for r in range(0, n_row, height):
-                done, n = p * n_row + r, n_panel * n_row  # rows of tiles, and all of them
-                low, high = done * BAND // n, (done + height) * BAND // n
-                prefetch_rows(table, ahead + low, min(ahead + high, d_out), next_start, next_depth)
+                if run[FLUSH] == PAIR:
+                    done, n = p * n_row + r, n_panel * n_row  # rows of tiles, and all of them
+                    low, high = done * BAND // n, (done + height) * BAND // n
+                    high = min(ahead + high, d_out)
+                    prefetch_rows(table, ahead + low, high, next_start, next_depth)
                 tile = y[p, first + r : first + r + height]
                 if start == 0:
                     tile[:, :] = 0

@@ -16,7 +16,7 @@ from npllm.kernels.cpu.dot_products import dot_bytes
 from npllm.kernels.cpu.numba_internals import c_function
 from npllm.kernels.cpu.rounded_tiles import MINIMUMS, NUMBERS, SCALES, WORD, repeated
 from npllm.kernels.cpu.simd import F32, FLOATS, INTS, LANES, all_lanes
-from npllm.kernels.cpu.simd_addresses import fused, pointer_to
+from npllm.kernels.cpu.simd_addresses import fused, pointer_to, prefetch_at
 
 __all__ = ["FLUSHES", "codes_function", "unit_size"]
 
@@ -140,16 +140,18 @@ def codes_function(name: str, flush: int, uses: bool) -> Any:
     Returns
     -------
     function : with an `address`
-        Of w, scales, n_units, target: addresses of the run, of its scales where it is int8, and of
-        the band's row.
+        Of w, scales, n_units, target, ahead: addresses of the run, of its scales where it is int8,
+        and of the band's row; by how many bytes integers are prefetched.
     """
     n_entries, n_bytes = unit_size(name)
     number_bytes, code_bytes = n_entries // flush * WORD, n_entries
     is_block = name in UNITS
 
-    def of_integers(w: int, scales: int, n_units: int, target: int) -> None:
+    def of_integers(w: int, scales: int, n_units: int, target: int, ahead: int) -> None:
         codes, numbers = target + NUMBERS, target
         for _ in range(n_units):
+            for line in range(0, n_bytes, 4 * LANES):
+                prefetch_at(w + ahead + line)
             if is_block:
                 store_block_unit(name, uses, flush, w, codes, numbers)
             else:
@@ -157,11 +159,11 @@ def codes_function(name: str, flush: int, uses: bool) -> Any:
             w, scales = w + n_bytes, scales + WORD
             codes, numbers = codes + code_bytes, numbers + number_bytes
 
-    def of_bfloat16(w: int, scales: int, n_units: int, target: int) -> None:  # noqa: ARG001
+    def of_bfloat16(w: int, scales: int, n_units: int, target: int, ahead: int) -> None:  # noqa: ARG001
         codes = target + NUMBERS
         for _ in range(n_units):
             copy_bfloat16_unit(w, codes)
             w, codes = w + n_bytes, codes + n_bytes
 
     function = of_bfloat16 if name == "bfloat16" else of_integers
-    return c_function(function, types.void(*[types.intp] * 4))
+    return c_function(function, types.void(*[types.intp] * 5))
