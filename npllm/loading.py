@@ -86,10 +86,11 @@ def load(
     activations : str, optional
         To what the inputs of linear maps of 17 rows and more (a prefill, not decoding) are rounded:
         "float32": not at all; "int8" or "int16": integers with one scale for each 32 or 64
-        adjacent entries, for weights in int8 or in blocks; "bfloat16": for bfloat16 weights, on
-        CUDA of attention as well.
+        adjacent entries, for weights in int8 or in blocks; "bfloat16": for bfloat16 weights, and
+        of attention as well.
         None: on the fastest set, where weights are in int8 or in blocks, what
-        `npllm.kernels.ops_for` chooses; else "float32".  See `npllm.ops.rounded.rounded_linear`.
+        `npllm.kernels.ops_for` chooses; else "float32".  See `rounded_linear` and
+        `rounded_attention` in `npllm.ops.rounded`.
     adapter : str or Path, optional
         Folder of a LoRA adapter that PEFT saved; see `Model.load_adapter`.
     cache_dtype : str, optional

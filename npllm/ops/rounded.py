@@ -1,16 +1,18 @@
-"""Products whose activations are rounded: what `npllm.load(activations=...)` means."""
+"""Products and attention with rounded activations: what `npllm.load(activations=...)` means."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
 
-from npllm.arrays import array_namespace
+from npllm.arrays import array_namespace, round_to, widen
+from npllm.ops.attention import attention
 from npllm.ops.linear import linear
 from npllm.ops.opset import Ops
 from npllm.quantized.activations import activation_group, is_rounded_for, rounded_values
 
-__all__ = ["FEWEST_ROWS", "rounded_linear", "rounded_ops"]
+__all__ = ["FEWEST_ROWS", "rounded_attention", "rounded_linear", "rounded_ops"]
 
 Array = Any
 
@@ -60,8 +62,45 @@ def rounded_linear(
     return linear(rounded, weight, bias)
 
 
+def rounded_attention(
+    q: Array, k: Array, v: Array, *, attend: Callable = attention, **options: Any
+) -> Any:
+    """Attend with queries, keys and values rounded to bfloat16.
+
+        y = attention(q', k', v', ...),   x' = the nearest bfloat16, ties to even
+
+    Parameters
+    ----------
+    q : array [..., n_head, n_seq, d_head]
+    k : array [..., n_kv_head, n_ctx, d_head]
+    v : array [..., n_kv_head, n_ctx, d_value]
+    attend : function
+        `attention` itself, or another form of it.
+    **options
+        Of `attention`.
+
+    Returns
+    -------
+    y : array [..., n_head, n_seq, d_value]
+        Or what `attention` returns.
+
+    Notes
+    -----
+    Of fewer than 17 tokens and of float64, nothing is rounded.
+
+    A kernel rounds exp(s - m), m the maximum so far, to bfloat16 as well where it is multiplied,
+    not where it is summed: each weight moves by 2**-9 of itself at most.
+    """
+    few = prod(q.shape[:-3]) * q.shape[-2] < FEWEST_ROWS
+    if few or q.dtype != array_namespace(q).float32:
+        return attend(q, k, v, **options)
+    operands = (round_to(widen(x, q.dtype), "bfloat16") for x in (q, k, v))
+    return attend(*operands, **options)
+
+
 def rounded_ops(ops: Ops, activations: str) -> Ops:
-    """Return a set whose linear maps are `rounded_linear`, without the slots that contain one.
+    """Return a set whose linear maps are `rounded_linear`, and with "bfloat16" its attention
+    `rounded_attention`, without the slots that contain one.
 
     Parameters
     ----------
@@ -74,5 +113,7 @@ def rounded_ops(ops: Ops, activations: str) -> Ops:
     rounded : Ops
     """
     new = ops.replace(linear=partial(rounded_linear, activations=activations))
+    if activations == "bfloat16":
+        new = new.replace(attention=partial(rounded_attention, attend=ops.attention))
     name = f"{ops.name} ({activations} activations)"
     return replace(new, name=name, replaced=ops.replaced, activations=activations)

@@ -22,7 +22,16 @@ from npllm.kernels.cpu.simd import LANES, fma, load, maximum, splat, store
 from npllm.kernels.cpu.simd_arrays import atomic_fetch_add, flat_memory
 from npllm.kernels.cpu.simd_math import exp
 
-__all__ = ["PANELS", "attend_many"]
+__all__ = [
+    "KEYS",
+    "PANELS",
+    "append_new",
+    "apply_band_mask",
+    "attend_many",
+    "pack_queries",
+    "update_columns",
+    "write_rows",
+]
 
 Array = Any
 
@@ -52,18 +61,10 @@ def attend_many(
     keys at distances band[0] <= i - j < band[1]; panels [n_thread, PANELS, d_head, columns] are
     buffers for queries; y [n_batch, n_seq, n_head*d_head].
     """
-    n_ctx, n_batch, n_kv_head = keys.shape[:3]
+    n_batch, n_kv_head = keys.shape[1:3]
     n_seq, group, columns = qkv.shape[1], n_head // n_kv_head, panels.shape[3]
     for at in prange(n_batch * n_seq):
-        b, n = at // n_seq, at % n_seq
-        append_token(
-            qkv[b, n],
-            cos[b, n],
-            sin[b, n],
-            n_head,
-            keys[n_ctx - n_seq + n, b],
-            values[n_ctx - n_seq + n, b],
-        )
+        append_new(qkv, cos, sin, n_head, at, keys, values)
     size = PANELS * columns
     n_part = (group * n_seq + size - 1) // size
     for thread in prange(len(panels)):
@@ -93,6 +94,17 @@ def attend_many(
 
 
 @kernel(nogil=True)
+def append_new(
+    qkv: Array, cos: Array, sin: Array, n_head: int, at: int, keys: Array, values: Array
+) -> None:
+    """Write keys and values of new token `at` of all rows into its column."""
+    n_seq = qkv.shape[1]
+    b, n = at // n_seq, at % n_seq
+    j = len(keys) - n_seq + n
+    append_token(qkv[b, n], cos[b, n], sin[b, n], n_head, keys[j, b], values[j, b])
+
+
+@kernel(nogil=True)
 def attend_part(
     qkv: Array,
     cos: Array,
@@ -113,7 +125,8 @@ def attend_part(
     n_ctx, d_head = keys.shape
     columns, n_past = q.shape[2], n_ctx - len(qkv)
     n_panel = (stop - start + columns - 1) // columns
-    pack_queries(qkv, cos, sin, group, h, start, stop, q)
+    scale = np.float32(1 / np.sqrt(d_head))
+    pack_queries(qkv, cos, sin, group, h, start, stop, scale, q)
     sums, largest = (
         np.zeros((n_panel, columns), np.float32),
         np.full((n_panel, columns), -np.inf, np.float32),
@@ -151,7 +164,7 @@ def attend_part(
                 columns,
             )
             apply_band_mask(scores, n_key, start + p * columns, group, n_past - j, band)
-            update_columns(scores, n_key, largest[p], sums[p], weighted[p])
+            update_columns(scores, n_key, np.float32(1), largest[p], sums[p], weighted[p])
             step = values.strides[0] // 4
             multiply(
                 flat_memory(values),
@@ -197,13 +210,19 @@ def write_rows(
 
 @kernel(nogil=True)
 def pack_queries(
-    qkv: Array, cos: Array, sin: Array, group: int, h: int, start: int, stop: int, q: Array
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    group: int,
+    h: int,
+    start: int,
+    stop: int,
+    scale: float,
+    q: Array,
 ) -> None:
-    """Rotate queries, scale them by 1 / sqrt(d_head), and write them into panels; columns without a
-    query are 0.
-    """
+    """Rotate queries, scale them, and write them into panels; columns without a query are 0."""
     d_head, columns = q.shape[1:]
-    rows, scale = np.empty((columns, d_head), np.float32), np.float32(1 / np.sqrt(d_head))
+    rows = np.empty((columns, d_head), np.float32)
     for first in range(start, stop, columns):
         count = min(columns, stop - first)
         for k in range(count):
@@ -232,22 +251,24 @@ def apply_band_mask(
 
 
 @kernel(nogil=True)
-def update_columns(scores: Array, n_key: int, largest: Array, sums: Array, weighted: Array) -> None:
-    """Turn a block of scores into exp(s - maximum), and bring maximum, sum and weighted sum of
-    every column up to date.
+def update_columns(
+    scores: Array, n_key: int, scale: float, largest: Array, sums: Array, weighted: Array
+) -> None:
+    """Turn a block of scores into exp(scale * (s - maximum)), and bring maximum, sum and weighted
+    sum of every column up to date.
     """
     columns, one, zero = scores.shape[1], splat(np.float32(1)), splat(np.float32(0))
-    lowest, negative = splat(LOWEST), splat(np.float32(-1))
+    lowest, factor, negative = splat(LOWEST), splat(scale), splat(-scale)
     for c in range(0, columns, LANES):
         top = load(largest, c)
         for k in range(n_key):
             top = maximum(top, load(scores, k * columns + c))
         # where nothing is seen yet any finite number will do
         minus, part = fma(negative, maximum(top, lowest), zero), zero
-        decay = exp(fma(one, load(largest, c), minus))
+        decay = exp(fma(factor, load(largest, c), minus))
         store(largest, c, top)
         for k in range(n_key):
-            e = exp(fma(one, load(scores, k * columns + c), minus))
+            e = exp(fma(factor, load(scores, k * columns + c), minus))
             store(scores, k * columns + c, e)
             part = fma(one, e, part)
         store(sums, c, fma(load(sums, c), decay, part))

@@ -96,10 +96,15 @@ def attention_block(x: Array, layer: LayerParams, step: Step) -> Any:
 
 
 def attention_of_many(
-    x: Array, layer: LayerParams, step: Step, product: Any = many_rows, add: Any = linear_add
+    x: Array,
+    layer: LayerParams,
+    step: Step,
+    product: Any = many_rows,
+    add: Any = linear_add,
+    attend: Any = rope_attention,
 ) -> Any:
     """Compute the first half of a layer for many tokens that `fits_attention` takes, where keys are
-    kept in float32; its products by functions like `many_rows` and `linear_add`.
+    kept in float32, by functions like `many_rows`, `linear_add` and `rope_attention`.
     """
     cache, d_qkv = step.cache, len(layer.qkv_proj)
     plain = cache is None or (type(cache) is KVCache and cache.dtype in (None, np.float32))
@@ -107,7 +112,7 @@ def attention_of_many(
         return NotImplemented
     panels = product(x, layer.qkv_proj, layer.input_layernorm, step.eps)
     qkv = gemm.unpacked(panels, scratch("qkv", (x.size // x.shape[-1], d_qkv), np.float32))
-    y = rope_attention(add_bias(qkv, layer.qkv_bias).reshape(*x.shape[:-1], d_qkv), step)
+    y = attend(add_bias(qkv, layer.qkv_bias).reshape(*x.shape[:-1], d_qkv), step)
     return y if y is NotImplemented else add(y, layer.o_proj, x, layer.o_bias)
 
 

@@ -201,7 +201,7 @@ def bfloat16_units() -> Any:
     Returns
     -------
     function : with an `address`
-        Of the arguments of `rounded_tiles.bfloat16_tile`, for 96 rows.
+        Of the arguments of `rounded_tiles.bfloat16_tile`, for 96 rows and a multiple of 16 words.
 
     Notes
     -----
@@ -209,14 +209,14 @@ def bfloat16_units() -> Any:
     at 0; steps are added to y one after the other.
     """
 
-    def units(codes: int, row_bytes: int, n_flush: int, x: int, scales: int, y: int) -> None:  # noqa: ARG001
+    def units(codes: int, row_bytes: int, n_words: int, x: int, scales: int, y: int) -> None:  # noqa: ARG001
         codes += NUMBERS
         describe_tiles(STEP)
         for c in range(0, COLUMNS, BLOCK):  # of x, which stay in the nearest cache
             for r in range(0, HEIGHT, BLOCK):
                 to = y + r * ROW + c * WORD
                 move_sums("tileloadd64", to, ROW)
-                for k in range(2 * n_flush):
+                for k in range(n_words // EDGE):
                     w, at = codes + r * row_bytes + k * STEP, x + k * EDGE * ROW + c * WORD
                     add_products("tdpbf16ps", w, row_bytes, at)
                 move_sums("tilestored64", to, ROW)

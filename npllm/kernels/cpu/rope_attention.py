@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from npllm import ops
+from npllm.arrays import round_to
 from npllm.kernels import FEW_ROWS
 from npllm.kernels.cpu import gemm
 from npllm.kernels.cpu.attention import PANELS, attend_many
@@ -25,7 +26,15 @@ from npllm.ops.attention import evaluate_mask
 from npllm.ops.mask.rule import ALL, FAR
 from npllm.threads import run_blocks, scratch
 
-__all__ = ["decode_inputs", "fits_rope", "rope_attention"]
+__all__ = [
+    "attend_band",
+    "attend_by_blocks",
+    "decode_inputs",
+    "fits_rope",
+    "rope_attention",
+    "rope_attention_many",
+    "slots_first",
+]
 
 Array = Any
 
@@ -176,10 +185,8 @@ def fits_rope(shape: tuple[int, ...], cos: Array, sin: Array, n_head: int, n_kv_
     )
 
 
-def rope_attention_many(qkv: Array, step: Step) -> Any:
-    """Many tokens: one kernel where the mask is a band of distances, else the blocks of the tiled
-    set.
-    """
+def rope_attention_many(qkv: Array, step: Step, attend: Any = None) -> Any:
+    """Rotate, append and attend, many tokens, by a function like `attend_band`."""
     cos, sin, n_head, n_kv_head = step[:4]
     mask, cache = step.mask, step.cache
     n_batch, n_seq, _ = qkv.shape
@@ -196,13 +203,29 @@ def rope_attention_many(qkv: Array, step: Step) -> Any:
         return NotImplemented
     qkv = row_major(qkv)
     cos, sin = (row_major(np.broadcast_to(x, (n_batch, *x.shape[-2:]))) for x in (cos, sin))
+    attend = attend or attend_band
+    return attend(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots)
+
+
+def attend_band(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    n_head: int,
+    n_kv_head: int,
+    mask: Any,
+    keys: Array,
+    values: Array,
+    slots: range,
+) -> Array:
+    """One kernel where the mask is a band of distances, else the blocks of the tiled set."""
+    n_batch, n_seq, _ = qkv.shape
+    d_head = keys.shape[-1]
     band = (-FAR, FAR) if mask is None else getattr(mask, "band", None)
     if band is None or not gemm.panel_columns():
         return attend_by_blocks(qkv, cos, sin, n_head, n_kv_head, mask, keys, values, slots)
-    y = np.empty((n_batch, n_seq, n_head * k.shape[-1]), np.float32)
-    panels = scratch(
-        "queries", (n_workers(), PANELS, k.shape[-1], gemm.panel_columns()), np.float32
-    )
+    y = np.empty((n_batch, n_seq, n_head * d_head), np.float32)
+    panels = scratch("queries", (n_workers(), PANELS, d_head, gemm.panel_columns()), np.float32)
     launch(
         attend_many,
         qkv,
@@ -229,9 +252,10 @@ def attend_by_blocks(
     keys: Array,
     values: Array,
     slots: range,
+    is_rounded: bool = False,
 ) -> Array:
     """Rotate queries into an array of their own, write keys and values into the last columns, and
-    attend.
+    attend; `is_rounded`: to all three rounded to bfloat16.
     """
     heads = ops.split_qkv(qkv, n_head, n_kv_head)
     n_batch, _, n_seq, _ = heads[0].shape
@@ -243,9 +267,11 @@ def attend_by_blocks(
         for h in range(x.shape[1])
     ]
     run_blocks(lambda part: rotate_all(*part), parts)
-    y, _ = attend(
-        q, keys, values, mask, None, range(slots.stop - n_seq, slots.stop), slots, softmax_update
-    )
+    operands = q, keys, values
+    if is_rounded:
+        operands = tuple(round_to(x, "bfloat16") for x in operands)
+    q_slots = range(slots.stop - n_seq, slots.stop)
+    y, _ = attend(*operands, mask, None, q_slots, slots, softmax_update)
     return ops.merge_heads(y)
 
 

@@ -1,7 +1,8 @@
 """The compiled set with rounded activations: what differs from `dispatch` and `compiled`.
 
 A product of few rows is memory-bound and stays float32's; one of many rows is `rounded_gemm`'s.
-What these kernels are not made for is composed of `npllm.ops.rounded.rounded_linear`.
+With bfloat16, attention of many tokens is `rounded_attention`'s.  What these kernels are not made
+for is composed of the definitions in `npllm.ops.rounded`.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from npllm.kernels.cpu import compiled, dispatch, gemm
 from npllm.kernels.cpu.fits import is_float32
 from npllm.kernels.cpu.layout import EMPTY, row_major_copy, rows_of
 from npllm.kernels.cpu.operands import fits_gain, fits_gated, fits_product, gain_bits
+from npllm.kernels.cpu.rope_attention import fits_rope, rope_attention_many
+from npllm.kernels.cpu.rounded_attention import attend_rounded
 from npllm.kernels.cpu.rounded_gemm import COLUMNS, fits_rounded, rounded_product
 from npllm.models.params import LayerParams
 from npllm.ops import Ops, Step
-from npllm.ops.rounded import rounded_linear
+from npllm.ops.rounded import rounded_attention, rounded_linear
 from npllm.quantized.activations import is_rounded_for
 
 __all__ = ["rounded_compiled"]
@@ -97,18 +100,28 @@ def linear_add(
     return dispatch.add_bias(y, bias).reshape(residual.shape)
 
 
+def rope_attention(qkv: Array, step: Step) -> Any:
+    """Rotate, append, and attend: many tokens with operands in bfloat16."""
+    few = qkv.size <= FEW_ROWS * qkv.shape[-1]
+    fitting = is_float32(qkv) and fits_rope(qkv.shape, *step[:4])
+    if few or not fitting or hasattr(step.cache, "drafts"):
+        return compiled.rope_attention(qkv, step)
+    return rope_attention_many(qkv, step, attend_rounded)
+
+
 def attention_block(x: Array, layer: LayerParams, step: Step, *, activations: str) -> Any:
     """Compute the first half of a layer; for many tokens q, k and v stay in a buffer."""
     qkv_proj, o_proj = layer.qkv_proj, layer.o_proj
     rounded = [is_rounded(activations, x, qkv_proj), is_rounded_for(o_proj, activations)]
     if not rounded[0]:
-        few = x.size <= FEW_ROWS * x.shape[-1]
-        return compiled.attention_block(x, layer, step) if few or not rounded[1] else NotImplemented
+        plain = x.size <= FEW_ROWS * x.shape[-1] or not (rounded[1] or activations == "bfloat16")
+        return compiled.attention_block(x, layer, step) if plain else NotImplemented
     known = compiled.fits_attention(x, layer, step) and fits(x, qkv_proj, layer.qkv_bias)
     if not (known and (not rounded[1] or fits_rounded(o_proj))):
         return NotImplemented
     both = partial(product, activations), partial(linear_add, activations=activations)
-    return compiled.attention_of_many(x, layer, step, *both)
+    attend = rope_attention if activations == "bfloat16" else compiled.rope_attention
+    return compiled.attention_of_many(x, layer, step, *both, attend)
 
 
 def mlp_block(x: Array, layer: LayerParams, step: Step, *, activations: str) -> Any:
@@ -144,5 +157,8 @@ def rounded_compiled(activations: str) -> Ops:
     bound: dict[str, Any] = {
         name: partial(kernel, activations=activations) for name, kernel in KERNELS.items()
     }
+    if activations == "bfloat16":
+        attend = partial(rounded_attention, attend=compiled.COMPILED.attention)
+        bound |= {"rope_attention": rope_attention, "attention": attend}
     name = f"{compiled.COMPILED.name} ({activations} activations)"
     return replace(compiled.COMPILED, **bound, name=name, activations=activations)

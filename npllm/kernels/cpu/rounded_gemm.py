@@ -39,7 +39,7 @@ from npllm.kernels.cpu.rounded_weights import (
     codes_function,
     unit_size,
 )
-from npllm.kernels.cpu.simd_addresses import call_address
+from npllm.kernels.cpu.simd_addresses import call_address, prefetch_far
 from npllm.kernels.cpu.simd_arrays import atomic_fetch_add
 from npllm.quantized.activations import N_BYTES
 from npllm.quantized.int8 import Int8Weight
@@ -53,7 +53,9 @@ Array = Any
 BAND = 16 * TILE_ROWS  # rows of a task
 RUN = 512  # bytes of a run's codes in a row of the band
 ROW = NUMBERS + RUN  # bytes of a row of the band
-AHEAD = 12  # rows by which the reading of the weight runs ahead
+AHEAD = 12  # rows by which the reading of integers runs ahead
+LINE = 64  # bytes that are fetched at once
+PAIR = 2  # channels of a word of bfloat16
 MOST_PARTS = 3
 PANEL = COLUMNS * WORD
 # columns of a table that describes a weight, one integer each; of its last row, the run
@@ -79,7 +81,8 @@ def address(x: Array) -> int:
 
 
 def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
-    """Describe a weight to `multiply_all`, and say how many channels are scaled together.
+    """Describe a weight to `multiply_all`, and say how many channels are scaled together; of
+    bfloat16 2, a word.
 
     The caller keeps the weight alive.
     """
@@ -99,7 +102,7 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
     has_minimum = not MINIMUM.isdisjoint(names)
     if kind == "bfloat16":
         tile = bfloat16_units() if form == "tiles" else bfloat16_tile(uses)
-        depth, x_bytes = RUN // 2, PANEL // 2
+        depth, x_bytes, flush = RUN // 2, PANEL // 2, PAIR
     else:
         n_bytes = N_BYTES[kind]
         variant = n_bytes, flush, has_minimum
@@ -168,25 +171,54 @@ def rounded_panels(panels: Array, weight: Any, kind: str, flush: int) -> tuple[A
 
 
 @kernel(nogil=True)
-def write_row(table: Array, row: int, start: int, depth: int, target: int) -> None:
-    """Write channels start ... start + depth - 1 of a row of the weight into the band."""
+def place_of_run(table: Array, row: int, start: int) -> tuple[int, int, int]:
+    """Find a run of a row: the part of the weight, where its codes begin, where its scales do."""
     p = 0
     while row >= table[p, N_ROWS]:
         row, p = row - table[p, N_ROWS], p + 1
-    unit, row_bytes = start // table[p, UNIT_ENTRIES], table[p, ROW_BYTES]
-    w = table[p, FIRST] + row * row_bytes + unit * table[p, UNIT_BYTES]
-    scales = table[p, SCALES] + row * table[p, SCALE_ROW] + unit * table[p, SCALE]
-    n_units = depth // table[p, UNIT_ENTRIES]
-    call_address(table[p, CODES], (w, scales, n_units, target, AHEAD * row_bytes))
+    unit = start // table[p, UNIT_ENTRIES]
+    w = table[p, FIRST] + row * table[p, ROW_BYTES] + unit * table[p, UNIT_BYTES]
+    return p, w, table[p, SCALES] + row * table[p, SCALE_ROW] + unit * table[p, SCALE]
+
+
+@kernel(nogil=True)
+def write_row(table: Array, row: int, start: int, depth: int, target: int) -> None:
+    """Write channels start ... start + depth - 1 of a row of the weight into the band."""
+    p, w, scales = place_of_run(table, row, start)
+    n_units, ahead = depth // table[p, UNIT_ENTRIES], AHEAD * table[p, ROW_BYTES]
+    call_address(table[p, CODES], (w, scales, n_units, target, ahead))
+
+
+@kernel(nogil=True)
+def prefetch_rows(table: Array, first: int, stop: int, start: int, depth: int) -> None:
+    """Ask for what `write_row` reads of rows first ... stop - 1, into the second-level cache."""
+    for row in range(first, stop):
+        p, w, _ = place_of_run(table, row, start)
+        last = w + depth // table[p, UNIT_ENTRIES] * table[p, UNIT_BYTES] - 1
+        for at in range(w, last, LINE):
+            prefetch_far(at)
+        prefetch_far(last)
 
 
 @kernel(nogil=True)
 def multiply_band(
-    table: Array, words: Array, scales: Array, band: Array, y: Array, first: int, stop: int
+    table: Array,
+    words: Array,
+    scales: Array,
+    band: Array,
+    y: Array,
+    first: int,
+    d_out: int,
+    counter: Array,
 ) -> None:
-    """Rows first ... stop - 1 of the product, for all panels."""
-    run = table[MOST_PARTS]
-    height = run[ROWS]
+    """BAND rows of the product from `first` on, for all panels.
+
+    Meanwhile the next run of a weight in bfloat16 is fetched, a share of its rows beside each tile.
+    Beside tiles of integers, which take half the time, that was slower than a prefetch as the rows
+    are decoded.
+    """
+    run, stop = table[MOST_PARTS], min(first + BAND, d_out)
+    height, n_panel = run[ROWS], len(words)
     n_row = (stop - first + height - 1) // height * height
     for start in range(0, run[D_IN], run[DEPTH]):
         depth = min(run[DEPTH], run[D_IN] - start)
@@ -195,15 +227,24 @@ def multiply_band(
                 write_row(table, first + r, start, depth, band[r].ctypes.data)
             else:
                 band[r, :] = 0
-        for p in range(len(words)):
+        ahead, next_start = first, start + depth
+        if next_start == run[D_IN]:  # the band that is taken next, unless another thread does
+            ahead, next_start = counter[0] * BAND, 0
+        next_depth = min(run[DEPTH], run[D_IN] - next_start)
+        for p in range(n_panel):
             x = words[p].ctypes.data + start * run[X_BYTES]
             x_scales = scales[p].ctypes.data + start // run[FLUSH] * 2 * PANEL
             for r in range(0, n_row, height):
+                if run[FLUSH] == PAIR:
+                    done, n = p * n_row + r, n_panel * n_row  # rows of tiles, and all of them
+                    low, high = done * BAND // n, (done + height) * BAND // n
+                    high = min(ahead + high, d_out)
+                    prefetch_rows(table, ahead + low, high, next_start, next_depth)
                 tile = y[p, first + r : first + r + height]
                 if start == 0:
                     tile[:, :] = 0
-                codes, n_flush, to = band[r].ctypes.data, depth // run[FLUSH], tile.ctypes.data
-                call_address(run[TILE], (codes, ROW, n_flush, x, x_scales, to))
+                codes, count, to = band[r].ctypes.data, depth // run[FLUSH], tile.ctypes.data
+                call_address(run[TILE], (codes, ROW, count, x, x_scales, to))
 
 
 @kernel(parallel=True)
@@ -214,8 +255,7 @@ def multiply_all(
     for thread in prange(len(band)):
         first = atomic_fetch_add(counter) * BAND
         while first < d_out:
-            stop = min(first + BAND, d_out)
-            multiply_band(table, words, scales, band[thread], y, first, stop)
+            multiply_band(table, words, scales, band[thread], y, first, d_out, counter)
             first = atomic_fetch_add(counter) * BAND
 
 

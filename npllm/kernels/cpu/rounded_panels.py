@@ -10,14 +10,15 @@ import numpy as np
 from numba import prange, types
 from numba.extending import intrinsic
 
+from npllm.kernels.cpu.block_codes import spread
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.numba_internals import c_function
 from npllm.kernels.cpu.rounded_tiles import COLUMNS, VECTOR, WORD
-from npllm.kernels.cpu.simd import FLOATS, INTS, all_lanes, call
+from npllm.kernels.cpu.simd import FLOATS, INTS, LANES, all_lanes, call
 from npllm.kernels.cpu.simd_addresses import call_address, fused, pointer_to
 from npllm.quantized.activations import LIMITS, SMALLEST
 
-__all__ = ["bfloat16_function", "integer_function", "round_bfloat16", "round_panels"]
+__all__ = ["bfloat16_function", "integer_function", "round_bfloat16", "round_pairs", "round_panels"]
 
 Array = Any
 Builder = Any  # llvmlite's IRBuilder
@@ -133,26 +134,33 @@ def integer_function(n_bytes: int, group: int, flush: int) -> Any:
     return c_function(round_panel, types.void(*[types.intp] * 4))
 
 
-@intrinsic
-def round_pair(_typing: Any, x: Any, target: Any) -> Any:
-    """Round two channels of sixteen rows to bfloat16, ties to even; NaN stays NaN."""
+def bfloat16_bits(builder: Builder, entry: Value) -> Value:
+    """Sixteen floats rounded to bfloat16, ties to even, as integers; NaN stays NaN."""
+    bits = builder.bitcast(entry, INTS)
+    high = builder.lshr(bits, all_lanes(16, INTS))
+    odd = builder.and_(high, all_lanes(1, INTS))
+    up = builder.add(bits, builder.add(odd, all_lanes(0x7FFF, INTS)))
+    quiet = builder.or_(high, all_lanes(0x40, INTS))
+    is_number = builder.fcmp_ordered("==", entry, entry)
+    return builder.select(is_number, builder.lshr(up, all_lanes(16, INTS)), quiet)
+
+
+@intrinsic(prefer_literal=True)
+def round_pairs(_typing: Any, are_neighbours: Any, a: Any, b: Any, target: Any) -> Any:
+    """Round sixteen floats at a and at b to bfloat16, and write sixteen words: of a[i] and b[i], or
+    of neighbours of the 32 numbers.
+    """
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        halves = []
-        for i in (0, 1):
-            entry = channel(builder, arguments[0], i)
-            bits = builder.bitcast(entry, INTS)
-            high = builder.lshr(bits, all_lanes(16, INTS))
-            odd = builder.and_(high, all_lanes(1, INTS))
-            up = builder.add(bits, builder.add(odd, all_lanes(0x7FFF, INTS)))
-            quiet = builder.or_(high, all_lanes(0x40, INTS))
-            is_number = builder.fcmp_ordered("==", entry, entry)
-            halves.append(builder.select(is_number, builder.lshr(up, all_lanes(16, INTS)), quiet))
+        halves = [bfloat16_bits(builder, channel(builder, x, 0)) for x in arguments[1:3]]
+        if are_neighbours.literal_value:
+            lanes = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+            halves = [spread(builder, halves[0], some, halves[1]) for some in lanes]
         word = joined(builder, halves, 16)
-        builder.store(word, pointer_to(builder, arguments[1], INTS), align=4)
+        builder.store(word, pointer_to(builder, arguments[3], INTS), align=4)
         return context.get_dummy_value()
 
-    return types.void(x, target), generate
+    return types.void(are_neighbours, a, b, target), generate
 
 
 @cache
@@ -162,7 +170,8 @@ def bfloat16_function() -> Any:
     def round_panel(x: int, d: int, target: int, scales: int) -> None:  # noqa: ARG001
         for i in range(0, d, 2):
             for c in range(0, ROW, VECTOR):
-                round_pair(x + i * ROW + c, target + i // 2 * ROW + c)
+                at = x + i * ROW + c
+                round_pairs(False, at, at + ROW, target + i // 2 * ROW + c)
 
     return c_function(round_panel, types.void(*[types.intp] * 4))
 

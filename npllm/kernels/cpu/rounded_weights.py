@@ -149,7 +149,7 @@ def codes_function(name: str, flush: int, uses: bool) -> Any:
     -------
     function : with an `address`
         Of w, scales, n_units, target, ahead: addresses of the run, of its scales where it is int8,
-        and of the band's row; by how many bytes the weight is prefetched.
+        and of the band's row; by how many bytes integers are prefetched.
     """
     n_entries, n_bytes = unit_size(name)
     number_bytes, code_bytes = n_entries // flush * WORD, n_entries
@@ -170,8 +170,6 @@ def codes_function(name: str, flush: int, uses: bool) -> Any:
     def of_bfloat16(w: int, scales: int, n_units: int, target: int, ahead: int) -> None:  # noqa: ARG001
         codes = target + NUMBERS
         for _ in range(n_units):
-            prefetch_at(w + ahead)
-            prefetch_at(w + ahead + 4 * LANES)
             copy_bfloat16_unit(w, codes)
             w, codes = w + n_bytes, codes + n_bytes
 
