@@ -77,3 +77,15 @@ def test_scores_outside_a_band_are_hidden(n_key, start, group, shift, band):
     seen = (band[0] <= distance) & (distance < band[1])
     seen[n_key:] = True
     assert ((scores == 0) == seen).all() and np.isneginf(scores[~seen]).all()
+
+
+@pytest.mark.parametrize("d", [64, 576, 1536, 3072])
+def test_products_of_many_rows_are_summed_in_short_runs(d):
+    """The rms error of random products in half units in the last place of their rms: 1.8 to 2.4; in
+    runs of 64 channels 2.4 to 2.7.
+    """
+    dispatch = pytest.importorskip("npllm.kernels.cpu.dispatch", exc_type=ImportError)
+    x, weight = rows_of(130, d, 0), rows_of(200, d, 1)
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    error = np.sqrt(np.mean((dispatch.linear(x, weight) - exact) ** 2) / np.mean(exact**2))
+    assert error * 2**24 < (2.2 if d < 1024 else 2.5)

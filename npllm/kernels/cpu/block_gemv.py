@@ -166,7 +166,8 @@ def multiply_tasks(table: Array, rows: Array, memory: Array, n: int, width: int,
     for p in range(MOST_PARTS):
         n_task += (table[p, N_ROWS] + MOST_ROWS - 1) // MOST_ROWS
     for task in prange(n_task):
-        multiply_task(table, task, source, n, packed, width, sums, d_out, n_y)
+        # unsigned in the loop: one type, one compilation
+        multiply_task(table, np.int64(task), source, n, packed, width, sums, d_out, n_y)
 
 
 @kernel()
