@@ -144,7 +144,9 @@ def test_other_weights_and_older_devices_take_the_definition(dtype, monkeypatch)
 
 
 def test_a_prefill_with_and_without_rounded_activations():
-    """Long prompts of bfloat16 weights: float32 logits, and those of the definition in bfloat16."""
+    """Long prompts of bfloat16 weights: float32 logits, and those of the definition in bfloat16,
+    but for attention, which is float32's without tensor cores.
+    """
     sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
     base = tiny.model(dtype=BF16, ops=ops.reference, max_position_embeddings=128, **sizes)
     params, ids = moved(base.params), tiny.random_ids(1, 70)
@@ -158,12 +160,12 @@ def test_a_prefill_with_and_without_rounded_activations():
     got = rounded(ids, logits_to_keep=1)
     assert guard.OPERATIONS["gemm"] == 2 * 4
     assert set_.decode_step is cuda.CUDA.decode_step and set_.activations == "bfloat16"
+    products = choose_ops("reference", "numpy", "bfloat16").replace(attention=ops.attention)
     exact, theirs = (
         npllm.Model(base.config, base.params, ops=one)(ids, logits_to_keep=1)
-        for one in (ops.reference, choose_ops("reference", "numpy", "bfloat16"))
+        for one in (ops.reference, products)
     )
-    moved_by = abs(theirs - exact).max()
-    assert abs(got.get() - theirs).max() < moved_by
+    assert abs(got.get() - theirs).max() < abs(theirs - exact).max() / 100
     for n in (3, 20):  # few rows are not rounded
         x, weight, bias = inputs(n)
         want = choose_ops("blockwise", "numpy", "bfloat16").linear(x, weight, bias)

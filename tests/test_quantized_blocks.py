@@ -194,7 +194,7 @@ def test_sets_take_a_stack_of_formats(fast):
     weight, x = mixed(), inputs(5, 256)
     wide = np.concatenate([widen(part) for part in weight.parts])
     assert (weight.shape, len(weight), weight.ndim) == ((13, 256), 13, 2)
-    assert weight.nbytes == 6 * 144 + 2 * 210 + 3 * (256 + 4 * 4) + 2 * 512
+    assert weight.nbytes == 6 * 144 + 2 * 210 + 3 * (256 + 4 * 2) + 2 * 512
     same_bits(weight.widened(), wide)
     close(fast.linear(x, weight), x.astype(np.float64) @ wide.T.astype(np.float64), dtype="float32")
     ids = np.array([[0, 12, 8], [5, 6, 10]])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.gemm import TILE_ROWS, multiply
+from npllm.kernels.cpu.gemm import SHORT, TILE_ROWS, multiply
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import EMPTY
 from npllm.kernels.cpu.panels import pack, unpack
@@ -136,7 +136,8 @@ def attend_part(
         np.empty((KEYS, columns), np.float32),
     )
     tile = np.empty(TILE_ROWS * columns, np.float32)
-    first = max(0, n_past + start // group - band[1] + 1)
+    # blocks begin at multiples of KEYS, wherever a prompt is cut
+    first = max(0, n_past + start // group - band[1] + 1) // KEYS * KEYS
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
     for j in range(first, last, KEYS):
         for p in range(n_panel):
@@ -162,6 +163,7 @@ def attend_part(
                 at,
                 tile,
                 columns,
+                SHORT,
             )
             apply_band_mask(scores, n_key, start + p * columns, group, n_past - j, band)
             update_columns(scores, n_key, np.float32(1), largest[p], sums[p], weighted[p])
@@ -181,6 +183,7 @@ def attend_part(
                 0,
                 tile,
                 columns,
+                SHORT,
             )
     for p in range(n_panel):
         write_rows(weighted[p], sums[p], group, h, start + p * columns, stop, y)

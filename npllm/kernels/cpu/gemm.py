@@ -100,7 +100,9 @@ def add_unpacked(panels: Array, y: Array) -> Array:
 
 @kernel(nogil=True)
 def short_run(depth: int) -> int:
-    """Channels of a short run: as few runs as SHORT allows, and all of nearly the same length."""
+    """Channels of a short run of a product: as few runs as SHORT allows, and all of nearly the same
+    length.  Attention, whose number of keys depends on where a prompt is cut, takes SHORT itself.
+    """
     n = max((depth + SHORT - 1) // SHORT, 1)
     return (depth + n - 1) // n
 
@@ -227,11 +229,12 @@ def multiply_runs(
     accumulate: bool,
     tile: Array,
     width: int,
+    short: int,
 ) -> None:
-    """As `multiply_tile`, or `multiply_narrow` on the first `width` columns, over short runs of
+    """As `multiply_tile`, or `multiply_narrow` on the first `width` columns, over runs of `short`
     channels whose sums are added up in a tile.
     """
-    columns, short = y.shape[y.ndim - 1], short_run(depth)
+    columns = y.shape[y.ndim - 1]
     if width == WIDE:
         for k in range(0, depth, short):
             n, v, p = min(short, depth - k), w + k * step, x + k * WIDE
@@ -262,12 +265,13 @@ def multiply(
     next_panel: int,
     tile: Array,
     width: int,
+    short: int,
 ) -> None:
     """Y [n_row, columns] at `at`, set to or (more) increased by a matrix [n_row, depth], as in
     `multiply_tile`, times the first `width` columns of a panel.
 
     The part of a panel at `next_panel`, which the next call reads, is fetched meanwhile; `tile` is
-    a buffer of 6 x columns entries.
+    a buffer of 6 x columns entries.  Runs of `short` channels are summed in registers.
     """
     columns = y.shape[y.ndim - 1]
     whole = n_row // TILE_ROWS * TILE_ROWS
@@ -277,20 +281,21 @@ def multiply(
             for k in range(r // TILE_ROWS * share, (r // TILE_ROWS + 1) * share):
                 prefetch(panel, next_panel + k * NARROW)
         to = at + r * columns
-        multiply_runs(m, w + r * row, row, step, panel, x, depth, y, to, accumulate, tile, width)
+        p = w + r * row
+        multiply_runs(m, p, row, step, panel, x, depth, y, to, accumulate, tile, width, short)
     for r in range(whole, n_row):
         for c in range(0, width, LANES):
             to = at + r * columns + c
-            a = dot_columns(m, w + r * row, step, panel, x + c, columns, depth)
+            a = dot_columns(m, w + r * row, step, panel, x + c, columns, depth, short)
             store(y, to, fma(splat(np.float32(1)), load(y, to), a) if accumulate else a)
 
 
 @kernel(nogil=True)
 def dot_columns(
-    m: Array, w: int, step: int, panel: Array, x: int, columns: int, depth: int
+    m: Array, w: int, step: int, panel: Array, x: int, columns: int, depth: int, short: int
 ) -> Vector:
     """One row of a matrix times sixteen columns of a panel, summed over short runs."""
-    total, one, short = splat(np.float32(0)), splat(np.float32(1)), short_run(depth)
+    total, one = splat(np.float32(0)), splat(np.float32(1))
     for start in range(0, depth, short):
         a = splat(np.float32(0))
         for k in range(start, min(start + short, depth)):
@@ -409,6 +414,7 @@ def multiply_band(
                 next_panel,
                 wide[BAND],
                 columns if p < len(panels) - 1 else last,
+                short_run(depth),
             )
 
 

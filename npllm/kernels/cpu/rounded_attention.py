@@ -181,7 +181,9 @@ def attend_part(
     key_words = np.zeros((KEYS, width), np.uint32)
     value_words = np.zeros((n_row, KEYS // 2), np.float32)
     pairs = np.empty((KEYS // 2, d_head), np.float32)
-    first = max(0, first_key, n_past + start // group - band[1] + 1)
+    # blocks begin at multiples of KEYS behind the first key, wherever a prompt is cut
+    unseen = max(0, n_past + start // group - band[1] + 1 - first_key)
+    first = first_key + unseen // KEYS * KEYS
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
     for j in range(first, last, KEYS):
         round_keys(keys, j, min(KEYS, last - j), key_words)
