@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.gemm import SHORT, TILE_ROWS, multiply
+from npllm.kernels.cpu.gemm import TILE_ROWS, multiply
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import EMPTY
 from npllm.kernels.cpu.panels import pack, unpack
@@ -28,6 +28,7 @@ __all__ = [
     "append_new",
     "apply_band_mask",
     "attend_many",
+    "block_length",
     "pack_queries",
     "update_columns",
     "write_rows",
@@ -49,6 +50,7 @@ def attend_many(
     values: Array,
     n_head: int,
     band: tuple[int, int],
+    slot: int,
     panels: Array,
     y: Array,
     counter: Array,
@@ -58,7 +60,7 @@ def attend_many(
 
     qkv [n_batch, n_seq, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch, n_seq, d_rope], keys
     and values [n_ctx, n_batch, n_kv_head, d_head], the first n_ctx - n_seq filled; a query sees the
-    keys at distances band[0] <= i - j < band[1]; panels [n_thread, PANELS, d_head, columns] are
+    keys at distances band[0] <= i - j < band[1]; slot: that of the first key; panels [n_thread, PANELS, d_head, columns] are
     buffers for queries; y [n_batch, n_seq, n_head*d_head].
     """
     n_batch, n_kv_head = keys.shape[1:3]
@@ -87,6 +89,7 @@ def attend_many(
                 start,
                 stop,
                 band,
+                slot,
                 panels[thread],
                 y[b],
             )
@@ -116,6 +119,7 @@ def attend_part(
     start: int,
     stop: int,
     band: tuple[int, int],
+    slot: int,
     q: Array,
     y: Array,
 ) -> None:
@@ -136,15 +140,15 @@ def attend_part(
         np.empty((KEYS, columns), np.float32),
     )
     tile = np.empty(TILE_ROWS * columns, np.float32)
-    # blocks begin at multiples of KEYS, wherever a prompt is cut
-    first = max(0, n_past + start // group - band[1] + 1) // KEYS * KEYS
+    j = max(0, n_past + start // group - band[1] + 1)
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
-    for j in range(first, last, KEYS):
+    while j < last:
+        n_block = block_length(slot + j)
         for p in range(n_panel):
             seen = (
                 n_past + (start + (p + 1) * columns - 1) // group - band[0] + 1 - j
             )  # by the last query of the panel
-            n_key = min(KEYS, last - j, (seen + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS)
+            n_key = min(n_block, last - j, (seen + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS)
             if n_key <= 0:
                 continue
             at, step = p * d_head * columns, keys.strides[0] // 4
@@ -163,7 +167,7 @@ def attend_part(
                 at,
                 tile,
                 columns,
-                SHORT,
+                KEYS,
             )
             apply_band_mask(scores, n_key, start + p * columns, group, n_past - j, band)
             update_columns(scores, n_key, np.float32(1), largest[p], sums[p], weighted[p])
@@ -183,10 +187,19 @@ def attend_part(
                 0,
                 tile,
                 columns,
-                SHORT,
+                KEYS,
             )
+        j += n_block
     for p in range(n_panel):
         write_rows(weighted[p], sums[p], group, h, start + p * columns, stop, y)
+
+
+@kernel(nogil=True)
+def block_length(slot: int) -> int:
+    """Keys from a slot to the end of its block: blocks end at multiples of KEYS, so that a token
+    has the same bits wherever the prompt is cut, and whichever keys were dropped before.
+    """
+    return KEYS - slot % KEYS
 
 
 @kernel(nogil=True)

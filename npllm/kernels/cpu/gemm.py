@@ -101,7 +101,7 @@ def add_unpacked(panels: Array, y: Array) -> Array:
 @kernel(nogil=True)
 def short_run(depth: int) -> int:
     """Channels of a short run of a product: as few runs as SHORT allows, and all of nearly the same
-    length.  Attention, whose number of keys depends on where a prompt is cut, takes SHORT itself.
+    length.  Attention, whose number of keys depends on where a prompt is cut, sums in one run.
     """
     n = max((depth + SHORT - 1) // SHORT, 1)
     return (depth + n - 1) // n

@@ -235,6 +235,7 @@ def attend_band(
         slots_first(values),
         n_head,
         band,
+        slots.start,
         panels,
         y,
         np.zeros(1, np.int64),

@@ -17,6 +17,7 @@ from npllm.kernels.cpu.attention import (
     PANELS,
     append_new,
     apply_band_mask,
+    block_length,
     pack_queries,
     update_columns,
     write_rows,
@@ -82,6 +83,7 @@ def attend_rounded(
         n_head,
         band[:2],
         start,
+        slots.start,
         queries,
         y,
         np.zeros(1, np.int64),
@@ -109,6 +111,7 @@ def attend_all(
     n_head: int,
     band: tuple[int, int],
     first_keys: Array,
+    slot: int,
     panels: Array,
     y: Array,
     counter: Array,
@@ -139,6 +142,7 @@ def attend_all(
                 min(start + size, group * n_seq),
                 band,
                 first_keys[b],
+                slot,
                 panels[thread],
                 y[b],
             )
@@ -159,6 +163,7 @@ def attend_part(
     stop: int,
     band: tuple[int, int],
     first_key: int,
+    slot: int,
     q: Array,
     y: Array,
 ) -> None:
@@ -181,18 +186,17 @@ def attend_part(
     key_words = np.zeros((KEYS, width), np.uint32)
     value_words = np.zeros((n_row, KEYS // 2), np.float32)
     pairs = np.empty((KEYS // 2, d_head), np.float32)
-    # blocks begin at multiples of KEYS behind the first key, wherever a prompt is cut
-    unseen = max(0, n_past + start // group - band[1] + 1 - first_key)
-    first = first_key + unseen // KEYS * KEYS
+    j = max(0, first_key, n_past + start // group - band[1] + 1)
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
-    for j in range(first, last, KEYS):
-        round_keys(keys, j, min(KEYS, last - j), key_words)
-        round_values(values, j, min(KEYS, last - j), pairs, value_words)
+    while j < last:
+        n_block = min(block_length(slot + j), last - j)
+        round_keys(keys, j, n_block, key_words)
+        round_values(values, j, n_block, pairs, value_words)
         for p in range(n_panel):
             seen = (
                 n_past + (start + (p + 1) * COLUMNS - 1) // group - band[0] + 1 - j
             )  # by the last query of the panel
-            n_key = min(KEYS, last - j, multiple(seen, TILE_ROWS))
+            n_key = min(n_block, multiple(seen, TILE_ROWS))
             if n_key <= 0:
                 continue
             scores[: multiple(n_key, height)] = 0
@@ -204,6 +208,7 @@ def attend_part(
             scores[n_key : 2 * n_word] = 0
             call_address(rounding, (scores.ctypes.data, 2 * n_word, weights.ctypes.data, 0))
             multiply(tile, height, value_words, d_head, n_word, weights, weighted[p])
+        j += n_block
     for p in range(n_panel):
         write_rows(weighted[p, :d_head], sums[p], group, h, start + p * COLUMNS, stop, y)
 
