@@ -29,7 +29,9 @@ except ImportError as error:
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # tiny matrices
-CONFIGS = {name: family.scaled(content) for name, content in family.real_configs().items()}
+CONFIGS = family.Configs(
+    {name: family.scaled(content) for name, content in family.real_configs().items()}
+)
 
 
 def _factors(content):

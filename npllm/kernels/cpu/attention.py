@@ -60,8 +60,8 @@ def attend_many(
 
     qkv [n_batch, n_seq, (n_head+2*n_kv_head)*d_head], cos and sin [n_batch, n_seq, d_rope], keys
     and values [n_ctx, n_batch, n_kv_head, d_head], the first n_ctx - n_seq filled; a query sees the
-    keys at distances band[0] <= i - j < band[1]; slot: that of the first key; panels [n_thread, PANELS, d_head, columns] are
-    buffers for queries; y [n_batch, n_seq, n_head*d_head].
+    keys at distances band[0] <= i - j < band[1]; slot: that of the first key; panels [n_thread,
+    PANELS, d_head, columns] are buffers for queries; y [n_batch, n_seq, n_head*d_head].
     """
     n_batch, n_kv_head = keys.shape[1:3]
     n_seq, group, columns = qkv.shape[1], n_head // n_kv_head, panels.shape[3]
