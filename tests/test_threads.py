@@ -168,11 +168,14 @@ assert launching._controller.count == 1
 assert all(map(np.array_equal, got, want))
 """
 FIXED_BY_A_VARIABLE = """
+from npllm import threads
 os.environ["OMP_NUM_THREADS"] = "2"
+threads._is_requested.cache_clear()  # as if it had been set at the start
 launching._controller = None
 m(ids)
 print(launching._controller is not None)
 del os.environ["OMP_NUM_THREADS"]
+threads._is_requested.cache_clear()
 """
 
 
