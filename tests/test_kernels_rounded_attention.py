@@ -4,7 +4,6 @@ The kernel rounds the weights too, and sums in float32: the budget is that of th
 """
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 from close import close
@@ -22,6 +21,8 @@ from npllm.ops.rounded import rounded_attention, rounded_ops
 
 if kernels.compiled_ops() is None:
     pytest.skip("the compiled kernels need Numba", allow_module_level=True)
+import numba
+
 from npllm.kernels.cpu import rounded_attention as kernel
 from npllm.kernels.cpu.dot_products import forced_form, has_instruction, has_tiles
 from npllm.kernels.cpu.rounded_tiles import TILE_ROWS, bfloat16_tile
