@@ -38,11 +38,11 @@ SET = kernels.choose_ops("fast", activations="bfloat16")
 class Columns:
     """A cache that has room for the new tokens behind the past ones."""
 
-    def __init__(self, keys, values):
-        self.keys, self.values = keys.copy(), values.copy()
+    def __init__(self, keys, values, first=0):
+        self.keys, self.values, self.first = keys.copy(), values.copy(), first
 
     def reserve_slots(self, _layer, _k, _v):
-        return self.keys, self.values, range(self.keys.shape[-2])
+        return self.keys, self.values, range(self.first, self.first + self.keys.shape[-2])
 
 
 def heads(seed, d_head, n_seq, n_past=0, n_head=2, n_kv_head=1, n_batch=1):
@@ -52,15 +52,17 @@ def heads(seed, d_head, n_seq, n_past=0, n_head=2, n_kv_head=1, n_batch=1):
     return [rng.standard_normal((n_batch, *shape, d_head), np.float32) for shape in shapes]
 
 
-def attend(q, k, v, mask, run=None):
-    """Run the slot of the set on what q, k and v are the result of, without a rotation."""
+def attend(q, k, v, mask, run=None, first=0):
+    """Run the slot of the set on what q, k and v are the result of, without a rotation; `first`:
+    the slot of the first key.
+    """
     n_seq, n_head, n_kv_head = q.shape[-2], q.shape[-3], k.shape[-3]
     new = [q, k[..., -n_seq:, :], v[..., -n_seq:, :]]
     qkv = np.concatenate([ops.merge_heads(x) for x in new], axis=-1)
     cos, sin = np.ones((n_seq, 2), np.float32), np.zeros((n_seq, 2), np.float32)
     k, v = k.copy(), v.copy()
     k[..., -n_seq:, :], v[..., -n_seq:, :] = np.nan, np.nan
-    step = Step(cos, sin, n_head, n_kv_head, 1e-5, (mask,), Columns(k, v))
+    step = Step(cos, sin, n_head, n_kv_head, 1e-5, (mask,), Columns(k, v, first))
     y = (run or SET.rope_attention)(qkv, step)
     return np.swapaxes(y.reshape(*y.shape[:2], n_head, -1), 1, 2)
 
@@ -138,7 +140,7 @@ def test_one_visible_key_gives_its_value_rounded():
     q, k, v = heads(2, 96, 130, 7, 1)
     with forced_form("plain"):
         got = attend(q, k, v, sliding_window(1))
-    np.testing.assert_allclose(got, v[..., 7:, :].astype(BF16).astype(np.float32), 2.0**-20)
+    np.testing.assert_array_equal(got, v[..., 7:, :].astype(BF16).astype(np.float32))
 
 
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf, 3.4e38])
@@ -231,3 +233,18 @@ def test_a_model_of_either_set_rounds_attention():
         for name in ("fast", "reference")
     ]
     close(both[0], both[1], times=2.0**13)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [7, 64, 100, 300])
+@pytest.mark.parametrize("cut", [17, 96, 101, 193])
+def test_a_prompt_in_pieces_has_the_bits_of_one_reading(window, cut, form):
+    """Whichever keys were dropped before those that the second piece sees."""
+    q, k, v = heads(0, 48, 250, n_head=2)
+    mask, dropped = sliding_window(window), max(0, cut - window + 1)
+    with forced_form(form):
+        want = attend(q, k, v, mask)
+        first = attend(*(x[..., :cut, :] for x in (q, k, v)), mask)
+        kept = (x[..., dropped:, :] for x in (k, v))
+        second = attend(q[..., cut:, :], *kept, mask, first=dropped)
+    np.testing.assert_array_equal(np.concatenate([first, second], axis=-2), want)

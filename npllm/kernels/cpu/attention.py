@@ -28,7 +28,6 @@ __all__ = [
     "append_new",
     "apply_band_mask",
     "attend_many",
-    "block_length",
     "pack_queries",
     "update_columns",
     "write_rows",
@@ -271,20 +270,21 @@ def update_columns(
     scores: Array, n_key: int, scale: float, largest: Array, sums: Array, weighted: Array
 ) -> None:
     """Turn a block of scores into exp(scale * (s - maximum)), and bring maximum, sum and weighted
-    sum of every column up to date.
+    sum of every column up to date.  The difference comes first: where the maximum stays, nothing
+    is rounded anew.
     """
     columns, one, zero = scores.shape[1], splat(np.float32(1)), splat(np.float32(0))
-    lowest, factor, negative = splat(LOWEST), splat(scale), splat(-scale)
+    lowest, factor, negative = splat(LOWEST), splat(scale), splat(np.float32(-1))
     for c in range(0, columns, LANES):
         top = load(largest, c)
         for k in range(n_key):
             top = maximum(top, load(scores, k * columns + c))
         # where nothing is seen yet any finite number will do
         minus, part = fma(negative, maximum(top, lowest), zero), zero
-        decay = exp(fma(factor, load(largest, c), minus))
+        decay = exp(fma(factor, fma(one, load(largest, c), minus), zero))
         store(largest, c, top)
         for k in range(n_key):
-            e = exp(fma(factor, load(scores, k * columns + c), minus))
+            e = exp(fma(factor, fma(one, load(scores, k * columns + c), minus), zero))
             store(scores, k * columns + c, e)
             part = fma(one, e, part)
         store(sums, c, fma(load(sums, c), decay, part))

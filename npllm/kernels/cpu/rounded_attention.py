@@ -4,7 +4,9 @@
 
 where ' is the nearest bfloat16; sums are float32.  Panels of 64 queries are rounded once.  A block
 of keys and values is rounded for all panels of a task: into rows of words, the channels of a key
-side by side, and the keys of a channel.
+side by side, and the keys of a channel.  Blocks begin at multiples of KEYS, counted from slot 0, so
+that pairs of keys, and the order of sums, do not depend on where a prompt is cut; 0 stands for keys
+that no query of the task sees.
 """
 
 from typing import Any
@@ -17,7 +19,6 @@ from npllm.kernels.cpu.attention import (
     PANELS,
     append_new,
     apply_band_mask,
-    block_length,
     pack_queries,
     update_columns,
     write_rows,
@@ -186,12 +187,12 @@ def attend_part(
     key_words = np.zeros((KEYS, width), np.uint32)
     value_words = np.zeros((n_row, KEYS // 2), np.float32)
     pairs = np.empty((KEYS // 2, d_head), np.float32)
-    j = max(0, first_key, n_past + start // group - band[1] + 1)
+    first = max(0, first_key, n_past + start // group - band[1] + 1)
     last = min(n_ctx, n_past + (stop - 1) // group - band[0] + 1)
-    while j < last:
-        n_block = min(block_length(slot + j), last - j)
-        round_keys(keys, j, n_block, key_words)
-        round_values(values, j, n_block, pairs, value_words)
+    for j in range(first - (slot + first) % KEYS, last, KEYS):
+        n_block, n_unseen = min(KEYS, last - j), max(0, first - j)
+        round_keys(keys, j, n_unseen, n_block, key_words)
+        round_values(values, j, n_unseen, n_block, pairs, value_words)
         for p in range(n_panel):
             seen = (
                 n_past + (start + (p + 1) * COLUMNS - 1) // group - band[0] + 1 - j
@@ -203,12 +204,12 @@ def attend_part(
             n_word = multiple(d_head // 2, unit)
             multiply(tile, height, key_words, n_key, n_word, queries[p], scores)
             apply_band_mask(scores, n_key, start + p * COLUMNS, group, n_past - j, band)
+            scores[:n_unseen] = -np.inf
             update_columns(scores, n_key, scale, largest[p], sums[p], weighted[p])
             n_word = multiple((n_key + 1) // 2, unit)
             scores[n_key : 2 * n_word] = 0
             call_address(rounding, (scores.ctypes.data, 2 * n_word, weights.ctypes.data, 0))
             multiply(tile, height, value_words, d_head, n_word, weights, weighted[p])
-        j += n_block
     for p in range(n_panel):
         write_rows(weighted[p, :d_head], sums[p], group, h, start + p * COLUMNS, stop, y)
 
@@ -231,30 +232,33 @@ def multiply(
 
 
 @kernel(nogil=True)
-def round_keys(keys: Array, j: int, n: int, words: Array) -> None:
-    """Write keys j ... j + n - 1 as rows of words, a pair of channels each; 0 behind them."""
+def round_keys(keys: Array, j: int, first: int, stop: int, words: Array) -> None:
+    """Write keys j + first ... j + stop - 1 as rows first ... stop - 1 of words, a pair of channels
+    each; 0 before and behind them.
+    """
     d_head, zeros = keys.shape[1], np.zeros(LANES, np.float32)
     nothing = np.int64(zeros.ctypes.data)
-    for k in range(n):
+    words[:first] = 0
+    for k in range(first, stop):
         at, to = flat_memory(keys).ctypes.data + (j + k) * keys.strides[0], words[k].ctypes.data
         for c in range(0, d_head, STEP):
             x = at + c * WORD
             other = x + LANES * WORD if c + LANES < d_head else nothing
             round_pairs(True, x, other, to + c // 2 * WORD)
-    words[n:] = 0
+    words[stop:] = 0
 
 
 @kernel(nogil=True)
-def round_values(values: Array, j: int, n: int, pairs: Array, words: Array) -> None:
-    """Write values of keys j ... j + n - 1 as a row of words for each channel, a pair of keys each;
-    0 behind them.  `pairs` is a buffer [KEYS / 2, d_head].
+def round_values(values: Array, j: int, first: int, stop: int, pairs: Array, words: Array) -> None:
+    """Write values of keys j + first ... j + stop - 1 as a row of words for each channel, a pair of
+    keys each, the first one j and j + 1; 0 for other keys.  `pairs` is a buffer [KEYS / 2, d_head].
     """
     d_head, zeros = values.shape[1], np.zeros(values.shape[1], np.float32)
     n_pair, nothing = len(pairs), np.int64(zeros.ctypes.data)
     for k in range(n_pair):
         a = flat_memory(values).ctypes.data + (j + 2 * k) * values.strides[0]
-        b = a + values.strides[0] if 2 * k + 1 < n else nothing
-        a, to = a if 2 * k < n else nothing, pairs[k].ctypes.data
+        b = a + values.strides[0] if first <= 2 * k + 1 < stop else nothing
+        a, to = a if first <= 2 * k < stop else nothing, pairs[k].ctypes.data
         for c in range(0, d_head * WORD, LANES * WORD):
             round_pairs(False, a + c, b + c, to + c)
     for c in range(0, d_head, LANES):
