@@ -80,7 +80,8 @@ def test_loading_fifty_times_keeps_memory_and_descriptors_flat(tmp_path, kind):
         alive = weakref.ref(model)
         del model
         assert alive() is None, "the model waits for the cycle collector"
-        assert n_descriptors() == descriptors
+    # other threads of the process may open one meanwhile; a leak is one for each model
+    assert n_descriptors() < descriptors + 25
     assert resident_bytes() - resident < 8 * 2**20
 
 
