@@ -94,6 +94,16 @@ def test_every_format_in_every_form_is_the_exact_product_of_what_is_rounded(name
     assert np.abs(found["plain"] - ops.linear(x, weight)).max() > 0
 
 
+@pytest.mark.parametrize(("name", "kind"), [*COMPILED, ("bfloat16", "bfloat16")])
+def test_a_row_has_the_same_bits_in_a_panel_of_any_width(name, kind):
+    x, weight = rows(132, 512), weight_of(name, 101, 512)
+    for form in forms(kind):
+        with forced_form(form):
+            linear = rounded_set(kind).linear
+            gold = linear(x, weight)
+            assert all((linear(x[:n], weight) == gold[:n]).all() for n in (20, 40, 72, 100))
+
+
 def test_the_type_of_the_scales_changes_no_bit():
     x, linear = rows(70, 1600), rounded_set("int8").linear  # several runs of channels
     close(

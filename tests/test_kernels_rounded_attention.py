@@ -167,13 +167,13 @@ def test_rows_without_a_key_are_zero():
 
 def test_matrix_units_are_given_whole_tiles(monkeypatch):
     """96 rows and 16 words at a time: zeros behind those that are needed change no bit."""
-    six = bfloat16_tile(False).address
+    six = bfloat16_tile(False, 64).address
 
     def tall(codes: int, row_bytes: int, n_words: int, x: int, scales: int, y: int) -> None:
         for r in range(0, 96, TILE_ROWS):
             call_address(six, (codes + r * row_bytes, row_bytes, n_words, x, scales, y + r * 256))
 
-    tile, found = numba.cfunc(bfloat16_tile(False)._sig)(tall), []
+    tile, found = numba.cfunc(bfloat16_tile(False, 64)._sig)(tall), []
     for d_head, n_seq in [(64, 70), (80, 101), (96, 130), (112, 17)]:
         call = *heads(6, d_head, n_seq, 5), causal()
         with forced_form("plain"):

@@ -25,7 +25,17 @@ from numba.extending import overload
 from npllm.kernels.cpu.block_gemv import widen_row
 from npllm.kernels.cpu.launching import kernel, launch, n_workers
 from npllm.kernels.cpu.panels import pack_all, unpack_all
-from npllm.kernels.cpu.simd import LANES, fma, load, load_scalar, prefetch, splat, store
+from npllm.kernels.cpu.simd import (
+    LANES,
+    LINE,
+    fma,
+    load,
+    load_scalar,
+    prefetch,
+    prefetch_far,
+    splat,
+    store,
+)
 from npllm.kernels.cpu.simd_arrays import (
     atomic_fetch_add,
     channels_of_weight,
@@ -369,6 +379,26 @@ def choose_widening(weight: Any, *_: Any) -> Any:
 
 
 @kernel(nogil=True)
+def fetch_run(weight: Array, first: int, stop: int, start: int, depth: int) -> None:
+    """Ask for what `widen_run` reads of rows first ... stop - 1, into the second-level cache."""
+    for row in range(first, stop):
+        p = row * weight.shape[1] + start
+        for i in range(p, p + depth - 1, LINE // weight.itemsize):
+            prefetch_far(weight, i)
+        prefetch_far(weight, p + depth - 1)
+
+
+def prefetch_run(weight: Array, first: int, stop: int, start: int, depth: int) -> None:
+    """As `fetch_run`, of any weight; one in blocks is read as it is decoded."""
+
+
+@overload(prefetch_run, strict=False)
+def choose_prefetch(weight: Any, *_: Any) -> Any:
+    """Choose by the weight's type, as `choose_widening`."""
+    return prefetch_run if weight.dtype == types.int64 else fetch_run.py_func
+
+
+@kernel(nogil=True)
 def run_length(d_in: int, most: int) -> int:
     """Channels of a run: at most so many, a multiple of LANES, and no short run at the end that is
     not worth its sums.
@@ -387,35 +417,48 @@ def multiply_band(
     y: Array,
     first: int,
     stop: int,
+    ahead: int,
 ) -> None:
-    """Rows first ... stop - 1 of the product, for all panels, of the last one `last` columns."""
-    d_in, columns = channels_of_weight(weight), panels.shape[2]
-    n_tile = (stop - first + TILE_ROWS - 1) // TILE_ROWS
+    """Rows first ... stop - 1 of the product, for all panels, of the last one `last` columns.
+
+    Meanwhile the next run of the weight, or the first one of rows `ahead` ..., is fetched, a share
+    of its rows beside each tile.
+    """
+    d_in, columns, n_panel = channels_of_weight(weight), panels.shape[2], len(panels)
+    n_row = (stop - first + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     run = run_length(d_in, DEPTH if columns == WIDE else SHALLOW)
+    part = TILE_ROWS if columns == WIDE else n_row  # rows that are multiplied at once
     for start in range(0, d_in, run):
         depth = min(run, d_in - start)
-        for r in range(n_tile * TILE_ROWS):
+        for r in range(n_row):
             write_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
-        for p in range(len(panels)):
+        next_row, next_start = (first, start + run) if start + run < d_in else (ahead, 0)
+        next_depth = min(run, d_in - next_start)
+        for p in range(n_panel):
             x, at = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns
-            next_panel = ((p + 1) % len(panels) * d_in + start) * columns
-            multiply(
-                wide,
-                0,
-                DEPTH,
-                1,
-                n_tile * TILE_ROWS,
-                panels,
-                x,
-                depth,
-                y,
-                at,
-                start > 0,
-                next_panel,
-                wide[BAND],
-                columns if p < len(panels) - 1 else last,
-                short_run(depth),
-            )
+            next_panel = ((p + 1) % n_panel * d_in + start) * columns
+            for r in range(0, n_row, part):
+                done, n = p * n_row + r, n_panel * n_row
+                low, high = next_row + done * BAND // n, next_row + (done + part) * BAND // n
+                high = min(high, rows_of_weight(weight))
+                prefetch_run(weight, low, high, next_start, next_depth)
+                multiply(
+                    wide,
+                    r * DEPTH,
+                    DEPTH,
+                    1,
+                    part,
+                    panels,
+                    x,
+                    depth,
+                    y,
+                    at + r * columns,
+                    start > 0,
+                    next_panel,
+                    wide[BAND],
+                    columns if p < n_panel - 1 else last,
+                    short_run(depth),
+                )
 
 
 @kernel(parallel=True)
@@ -429,6 +472,6 @@ def multiply_all(
     for thread in prange(len(wide)):
         first = atomic_fetch_add(counter) * BAND
         while first < d_out:
-            stop = min(first + BAND, d_out)
-            multiply_band(weight, scales, panels, last, wide[thread], y, first, stop)
+            stop, ahead = min(first + BAND, d_out), counter[0] * BAND
+            multiply_band(weight, scales, panels, last, wide[thread], y, first, stop, ahead)
             first = atomic_fetch_add(counter) * BAND

@@ -195,8 +195,13 @@ def loaded(builder: Builder, address: Value, kind: Any, offset: int) -> Value:
 
 
 @cache
-def bfloat16_units() -> Any:
+def bfloat16_units(columns: int) -> Any:
     """Compile the function that adds a run of bfloat16 products to 96 rows of y.
+
+    Parameters
+    ----------
+    columns : int
+        Of a panel that are multiplied: COLUMNS, or the first HALF.
 
     Returns
     -------
@@ -212,7 +217,7 @@ def bfloat16_units() -> Any:
     def units(codes: int, row_bytes: int, n_words: int, x: int, scales: int, y: int) -> None:  # noqa: ARG001
         codes += NUMBERS
         describe_tiles(STEP)
-        for c in range(0, COLUMNS, BLOCK):  # of x, which stay in the nearest cache
+        for c in range(0, columns, BLOCK):  # of x, which stay in the nearest cache
             for r in range(0, HEIGHT, BLOCK):
                 to = y + r * ROW + c * WORD
                 move_sums("tileloadd64", to, ROW)
@@ -226,12 +231,12 @@ def bfloat16_units() -> Any:
 
 
 @cache
-def integer_units(n_bytes: int, flush: int, has_minimum: bool) -> Any:
+def integer_units(n_bytes: int, flush: int, has_minimum: bool, columns: int) -> Any:
     """Compile the function that adds a run of integer products to 96 rows of y.
 
     Parameters
     ----------
-    n_bytes, flush, has_minimum
+    n_bytes, flush, has_minimum, columns
         As in `rounded_tiles.integer_tile`, whose numbers y has, bit for bit.
 
     Returns
@@ -244,7 +249,7 @@ def integer_units(n_bytes: int, flush: int, has_minimum: bool) -> Any:
     def units(codes: int, row_bytes: int, n_flush: int, x: int, scales: int, y: int) -> None:
         sums = stack_floats(BOTH)
         describe_tiles(flush)
-        for c in range(0, COLUMNS, BLOCK):  # of x, which stay in the nearest cache
+        for c in range(0, columns, BLOCK):  # of x, which stay in the nearest cache
             for r in range(0, HEIGHT, BLOCK):
                 for k in range(n_flush):
                     w, at = codes + r * row_bytes, x + k * step + c * WORD

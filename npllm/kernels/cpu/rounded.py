@@ -43,7 +43,7 @@ def fits(x: Array, weight: Array, bias: Array) -> bool:
 def product(kind: str, x: Array, weight: Array, gain: Array = EMPTY, eps: float = 0.0) -> Array:
     """The product of rows, normalised where there is a gain, as panels in a buffer."""
     panels = gemm.packed(rows_of(x), gain_bits(gain, weight), eps, COLUMNS)
-    return rounded_product(panels, weight, kind)
+    return rounded_product(panels, weight, kind, len(rows_of(x)))
 
 
 def as_rows(panels: Array, x: Array, d_out: int) -> Array:
@@ -138,7 +138,7 @@ def mlp_block(x: Array, layer: LayerParams, step: Step, *, activations: str) -> 
     both = product(activations, x, gate_up, gain, step.eps)
     gated = dispatch.gate_panels(both, len(gate_up) // 2, biases[0])
     y = row_major_copy(rows_of(x))
-    gemm.add_unpacked(rounded_product(gated, down, activations), y)
+    gemm.add_unpacked(rounded_product(gated, down, activations, len(y)), y)
     return dispatch.add_bias(y, biases[1]).reshape(x.shape)
 
 

@@ -97,8 +97,9 @@ def form(how: str) -> tuple[int, int, int, int]:
     the rounding of a panel; and of how many rows and of how many words a tile takes a multiple.
     """
     if how == "tiles":
-        return bfloat16_units().address, bfloat16_function().address, HEIGHT, LANES
-    return bfloat16_tile(how == "instruction").address, bfloat16_function().address, TILE_ROWS, 1
+        return bfloat16_units(COLUMNS).address, bfloat16_function().address, HEIGHT, LANES
+    tile = bfloat16_tile(how == "instruction", COLUMNS)
+    return tile.address, bfloat16_function().address, TILE_ROWS, 1
 
 
 @kernel(parallel=True)

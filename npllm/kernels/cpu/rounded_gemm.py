@@ -3,9 +3,11 @@ of bfloat16.
 
 The rows of x, packed into panels as `gemm` packs them, are rounded once.  A task is a band of 96
 rows of the weight; for each run of channels its codes are written into the second-level cache, and
-passed over all panels, six rows at a time; on matrix units all 96.
+passed over all panels, six rows at a time; on matrix units all 96.  Rows of bfloat16 are read where
+they lie.  Of the last panel 32 columns are multiplied where no more hold rows.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from npllm.kernels.cpu.rounded_panels import (
 )
 from npllm.kernels.cpu.rounded_tiles import (
     COLUMNS,
+    HALF,
     MOST_FLUSHES,
     NUMBERS,
     TILE_ROWS,
@@ -60,7 +63,7 @@ MOST_PARTS = 3
 PANEL = COLUMNS * WORD
 # columns of a table that describes a weight, one integer each; of its last row, the run
 FIRST, ROW_BYTES, N_ROWS, SCALES, SCALE_ROW, SCALE, CODES, UNIT_ENTRIES, UNIT_BYTES = range(9)
-TILE, DEPTH, FLUSH, X_BYTES, D_IN, ROWS = range(6)
+TILE, LAST_TILE, DEPTH, FLUSH, X_BYTES, D_IN, ROWS = range(7)
 
 
 def format_of(part: Any) -> str:
@@ -80,9 +83,9 @@ def address(x: Array) -> int:
     return x.__array_interface__["data"][0]
 
 
-def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
+def weight_table(weight: Any, kind: str, last: int) -> tuple[Array, int]:
     """Describe a weight to `multiply_all`, and say how many channels are scaled together; of
-    bfloat16 2, a word.
+    bfloat16 2, a word.  Of the last panel so many columns are multiplied.
 
     The caller keeps the weight alive.
     """
@@ -99,18 +102,25 @@ def weight_table(weight: Any, kind: str) -> tuple[Array, int]:
             codes_function(name, flush, uses).address,
             *unit_size(name),
         )
-    has_minimum = not MINIMUM.isdisjoint(names)
-    if kind == "bfloat16":
-        tile = bfloat16_units() if form == "tiles" else bfloat16_tile(uses)
-        depth, x_bytes, flush = RUN // 2, PANEL // 2, PAIR
-    else:
-        n_bytes = N_BYTES[kind]
-        variant = n_bytes, flush, has_minimum
-        tile = integer_units(*variant) if form == "tiles" else integer_tile(*variant, uses)
-        depth, x_bytes = min(RUN // n_bytes, flush * MOST_FLUSHES), PANEL // WORD * n_bytes
+    tiles = tile_addresses(kind, flush, not MINIMUM.isdisjoint(names), last)
+    n_bytes = N_BYTES.get(kind, 2)  # of an entry of x, and of a channel in the band
+    depth, x_bytes = min(RUN // n_bytes, flush * MOST_FLUSHES), PANEL // WORD * n_bytes
+    flush = PAIR if kind == "bfloat16" else flush
     rows = HEIGHT if form == "tiles" else TILE_ROWS
-    table[MOST_PARTS, :6] = tile.address, depth, flush, x_bytes, weight.shape[1], rows
+    table[MOST_PARTS, :7] = *tiles, depth, flush, x_bytes, weight.shape[1], rows
     return frozen(table), flush
+
+
+def tile_addresses(kind: str, flush: int, has_minimum: bool, last: int) -> tuple[int, int]:
+    """The functions that multiply tiles of a whole panel, and of one with `last` rows."""
+    form = form_of(kind, flush)
+    if kind == "bfloat16":
+        make = bfloat16_units if form == "tiles" else partial(bfloat16_tile, form != "plain")
+    else:
+        variant = N_BYTES[kind], flush, has_minimum
+        units, tile = partial(integer_units, *variant), partial(integer_tile, *variant)
+        make = units if form == "tiles" else partial(tile, form != "plain")
+    return make(COLUMNS).address, make(HALF if last <= HALF else COLUMNS).address
 
 
 def _places(part: Any, name: str) -> tuple[int, int, int, int, int]:
@@ -122,8 +132,8 @@ def _places(part: Any, name: str) -> tuple[int, int, int, int, int]:
     return address(rows), rows.strides[0], len(rows), 0, 0
 
 
-def rounded_product(panels: Array, weight: Any, kind: str) -> Array:
-    """The product of a weight and packed rows, rounded as `kind` says.
+def rounded_product(panels: Array, weight: Any, kind: str, n: int) -> Array:
+    """The product of a weight and n packed rows, rounded as `kind` says.
 
     Parameters
     ----------
@@ -132,6 +142,8 @@ def rounded_product(panels: Array, weight: Any, kind: str) -> Array:
         For which `fits_rounded` holds.
     kind : str
         "int16", "int8" or "bfloat16".
+    n : int
+        Columns of panels that hold rows.
 
     Returns
     -------
@@ -144,8 +156,8 @@ def rounded_product(panels: Array, weight: Any, kind: str) -> Array:
     """
     if form_of(kind) == "float32":
         launch(round_bfloat16, panels.view(np.uint32))
-        return gemm.product(panels, *kernel_operands(weight))
-    table, flush = weight_table(weight, kind)
+        return gemm.product(panels, *kernel_operands(weight), n)
+    table, flush = weight_table(weight, kind, (n - 1) % COLUMNS + 1)
     words, scales = rounded_panels(panels, weight, kind, flush)
     d_out, height = weight.shape[0], int(table[MOST_PARTS, ROWS])
     n_row = -(-d_out // height) * height
@@ -201,6 +213,30 @@ def prefetch_rows(table: Array, first: int, stop: int, start: int, depth: int) -
 
 
 @kernel(nogil=True)
+def rows_in_place(table: Array, n_row: int) -> int:
+    """Rows of a band that tiles read where they lie: whole tiles of a weight in bfloat16.  Matrix
+    units read the band: rows a large power of two apart would share a few lines of their cache.
+    """
+    run = table[MOST_PARTS]
+    lie_so = run[FLUSH] == PAIR and run[ROWS] == TILE_ROWS
+    return n_row // TILE_ROWS * TILE_ROWS if lie_so else 0
+
+
+@kernel(nogil=True)
+def write_band(
+    table: Array, first: int, r: int, n_row: int, stop: int, start: int, depth: int, band: Array
+) -> None:
+    """Write a run of rows first + r ... first + n_row - 1 into rows r ... of the band; zeros from
+    row `stop` of the weight on.
+    """
+    for i in range(r, n_row):
+        if first + i < stop:
+            write_row(table, first + i, start, depth, band[i].ctypes.data)
+        else:
+            band[i, :] = 0
+
+
+@kernel(nogil=True)
 def multiply_band(
     table: Array,
     words: Array,
@@ -220,13 +256,10 @@ def multiply_band(
     run, stop = table[MOST_PARTS], min(first + BAND, d_out)
     height, n_panel = run[ROWS], len(words)
     n_row = (stop - first + height - 1) // height * height
+    in_place = rows_in_place(table, stop - first)
     for start in range(0, run[D_IN], run[DEPTH]):
         depth = min(run[DEPTH], run[D_IN] - start)
-        for r in range(n_row):
-            if first + r < stop:
-                write_row(table, first + r, start, depth, band[r].ctypes.data)
-            else:
-                band[r, :] = 0
+        write_band(table, first, in_place, n_row, stop, start, depth, band)
         ahead, next_start = first, start + depth
         if next_start == run[D_IN]:  # the band that is taken next, unless another thread does
             ahead, next_start = counter[0] * BAND, 0
@@ -234,6 +267,7 @@ def multiply_band(
         for p in range(n_panel):
             x = words[p].ctypes.data + start * run[X_BYTES]
             x_scales = scales[p].ctypes.data + start // run[FLUSH] * 2 * PANEL
+            function = run[TILE] if p < n_panel - 1 else run[LAST_TILE]
             for r in range(0, n_row, height):
                 if run[FLUSH] == PAIR:
                     done, n = p * n_row + r, n_panel * n_row  # rows of tiles, and all of them
@@ -243,8 +277,12 @@ def multiply_band(
                 tile = y[p, first + r : first + r + height]
                 if start == 0:
                     tile[:, :] = 0
-                codes, count, to = band[r].ctypes.data, depth // run[FLUSH], tile.ctypes.data
-                call_address(run[TILE], (codes, ROW, count, x, x_scales, to))
+                codes, row_bytes = np.int64(band[r].ctypes.data), np.int64(ROW)
+                if r < in_place:  # as if it had numbers before it
+                    codes = place_of_run(table, first + r, start)[1] - NUMBERS
+                    row_bytes = table[0, ROW_BYTES]
+                count, to = depth // run[FLUSH], tile.ctypes.data
+                call_address(function, (codes, row_bytes, count, x, x_scales, to))
 
 
 @kernel(parallel=True)

@@ -1,4 +1,4 @@
-"""A tile of a product whose operands are rounded: six rows of a weight times 64 rows of x.
+"""A tile of a product whose operands are rounded: six rows of a weight times 64 or 32 rows of x.
 
 The low-precision operands of a run of channels lie in two buffers.  A row of the band has its codes
 side by side, then its `numbers`: for each flush an integer, a scale and a minimum.  A panel of x
@@ -27,13 +27,22 @@ from npllm.kernels.cpu.numba_internals import c_function
 from npllm.kernels.cpu.simd import FLOATS, I32, INTS, LANES, all_lanes, vector
 from npllm.kernels.cpu.simd_addresses import I64, fused, pointer_to
 
-__all__ = ["COLUMNS", "MOST_FLUSHES", "NUMBERS", "TILE_ROWS", "bfloat16_tile", "integer_tile"]
+__all__ = [
+    "COLUMNS",
+    "HALF",
+    "MOST_FLUSHES",
+    "NUMBERS",
+    "TILE_ROWS",
+    "bfloat16_tile",
+    "integer_tile",
+]
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
 
 TILE_ROWS, VECTORS = 6, 4  # of a tile: 24 sums stay in registers
 COLUMNS = VECTORS * LANES
+HALF = COLUMNS // 2  # columns of a narrow tile
 WORD, VECTOR = 4, 4 * LANES  # bytes
 MOST_FLUSHES = 32  # of a run
 SCALES, MINIMUMS = (
@@ -74,34 +83,36 @@ def repeated_at(builder: Builder, address: Value, row: int, row_bytes: Value, ki
     return repeated(builder, value, kind)
 
 
-def vectors_at(builder: Builder, address: Value, kind: Any, row: int = 0) -> list[Value]:
-    """A row of a tile, or of a panel."""
-    offsets = [VECTOR * (VECTORS * row + c) for c in range(VECTORS)]
+def vectors_at(builder: Builder, address: Value, kind: Any, n: int, row: int = 0) -> list[Value]:
+    """The first n vectors of a row of a tile, or of a panel."""
+    offsets = [VECTOR * (VECTORS * row + c) for c in range(n)]
     return [builder.load(pointer_to(builder, address, kind, at), align=4) for at in offsets]
 
 
-@intrinsic
-def start_sums(_typing: Any, numbers: Any, row_bytes: Any) -> Any:
-    """Twenty-four vectors of sums: the integer at an address of each row."""
-    kind = types.UniTuple(integers, TILE_ROWS * VECTORS)
+@intrinsic(prefer_literal=True)
+def start_sums(_typing: Any, columns: Any, numbers: Any, row_bytes: Any) -> Any:
+    """Six rows of so many sums: the integer at an address of each row."""
+    n = columns.literal_value // LANES
+    kind = types.UniTuple(integers, TILE_ROWS * n)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows = [repeated_at(builder, arguments[0], r, arguments[1], INTS) for r in range(TILE_ROWS)]
-        sums = [row for row in rows for _ in range(VECTORS)]
+        _, numbers, row_bytes = arguments
+        rows = [repeated_at(builder, numbers, r, row_bytes, INTS) for r in range(TILE_ROWS)]
+        sums = [row for row in rows for _ in range(n)]
         return context.make_tuple(builder, signature.return_type, sums)
 
-    return kind(numbers, row_bytes), generate
+    return kind(columns, numbers, row_bytes), generate
 
 
-@intrinsic
-def zero_sums(_typing: Any) -> Any:
-    """Twenty-four vectors of floats: zeros."""
-    kind = types.UniTuple(vector, TILE_ROWS * VECTORS)
+@intrinsic(prefer_literal=True)
+def zero_sums(_typing: Any, columns: Any) -> Any:
+    """Six rows of so many sums: zeros."""
+    kind = types.UniTuple(vector, TILE_ROWS * columns.literal_value // LANES)
 
     def generate(context: Any, builder: Any, signature: Any, _arguments: Any) -> Any:
         return context.make_tuple(builder, signature.return_type, [all_lanes(0.0)] * kind.count)
 
-    return kind(), generate
+    return kind(columns), generate
 
 
 @intrinsic
@@ -125,17 +136,18 @@ def dot_step(
     codes: Any,
     row_bytes: Any,
 ) -> Any:
-    """Add to sums the products of a word of six rows and of 64 columns: bytes or bfloat16."""
+    """Add to sums the products of a word of six rows and of their columns: bytes or bfloat16."""
+    n = sums.count // TILE_ROWS
     dot = dot_bytes if sums.dtype is integers else dot_bfloat16
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, old, x, codes, row_bytes = arguments
         old, new = cgutils.unpack_tuple(builder, old), []
-        columns = vectors_at(builder, x, INTS)
+        columns = vectors_at(builder, x, INTS, n)
         for r in range(TILE_ROWS):
             w = repeated_at(builder, codes, r, row_bytes, INTS)
             for c, column in enumerate(columns):
-                new.append(dot(builder, uses.literal_value, old[VECTORS * r + c], column, w))
+                new.append(dot(builder, uses.literal_value, old[n * r + c], column, w))
         return context.make_tuple(builder, signature.return_type, new)
 
     return sums(uses, sums, x, codes, row_bytes), generate
@@ -152,17 +164,18 @@ def add_scaled(
     y: Any,
 ) -> Any:
     """Add the scaled sums of a flush, and the minimums, to a tile of y."""
+    n = sums.count // TILE_ROWS
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         _, sums, numbers, row_bytes, scales, y = arguments
         sums = cgutils.unpack_tuple(builder, sums)
-        x_scales, x_sums = (vectors_at(builder, scales, FLOATS, row) for row in (0, 1))
+        x_scales, x_sums = (vectors_at(builder, scales, FLOATS, n, row) for row in (0, 1))
         places = [builder.add(numbers, ir.Constant(I64, at)) for at in (SCALES, MINIMUMS)]
         for r in range(TILE_ROWS):
             scale = repeated_at(builder, places[0], r, row_bytes, FLOATS)
-            old = vectors_at(builder, y, FLOATS, r)
-            for c in range(VECTORS):
-                term = builder.fmul(builder.sitofp(sums[VECTORS * r + c], FLOATS), x_scales[c])
+            old = vectors_at(builder, y, FLOATS, n, r)
+            for c in range(n):
+                term = builder.fmul(builder.sitofp(sums[n * r + c], FLOATS), x_scales[c])
                 old[c] = fused(builder, scale, term, old[c])
             if has_minimum.literal_value:
                 least = repeated_at(builder, places[1], r, row_bytes, FLOATS)
@@ -183,13 +196,14 @@ def store_row(builder: Builder, y: Value, row: int, values: list[Value]) -> None
 @intrinsic
 def add_sums(_typing: Any, sums: Any, y: Any) -> Any:
     """Add sums to a tile of y."""
+    n = sums.count // TILE_ROWS
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         sums, y = cgutils.unpack_tuple(builder, arguments[0]), arguments[1]
         for r in range(TILE_ROWS):
             new = [
-                builder.fadd(v, sums[VECTORS * r + c])
-                for c, v in enumerate(vectors_at(builder, y, FLOATS, r))
+                builder.fadd(v, sums[n * r + c])
+                for c, v in enumerate(vectors_at(builder, y, FLOATS, n, r))
             ]
             store_row(builder, y, r, new)
         return context.get_dummy_value()
@@ -198,7 +212,7 @@ def add_sums(_typing: Any, sums: Any, y: Any) -> Any:
 
 
 @cache
-def integer_tile(n_bytes: int, flush: int, has_minimum: bool, uses: bool) -> Any:
+def integer_tile(n_bytes: int, flush: int, has_minimum: bool, uses: bool, columns: int) -> Any:
     """Compile the function that adds a run of integer products to a tile of y.
 
     Parameters
@@ -210,6 +224,8 @@ def integer_tile(n_bytes: int, flush: int, has_minimum: bool, uses: bool) -> Any
     has_minimum : bool
     uses : bool
         Products are those of the instruction, else plain vectors: the same bits.
+    columns : int
+        Of a panel that are multiplied: COLUMNS, or the first HALF.
 
     Returns
     -------
@@ -222,7 +238,7 @@ def integer_tile(n_bytes: int, flush: int, has_minimum: bool, uses: bool) -> Any
         numbers = codes
         codes += NUMBERS
         for _ in range(n_flush):
-            sums = start_sums(numbers, row_bytes)
+            sums = start_sums(columns, numbers, row_bytes)
             for part in range(n_bytes):
                 if part > 0:
                     sums = shift_sums(sums)
@@ -236,7 +252,7 @@ def integer_tile(n_bytes: int, flush: int, has_minimum: bool, uses: bool) -> Any
 
 
 @cache
-def bfloat16_tile(uses: bool) -> Any:
+def bfloat16_tile(uses: bool, columns: int) -> Any:
     """Compile the function that adds a run of bfloat16 products to a tile of y.
 
     As `integer_tile`, with two channels a word; instead of flushes words are counted, and `scales`
@@ -246,13 +262,13 @@ def bfloat16_tile(uses: bool) -> Any:
     def tile(codes: int, row_bytes: int, n_words: int, x: int, scales: int, y: int) -> None:  # noqa: ARG001
         codes += NUMBERS
         for _ in range(n_words // SHORT):  # their number, known to the compiler, is 2 % of the time
-            sums = zero_sums()
+            sums = zero_sums(columns)
             for _ in range(SHORT):
                 sums = dot_step(uses, sums, x, codes, row_bytes)
                 codes, x = codes + WORD, x + VECTORS * VECTOR
             add_sums(sums, y)
         if n_words % SHORT:
-            sums = zero_sums()
+            sums = zero_sums(columns)
             for _ in range(n_words % SHORT):
                 sums = dot_step(uses, sums, x, codes, row_bytes)
                 codes, x = codes + WORD, x + VECTORS * VECTOR
