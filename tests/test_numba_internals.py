@@ -175,10 +175,10 @@ def test_the_internals_are_those_that_the_code_was_written_for():
     from numba.core.dispatcher import Dispatcher
     from numba.core.registry import cpu_target
 
-    from npllm.kernels.cpu import gemm
+    from npllm.kernels.cpu import gemm_tiles
 
-    assert isinstance(gemm.multiply, Dispatcher)
-    cache = gemm.multiply._cache
+    assert isinstance(gemm_tiles.multiply, Dispatcher)
+    cache = gemm_tiles.multiply._cache
     assert type(cache) is numba_internals.DiskCache
     file = cache._cache_file
     assert f"{os.getpid()}-" in file._data_name_pattern and "{number:d}" in file._data_name_pattern

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from npllm.kernels.cpu.gemm import TILE_ROWS, multiply
+from npllm.kernels.cpu.gemm_tiles import TILE_ROWS, multiply
 from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.layout import EMPTY
 from npllm.kernels.cpu.panels import pack, unpack
