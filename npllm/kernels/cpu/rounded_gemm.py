@@ -202,14 +202,20 @@ def write_row(table: Array, row: int, start: int, depth: int, target: int) -> No
 
 
 @kernel(nogil=True)
+def place_in_bfloat16(table: Array, row: int, start: int) -> int:
+    """Where a run of a row begins, of a weight in bfloat16, which has one part."""
+    return table[0, FIRST] + row * table[0, ROW_BYTES] + PAIR * start
+
+
+@kernel(nogil=True)
 def prefetch_rows(table: Array, first: int, stop: int, start: int, depth: int) -> None:
-    """Ask for what `write_row` reads of rows first ... stop - 1, into the second-level cache."""
-    for row in range(first, stop):
-        p, w, _ = place_of_run(table, row, start)
-        last = w + depth // table[p, UNIT_ENTRIES] * table[p, UNIT_BYTES] - 1
-        for at in range(w, last, LINE):
-            prefetch_far(at)
-        prefetch_far(last)
+    """Ask for channels start ... start + depth - 1 of rows first ... stop - 1 of a weight in
+    bfloat16, into the second-level cache, but for a line that begins before.
+    """
+    at = place_in_bfloat16(table, first, start) + LINE - 1
+    for line in range(at, at + PAIR * depth, LINE):
+        for r in range(stop - first):
+            prefetch_far(line + r * table[0, ROW_BYTES])
 
 
 @kernel(nogil=True)
@@ -279,7 +285,7 @@ def multiply_band(
                     tile[:, :] = 0
                 codes, row_bytes = np.int64(band[r].ctypes.data), np.int64(ROW)
                 if r < in_place:  # as if it had numbers before it
-                    codes = place_of_run(table, first + r, start)[1] - NUMBERS
+                    codes = place_in_bfloat16(table, first + r, start) - NUMBERS
                     row_bytes = table[0, ROW_BYTES]
                 count, to = depth // run[FLUSH], tile.ctypes.data
                 call_address(function, (codes, row_bytes, count, x, x_scales, to))
