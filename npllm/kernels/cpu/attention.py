@@ -209,18 +209,13 @@ def write_rows(
     y; 0 where no key was seen, but a value that is NaN stays NaN, as in the definition.
     """
     d_head, columns = weighted.shape
-    for k in range(columns):
-        if sums[k] == 0:
-            sums[k] = np.inf
-    for i in range(d_head):
-        for k in range(columns):
-            weighted[i, k] /= sums[k]
     rows = np.empty((columns, d_head), np.float32)
     unpack(weighted, rows, False)
-    for c in range(start, min(start + columns, stop)):
-        to = (h * group + c % group) * d_head
+    for k in range(min(columns, stop - start)):
+        c, total = start + k, sums[k] if sums[k] != 0 else np.float32(np.inf)
+        row = y[c // group, (h * group + c % group) * d_head :]
         for i in range(d_head):
-            y[c // group, to + i] = rows[c - start, i]
+            row[i] = rows[k, i] / total
 
 
 @kernel(nogil=True)
