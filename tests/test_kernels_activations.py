@@ -1,5 +1,8 @@
 """Compiled products of rounded activations: against their definitions, in every form."""
 
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -102,6 +105,39 @@ def test_a_row_has_the_same_bits_in_a_panel_of_any_width(name, kind):
             linear = rounded_set(kind).linear
             gold = linear(x, weight)
             assert all((linear(x[:n], weight) == gold[:n]).all() for n in (20, 40, 72, 100))
+
+
+BEYOND = """
+import ctypes, mmap
+import ml_dtypes, numpy as np
+from npllm import kernels
+from npllm.kernels.cpu.dot_products import forced_form, has_instruction
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+linear = kernels.choose_ops("fast", activations="bfloat16").linear
+memory = mmap.mmap(-1, 10 * page)
+raw = np.frombuffer(memory, np.uint8)
+for at in (0, 9):
+    assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + at * page), page, 0) == 0
+for d_out in (1, 5, 7, 97):
+    for d_in in (64, 128):
+        size = 2 * d_out * d_in
+        for start in (page, 9 * page - size):
+            weight = raw[start : start + size].view(ml_dtypes.bfloat16).reshape(d_out, d_in)
+            weight[...] = 1
+            for form in ("plain", *["instruction"] * has_instruction("bfloat16")):
+                with forced_form(form):
+                    assert (linear(np.ones((20, d_in), np.float32), weight) == d_in).all()
+print("read what it may")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by a call of Linux")
+def test_no_byte_beside_a_weight_in_bfloat16_is_read():
+    """The pages before and behind it cannot be read: the process would end."""
+    run = subprocess.run(
+        [sys.executable, "-c", BEYOND], capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() == "read what it may", run.stderr[-2000:]
 
 
 def test_the_type_of_the_scales_changes_no_bit():

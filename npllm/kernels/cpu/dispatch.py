@@ -148,8 +148,7 @@ def gated_panels(x: Array, norm_weight: Array, eps: float, weight: Array, bias: 
 def gate_panels(both: Array, d_ff: int, bias: Array) -> Array:
     """Add a bias to panels of gate and up, in place, and compute swiglu of the two."""
     if bias is not None:
-        with np.errstate(invalid="ignore", over="ignore"):  # columns without a row hold anything
-            both[:, : 2 * d_ff] += bias.astype(np.float32, copy=False)[:, None]
+        both[:, : 2 * d_ff] += bias.astype(np.float32, copy=False)[:, None]
     y = scratch("gated", (len(both), d_ff, both.shape[2]), np.float32)
     launch(swiglu_panels, both, y)
     return y

@@ -76,7 +76,8 @@ def packed(rows: Array, gain: Array, eps: float, columns: int = 0) -> Array:
 
 def product(panels: Array, weight: Array, scales: Array, n: int = 0) -> Array:
     """The product of a weight and n packed rows, [n_panel, d_out (and up to five rows more),
-    columns] in a buffer; of as many as the panels have columns for n = 0.
+    columns] in a buffer; of as many as the panels have columns for n = 0.  Columns without a row
+    may hold anything.
     """
     d_out = rows_of_weight(weight)
     y = scratch(
@@ -196,6 +197,57 @@ def run_length(d_in: int, most: int) -> int:
 
 
 @kernel(nogil=True)
+def multiply_panels(
+    weight: Array,
+    panels: Array,
+    last: int,
+    wide: Array,
+    y: Array,
+    rows: tuple[int, int],
+    run: tuple[int, int],
+    following: tuple[int, int, int],
+) -> None:
+    """Add (the first run: write) the product of a run of channels [start, depth] of rows [first,
+    n_row], which lies in the band, and of all panels.
+
+    Meanwhile what follows, [row, start, depth], is fetched, a share of BAND rows beside each tile.
+    """
+    (first, n_row), (start, depth), n_panel = rows, run, len(panels)
+    d_in, columns = panels.shape[1:]
+    part = TILE_ROWS if columns == WIDE else n_row  # rows that are multiplied at once
+    for p in range(n_panel):
+        x, at = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns
+        next_panel = ((p + 1) % n_panel * d_in + start) * columns
+        for r in range(0, n_row, part):
+            low, high = share_of_band(p * n_row + r, part, n_panel * n_row)
+            low, high = following[0] + low, min(following[0] + high, rows_of_weight(weight))
+            prefetch_run(weight, low, high, following[1], following[2])
+            multiply(
+                wide,
+                r * DEPTH,
+                DEPTH,
+                1,
+                part,
+                panels,
+                x,
+                depth,
+                y,
+                at + r * columns,
+                start > 0,
+                next_panel,
+                wide[BAND],
+                columns if p < n_panel - 1 else last,
+                short_run(depth),
+            )
+
+
+@kernel(nogil=True)
+def share_of_band(done: int, part: int, n: int) -> tuple[int, int]:
+    """The rows of the next band to fetch during a part of n rows of tiles, after some are done."""
+    return done * BAND // n, (done + part) * BAND // n
+
+
+@kernel(nogil=True)
 def multiply_band(
     weight: Array,
     scales: Array,
@@ -207,46 +259,19 @@ def multiply_band(
     stop: int,
     ahead: int,
 ) -> None:
-    """Rows first ... stop - 1 of the product, for all panels, of the last one `last` columns.
-
-    Meanwhile the next run of the weight, or the first one of rows `ahead` ..., is fetched, a share
-    of its rows beside each tile.
+    """Rows first ... stop - 1 of the product, for all panels, of the last one `last` columns; rows
+    from `ahead` on are those that this thread is likely to multiply next.
     """
-    d_in, columns, n_panel = channels_of_weight(weight), panels.shape[2], len(panels)
-    n_row = (stop - first + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-    run = run_length(d_in, DEPTH if columns == WIDE else SHALLOW)
-    part = TILE_ROWS if columns == WIDE else n_row  # rows that are multiplied at once
+    d_in, n_row = channels_of_weight(weight), (stop - first + TILE_ROWS - 1) // TILE_ROWS
+    n_row *= TILE_ROWS
+    run = run_length(d_in, DEPTH if panels.shape[2] == WIDE else SHALLOW)
     for start in range(0, d_in, run):
         depth = min(run, d_in - start)
         for r in range(n_row):
             write_run(weight, scales, first + r, start, depth, wide, r, first + r < stop)
-        next_row, next_start = (first, start + run) if start + run < d_in else (ahead, 0)
-        next_depth = min(run, d_in - next_start)
-        for p in range(n_panel):
-            x, at = (p * d_in + start) * columns, (p * y.shape[1] + first) * columns
-            next_panel = ((p + 1) % n_panel * d_in + start) * columns
-            for r in range(0, n_row, part):
-                done, n = p * n_row + r, n_panel * n_row
-                low, high = next_row + done * BAND // n, next_row + (done + part) * BAND // n
-                high = min(high, rows_of_weight(weight))
-                prefetch_run(weight, low, high, next_start, next_depth)
-                multiply(
-                    wide,
-                    r * DEPTH,
-                    DEPTH,
-                    1,
-                    part,
-                    panels,
-                    x,
-                    depth,
-                    y,
-                    at + r * columns,
-                    start > 0,
-                    next_panel,
-                    wide[BAND],
-                    columns if p < n_panel - 1 else last,
-                    short_run(depth),
-                )
+        row, at = (first, start + run) if start + run < d_in else (ahead, 0)
+        following = row, at, min(run, d_in - at)
+        multiply_panels(weight, panels, last, wide, y, (first, n_row), (start, depth), following)
 
 
 @kernel(parallel=True)

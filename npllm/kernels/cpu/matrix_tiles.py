@@ -1,4 +1,4 @@
-"""Products on the matrix units of a processor (Intel AMX): 96 rows of a weight times 64 rows of x.
+"""Products on matrix units (Intel AMX): 96 rows of a weight times 64 or 32 rows of x.
 
 A tile register holds 16 rows of 64 bytes.  Two tiles of the weight and two of x, in the layout of
 `rounded_tiles`, give four tiles of sums, 32 rows by 32 columns:

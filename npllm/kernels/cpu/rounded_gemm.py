@@ -42,6 +42,7 @@ from npllm.kernels.cpu.rounded_weights import (
     codes_function,
     unit_size,
 )
+from npllm.kernels.cpu.simd import LINE
 from npllm.kernels.cpu.simd_addresses import call_address, prefetch_far
 from npllm.kernels.cpu.simd_arrays import atomic_fetch_add
 from npllm.quantized.activations import N_BYTES
@@ -57,7 +58,6 @@ BAND = 16 * TILE_ROWS  # rows of a task
 RUN = 512  # bytes of a run's codes in a row of the band
 ROW = NUMBERS + RUN  # bytes of a row of the band
 AHEAD = 12  # rows by which the reading of integers runs ahead
-LINE = 64  # bytes that are fetched at once
 PAIR = 2  # channels of a word of bfloat16
 MOST_PARTS = 3
 PANEL = COLUMNS * WORD
@@ -148,7 +148,7 @@ def rounded_product(panels: Array, weight: Any, kind: str, n: int) -> Array:
     Returns
     -------
     y : float32 array [n_panel, d_out (and up to 95 rows more), 64]
-        In a buffer.
+        In a buffer; columns without a row may hold anything.
 
     Notes
     -----
@@ -243,6 +243,47 @@ def write_band(
 
 
 @kernel(nogil=True)
+def multiply_panels(
+    table: Array,
+    words: Array,
+    scales: Array,
+    band: Array,
+    y: Array,
+    rows: tuple[int, int, int],
+    run: tuple[int, int],
+    following: tuple[int, int, int],
+) -> None:
+    """Add (the first run: write) the product of a run of channels [start, depth] of rows [first,
+    n_row, rows in place] and of all panels.
+
+    Meanwhile what follows of a weight in bfloat16, [row, start, depth], is fetched, a share of BAND
+    rows beside each tile.  Beside tiles of integers, which take half the time, that was slower than
+    a prefetch as the rows are decoded.
+    """
+    (first, n_row, in_place), (start, depth), n_panel = rows, run, len(words)
+    settings, n = table[MOST_PARTS], len(words) * n_row
+    height, is_bfloat16 = settings[ROWS], settings[FLUSH] == PAIR
+    for p in range(n_panel):
+        x = words[p].ctypes.data + start * settings[X_BYTES]
+        x_scales = scales[p].ctypes.data + start // settings[FLUSH] * 2 * PANEL
+        function = settings[TILE] if p < n_panel - 1 else settings[LAST_TILE]
+        for r in range(0, n_row, height):
+            if is_bfloat16:
+                low, high = gemm.share_of_band(p * n_row + r, height, n)
+                low, high = following[0] + low, min(following[0] + high, table[0, N_ROWS])
+                prefetch_rows(table, low, high, following[1], following[2])
+            tile = y[p, first + r : first + r + height]
+            if start == 0:
+                tile[:, :] = 0
+            codes, row_bytes = np.int64(band[r].ctypes.data), np.int64(ROW)
+            if r < in_place:  # as if it had numbers before it
+                codes = place_in_bfloat16(table, first + r, start) - NUMBERS
+                row_bytes = table[0, ROW_BYTES]
+            count, to = depth // settings[FLUSH], tile.ctypes.data
+            call_address(function, (codes, row_bytes, count, x, x_scales, to))
+
+
+@kernel(nogil=True)
 def multiply_band(
     table: Array,
     words: Array,
@@ -250,45 +291,22 @@ def multiply_band(
     band: Array,
     y: Array,
     first: int,
-    d_out: int,
-    counter: Array,
+    stop: int,
+    ahead: int,
 ) -> None:
-    """BAND rows of the product from `first` on, for all panels.
-
-    Meanwhile the next run of a weight in bfloat16 is fetched, a share of its rows beside each tile.
-    Beside tiles of integers, which take half the time, that was slower than a prefetch as the rows
-    are decoded.
+    """Rows first ... stop - 1 of the product, for all panels; rows from `ahead` on are those that
+    this thread is likely to multiply next.
     """
-    run, stop = table[MOST_PARTS], min(first + BAND, d_out)
-    height, n_panel = run[ROWS], len(words)
+    d_in, run, height = table[MOST_PARTS, D_IN], table[MOST_PARTS, DEPTH], table[MOST_PARTS, ROWS]
     n_row = (stop - first + height - 1) // height * height
     in_place = rows_in_place(table, stop - first)
-    for start in range(0, run[D_IN], run[DEPTH]):
-        depth = min(run[DEPTH], run[D_IN] - start)
+    for start in range(0, d_in, run):
+        depth = min(run, d_in - start)
         write_band(table, first, in_place, n_row, stop, start, depth, band)
-        ahead, next_start = first, start + depth
-        if next_start == run[D_IN]:  # the band that is taken next, unless another thread does
-            ahead, next_start = counter[0] * BAND, 0
-        next_depth = min(run[DEPTH], run[D_IN] - next_start)
-        for p in range(n_panel):
-            x = words[p].ctypes.data + start * run[X_BYTES]
-            x_scales = scales[p].ctypes.data + start // run[FLUSH] * 2 * PANEL
-            function = run[TILE] if p < n_panel - 1 else run[LAST_TILE]
-            for r in range(0, n_row, height):
-                if run[FLUSH] == PAIR:
-                    done, n = p * n_row + r, n_panel * n_row  # rows of tiles, and all of them
-                    low, high = done * BAND // n, (done + height) * BAND // n
-                    high = min(ahead + high, d_out)
-                    prefetch_rows(table, ahead + low, high, next_start, next_depth)
-                tile = y[p, first + r : first + r + height]
-                if start == 0:
-                    tile[:, :] = 0
-                codes, row_bytes = np.int64(band[r].ctypes.data), np.int64(ROW)
-                if r < in_place:  # as if it had numbers before it
-                    codes = place_in_bfloat16(table, first + r, start) - NUMBERS
-                    row_bytes = table[0, ROW_BYTES]
-                count, to = depth // run[FLUSH], tile.ctypes.data
-                call_address(function, (codes, row_bytes, count, x, x_scales, to))
+        row, at = (first, start + run) if start + run < d_in else (ahead, 0)
+        following = row, at, min(run, d_in - at)
+        rows = first, n_row, in_place
+        multiply_panels(table, words, scales, band, y, rows, (start, depth), following)
 
 
 @kernel(parallel=True)
@@ -299,7 +317,8 @@ def multiply_all(
     for thread in prange(len(band)):
         first = atomic_fetch_add(counter) * BAND
         while first < d_out:
-            multiply_band(table, words, scales, band[thread], y, first, d_out, counter)
+            stop, ahead = min(first + BAND, d_out), counter[0] * BAND
+            multiply_band(table, words, scales, band[thread], y, first, stop, ahead)
             first = atomic_fetch_add(counter) * BAND
 
 

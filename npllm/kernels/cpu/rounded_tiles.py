@@ -1,7 +1,8 @@
 """A tile of a product whose operands are rounded: six rows of a weight times 64 or 32 rows of x.
 
-The low-precision operands of a run of channels lie in two buffers.  A row of the band has its codes
-side by side, then its `numbers`: for each flush an integer, a scale and a minimum.  A panel of x
+A run of channels of the weight lies in a band.  A row of it has its `numbers`, for each flush an
+integer, a scale and a minimum, and then its codes side by side; a row of bfloat16 has no numbers,
+and may lie where it is stored, as if numbers stood before it.  A panel of x
 has, for every word of a row's codes, the words of 64 rows of x side by side.  A flush is so many
 channels, whose exact integer sums are scaled and added to y.
 
@@ -40,7 +41,7 @@ __all__ = [
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
 
-TILE_ROWS, VECTORS = 6, 4  # of a tile: 24 sums stay in registers
+TILE_ROWS, VECTORS = 6, 4  # of a whole tile: 24 sums stay in registers
 COLUMNS = VECTORS * LANES
 HALF = COLUMNS // 2  # columns of a narrow tile
 WORD, VECTOR = 4, 4 * LANES  # bytes
