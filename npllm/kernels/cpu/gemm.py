@@ -262,8 +262,8 @@ def multiply_band(
     """Rows first ... stop - 1 of the product, for all panels, of the last one `last` columns; rows
     from `ahead` on are those that this thread is likely to multiply next.
     """
-    d_in, n_row = channels_of_weight(weight), (stop - first + TILE_ROWS - 1) // TILE_ROWS
-    n_row *= TILE_ROWS
+    d_in = channels_of_weight(weight)
+    n_row = (stop - first + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     run = run_length(d_in, DEPTH if panels.shape[2] == WIDE else SHALLOW)
     for start in range(0, d_in, run):
         depth = min(run, d_in - start)

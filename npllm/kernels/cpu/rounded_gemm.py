@@ -59,6 +59,7 @@ RUN = 512  # bytes of a run's codes in a row of the band
 ROW = NUMBERS + RUN  # bytes of a row of the band
 AHEAD = 12  # rows by which the reading of integers runs ahead
 PAIR = 2  # channels of a word of bfloat16
+ENTRY = 2  # bytes of a bfloat16 number
 MOST_PARTS = 3
 PANEL = COLUMNS * WORD
 # columns of a table that describes a weight, one integer each; of its last row, the run
@@ -203,8 +204,10 @@ def write_row(table: Array, row: int, start: int, depth: int, target: int) -> No
 
 @kernel(nogil=True)
 def place_in_bfloat16(table: Array, row: int, start: int) -> int:
-    """Where a run of a row begins, of a weight in bfloat16, which has one part."""
-    return table[0, FIRST] + row * table[0, ROW_BYTES] + PAIR * start
+    """Where a run of a row begins, of a weight in bfloat16, which has one part: without the
+    divisions of `place_of_run`, since this is asked beside each tile.
+    """
+    return table[0, FIRST] + row * table[0, ROW_BYTES] + ENTRY * start
 
 
 @kernel(nogil=True)
@@ -213,7 +216,7 @@ def prefetch_rows(table: Array, first: int, stop: int, start: int, depth: int) -
     bfloat16, into the second-level cache, but for a line that begins before.
     """
     at = place_in_bfloat16(table, first, start) + LINE - 1
-    for line in range(at, at + PAIR * depth, LINE):
+    for line in range(at, at + ENTRY * depth, LINE):
         for r in range(stop - first):
             prefetch_far(line + r * table[0, ROW_BYTES])
 
