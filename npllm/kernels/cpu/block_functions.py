@@ -232,12 +232,14 @@ def add_runs(part: int, w: int, n_rows: int, doubled: int, x: int, x_bytes: int,
     """Compute sums [n_rows, group, 16] of rows of a weight from w on with a group of rows of x, of
     which there are 2**doubled.
 
-    A run has as many entries as stay in the nearest cache.
+    Runs are of one length, and of as many entries at most as stay in the nearest cache.
     """
     d, entries, group = integer_at(part, D_IN), integer_at(part, ENTRIES), 1 << doubled
     row_bytes, function = integer_at(part, ROW_BYTES), integer_at(part, ADD + doubled)
     units, totals = d // entries, x + (d + STEP - 1) // STEP * STEP_BYTES
-    run, ahead = max(RUN // group // entries, 1), AHEAD if group == 1 else 2 * row_bytes
+    most, ahead = max(RUN // group // entries, 1), AHEAD if group == 1 else 2 * row_bytes
+    n_run = max((units + most - 1) // most, 1)
+    run = (units + n_run - 1) // n_run
     for i in range(n_rows * group * LANES):
         set_float(sums + i * FLOAT, np.float32(0))
     u, left = 0, d % entries // 32
