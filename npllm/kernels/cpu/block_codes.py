@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from npllm.kernels.cpu.simd import FLOATS, I8, I32, INTS, LANES, all_lanes
+from npllm.kernels.cpu.simd import F32, FLOATS, I8, I32, INTS, LANES, all_lanes
 
 __all__ = ["Pair", "STEP", "UNITS", "Step", "Unit", "constants", "spread"]
 
@@ -22,7 +22,7 @@ Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
 
 STEP = 4 * LANES  # entries
-I16, HALF = ir.IntType(16), ir.HalfType()
+I16, I64, HALF = ir.IntType(16), ir.IntType(64), ir.HalfType()
 BYTES = ir.VectorType(I8, 4 * LANES)
 UPPER = [0] * 8 + [1] * 8  # 1 in the lanes of the upper half
 
@@ -167,21 +167,26 @@ def decode_q8_0(builder: Builder, blocks: Pair) -> tuple[list[Step], None]:
 
 
 def scales_and_minimums(builder: Builder, block: Value) -> Value:
-    """Compute d * sc[0 ... 7] in the lower lanes, d_min * m[0 ... 7] in the upper ones."""
-    words = loaded(builder, block, 0, ir.VectorType(I32, 4))  # d and d_min; a[0 ... 11]
-    kind = words.type
+    """Compute d * sc[0 ... 7] in the lower lanes, d_min * m[0 ... 7] in the upper ones.
 
-    def part(lanes: list[int], shifts: list[int], masks: list[int]) -> Value:
-        chosen = builder.lshr(spread(builder, words, lanes), constants(shifts, kind))
-        return builder.and_(chosen, constants([mask * 0x01010101 for mask in masks], kind))
+    Integers of eight bytes hold the scales and, above, the minimums: the units of vectors are busy.
+    """
+    both = loaded(builder, block, 4, I64)
+    rest = builder.zext(loaded(builder, block, 12, I32), I64)
 
-    low = part([1, 3, 2, 3], [0, 0, 0, 4], [63, 15, 63, 15])
-    high = part([1, 1, 2, 2], [0, 2, 0, 2], [0, 48, 0, 48])
-    integers = builder.bitcast(builder.or_(low, high), ir.VectorType(I8, LANES))
-    pair = spread(builder, builder.bitcast(words, ir.VectorType(I16, 8)), UPPER)
-    return builder.fmul(
-        widened_halves(builder, pair), builder.uitofp(builder.zext(integers, INTS), FLOATS)
-    )
+    def part(value: Value, right: int, mask: int) -> Value:
+        shifted = builder.lshr(value, ir.Constant(I64, right)) if right else value
+        return builder.and_(shifted, ir.Constant(I64, mask * 0x0101010101010101))
+
+    rest = builder.or_(rest, builder.shl(rest, ir.Constant(I64, 28)))
+    low, high = part(both, 0, 63), builder.or_(part(both, 2, 48), part(rest, 0, 15))
+    pair = ir.VectorType(I32, 2)
+    lanes = [0, 2, 1, 3]
+    words = spread(builder, builder.bitcast(low, pair), lanes, builder.bitcast(high, pair))
+    integers = builder.bitcast(words, ir.VectorType(I8, LANES))
+    d = builder.bitcast(loaded(builder, block, 0, I32), ir.VectorType(HALF, 2))
+    d = spread(builder, builder.fpext(d, ir.VectorType(F32, 2)), UPPER)
+    return builder.fmul(d, builder.uitofp(builder.zext(integers, INTS), FLOATS))
 
 
 def twice(builder: Builder, block: Value, offset: int) -> Value:
