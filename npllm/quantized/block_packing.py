@@ -17,7 +17,7 @@ from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_weight import BlockWeight
 from npllm.threads import run_blocks
 
-__all__ = ["FALLBACKS", "quantize_blocks", "quantize_with_fallback", "search_module"]
+__all__ = ["FALLBACKS", "join_blocks", "quantize_blocks", "quantize_with_fallback", "search_module"]
 
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """For rows whose length is no multiple of 256: a format of at least as many bits, as llama.cpp."""
@@ -94,6 +94,30 @@ def search_module() -> Any:
         return block_search
 
 
+def join_blocks(raw: np.ndarray, values: np.ndarray, name: str) -> np.ndarray:
+    """Put integers and their scale into blocks of Q4_0, Q5_0 or Q8_0.
+
+        w = d * values
+
+    Parameters
+    ----------
+    raw : uint8 array [n, 2]
+        The bytes of d, little-endian float16.
+    values : integer array [n, 32]
+        In -8 ... 7, -16 ... 15 or -128 ... 127.
+    name : str
+
+    Returns
+    -------
+    blocks : uint8 array [n, n_bytes]
+    """
+    if name == "Q8_0":
+        return np.concatenate([raw, values.astype(np.int8).view(np.uint8)], axis=-1)
+    n_bits = int(name[1])
+    q = values + 2 ** (n_bits - 1)
+    return np.concatenate([raw, *_fifth(q, n_bits), _pack_nibbles(q)], axis=-1)
+
+
 def _half(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round to float16: the value in float32 [n, 1], and its bytes [n, 2]."""
     if np.abs(x).max(initial=0) > LARGEST_HALF:
@@ -120,8 +144,7 @@ def _symmetric(n_bits: int) -> Callable[[np.ndarray], np.ndarray]:
 
     def pack(x: np.ndarray) -> np.ndarray:
         d, raw = _half(search_module().search_scale(x, low, -low - 1))
-        q = _steps(x, d, low, -low - 1) - low
-        return np.concatenate([raw, *_fifth(q, n_bits), _pack_nibbles(q)], axis=-1)
+        return join_blocks(raw, _steps(x, d, low, -low - 1), f"Q{n_bits}_0")
 
     return pack
 
@@ -147,7 +170,7 @@ def _fifth(q: np.ndarray, n_bits: int) -> list[np.ndarray]:
 def _pack_q8_0(x: np.ndarray) -> np.ndarray:
     """Pack Q8_0."""
     d, raw = _half(np.abs(x).max(axis=-1) / 127)
-    return np.concatenate([raw, _steps(x, d, -127, 127).astype(np.int8).view(np.uint8)], axis=-1)
+    return join_blocks(raw, _steps(x, d, -127, 127), "Q8_0")
 
 
 def _sub_blocks(n_bits: int) -> Callable[[np.ndarray], np.ndarray]:
