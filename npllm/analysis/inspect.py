@@ -14,7 +14,7 @@ from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
 from npllm.checkpoints.gguf.reader import GGUFFile, is_gguf
 from npllm.checkpoints.gguf.rope import ROPE_TENSORS
 from npllm.checkpoints.origin import read_params
-from npllm.checkpoints.phi3_layout import check_entries
+from npllm.checkpoints.phi3_layout import check_entries, layers_in
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, read_entries
 from npllm.config.config import Config
 from npllm.models import module_tree
@@ -120,7 +120,13 @@ def _folder_tensors(folder: Path) -> tuple[Config, list[_Stored]]:
     """Read configuration and headers of a folder; raise where `load` would refuse it."""
     config, entries = Config.from_json(folder), read_entries(folder)
     check_entries(folder, entries, config)
-    return config, [
+    packed = layers_in(entries, config)
+    parts = {layer.tensor_name(leaf) for layer in packed.values() for leaf in layer.entries}
+    stored = [
+        _Stored(name, x.kind, prod(x.shape), x.n_bytes, next(iter(x.entries.values())).file)
+        for name, x in packed.items()
+    ]
+    return config, stored + [
         _Stored(
             name,
             SAFETENSORS_DTYPES.get(entry.dtype, entry.dtype),
@@ -129,6 +135,7 @@ def _folder_tensors(folder: Path) -> tuple[Config, list[_Stored]]:
             entry.file,
         )
         for name, entry in entries.items()
+        if name not in parts
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from npllm.checkpoints.packed_layers import PackedLayer, packed_layers, zero_biases
 from npllm.checkpoints.phi3_tensor_names import (
     EMBEDDING,
     OUTPUT,
@@ -32,7 +33,7 @@ from npllm.models.params import LayerParams, Params
 from npllm.progress import progress_bar, warn
 from npllm.quantized.dtypes import check_dtype
 
-__all__ = ["check_entries", "expected_shapes", "load_params", "top_sources_in"]
+__all__ = ["check_entries", "expected_shapes", "layers_in", "load_params", "top_sources_in"]
 
 ROPE_BUFFER = "rotary_emb.inv_freq"
 MAY_BE_ABSENT = "lm_head.weight may be absent only where config.json says tie_word_embeddings: true"
@@ -56,7 +57,8 @@ def load_params(
     config : Config
     dtype : str, optional
         "bfloat16", "float16", "float32", "float64"; or "int8" (matrices quantized to `Int8Weight`)
-        or "int4" (to `BlockWeight`), all else as stored.  Default: each tensor as it is stored.
+        or "int4" (to `BlockWeight`), all else as stored.  Default: each tensor as it is stored;
+        what GPTQ or compressed-tensors packed is a `BlockWeight` or a `GroupedWeight` then.
     xp : module
         The array library of the weights.
     progress : bool
@@ -97,18 +99,29 @@ def load_params(
     _warn_of_ignored(folder, entries, config)
     sources = top_sources_in(folder, entries, config)
     layers = [layer_sources(config, number) for number in range(config.num_hidden_layers)]
-    n_bytes = _count_bytes(entries, [sources, *layers])
+    packed = layers_in(entries, config)
+    n_bytes = _count_bytes(entries, packed, [sources, *layers])
     with progress_bar(n_bytes, "loading", wanted=progress) as advance:
-        reader = TensorReader(entries, dtype, xp, advance, mmap=mmap)
+        reader = TensorReader(entries, dtype, xp, advance, mmap=mmap, packed=packed)
         params = _assemble(reader, sources, layers)
         reader.finish()
     return _tie(params) if _is_tied(config) else params
 
 
-def _count_bytes(entries: Mapping[str, TensorEntry], sources: list[Sources]) -> int:
+def layers_in(entries: Mapping[str, TensorEntry], config: Config) -> dict[str, PackedLayer]:
+    """List the packed matrices of a checkpoint, by the names that they have in floats."""
+    return packed_layers(entries, expected_shapes(config), config.quantization)
+
+
+def _count_bytes(
+    entries: Mapping[str, TensorEntry], packed: Mapping[str, PackedLayer], sources: list[Sources]
+) -> int:
     """Count the bytes of all tensors that are read."""
     names = [name for fields in sources for tensors in fields.values() for name in tensors]
-    return sum(entries[name].stop - entries[name].start for name in names)
+    return sum(
+        packed[name].n_bytes if name in packed else entries[name].stop - entries[name].start
+        for name in names
+    )
 
 
 def _assemble(reader: TensorReader, sources: Sources, layer_sources: list[Sources]) -> Params:
@@ -199,5 +212,15 @@ def check_entries(
     ignored = {name for name in entries if name.endswith(ROPE_BUFFER)}
     if config.head != "lm":
         ignored.add(OUTPUT)
+    packed = layers_in(entries, config)
+    ignored |= zero_biases(entries, packed) - expected.keys()
+    dtypes = {}
+    for name, layer in packed.items():
+        del expected[name]
+        for leaf, part in layer.parts.items():
+            if leaf in layer.entries or not part.is_optional:
+                expected[layer.tensor_name(leaf)] = part.shape
+                dtypes[layer.tensor_name(leaf)] = part.dtypes
     is_missing = OUTPUT in expected and OUTPUT not in entries
-    check_shapes(folder, entries, expected, ignored, [MAY_BE_ABSENT] if is_missing else [])
+    advice = [MAY_BE_ABSENT] if is_missing else []
+    check_shapes(folder, entries, expected, ignored, advice, dtypes)

@@ -197,6 +197,7 @@ def check_shapes(
     expected: Mapping[str, tuple[int, ...]],
     ignored: Collection[str] = (),
     advice: Iterable[str] = (),
+    dtypes: Mapping[str, Collection[str]] | None = None,
 ) -> None:
     """Raise one error that lists every missing, unknown and misshapen tensor and unusable dtype.
 
@@ -211,6 +212,8 @@ def check_shapes(
         Names that may be present without being expected.
     advice : iterable of str
         Further sentences of the message.
+    dtypes : dict of str to collection of str, optional
+        Tensor name -> the types that it may have, as safetensors spells them; default: floats.
 
     Raises
     ------
@@ -222,16 +225,23 @@ def check_shapes(
         for name, entry in found.items()
         if entry.shape != expected[name]
     ]
+    dtypes = dtypes or {}
     unusable = [
         f"{name} is {entry.dtype}"
         for name, entry in found.items()
-        if entry.dtype not in SAFETENSORS_DTYPES
+        if name not in dtypes and entry.dtype not in SAFETENSORS_DTYPES
+    ]
+    other = [
+        f"{name} must be {' or '.join(dtypes[name])}, got {entry.dtype}"
+        for name, entry in found.items()
+        if name in dtypes and entry.dtype not in dtypes[name]
     ]
     lists = {
         "missing": expected.keys() - entries.keys(),
         "unknown": entries.keys() - expected.keys() - set(ignored),
         "wrong shape": misshapen,
         f"dtype not one of {', '.join(SAFETENSORS_DTYPES)}": unusable,
+        "wrong dtype": other,
     }
     problems = [f"{what}: {_listing(sorted(names))}" for what, names in lists.items() if names]
     problems += advice

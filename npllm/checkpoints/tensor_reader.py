@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import asarray, dtype_named, native, widest
+from npllm.checkpoints.packed_layers import PackedLayer, read_layer
 from npllm.checkpoints.safetensors import TensorEntry
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.checkpoints.upload import Upload
 from npllm.errors import NpllmValueError
-from npllm.quantized.dtypes import QUANTIZERS
+from npllm.quantized.dtypes import QUANTIZERS, convert
+from npllm.quantized.stacked import stack
 
 __all__ = ["TensorReader"]
 
@@ -32,6 +34,8 @@ class TensorReader:
     mmap : bool
         True: tensors on the host are views of the mapped files where they keep their dtype.  False:
         copies; see `TensorFiles`.
+    packed : dict of str to PackedLayer, optional
+        The matrices that are stored in several tensors, by their names in floats.
     """
 
     def __init__(
@@ -42,16 +46,20 @@ class TensorReader:
         advance: Callable[[int, str], None] | None = None,
         *,
         mmap: bool = True,
+        packed: Mapping[str, PackedLayer] | None = None,
     ) -> None:
         self.entries = entries
         self.dtype = dtype
         self.xp = xp
         self.advance = advance or (lambda n_bytes, label: None)  # noqa: ARG005
         self.files = TensorFiles(is_mapped=mmap)
+        self.packed = packed or {}
         self.upload = Upload(xp) if xp.__name__ == "cupy" else None
 
     def read(self, names: Collection[str]) -> Array:
         """Read one tensor, or concatenate several along their rows."""
+        if any(name in self.packed for name in names):
+            return self._read_packed(names)
         views = [self.files.read(self.entries[name]) for name in names]
         if (
             self.upload and self.dtype not in QUANTIZERS
@@ -69,6 +77,24 @@ class TensorReader:
         if getattr(x, "base", None) is None:  # x is no view of the file
             self._release_pages(names)
         return asarray(x, self.xp)
+
+    def _read_packed(self, names: Collection[str]) -> Array:
+        """Read matrices of which one at least is packed, and put them below each other."""
+        parts = []
+        for name in names:
+            layer = self.packed.get(name)
+            entries = layer.entries.values() if layer else [self.entries[name]]
+            parts.append(
+                read_layer(layer, self.files) if layer else native(self.files.read(*entries))
+            )
+            for entry in entries:
+                self.advance(entry.stop - entry.start, entry.file.name)
+                if layer:
+                    self.files.release_pages(entry)
+        try:
+            return asarray(convert(stack(parts), self.dtype), self.xp)
+        except NpllmValueError as error:
+            raise NpllmValueError(f"{next(iter(names))}: {error}") from None
 
     def _release_pages(self, names: Collection[str]) -> None:
         """Give back the memory of the pages of tensors that were copied."""

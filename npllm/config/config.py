@@ -11,12 +11,13 @@ from typing import Any
 
 from npllm.arrays import DTYPES
 from npllm.config import legacy_names
+from npllm.config.quantization import Quantization, parse_quantization
 from npllm.config.reader import Reader
 from npllm.config.rope_parameters import ROPE_TYPES, RopeParameters, parse_rope, validate_rope
 from npllm.config.strict_json import config_data, quote, require
 from npllm.errors import NpllmValueError
 
-__all__ = ["Config", "RopeParameters", "parse_dtype"]
+__all__ = ["Config", "Quantization", "RopeParameters", "parse_dtype"]
 
 LARGEST_LAYER_COUNT = 2**12
 
@@ -34,7 +35,6 @@ KEYS_WITHOUT_EFFECT = frozenset(
 # Keys that may be present only with a value that changes nothing.
 ONLY = {
     "lm_head_bias": (False, None),
-    "quantization_config": (None,),
     "add_cross_attention": (False, None),
     "layer_types": (None,),
 }
@@ -81,6 +81,8 @@ class Config:
         The linear maps of attention, of the feed-forward network, have biases; Llama only.
     num_labels : int
         Of a classification head.
+    quantization : Quantization or None
+        How the stored matrices are quantised, `quantization_config`; None: they are floats.
     """
 
     vocab_size: int
@@ -108,6 +110,7 @@ class Config:
     num_labels: int = 2
     attention_dropout: float = 0.0
     resid_pdrop: float = 0.0
+    quantization: Quantization | None = None
 
     @property
     def d_rope(self) -> int:
@@ -193,6 +196,7 @@ def _parse(data: dict[str, Any], where: str) -> Config:
         num_labels=_parse_num_labels(read),
         attention_dropout=read.number("attention_dropout", 0.0),
         resid_pdrop=read.number("resid_pdrop", 0.0),
+        quantization=parse_quantization(read),
     )
     _validate(config, where)
     read.finish(ONLY, KEYS_WITHOUT_EFFECT)

@@ -5,16 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from npllm.arrays import DTYPES, dtype_named, widen
+from npllm.arrays import DTYPES, dtype_named, is_packed, widen
 from npllm.errors import NpllmValueError
 from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.int8 import GROUP, quantize
 
-__all__ = ["NAMES", "QUANTIZERS", "check_dtype", "int4_format", "matrix_bytes", "quantize_int4"]
+__all__ = ["NAMES", "QUANTIZERS", "check_dtype", "convert", "int4_format", "matrix_bytes", "quantize_int4"]
 
 Array = Any
+
+BAND = 2**22  # entries to widen and round at a time
 
 
 def int4_format(d_in: int) -> str | None:
@@ -74,6 +76,35 @@ def check_dtype(dtype: Any) -> None:
     """Raise `NpllmValueError` unless a weight type is one of `NAMES`, or None: as stored."""
     if dtype is not None and (not isinstance(dtype, str) or dtype not in NAMES):
         raise NpllmValueError(f"dtype must be one of {', '.join(NAMES)}, got {str(dtype)[:40]!r}")
+
+
+def convert(x: Array, dtype: str | None) -> Array:
+    """Convert to a named weight type, a band of rows at a time.
+
+    Parameters
+    ----------
+    x : array [...] or PackedMatrix
+        NumPy.
+    dtype : str, optional
+        One of `NAMES`; None: as stored.  int8 and int4 leave vectors as they are.
+
+    Returns
+    -------
+    y : array [...] or PackedMatrix
+        `x` itself where nothing changes.
+    """
+    if dtype is None or (dtype in QUANTIZERS and x.ndim == 1):
+        return x
+    if dtype in QUANTIZERS:
+        return QUANTIZERS[dtype](x)
+    target = dtype_named(dtype)
+    if not is_packed(x):
+        return x.astype(target, copy=False)
+    y = np.empty(x.shape, target)
+    n_rows = max(1, BAND // max(1, x.shape[1]))
+    for start in range(0, len(x), n_rows):
+        y[start : start + n_rows] = x[start : start + n_rows].widened()
+    return y
 
 
 def matrix_bytes(d_out: int, d_in: int, dtype: str) -> int:

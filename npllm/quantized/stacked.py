@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from npllm.arrays import array_namespace, asarray, is_packed, widen
+import numpy as np
+
+from npllm.arrays import array_namespace, asarray, is_packed, widen, widest
 from npllm.errors import NpllmValueError
+from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.packed import PackedMatrix
 
-__all__ = ["StackedWeight"]
+__all__ = ["StackedWeight", "stack"]
 
 Array = Any
 
@@ -112,3 +115,27 @@ class StackedWeight(PackedMatrix):
     def to(self, xp: Any) -> "StackedWeight":
         """Return the same weight in another array library."""
         return StackedWeight(tuple(asarray(part, xp) for part in self.parts))
+
+
+def stack(parts: list[Any]) -> Any:
+    """Put matrices below each other, in one array where they are of one type.
+
+    Parameters
+    ----------
+    parts : list of array [d_out_i, d_in] or PackedMatrix
+        NumPy.
+
+    Returns
+    -------
+    stacked : array, BlockWeight or StackedWeight [sum of d_out_i, d_in]
+        Arrays of several types are widened to the widest.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if not any(map(is_packed, parts)):
+        dtype = widest(part.dtype for part in parts)
+        return np.concatenate([part.astype(dtype, copy=False) for part in parts])
+    formats = {part.format if isinstance(part, BlockWeight) else None for part in parts}
+    if len(formats) == 1 and None not in formats:
+        return BlockWeight(np.concatenate([part.blocks for part in parts]), parts[0].format)
+    return StackedWeight(tuple(parts))

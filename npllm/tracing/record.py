@@ -192,7 +192,8 @@ def config_content(model: Any) -> dict[str, Any]:
             return content
     fields = asdict(model.config)
     rope = {key: value for key, value in fields["rope_parameters"].items() if value is not None}
-    kept = {key: value for key, value in fields.items() if value is not None}
+    own = ("quantization",)  # of the file that was read, under another name
+    kept = {key: value for key, value in fields.items() if value is not None and key not in own}
     return json.loads(json.dumps(kept | {"rope_parameters": rope}))  # lists in place of tuples
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from npllm.arrays import native
 from npllm.checkpoints.adapters.base import checked_base
 from npllm.checkpoints.adapters.reader import Adapter, read_adapter
-from npllm.checkpoints.phi3_layout import check_entries, top_sources_in
+from npllm.checkpoints.packed_layers import read_layer
+from npllm.checkpoints.phi3_layout import check_entries, layers_in, top_sources_in
 from npllm.checkpoints.phi3_tensor_names import EMBEDDING, OUTPUT, Sources, layer_sources
 from npllm.checkpoints.safetensors import read_entries
 from npllm.checkpoints.tensor_files import TensorFiles
@@ -45,6 +46,8 @@ class MergedCheckpoint:
     entries : dict of str to TensorEntry
         Of the tensors before the merge.  A table that is tied no more has the entry of the one
         that is stored.
+    packed : dict of str to PackedLayer
+        The matrices that are stored in several tensors.
 
     Raises
     ------
@@ -60,6 +63,12 @@ class MergedCheckpoint:
     def __init__(self, folder: Path, config: Config, adapters: Iterable[Any] = ()) -> None:
         self.folder, self.config, self.entries = folder, config, read_entries(folder)
         check_entries(folder, self.entries, config)
+        adapters, self.packed = list(adapters), layers_in(self.entries, config)
+        if adapters and config.quantization is not None:
+            raise NpllmValueError(
+                f"{folder}: holds weights quantised by {config.quantization.method}, which take no "
+                "sum: merge adapters into the original checkpoint, or run unmerged"
+            )
         self._files = TensorFiles()
         self._adapters = [self._checked(read_adapter(x, config)) for x in adapters]
         _check_apart(self._adapters)
@@ -97,13 +106,16 @@ class MergedCheckpoint:
                     start += shape[0]
 
     def read(self, name: str) -> Array:
-        """Read a tensor, in its stored dtype, with what the adapters say of it.
+        """Read a tensor, in its stored dtype, with what the adapters say of it; of a matrix that
+        GPTQ or compressed-tensors packed, its blocks or groups.
 
         Raises
         ------
         NpllmValueError
             When an entry of the sum is larger than the dtype holds.
         """
+        if name in self.packed:
+            return read_layer(self.packed[name], self._files)
         stored: Any = self._files.read(self.entries[name])
         if name not in self._at:
             return stored
@@ -125,7 +137,9 @@ class MergedCheckpoint:
 
     def release(self, name: str) -> None:
         """Give back the memory of the pages of a tensor."""
-        self._files.release_pages(self.entries[name])
+        layer = self.packed.get(name)
+        for entry in layer.entries.values() if layer else [self.entries[name]]:
+            self._files.release_pages(entry)
 
 
 def _updates(adapter: Adapter, place: Place, rows: slice) -> tuple[LowRank, ...]:

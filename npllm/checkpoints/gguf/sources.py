@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from npllm.arrays import is_packed
 from npllm.checkpoints.adapters.merged_checkpoint import MergedCheckpoint
 from npllm.checkpoints.gguf.config import gguf_config
 from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors
@@ -165,9 +168,19 @@ def _folder_tensor(merged: MergedCheckpoint, name: str, n_head: int | None) -> S
 
     def read() -> Array:
         x = merged.read(name)
-        return x if n_head is None else interleaved(x, n_head)
+        if n_head is None:
+            return x
+        if is_packed(x):
+            return x.take(interleaved(np.arange(len(x))[:, None], n_head)[:, 0])
+        return interleaved(x, n_head)
 
+    def release() -> None:
+        merged.release(name)
+
+    layer = merged.packed.get(name)
+    if layer is not None:
+        return SourceTensor(layer.shape, layer.n_bytes, None, read, release)
     entry = merged.entries[name]
     kind = entry.dtype if entry.dtype in FLOATS else None
     n_bytes = entry.stop - entry.start
-    return SourceTensor(entry.shape, n_bytes, kind, read, lambda: merged.release(name))
+    return SourceTensor(entry.shape, n_bytes, kind, read, release)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from npllm.arrays import asarray, dtype_named, is_packed, widest
+from npllm.arrays import asarray
 from npllm.checkpoints.gguf.layout import check_tensors, expected_tensors, layer_kinds
 from npllm.checkpoints.gguf.reader import GGUFFile, GGUFTensor, tensor_kind
 from npllm.checkpoints.tensor_files import release_mapped
@@ -14,13 +14,12 @@ from npllm.errors import NpllmValueError
 from npllm.models.params import LayerParams, Params
 from npllm.progress import progress_bar
 from npllm.quantized.block_weight import BlockWeight
-from npllm.quantized.dtypes import QUANTIZERS, check_dtype
-from npllm.quantized.stacked import StackedWeight
+from npllm.quantized.dtypes import check_dtype, convert
+from npllm.quantized.stacked import StackedWeight, stack
 
 __all__ = ["half_split", "interleaved", "load_gguf_params"]
 
 Array = Any
-BAND = 2**22  # entries to widen and round at a time
 
 
 def load_gguf_params(
@@ -110,9 +109,9 @@ def _read(
         stored = [_ordered(part, heads) for part in parts]
     except NpllmValueError as error:
         raise NpllmValueError(f"{gguf.path}: {error}") from None
-    x = stored[0] if len(stored) == 1 else _stack(stored)
+    x = stack(stored)
     try:
-        x = _converted(x, dtype)
+        x = convert(x, dtype)
     except NpllmValueError as error:  # NaN cannot be quantised
         raise NpllmValueError(f"{gguf.path}: {parts[0].name}: {error}") from None
     if any(_shares(x, part.rows) for part in parts):
@@ -188,33 +187,6 @@ def interleaved(weight: np.ndarray, n_head: int) -> np.ndarray:
         )
     halves = weight.reshape(n_head, 2, n_rows // n_head // 2, d_row)
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(n_rows, d_row)
-
-
-def _stack(parts: list[Array]) -> Array:
-    """Put matrices below each other: in one array where they are of one type."""
-    if not any(map(is_packed, parts)):
-        dtype = widest(part.dtype for part in parts)
-        return np.concatenate([part.astype(dtype, copy=False) for part in parts])
-    formats = {part.format if isinstance(part, BlockWeight) else None for part in parts}
-    if len(formats) == 1 and None not in formats:
-        return BlockWeight(np.concatenate([part.blocks for part in parts]), parts[0].format)
-    return StackedWeight(tuple(parts))
-
-
-def _converted(x: Array, dtype: str | None) -> Array:
-    """Convert to a named dtype, a band of rows at a time; None: as stored."""
-    if dtype is None or (dtype in QUANTIZERS and x.ndim == 1):
-        return x
-    if dtype in QUANTIZERS:
-        return QUANTIZERS[dtype](x)
-    target = dtype_named(dtype)
-    if not is_packed(x):
-        return x.astype(target, copy=False)
-    y = np.empty(x.shape, target)
-    n_rows = max(1, BAND // x.shape[1])
-    for start in range(0, len(x), n_rows):
-        y[start : start + n_rows] = x[start : start + n_rows].widened()
-    return y
 
 
 def _shares(x: Array, rows: np.ndarray) -> bool:

@@ -22,6 +22,7 @@ from npllm.checkpoints.gguf.tensor_types import NUMBERS, FileType, ModelSizes, t
 from npllm.errors import NpllmOSError, NpllmValueError
 from npllm.progress import progress_bar
 from npllm.quantized.block_packing import quantize_blocks
+from npllm.quantized.block_weight import BlockWeight
 
 __all__ = ["converted", "write_gguf"]
 
@@ -222,7 +223,7 @@ def converted(x: Array, kind: str, *, is_same: bool = False) -> Array:
     NpllmValueError
         When `x` holds numbers that the type does not: too large ones; NaN or infinity in blocks.
     """
-    if is_same:
+    if is_same or (isinstance(x, BlockWeight) and x.format == kind):
         return x
     if kind not in FLOATS:
         return quantize_blocks(x, kind)
