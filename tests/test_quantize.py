@@ -14,6 +14,7 @@ import pytest
 from close import close
 from gguf_files import TEMPLATE, metadata, tensors, vocabulary, write, write_tiny, write_twin
 from nasty import strings
+from quantised_folders import FIELDS, LLAMA, SCHEMES, write_pair
 
 import npllm
 from npllm.arrays import widen
@@ -97,6 +98,35 @@ def test_every_tensor_is_that_of_the_source_rounded_to_its_type(folder, arch, fi
             np.testing.assert_array_equal(stored[name].stored, want)
         else:
             np.testing.assert_array_equal(stored[name].rows, quantize_blocks(x, kind).blocks)
+
+
+def packed_and_floats(path, scheme, arch):
+    """A folder of a scheme and one of floats, with a tokenizer that GGUF has a place for."""
+    changes = {"vocab_size": len(vocabulary()["tokenizer.ggml.tokens"]), "num_attention_heads": 2}
+    changes |= {"bos_token_id": 0, "eos_token_id": 1} | (LLAMA if arch == "llama" else {})
+    pair = write_pair(path, scheme, **changes)
+    for folder in pair:
+        (folder / "tokenizer.json").write_text(tokenizer(arch))
+        (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    return pair
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq act-order", "pack asymmetric", "int"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_quantised_folder_is_read_as_its_floats(tmp_path, name, arch):
+    packed, floats = packed_and_floats(tmp_path, SCHEMES[name], arch)
+    ours, theirs = (npllm.load(quantized(x, "f32"), ops="reference") for x in (packed, floats))
+    np.testing.assert_array_equal(ours(IDS), theirs(IDS))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gptq", "q4_0"), ("int", "q8_0")])
+def test_blocks_of_the_wanted_type_are_copied_from_a_quantised_folder(tmp_path, name, kind):
+    packed, floats = packed_and_floats(tmp_path, SCHEMES[name], "phi3")
+    ours, theirs = npllm.load(quantized(packed, kind)).params, npllm.load(floats).params
+    for field in FIELDS:
+        x = getattr(ours.layers[0], field)
+        assert x.format == kind.upper()
+        np.testing.assert_array_equal(x.widened(), getattr(theirs.layers[0], field))
 
 
 @pytest.mark.parametrize("tied", [False, True])

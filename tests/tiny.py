@@ -44,6 +44,8 @@ DTYPES = {
     "F32": np.float32,
     "F64": np.float64,
     "I64": np.int64,
+    "I32": np.int32,
+    "I8": np.int8,
 }
 
 

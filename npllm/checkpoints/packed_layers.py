@@ -185,7 +185,7 @@ def read_layer(layer: PackedLayer, files: TensorFiles) -> Array:
     codes_of, zeros, scales = read(layer, tensors)
     _check_zeros(layer, zeros)
     leaf = "scales" if "scales" in tensors else "weight_scale"
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(widen(scales) * np.float32(2.0**layer.quantization.n_bits)).all():
             raise _wrong(layer, leaf, "must be finite, times every code, got NaN or infinity")
     groups = _groups(layer, tensors)
