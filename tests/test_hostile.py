@@ -473,7 +473,7 @@ def test_the_largest_sizes_are_refused_before_anything_is_made(valid, tmp_path):
         ("eos_token_id", [1, "2"], "a token id, a list of them or null"),
         ("eos_token_id", 10**30, "a token id, a list of them or null"),
         ("eos_token_id", [[1]], "a token id, a list of them or null"),
-        ("quantization_config", {"bits": 4}, "None (anything else is not implemented)"),
+        ("quantization_config", [4], "an object or null"),
         ("torch_dtype", ["bfloat16"], "a string"),
         ("num_labels", -3, "an integer in 1 ... 16777216"),
     ],

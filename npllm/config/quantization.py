@@ -135,7 +135,8 @@ def parse_quantization(read: Reader) -> Quantization | None:
     if method == "compressed-tensors":
         return _parse_compressed(inner)
     raise NpllmValueError(
-        f"{where}: quant_method {quote(method)} is not implemented: {INSTEAD}"
+        f"{where}: quant_method must be {' or '.join(FORMATS)}, got {quote(method)}, which is not "
+        f"implemented; {INSTEAD}"
     )
 
 
