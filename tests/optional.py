@@ -12,7 +12,7 @@ import pytest
 REQUIRED = os.environ.get("NPLLM_REQUIRE_ALL") == "1"
 REQUIRED_SERVE = os.environ.get("NPLLM_REQUIRE_SERVE") == "1"
 REQUIRED_LIVE = os.environ.get("NPLLM_REQUIRE_LIVE") == "1"
-LIVE = ("torch", "transformers", "jax", "onnx", "peft", "lm_eval")
+LIVE = ("torch", "transformers", "jax", "onnx", "peft", "lm_eval", "compressed_tensors")
 SERVE = ("starlette", "uvicorn", "openai", "httpx", "ray")
 PACKAGES = (
     "array_api_strict",

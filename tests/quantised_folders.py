@@ -129,7 +129,10 @@ def dequantised(codes, zeros, scales, groups):
     """w = scale * (q - z), entry by entry, rounded to float32."""
     return np.array(
         [
-            [float(scales[o, g]) * (int(q) - int(zeros[o, g])) for q, g in zip(row, groups)]
+            [
+                float(scales[o, g]) * (int(q) - int(zeros[o, g]))
+                for q, g in zip(row, groups, strict=True)
+            ]
             for o, row in enumerate(codes)
         ],
         np.float32,
@@ -159,7 +162,9 @@ def stored(scheme, codes, zeros, scales, groups):
     if not scheme.symmetric:
         is_plain = scheme.one_scale or not is_stream
         tensors["weight_zero_point"] = (
-            (zeros - low).astype(np.int8)[shown] if is_plain else packed_rows(zeros.T, scheme.bits).T
+            (zeros - low).astype(np.int8)[shown]
+            if is_plain
+            else packed_rows(zeros.T, scheme.bits).T
         )
     return tensors | ({"weight_g_idx": index} if scheme.act_order else {})
 
@@ -169,7 +174,8 @@ def quantised(content, scheme, seed=0):
     rng = np.random.default_rng(seed)
     floats, packed = tiny.weights(content, seed), {}
     for name, shape in expected_shapes(Config.from_json(content)).items():
-        if ".layers." not in name and not (scheme.head and "lm_head" in name) or len(shape) == 1:
+        is_packed = ".layers." in name or (scheme.head and "lm_head" in name)
+        if not is_packed or len(shape) == 1:
             packed[name] = floats[name]
             continue
         drawn = draw(rng, shape, scheme)

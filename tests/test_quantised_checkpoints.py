@@ -194,7 +194,7 @@ def test_the_least_integers_of_a_format_are_multiplied_right(fast, name, kind, n
 def test_the_formula_entry_by_entry(seed):
     weight = shuffled(4, 30, 3, seed)
     want = [
-        [float(weight.scales[o, g]) * int(q) for q, g in zip(row, weight.groups)]
+        [float(weight.scales[o, g]) * int(q) for q, g in zip(row, weight.groups, strict=True)]
         for o, row in enumerate(weight.values)
     ]
     same_bits(weight.widened(), np.array(want, np.float32))
@@ -267,7 +267,11 @@ def test_what_a_grouped_weight_tells():
 @pytest.mark.parametrize(
     ("error", "changes", "text"),
     [
-        (NpllmTypeError, {"values": np.zeros((4, 6), np.uint8)}, "must be int8 or int16, got uint8"),
+        (
+            NpllmTypeError,
+            {"values": np.zeros((4, 6), np.uint8)},
+            "must be int8 or int16, got uint8",
+        ),
         (NpllmTypeError, {"groups": np.zeros(6, np.float32)}, "groups must be int32 or int64"),
         (NpllmValueError, {"groups": np.zeros(5, np.int32)}, "groups"),
         (NpllmValueError, {"scales": np.zeros((3, 2), np.float16)}, "scales"),
@@ -617,9 +621,7 @@ def test_bits_after_the_last_code_are_refused(tmp_path):
     sizes = {"intermediate_size": 90}
     packed, floats = write_pair(tmp_path / "a", SCHEMES["pack"].but(group=None), **sizes)
     close(exact(packed)(IDS), npllm.load(floats)(IDS), times=4)
-    packed, _ = write_pair(
-        tmp_path / "b", SCHEMES["pack"].but(group=None), change=change, **sizes
-    )
+    packed, _ = write_pair(tmp_path / "b", SCHEMES["pack"].but(group=None), change=change, **sizes)
     with pytest.raises(NpllmValueError, match="must hold 0 after the 90 codes of a row"):
         npllm.load(packed)
 

@@ -183,7 +183,9 @@ def test_no_pattern_is_matched():
 
 junk = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 20) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 PLACES = [(GPTQ, (key,)) for key in [*GPTQ, "dynamic", "format"]]

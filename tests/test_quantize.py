@@ -115,7 +115,9 @@ def packed_and_floats(path, scheme, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_quantised_folder_is_read_as_its_floats(tmp_path, name, arch):
     packed, floats = packed_and_floats(tmp_path, SCHEMES[name], arch)
-    ours, theirs = (npllm.load(quantized(x, "f32", f"{x.name}.gguf"), ops="reference") for x in (packed, floats))
+    ours, theirs = (
+        npllm.load(quantized(x, "f32", f"{x.name}.gguf"), ops="reference") for x in (packed, floats)
+    )
     np.testing.assert_array_equal(ours(IDS), theirs(IDS))
 
 

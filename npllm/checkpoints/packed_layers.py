@@ -1,8 +1,8 @@
 """Matrices that GPTQ or compressed-tensors store as several tensors: their names, shapes, values.
 
-    GPTQ             qweight, qzeros, scales, g_idx
-    pack-quantized   weight_packed, weight_scale, weight_shape, weight_zero_point, weight_g_idx
-    int-quantized    weight, weight_scale, weight_zero_point      (naive-quantized is the same)
+GPTQ             qweight, qzeros, scales, g_idx
+pack-quantized   weight_packed, weight_scale, weight_shape, weight_zero_point, weight_g_idx
+int-quantized    weight, weight_scale, weight_zero_point      (naive-quantized is the same)
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -287,9 +287,7 @@ def _groups(layer: PackedLayer, tensors: Mapping[str, np.ndarray]) -> np.ndarray
 def _unpadded(layer: PackedLayer, leaf: str, codes: np.ndarray, n_codes: int) -> np.ndarray:
     """Cut off the codes that fill the last word, which must be 0."""
     if codes[:, n_codes:].any():
-        raise _wrong(
-            layer, leaf, f"must hold 0 after the {n_codes} codes of a row, got other bits"
-        )
+        raise _wrong(layer, leaf, f"must hold 0 after the {n_codes} codes of a row, got other bits")
     return codes[:, :n_codes]
 
 
@@ -305,9 +303,7 @@ def _check_range(layer: PackedLayer, leaf: str, values: np.ndarray) -> None:
     limit = 2 ** (layer.quantization.n_bits - 1)
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if not -limit <= low <= high < limit:
-        raise _wrong(
-            layer, leaf, f"must lie in {-limit} ... {limit - 1}, got {low} ... {high}"
-        )
+        raise _wrong(layer, leaf, f"must lie in {-limit} ... {limit - 1}, got {low} ... {high}")
 
 
 def _check_zeros(layer: PackedLayer, zeros: np.ndarray) -> None:

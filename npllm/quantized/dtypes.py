@@ -12,7 +12,15 @@ from npllm.quantized.block_packing import quantize_blocks
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.int8 import GROUP, quantize
 
-__all__ = ["NAMES", "QUANTIZERS", "check_dtype", "convert", "int4_format", "matrix_bytes", "quantize_int4"]
+__all__ = [
+    "NAMES",
+    "QUANTIZERS",
+    "check_dtype",
+    "convert",
+    "int4_format",
+    "matrix_bytes",
+    "quantize_int4",
+]
 
 Array = Any
 

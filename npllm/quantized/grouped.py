@@ -93,8 +93,8 @@ class GroupedWeight(PackedMatrix):
     def take(self, numbers: Array) -> "GroupedWeight":
         """Return the rows with the given numbers, a 1-D integer array."""
         xp = array_namespace(self.values, numbers)
-        chosen = (xp.take(x, numbers, axis=0) for x in (self.values, self.scales))
-        return GroupedWeight(*chosen, self.groups)
+        values, scales = (xp.take(x, numbers, axis=0) for x in (self.values, self.scales))
+        return GroupedWeight(values, scales, self.groups)
 
     @ieee_semantics
     def widened(self) -> Array:
