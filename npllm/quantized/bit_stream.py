@@ -37,8 +37,9 @@ def unpack(words: np.ndarray, n_bits: int) -> np.ndarray:
     raw = np.ascontiguousarray(words, "<i4").view(np.uint8)  # [n_rows, 4 * n_word]
     n_rows, n_byte = raw.shape
     if 8 % n_bits == 0:
-        shifts = np.arange(0, 8, n_bits, dtype=np.uint8)
-        codes = raw[..., None] >> shifts & np.uint8(2**n_bits - 1)
+        codes = np.empty((n_rows, n_byte, 8 // n_bits), np.uint8)
+        for i in range(8 // n_bits):
+            codes[..., i] = raw >> i * n_bits & 2**n_bits - 1
         return codes.reshape(n_rows, -1)
     n_codes = 8 * n_byte // n_bits
     bits = np.unpackbits(raw, axis=-1, bitorder="little")[:, : n_codes * n_bits]

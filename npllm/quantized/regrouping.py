@@ -53,11 +53,12 @@ def pack_groups(
         return _grouped(codes_of, zeros, scales, groups, n_bits)
     d_out, n_block, layout = len(zeros), len(groups) // BLOCK, FORMATS[name]
     half, of_block = scales.astype("<f2"), groups[::BLOCK]
+    low_byte = zeros.astype(np.uint8)  # a difference in -128 ... 127 is right modulo 256
     blocks = np.empty((d_out, n_block * layout.n_bytes), np.uint8)
 
     def pack(rows: slice) -> None:
-        codes = codes_of(rows).reshape(-1, n_block, BLOCK).astype(np.int16)
-        values = codes - zeros[rows][:, of_block, None]
+        codes = codes_of(rows).reshape(-1, n_block, BLOCK)
+        values = (codes - low_byte[rows][:, of_block, None]).view(np.int8)
         raw = half[rows][:, of_block].reshape(-1, 1).view(np.uint8)
         blocks[rows] = join_blocks(raw, values.reshape(-1, BLOCK), name).reshape(len(codes), -1)
 
