@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import native, widen
-from npllm.checkpoints.phi3_tensor_names import EMBEDDING
 from npllm.checkpoints.safetensors import SAFETENSORS_DTYPES, TensorEntry
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.config.quantization import Quantization
@@ -137,7 +136,7 @@ def packed_layers(
     if quantization is None:
         return layers
     for name, shape in matrices.items():
-        if len(shape) != 2 or not name.endswith(WEIGHT) or name == EMBEDDING:
+        if len(shape) != 2 or not name.endswith(WEIGHT):
             continue
         base, entry = name.removesuffix(WEIGHT), entries.get(name)
         is_expected = ".layers." in name and entry is None
