@@ -5,6 +5,7 @@ matrix, whole folders, and what is refused.
 import json
 
 import guard
+import lora
 import numpy as np
 import optional
 import pytest
@@ -14,13 +15,14 @@ from close import close
 from composed import Composed
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_shim import needs_gxx
 from quantised_folders import LLAMA, SCHEMES, Scheme, dequantised, words_of, write_pair
 from seeds import draws
 
 import npllm
 from npllm import NpllmError, kernels, ops
 from npllm.analysis.inspect import checkpoint_facts
-from npllm.arrays import array_namespace, asarray, widen
+from npllm.arrays import array_namespace, asarray, to_numpy, widen
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.errors import NpllmTypeError, NpllmValueError
 from npllm.quantized.bit_stream import count_words, unpack
@@ -343,6 +345,48 @@ def test_a_copy_reads_no_file_later(tmp_path):
         file.seek(len(content) // 2)
         file.write(b"\xff" * (len(content) // 2))
     close(model(IDS), npllm.load(floats)(IDS), times=4)
+
+
+@pytest.mark.parametrize("name", ["gptq act-order", "pack act-order"])
+def test_what_is_packed_anew_is_no_view_of_the_file(tmp_path, name):
+    packed, _ = write_pair(tmp_path, SCHEMES[name])
+    weight = npllm.load(packed).params.layers[0].o_proj
+    assert isinstance(weight, GroupedWeight)
+    assert all(x.flags.writeable for x in weight.arrays)  # a view of a mapped file is not
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq act-order"])
+@both_layouts
+def test_an_adapter_goes_on_top(tmp_path, name, layout):
+    packed, floats = write_pair(tmp_path, SCHEMES[name], **layout)
+    content = tiny.config_dict(**folders.SIZES)
+    adapter = lora.write_adapter(tmp_path / "adapter", lora.factors(content))
+    ours, theirs = (npllm.load(x, ops="reference", adapter=adapter) for x in (packed, floats))
+    close(ours(IDS), theirs(IDS), times=2)
+
+
+@both_layouts
+@pytest.mark.parametrize("name", ["gptq", "gptq act-order", "pack asymmetric"])
+def test_a_folder_runs_on_a_device(tmp_path, name, layout, monkeypatch):
+    packed, floats = write_pair(tmp_path, SCHEMES[name], **layout)
+    want = npllm.load(floats, ops="reference")(IDS)
+    cupy = guard.installed(monkeypatch)
+    model = npllm.load(packed, backend="cupy", ops="reference")
+    assert array_namespace(model.params.layers[0].o_proj) is cupy
+    close(model(IDS), cupy.asarray(want), times=2)
+
+
+@needs_gxx
+@pytest.mark.usefixtures("on_the_stand_in")
+@both_layouts
+def test_cuda_kernels_leave_groups_to_the_definition(tmp_path, layout):
+    packed, floats = write_pair(tmp_path, SCHEMES["gptq act-order"], **layout)
+    want = npllm.load(floats, ops="reference")(IDS)
+    model = npllm.load(packed, backend="cupy", ops="cuda")
+    cache = model.new_cache(n_batch=2)
+    first, last = model(IDS[:, :11], cache=cache), model(IDS[:, 11:], cache=cache)
+    close(to_numpy(first), want[:, :11], times=8)
+    close(to_numpy(last), want[:, 11:], times=8)
 
 
 def test_loading_reports_every_byte_once(tmp_path, monkeypatch):

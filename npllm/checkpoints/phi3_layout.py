@@ -111,7 +111,7 @@ def load_params(
 def layers_in(entries: Mapping[str, TensorEntry], config: Config) -> dict[str, PackedLayer]:
     """List the packed matrices of a checkpoint, by the names that they have in floats.
 
-    The embedding matrix, whose rows are looked up, is never one: neither method packs it.
+    The embedding matrix is read as floats only.
     """
     matrices = {name: x for name, x in expected_shapes(config).items() if name != EMBEDDING}
     return packed_layers(entries, matrices, config.quantization)
