@@ -60,16 +60,18 @@ def load(
     Parameters
     ----------
     path : str or Path, optional
-        A folder with config.json and safetensors, a GGUF file ("model.gguf"; architectures phi3 and
-        llama), or the name of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").  None: the
-        default checkpoint, fetched on first use.
+        A folder with config.json and safetensors (floats, or quantised by GPTQ or
+        compressed-tensors), a GGUF file ("model.gguf"; architectures phi3 and llama), or the name
+        of a fetched checkpoint ("microsoft/Phi-3-mini-4k-instruct").  None: the default
+        checkpoint, fetched on first use.
     backend : str
         "numpy" or "cupy": where the arrays live; "auto": CuPy where it finds a device, else NumPy.
     dtype : str, optional
         Of the weights held in memory: "bfloat16", "float16", "float32", "float64", "int8"
         (matrices in 8 bits with a scale for every 64 entries) or "int4" (in 4 bits with a scale
         and a minimum for every 32: `npllm.quantized.dtypes.int4_format`); None: as stored, which
-        for a GGUF file means in its blocks.  With "float64" everything is computed in float64.
+        for a GGUF file means in its blocks, and for quantised safetensors the same values, in
+        blocks where they hold them.  With "float64" everything is computed in float64.
     ops : Ops or str, optional
         None or "fast": the fastest proven set; "reference" (`npllm.ops.reference`): the
         definitions; "blockwise": the definitions with blockwise attention; "cuda": the CUDA

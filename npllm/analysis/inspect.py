@@ -44,6 +44,8 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
         cache on a CPU.  `types` has tensors, parameters, bytes and bits a weight of each type.
         `weight_bytes_per_token`: what a decode step of one sequence reads, every tensor but the
         embedding matrix, of which it reads a row; one that is the output matrix as well counts.
+        A matrix that GPTQ or compressed-tensors packed is one tensor here, with the bytes of all
+        its parts in the file.
 
     Raises
     ------
