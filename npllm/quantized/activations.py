@@ -40,6 +40,7 @@ DEFAULTS = {
     "int8": "int16",
     "Q8_0": "int16",
     "grouped": "float32",  # no kernel takes it
+    "permuted": "float32",  # kernels take it, those of rounded activations do not
     "Q6_K": "float32",  # int16 is no faster with a scale for each 16 entries, int8 costs too much
     **dict.fromkeys(("Q5_0", "Q5_1", "Q5_K", "Q4_0", "Q4_1", "Q4_K"), "int8"),
 }

@@ -10,6 +10,7 @@ from npllm.quantized.block_formats import FORMATS
 from npllm.quantized.block_packing import join_blocks
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.grouped import GroupedWeight
+from npllm.quantized.permuted import PermutedWeight
 from npllm.threads import run_blocks
 
 __all__ = ["exact_format", "pack_groups"]
@@ -28,7 +29,7 @@ def pack_groups(
     scales: np.ndarray,
     groups: np.ndarray,
     n_bits: int,
-) -> BlockWeight | GroupedWeight:
+) -> BlockWeight | PermutedWeight | GroupedWeight:
     """Pack codes with scales and zero points of groups of columns; every value stays as it is.
 
         weight[o, i] = scales[o, groups[i]] * (codes[o, i] - zeros[o, groups[i]])
@@ -45,10 +46,16 @@ def pack_groups(
 
     Returns
     -------
-    packed : BlockWeight or GroupedWeight
-        In `exact_format`, where there is one.
+    packed : BlockWeight, PermutedWeight or GroupedWeight
+        In `exact_format`, where there is one; else so with its columns sorted by their groups.
     """
     name = exact_format(zeros, scales, groups, n_bits)
+    order = np.argsort(groups, kind="stable")
+    if name is None and exact_format(zeros, scales, groups[order], n_bits):
+        return PermutedWeight(
+            pack_groups(lambda x: codes_of(x)[:, order], zeros, scales, groups[order], n_bits),
+            order,
+        )
     if name is None:
         return _grouped(codes_of, zeros, scales, groups, n_bits)
     d_out, n_block, layout = len(zeros), len(groups) // BLOCK, FORMATS[name]

@@ -9,6 +9,7 @@ from npllm.arrays import array_namespace, asarray, is_packed, widen, widest
 from npllm.errors import NpllmValueError
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.packed import PackedMatrix
+from npllm.quantized.permuted import PermutedWeight
 
 __all__ = ["StackedWeight", "stack"]
 
@@ -127,7 +128,7 @@ def stack(parts: list[Any]) -> Any:
 
     Returns
     -------
-    stacked : array, BlockWeight or StackedWeight [sum of d_out_i, d_in]
+    stacked : array, BlockWeight, PermutedWeight or StackedWeight [sum of d_out_i, d_in]
         Arrays of several types are widened to the widest.
     """
     if len(parts) == 1:
@@ -135,6 +136,9 @@ def stack(parts: list[Any]) -> Any:
     if not any(map(is_packed, parts)):
         dtype = widest(part.dtype for part in parts)
         return np.concatenate([part.astype(dtype, copy=False) for part in parts])
+    first = parts[0]
+    if all(isinstance(x, PermutedWeight) and (x.order == first.order).all() for x in parts):
+        return PermutedWeight(stack([part.base for part in parts]), first.order)
     formats = {part.format if isinstance(part, BlockWeight) else None for part in parts}
     if len(formats) == 1 and None not in formats:
         return BlockWeight(np.concatenate([part.blocks for part in parts]), parts[0].format)

@@ -32,6 +32,7 @@ from npllm.kernels.cpu.operands import (
 )
 from npllm.ops.embedding import require_ids
 from npllm.quantized.block_weight import BlockWeight
+from npllm.quantized.permuted import PermutedWeight
 from npllm.threads import scratch
 
 __all__ = ["embed", "gelu", "linear", "linear_add", "norm_linear", "norm_swiglu", "rms_norm"]
@@ -62,6 +63,8 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def linear(x: Array, weight: Array, bias: Array = None) -> Array:
     """Compute `npllm.ops.linear`."""
     wide_x, wide = widened_to_fit(x, weight)
+    if isinstance(wide, PermutedWeight) and is_float32(x) and x.shape[-1] == wide.shape[1]:
+        return linear(np.take(x, wide.order, axis=-1), wide.base, bias)
     if not fits_product(wide_x, wide, bias):
         return ops.linear(x, weight, bias)
     y = rows_product(wide_x, wide, EMPTY, 0.0)
