@@ -29,8 +29,10 @@ from npllm.quantized.bit_stream import count_words, unpack
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.grouped import GroupedWeight
 from npllm.quantized.int8 import Int8Weight
+from npllm.quantized.packed import PackedMatrix
+from npllm.quantized.permuted import PermutedWeight
 from npllm.quantized.regrouping import exact_format, pack_groups
-from npllm.quantized.stacked import StackedWeight
+from npllm.quantized.stacked import StackedWeight, stack
 from npllm.tracing.record import config_content
 
 strict = optional.module("array_api_strict")
@@ -285,7 +287,104 @@ def test_parts_that_do_not_fit(error, changes, text):
         GroupedWeight(**parts | changes)
 
 
+# --- PermutedWeight
+
+
+def permuted(d_out=23, d_in=96, seed=0, order=None):
+    """A matrix of blocks whose columns are shuffled."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (d_out, d_in)).astype(np.uint8)
+    zeros, groups = np.full((d_out, d_in // 32), 8, np.int16), np.arange(d_in) // 32
+    scales = rng.uniform(0.5, 1, zeros.shape).astype(np.float16)
+    base = pack_groups(lambda rows: codes[rows], zeros, scales, groups, 4)
+    return PermutedWeight(base, rng.permutation(d_in) if order is None else order)
+
+
+@given(seed=st.integers(0, 99))
+def test_column_order_i_is_column_i_of_the_base(seed):
+    weight = permuted(4, 64, seed)
+    wide, base = weight.widened(), weight.base.widened()
+    for i, column in enumerate(weight.order):
+        same_bits(wide[:, column], base[:, i])
+
+
+@every_set
+@pytest.mark.parametrize("n", [1, 2, 17, 70])
+def test_sets_multiply_by_permuted_columns(fast, n):
+    weight, x = permuted(), inputs(n, 96)
+    wide = weight.widened().astype(np.float64)
+    bias, residual = inputs(1, 23, 1)[0], inputs(n, 23, 2)
+    close(fast.linear(x, weight, bias), x.astype(np.float64) @ wide.T + bias, dtype="float32")
+    close(fast.linear(x[None], weight), (x.astype(np.float64) @ wide.T)[None], dtype="float32")
+    want = residual + x.astype(np.float64) @ wide.T
+    close(fast.linear_add(x, weight, residual), want, dtype="float32", times=2)
+    wide_x = x.astype(np.float64)
+    close(fast.linear(wide_x, weight), wide_x @ wide.T)
+    with pytest.raises(NpllmValueError, match="x must be"):
+        fast.linear(x[:, 1:], weight)
+
+
+@pytest.mark.skipif(kernels.compiled_ops() is None, reason="Numba is not installed")
+def test_the_compiled_set_never_widens_permuted_columns(monkeypatch):
+    def widened(_self):
+        raise AssertionError("the kernels read the base")
+
+    monkeypatch.setattr(PermutedWeight, "widened", widened)
+    assert kernels.compiled_ops().linear(inputs(3, 96), permuted()).shape == (3, 23)
+
+
+@every_set
+def test_rows_of_permuted_columns(fast):
+    weight = permuted()
+    wide, ids = weight.widened(), np.array([[22, 0], [3, 3]])
+    same_bits(fast.embed(ids, weight), wide[ids])
+    for rows in (slice(0, 0), slice(3, 9), slice(20, None), slice(1, 20, 2)):
+        same_bits(weight[rows, :].widened(), wide[rows])
+
+
+def test_permuted_columns_need_nothing_but_the_array_api():
+    weight, x = permuted(), inputs(2, 96)
+    with strict.ArrayAPIStrictFlags(
+        api_version="2024.12",
+        boolean_indexing=False,
+        data_dependent_shapes=False,
+        enabled_extensions=(),
+    ):
+        moved = weight.to(strict)
+        same_bits(np.asarray(widen(moved)), weight.widened())
+        same_bits(np.asarray(ops.embed(strict.asarray([2, 0]), moved)), weight.widened()[[2, 0]])
+        close(ops.linear(strict.asarray(x), moved), strict.asarray(ops.linear(x, weight)), times=2)
+
+
+def test_stacks_of_one_order_are_one_matrix():
+    one, other = permuted(seed=1), permuted(5, seed=2)
+    apart = stack([one, other])
+    assert isinstance(apart, StackedWeight)
+    other = permuted(5, seed=2, order=one.order)
+    both = stack([one, other])
+    assert isinstance(both, PermutedWeight) and isinstance(both.base, BlockWeight)
+    same_bits(both.widened(), np.concatenate([one.widened(), other.widened()]))
+    numbers = np.array([27, 0, 23])
+    mixed = PermutedWeight(StackedWeight((one.base, inputs(2, 96))), one.order)
+    same_bits(widen(mixed.take(numbers[1:])), mixed.widened()[numbers[1:]])
+
+
+def test_what_a_permuted_weight_tells():
+    weight = permuted()
+    assert (weight.shape, len(weight), weight.dtype) == ((23, 96), 23, np.uint8)
+    assert weight.nbytes == 23 * 3 * 18 + 96 * 8 and weight.facts == "PermutedWeight"
+    with pytest.raises(NpllmValueError, match="order"):
+        PermutedWeight(weight.base, weight.order[1:])
+
+
 # --- whole folders
+
+
+@pytest.mark.parametrize("name", ["gptq act-order", "pack act-order"])
+def test_groups_of_32_columns_that_are_not_adjacent_are_sorted(tmp_path, name):
+    packed, _ = write_pair(tmp_path, SCHEMES[name])
+    weight = npllm.load(packed).params.layers[0].o_proj
+    assert isinstance(weight, PermutedWeight) and weight.base.format == "Q4_0"
 
 
 @every_scheme
@@ -297,7 +396,7 @@ def test_a_folder_computes_what_its_floats_compute(tmp_path, scheme, layout):
     close(model(IDS), want, times=0)
     close(exact(packed)(IDS), want, times=4)
     matrices = [getattr(x, name) for x in model.params.layers for name in folders.FIELDS]
-    assert all(isinstance(x, BlockWeight | GroupedWeight | StackedWeight) for x in matrices)
+    assert all(isinstance(x, PackedMatrix) for x in matrices)
     assert isinstance(model.params.lm_head, np.ndarray) != scheme.head
 
 
@@ -347,7 +446,7 @@ def test_a_copy_reads_no_file_later(tmp_path):
     close(model(IDS), npllm.load(floats)(IDS), times=4)
 
 
-@pytest.mark.parametrize("name", ["gptq act-order", "pack act-order"])
+@pytest.mark.parametrize("name", ["gptq act-order, groups of 16", "pack 3 bits"])
 def test_what_is_packed_anew_is_no_view_of_the_file(tmp_path, name):
     packed, _ = write_pair(tmp_path, SCHEMES[name])
     weight = npllm.load(packed).params.layers[0].o_proj
@@ -379,8 +478,9 @@ def test_a_folder_runs_on_a_device(tmp_path, name, layout, monkeypatch):
 @needs_gxx
 @pytest.mark.usefixtures("on_the_stand_in")
 @both_layouts
-def test_cuda_kernels_leave_groups_to_the_definition(tmp_path, layout):
-    packed, floats = write_pair(tmp_path, SCHEMES["gptq act-order"], **layout)
+@pytest.mark.parametrize("name", ["gptq act-order", "gptq act-order, groups of 16"])
+def test_cuda_kernels_leave_groups_to_the_definition(tmp_path, layout, name):
+    packed, floats = write_pair(tmp_path, SCHEMES[name], **layout)
     want = npllm.load(floats, ops="reference")(IDS)
     model = npllm.load(packed, backend="cupy", ops="cuda")
     cache = model.new_cache(n_batch=2)
