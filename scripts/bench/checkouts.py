@@ -25,7 +25,8 @@ for _ in sys.stdin:
     model(ids, cache=cache, logits_to_keep=1)
     clock.append(time.perf_counter())
     for step in range(n_new):
-        model(ids[:, step : step + 1], cache=cache)
+        at = step % n_prompt
+        model(ids[:, at : at + 1], cache=cache)
         clock.append(time.perf_counter())
     steps = np.diff(clock)
     print(json.dumps({"prefill": steps[0], "decode": float(np.median(steps[1:]))}), flush=True)
