@@ -48,7 +48,6 @@ class Term(NamedTuple):
 
     quarters: Mapping[int, Callable[[], Value]]  # emits sixteen int32, four unsigned bytes each
     scale: Value
-    left: Value | None = None  # bits by which the codes of each lane are shifted to the left
 
 
 class DigitUnit(NamedTuple):
@@ -200,13 +199,12 @@ def affine_k(n_bits: int) -> Callable[..., Decoded]:
         block, first = starts[0], 16 if n_bits == 4 else 48
         parts = [loaded(builder, block, first + at, EIGHT) for at in (0, 64)]
         nibble = constants([4 * (b % 2) for b in BLOCK_OF])
-        place = constants([0x0F0F0F0F << 4 * (b % 2) for b in BLOCK_OF])
 
         def quarter(j: int) -> Value:
             low = quarter_at(builder, parts, [32 * (b // 2) for b in range(N_BLOCK)], j)
-            if n_bits == 4:
-                return builder.and_(low, place)
             codes = masked(builder, builder.lshr(low, nibble), 15)
+            if n_bits == 4:
+                return codes
             bits = loaded(builder, block, 16 + 8 * j, ir.VectorType(I32, 2))
             bits = spread(builder, bits, [lane % 2 for lane in range(LANES)])
             fifth = rotated(builder, bits, [4 - b for b in range(N_BLOCK)])
@@ -214,9 +212,7 @@ def affine_k(n_bits: int) -> Callable[..., Decoded]:
 
         numbers = scales_and_minimums(builder, block)
         scale, minimum = (spread(builder, numbers, [at + b for b in BLOCK_OF]) for at in (0, 8))
-        quarters = {j: partial(quarter, j) for j in range(4)}
-        left = nibble if n_bits == 4 else None
-        return [Term(quarters, scale, left)], builder.fneg(minimum)
+        return [Term({j: partial(quarter, j) for j in range(4)}, scale)], builder.fneg(minimum)
 
     return decode
 

@@ -81,14 +81,9 @@ def shifted_sum(builder: Builder, high: Value, low: Value) -> Value:
     return builder.add(builder.shl(high, all_lanes(8, INTS)), low)
 
 
-def floats_of(builder: Builder, unit: DigitUnit, sums: list[Value], left: Value | None) -> Value:
-    """The integer of the sums of three digits, as float32; of codes that are shifted to the left,
-    of which a shift of each sum costs less than one of the codes of each quarter.
-    """
+def floats_of(builder: Builder, unit: DigitUnit, sums: list[Value]) -> Value:
+    """The integer of the sums of three digits, as float32."""
     high = shifted_sum(builder, sums[0], sums[1])
-    if left is not None:  # the sums are multiples of 2**left
-        high = builder.shl(high, builder.sub(all_lanes(8, INTS), left))
-        return builder.sitofp(builder.add(high, builder.ashr(sums[2], left)), FLOATS)
     if unit.is_wide:
         high, low = (builder.sitofp(part, FLOATS) for part in (high, sums[2]))
         return fused(builder, high, all_lanes(256.0), low)
@@ -139,7 +134,7 @@ def scaled_products(
     less = [less_zero(builder, unit, *pair) for pair in pairs]
     sums = digit_sums(builder, uses, codes, digits, less)
     return [
-        builder.fmul(floats_of(builder, unit, three, term.left), term.scale)
+        builder.fmul(floats_of(builder, unit, three), term.scale)
         for three, term in zip(sums, terms, strict=True)
     ]
 
