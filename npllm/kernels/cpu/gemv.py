@@ -76,11 +76,10 @@ def dot_streams(
     for start in range(0, whole, RUN):
         t = u = v = w = zeros
         for i in range(start, min(start + RUN, whole), STEP):
-            if k == 0:
-                prefetch_pairs(weight, p + i + ahead)
-                prefetch_pairs(weight, q + i + ahead)
-                prefetch_pairs(weight, r + i + ahead)
-                prefetch_pairs(weight, s + i + ahead)
+            prefetch_pairs(weight, p + i + ahead)
+            prefetch_pairs(weight, q + i + ahead)
+            prefetch_pairs(weight, r + i + ahead)
+            prefetch_pairs(weight, s + i + ahead)
             x0, x1 = load_each(x, at + i, n, zeros), load_each(x, at + i + LANES, n, zeros)
             w0, w1 = load_pairs(weight, p + i)
             t = fma_each(w1, x1, fma_each(w0, x0, t))
