@@ -63,7 +63,7 @@ def stream_stride(d_out: int, streams: int) -> int:
     return (d_out + streams - 1) // streams | 1
 
 
-@kernel()
+@kernel(inline="always")
 def dot_streams(
     weight: Array, _scales: Array, starts: Starts, x: Array, k: int, zeros: Vectors
 ) -> Sums:
@@ -110,7 +110,7 @@ def widen_scales(scales: Array, starts: Starts, i: int, n: int, wide: int) -> No
                 set_float(to + g * WORD, load_scalar(scales, at + g))
 
 
-@kernel()
+@kernel(inline="always")
 def dot_streams_int8(
     values: Array, scales: Array, starts: Starts, x: Array, k: int, zeros: Vectors
 ) -> Sums:
@@ -151,13 +151,13 @@ def dot_of_type(
     raise NotImplementedError("kernels call this")
 
 
-@overload(dot_of_type, strict=False)  # which would compare annotations
+@overload(dot_of_type, strict=False, inline="always")  # which would compare annotations
 def _choose(weight: Any, scales: Any, starts: Any, x: Any, k: Any, zeros: Any) -> Any:  # noqa: ARG001
     dot = dot_streams_int8 if weight.dtype == types.int8 else dot_streams
     return lambda weight, scales, starts, x, k, zeros: dot(weight, scales, starts, x, k, zeros)
 
 
-@kernel()
+@kernel(inline="always")
 def add_streams(
     weight: Array, scales: Array, o: int, n: int, x: Array, k: int, y: Array, zeros: Vectors
 ) -> None:
