@@ -14,6 +14,7 @@ from npllm.kernels.cpu.launching import kernel
 from npllm.kernels.cpu.rotation import append_token, rotate
 from npllm.kernels.cpu.simd import LANES, fma, load, reduce_add, splat, store
 from npllm.kernels.cpu.simd_arrays import array_at, flat_memory
+from npllm.kernels.cpu.simd_rows import add_each, fma_each, load_each, store_each, sums_of_sixteen
 from npllm.kernels.cpu.softmax import exponentials
 
 __all__ = ["attend_rows", "attend_step"]
@@ -22,6 +23,7 @@ Array = Any
 
 BLOCK = 64  # keys, or values, that stay in the nearest cache while all queries read them
 RUN = 32  # values whose sum is added to that of other runs; divides BLOCK
+WIDE = 4 * LANES  # channels of values that are added up at a time
 
 
 @kernel(parallel=True)
@@ -137,13 +139,21 @@ def softmax_weights(
     return p, totals
 
 
-@kernel()
+@kernel(inline="always")
 def scores(q: Array, keys: Array, first: int, stop: int, p: Array) -> None:
     """Write scale * keys @ q for the keys first ... stop - 1 into p."""
     d, kept, stride = len(q), flat_memory(keys), keys.strides[0] // 4
-    whole, scale = d // LANES * LANES, np.float32(1 / np.sqrt(d))
-    for j in range(first, stop):
-        s = splat(np.float32(0))
+    whole, scale, zero = d // LANES * LANES, np.float32(1 / np.sqrt(d)), splat(np.float32(0))
+    four = zero, zero, zero, zero
+    sixteen = four + four + four + four
+    many = (stop - first) // LANES * LANES if d == whole else 0
+    for j in range(first, first + many, LANES):
+        sums = sixteen
+        for i in range(0, whole, LANES):
+            sums = fma_each(load(q, i), load_each(kept, j * stride + i, stride, sixteen), sums)
+        store(p, j, fma(splat(scale), sums_of_sixteen(sums), splat(np.float32(-0.0))))
+    for j in range(first + many, stop):
+        s = zero
         for i in range(0, whole, LANES):
             s = fma(load(q, i), load(kept, j * stride + i), s)
         score = reduce_add(s)
@@ -168,15 +178,21 @@ def weighted_sums(p: Array, totals: Array, values: Array, bounds: Array, y: Arra
                 y[t, i] /= totals[t]
 
 
-@kernel()
+@kernel(inline="always")
 def add_values(p: Array, values: Array, first: int, stop: int, y: Array) -> None:
     """Compute y += sum_j p[j] * values[j] over the keys first ... stop - 1, run by run."""
-    d, one = len(y), splat(np.float32(1))
+    d, one, zero = len(y), splat(np.float32(1)), splat(np.float32(0))
     kept, stride, whole = flat_memory(values), values.strides[0] // 4, d // LANES * LANES
+    many, four = d // WIDE * WIDE, (zero, zero, zero, zero)
     for start in range(first, stop, RUN):
         end = min(start + RUN, stop)
-        for i in range(0, whole, LANES):
-            a = splat(np.float32(0))
+        for i in range(0, many, WIDE):
+            sums = four
+            for j in range(start, end):
+                sums = fma_each(splat(p[j]), load_each(kept, j * stride + i, LANES, four), sums)
+            store_each(y, i, LANES, add_each(load_each(y, i, LANES, four), sums))
+        for i in range(many, whole, LANES):
+            a = zero
             for j in range(start, end):
                 a = fma(splat(p[j]), load(kept, j * stride + i), a)
             store(y, i, fma(one, load(y, i), a))

@@ -210,14 +210,19 @@ def maximum(_typing: Any, a: Vector, b: Vector) -> Any:
 
 
 def sum_lanes(builder: Any, value: Any) -> Any:
-    """The sum of the lanes, in any order."""
-    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-    return call(builder, name, F32, [ir.Constant(F32, 0.0), value], fastmath=("reassoc",))
+    """The sum of the lanes: the lower half and the upper one are added, lane by lane, and so on."""
+    for n in (8, 4, 2, 1):
+        low, high = (
+            builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(I32, n), lanes))
+            for lanes in (list(range(n)), list(range(n, 2 * n)))
+        )
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, I32(0))
 
 
 @intrinsic
 def reduce_add(_typing: Any, a: Vector) -> Any:
-    """The sum of the lanes, in any order."""
+    """The sum of the lanes, as `sum_lanes` has it."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return sum_lanes(builder, arguments[0])
