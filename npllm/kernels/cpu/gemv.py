@@ -157,7 +157,7 @@ def _choose(weight: Any, scales: Any, starts: Any, x: Any, k: Any, zeros: Any) -
     return lambda weight, scales, starts, x, k, zeros: dot(weight, scales, starts, x, k, zeros)
 
 
-@kernel(inline="always")
+@kernel()
 def add_streams(
     weight: Array, scales: Array, o: int, n: int, x: Array, k: int, y: Array, zeros: Vectors
 ) -> None:
@@ -178,12 +178,17 @@ def add_streams(
                 y[k + t, row] += more
 
 
+# four rows are what arithmetic limits: a call would cost a tenth there, and compiling three copies
+# more than it saves
+add_streams_inlined = kernel(inline="always")(add_streams.py_func)
+
+
 @kernel()
 def add_all_rows(weight: Array, scales: Array, o: int, n: int, x: Array, y: Array) -> None:
     """As `add_streams`, with all rows of x."""
     k, zero = np.int64(0), splat(np.float32(0))
     while k + 4 <= len(x):
-        add_streams(weight, scales, o, n, x, k, y, (zero, zero, zero, zero))
+        add_streams_inlined(weight, scales, o, n, x, k, y, (zero, zero, zero, zero))
         k += 4
     if k + 2 <= len(x):
         add_streams(weight, scales, o, n, x, k, y, (zero, zero))
