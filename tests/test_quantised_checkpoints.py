@@ -3,6 +3,7 @@ matrix, whole folders, and what is refused.
 """
 
 import json
+from types import SimpleNamespace
 
 import guard
 import lora
@@ -25,6 +26,8 @@ from npllm.analysis.inspect import checkpoint_facts
 from npllm.arrays import array_namespace, asarray, to_numpy, widen
 from npllm.checkpoints.finite import find_nonfinite
 from npllm.errors import NpllmTypeError, NpllmValueError
+from npllm.ops.rounded import rounded_linear
+from npllm.quantized.activations import DEFAULTS, default_activations
 from npllm.quantized.bit_stream import count_words, unpack
 from npllm.quantized.block_weight import BlockWeight
 from npllm.quantized.grouped import GroupedWeight
@@ -322,6 +325,26 @@ def test_sets_multiply_by_permuted_columns(fast, n):
     close(fast.linear(wide_x, weight), wide_x @ wide.T)
     with pytest.raises(NpllmValueError, match="x must be"):
         fast.linear(x[:, 1:], weight)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16"])
+def test_rounded_activations_are_grouped_in_the_order_of_the_base(kind):
+    weight, x = permuted(), inputs(20, 96)
+    y = rounded_linear(x, weight, activations=kind)
+    np.testing.assert_array_equal(
+        y, rounded_linear(x[:, weight.order], weight.base, activations=kind)
+    )
+    assert not np.array_equal(y, rounded_linear(x, weight.widened(), activations=kind))
+    if kernels.compiled_ops() is not None:
+        fast = kernels.choose_ops(None, "numpy", kind)
+        found = fast.linear(x, weight)
+        np.testing.assert_array_equal(found, fast.linear(x[:, weight.order], weight.base))
+        close(found, y)
+
+
+def test_permuted_columns_have_the_default_of_their_blocks():
+    params = SimpleNamespace(layers=(permuted(), StackedWeight((permuted(), permuted(seed=1)))))
+    assert default_activations(params) == DEFAULTS["Q4_0"] == "int8"
 
 
 @pytest.mark.skipif(kernels.compiled_ops() is None, reason="Numba is not installed")

@@ -11,6 +11,7 @@ from npllm.ops.attention import attention
 from npllm.ops.linear import linear
 from npllm.ops.opset import Ops
 from npllm.quantized.activations import activation_group, is_rounded_for, rounded_values
+from npllm.quantized.permuted import PermutedWeight
 
 __all__ = ["FEWEST_ROWS", "rounded_attention", "rounded_linear", "rounded_ops"]
 
@@ -30,7 +31,8 @@ def rounded_linear(
     ----------
     x : array [..., d_in]
     weight : array [d_out, d_in]
-        Or a `PackedMatrix`, whose `activation_group` is the group.
+        Or a `PackedMatrix`, whose `activation_group` is the group; of a `PermutedWeight` the
+        entries of x are grouped in the order of its base.
     bias : array [d_out], optional
     activations : str
         One of `npllm.quantized.activations.ACTIVATIONS`.
@@ -58,6 +60,8 @@ def rounded_linear(
     few = prod(x.shape[:-1]) < FEWEST_ROWS
     if few or not is_rounded_for(weight, activations) or x.dtype != array_namespace(x).float32:
         return linear(x, weight, bias)
+    if isinstance(weight, PermutedWeight):
+        x, weight = array_namespace(x).take(x, weight.order, axis=-1), weight.base
     rounded = rounded_values(x, activations, activation_group(weight))
     return linear(rounded, weight, bias)
 

@@ -12,6 +12,7 @@ from typing import Any
 from npllm.arrays import DTYPES, array_namespace, expect_shape, ieee_semantics, is_packed, round_to
 from npllm.errors import NpllmValueError
 from npllm.quantized.packed import PackedMatrix
+from npllm.quantized.permuted import PermutedWeight
 
 __all__ = [
     "ACTIVATIONS",
@@ -40,7 +41,6 @@ DEFAULTS = {
     "int8": "int16",
     "Q8_0": "int16",
     "grouped": "float32",  # no kernel takes it
-    "permuted": "float32",  # kernels take it, those of rounded activations do not
     "Q6_K": "float32",  # int16 is no faster with a scale for each 16 entries, int8 costs too much
     **dict.fromkeys(("Q5_0", "Q5_1", "Q5_K", "Q4_0", "Q4_1", "Q4_K"), "int8"),
 }
@@ -207,12 +207,18 @@ def default_activations(params: Any) -> str:
         One of `ACTIVATIONS`.
     """
     sizes: dict[str, int] = {}
-    for matrix in matrices_of(params.layers):
-        for part in getattr(matrix, "parts", (matrix,)):
-            if is_packed(part):
-                name = getattr(part, "format", "int8")
-                sizes[name] = sizes.get(name, 0) + prod(part.shape)
+    for part in (part for matrix in matrices_of(params.layers) for part in _parts(matrix)):
+        if is_packed(part):
+            name = getattr(part, "format", "int8")
+            sizes[name] = sizes.get(name, 0) + prod(part.shape)
     return DEFAULTS[max(sizes, key=sizes.__getitem__)] if sizes else "float32"
+
+
+def _parts(weight: Any) -> list[Any]:
+    """The matrices that a weight stacks, in whatever order their columns are."""
+    weight = weight.base if isinstance(weight, PermutedWeight) else weight
+    parts = getattr(weight, "parts", None)
+    return [weight] if parts is None else [x for part in parts for x in _parts(part)]
 
 
 def rounded_values(x: Array, kind: str, group: int = GROUP) -> Array:

@@ -24,6 +24,7 @@ from npllm.models.params import LayerParams
 from npllm.ops import Ops, Step
 from npllm.ops.rounded import rounded_attention, rounded_linear
 from npllm.quantized.activations import is_rounded_for
+from npllm.quantized.permuted import PermutedWeight
 
 __all__ = ["rounded_compiled"]
 
@@ -56,6 +57,8 @@ def linear(x: Array, weight: Array, bias: Array = None, *, activations: str) -> 
     """Compute `npllm.ops.rounded.rounded_linear`."""
     if not is_rounded(activations, x, weight):
         return dispatch.linear(x, weight, bias)
+    if isinstance(weight, PermutedWeight) and is_float32(x) and x.shape[-1] == weight.shape[1]:
+        x, weight = np.take(x, weight.order, axis=-1), weight.base
     if not fits(x, weight, bias):
         return rounded_linear(x, weight, bias, activations=activations)
     return dispatch.add_bias(as_rows(product(activations, x, weight), x, len(weight)), bias)
