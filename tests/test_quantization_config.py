@@ -137,6 +137,8 @@ def test_another_method_is_named_with_what_to_use(method):
         (PACK, ("config_groups", "group_0", "output_activations"), {"num_bits": 8}, "output_act"),
         (PACK, ("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme"),
         (PACK, ("sparsity_config",), {"format": "sparse-24-bitmask"}, "sparsity_config"),
+        (PACK, ("sparsity_config",), False, "sparsity_config"),
+        (GPTQ, ("data_type",), "mx_fp", "data_type"),
         (PACK, ("transform_config",), {"config_groups": {"a": 1}}, "transform_config"),
     ],
 )
@@ -147,6 +149,29 @@ def test_what_would_change_the_numbers_is_refused(content, path, value, key):
     assert text.startswith("config: quantization_config") and f"{key}" in text
     if key == path[-1] and value not in (..., None):
         assert repr(value)[:20] in text
+
+
+def test_a_dense_sparsity_is_a_report():
+    """llm-compressor 0.1 to 0.4 measured the zeros of each model, and wrote their share."""
+    dense = {"format": "dense", "global_sparsity": 0.14, "sparsity_structure": "unstructured"}
+    dense |= {"ignore": [], "registry_requires_subclass": False}
+    assert read(PACK | {"sparsity_config": dense}) == read(PACK)
+
+
+def test_compression_config_is_the_old_name():
+    found = Config.from_json(config_dict(compression_config=PACK | {"version": "0.4"}))
+    assert found.quantization == read(PACK)
+    with pytest.raises(NpllmValueError, match="config: compression_config: quant_method must be"):
+        Config.from_json(config_dict(compression_config={"quant_method": "x"}))
+
+
+def test_what_autoround_writes_warns_of_nothing():
+    given = {"data_type": "int", "provider": "auto-round", "iters": 200, "nsamples": 128}
+    given |= {"amp": True, "scale_dtype": "torch.float16", "enable_quanted_input": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(GPTQ | given) == read(GPTQ)
+        assert read(PACK | {"provider": "auto-round"}) == read(PACK)
 
 
 def with_a_second_group(**changes):

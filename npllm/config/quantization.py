@@ -13,6 +13,7 @@ from npllm.errors import NpllmValueError
 
 __all__ = ["BITS", "FORMATS", "Quantization", "parse_quantization"]
 
+KEY = "quantization_config"
 BITS = (2, 3, 4, 8)
 FORMATS = {
     "gptq": ("gptq", "gptq_v2"),
@@ -33,10 +34,13 @@ NO_EFFECT = {
         use_cuda_fp16 disable_exllama exllama_config quantizer mse fail_safe v2 v2_alpha hyb_act
         pack_impl parallel_packing offload_to_disk offload_to_disk_path failsafe gptaq foem
         format quant_method method iters autoround_version
+        provider enable_quanted_input enable_minmax_tuning enable_norm_bias_tuning amp
+        low_gpu_mem_usage gradient_accumulate_steps lr minmax_lr nsamples seqlen train_bs
+        quant_block_list to_quant_block_names scale_dtype
     """,
     "compressed-tensors": """
         ignore global_compression_ratio quantization_status run_compressed dequantize
-        use_optimized_inference version format
+        use_optimized_inference version format provider
     """,
     "group": "targets",
     "weights": "actorder observer observer_kwargs scale_dtype zp_dtype",
@@ -54,10 +58,10 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "rotation": (None, ""),
         "adapter": (None,),
         "quant_config": (None,),
+        "data_type": ("int", None),
     },
     "compressed-tensors": {
         "kv_cache_scheme": (None,),
-        "sparsity_config": (None, {}, {"format": "dense"}),
         "transform_config": (None, {}),
         "moe_sparsity_config": (None,),
     },
@@ -122,10 +126,12 @@ def parse_quantization(read: Reader) -> Quantization | None:
     Source: `GPTQConfig` in Transformers 5.23, `QuantizeConfig` in GPTQModel; `QuantizationConfig`,
     `QuantizationScheme` and `QuantizationArgs` in compressed-tensors 0.20.
     """
-    value = read.get("quantization_config")
+    old = "compression_config"  # of compressed-tensors before 0.5
+    key = old if read.get(KEY) is None and old in read.data else KEY
+    value = read.get(key)
     if value is None:
         return None
-    where = f"{read.where}: quantization_config"
+    where = f"{read.where}: {key}"
     if not isinstance(value, dict):
         raise NpllmValueError(f"{where} must be an object or null, got {quote(value)}")
     inner = Reader(value, where)
@@ -155,6 +161,9 @@ def _parse_gptq(read: Reader) -> Quantization:
 def _parse_compressed(read: Reader) -> Quantization:
     """Read what llm-compressor writes: schemes of groups of modules, which must agree."""
     layout, groups = read.get("format"), read.get("config_groups")
+    sparsity = read.get("sparsity_config", {})
+    if sparsity != {} and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+        _refuse(read, "sparsity_config", "null, empty or of format dense", sparsity)
     if not isinstance(groups, dict) or not groups:
         _refuse(read, "config_groups", "an object with at least one group", groups)
     found = {}
