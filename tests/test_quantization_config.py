@@ -152,7 +152,6 @@ def test_what_would_change_the_numbers_is_refused(content, path, value, key):
 
 
 def test_a_dense_sparsity_is_a_report():
-    """llm-compressor 0.1 to 0.4 measured the zeros of each model, and wrote their share."""
     dense = {"format": "dense", "global_sparsity": 0.14, "sparsity_structure": "unstructured"}
     dense |= {"ignore": [], "registry_requires_subclass": False}
     assert read(PACK | {"sparsity_config": dense}) == read(PACK)

@@ -126,7 +126,7 @@ def parse_quantization(read: Reader) -> Quantization | None:
     Source: `GPTQConfig` in Transformers 5.23, `QuantizeConfig` in GPTQModel; `QuantizationConfig`,
     `QuantizationScheme` and `QuantizationArgs` in compressed-tensors 0.20.
     """
-    old = "compression_config"  # of compressed-tensors before 0.5
+    old = "compression_config"  # in files of the first versions of compressed-tensors
     key = old if read.get(KEY) is None and old in read.data else KEY
     value = read.get(key)
     if value is None:
