@@ -13,7 +13,8 @@ from quantised_folders import LLAMA, SCHEMES, settings, write_pair
 from safetensors.numpy import save_file
 
 import npllm
-from npllm.checkpoints.packed_layers import packed_layers, read_layer
+from npllm.checkpoints.packed_layers import packed_layers
+from npllm.checkpoints.packed_values import read_layer
 from npllm.checkpoints.safetensors import read_header
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.config.config import Config

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import asarray, dtype_named, native, widest
-from npllm.checkpoints.packed_layers import PackedLayer, read_layer
+from npllm.checkpoints.packed_layers import PackedLayer
+from npllm.checkpoints.packed_values import read_layer
 from npllm.checkpoints.safetensors import TensorEntry
 from npllm.checkpoints.tensor_files import TensorFiles
 from npllm.checkpoints.upload import Upload

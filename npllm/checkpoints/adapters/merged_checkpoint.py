@@ -8,7 +8,7 @@ from typing import Any
 from npllm.arrays import native
 from npllm.checkpoints.adapters.base import checked_base
 from npllm.checkpoints.adapters.reader import Adapter, read_adapter
-from npllm.checkpoints.packed_layers import read_layer
+from npllm.checkpoints.packed_values import read_layer
 from npllm.checkpoints.phi3_layout import check_entries, layers_in, top_sources_in
 from npllm.checkpoints.phi3_tensor_names import EMBEDDING, OUTPUT, Sources, layer_sources
 from npllm.checkpoints.safetensors import read_entries
