@@ -1,4 +1,4 @@
-"""What the tensors of a packed matrix hold, as one weight: codes, zero points, scales and groups."""
+"""What the tensors of a packed matrix hold, as one weight: codes, zero points, scales, groups."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
