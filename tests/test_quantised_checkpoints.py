@@ -833,3 +833,17 @@ def test_whatever_bytes_stand_in_the_file_the_error_is_ours(tmp_path, seed):
     else:
         for layer in params.layers:
             assert all(np.isfinite(getattr(layer, x)[:9].widened()).all() for x in folders.FIELDS)
+
+
+@pytest.mark.parametrize("change", [{"bits": 8}, {"group_size": 16}, None])
+def test_a_wrong_or_absent_setting_is_named(tmp_path, change):
+    path = write_pair(tmp_path, SCHEMES["gptq asymmetric"])[0]
+    content = json.loads((path / "config.json").read_text())
+    if change is None:
+        del content["quantization_config"]
+    else:
+        content["quantization_config"] |= change
+    tiny.write_json(path / "config.json", content)
+    wanted = "packed matrices need quantization_config" if change is None else "bits and group_size"
+    with pytest.raises(NpllmValueError, match=wanted):
+        npllm.load(path)

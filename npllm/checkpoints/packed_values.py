@@ -29,7 +29,7 @@ def read_layer(layer: PackedLayer, files: TensorFiles) -> Array:
 
     Returns
     -------
-    weight : BlockWeight or GroupedWeight
+    weight : BlockWeight, PermutedWeight or GroupedWeight
         No view of the files.
 
     Raises

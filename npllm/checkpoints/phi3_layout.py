@@ -37,6 +37,12 @@ __all__ = ["check_entries", "expected_shapes", "layers_in", "load_params", "top_
 
 ROPE_BUFFER = "rotary_emb.inv_freq"
 MAY_BE_ABSENT = "lm_head.weight may be absent only where config.json says tie_word_embeddings: true"
+WRONG_SIZES = "of packed tensors: are the bits and group_size of quantization_config right?"
+NO_QUANTIZATION = (
+    "packed matrices need quantization_config in config.json, which has none (AutoGPTQ's is in "
+    "quantize_config.json)"
+)
+PACKED = (".qweight", ".weight_packed")
 
 
 def load_params(
@@ -58,7 +64,8 @@ def load_params(
     dtype : str, optional
         "bfloat16", "float16", "float32", "float64"; or "int8" (matrices quantized to `Int8Weight`)
         or "int4" (to `BlockWeight`), all else as stored.  Default: each tensor as it is stored;
-        what GPTQ or compressed-tensors packed is a `BlockWeight` or a `GroupedWeight` then.
+        what GPTQ or compressed-tensors packed is a `BlockWeight`, a `PermutedWeight` or a
+        `GroupedWeight` then.
     xp : module
         The array library of the weights.
     progress : bool
@@ -227,4 +234,8 @@ def check_entries(
                 dtypes[layer.tensor_name(leaf)] = part.dtypes
     is_missing = OUTPUT in expected and OUTPUT not in entries
     advice = [MAY_BE_ABSENT] if is_missing else []
+    if any(name in entries and entries[name].shape != expected[name] for name in dtypes):
+        advice.append(WRONG_SIZES)
+    if config.quantization is None and any(name.endswith(PACKED) for name in entries):
+        advice.append(NO_QUANTIZATION)
     check_shapes(folder, entries, expected, ignored, advice, dtypes)
