@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_shim import needs_gxx
 from quantised_folders import LLAMA, SCHEMES, Scheme, dequantised, words_of, write_pair
+from safetensors.numpy import load_file, save_file
 from seeds import draws
 
 import npllm
@@ -846,4 +847,21 @@ def test_a_wrong_or_absent_setting_is_named(tmp_path, change):
     tiny.write_json(path / "config.json", content)
     wanted = "packed matrices need quantization_config" if change is None else "bits and group_size"
     with pytest.raises(NpllmValueError, match=wanted):
+        npllm.load(path)
+
+
+@pytest.mark.parametrize("name", ["gptq act-order", "pack act-order"])
+def test_groups_that_need_not_be_adjacent_must_be_in_the_file(tmp_path, name):
+    path = write_pair(tmp_path, SCHEMES[name])[0]
+    content = json.loads((path / "config.json").read_text())
+    settings = content["quantization_config"]
+    if name.startswith("gptq"):
+        settings["desc_act"] = True
+    else:
+        settings["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    tiny.write_json(path / "config.json", content)
+    npllm.load(path)
+    tensors = load_file(path / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "g_idx" not in k}, path / "model.safetensors")
+    with pytest.raises(NpllmValueError, match="g_idx"):
         npllm.load(path)

@@ -49,7 +49,13 @@ def test_every_scheme_is_read_without_a_warning(scheme):
         found = read(settings(scheme))
     method = "gptq" if scheme.is_gptq else "compressed-tensors"
     assert found == Quantization(
-        method, scheme.format, scheme.bits, scheme.group, scheme.symmetric, scheme.one_scale
+        method,
+        scheme.format,
+        scheme.bits,
+        scheme.group,
+        scheme.symmetric,
+        scheme.one_scale,
+        has_order=scheme.is_gptq and scheme.act_order,
     )
     assert found.count_groups(100) == (1 if scheme.group is None else -(-100 // scheme.group))
 

@@ -84,7 +84,7 @@ def parts_of(quantization: Quantization, shape: tuple[int, int]) -> dict[str, Pa
             "qweight": Part((count_words(d_in, n_bits), d_out), ("I32",)),
             "qzeros": Part((n_group, count_words(d_out, n_bits)), ("I32",)),
             "scales": Part((n_group, d_out), SCALES),
-            "g_idx": Part((d_in,), INDICES, is_optional=True),
+            "g_idx": Part((d_in,), INDICES, not quantization.has_order),
         }
     scales = (1,) if quantization.has_one_scale else (d_out, n_group)
     parts = {"weight_scale": Part(scales, SCALES)}
@@ -99,7 +99,7 @@ def parts_of(quantization: Quantization, shape: tuple[int, int]) -> dict[str, Pa
         plain = Part(scales, ("I8",))
         is_packed = is_stream and not quantization.has_one_scale
         parts["weight_zero_point"] = packed if is_packed else plain
-    parts["weight_g_idx"] = Part((d_in,), INDICES, is_optional=True)
+    parts["weight_g_idx"] = Part((d_in,), INDICES, not quantization.has_order)
     return parts
 
 

@@ -4,7 +4,7 @@ Which matrices are quantised is read from the names of the tensors: the lists of
 (`targets`, `ignore`, `lm_head`, ...) say the same, and are not matched.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from npllm.config.reader import Reader
@@ -90,6 +90,8 @@ class Quantization:
         z is 2**(n_bits - 1) everywhere; None where the file does not say.
     has_one_scale : bool
         One scale, and one z, for the whole matrix.
+    has_order : bool
+        Groups are of columns that need not be adjacent, so that the file must say which.
     """
 
     method: str
@@ -97,7 +99,8 @@ class Quantization:
     n_bits: int
     group_size: int | None = None
     is_symmetric: bool | None = None
-    has_one_scale: bool = field(default=False)
+    has_one_scale: bool = False
+    has_order: bool = False
 
     def count_groups(self, d_in: int) -> int:
         """Count the groups of a row, the last of which may be shorter."""
@@ -153,9 +156,10 @@ def _parse_gptq(read: Reader) -> Quantization:
         _refuse(read, "checkpoint_format", "gptq or gptq_v2", layout)
     is_symmetric = None if read.get("sym") is None else read.flag("sym", True)
     size = None if read.get("group_size") == -1 else read.size("group_size")
-    quantization = Quantization("gptq", layout, _bits(read, "bits"), size, is_symmetric)
+    has_order = read.get("desc_act") not in (None, False) and size is not None
+    n_bits = _bits(read, "bits")
     _finish(read, "gptq")
-    return quantization
+    return Quantization("gptq", layout, n_bits, size, is_symmetric, has_order=has_order)
 
 
 def _parse_compressed(read: Reader) -> Quantization:
@@ -208,10 +212,10 @@ def _parse_weights(read: Reader, layout: str) -> Quantization:
     if (strategy == "group") != (size is not None):
         wanted = "an integer of at least 1" if strategy == "group" else "null or -1"
         _refuse(read, "group_size", f"{wanted} for strategy {strategy}", read.get("group_size"))
-    is_symmetric = read.flag("symmetric", True)
+    is_symmetric, has_order = read.flag("symmetric", True), read.get("actorder") == "group"
     _finish(read, "weights")
     return Quantization(
-        "compressed-tensors", layout, n_bits, size, is_symmetric, strategy == "tensor"
+        "compressed-tensors", layout, n_bits, size, is_symmetric, strategy == "tensor", has_order
     )
 
 
